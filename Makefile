@@ -1,0 +1,46 @@
+# Every target makes the environment it needs: .venv, from the python3 on the PATH.
+# Another Python or place: make test PYTHON=python3.12 VENV=.venv312. Only the fast tests: make test FAST=1.
+
+PYTHON ?= python3
+VENV ?= .venv
+PROMPT ?= Once upon a time, there was a little girl named Lily. She loved to play outside
+PYTEST = $(VENV)/bin/python -m pytest -q
+
+.PHONY: help demo test parity lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo     write English with a real 135M-parameter Llama on this machine's CPU"
+	@echo "make test     the test suite, on 8 simulated devices (FAST=1: only the quick ones)"
+	@echo "make parity   live comparison with Hugging Face transformers (installs torch)"
+	@echo "make lint     ruff and mypy"
+	@echo "make clean    remove $(VENV) and every cache in this folder"
+
+demo: $(VENV)/base.stamp
+	@$(VENV)/bin/llama-jax generate smollm2-135m --prompt "$(PROMPT)" \
+	  --max-new-tokens 96 --repetition-penalty 1.1
+
+test: $(VENV)/test.stamp
+	$(PYTEST) -n 2 --dist loadfile -m "not parity$(if $(FAST), and not slow)"
+
+parity: $(VENV)/parity.stamp
+	$(PYTEST) -m parity
+
+lint: $(VENV)/lint.stamp
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+# One stamp for each extra of pyproject.toml (`base` is none); a change there installs anew.
+$(VENV)/%.stamp: EXTRA = $(if $(filter-out base,$*),[$*])
+$(VENV)/%.stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is Python %s; \
+	llama_jax needs 3.11 or newer: make PYTHON=python3.12 ..." % sys.version.split()[0])'
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing llama-jax$(EXTRA) into $(VENV) (once, about a minute) ..."
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -e '.$(EXTRA)'
+	@touch $@

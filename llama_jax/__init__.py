@@ -1,0 +1,71 @@
+"""Llama 2 in JAX and Flax: arrays in, arrays out.
+
+Letters, used in every einsum, sharding spec and docstring:
+
+    B batch            N query heads               D model width (hidden_size)
+    T query length     K key/value heads           F feed-forward width (intermediate_size)
+    S key length       G = N / K                   V vocabulary
+    L layers           H head dimension
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama_jax.config import LlamaConfig, RopeScaling, presets
+    from llama_jax.decode import DecodeState, Generation, generate, prefill, step, stream
+    from llama_jax.errors import LlamaJaxError
+    from llama_jax.loss import next_token_loss
+    from llama_jax.model import forward, init, unstack
+    from llama_jax.pretrained import Model, load
+    from llama_jax.sampling import Sampling
+    from llama_jax.sharding import make_mesh, shard_params
+
+# Imported when first asked for: `llama-jax --help` and its error messages need no JAX.
+_HOMES = {
+    "config": ("LlamaConfig", "RopeScaling", "presets"),
+    "decode": ("DecodeState", "Generation", "generate", "prefill", "step", "stream"),
+    "errors": ("LlamaJaxError",),
+    "loss": ("next_token_loss",),
+    "model": ("forward", "init", "unstack"),
+    "pretrained": ("Model", "load"),
+    "sampling": ("Sampling",),
+    "sharding": ("make_mesh", "shard_params"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "DecodeState",
+    "Generation",
+    "LlamaConfig",
+    "LlamaJaxError",
+    "Model",
+    "RopeScaling",
+    "Sampling",
+    "forward",
+    "generate",
+    "init",
+    "load",
+    "make_mesh",
+    "next_token_loss",
+    "prefill",
+    "presets",
+    "shard_params",
+    "step",
+    "stream",
+    "unstack",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

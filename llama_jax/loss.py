@@ -1,0 +1,118 @@
+"""Masked next-token cross-entropy, in chunks, so that the logits of a whole sequence never exist at once."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from llama_jax import sharding
+from llama_jax.attention import Backend
+from llama_jax.config import LlamaConfig
+from llama_jax.layers import unembed
+from llama_jax.model import Params, Remat, hidden_states
+
+
+@chex.dataclass(frozen=True)
+class Loss:
+    """A sum and what it is the sum of, so that losses of several batches add up.
+
+    Attributes:
+      total: f32 [], the negative log-likelihood in nats, summed over counted tokens.
+      count: f32 [], the number (or weight) of counted tokens.
+    """
+
+    total: jax.Array
+    count: jax.Array
+
+    @property
+    def mean(self) -> jax.Array:
+        """Nats a token; 0 where no token counts."""
+        return self.total / jnp.maximum(self.count, 1e-9)
+
+
+def next_token_loss(
+    config: LlamaConfig,
+    params: Params,
+    tokens: jax.Array,
+    mask: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    attention_backend: Backend = "xla",
+    remat: Remat = "none",
+    num_chunks: int = 8,
+) -> Loss:
+    """-log p(tokens[t+1] | tokens[..t]), summed over the predictions that count.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      tokens: int [B, T].
+      mask: bool or f32 [B, T]; entry t weighs the prediction OF token t, so entry 0 has no effect. None
+        counts all. A prediction across a segment boundary never counts.
+      positions: as for `forward`.
+      segment_ids: as for `forward`.
+      dtype: as for `forward`.
+      attention_backend: as for `forward`.
+      remat: as for `forward`.
+      num_chunks: in how many pieces the logits are formed, at most; the largest number that divides T
+        is taken.
+
+    Returns:
+      A `Loss`; divide `total` by `count` for the mean.
+    """
+    weights = jnp.ones(tokens.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
+    targets, weights = (jnp.roll(x, -1, axis=1) for x in (tokens, weights))
+    last = jnp.arange(tokens.shape[1]) == tokens.shape[1] - 1
+    weights = jnp.where(last, 0.0, weights)
+    if segment_ids is not None:
+        weights = jnp.where(segment_ids == jnp.roll(segment_ids, -1, axis=1), weights, 0.0)
+    x = hidden_states(
+        config,
+        params,
+        tokens,
+        positions,
+        segment_ids,
+        dtype=dtype,
+        attention_backend=attention_backend,
+        remat=remat,
+    )
+    return cross_entropy(x, params, targets, weights, num_chunks=num_chunks)
+
+
+def cross_entropy(
+    x: jax.Array, params: Params, targets: jax.Array, weights: jax.Array, *, num_chunks: int
+) -> Loss:
+    """Weighted cross-entropy of `unembed(x)`, forming [B, T / num_chunks, V] logits at a time.
+
+    Args:
+      x: hidden states [B, T, D].
+      params: the tree that holds the output projection.
+      targets: int [B, T].
+      weights: f32 [B, T].
+      num_chunks: as for `loss`.
+    """
+    length = x.shape[1]
+    seq_shards = sharding.explicit_axes().get("context", 1)
+    chunks = next(
+        n for n in range(min(num_chunks, length), 0, -1) if length % (n * seq_shards) == 0 or n == 1
+    )
+
+    # Chunk c holds positions c, c + chunks, c + 2 chunks, ...: a strided cut leaves every shard of the
+    # sequence with an equal part of each chunk.
+    def cut(array: jax.Array) -> jax.Array:
+        return jnp.moveaxis(array.reshape(array.shape[0], -1, chunks, *array.shape[2:]), 2, 0)
+
+    @jax.checkpoint  # a chunk's logits are formed again in the backward pass
+    def one(total: jax.Array, chunk: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        x, targets, weights = chunk
+        logits = unembed(x, params)
+        # Compared with an iota rather than gathered, so that the vocabulary may be split over devices.
+        is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+        picked = jnp.where(is_target, logits, 0.0).sum(-1)
+        return total + (weights * (jax.nn.logsumexp(logits, axis=-1) - picked)).sum(), None
+
+    total, _ = jax.lax.scan(one, jnp.zeros(()), (cut(x), cut(targets), cut(weights)))
+    return Loss(total=total, count=weights.sum())

@@ -1,0 +1,252 @@
+"""The Llama model as functions of (config, params, tokens): initialise, run, run against a cache.
+
+Parameters are a nested dict whose layer leaves are stacked [L, ...]; `unstack` turns `layers` into a
+tuple of L dicts, which every function here takes just as well. Stacked layers are scanned (one compiled
+body whatever L is), unstacked ones are unrolled (no slice of a weight is ever copied: decoding's form).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax import cache as kv
+from llama_jax import rope, sharding
+from llama_jax.attention import Backend, Where, attention
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import ConfigError
+from llama_jax.layers import Attend, Block, embed, rms_norm, unembed
+
+Params = Any  # the nested dict of arrays that this module's docstring describes
+Remat = Literal["none", "dots", "attention", "full"]
+
+_POLICIES: dict[str, Any] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention_out"),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def init(config: LlamaConfig, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> Params:
+    """Random parameters: normal with deviation 0.02, residual outputs 0.02 / sqrt(2L), norms one.
+
+    Under a mesh (`jax.set_mesh`) each device makes its own shards; the values are the same bits as
+    without one.
+
+    Args:
+      config: the model.
+      key: a key from `jax.random.key`.
+      dtype: of every leaf.
+
+    Returns:
+      The parameter tree, layers stacked.
+    """
+
+    def make(key: jax.Array) -> Params:
+        embed_key, head_key, layers_key = jax.random.split(key, 3)
+        v, d = config.vocab_size, config.hidden_size
+        x, positions = jnp.zeros((1, 1, d)), jnp.zeros((1, 1), jnp.int32)
+        attend: Attend = lambda q, k, v: (q, None)  # noqa: E731  # init asks for shapes alone
+
+        def layer(key: jax.Array) -> Any:
+            return Block(config).init(key, x, rope.rotary(config, positions), attend)["params"]
+
+        params = {
+            "embed": {"embedding": 0.02 * jax.random.normal(embed_key, (v, d))},
+            "layers": jax.vmap(layer)(jax.random.split(layers_key, config.num_hidden_layers)),
+            "final_norm": {"scale": jnp.ones((d,))},
+        }
+        if not config.tie_word_embeddings:
+            params["lm_head"] = {"kernel": 0.02 * jax.random.normal(head_key, (d, v))}
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+    if not sharding.explicit_axes():
+        return jax.jit(make)(key)
+    sharding.check_mesh(config, jax.sharding.get_abstract_mesh())
+    specs = jax.tree.map(sharding.out_sharding, sharding.param_specs(config), is_leaf=sharding.is_spec)
+    # Made in automatic mode: the partitioner then has each device compute its own shards' numbers alone.
+    return jax.jit(jax.sharding.auto_axes(make, out_sharding=specs))(key)
+
+
+def forward(
+    config: LlamaConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    attention_backend: Backend = "xla",
+    remat: Remat = "none",
+) -> jax.Array:
+    """Logits of every next token.
+
+    Args:
+      config: the model.
+      params: its parameters, stacked or not.
+      tokens: int [B, T].
+      positions: int [B, T], each token's position in its document; 0..T-1 by default. With packed
+        documents they restart, and `segment_ids` must keep the documents apart.
+      segment_ids: int [B, T]; a token attends only within its own segment. None: each row is one.
+      dtype: compute dtype; the parameters' own by default. Norms, rotary angles, softmax and logits
+        are f32 in any case.
+      attention_backend: `xla` or `blockwise`, see `attention`.
+      remat: what the backward pass keeps of each layer: `none` (everything), `dots` (matmul outputs),
+        `attention` (attention's output), `full` (the layer's input alone).
+
+    Returns:
+      f32 [B, T, V].
+
+    Raises:
+      ConfigError: for an unknown backend or remat policy, or a batch that the mesh does not divide.
+    """
+    x = hidden_states(
+        config,
+        params,
+        tokens,
+        positions,
+        segment_ids,
+        dtype=dtype,
+        attention_backend=attention_backend,
+        remat=remat,
+    )
+    return unembed(x, params)
+
+
+def hidden_states(
+    config: LlamaConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    attention_backend: Backend = "xla",
+    remat: Remat = "none",
+) -> jax.Array:
+    """`forward` without its last product: normalised hidden states [B, T, D] in the compute dtype."""
+    if remat not in get_args(Remat):
+        raise ConfigError(f"remat policy {remat!r} is unknown; use one of {', '.join(get_args(Remat))}")
+    sharding.check_batch(tokens.shape[0])
+    tokens = sharding.constrain(tokens, sharding.TOKENS_BT)
+    order = _sequence_positions(tokens)
+    positions = order if positions is None else sharding.constrain(positions, sharding.TOKENS_BT)
+    if segment_ids is not None:
+        segment_ids = sharding.constrain(segment_ids, sharding.TOKENS_BT)
+    # Causality goes by the place in the row, not by the position in the document: with packing,
+    # positions restart.
+    where = Where(order, order, segment_ids, segment_ids)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+        return attention(q, k, v, where, backend=attention_backend), None
+
+    x = embed(params["embed"]["embedding"], tokens, dtype=dtype or compute_dtype(params))
+    x, _ = _run_layers(config, params, x, rope.rotary(config, positions), lambda layer: attend, remat=remat)
+    return rms_norm(x, params["final_norm"]["scale"], eps=config.rms_norm_eps)
+
+
+def forward_cached(
+    config: LlamaConfig,
+    params: Params,
+    tokens: jax.Array,
+    start: jax.Array,
+    cache: kv.KVCache,
+    *,
+    window: int | None = None,
+) -> tuple[jax.Array, kv.KVCache]:
+    """Runs T new tokens of each row against the cache, which they join.
+
+    The compute dtype is the cache's.
+
+    Args:
+      config: the model.
+      params: its parameters, unstacked (see `unstack`): a scan would copy every weight at every token.
+      tokens: int [B, T], the tokens at positions start..start+T-1 of each row.
+      start: int [B].
+      cache: holds the keys and values of positions 0..start-1 of each row.
+      window: how many of the cache's first slots to attend to; all by default. At least
+        max(start) + T: a prefill that starts at 0 needs T.
+
+    Returns:
+      logits f32 [B, T, V], whose cost vanishes under `jit` where they are not used; and the cache with
+      the new tokens in it.
+    """
+    batch, length = tokens.shape
+    sharding.check_batch(batch)
+    window = cache.length if window is None else window
+    tokens = sharding.constrain(tokens, sharding.TOKENS_BT)
+    start = sharding.constrain(start, sharding.ROWS_B)
+    positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)
+    slots = jnp.broadcast_to(jnp.arange(window, dtype=jnp.int32), (batch, window))
+    where = Where(positions, slots)
+
+    def attend_at(layer: int) -> Attend:
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+            keys, values = kv.write(cache.k[layer], k, start), kv.write(cache.v[layer], v, start)
+            return attention(q, keys[:, :, :window], values[:, :, :window], where), (keys, values)
+
+        return attend
+
+    x = embed(params["embed"]["embedding"], tokens, dtype=cache.k[0].dtype)
+    x, kept = _run_layers(config, unstack(params), x, rope.rotary(config, positions), attend_at)
+    keys, values = zip(*kept, strict=True)
+    x = rms_norm(x, params["final_norm"]["scale"], eps=config.rms_norm_eps)
+    return unembed(x, params), kv.KVCache(k=keys, v=values)
+
+
+def unstack(params: Params) -> Params:
+    """Splits stacked layers into a tuple of L dicts; parameters that are unstacked pass through.
+
+    Under `jit` this copies the weights once, so do it outside the loop that uses them.
+    """
+    layers = params["layers"]
+    if not isinstance(layers, Mapping):
+        return params
+    count = jax.tree.leaves(layers)[0].shape[0]
+    take = lambda i: jax.tree.map(lambda leaf: leaf[i], layers)  # noqa: E731
+    return {**params, "layers": tuple(take(i) for i in range(count))}
+
+
+def compute_dtype(params: Params) -> jnp.dtype:
+    """The dtype of the embedding table, which stands for the whole tree's."""
+    return params["embed"]["embedding"].dtype
+
+
+def _sequence_positions(tokens: jax.Array) -> jax.Array:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    return sharding.constrain(positions, sharding.TOKENS_BT)
+
+
+def _run_layers(
+    config: LlamaConfig,
+    params: Params,
+    x: jax.Array,
+    table: rope.Rotary,
+    attend_at: Callable[[int], Attend],
+    *,
+    remat: Remat = "none",
+) -> tuple[jax.Array, Any]:
+    """All blocks over x: scanned where they are stacked (one `attend` for all), unrolled where not."""
+    block = Block(config)
+
+    def layer(x: jax.Array, weights: Any, attend: Attend) -> tuple[jax.Array, Any]:
+        return block.apply({"params": weights}, x, table, attend)
+
+    layers = params["layers"]
+    if isinstance(layers, Mapping):
+        return jax.lax.scan(_remat(functools.partial(layer, attend=attend_at(0)), remat), x, layers)
+    kept = []
+    for index, weights in enumerate(layers):
+        x, keep = _remat(functools.partial(layer, attend=attend_at(index)), remat)(x, weights)
+        kept.append(keep)
+    return x, kept
+
+
+def _remat(step: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    if remat == "none":
+        return step
+    return jax.checkpoint(step, policy=_POLICIES[remat], prevent_cse=False)

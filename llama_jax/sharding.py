@@ -1,0 +1,224 @@
+"""Meshes, and THE one table of how every parameter and activation is laid out over them.
+
+Mesh axes, always by these names: `data` (plain data parallelism, the outer axis that may cross slow
+links), `fsdp` (batch and parameters), `context` (the sequence), `tensor` (heads, feed-forward width,
+vocabulary). A mesh may leave out axes it does not use, and the same model code runs with no mesh.
+
+The model runs in JAX's explicit-sharding mode: enter a mesh with `jax.set_mesh(mesh)` and every array's
+type carries its layout. Each name below ends in the letters of its dimensions (see `llama_jax`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import ConfigError
+
+AXES = ("data", "fsdp", "context", "tensor")
+BATCH = ("data", "fsdp")
+
+# Parameters as they are stored. `fsdp` is the axis they are gathered over just before use.
+EMBEDDING_VD = P("tensor", "fsdp")
+HEAD_DV = P("fsdp", "tensor")
+NORM_D = P(None)
+WQ_DNH = P("fsdp", "tensor", None)
+WKV_DKH = P("fsdp", "tensor", None)
+WO_NHD = P("tensor", None, "fsdp")
+GATE_UP_DF = P("fsdp", "tensor")
+DOWN_FD = P("tensor", "fsdp")
+
+# Activations.
+TOKENS_BT = P(BATCH, "context")
+ACT_BTD = P(BATCH, "context", None)
+ACT_BTF = P(BATCH, "context", "tensor")
+ACT_BTNH = P(BATCH, "context", "tensor", None)
+LOGITS_BTV = P(BATCH, "context", "tensor")
+LOGITS_BV = P(BATCH, None)  # one position's logits, whole on every device: sampling looks at all of V
+CACHE_BKSH = P(BATCH, "tensor", None, None)
+ROWS_B = P(BATCH)
+
+LAYER_SPECS = {
+    "attention_norm": {"scale": NORM_D},
+    "attention": {"wq": WQ_DNH, "wk": WKV_DKH, "wv": WKV_DKH, "wo": WO_NHD},
+    "ffn_norm": {"scale": NORM_D},
+    "feed_forward": {"w_gate": GATE_UP_DF, "w_up": GATE_UP_DF, "w_down": DOWN_FD},
+}
+
+
+def param_specs(config: LlamaConfig, *, stacked: bool = True) -> dict[str, Any]:
+    """Partition specs of the whole parameter tree.
+
+    Args:
+      config: the model; tied embeddings have no `lm_head`.
+      stacked: whether layer leaves carry a leading layer axis, which is never sharded; otherwise
+        `layers` is a tuple of one tree a layer.
+
+    Returns:
+      A tree shaped like the parameters, with a `PartitionSpec` at each leaf.
+    """
+    layers = jax.tree.map(lambda spec: P(None, *spec), LAYER_SPECS, is_leaf=is_spec) if stacked else None
+    specs: dict[str, Any] = {
+        "embed": {"embedding": EMBEDDING_VD},
+        "layers": layers or (LAYER_SPECS,) * config.num_hidden_layers,
+        "final_norm": {"scale": NORM_D},
+    }
+    if not config.tie_word_embeddings:
+        specs["lm_head"] = {"kernel": HEAD_DV}
+    return specs
+
+
+def is_spec(x: Any) -> bool:
+    """Whether x is a leaf of a spec tree (a `PartitionSpec` is itself a tuple, which trees descend into)."""
+    return isinstance(x, P)
+
+
+def make_mesh(spec: str | Mapping[str, int] = "", *, devices: Any = None) -> Mesh:
+    """Makes a mesh with all four axes from a line such as `"fsdp=4,tensor=2"`.
+
+    Args:
+      spec: sizes by axis name; axes left out have size 1. One size may be -1: what is left.
+      devices: the devices to use; all of `jax.devices()` by default.
+
+    Raises:
+      ConfigError: for an unknown axis, a size that is no whole number, or sizes whose product is not
+        the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = dict.fromkeys(AXES, 1) | dict(_parse_mesh(spec) if isinstance(spec, str) else spec)
+    unknown = [name for name in sizes if name not in AXES]
+    if unknown:
+        raise ConfigError(f"mesh axis {unknown[0]!r} is unknown; the axes are {', '.join(AXES)}")
+    for name, size in sizes.items():
+        if size < 1 and size != -1:
+            raise ConfigError(f"mesh axis {name} has size {size}; it must be at least 1, or -1 for the rest")
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ConfigError(f"mesh axes {' and '.join(free)} are both -1; only one can take what is left")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free and len(devices) % fixed == 0:
+        sizes[free[0]] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
+        shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ConfigError(f"mesh {shape} needs {fixed} devices and there are {len(devices)}")
+    return jax.make_mesh(
+        tuple(sizes[name] for name in AXES), AXES, axis_types=(AxisType.Explicit,) * 4, devices=devices
+    )
+
+
+def _parse_mesh(spec: str) -> Iterator[tuple[str, int]]:
+    for part in filter(None, (part.strip() for part in spec.split(","))):
+        name, _, size = part.partition("=")
+        try:
+            yield name.strip(), int(size)
+        except ValueError:
+            raise ConfigError(f"mesh part {part!r} is not AXIS=SIZE, as in fsdp=4,tensor=2") from None
+
+
+def check_mesh(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Checks that every parameter's dimensions divide by the mesh axes they are laid over.
+
+    Raises:
+      ConfigError: naming each tensor, dimension and axis that do not fit, and the sizes that would.
+    """
+    sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+    dims = {
+        "vocab_size": (config.vocab_size, ("tensor",), "embed.embedding"),
+        "hidden_size": (config.hidden_size, ("fsdp",), "embed.embedding, attention.wq"),
+        "num_attention_heads": (config.num_attention_heads, ("tensor",), "attention.wq"),
+        "num_key_value_heads": (config.num_key_value_heads, ("tensor",), "attention.wk"),
+        "intermediate_size": (config.intermediate_size, ("tensor",), "feed_forward.w_gate"),
+    }
+    problems = []
+    for field, (value, axes, tensor) in dims.items():
+        size = math.prod(sizes.get(axis, 1) for axis in axes)
+        if value % size:
+            fits = [n for n in range(1, max(sizes.values()) + 1) if value % n == 0]
+            problems.append(
+                f"{tensor}: {field} {value} does not divide over axis {axes[0]} of size {size} "
+                f"(sizes that would: {', '.join(map(str, fits))})"
+            )
+    if problems:
+        raise ConfigError("mesh does not fit the model: " + "; ".join(problems))
+
+
+def check_batch(batch: int) -> None:
+    """Checks that `batch` rows divide over the current mesh's batch axes.
+
+    Raises:
+      ConfigError: naming the axes and the batch sizes that would work.
+    """
+    axes = explicit_axes()
+    size = math.prod(axes.get(axis, 1) for axis in BATCH)
+    if batch % size:
+        raise ConfigError(
+            f"tokens: batch of {batch} rows does not divide over mesh axes data x fsdp of size {size}; "
+            f"use a multiple of {size}, for instance {-(-batch // size) * size}"
+        )
+
+
+def shard_params(params: Any, mesh: Mesh, config: LlamaConfig) -> Any:
+    """Lays parameters, stacked or not, out over `mesh` by the table above.
+
+    Raises:
+      ConfigError: where a dimension does not divide its axis.
+    """
+    check_mesh(config, mesh)
+    specs = param_specs(config, stacked=isinstance(params["layers"], Mapping))
+    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), params, specs)
+
+
+def explicit_axes() -> dict[str, int]:
+    """Sizes of the current mesh's explicit axes: empty with no mesh, or inside `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return {}
+    return {
+        name: size
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    }
+
+
+def out_sharding(spec: P, shape: tuple[int, ...] | None = None) -> P | None:
+    """The part of `spec` that the current mesh has, or None where it has none of it.
+
+    None is what an operation's `out_sharding` must be without a mesh, under an automatic mesh and
+    inside `shard_map`, so the same call works everywhere.
+
+    Args:
+      spec: a row of the table above.
+      shape: the array's shape; a sequence dimension that `context` does not divide (decoding's single
+        position) then stays whole.
+    """
+    axes = explicit_axes()
+    if not axes:
+        return None
+
+    def keep(dim: int, entry: Any) -> Any:
+        names = tuple(n for n in (entry if isinstance(entry, tuple) else (entry,)) if n in axes)
+        if names == ("context",) and shape is not None and shape[dim] % axes["context"]:
+            return None
+        return names[0] if len(names) == 1 else (names or None)
+
+    return P(*(keep(dim, entry) for dim, entry in enumerate(spec)))
+
+
+def constrain(x: jax.Array, spec: P) -> jax.Array:
+    """Lays `x` out by `spec` on the current mesh; returns it unchanged where there is none."""
+    sharding = out_sharding(spec, x.shape)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
+
+
+def gather(weight: jax.Array, spec: P) -> jax.Array:
+    """Gathers a parameter over `fsdp`, the step before it is used; `tensor` stays split.
+
+    Cast the weight to the compute dtype first: the gather then moves half the bytes.
+    """
+    return constrain(weight, P(*(None if entry == "fsdp" else entry for entry in spec)))

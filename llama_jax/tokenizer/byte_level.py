@@ -1,0 +1,90 @@
+"""GPT-2's byte-level alphabet, and the rules by which vocabularies cut text before merging."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from tokenizers import Regex, normalizers, pre_tokenizers
+
+
+def _alphabet() -> dict[str, int]:
+    """Maps each of the 256 printable characters that stand for bytes to its byte.
+
+    Printable Latin-1 characters stand for themselves; the other bytes take the code points from 256
+    on, in order (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+BYTE_OF: Mapping[str, int] = _alphabet()
+
+
+def piece_bytes(piece: str) -> bytes:
+    """Returns the bytes that a byte-level piece spells; a piece outside the alphabet is plain text."""
+    try:
+        return bytes(map(BYTE_OF.__getitem__, piece))
+    except KeyError:
+        return piece.encode()
+
+
+class PreTokenizer(NamedTuple):
+    """How a byte-level BPE vocabulary prepares text.
+
+    Attributes:
+      build: makes the splitter, which must end in the byte-level alphabet.
+      normalizer: applied first, or None.
+      ignore_merges: whether a word that is a piece is taken whole, whatever the merges say.
+      add_bos: whether vocabularies of this kind begin a text with BOS unless they say otherwise.
+    """
+
+    build: Callable[[], pre_tokenizers.PreTokenizer]
+    normalizer: Callable[[], normalizers.Normalizer] | None = None
+    ignore_merges: bool = False
+    add_bos: bool = False
+
+
+def _gpt2() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _single_digits() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
+
+
+def _split(*patterns: str) -> Callable[[], pre_tokenizers.PreTokenizer]:
+    def build() -> pre_tokenizers.PreTokenizer:
+        splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
+        return pre_tokenizers.Sequence(
+            [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+
+    return build
+
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2 = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+_LLAMA3 = PreTokenizer(
+    _split(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"), ignore_merges=True, add_bos=True
+)
+_SINGLE_DIGITS = PreTokenizer(_single_digits)
+
+# `tokenizer.ggml.pre` to the rule. The names are llama.cpp's (src/llama-vocab.cpp); each rule is the
+# one in the tokenizer.json of the models that the name was made for. `default`, which stands for a
+# file that does not say, is llama.cpp's own.
+PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
+    "default": PreTokenizer(_split(r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
+    "gpt-2": PreTokenizer(_gpt2),
+    "smollm": _SINGLE_DIGITS,
+    "starcoder": _SINGLE_DIGITS,
+    "refact": _SINGLE_DIGITS,
+    "llama-bpe": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "llama3": _LLAMA3,
+    "qwen2": PreTokenizer(_split(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"), normalizer=normalizers.NFC),
+}

@@ -1,0 +1,53 @@
+"""Reading small files whole, with a bound on their size and errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llama_jax.errors import TokenizerError
+
+# The largest vocabularies in use take 35 MB; no more than this is ever read into memory.
+MAX_BYTES = 256 << 20
+
+
+def read_bytes(path: Path) -> bytes:
+    """Returns a file's bytes.
+
+    Raises:
+      TokenizerError: if it is missing, unreadable, no regular file, or larger than any vocabulary.
+    """
+    try:
+        if not path.exists():
+            raise TokenizerError(f"{path} does not exist; give a tokenizer file or a model's directory")
+        if not path.is_file():
+            raise TokenizerError(f"{path} is not a regular file; give a tokenizer file")
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise TokenizerError(
+                f"{path} has {size} bytes; no tokenizer has more than {MAX_BYTES}, give another file"
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read ({error.strerror or error})") from None
+
+
+def parse_json_object(path: Path, data: bytes) -> dict[str, Any]:
+    """Returns the JSON object that `data`, the bytes of `path`, hold.
+
+    Raises:
+      TokenizerError: if they hold anything else.
+    """
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path} is not JSON ({one_line(error)}); take a fresh copy") from None
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path} holds a JSON {type(value).__name__}, not an object; take a fresh copy")
+    return value
+
+
+def one_line(error: Exception) -> str:
+    """Returns a library's message on one line, at most 120 characters of it."""
+    return " ".join(str(error).split())[:120]

@@ -1,0 +1,8 @@
+"""Reading checkpoints in the ecosystem's formats: open one, look at its headers, load its tensors."""
+
+from llama_jax.weights.gguf_header import read_gguf_metadata
+from llama_jax.weights.load import load_params
+from llama_jax.weights.open import open_source
+from llama_jax.weights.source import Source, TensorInfo
+
+__all__ = ["Source", "TensorInfo", "load_params", "open_source", "read_gguf_metadata"]

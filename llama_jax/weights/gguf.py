@@ -1,0 +1,191 @@
+"""Reads GGUF files of the llama architecture: configuration from the metadata, tensors dequantised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from llama_jax.config import LlamaConfig, RopeScaling
+from llama_jax.errors import CheckpointError, ConfigError
+from llama_jax.rope import rotary_frequencies
+from llama_jax.weights.gguf_header import read_gguf_header
+from llama_jax.weights.source import FLOAT_DTYPES, Source, TensorInfo, decode_floats, quote, read_bytes
+
+# Values that gguf.quants is given at once: it works on rows, and long ones are six times faster than
+# a model's own, while whole tensors would need several times their size.
+_CHUNK = 1 << 17
+
+
+def open_gguf(path: Path, why: str) -> Source:
+    """Opens a GGUF file.
+
+    Raises:
+      CheckpointError: if the file is malformed, or holds no Llama that llama_jax can run.
+    """
+    metadata, tensors = read_gguf_header(path)
+    try:
+        config = _Fields(path, metadata, tensors).config()
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return Source("gguf", path, why, config, tensors, decode, metadata)
+
+
+def decode(name: str, info: TensorInfo, raw: np.ndarray) -> np.ndarray:
+    """Turns a tensor's bytes into an array: floats as they are, quantised types as f32."""
+    if info.dtype in FLOAT_DTYPES:
+        return decode_floats(name, info, raw)
+    kind = GGMLQuantizationType[info.dtype]
+    values_per_block, bytes_per_block = GGML_QUANT_SIZES[kind]
+    out = np.empty(math.prod(info.shape), np.float32)
+    step = _CHUNK // values_per_block
+    for block in range(0, out.size // values_per_block, step):
+        rows = raw[block * bytes_per_block : (block + step) * bytes_per_block]
+        out[block * values_per_block : (block + step) * values_per_block] = dequantize(rows, kind)
+    return out.reshape(info.shape)
+
+
+class _Fields:
+    """Reads a configuration out of the metadata fields, each checked for its type."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+        self.path = path
+        self.metadata = metadata
+        self.tensors = tensors
+
+    def config(self) -> LlamaConfig:
+        architecture = self.text("general.architecture")
+        if architecture != "llama":
+            raise self.error(f"the architecture is {quote(architecture)}; only llama can be read")
+        if (parts := self.metadata.get("split.count", 1)) != 1:
+            raise self.error(
+                f"split.count is {quote(str(parts))}, so it is one part of a model; join the parts with "
+                "llama.cpp's gguf-split --merge"
+            )
+        embedding = self.tensors.get("token_embd.weight")
+        if embedding is None or len(embedding.shape) != 2:
+            raise self.error(
+                "there is no matrix 'token_embd.weight', so it holds no whole model; get another file"
+            )
+        hidden, heads = self.size("embedding_length"), self.size("attention.head_count")
+        head_dim = self.size("attention.key_length", hidden // max(heads, 1))
+        self.only("expert_count", 0)
+        self.only("attention.value_length", head_dim)
+        self.only("rope.dimension_count", head_dim)
+        theta = self.number("rope.freq_base", 10_000.0)
+        return LlamaConfig(
+            vocab_size=embedding.shape[0],
+            hidden_size=hidden,
+            intermediate_size=self.size("feed_forward_length"),
+            num_hidden_layers=self.size("block_count"),
+            num_attention_heads=heads,
+            num_key_value_heads=self.size("attention.head_count_kv", heads),
+            head_dim=head_dim,
+            max_position_embeddings=self.size("context_length"),
+            rms_norm_eps=self.number("attention.layer_norm_rms_epsilon"),
+            rope_theta=theta,
+            rope_scaling=self.rope_scaling(head_dim, theta),
+            tie_word_embeddings="output.weight" not in self.tensors,
+        )
+
+    def rope_scaling(self, head_dim: int, theta: float) -> RopeScaling | None:
+        """Reads the rotary scaling as llama.cpp does: from fields, or from a tensor of divisors."""
+        key = "rope.scaling.factor" if "llama.rope.scaling.factor" in self.metadata else "rope.scale_linear"
+        factor = self.number(key, 0.0) or 1.0
+        # llama.cpp takes a factor without a type for a linear one.
+        kind = self.text("llama.rope.scaling.type", "linear") if factor != 1 else "none"
+        divisors = self.tensors.get("rope_freqs.weight")
+        if divisors is not None:
+            if kind != "none":
+                raise self.error(
+                    f"it has both rope_freqs.weight and rope scaling of type {quote(kind)}; only one is read"
+                )
+            return self.llama3_scaling(divisors, head_dim, theta)
+        if kind == "none":
+            return None
+        if kind == "linear":
+            return RopeScaling("linear", factor)
+        if kind == "yarn":
+            self.only("rope.scaling.yarn_log_multiplier", 0.0)
+            # Here a factor of 1 is YaRN's own rule; RopeScaling takes the product.
+            attention = self.number("rope.scaling.attn_factor", 1.0)
+            return RopeScaling(
+                "yarn",
+                factor,
+                original_max_position_embeddings=self.size(
+                    "rope.scaling.original_context_length", self.size("context_length")
+                ),
+                beta_fast=self.number("rope.scaling.yarn_beta_fast", 32.0),
+                beta_slow=self.number("rope.scaling.yarn_beta_slow", 1.0),
+                attention_factor=None if attention == 1 else attention * (0.1 * math.log(factor) + 1),
+            )
+        raise self.error(
+            f"rope scaling of type {quote(kind)} cannot be read; only linear and yarn, or rope_freqs.weight"
+        )
+
+    def llama3_scaling(self, info: TensorInfo, head_dim: int, theta: float) -> RopeScaling | None:
+        """Recovers Llama 3's scaling from the divisors that it makes.
+
+        The reciprocals 1/d of the divisors are 1/factor for slow pairs and 1 for fast ones, and between
+        them linear in a pair's frequency f: s = (context f / 2 pi - low) / (high - low) of the way. Only
+        the ratios of context, low and high matter, so low is taken as 1, as Meta does.
+        """
+        name = "rope_freqs.weight"
+        if info.shape != (head_dim // 2,) or info.dtype != "F32":
+            raise self.error(
+                f"tensor {name!r} is {info.dtype} {list(info.shape)}; it must be F32 [{head_dim // 2}]"
+            )
+        divisors = decode(name, info, read_bytes(name, info)).astype(np.float64)
+        plain, _ = rotary_frequencies(head_dim=head_dim, theta=theta, scaling=None)
+        factor = round(float(divisors.max()), 4)
+        if (divisors == 1).all():
+            return None
+        if np.isfinite(divisors).all() and divisors.min() >= 1:
+            smooth = (1 / divisors - 1 / factor) / (1 - 1 / factor)
+            ramp = (smooth > 1e-4) & (smooth < 1 - 1e-4)
+            if ramp.sum() >= 2:
+                slope, intercept = np.polyfit(plain[ramp] / (2 * math.pi), smooth[ramp], 1)
+                context, high = round(-slope / intercept), round(float(1 - 1 / intercept), 3)
+                if context >= 1 and high > 1:
+                    scaling = RopeScaling(
+                        "llama3", factor, context, low_freq_factor=1.0, high_freq_factor=high
+                    )
+                    scaled, _ = rotary_frequencies(head_dim=head_dim, theta=theta, scaling=scaling)
+                    if np.allclose(scaled * divisors, plain, rtol=1e-5, atol=0):
+                        return scaling
+        raise self.error(
+            f"tensor {name!r} does not follow Llama 3's rope scaling, the only one it can be read as"
+        )
+
+    def get(self, key: str, kind: type, default: Any) -> Any:
+        value = self.metadata.get(key, default)
+        if value is None:
+            raise self.error(f"metadata field {key} is missing; the file is incomplete, get another")
+        if kind is int and isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
+            value = int(value[0])  # one value for each layer, all alike
+        if type(value) is not kind:
+            raise self.error(f"metadata field {key} is {quote(str(value))}; it must be one {kind.__name__}")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        return str(self.get(key, str, default))
+
+    def size(self, key: str, default: int | None = None) -> int:
+        return int(self.get(f"llama.{key}", int, default))
+
+    def number(self, key: str, default: float | None = None) -> float:
+        return float(self.get(f"llama.{key}", float, default))
+
+    def only(self, key: str, expected: int | float) -> None:
+        """Refuses a field that says what llama_jax's model does not do."""
+        value = self.get(f"llama.{key}", type(expected), expected)
+        if value != expected:
+            raise self.error(f"metadata field llama.{key} is {value}; only {expected} can be run")
+
+    def error(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {what}")

@@ -1,0 +1,148 @@
+"""Reads llama2.c's `.bin` files: versions 0 (no magic), 1 (f32) and 2 (int8 in groups).
+
+They hold no names: what lies where follows from the header, as karpathy/llama2.c's export.py writes it
+and its run.c and runq.c read it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import CheckpointError, ConfigError
+from llama_jax.weights.names import LEAVES
+from llama_jax.weights.source import Source, TensorInfo, decode_floats, open_file, quote
+
+MAGIC = b"24ka"  # "ak42", as a little-endian number
+_HEADER_BYTES = 256  # from version 1 on
+_NO_MAGIC_BYTES = 7 * 4
+
+_NORMS = ("rms_att_weight", "rms_ffn_weight", "rms_final_weight")
+_MATRICES = ("token_embedding_table", "wq", "wk", "wv", "wo", "w1", "w2", "w3", "wcls")
+_ROTARY_TABLES = ("freq_cis_real", "freq_cis_imag")
+_ORDER_0 = (
+    *("token_embedding_table", "rms_att_weight", "wq", "wk", "wv", "wo", "rms_ffn_weight"),
+    *("w1", "w2", "w3", "rms_final_weight", *_ROTARY_TABLES, "wcls"),
+)
+_INT8 = "INT8"
+
+
+def is_llama2c(path: Path) -> bool:
+    """Whether a file begins as llama2.c's do: with the magic number, or with seven plausible sizes."""
+    with open_file(path) as (file, _):
+        start = file.read(_NO_MAGIC_BYTES)
+    if start[:4] == MAGIC:
+        return True
+    if len(start) < _NO_MAGIC_BYTES:
+        return False
+    dim, hidden, layers, heads, kv_heads, vocab, context = struct.unpack("<7i", start)
+    return all(0 < size < 1 << 24 for size in (dim, hidden, layers, heads, kv_heads, abs(vocab), context))
+
+
+def open_llama2c(path: Path, why: str) -> Source:
+    """Opens a llama2.c model file.
+
+    Raises:
+      CheckpointError: if the header is of no known version, or the file has not the size that follows
+        from it.
+    """
+    with open_file(path) as (file, size):
+        header = file.read(_HEADER_BYTES)
+    version, at, group = 0, _NO_MAGIC_BYTES, 1
+    if header[:4] == MAGIC and len(header) == _HEADER_BYTES:
+        version, at = int.from_bytes(header[4:8], "little"), _HEADER_BYTES
+        if version not in (1, 2):
+            raise CheckpointError(f"{path}: llama2.c version {version} cannot be read; only 0, 1 and 2")
+        sizes, tied = header[8:36], header[36] != 0
+        group = int.from_bytes(header[37:41], "little") if version == 2 else 1
+    elif len(header) >= _NO_MAGIC_BYTES and header[:4] != MAGIC:
+        sizes, tied = header[:_NO_MAGIC_BYTES], struct.unpack_from("<i", header, 20)[0] > 0
+    else:
+        raise CheckpointError(f"{path}: {size} bytes are too few for a llama2.c header; get the file again")
+    config = _config(path, sizes, tied)
+    if group < 1 or config.hidden_size % group:
+        raise CheckpointError(f"{path}: group size {group} does not divide the width {config.hidden_size}")
+    blocks = list(_blocks(config, version, group))
+    expected = at + sum(block.copies * block.nbytes for block in blocks)
+    if size != expected:
+        raise CheckpointError(
+            f"{path}: has {size} bytes but its header asks for {expected}: it is truncated, or no llama2.c "
+            "model; get it again"
+        )
+    tensors = {}
+    for block in blocks:
+        for layer in range(block.copies):
+            name = block.name.format(layer=layer)
+            tensors[name] = TensorInfo(block.shape, block.dtype, block.nbytes, path, at)
+            at += block.nbytes
+    decode = functools.partial(_decode, group=group)
+    return Source("llama2c", path, why, config, tensors, decode, {"version": version})
+
+
+def _config(path: Path, sizes: bytes, tied: bool) -> LlamaConfig:
+    dim, hidden, layers, heads, kv_heads, vocab, context = struct.unpack("<7i", sizes)
+    try:
+        # The format has no place for eps and theta: its programs have these built in.
+        return LlamaConfig(
+            vocab_size=abs(vocab),
+            hidden_size=dim,
+            intermediate_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=context,
+            rms_norm_eps=1e-5,
+            rope_theta=10_000.0,
+            tie_word_embeddings=tied,
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: no llama2.c model, or a damaged one: {error}") from error
+
+
+class _Block(NamedTuple):
+    """A run of like tensors: one, or one for each layer."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    copies: int
+
+
+def _blocks(config: LlamaConfig, version: int, group: int) -> Iterator[_Block]:
+    """Yields what is in the file, in its order."""
+    leaves = {leaf.llama2c.removesuffix("[{layer}]"): leaf for leaf in LEAVES}
+    for name in _ORDER_0 if version == 0 else (*_NORMS, *_MATRICES):
+        if name in _ROTARY_TABLES:
+            positions, pairs = config.max_position_embeddings, config.head_dim // 2
+            yield _Block(name, (positions, pairs), "F32", 4 * positions * pairs, 1)
+        elif name != "wcls" or not config.tie_word_embeddings:
+            leaf = leaves[name]
+            shape = leaf.stored_shape(config)
+            copies, values = config.num_hidden_layers if leaf.per_layer else 1, math.prod(shape)
+            if version == 2 and name in _MATRICES:
+                yield _Block(leaf.llama2c, shape, _INT8, values + 4 * (values // group), copies)
+            else:
+                yield _Block(leaf.llama2c, shape, "F32", 4 * values, copies)
+
+
+def _decode(name: str, info: TensorInfo, raw: np.ndarray, *, group: int) -> np.ndarray:
+    """Turns a tensor's bytes into f32: floats, or int8 values and then a scale for each group of them."""
+    if info.dtype != _INT8:
+        return decode_floats(name, info, raw)
+    count = math.prod(info.shape)
+    values, scales = raw[:count].view(np.int8), raw[count:].view("<f4")
+    # An early export.py put all scales at the file's end, under the same version number.
+    if not (np.isfinite(scales).all() and (scales >= 0).all()):
+        raise CheckpointError(
+            f"{info.file}: tensor {quote(name)} has scales that are negative or not finite; the file is "
+            "damaged, or from an early export.py: export it again"
+        )
+    return (values.reshape(-1, group) * scales[:, None]).reshape(info.shape)

@@ -1,0 +1,202 @@
+"""THE one table of tensor names, and how a stored [out, in] matrix becomes a leaf of `params`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from llama_jax.config import LlamaConfig
+
+Format = Literal["hf", "meta", "gguf", "llama2c"]
+
+# Hugging Face rotates dimensions (i, i + H/2) together, as llama_jax does; the others (2i, 2i + 1).
+INTERLEAVED: frozenset[Format] = frozenset(("meta", "gguf", "llama2c"))
+
+
+def split_rotary_pairs(x: np.ndarray, *, inverse: bool = False) -> np.ndarray:
+    """Reorders rotary dimensions from interleaved pairs to split halves.
+
+    Dimension 2i goes to i, and 2i + 1 to i + H/2. Queries and keys reordered alike keep every
+    attention score, since RoPE (arXiv 2104.09864) turns each pair by an angle of its own.
+
+    Args:
+      x: [..., H], H even.
+      inverse: go back, from split halves to interleaved pairs.
+
+    Returns:
+      [..., H] in `x`'s dtype, a view where NumPy can give one.
+    """
+    pairs = (2, x.shape[-1] // 2) if inverse else (x.shape[-1] // 2, 2)
+    return x.reshape(*x.shape[:-1], *pairs).swapaxes(-1, -2).reshape(x.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One leaf of `params`: its place, its shape, and its name in every format.
+
+    Attributes:
+      path: keys from the root of `params`. Leaves under "layers" have a tensor for each layer.
+      axes: the leaf's dimensions, by letter, without the layer axis. "D->NH" is a matrix that maps D
+        to N*H: every format stores it transposed and flat, as [N*H, D]. Without an arrow, the leaf
+        is stored as it is.
+      hf, meta, gguf, llama2c: the stored name, with {layer} for the layer's number. llama2.c's
+        format has no names; these are the ones of its C program.
+      rotary: whether the last dimension of the leaf is rotated, so that the order of its pairs
+        depends on the format.
+    """
+
+    path: tuple[str, ...]
+    axes: str
+    hf: str
+    meta: str
+    gguf: str
+    llama2c: str
+    rotary: bool = False
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether every layer has its own."""
+        return self.path[0] == "layers"
+
+    def name(self, format: Format, layer: int | None = None) -> str:
+        """Returns the stored name in `format`."""
+        return str(getattr(self, format)).format(layer=layer)
+
+    def shape(self, config: LlamaConfig) -> tuple[int, ...]:
+        """Returns the leaf's shape without the layer axis."""
+        return _sizes(self.axes.replace("->", ""), config)
+
+    def stored_shape(self, config: LlamaConfig) -> tuple[int, ...]:
+        """Returns the shape that checkpoints store: [out, in] for a matrix."""
+        inputs, arrow, outputs = self.axes.partition("->")
+        if not arrow:
+            return _sizes(inputs, config)
+        return math.prod(_sizes(outputs, config)), math.prod(_sizes(inputs, config))
+
+    def from_stored(self, array: np.ndarray, config: LlamaConfig, format: Format) -> np.ndarray:
+        """Turns a tensor as `format` stores it into this leaf (of one layer).
+
+        Args:
+          array: `stored_shape(config)`, any dtype.
+
+        Returns:
+          `shape(config)` in the same dtype, C-contiguous; `array` itself where nothing changes.
+        """
+        if "->" in self.axes:
+            array = array.T
+        array = array.reshape(self.shape(config))
+        if self.rotary and format in INTERLEAVED:
+            array = split_rotary_pairs(array)
+        return np.ascontiguousarray(array)
+
+
+def _sizes(letters: str, config: LlamaConfig) -> tuple[int, ...]:
+    sizes = {
+        "V": config.vocab_size,
+        "D": config.hidden_size,
+        "F": config.intermediate_size,
+        "N": config.num_attention_heads,
+        "K": config.num_key_value_heads,
+        "H": config.head_dim,
+    }
+    return tuple(sizes[letter] for letter in letters)
+
+
+_EMBEDDING = Leaf(
+    ("embed", "embedding"),
+    "VD",
+    hf="model.embed_tokens.weight",
+    meta="tok_embeddings.weight",
+    gguf="token_embd.weight",
+    llama2c="token_embedding_table",
+)
+_FINAL_NORM = Leaf(
+    ("final_norm", "scale"),
+    "D",
+    hf="model.norm.weight",
+    meta="norm.weight",
+    gguf="output_norm.weight",
+    llama2c="rms_final_weight",
+)
+_LM_HEAD = Leaf(
+    ("lm_head", "kernel"),
+    "D->V",
+    hf="lm_head.weight",
+    meta="output.weight",
+    gguf="output.weight",
+    llama2c="wcls",
+)
+
+# The leaves of one layer, under params["layers"]. A star marks rotary ones.
+_LAYER_TABLE = """
+attention_norm.scale  D       input_layernorm           attention_norm   attn_norm    rms_att_weight
+attention.wq          D->NH*  self_attn.q_proj          attention.wq     attn_q       wq
+attention.wk          D->KH*  self_attn.k_proj          attention.wk     attn_k       wk
+attention.wv          D->KH   self_attn.v_proj          attention.wv     attn_v       wv
+attention.wo          NH->D   self_attn.o_proj          attention.wo     attn_output  wo
+ffn_norm.scale        D       post_attention_layernorm  ffn_norm         ffn_norm     rms_ffn_weight
+feed_forward.w_gate   D->F    mlp.gate_proj             feed_forward.w1  ffn_gate     w1
+feed_forward.w_up     D->F    mlp.up_proj               feed_forward.w3  ffn_up       w3
+feed_forward.w_down   F->D    mlp.down_proj             feed_forward.w2  ffn_down     w2
+"""
+
+
+def _layer_leaf(path: str, axes: str, hf: str, meta: str, gguf: str, llama2c: str) -> Leaf:
+    return Leaf(
+        ("layers", *path.split(".")),
+        axes.removesuffix("*"),
+        hf=f"model.layers.{{layer}}.{hf}.weight",
+        meta=f"layers.{{layer}}.{meta}.weight",
+        gguf=f"blk.{{layer}}.{gguf}.weight",
+        llama2c=f"{llama2c}[{{layer}}]",
+        rotary=axes.endswith("*"),
+    )
+
+
+LEAVES: tuple[Leaf, ...] = (
+    _EMBEDDING,
+    *(_layer_leaf(*row.split()) for row in _LAYER_TABLE.strip().splitlines()),
+    _FINAL_NORM,
+    _LM_HEAD,
+)
+
+# Tensors that checkpoints carry and that hold nothing new: rotary tables, which follow from the
+# configuration (GGUF's rope_freqs is read into it), and copies of a tied output projection.
+_HARMLESS: dict[Format, re.Pattern[str]] = {
+    "hf": re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
+    "meta": re.compile(r"rope\.freqs"),
+    "gguf": re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd(\.weight)?"),
+    "llama2c": re.compile(r"freq_cis_(real|imag)"),
+}
+
+
+class Entry(NamedTuple):
+    """One stored tensor that a checkpoint of a configuration must have; `layer` is None outside them."""
+
+    name: str
+    leaf: Leaf
+    layer: int | None
+
+
+def leaves(config: LlamaConfig) -> tuple[Leaf, ...]:
+    """Returns the leaves of `config`'s params: without the output projection where it is tied."""
+    return tuple(leaf for leaf in LEAVES if leaf is not _LM_HEAD or not config.tie_word_embeddings)
+
+
+def entries(config: LlamaConfig, format: Format) -> Iterator[Entry]:
+    """Yields every stored tensor that a checkpoint of `config` must have, layer by layer."""
+    for leaf in leaves(config):
+        layers = range(config.num_hidden_layers) if leaf.per_layer else (None,)
+        for layer in layers:
+            yield Entry(leaf.name(format, layer), leaf, layer)
+
+
+def is_harmless(name: str, config: LlamaConfig, format: Format) -> bool:
+    """Whether a checkpoint of `config` may hold a tensor `name` that no leaf reads."""
+    tied_copy = config.tie_word_embeddings and name == _LM_HEAD.name(format)
+    return tied_copy or _HARMLESS[format].fullmatch(name) is not None

@@ -1,0 +1,64 @@
+"""Decides which format a path holds, by looking at it, and opens it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llama_jax.errors import CheckpointError
+from llama_jax.weights.gguf import open_gguf
+from llama_jax.weights.gguf_header import MAGIC
+from llama_jax.weights.hf import open_hf
+from llama_jax.weights.llama2c import is_llama2c, open_llama2c
+from llama_jax.weights.source import Source, open_file, reason
+
+_READABLE = (
+    "a GGUF file, a Hugging Face directory with config.json and .safetensors files, or a llama2.c .bin"
+)
+
+
+def open_source(path: str | Path) -> Source:
+    """Opens a checkpoint: reads and checks its headers, and none of its tensors.
+
+    Args:
+      path: a GGUF file, a Hugging Face directory, or a llama2.c `.bin`. What it holds decides, not its
+        name; `Source.why` says how.
+
+    Raises:
+      CheckpointError: if nothing is there, the format is unknown, or the headers are malformed or
+        describe a model that llama_jax does not run.
+    """
+    path = Path(path).expanduser()
+    try:
+        if path.is_dir():
+            return _open_directory(path)
+        with open_file(path) as (file, _):
+            start = file.read(8)
+        if start.startswith(MAGIC):
+            return open_gguf(path, f"the file begins with {MAGIC.decode()}")
+        if is_llama2c(path):
+            return open_llama2c(path, "the file begins with a llama2.c header")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read: {reason(error)}") from error
+    raise CheckpointError(f"{path}: {_what_else(path, start)}; give {_READABLE}")
+
+
+def _open_directory(path: Path) -> Source:
+    if (path / "config.json").exists():
+        return open_hf(path, "the directory has a config.json")
+    models = sorted(entry.name for entry in path.iterdir() if entry.suffix in (".gguf", ".bin"))
+    if models:
+        raise CheckpointError(
+            f"{path}: a directory without config.json; give the path of a file in it: {models[0]}"
+        )
+    raise CheckpointError(f"{path}: a directory without config.json; give {_READABLE}")
+
+
+def _what_else(path: Path, start: bytes) -> str:
+    """Says what a file is that cannot be opened, where its beginning tells."""
+    if path.suffix == ".safetensors":
+        return "one file of a Hugging Face directory: give the directory"
+    if start.startswith((b"PK", b"\x80")):
+        return "a PyTorch pickle, which cannot be read"
+    if start[:4] in (b"tjgg", b"lmgg", b"fmgg"):
+        return "a file from before GGUF, which llama.cpp can convert"
+    return "empty" if not start else "no format that can be read"

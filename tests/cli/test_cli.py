@@ -1,0 +1,268 @@
+"""The command line's manners: what it prints where, and one line for whatever is wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import llama_jax as lj
+from llama_jax import cli
+from tests import tiny
+
+NEW = 6
+SMOL = "smollm2-135m"
+
+
+@pytest.fixture(scope="module")
+def tiny_path(tmp_path_factory):
+    return tiny.write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs one command line and returns its status, stdout and stderr."""
+
+    def run(*words, stdin=b""):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
+        status = cli.main([str(word) for word in words])
+        return SimpleNamespace(status=status, **dict(zip(("out", "err"), capsys.readouterr(), strict=True)))
+
+    return run
+
+
+def assert_error(done, *parts):
+    """Nothing on stdout, one line on stderr that has these parts, exit status 2."""
+    assert done.status == 2
+    assert done.out == ""
+    assert done.err.startswith("error: ")
+    assert done.err.count("\n") == 1
+    for part in parts:
+        assert str(part) in done.err
+
+
+# What it prints
+
+
+def test_generate_prints_prompt_and_continuation(run, tiny_path):
+    done = run("generate", tiny_path, "--prompt", "ab", "--max-new-tokens", NEW)
+    assert done.status == 0
+    assert done.out == "ab" + lj.load(tiny_path).generate("ab", max_new_tokens=NEW) + "\n"
+    assert done.err.count("\n") == 1
+    assert "prefill" in done.err
+    assert "decode" in done.err
+
+
+def test_generate_json_is_one_object(run, tiny_path):
+    words = ("generate", tiny_path, "--prompt", "ab", "--max-new-tokens", NEW)
+    done = run(*words, "--json")
+    result = json.loads(done.out)
+    assert done.out.count("\n") == 1
+    assert run(*words).out == result["prompt"] + result["text"] + "\n"
+    assert len(result["tokens"]) == NEW
+    assert result["finish_reason"] == "length"
+    assert result["decode_tokens_per_second"] > 0
+
+
+def test_generate_reads_stdin_and_text_that_begins_with_a_dash(run, tiny_path):
+    rest = ("--max-new-tokens", NEW, "--json")
+    assert json.loads(run("generate", tiny_path, "--prompt", "-", *rest, stdin=b"a b").out)["prompt"] == "a b"
+    assert json.loads(run("generate", tiny_path, "--prompt", "--ab", *rest).out)["prompt"] == "--ab"
+
+
+def test_generate_one_token_has_no_decoding_speed(run, tiny_path):
+    done = run("generate", tiny_path, "--prompt", "ab", "--max-new-tokens", 1, "--json")
+    assert json.loads(done.out)["decode_tokens_per_second"] is None
+
+
+def test_stories260k_prints_its_golden_text(run, shared_data):
+    folder = shared_data / "stories260K"
+    done = run("generate", folder / "stories260K.bin", "--prompt", "", "--max-new-tokens", 200)
+    assert done.out == (folder / "golden_greedy_200.txt").read_text().rstrip("\n") + "\n"
+
+
+def test_inspect_adds_up(run, tiny_path):
+    result = json.loads(run("inspect", tiny_path, "--batch", 3, "--length", 8, "--json").out)
+    c = tiny.CONFIG
+    assert result["format"] == "llama2c"
+    assert result["parameters"] == c.num_params == sum(result["parameters_by_part"].values())
+    assert result["weight_bytes"] == {"float32": 4 * c.num_params, "bfloat16": 2 * c.num_params}
+    assert result["kv_cache"]["bytes"]["float32"] == 4 * 2 * 2 * 3 * 8 * c.num_key_value_heads * c.head_dim
+    assert result["bytes_in_file"] == sum(group["bytes"] for group in result["tensors"])
+
+
+def test_inspect_groups_layers(run, tiny_path):
+    done = run("inspect", tiny_path)
+    assert done.status == 0
+    assert done.err == ""
+    assert len(done.out.splitlines()) < 60
+    assert f"{tiny.CONFIG.num_params:,}" in done.out
+
+
+def test_models_says_where_from_and_whether_here(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path))
+    (model,) = (model for model in json.loads(run("models", "--json").out)["models"] if model["name"] == SMOL)
+    assert model["licence"] == "Apache-2.0"
+    assert model["cached"] is False
+    done = run("models")
+    assert SMOL in done.out
+    assert model["requirement"] in done.out
+    assert "fetched on first use" in done.out
+
+
+def test_tokenizer_there_and_back(run, tiny_path):
+    encoded = json.loads(run("tokenizer", "encode", tiny_path, "ab a", "--json").out)
+    assert encoded["pieces"][0] == "<s>"
+    ids = run("tokenizer", "encode", tiny_path, stdin=b"ab a").out
+    assert ids.split() == [str(token) for token in encoded["ids"]]
+    assert run("tokenizer", "decode", tiny_path, *ids.split()).out == "ab a\n"
+    assert json.loads(run("tokenizer", "decode", tiny_path, "--json", stdin=ids.encode()).out) == {
+        "text": "ab a"
+    }
+    assert run("tokenizer", "decode", tiny_path, *ids.split(), "--special").out.startswith("<s>")
+
+
+def test_bench_measures(run, tiny_path):
+    words = ("bench", tiny_path, "--prompt-tokens", 4, "--new-tokens", 3, "--repeats", 1)
+    done = run(*words, "--json")
+    result = json.loads(done.out)
+    assert result["batch"] == 1
+    assert result["bytes_per_step"] > result["weight_bytes"] == 4 * tiny.CONFIG.num_params
+    assert result["bandwidth_share"] == pytest.approx(result["bytes_per_second"] / result["memory_bandwidth"])
+    assert result["peak_host_bytes"] >= result["peak_host_bytes_before_load"] > 0
+
+
+@pytest.mark.parametrize(
+    "verb", ["generate", "inspect", "models", "bench", "tokenizer encode", "tokenizer decode"]
+)
+def test_help_teaches_by_example(run, verb):
+    done = run(*verb.split(), "--help")
+    assert done.status == 0
+    assert f"llama-jax {verb}" in done.out.partition("examples:")[2]
+
+
+def test_the_process_itself(tiny_path):
+    words = [sys.executable, "-m", "llama_jax.cli", "tokenizer"]
+    good = subprocess.run([*words, "encode", tiny_path, "ab"], capture_output=True, text=True)
+    assert (good.returncode, good.stderr) == (0, "")
+    bad = subprocess.run([*words, "decode", tiny_path, "9999"], capture_output=True, text=True)
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr.startswith("error: ")
+    assert bad.stderr.count("\n") == 1
+
+
+def test_a_reader_that_goes_away_is_no_error(tiny_path):
+    words = [sys.executable, "-m", "llama_jax.cli", "inspect", tiny_path, "--json"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+
+
+def test_interrupting_is_no_error(run, monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llama_jax.cli.models.run", interrupt)
+    done = run("models")
+    assert done.status == 130
+    assert "Traceback" not in done.err
+
+
+# Bad usage
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["generte", "x"], ["generte", "did you mean generate?"]),
+        (["--verbose"], ["--verbose", "generate"]),
+        (["generate"], ["missing", "MODEL", "--prompt", "--help"]),
+        (["generate", "m", "--promt", "x"], ["--promt", "did you mean --prompt?"]),
+        (["generate", "m", "--zzz"], ["--zzz", "--help"]),
+        (["generate", "m", "--prompt"], ["--prompt", "expected one argument"]),
+        (["generate", "m", "--prompt", "x", "more"], ["unexpected", "more"]),
+        (["generate", "m", "--prompt", "x", "--temperature", "hot"], ["--temperature", "hot", "number"]),
+        (["generate", "m", "--prompt", "x", "--top-k", "1.5"], ["--top-k", "1.5", "whole"]),
+        (
+            ["generate", "m", "--prompt", "x", "--max-new-tokens", "0"],
+            ["--max-new-tokens", "0", "at least 1"],
+        ),
+        (["generate", "m", "--prompt", "x", "--dtype", "int3"], ["--dtype", "int3", "bfloat16"]),
+        (["inspect", "m", "--length", "-1"], ["--length", "-1", "at least 1"]),
+        (["tokenizer", "encod", "m"], ["encod", "did you mean encode?"]),
+        (["tokenizer", "decode", "m", "twelve"], ["twelve", "whole numbers"]),
+    ],
+)
+def test_bad_usage(run, words, parts):
+    assert_error(run(*words), *parts)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("verb", ["generate", "inspect", "bench", "tokenizer encode"])
+def test_no_such_model(run, tmp_path, verb):
+    rest = ["--prompt", "x"] if verb == "generate" else []
+    assert_error(run(*verb.split(), tmp_path / "nothing.gguf", *rest), tmp_path / "nothing.gguf", SMOL)
+    assert_error(run(*verb.split(), "smollm2-135", *rest), "smollm2-135", f"did you mean {SMOL}?")
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--temperature", "-1"], ["temperature", "-1"]),
+        (["--temperature", "nan"], ["temperature", "nan"]),
+        (["--top-p", "0"], ["top_p", "0"]),
+        (["--top-p", "1.5"], ["top_p", "1.5"]),
+        (["--top-k", "-1"], ["top_k", "-1"]),
+        (["--min-p", "2"], ["min_p", "2"]),
+        (["--repetition-penalty", "0"], ["repetition_penalty", "0"]),
+        (["--max-new-tokens", "1000"], ["1000", tiny.CONFIG.max_position_embeddings]),
+        (["--prompt", "a" * 40], ["41", tiny.CONFIG.max_position_embeddings]),
+        (["--prompt", "lone \udc80 surrogate"], ["surrogate"]),
+    ],
+)
+def test_bad_generation(run, tiny_path, options, parts):
+    assert_error(run("generate", tiny_path, "--prompt", "ab", *options), *parts)
+
+
+def test_stdin_that_is_not_text(run, tiny_path):
+    assert_error(run("generate", tiny_path, "--prompt", "-", stdin=b"ab\xff"), "UTF-8", "0xff", "offset 2")
+
+
+def test_an_empty_prompt_where_no_token_begins_a_text(run, smollm2_path):
+    assert_error(run("generate", smollm2_path, "--prompt", ""), "prompt is empty")
+
+
+@pytest.mark.parametrize("verb", ["generate", "inspect", "bench"])
+def test_a_truncated_checkpoint(run, tmp_path, verb):
+    path = tiny.write_model(tmp_path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    rest = ["--prompt", "x"] if verb == "generate" else []
+    assert_error(run(verb, path, *rest), path)
+
+
+def test_a_file_that_is_no_checkpoint(run, tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("hello")
+    assert_error(run("inspect", path), path)
+
+
+def test_a_vocabulary_of_another_size(run, tmp_path):
+    path = tiny.write_model(tmp_path)
+    tiny.write_vocabulary(tmp_path / "tok.bin", tiny.PIECES[:-1])
+    assert_error(run("generate", path, "--prompt", "a"), tiny.CONFIG.vocab_size, tiny.CONFIG.vocab_size - 1)
+
+
+def test_ids_out_of_range(run, tiny_path):
+    assert_error(run("tokenizer", "decode", tiny_path, "9999"), "9999", tiny.CONFIG.vocab_size)
+    assert_error(run("tokenizer", "decode", tiny_path, "-1"), "-1")
+
+
+def test_bench_needs_two_new_tokens(run, tiny_path):
+    assert_error(run("bench", tiny_path, "--new-tokens", 1), "new_tokens", "at least 2")

@@ -1,0 +1,57 @@
+"""Random small Llamas, the subjects of the laws."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+import llama_jax as lj
+
+
+def random_config(seed: int) -> lj.LlamaConfig:
+    """A small configuration: any grouping of heads, tied or not, any rope scaling."""
+    rng = np.random.default_rng(seed)
+    kv_heads = int(rng.choice([1, 2, 4]))
+    group = int(rng.choice([1, 2, 3]))
+    scaling = rng.choice(
+        np.array(
+            [
+                None,
+                lj.RopeScaling("linear", 2.0),
+                lj.RopeScaling("ntk", 4.0),
+                lj.RopeScaling("yarn", 4.0, original_max_position_embeddings=32),
+                lj.RopeScaling("llama3", 8.0, original_max_position_embeddings=32),
+            ],
+            dtype=object,
+        )
+    )
+    return lj.LlamaConfig(
+        vocab_size=int(rng.integers(50, 300)),
+        hidden_size=int(rng.choice([32, 48, 64])),
+        intermediate_size=int(rng.choice([64, 96])),
+        num_hidden_layers=int(rng.integers(1, 4)),
+        num_attention_heads=kv_heads * group,
+        num_key_value_heads=kv_heads,
+        head_dim=int(rng.choice([8, 16])),
+        max_position_embeddings=256,
+        rms_norm_eps=float(rng.choice([1e-5, 1e-6])),
+        rope_theta=float(rng.choice([1e4, 1e5, 5e5])),
+        rope_scaling=scaling,
+        tie_word_embeddings=bool(rng.integers(2)),
+    )
+
+
+def random_model(seed: int, config: lj.LlamaConfig | None = None) -> tuple[lj.LlamaConfig, dict]:
+    """A configuration and parameters large enough (deviation 0.2) that the logits are far apart."""
+    config = random_config(seed) if config is None else config
+    params = lj.init(config, jax.random.key(seed))
+    keys = iter(jax.random.split(jax.random.key(seed + 1000), len(jax.tree.leaves(params))))
+    return config, jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params)
+
+
+def random_prompts(seed: int, config: lj.LlamaConfig, lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts [B, max(lengths)] padded on the right with ids outside the vocabulary, and their lengths."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, config.vocab_size, (len(lengths), max(lengths)))
+    padding = np.arange(max(lengths)) >= np.array(lengths)[:, None]
+    return np.where(padding, config.vocab_size + 7, tokens).astype(np.int32), np.array(lengths, np.int32)

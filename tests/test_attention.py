@@ -1,0 +1,131 @@
+"""Attention: grouping, masks, and blockwise = xla in value and gradient."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.attention import Where, attention
+from llama_jax.errors import ConfigError
+
+
+def inputs(seed, *, batch=2, length=13, keys=None, heads=6, kv_heads=3, head_dim=8, dtype=jnp.float32):
+    key_q, key_k, key_v = jax.random.split(jax.random.key(seed), 3)
+    keys = length if keys is None else keys
+    q = jax.random.normal(key_q, (batch, length, heads, head_dim), dtype)
+    k = jax.random.normal(key_k, (batch, kv_heads, keys, head_dim), dtype)
+    v = jax.random.normal(key_v, (batch, kv_heads, keys, head_dim), dtype)
+    return q, k, v
+
+
+def causal(batch, length, segments=None):
+    at = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    return Where(at, at, segments, segments)
+
+
+def by_hand(q, k, v, allowed):
+    """softmax(q k^T / sqrt(H)) v in loops of numpy f64; allowed: bool [B, T, S]."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    batch, length, heads, head_dim = q.shape
+    out = np.zeros_like(q)
+    for b in range(batch):
+        for t in range(length):
+            for n in range(heads):
+                group = n // (heads // k.shape[1])
+                scores = np.where(allowed[b, t], k[b, group] @ q[b, t, n] / np.sqrt(head_dim), -np.inf)
+                weights = np.exp(scores - scores.max())
+                out[b, t, n] = weights / weights.sum() @ v[b, group]
+    return out
+
+
+@pytest.mark.parametrize("backend", ["xla", "blockwise"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
+def test_is_the_papers_formula_for_every_grouping(backend, kv_heads):
+    q, k, v = inputs(0, kv_heads=kv_heads)
+    out = attention(q, k, v, causal(2, 13), backend=backend, block_size=4)
+    allowed = np.tril(np.ones((2, 13, 13), bool))
+    np.testing.assert_allclose(out, by_hand(q, k, v, allowed), atol=2e-6)
+
+
+@pytest.mark.parametrize("heads", [4, 8])
+def test_equal_heads_are_multi_head_and_one_is_multi_query(heads):
+    """K = N is multi-head attention on repeated keys; K = 1 is the same with one repeated everywhere."""
+    q, k, v = inputs(1, heads=heads, kv_heads=1)
+    where = causal(2, 13)
+    repeated = attention(q, jnp.repeat(k, heads, 1), jnp.repeat(v, heads, 1), where)
+    np.testing.assert_allclose(attention(q, k, v, where), repeated, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["xla", "blockwise"])
+def test_segments_do_not_see_each_other(backend):
+    q, k, v = inputs(2)
+    segments = jnp.array([[0] * 5 + [1] * 8, [3] * 13])
+    out = attention(q, k, v, causal(2, 13, segments), backend=backend, block_size=4)
+    alone = attention(q[:1, 5:], k[:1, :, 5:], v[:1, :, 5:], causal(1, 8), backend=backend, block_size=4)
+    np.testing.assert_allclose(out[0, 5:], alone[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["xla", "blockwise"])
+def test_keys_beyond_the_query_do_not_matter(backend):
+    """Cached keys: more of them than queries, the rest unwritten."""
+    q, k, v = inputs(3, length=3, keys=20)
+    at = jnp.array([[4, 5, 6], [9, 10, 11]])
+    where = Where(at, jnp.broadcast_to(jnp.arange(20), (2, 20)))
+    out = attention(q, k, v, where, backend=backend, block_size=8)
+    again = attention(
+        q, k.at[:, :, 12:].set(1e4), v.at[:, :, 12:].set(1e4), where, backend=backend, block_size=8
+    )
+    np.testing.assert_array_equal(out, again)
+
+
+@pytest.mark.parametrize(("length", "block"), [(13, 4), (16, 4), (16, 16), (5, 512), (17, 1)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_blockwise_is_xla_in_value_and_gradient(length, block, packed):
+    q, k, v = inputs(4, length=length)
+    segments = (
+        jnp.cumsum(jax.random.bernoulli(jax.random.key(5), 0.2, (2, length)), axis=1) if packed else None
+    )
+    where = causal(2, length, segments)
+    weight = jax.random.normal(jax.random.key(6), q.shape)
+
+    def total(backend):
+        return lambda q, k, v: (weight * attention(q, k, v, where, backend=backend, block_size=block)).sum()
+
+    value, grads = jax.value_and_grad(total("xla"), (0, 1, 2))(q, k, v)
+    block_value, block_grads = jax.jit(jax.value_and_grad(total("blockwise"), (0, 1, 2)))(q, k, v)
+    np.testing.assert_allclose(block_value, value, rtol=1e-5)
+    for got, expected in zip(block_grads, grads, strict=True):
+        np.testing.assert_allclose(got, expected, atol=5e-6)
+
+
+def test_blockwise_gradients_are_those_of_finite_differences():
+    q, k, v = inputs(7, batch=1, length=5, heads=2, kv_heads=1, head_dim=4)
+    run = lambda q, k, v: attention(q, k, v, causal(1, 5), backend="blockwise", block_size=2)  # noqa: E731
+    jax.test_util.check_grads(run, (q, k, v), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+
+
+def test_blockwise_never_holds_the_scores_of_a_sequence():
+    q, k, v = inputs(8, batch=1, length=512, heads=2, kv_heads=1)
+
+    def compiled(backend):
+        run = lambda q, k, v: attention(q, k, v, causal(1, 512), backend=backend, block_size=64).sum()  # noqa: E731
+        return jax.jit(jax.grad(run, (0, 1, 2))).lower(q, k, v).compile().as_text()
+
+    assert "f32[1,1,2,512,512]" in compiled("xla").replace(" ", "") or "512,512]" in compiled("xla")
+    assert "512,512]" not in compiled("blockwise")
+
+
+def test_bf16_output_is_close_to_f32():
+    q, k, v = inputs(9, dtype=jnp.bfloat16)
+    exact = attention(*(x.astype(jnp.float32) for x in (q, k, v)), causal(2, 13))
+    for backend in ("xla", "blockwise"):
+        out = attention(q, k, v, causal(2, 13), backend=backend, block_size=4)
+        assert out.dtype == jnp.bfloat16
+        np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.03)
+
+
+def test_names_an_unknown_backend():
+    with pytest.raises(ConfigError, match="'flash' is unknown; use one of xla, blockwise"):
+        attention(*inputs(0), causal(2, 13), backend="flash")

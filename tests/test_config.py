@@ -1,0 +1,92 @@
+"""LlamaConfig: the published sizes, and an error for everything that cannot be a Llama."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import pytest
+
+import llama_jax as lj
+from llama_jax.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("LLAMA_7B", 6_738_415_616),
+        ("LLAMA_13B", 13_015_864_320),
+        ("LLAMA_30B", 32_528_943_616),
+        ("LLAMA_65B", 65_285_660_672),
+        ("LLAMA2_7B", 6_738_415_616),
+        ("LLAMA2_13B", 13_015_864_320),
+        ("LLAMA2_70B", 68_976_648_192),
+        ("SMOLLM2_135M", 134_515_008),
+    ],
+)
+def test_published_parameter_counts(name, count):
+    config = getattr(lj.presets, name)
+    assert config.num_params == count
+    shapes = jax.eval_shape(lambda key: lj.init(config, key), jax.random.key(0))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == count
+
+
+def test_only_the_70b_of_llama_2_is_grouped():
+    assert lj.presets.LLAMA2_70B.num_key_value_heads == 8
+    assert lj.presets.LLAMA2_13B.num_key_value_heads == lj.presets.LLAMA2_13B.num_attention_heads
+
+
+def test_is_frozen_hashable_and_rechecked_on_replace():
+    config = lj.presets.TINY
+    assert hash(config) == hash(config.replace()) and config == config.replace()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.vocab_size = 3
+    with pytest.raises(ConfigError, match="vocab_size is 0"):
+        config.replace(vocab_size=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": -4}, "hidden_size is -4"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5"),
+        ({"vocab_size": True}, "vocab_size is True"),
+        (
+            {"num_attention_heads": 3, "num_key_value_heads": 2, "head_dim": 8},
+            "3 is not a multiple of num_key_value_heads 2",
+        ),
+        ({"hidden_size": 65, "head_dim": None}, "hidden_size 65 is not a multiple of num_attention_heads 8"),
+        ({"head_dim": 7}, "head_dim is 7"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0"),
+        ({"rope_theta": math.inf}, "rope_theta is inf"),
+        ({"rope_theta": math.nan}, "rope_theta is nan"),
+    ],
+)
+def test_says_what_cannot_work(changes, message):
+    with pytest.raises(ConfigError) as error:
+        lj.presets.TINY.replace(**changes)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "cubic", "factor": 2.0}, "rope_scaling.kind is 'cubic'"),
+        ({"kind": "linear", "factor": 0.5}, "rope_scaling.factor is 0.5"),
+        ({"kind": "linear", "factor": math.nan}, "rope_scaling.factor is nan"),
+        ({"kind": "yarn", "factor": 2.0}, "original_max_position_embeddings is None"),
+        (
+            {"kind": "llama3", "factor": 2.0, "original_max_position_embeddings": 8, "high_freq_factor": 1.0},
+            "high_freq_factor > low_freq_factor",
+        ),
+        (
+            {"kind": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "beta_slow": 64.0},
+            "beta_fast > beta_slow",
+        ),
+    ],
+)
+def test_says_which_rope_scaling_cannot_work(arguments, message):
+    with pytest.raises(ConfigError) as error:
+        lj.RopeScaling(**arguments)
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,235 @@
+"""Decoding's laws: a row depends on itself alone, and generate is a pure function like any other."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import llama_jax as lj
+from llama_jax import decode
+from llama_jax.errors import InputError
+from tests.random_models import random_model, random_prompts
+
+GREEDY = lj.Sampling(temperature=0.0)
+RANDOM = lj.Sampling(temperature=0.9, top_k=20, top_p=0.95, repetition_penalty=1.1)
+KEY = jax.random.key(0)
+
+
+def by_forward(config, params, prompt, count):
+    """Greedy decoding the slow way: the whole text through `forward` for every token."""
+    text = list(prompt)
+    forward = jax.jit(lambda tokens: lj.forward(config, params, tokens))
+    for _ in range(count):
+        padded = np.zeros((1, len(prompt) + count), np.int32)
+        padded[0, : len(text)] = text
+        text.append(int(forward(padded)[0, len(text) - 1].argmax()))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_greedy_is_argmax_of_forward(seed):
+    config, params = random_model(seed)
+    tokens, lengths = random_prompts(seed, config, [5, 9])
+    out = lj.generate(config, params, tokens, lengths, KEY, GREEDY, max_new_tokens=8)
+    for row in range(2):
+        assert out.tokens[row].tolist() == by_forward(config, params, tokens[row, : lengths[row]], 8)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, RANDOM], ids=["greedy", "random"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_row_in_a_ragged_batch_is_the_row_alone(seed, sampling):
+    config, params = random_model(seed)
+    tokens, lengths = random_prompts(seed, config, [3, 17, 1, 9])
+    keys = jax.random.split(KEY, 4)
+    together = lj.generate(config, params, tokens, lengths, keys, sampling, max_new_tokens=8, eos_id=3)
+    for row in range(4):
+        prompt = tokens[row : row + 1, : lengths[row]]
+        alone = lj.generate(
+            config,
+            params,
+            prompt,
+            lengths[row : row + 1],
+            keys[row : row + 1],
+            sampling,
+            max_new_tokens=8,
+            eos_id=3,
+        )
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+        assert alone.lengths[0] == together.lengths[row]
+
+
+def test_padding_does_not_matter():
+    config, params = random_model(5)
+    tokens, lengths = random_prompts(5, config, [4, 7])
+    more = np.concatenate([tokens, np.full((2, 30), -5, np.int32)], axis=1)
+    unpadded = lj.generate(config, params, tokens, lengths, KEY, RANDOM, max_new_tokens=6)
+    padded = lj.generate(config, params, more, lengths, KEY, RANDOM, max_new_tokens=6)
+    np.testing.assert_array_equal(padded.tokens, unpadded.tokens)
+    np.testing.assert_allclose(padded.logprobs, unpadded.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, RANDOM], ids=["greedy", "random"])
+def test_log_probabilities_are_those_of_forward(sampling):
+    config, params = random_model(6)
+    tokens, lengths = random_prompts(6, config, [6, 6])
+    out = lj.generate(config, params, tokens, lengths, KEY, sampling, max_new_tokens=7)
+    text = np.concatenate([tokens, out.tokens], axis=1)
+    logprobs = jax.nn.log_softmax(lj.forward(config, params, text))[:, 5:-1]
+    picked = np.take_along_axis(np.asarray(logprobs), np.asarray(out.tokens)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(out.logprobs, picked, atol=2e-5)
+
+
+def test_a_row_ends_with_any_of_its_end_tokens_and_the_loop_with_the_last_row():
+    config, params = random_model(1)
+    tokens, lengths = random_prompts(1, config, [5, 8])
+    free = lj.generate(config, params, tokens, lengths, KEY, GREEDY, max_new_tokens=10)
+    ends = [int(free.tokens[0, 2]), int(free.tokens[1, 5])]
+    out = lj.generate(config, params, tokens, lengths, KEY, GREEDY, max_new_tokens=10, eos_id=ends)
+    for row in range(2):
+        length = 1 + next(i for i, token in enumerate(free.tokens[row].tolist()) if token in ends)
+        assert out.lengths[row] == length
+        assert out.tokens[row].tolist() == free.tokens[row, :length].tolist() + [0] * (10 - length)
+        assert not np.any(out.logprobs[row, length:])
+    state = decode.prefill(config, params, tokens, lengths, KEY, GREEDY, max_new_tokens=10, eos_id=ends)
+    while not state.done.all():
+        state = decode.step(config, lj.unstack(params), state)
+    assert state.count == out.lengths.max()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, RANDOM], ids=["greedy", "random"])
+def test_stream_yields_what_generate_returns(sampling):
+    config, params = random_model(2)
+    tokens, lengths = random_prompts(2, config, [5, 8])
+    out = lj.generate(config, params, tokens, lengths, KEY, sampling, max_new_tokens=12, eos_id=[1, 7, 30])
+    steps = list(
+        lj.stream(config, params, tokens, lengths, KEY, sampling, max_new_tokens=12, eos_id=[1, 7, 30])
+    )
+    streamed = np.stack([token for token, _ in steps], axis=1)
+    live = np.stack([live for _, live in steps], axis=1)
+    np.testing.assert_array_equal(streamed, out.tokens[:, : streamed.shape[1]])
+    np.testing.assert_array_equal(live.sum(1), out.lengths)
+
+
+def test_works_inside_jit_and_under_vmap_over_keys():
+    config, params = random_model(3)
+    tokens, lengths = random_prompts(3, config, [5, 8])
+
+    @jax.jit
+    def program(params, tokens, keys, temperature):
+        sample = lambda key: lj.generate(  # noqa: E731
+            config, params, tokens, lengths, key, lj.Sampling(temperature=temperature), max_new_tokens=6
+        )
+        return jax.vmap(sample)(keys)
+
+    keys = jax.random.split(KEY, 3)
+    out = program(params, tokens, keys, 0.7)
+    assert out.tokens.shape == (3, 2, 6)
+    for i in range(3):
+        alone = lj.generate(
+            config, params, tokens, lengths, keys[i], lj.Sampling(temperature=0.7), max_new_tokens=6
+        )
+        np.testing.assert_array_equal(out.tokens[i], alone.tokens)
+
+
+def test_works_inside_shard_map():
+    config, params = random_model(3)
+    tokens, lengths = random_prompts(3, config, [5, 8, 2, 11, 6, 6, 7, 1])
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    keys = jax.random.split(KEY, 8)
+
+    def rows(params, tokens, lengths, keys):
+        return lj.generate(config, params, tokens, lengths, keys, RANDOM, max_new_tokens=5).tokens
+
+    split = jax.shard_map(
+        rows, mesh=mesh, in_specs=(P(), P("rows"), P("rows"), P("rows")), out_specs=P("rows"), check_vma=False
+    )
+    expected = lj.generate(config, params, tokens, lengths, keys, RANDOM, max_new_tokens=5)
+    np.testing.assert_array_equal(jax.jit(split)(params, tokens, lengths, keys), expected.tokens)
+
+
+def test_64_prompt_lengths_and_any_setting_compile_at_most_8_programs():
+    config, params = random_model(0)
+    config = config.replace(max_position_embeddings=2048, num_hidden_layers=1)
+    params = {**params, "layers": lj.unstack(params)["layers"][:1]}
+    before = decode._generate._cache_size()
+    rng = np.random.default_rng(0)
+    for length in np.linspace(1, 1500, 64).astype(int):
+        tokens, lengths = random_prompts(0, config, [int(length)])
+        sampling = lj.Sampling(
+            temperature=float(rng.uniform(0, 2)),
+            top_k=int(rng.integers(0, 9)),
+            top_p=float(rng.uniform(0.1, 1)),
+        )
+        eos = list(range(int(rng.integers(0, 5))))
+        lj.generate(
+            config, params, tokens, lengths, jax.random.key(length), sampling, max_new_tokens=2, eos_id=eos
+        )
+    assert decode._generate._cache_size() - before <= 8
+
+
+def test_the_compiled_loop_never_copies_the_cache_or_a_weight():
+    config, params = random_model(0, lj.presets.TINY)
+    tokens, lengths = random_prompts(0, config, [16, 16, 9])
+    end = decode._end_ids(None)
+    compiled = decode._generate.lower(
+        config, lj.unstack(params), tokens, lengths, KEY, GREEDY, end, max_new_tokens=100
+    ).compile()
+    text = compiled.as_text()
+    cache = f"f32[3,{config.num_key_value_heads},116,{config.head_dim}]"
+    assert cache in text
+    body = re.search(r"while\(.*?body=%?([\w.\-]+)", max(re.findall(r".*while\(.*", text), key=len)).group(1)
+    lines = re.search(rf"^%?{re.escape(body)} .*?^}}", text, re.M | re.S).group(0)
+    copies = re.findall(rf"= ({re.escape(cache)}|f32\[64,\S*?|f32\[160,\S*?)\S* copy\(", lines)
+    assert not copies, f"the decode loop copies {copies}"
+
+
+MODEL = random_model(0, lj.presets.TINY)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lengths": [0, 3]}, "lengths is 0 in row 0: an empty prompt"),
+        ({"lengths": [3, 9]}, "lengths is 9 in row 1: longer than tokens, which holds 4 a row"),
+        ({"lengths": [3]}, "lengths has shape (1,); it must be [2]"),
+        (
+            {"tokens": [[1, 2, 3, 4], [1, 256, 3, 4]]},
+            "token id 256 in row 1, position 1 is outside the vocabulary of 256",
+        ),
+        ({"tokens": [[1, -2, 3, 4], [1, 2, 3, 4]]}, "token id -2 in row 0, position 1"),
+        ({"tokens": [1, 2, 3]}, "tokens has shape (3,); it must be [batch, length]"),
+        ({"tokens": np.zeros((2, 0), int)}, "a prompt needs at least one token"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        (
+            {"max_new_tokens": 254},
+            "a prompt of 3 tokens and max_new_tokens 254 need 257 positions; the model's context has 256",
+        ),
+        ({"sampling": lj.Sampling(temperature=-1.0)}, "temperature is -1.0"),
+        ({"sampling": lj.Sampling(top_p=np.zeros(3))}, "top_p has shape (3,)"),
+        ({"key": jax.random.split(KEY, 3)}, "key has shape (3,); give one key, or one for each of 2 rows"),
+    ],
+)
+def test_says_what_cannot_work(arguments, message):
+    given = {
+        "tokens": [[1, 2, 3, 4], [5, 6, 7, 8]],
+        "lengths": [3, 3],
+        "key": KEY,
+        "sampling": GREEDY,
+        "max_new_tokens": 4,
+    } | arguments
+    config, params = MODEL
+    with pytest.raises(InputError) as error:
+        lj.generate(
+            config,
+            params,
+            np.array(given["tokens"]),
+            np.array(given["lengths"]),
+            given["key"],
+            given["sampling"],
+            max_new_tokens=given["max_new_tokens"],
+        )
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,62 @@
+"""Cross-entropy: chunks change nothing, masks and segments count as documented, memory stays small."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llama_jax as lj
+from tests.random_models import random_model, random_prompts
+
+CONFIG, PARAMS = random_model(0)
+TOKENS, _ = random_prompts(0, CONFIG, [12, 12])
+
+
+def by_hand(params, mask):
+    """-log softmax(forward) of the next token, all logits at once."""
+    logprobs = jax.nn.log_softmax(lj.forward(CONFIG, params, TOKENS))[:, :-1]
+    picked = jnp.take_along_axis(logprobs, TOKENS[:, 1:, None], axis=-1)[..., 0]
+    return -(picked * mask[:, 1:]).sum() / mask[:, 1:].sum()
+
+
+@pytest.mark.parametrize("chunks", [1, 4, 5, 100])
+def test_is_masked_next_token_cross_entropy_in_any_number_of_chunks(chunks):
+    mask = np.asarray(jax.random.uniform(jax.random.key(1), TOKENS.shape) * (TOKENS % 3 > 0), np.float32)
+    expected, grads = jax.value_and_grad(by_hand)(PARAMS, mask)
+    mean = lambda p: lj.next_token_loss(CONFIG, p, TOKENS, mask, num_chunks=chunks).mean  # noqa: E731
+    value, got = jax.value_and_grad(mean)(PARAMS)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, grads)
+
+
+def test_packed_documents_have_the_loss_of_separate_ones():
+    apart = lj.next_token_loss(CONFIG, PARAMS, TOKENS)
+    positions = np.tile(np.arange(12), 2)[None]
+    packed = lj.next_token_loss(
+        CONFIG, PARAMS, TOKENS.reshape(1, 24), positions=positions, segment_ids=np.repeat([0, 1], 12)[None]
+    )
+    np.testing.assert_allclose(packed.total, apart.total, rtol=1e-5)
+    assert packed.count == apart.count == 22
+
+
+def test_nothing_counted_is_zero_and_not_a_nan():
+    empty = lj.next_token_loss(CONFIG, PARAMS, TOKENS, np.zeros(TOKENS.shape, bool))
+    assert empty.mean == 0 and empty.count == 0
+
+
+def test_the_logits_of_a_sequence_never_exist_at_once():
+    config = lj.presets.TINY.replace(vocab_size=20_000)
+    params = jax.eval_shape(lambda key: lj.init(config, key), jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+
+    def peak(chunks):
+        mean = lambda p, t: lj.next_token_loss(config, p, t, num_chunks=chunks, remat="full").mean  # noqa: E731
+        compiled = jax.jit(jax.grad(mean)).lower(params, tokens).compile()
+        return compiled.memory_analysis().temp_size_in_bytes, compiled.as_text()
+
+    whole, whole_text = peak(1)
+    chunked, text = peak(8)
+    assert "f32[2,128,20000]" in whole_text and "f32[2,128,20000]" not in text
+    assert chunked < whole - 2 * 128 * 20_000 * 4

@@ -1,0 +1,131 @@
+"""The model's laws: cached = uncached, packed = separate, remat and unstacking change nothing."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llama_jax as lj
+from llama_jax import cache as kv
+from llama_jax.errors import ConfigError
+from llama_jax.model import forward_cached
+from tests.random_models import random_model, random_prompts
+
+SEEDS = range(6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_cached_is_uncached_at_every_position(seed):
+    config, params = random_model(seed)
+    tokens, _ = random_prompts(seed, config, [14, 14])
+    expected = lj.forward(config, params, tokens)
+    scale = jnp.abs(expected).max()
+
+    weights = lj.unstack(params)
+    cache = kv.init_cache(config, 2, 20, jnp.float32)
+    run = jax.jit(lambda tokens, start, cache: forward_cached(config, weights, tokens, start, cache))
+    logits, cache = run(tokens[:, :5], jnp.zeros(2, jnp.int32), cache)
+    pieces = [logits]
+    for at in range(5, 14):
+        logits, cache = run(tokens[:, at : at + 1], jnp.full(2, at), cache)
+        pieces.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(pieces, 1) / scale, expected / scale, atol=2e-6)
+
+
+def test_rows_may_stand_at_different_positions_in_the_cache():
+    config, params = random_model(7)
+    tokens, _ = random_prompts(7, config, [12, 12])
+    expected = lj.forward(config, params, tokens)
+    weights = lj.unstack(params)
+    cache = kv.init_cache(config, 2, 16, jnp.float32)
+    _, cache = forward_cached(config, weights, tokens[:, :10], jnp.zeros(2, jnp.int32), cache)
+    start = np.array([10, 4])  # row 1 goes back and writes over what it had
+    now = np.stack([tokens[0, 10:12], tokens[1, 4:6]])
+    logits, _ = forward_cached(config, weights, now, start, cache)
+    np.testing.assert_allclose(logits, np.stack([expected[0, 10:12], expected[1, 4:6]]), atol=2e-5)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_packed_documents_are_separate_documents(seed):
+    config, params = random_model(seed)
+    (a, b), _ = random_prompts(seed, config, [9, 9])
+    packed = np.concatenate([a, b])[None]
+    positions = np.concatenate([np.arange(9), np.arange(9)])[None]
+    segments = np.repeat([0, 1], 9)[None]
+    together = lj.forward(config, params, packed, positions, segments)[0]
+    alone = lj.forward(config, params, np.stack([a, b])).reshape(18, -1)
+    np.testing.assert_allclose(together, alone, atol=2e-6 * float(jnp.abs(alone).max()))
+
+
+@pytest.mark.parametrize("backend", ["xla", "blockwise"])
+@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
+def test_remat_backend_and_unstacking_change_nothing(remat, backend):
+    config, params = random_model(3)
+    tokens, _ = random_prompts(3, config, [12, 12])
+
+    def mean(params, **options):
+        return jnp.square(lj.forward(config, params, tokens, **options)).mean()
+
+    value, grads = jax.value_and_grad(mean)(params)
+    options = {"remat": remat, "attention_backend": backend}
+    got_value, got = jax.value_and_grad(lambda p: mean(p, **options))(params)
+    unstacked_value, unstacked = jax.value_and_grad(lambda p: mean(p, **options))(lj.unstack(params))
+    np.testing.assert_allclose([got_value, unstacked_value], value, rtol=1e-5)
+    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), got, grads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), unstacked, lj.unstack(grads)
+    )
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_full_remat_recomputes_the_forward_pass(policy):
+    """The policy must reach the compiled program: full remat multiplies where none reads what was kept."""
+    config, params = random_model(2)
+    tokens, _ = random_prompts(2, config, [16])
+    mean = lambda p: lj.forward(config, p, tokens, remat=policy).mean()  # noqa: E731
+    jaxpr = str(jax.make_jaxpr(jax.grad(mean))(params))
+    assert ("remat" in jaxpr or "checkpoint" in jaxpr) == (policy == "full")
+
+
+def test_init_is_as_documented():
+    config = lj.presets.TINY
+    params = lj.init(config, jax.random.key(0), dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    attention = params["layers"]["attention"]
+    assert attention["wq"].shape == (2, 64, 8, 8) and attention["wk"].shape == (2, 64, 4, 8)
+    assert float(jnp.std(attention["wq"].astype(jnp.float32))) == pytest.approx(0.02, rel=0.05)
+    assert float(jnp.std(attention["wo"].astype(jnp.float32))) == pytest.approx(0.01, rel=0.05)
+    assert not np.array_equal(attention["wq"][0], attention["wq"][1])
+    assert float(params["final_norm"]["scale"].min()) == 1.0
+    assert "lm_head" in params and "lm_head" not in lj.init(
+        config.replace(tie_word_embeddings=True), jax.random.key(0)
+    )
+
+
+def test_bf16_compute_keeps_logits_f32_and_close():
+    config, params = random_model(4)
+    tokens, _ = random_prompts(4, config, [12])
+    exact = lj.forward(config, params, tokens)
+    logits = lj.forward(config, params, tokens, dtype=jnp.bfloat16)
+    assert logits.dtype == jnp.float32
+    assert float(jnp.abs(logits - exact).max() / jnp.abs(exact).max()) < 0.05
+
+
+def test_composes_with_vmap_for_per_example_gradients():
+    config, params = random_model(5)
+    tokens, _ = random_prompts(5, config, [10, 10, 10])
+    one = lambda p, row: lj.forward(config, p, row[None]).mean()  # noqa: E731
+    each = jax.vmap(jax.grad(one), (None, 0))(params, tokens)
+    alone = jax.grad(one)(params, tokens[1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, atol=1e-6), each, alone)
+
+
+def test_names_an_unknown_remat_policy():
+    config, params = random_model(0)
+    with pytest.raises(
+        ConfigError, match="remat policy 'some' is unknown; use one of none, dots, attention, full"
+    ):
+        lj.forward(config, params, np.zeros((1, 2), np.int32), remat="some")

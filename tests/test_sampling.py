@@ -1,0 +1,176 @@
+"""The sampling transforms: each against its definition, their laws, and what is refused."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_jax import sampling
+from llama_jax.errors import InputError
+from llama_jax.sampling import Sampling, choose
+
+logits_rows = st.lists(
+    st.lists(st.floats(-20, 20, width=32, allow_subnormal=False), min_size=11, max_size=11),
+    min_size=3,
+    max_size=3,
+).map(lambda rows: np.array(rows, np.float32))
+
+top_k, top_p, min_p = (jax.jit(f) for f in (sampling.top_k, sampling.top_p, sampling.min_p))
+fast = settings(max_examples=60, deadline=None)
+
+
+def rows(*values, dtype=jnp.float32):
+    return jnp.array(values, dtype)
+
+
+def kept(logits):
+    return np.isfinite(np.asarray(logits))
+
+
+@fast
+@given(logits_rows, st.lists(st.integers(0, 12), min_size=3, max_size=3))
+def test_top_k_keeps_the_k_largest_and_their_ties(logits, k):
+    got = top_k(logits, rows(*k, dtype=jnp.int32))
+    for row, size, out in zip(logits, k, np.asarray(got), strict=True):
+        cut = np.sort(row)[-size] if 0 < size <= row.size else -np.inf
+        np.testing.assert_array_equal(out, np.where(row >= cut, row, -np.inf))
+
+
+@fast
+@given(logits_rows, st.floats(0.01, 0.999))
+def test_top_p_keeps_the_smallest_set_that_reaches_p(logits, p):
+    got = kept(top_p(logits, rows(p, p, p)))
+    probabilities = np.asarray(jax.nn.softmax(logits), np.float64)
+    for keep, probability in zip(got, probabilities, strict=True):
+        assert keep.any(), "one token always stays"
+        assert probability[keep].sum() >= p - 1e-5, "the token that crosses p stays"
+        least = probability[keep].min()
+        assert probability[keep & (probability > least)].sum() < p + 1e-5, "and nothing after it"
+        assert probability[~keep].max(initial=0.0) < least
+
+
+@fast
+@given(logits_rows, st.floats(0.001, 1.0))
+def test_min_p_keeps_what_is_likely_enough(logits, share):
+    got = kept(min_p(logits, rows(share, share, share)))
+    ratio = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True).astype(np.float64))
+    clear = np.abs(ratio / share - 1) > 1e-4  # away from rounding at the edge
+    np.testing.assert_array_equal(got[clear], (ratio >= share)[clear])
+    assert got.any(-1).all()
+
+
+@fast
+@given(logits_rows, st.integers(1, 11), st.floats(0.05, 0.95), st.floats(0.01, 0.9))
+def test_filters_are_idempotent_where_they_should_be(logits, k, p, share):
+    for apply, value in ((top_k, rows(k, k, k, dtype=jnp.int32)), (min_p, rows(share, share, share))):
+        once = apply(logits, value)
+        np.testing.assert_array_equal(apply(once, value), once)
+    # Top-p renormalises what is left, so a second pass may cut further, but never what it must keep.
+    twice = kept(top_p(top_p(logits, rows(p, p, p)), rows(p, p, p)))
+    assert twice.any(-1).all() and not (twice & ~kept(top_p(logits, rows(p, p, p)))).any()
+
+
+@fast
+@given(logits_rows)
+def test_settings_that_are_off_change_nothing(logits):
+    seen = jnp.ones(logits.shape, bool)
+    np.testing.assert_array_equal(jax.jit(sampling.transform)(logits, Sampling(), seen), logits)
+
+
+def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens():
+    logits = jnp.array([[2.0, -2.0, 1.0, -1.0]])
+    seen = jnp.array([[True, True, False, False]])
+    got = sampling.repetition_penalty(logits, seen, rows(2.0))
+    np.testing.assert_array_equal(got, [[1.0, -4.0, 1.0, -1.0]])
+
+
+def test_order_is_penalty_temperature_k_p_min_p():
+    logits = jnp.array([[3.0, 2.9, 1.0, 0.0, -4.0]])
+    seen = jnp.array([[True, False, False, False, False]])
+    s = Sampling(temperature=0.5, top_k=3, top_p=0.9, min_p=0.2, repetition_penalty=2.0)
+    expected = sampling.repetition_penalty(logits, seen, rows(2.0)) / 0.5
+    expected = sampling.top_k(expected, rows(3, dtype=jnp.int32))
+    expected = sampling.min_p(sampling.top_p(expected, rows(0.9)), rows(0.2))
+    np.testing.assert_array_equal(sampling.transform(logits, s, seen), expected)
+    assert kept(expected).sum() == 1  # the penalty moved the first token below the others before the cut
+
+
+greedy_choose = jax.jit(choose)
+
+
+def drawn(logits, s, count=20_000, seed=0):
+    keys = jax.random.split(jax.random.key(seed), count)
+    one = lambda key: choose(logits[None], s, jnp.zeros((1, logits.size), bool), key[None])[0]  # noqa: E731
+    return np.bincount(np.asarray(jax.jit(jax.vmap(one))(keys)), minlength=logits.size)
+
+
+def chi_square(counts, probabilities):
+    expected = probabilities * counts.sum()
+    used = expected > 0
+    assert counts[~used].sum() == 0, "a token of probability 0 was drawn"
+    return ((counts[used] - expected[used]) ** 2 / expected[used]).sum(), used.sum() - 1
+
+
+@pytest.mark.parametrize("vocab", [7, 256, 700])
+def test_draws_follow_the_softmax(vocab):
+    """Chi-square over 20,000 draws; 256 tokens fill one block of the walk, 700 take three."""
+    logits = jax.random.normal(jax.random.key(vocab), (vocab,)) * 1.5
+    counts = drawn(logits, Sampling(temperature=0.8))
+    statistic, freedom = chi_square(counts, np.asarray(jax.nn.softmax(logits / 0.8), np.float64))
+    assert statistic < freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_draws_under_filters_follow_the_filtered_softmax():
+    logits = jnp.array([2.0, 1.5, 1.0, 0.0, -1.0, -9.0])
+    s = Sampling(temperature=1.3, top_k=4, top_p=0.95, min_p=0.05)
+    target = jax.nn.softmax(sampling.transform(logits[None], s, jnp.zeros((1, 6), bool)))[0]
+    statistic, freedom = chi_square(drawn(logits, s), np.asarray(target, np.float64))
+    assert statistic < freedom + 5 * np.sqrt(2 * freedom)
+
+
+@fast
+@given(logits_rows, st.integers(0, 2**31))
+def test_top_k_1_and_temperature_0_are_greedy(logits, seed):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    seen = jnp.zeros(logits.shape, bool)
+    for s in (Sampling(temperature=0.0), Sampling(top_k=1), Sampling(temperature=7.0, top_k=1)):
+        np.testing.assert_array_equal(greedy_choose(logits, s, seen, keys), logits.argmax(-1))
+
+
+def test_each_row_has_its_own_settings():
+    logits = jnp.tile(jax.random.normal(jax.random.key(0), (1, 40)), (3, 1))
+    keys = jax.random.split(jax.random.key(1), 3)
+    seen = jnp.zeros(logits.shape, bool)
+    mixed = Sampling(temperature=rows(0.0, 1.0, 3.0), top_k=rows(0, 5, 0, dtype=jnp.int32))
+    together = choose(logits, mixed, seen, keys)
+    for row, (t, k) in enumerate([(0.0, 0), (1.0, 5), (3.0, 0)]):
+        alone = choose(logits[:1], Sampling(temperature=t, top_k=k), seen[:1], keys[row : row + 1])
+        assert together[row] == alone[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -0.5}, "temperature is -0.5; it must be a finite number, at least 0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": 2.5}, "top_k is 2.5"),
+        ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"min_p": -0.1}, "min_p is -0.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({"top_p": np.array([0.5, 1.2])}, "top_p is 1.2 in row 1"),
+        (
+            {"top_p": np.array([0.5, 0.5, 0.5])},
+            "top_p has shape (3,); it must be a scalar or one value for each of 2 rows",
+        ),
+    ],
+)
+def test_refuses_settings_out_of_range(settings, message):
+    with pytest.raises(InputError) as error:
+        Sampling(**settings).check(batch=2)
+    assert message in str(error.value) and "\n" not in str(error.value)

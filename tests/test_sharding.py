@@ -1,0 +1,154 @@
+"""One program on any mesh: the same numbers with 8 simulated devices as with none."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+import llama_jax as lj
+from llama_jax import sharding
+from llama_jax.errors import ConfigError
+from tests.random_models import random_prompts
+
+CONFIG = lj.presets.TINY
+MESHES = ["fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2", "fsdp=2,context=2,tensor=2", "context=8"]
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What no mesh gives: parameters, prompts, logits, loss, gradient, a greedy and random generation."""
+    params = lj.init(CONFIG, KEY)
+    tokens, lengths = random_prompts(0, CONFIG, [5, 32, 1, 9, 8, 8, 30, 2])
+    tokens = np.where(tokens < CONFIG.vocab_size, tokens, 0)
+    return params, tokens, lengths, *everything(params, tokens, lengths, "xla")
+
+
+def everything(params, tokens, lengths, backend):
+    options = {"attention_backend": backend, "remat": "full"}
+    logits = jax.jit(lambda p: lj.forward(CONFIG, p, tokens, attention_backend=backend))(params)
+    mean = lambda p: lj.next_token_loss(CONFIG, p, tokens, **options).mean  # noqa: E731
+    value, grads = jax.jit(jax.value_and_grad(mean))(params)
+    sampling = lj.Sampling(temperature=np.array([0, 1] * 4), top_p=0.9, repetition_penalty=1.2)
+    out = lj.generate(CONFIG, params, tokens, lengths, KEY, sampling, max_new_tokens=6, eos_id=[3, 40])
+    return logits, value, grads, out
+
+
+@pytest.mark.parametrize("backend", ["xla", "blockwise"])
+@pytest.mark.parametrize("spec", MESHES)
+def test_every_mesh_gives_the_numbers_of_none(alone, spec, backend):
+    params, tokens, lengths, logits, value, grads, out = alone
+    with jax.set_mesh(sharding.make_mesh(spec)):
+        here = lj.init(CONFIG, KEY)
+        jax.tree.map(np.testing.assert_array_equal, here, params)
+        got = everything(here, tokens, lengths, backend)
+    np.testing.assert_allclose(got[0], logits, atol=2e-6)
+    np.testing.assert_allclose(got[1], value, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got[2], grads)
+    np.testing.assert_array_equal(got[3].tokens, out.tokens)
+    np.testing.assert_allclose(got[3].logprobs, out.logprobs, atol=1e-5)
+
+
+def test_every_leaf_lies_as_the_table_says():
+    mesh = sharding.make_mesh("fsdp=4,tensor=2")
+    specs = sharding.param_specs(CONFIG)
+    with jax.set_mesh(mesh):
+        made = lj.init(CONFIG, KEY)
+    laid = lj.shard_params(lj.init(CONFIG, KEY), mesh, CONFIG)
+    unstacked = lj.shard_params(lj.unstack(lj.init(CONFIG, KEY)), mesh, CONFIG)
+    for tree in (made, laid):
+        jax.tree.map(
+            lambda leaf, spec: (
+                leaf.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), leaf.ndim)
+                or pytest.fail(str(spec))
+            ),
+            tree,
+            specs,
+        )
+    assert made["layers"]["attention"]["wq"].addressable_shards[0].data.shape == (2, 16, 4, 8)
+    assert unstacked["layers"][0]["attention"]["wq"].addressable_shards[0].data.shape == (16, 4, 8)
+
+
+def test_only_the_axes_a_mesh_has_are_used():
+    params = lj.init(CONFIG, KEY)
+    tokens = np.ones((4, 8), np.int32)
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    expected = lj.forward(CONFIG, params, tokens)
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(lj.forward(CONFIG, lj.init(CONFIG, KEY), tokens), expected, atol=2e-6)
+    with jax.set_mesh(jax.make_mesh((8,), ("mine",), axis_types=(AxisType.Auto,))):
+        np.testing.assert_allclose(lj.forward(CONFIG, params, tokens), expected, atol=2e-6)
+
+
+def test_a_70b_pod_type_checks_without_devices():
+    config = lj.presets.LLAMA2_70B
+    mesh = AbstractMesh((1, 64, 1, 8), sharding.AXES, axis_types=(AxisType.Explicit,) * 4)
+    with jax.sharding.use_abstract_mesh(mesh):
+        params = jax.tree.map(
+            lambda leaf, spec: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec)
+            ),
+            jax.eval_shape(lambda key: lj.init(config, key), KEY),
+            sharding.param_specs(config),
+        )
+        tokens = jax.ShapeDtypeStruct((64, 4096), jnp.int32)
+        mean = lambda p, t: lj.next_token_loss(config, p, t, remat="full").mean  # noqa: E731
+        grads = jax.eval_shape(jax.grad(mean), params, tokens)
+    assert (
+        grads["layers"]["attention"]["wq"].sharding.spec == params["layers"]["attention"]["wq"].sharding.spec
+    )
+
+
+def test_make_mesh_reads_a_line():
+    assert dict(sharding.make_mesh("fsdp=4, tensor=2").shape) == {
+        "data": 1,
+        "fsdp": 4,
+        "context": 1,
+        "tensor": 2,
+    }
+    assert dict(sharding.make_mesh("fsdp=-1,tensor=2").shape)["fsdp"] == 4
+    assert dict(sharding.make_mesh({"data": 8}).shape)["data"] == 8
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("fsdp=4,model=2", "mesh axis 'model' is unknown; the axes are data, fsdp, context, tensor"),
+        ("fsdp=x", "mesh part 'fsdp=x' is not AXIS=SIZE"),
+        ("fsdp", "mesh part 'fsdp' is not AXIS=SIZE"),
+        ("fsdp=0", "mesh axis fsdp has size 0"),
+        ("fsdp=-1,data=-1", "both -1"),
+        ("fsdp=3", "needs 3 devices and there are 8"),
+    ],
+)
+def test_make_mesh_says_what_cannot_work(spec, message):
+    with pytest.raises(ConfigError) as error:
+        sharding.make_mesh(spec)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_model_that_does_not_divide_is_named_with_sizes_that_would():
+    config = CONFIG.replace(num_attention_heads=6, num_key_value_heads=3, vocab_size=257, head_dim=8)
+    with pytest.raises(ConfigError) as error:
+        sharding.check_mesh(config, sharding.make_mesh("tensor=8"))
+    text = str(error.value)
+    assert "attention.wk: num_key_value_heads 3 does not divide over axis tensor of size 8" in text
+    assert "(sizes that would: 1, 3)" in text
+    assert "embed.embedding: vocab_size 257" in text and "attention.wq: num_attention_heads 6" in text
+    with (
+        jax.set_mesh(sharding.make_mesh("tensor=8")),
+        pytest.raises(ConfigError, match="num_key_value_heads 3"),
+    ):
+        lj.init(config, KEY)
+
+
+def test_a_batch_that_does_not_divide_is_named_with_one_that_would():
+    with jax.set_mesh(sharding.make_mesh("fsdp=8")):
+        params = lj.init(CONFIG, KEY)
+        with pytest.raises(
+            ConfigError, match=r"batch of 3 rows does not divide .* of size 8; use a multiple of 8"
+        ):
+            lj.forward(CONFIG, params, np.ones((3, 4), np.int32))

@@ -1,0 +1,289 @@
+"""Every format gives the same parameters; laws of loading; what a checkpoint that does not fit gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import llama_jax as lj
+from llama_jax.errors import CheckpointError, ConfigError, LlamaJaxError
+from llama_jax.sharding import make_mesh, param_specs
+from llama_jax.weights import load_params, open_source
+from llama_jax.weights.names import LEAVES, split_rotary_pairs
+from tests.weights.writers import CONFIG, hf_tensors, random_params, write_gguf, write_hf, write_llama2c
+
+# llama2.c has no place for these.
+LLAMA2C = CONFIG.replace(
+    head_dim=CONFIG.hidden_size // CONFIG.num_attention_heads, rms_norm_eps=1e-5, rope_theta=1e4
+)
+WRITERS = {
+    "hf": lambda folder, config, params: write_hf(folder / "hf", config, params),
+    "hf-sharded": lambda folder, config, params: write_hf(folder / "hf", config, params, shards=3),
+    "gguf": lambda folder, config, params: write_gguf(folder / "a.gguf", config, params),
+    "llama2c-0": lambda folder, config, params: write_llama2c(folder / "a.bin", config, params),
+    "llama2c-1": lambda folder, config, params: write_llama2c(folder / "a.bin", config, params, version=1),
+    "llama2c-2": lambda folder, config, params: write_llama2c(folder / "a.bin", config, params, version=2),
+}
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def one_line(caught: pytest.ExceptionInfo[Exception]) -> str:
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    assert len(message) < 4000
+    return message
+
+
+def problem(do: Callable[[], Any]) -> str:
+    """The message of the error that a call gives, or nothing; any other exception goes through."""
+    try:
+        do()
+    except LlamaJaxError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_format_gives_config_and_params_back(writer: str, tied: bool, tmp_path: Path) -> None:
+    config = (LLAMA2C if "llama2c" in writer else CONFIG).replace(tie_word_embeddings=tied)
+    params = random_params(config)
+    source = open_source(WRITERS[writer](tmp_path, config, params))
+    assert source.config == config
+    assert source.format in writer
+    assert_same(load_params(source), params)
+
+
+def test_split_rotary_pairs_commutes_with_rotation() -> None:
+    # Turning the pairs (2i, 2i + 1) and then reordering is reordering and then turning (i, i + H/2).
+    rng = np.random.default_rng(0)
+    x, angle = rng.normal(size=(5, 8)), rng.normal(size=4)
+    cos, sin = np.cos(angle), np.sin(angle)
+    interleaved = np.empty_like(x)
+    interleaved[:, 0::2] = x[:, 0::2] * cos - x[:, 1::2] * sin
+    interleaved[:, 1::2] = x[:, 1::2] * cos + x[:, 0::2] * sin
+    first, second = np.split(split_rotary_pairs(x), 2, axis=-1)
+    halves = np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    np.testing.assert_allclose(halves, split_rotary_pairs(interleaved), rtol=1e-12)
+
+
+def test_split_rotary_pairs_has_an_inverse() -> None:
+    x = np.arange(2 * 3 * 8).reshape(2, 3, 8)
+    np.testing.assert_array_equal(split_rotary_pairs(x)[0, 0], [0, 2, 4, 6, 1, 3, 5, 7])
+    np.testing.assert_array_equal(split_rotary_pairs(split_rotary_pairs(x), inverse=True), x)
+    np.testing.assert_array_equal(split_rotary_pairs(split_rotary_pairs(x, inverse=True)), x)
+
+
+def test_the_table_has_every_leaf_of_a_model_and_distinct_names() -> None:
+    params = jax.eval_shape(lambda: lj.init(CONFIG, jax.random.key(0)))
+    leaves = {tuple(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    assert set(leaves) == {leaf.path for leaf in LEAVES}
+    for leaf in LEAVES:
+        lead = (CONFIG.num_hidden_layers,) if leaf.per_layer else ()
+        assert leaves[leaf.path].shape == lead + leaf.shape(CONFIG)
+    for format in ("hf", "meta", "gguf", "llama2c"):
+        assert len({leaf.name(format, 0) for leaf in LEAVES}) == len(LEAVES)
+
+
+@pytest.mark.parametrize("writer", ["hf", "gguf", "llama2c-0"])
+def test_unstacked_is_stacked_taken_apart(writer: str, tmp_path: Path) -> None:
+    source = open_source(WRITERS[writer](tmp_path, LLAMA2C, random_params(LLAMA2C)))
+    stacked, apart = load_params(source), load_params(source, stacked=False)
+    assert isinstance(apart["layers"], tuple)
+    assert_same(apart | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *apart["layers"])}, stacked)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_dtype_is_the_asked_one_and_rounds_once(dtype: Any, tmp_path: Path) -> None:
+    params = jax.tree.map(lambda x: x * np.float32(1.001), random_params())
+    source = open_source(write_hf(tmp_path, CONFIG, params))
+    assert_same(load_params(source, dtype=dtype), jax.tree.map(lambda x: jnp.asarray(x, dtype), params))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float64", "nonsense"])
+def test_another_dtype_is_refused(dtype: str, tmp_path: Path) -> None:
+    source = open_source(write_hf(tmp_path, CONFIG, random_params()))
+    with pytest.raises(ConfigError, match=f"dtype is '{dtype}'; it must be one of float32") as caught:
+        load_params(source, dtype=dtype)
+    one_line(caught)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("writer", ["hf", "gguf"])
+def test_mesh_holds_the_same_params_laid_out_by_the_table(writer: str, stacked: bool, tmp_path: Path) -> None:
+    params = random_params()
+    source = open_source(WRITERS[writer](tmp_path, CONFIG, params))
+    mesh = make_mesh("fsdp=4,tensor=2")
+    loaded = load_params(source, mesh=mesh, stacked=stacked)
+    specs = param_specs(CONFIG, stacked=stacked)
+    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    wanted = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+    same = jax.tree.map(lambda x, sharding: x.sharding.is_equivalent_to(sharding, x.ndim), loaded, wanted)
+    assert all(jax.tree.leaves(same))
+    assert_same(loaded, load_params(source, stacked=stacked))
+
+
+def test_mesh_that_does_not_divide_is_refused_before_reading(tmp_path: Path) -> None:
+    config = CONFIG.replace(num_attention_heads=6, num_key_value_heads=3)
+    source = open_source(write_hf(tmp_path, config, random_params(config)))
+    with pytest.raises(ConfigError) as caught:
+        load_params(
+            source, mesh=make_mesh("fsdp=4,tensor=2"), progress=lambda *_: pytest.fail("data was read")
+        )
+    assert "attention.wk: num_key_value_heads 3" in one_line(caught)
+
+
+def test_progress_counts_every_byte_once(tmp_path: Path) -> None:
+    source = open_source(write_hf(tmp_path, CONFIG, random_params(), shards=2))
+    seen: list[tuple[int, int, str]] = []
+    load_params(source, progress=lambda *step: seen.append(step))
+    assert {name for _, _, name in seen} == set(source.tensors)
+    assert [total for _, total, _ in seen] == [CONFIG.num_params * 4] * len(seen)
+    done = [done for done, _, _ in seen]
+    assert done == sorted(set(done))
+    assert done[-1] == CONFIG.num_params * 4
+
+
+def test_host_memory_holds_a_few_tensors_and_not_the_model(tmp_path: Path) -> None:
+    config = CONFIG.replace(num_hidden_layers=12, hidden_size=256, intermediate_size=512)
+    source = open_source(write_hf(tmp_path, config, random_params(config)))
+    largest = max(info.nbytes for info in source.tensors.values())
+    load_params(source)  # compiles
+    tracemalloc.start()  # sees NumPy's memory, and not what JAX holds on the device
+    load_params(source)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert largest * 24 < config.num_params * 4
+    assert peak < 4 * largest
+
+
+def test_smollm2_loads_whole(smollm2_path: Path) -> None:
+    source = open_source(smollm2_path)
+    assert source.config == lj.presets.SMOLLM2_135M
+    assert source.why == "the file begins with GGUF"
+    params = load_params(source, dtype=jnp.bfloat16)
+    assert sum(x.size for x in jax.tree.leaves(params)) == source.config.num_params == 134_515_008
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params))
+
+
+def test_stories260k_writes_its_golden_text(shared_data: Path) -> None:
+    source = open_source(shared_data / "stories260K" / "stories260K.bin")
+    config, params = source.config, load_params(source)
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (5, 64, 8)
+    assert (config.num_key_value_heads, config.vocab_size, config.tie_word_embeddings) == (4, 512, True)
+    assert sum(x.size for x in jax.tree.leaves(params)) == config.num_params
+    golden = (shared_data / "stories260K" / "golden_greedy_200.txt").read_text()
+    vocabulary = _llama2c_vocabulary(shared_data / "stories260K" / "tok512.bin", config.vocab_size)
+    lengths, key = jnp.array([1]), jax.random.key(0)
+    out = lj.generate(
+        config, params, jnp.array([[1]]), lengths, key, lj.Sampling(temperature=0.0), max_new_tokens=60
+    )
+    text = "".join(vocabulary[int(token)] for token in out.tokens[0]).lstrip()
+    assert len(text) > 100
+    assert golden.startswith(text)
+
+
+def _llama2c_vocabulary(path: Path, size: int) -> list[str]:
+    data, at, pieces = path.read_bytes(), 4, []
+    for _ in range(size):
+        length = int.from_bytes(data[at + 4 : at + 8], "little")
+        pieces.append(data[at + 8 : at + 8 + length].decode())
+        at += 8 + length
+    return pieces
+
+
+# What does not fit.
+
+
+def test_missing_extra_and_wrong_tensors_are_named_at_once(tmp_path: Path) -> None:
+    folder = write_hf(
+        tmp_path,
+        CONFIG,
+        random_params(),
+        extra={
+            "model.layers.1.mlp.up_proj.weight": np.zeros((4, 4), np.float32),
+            "model.layers.0.self_attn.q_proj.bias": np.zeros(64, np.float32),
+            "model.layers.1.self_attn.q_proj.bias": np.zeros(64, np.float32),
+            "surprise": np.zeros(1, np.float32),
+        },
+        num_hidden_layers=5,
+    )
+    source = open_source(folder)
+    with pytest.raises(CheckpointError) as caught:
+        load_params(source, progress=lambda *_: pytest.fail("data was read"))
+    message = one_line(caught)
+    assert str(folder) in message
+    assert "model.layers.3-4.self_attn.q_proj.weight" in message
+    assert "unexpected tensors: 'model.layers.0-1.self_attn.q_proj.bias', 'surprise'" in message
+    assert "model.layers.1.mlp.up_proj.weight [4, 4] should be [160, 64]" in message
+
+
+def test_scattered_missing_layers_are_listed(tmp_path: Path) -> None:
+    source = open_source(write_hf(tmp_path, CONFIG, random_params()))
+    tensors = dict(source.tensors)
+    for layer in (0, 2):
+        del tensors[f"model.layers.{layer}.mlp.up_proj.weight"]
+    with pytest.raises(
+        CheckpointError, match=r"missing tensors: model\.layers\.\{0, 2\}\.mlp\.up_proj\.weight;"
+    ):
+        load_params(dataclasses.replace(source, tensors=tensors))
+
+
+def test_a_configuration_with_absurdly_many_layers_is_refused_at_once(tmp_path: Path) -> None:
+    source = open_source(write_hf(tmp_path, CONFIG, random_params(), num_hidden_layers=2_000_000_000))
+    with pytest.raises(
+        CheckpointError, match="has 2000000000 layers but there are only 30 tensors"
+    ) as caught:
+        load_params(source)
+    one_line(caught)
+
+
+def test_harmless_extras_are_let_through(tmp_path: Path) -> None:
+    config = CONFIG.replace(tie_word_embeddings=True)
+    params = random_params(config)
+    extra = {
+        "lm_head.weight": params["embed"]["embedding"],
+        "model.layers.2.self_attn.rotary_emb.inv_freq": np.zeros(8, np.float32),
+    }
+    assert set(extra).isdisjoint(hf_tensors(config, params))
+    assert_same(load_params(open_source(write_hf(tmp_path, config, params, extra=extra))), params)
+
+
+def test_an_output_projection_beside_tied_embeddings_is_wanted_when_untied(tmp_path: Path) -> None:
+    config = CONFIG.replace(tie_word_embeddings=True)
+    source = open_source(write_hf(tmp_path, config, random_params(config), tie_word_embeddings=False))
+    with pytest.raises(CheckpointError, match=r"missing tensors: lm_head\.weight"):
+        load_params(source)
+
+
+def test_a_file_cut_short_after_opening_is_an_error(tmp_path: Path) -> None:
+    path = write_llama2c(tmp_path / "a.bin", LLAMA2C, random_params(LLAMA2C))
+    source = open_source(path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="the file changed while it was read") as caught:
+        load_params(source)
+    one_line(caught)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="No such file") as caught:
+        load_params(source)
+    one_line(caught)
+
+
+def test_a_tensor_that_is_not_there_cannot_be_read(tmp_path: Path) -> None:
+    source = open_source(write_hf(tmp_path, CONFIG, random_params()))
+    with pytest.raises(CheckpointError, match="no tensor 'nothing'"):
+        source.read("nothing")

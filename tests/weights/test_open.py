@@ -1,0 +1,65 @@
+"""What a path that holds no checkpoint gets."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from llama_jax.errors import CheckpointError
+from llama_jax.weights import open_source
+from tests.weights.test_load import one_line
+from tests.weights.writers import CONFIG, random_params, write_gguf, write_hf
+
+
+def test_the_format_is_decided_by_what_is_there(tmp_path: Path) -> None:
+    params = random_params()
+    assert open_source(str(write_hf(tmp_path / "x.gguf", CONFIG, params))).format == "hf"
+    assert open_source(write_gguf(tmp_path / "x.bin", CONFIG, params)).format == "gguf"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("missing", None, "no such file"),
+        ("empty", b"", "empty"),
+        ("text.txt", b"Once upon a time there was a llama" * 9, "no format that can be read"),
+        ("model.safetensors", b"\x40\0\0\0\0\0\0\0" + b"{}" * 32, "give the directory"),
+        ("consolidated.00.pth", b"PK\x03\x04" + bytes(99), "a PyTorch pickle"),
+        ("pytorch_model.bin", b"\x80\x02" + bytes(99), "a PyTorch pickle"),
+        ("old.bin", b"tjgg" + bytes(99), "a file from before GGUF"),
+    ],
+)
+def test_what_cannot_be_opened(name: str, data: bytes | None, message: str, tmp_path: Path) -> None:
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(CheckpointError) as caught:
+        open_source(tmp_path / name)
+    assert message in one_line(caught)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_directories_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="; give a GGUF file") as caught:
+        open_source(tmp_path)
+    one_line(caught)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(CheckpointError, match="give the path of a file in it: model"):
+        open_source(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="not a regular file") as caught:
+        open_source(tmp_path / "pipe")
+    one_line(caught)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+def test_an_unreadable_file(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"GGUF")
+    (tmp_path / "secret").chmod(0)
+    with pytest.raises(CheckpointError, match="Permission denied") as caught:
+        open_source(tmp_path / "secret")
+    one_line(caught)
