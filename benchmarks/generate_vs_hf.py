@@ -27,6 +27,7 @@ from llama_jax import known
 from tests.golden import cases
 
 NEW_TOKENS = 128
+PREFILL_TOKENS = 512
 # An idle pool spins for some milliseconds after its last task; let it come to rest before the other's turn.
 PAUSE_S = 0.3
 # Load average above which the machine has something else to do.
@@ -45,7 +46,8 @@ class Measurement:
     def tokens(self) -> np.ndarray:
         """int32 [B, T]: the prompt, the same in every row."""
         with np.load(cases.SMOLLM2) as golden:
-            row = golden["prompt_0" if self.task == "generate" else "prose"].astype(np.int32)
+            prompt, prose = (golden[name].astype(np.int32) for name in ("prompt_0", "prose"))
+        row = prompt if self.task == "generate" else np.concatenate([prompt, prose])[:PREFILL_TOKENS]
         return np.broadcast_to(row, (self.batch, len(row)))
 
     @property

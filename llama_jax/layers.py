@@ -32,8 +32,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
     return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def project(equation: str, x: jax.Array, weight: jax.Array, *, stored: P, out: P) -> jax.Array:
-    """einsum of an activation [B, T, ...] with a weight, accumulated in f32, in x's dtype.
+def contract(equation: str, x: jax.Array, weight: jax.Array, *, stored: P, out: P) -> jax.Array:
+    """einsum of an activation [B, T, ...] with a weight, computed in x's dtype, accumulated in f32.
 
     Args:
       equation: the einsum; its letters are the shapes.
@@ -41,11 +41,14 @@ def project(equation: str, x: jax.Array, weight: jax.Array, *, stored: P, out: P
       weight: the parameter, cast to the compute dtype and then gathered over `fsdp`.
       stored: the weight's row of the sharding table.
       out: the result's row.
+
+    Returns:
+      f32 [B, T, ...].
     """
     weight = sharding.gather(weight.astype(x.dtype), stored)
     rows = x.shape[0] * x.shape[1]
     if rows == 1 and x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        # XLA:CPU has a bf16 matmul but no bf16 matvec worth the name: two rows are 2-3x faster than one.
+        # XLA:CPU has a bf16 matmul but no bf16 matvec worth the name: two rows are 2-10x faster than one.
         x = jnp.concatenate([x, x], axis=1)
     result = jnp.einsum(
         equation,
@@ -53,8 +56,13 @@ def project(equation: str, x: jax.Array, weight: jax.Array, *, stored: P, out: P
         weight,
         preferred_element_type=jnp.float32,  # bf16 dots fall off XLA:CPU's fast path without it
         out_sharding=sharding.out_sharding(out, x.shape[:2] + (0,) * (len(out) - 2)),
-    ).astype(x.dtype)
+    )
     return result[:, :1] if rows == 1 else result
+
+
+def project(equation: str, x: jax.Array, weight: jax.Array, *, stored: P, out: P) -> jax.Array:
+    """`contract`, rounded to x's dtype."""
+    return contract(equation, x, weight, stored=stored, out=out).astype(x.dtype)
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -68,8 +76,8 @@ def embed(table: jax.Array, tokens: jax.Array, *, dtype: jax.typing.DTypeLike) -
     Ids outside the vocabulary give NaN rows rather than somebody else's embedding.
     """
     out = sharding.out_sharding(sharding.ACT_BTD, (*tokens.shape, 0))
-    table = sharding.constrain(table, P(None, None)) if out is not None else table
-    return table.at[tokens].get(out_sharding=out, mode="fill", fill_value=jnp.nan).astype(dtype)
+    rows = jnp.asarray(table).at[tokens].get(out_sharding=out, mode="fill", fill_value=jnp.nan)
+    return rows.astype(dtype)
 
 
 def unembed(x: jax.Array, params: Any) -> jax.Array:
@@ -78,14 +86,7 @@ def unembed(x: jax.Array, params: Any) -> jax.Array:
         equation, weight, stored = "btd,dv->btv", params["lm_head"]["kernel"], sharding.HEAD_DV
     else:
         equation, weight, stored = "btd,vd->btv", params["embed"]["embedding"], sharding.EMBEDDING_VD
-    weight = sharding.gather(weight.astype(x.dtype), stored)
-    return jnp.einsum(
-        equation,
-        x,
-        weight,
-        preferred_element_type=jnp.float32,
-        out_sharding=sharding.out_sharding(sharding.LOGITS_BTV, (*x.shape[:2], 0)),
-    )
+    return contract(equation, x, weight, stored=stored, out=sharding.LOGITS_BTV)
 
 
 class RMSNorm(nn.Module):

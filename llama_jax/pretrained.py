@@ -192,7 +192,7 @@ def load(
     dtype: str = "float32",
     mesh: Mesh | None = None,
     *,
-    stacked: bool = False,
+    stacked: bool = True,
     progress: Progress | None = None,
 ) -> Model:
     """Loads a model: weights, configuration and vocabulary.
@@ -202,9 +202,9 @@ def load(
         a Hugging Face directory, or a llama2.c `.bin` with its tokenizer beside it.
       dtype: the type to hold the weights in and to compute in: float32, bfloat16 or float16.
       mesh: lay the parameters out over these devices (`llama_jax.sharding.make_mesh`).
-      stacked: hold each layer leaf as one [L, ...] array, as `init` does and training wants. By default
-        `params["layers"]` is a tuple with one tree a layer, which decoding reads without a second copy of
-        the weights; `forward` and `generate` take either.
+      stacked: hold each layer leaf as one [L, ...] array, as `init` does. Otherwise `params["layers"]` is a
+        tuple with one tree a layer, which every function here takes as well, and which generation reads
+        where it lies: with stacked leaves each call of `generate` makes a second copy of the weights.
       progress: called with (bytes done, bytes in all, what is being read) as data arrives.
 
     Returns:

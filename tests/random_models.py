@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import llama_jax as lj
@@ -41,12 +44,18 @@ def random_config(seed: int) -> lj.LlamaConfig:
     )
 
 
+@functools.cache
 def random_model(seed: int, config: lj.LlamaConfig | None = None) -> tuple[lj.LlamaConfig, dict]:
     """A configuration and parameters large enough (deviation 0.2) that the logits are far apart."""
     config = random_config(seed) if config is None else config
-    params = lj.init(config, jax.random.key(seed))
-    keys = iter(jax.random.split(jax.random.key(seed + 1000), len(jax.tree.leaves(params))))
-    return config, jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params)
+    shapes = jax.eval_shape(lambda key: lj.init(config, key), jax.random.key(0))
+    rng = np.random.default_rng(seed)
+
+    def leaf(path: tuple, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        mean = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(mean + 0.2 * rng.standard_normal(shape.shape), jnp.float32)
+
+    return config, jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 def random_prompts(seed: int, config: lj.LlamaConfig, lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import jax
@@ -94,9 +95,12 @@ def test_a_row_ends_with_any_of_its_end_tokens_and_the_loop_with_the_last_row():
         assert out.lengths[row] == length
         assert out.tokens[row].tolist() == free.tokens[row, :length].tolist() + [0] * (10 - length)
         assert not np.any(out.logprobs[row, length:])
-    state = decode.prefill(config, params, tokens, lengths, KEY, GREEDY, max_new_tokens=10, eos_id=ends)
+    weights = lj.unstack(params)
+    start = functools.partial(lj.prefill, max_new_tokens=10, eos_id=ends)
+    state = jax.jit(start, static_argnums=0)(config, weights, tokens, lengths, KEY, GREEDY)
+    step = jax.jit(lj.step, static_argnums=0)
     while not state.done.all():
-        state = decode.step(config, lj.unstack(params), state)
+        state = step(config, weights, state)
     assert state.count == out.lengths.max()
 
 

@@ -39,11 +39,12 @@ def test_rows_may_stand_at_different_positions_in_the_cache():
     tokens, _ = random_prompts(7, config, [12, 12])
     expected = lj.forward(config, params, tokens)
     weights = lj.unstack(params)
+    run = jax.jit(forward_cached, static_argnums=0)
     cache = kv.init_cache(config, 2, 16, jnp.float32)
-    _, cache = forward_cached(config, weights, tokens[:, :10], jnp.zeros(2, jnp.int32), cache)
+    _, cache = run(config, weights, tokens[:, :10], jnp.zeros(2, jnp.int32), cache)
     start = np.array([10, 4])  # row 1 goes back and writes over what it had
     now = np.stack([tokens[0, 10:12], tokens[1, 4:6]])
-    logits, _ = forward_cached(config, weights, now, start, cache)
+    logits, _ = run(config, weights, now, start, cache)
     np.testing.assert_allclose(logits, np.stack([expected[0, 10:12], expected[1, 4:6]]), atol=2e-5)
 
 
@@ -54,8 +55,9 @@ def test_packed_documents_are_separate_documents(seed):
     packed = np.concatenate([a, b])[None]
     positions = np.concatenate([np.arange(9), np.arange(9)])[None]
     segments = np.repeat([0, 1], 9)[None]
-    together = lj.forward(config, params, packed, positions, segments)[0]
-    alone = lj.forward(config, params, np.stack([a, b])).reshape(18, -1)
+    forward = jax.jit(lj.forward, static_argnums=0)
+    together = forward(config, params, packed, positions, segments)[0]
+    alone = forward(config, params, np.stack([a, b])).reshape(18, -1)
     np.testing.assert_allclose(together, alone, atol=2e-6 * float(jnp.abs(alone).max()))
 
 
@@ -68,10 +70,11 @@ def test_remat_backend_and_unstacking_change_nothing(remat, backend):
     def mean(params, **options):
         return jnp.square(lj.forward(config, params, tokens, **options)).mean()
 
-    value, grads = jax.value_and_grad(mean)(params)
+    value, grads = jax.jit(jax.value_and_grad(mean))(params)
     options = {"remat": remat, "attention_backend": backend}
-    got_value, got = jax.value_and_grad(lambda p: mean(p, **options))(params)
-    unstacked_value, unstacked = jax.value_and_grad(lambda p: mean(p, **options))(lj.unstack(params))
+    run = jax.jit(jax.value_and_grad(lambda p: mean(p, **options)))
+    got_value, got = run(params)
+    unstacked_value, unstacked = run(lj.unstack(params))
     np.testing.assert_allclose([got_value, unstacked_value], value, rtol=1e-5)
     scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), got, grads)

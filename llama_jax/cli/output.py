@@ -114,7 +114,9 @@ def resolve(name_or_path: str) -> Path:
 def load(name_or_path: str, dtype: str) -> Model:
     """Loads a model with progress bars."""
     from llama_jax import pretrained
+    from llama_jax.cli.compiled import keep_compiled_programs
 
     path = resolve(name_or_path)
+    keep_compiled_programs()
     with progress_bar("loading weights") as progress:
-        return pretrained.load(path, dtype, progress=progress)
+        return pretrained.load(path, dtype, stacked=False, progress=progress)
