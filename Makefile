@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PROMPT ?= Once upon a time, there was a little girl named Lily. She loved to play outside
-PYTEST = $(VENV)/bin/python -m pytest -q
+PYTEST = $(VENV)/bin/python -m pytest -q -rs
 
 .PHONY: help demo test parity lint clean
 .DELETE_ON_ERROR:

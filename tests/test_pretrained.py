@@ -91,7 +91,7 @@ def test_dtype_is_the_leaves(tiny_path):
 def test_on_a_mesh_the_text_is_the_same(tiny_path, model):
     mesh = sharding.make_mesh("fsdp=4,tensor=2")
     laid_out = lj.load(tiny_path, mesh=mesh)
-    assert laid_out.params["layers"][0]["attention"]["wq"].sharding.mesh.shape == mesh.shape
+    assert laid_out.params["layers"]["attention"]["wq"].sharding.mesh.shape == mesh.shape
     batch = [*PROMPTS, ""]  # four rows, one for each of the fsdp axis
     alone = [*model.generate(PROMPTS, max_new_tokens=NEW), model.generate("", max_new_tokens=NEW)]
     assert laid_out.generate(batch, max_new_tokens=NEW) == alone
