@@ -95,8 +95,8 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, where: Where) -> jax.Array:
     return jnp.einsum("bkgts,bksh->bkgth", weights, v, preferred_element_type=jnp.float32)
 
 
-# Blockwise. The sequence axes are cut into blocks that lead, for lax.scan to walk; padding at the ends
-# gets a segment of its own, which no real query or key has.
+# Blockwise. The sequence axes are cut into blocks that lead, for lax.scan to walk; padding keys at the end
+# stand past every query, so the causal mask hides them.
 
 
 def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, block_size: int) -> jax.Array:
@@ -106,15 +106,13 @@ def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, block_siz
         q_segments, k_segments = jnp.zeros_like(where.q_positions), jnp.zeros_like(where.k_positions)
     # The loop over query blocks needs the whole sequence on a device; heads and batch stay split.
     q = sharding.constrain(q, P(sharding.BATCH, "tensor", None, None, None))
-    q_side = (_whole(where.q_positions), _whole(q_segments))
-    k_side = (where.k_positions, k_segments)
     t_block, s_block = min(block_size, length), min(block_size, keys)
     out = _tiles(
         _cut(q, 3, t_block),
         _cut(k, 2, s_block),
         _cut(v, 2, s_block),
-        tuple(_cut(x, 1, t_block, fill=-1) for x in q_side),
-        tuple(_cut(x, 1, s_block, fill=-2) for x in k_side),
+        (_cut(_whole(where.q_positions), 1, t_block), _cut(_whole(q_segments), 1, t_block)),
+        (_cut(where.k_positions, 1, s_block, fill=2**31 - 1), _cut(k_segments, 1, s_block)),
     )
     out = jnp.moveaxis(out, 0, 3)
     return out.reshape(*out.shape[:3], -1, out.shape[-1])[:, :, :, :length]

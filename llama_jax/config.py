@@ -14,6 +14,7 @@ from typing import Any, Literal
 from llama_jax.errors import ConfigError
 
 RopeScalingKind = Literal["linear", "ntk", "yarn", "llama3"]
+_MOST = 1e6  # far beyond any setting in use, and what the rules' powers and logarithms can take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +53,8 @@ class RopeScaling:
         kinds = ("linear", "ntk", "yarn", "llama3")
         if self.kind not in kinds:
             raise ConfigError(f"rope_scaling.kind is {self.kind!r}; it must be one of {', '.join(kinds)}")
-        if not self.factor >= 1 or math.isinf(self.factor):
-            raise ConfigError(f"rope_scaling.factor is {self.factor}; it must be a finite number, at least 1")
+        if not 1 <= self.factor <= _MOST:
+            raise ConfigError(f"rope_scaling.factor is {self.factor}; it must be between 1 and {_MOST:g}")
         original = self.original_max_position_embeddings
         if self.kind in ("yarn", "llama3") and (original is None or original < 1):
             raise ConfigError(
@@ -65,10 +66,14 @@ class RopeScaling:
                 f"rope_scaling.high_freq_factor is {self.high_freq_factor} and low_freq_factor is "
                 f"{self.low_freq_factor}; llama3 scaling needs high_freq_factor > low_freq_factor > 0"
             )
-        if self.kind == "yarn" and not self.beta_fast > self.beta_slow > 0:
+        if self.kind == "yarn" and not _MOST >= self.beta_fast > self.beta_slow >= 1 / _MOST:
             raise ConfigError(
                 f"rope_scaling.beta_fast is {self.beta_fast} and beta_slow is {self.beta_slow}; "
-                "yarn scaling needs beta_fast > beta_slow > 0"
+                f"yarn scaling needs {_MOST:g} >= beta_fast > beta_slow >= {1 / _MOST:g}"
+            )
+        if self.attention_factor is not None and not 0 < self.attention_factor < math.inf:
+            raise ConfigError(
+                f"rope_scaling.attention_factor is {self.attention_factor}; it must be finite and above 0"
             )
 
 
@@ -135,10 +140,12 @@ class LlamaConfig:
                 f"num_key_value_heads {self.num_key_value_heads}; query heads share key/value heads "
                 "in equal groups"
             )
-        for field in ("rms_norm_eps", "rope_theta"):
+        for field, least in (("rms_norm_eps", 0), ("rope_theta", 1)):
             value = getattr(self, field)
-            if not 0 < value < math.inf:
-                raise ConfigError(f"{field} is {value!r}; it must be a finite number above 0")
+            if not least < value < math.inf:
+                raise ConfigError(f"{field} is {value!r}; it must be a finite number above {least}")
+        if self.head_dim == 2 and self.rope_scaling is not None and self.rope_scaling.kind == "ntk":
+            raise ConfigError("head_dim is 2; ntk scaling needs more than one pair: choose linear instead")
 
     @property
     def num_params(self) -> int:

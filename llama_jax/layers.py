@@ -46,6 +46,7 @@ def contract(equation: str, x: jax.Array, weight: jax.Array, *, stored: P, out: 
       f32 [B, T, ...].
     """
     weight = sharding.gather(weight.astype(x.dtype), stored)
+    layout = sharding.out_sharding(out, x.shape[:2] + (0,) * (len(out) - 2))
     rows = x.shape[0] * x.shape[1]
     if rows == 1 and x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         # XLA:CPU has a bf16 matmul but no bf16 matvec worth the name: two rows are 2-10x faster than one.
@@ -55,7 +56,7 @@ def contract(equation: str, x: jax.Array, weight: jax.Array, *, stored: P, out: 
         x,
         weight,
         preferred_element_type=jnp.float32,  # bf16 dots fall off XLA:CPU's fast path without it
-        out_sharding=sharding.out_sharding(out, x.shape[:2] + (0,) * (len(out) - 2)),
+        out_sharding=layout,
     )
     return result[:, :1] if rows == 1 else result
 
@@ -73,11 +74,13 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 def embed(table: jax.Array, tokens: jax.Array, *, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Rows of the embedding table [V, D] for tokens int [B, T] -> [B, T, D] in `dtype`.
 
-    Ids outside the vocabulary give NaN rows rather than somebody else's embedding.
+    Ids outside the vocabulary, negative ones too, give NaN rows rather than somebody else's embedding.
     """
     out = sharding.out_sharding(sharding.ACT_BTD, (*tokens.shape, 0))
-    rows = jnp.asarray(table).at[tokens].get(out_sharding=out, mode="fill", fill_value=jnp.nan)
-    return rows.astype(dtype)
+    rows = jnp.asarray(table).at[tokens]
+    return rows.get(out_sharding=out, mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(
+        dtype
+    )
 
 
 def unembed(x: jax.Array, params: Any) -> jax.Array:
@@ -96,7 +99,9 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.param("scale", nn.initializers.ones, (x.shape[-1],)), eps=self.eps)
+        return rms_norm(
+            x, self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32), eps=self.eps
+        )
 
 
 class Attention(nn.Module):
@@ -123,7 +128,9 @@ class Attention(nn.Module):
         )
         out, kept = attend(q, keys, values)
         out = checkpoint_name(out, "attention_out")
-        return project("btnh,nhd->btd", out, wo, stored=sharding.WO_NHD, out=sharding.ACT_BTD), kept
+        # As one matrix [N*H, D]: contracting two axes of wo makes XLA:CPU transpose it at every token.
+        out, wo = out.reshape(*x.shape[:2], n * h), wo.reshape(n * h, d)
+        return project("btf,fd->btd", out, wo, stored=sharding.DOWN_FD, out=sharding.ACT_BTD), kept
 
 
 class FeedForward(nn.Module):
@@ -159,9 +166,9 @@ class Block(nn.Module):
 
 def _normal() -> nn.initializers.Initializer:
     # Meta does not publish its initialisation; 0.02 is Hugging Face's `initializer_range` for Llama.
-    return nn.initializers.normal(0.02)
+    return nn.initializers.normal(0.02, dtype=jnp.float32)
 
 
 def _residual_normal(config: LlamaConfig) -> nn.initializers.Initializer:
     # GPT-2's rule: what 2L layers add to the residual stream has the variance of one.
-    return nn.initializers.normal(0.02 / (2 * config.num_hidden_layers) ** 0.5)
+    return nn.initializers.normal(0.02 / (2 * config.num_hidden_layers) ** 0.5, dtype=jnp.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
@@ -102,7 +103,7 @@ class Model:
                 self.params,
                 tokens,
                 lengths,
-                jax.random.key(seed),
+                _key(seed),
                 sampling,
                 max_new_tokens=max_new_tokens,
                 eos_id=self.tokenizer.eos_ids,
@@ -145,7 +146,7 @@ class Model:
                 self.params,
                 tokens,
                 lengths,
-                jax.random.key(seed),
+                _key(seed),
                 sampling,
                 max_new_tokens=max_new_tokens,
                 eos_id=self.tokenizer.eos_ids,
@@ -238,10 +239,16 @@ def resolve(name_or_path: str | Path, progress: Progress | None = None) -> Path:
     name = str(name_or_path)
     if name in known.KNOWN:
         return known.fetch(name, progress=progress)
-    with contextlib.suppress(OSError, RuntimeError):  # no such user's home, a name too long, ...
+    try:
         path = Path(name_or_path).expanduser()
-        if path.exists():
+        if name and path.exists():  # Path("") would be the current folder
             return path
+    except PermissionError as error:
+        raise CheckpointError(f"{name}: cannot be read: {error.strerror}; check its permissions") from None
+    except (OSError, RuntimeError):  # no such user's home, a name too long, ...
+        pass
+    if len(name) > 200:
+        name = name[:197] + "..."
     if close := difflib.get_close_matches(name, known.KNOWN, n=1):
         raise CheckpointError(f"{name!r} is neither a file nor a known model; did you mean {close[0]}?")
     raise CheckpointError(
@@ -254,12 +261,28 @@ def pad_right(rows: Sequence[Sequence[int]]) -> tuple[jax.Array, jax.Array]:
 
     Returns:
       tokens [B, T] int32, right-padded with 0, and their lengths [B] int32.
+
+    Raises:
+      InputError: for an id that no vocabulary has.
     """
     lengths = np.array([len(row) for row in rows], np.int32)
     tokens = np.zeros((len(rows), max(lengths)), np.int32)
     for row, ids in enumerate(rows):
-        tokens[row, : len(ids)] = ids
+        try:
+            tokens[row, : len(ids)] = ids
+        except OverflowError:
+            raise InputError(
+                f"row {row} has the token id {max(ids, key=abs)}, beyond any vocabulary; ids are below 2^31"
+            ) from None
     return jnp.asarray(tokens), jnp.asarray(lengths)
+
+
+def _key(seed: int) -> jax.Array:
+    try:
+        return jax.random.key(np.int64(operator.index(seed)))
+    except (TypeError, OverflowError):
+        what = "a whole number of at most 64 bits"
+        raise InputError(f"seed is {str(seed)[:40]}; it must be {what}") from None
 
 
 def _sampling(

@@ -68,11 +68,36 @@ class Sampling:
                 )
             if isinstance(getattr(self, name), jax.core.Tracer):
                 continue
-            values = np.atleast_1d(np.asarray(getattr(self, name)))
-            bad = np.flatnonzero(~rule(values))
+            values = _numbers(name, getattr(self, name))
+            bad = np.flatnonzero(~rule(values.astype(np.float32)))  # as they will be used
             if bad.size:
                 row = f" in row {bad[0]}" if shape else ""
                 raise InputError(f"{name} is {values[bad[0]]}{row}; it must be {wanted}")
+
+    def rows(self, batch: int) -> Sampling:
+        """Every field as an array [B] of one dtype, so that no way of writing a value recompiles anything."""
+
+        def row(value: jax.typing.ArrayLike, dtype: jax.typing.DTypeLike) -> jax.Array:
+            if isinstance(value, jax.Array):
+                return jnp.broadcast_to(value.astype(dtype), (batch,))
+            return jnp.asarray(np.broadcast_to(np.asarray(value, dtype), (batch,)))
+
+        return Sampling(
+            temperature=row(self.temperature, jnp.float32),
+            top_k=row(self.top_k, jnp.int32),
+            top_p=row(self.top_p, jnp.float32),
+            min_p=row(self.min_p, jnp.float32),
+            repetition_penalty=row(self.repetition_penalty, jnp.float32),
+        )
+
+
+def _numbers(name: str, value: jax.typing.ArrayLike) -> np.ndarray:
+    values = np.atleast_1d(np.asarray(value))
+    if values.dtype.kind not in "fiu" and values.dtype != jnp.bfloat16:
+        raise InputError(f"{name} is {value!r}; it must be a number, or one a row")
+    if name == "top_k" and (np.abs(values) >= 2**31).any():
+        raise InputError(f"{name} is {values.max()}; it must be below 2^31")
+    return values
 
 
 def repetition_penalty(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
@@ -82,14 +107,17 @@ def repetition_penalty(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -
 
 
 def temperature(logits: jax.Array, value: jax.Array) -> jax.Array:
-    """logits / value [B]; rows at 0 are left as they are, for the draw to take their maximum."""
-    return logits / jnp.where(value > 0, value, 1.0)[:, None]
+    """logits / value [B]; rows at 0 are left as they are, for the draw to take their maximum.
+
+    Below 1e-6 a temperature counts as 1e-6: the likeliest token in all but name, and nothing overflows.
+    """
+    return logits / jnp.where(value > 0, jnp.maximum(value, 1e-6), 1.0)[:, None]
 
 
 def top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
     """Keeps the k [B] largest logits of each row, and what ties with the last of them; 0 keeps all."""
     threshold = _largest_such_that(logits, lambda cut: (logits >= cut[:, None]).sum(-1) >= k)
-    return jnp.where((logits >= threshold[:, None]) | (k == 0)[:, None], logits, -jnp.inf)
+    return jnp.where((logits >= threshold[:, None]) | (k <= 0)[:, None], logits, -jnp.inf)
 
 
 def top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
@@ -99,13 +127,14 @@ def top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
     def enough(cut: jax.Array) -> jax.Array:
         return jnp.where(probabilities >= cut[:, None], probabilities, 0.0).sum(-1) >= p
 
-    threshold = _largest_such_that(probabilities, enough)
+    # However small p is, the likeliest token stays.
+    threshold = jnp.minimum(_largest_such_that(probabilities, enough), probabilities.max(-1))
     return jnp.where((probabilities >= threshold[:, None]) | (p >= 1)[:, None], logits, -jnp.inf)
 
 
 def min_p(logits: jax.Array, share: jax.Array) -> jax.Array:
     """Keeps tokens at least `share` [B] times as likely as the likeliest."""
-    floor = logits.max(-1) + jnp.log(share)
+    floor = logits.max(-1) + jnp.log(jnp.minimum(share, 1.0))
     return jnp.where(logits >= floor[:, None], logits, -jnp.inf)
 
 
@@ -127,13 +156,14 @@ def draw(logits: jax.Array, keys: jax.Array) -> jax.Array:
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))
     blocks = jnp.pad(weights, ((0, 0), (0, -vocab % block))).reshape(batch, -1, block)
     sums = blocks.sum(-1)
-    uniform = jax.vmap(jax.random.uniform)(keys)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, dtype=jnp.float32))(keys)
     target = uniform * sums.sum(-1)
     which = _walk(sums, target)
     index = jnp.arange(sums.shape[1])
     below = jnp.where(index < which[:, None], sums, 0.0).sum(-1)
     inside = jnp.where((index == which[:, None])[..., None], blocks, 0.0).sum(1)
-    return (which * block + _walk(inside, target - below)).astype(jnp.int32)
+    token = jnp.minimum(which * block + _walk(inside, target - below), vocab - 1)
+    return sharding.constrain(token.astype(jnp.int32), sharding.ROWS_B)
 
 
 def _walk(weights: jax.Array, target: jax.Array) -> jax.Array:
@@ -147,8 +177,7 @@ def _largest_such_that(values: jax.Array, holds: Callable[[jax.Array], jax.Array
     """The largest float [B] at which `holds`, which is true of small numbers and false of large ones.
 
     Floats sort like their bits read as signed integers once the negative ones are mirrored, so this
-    bisects the integers: exact after 32 halvings. Where nothing holds it returns NaN-free -inf's end of
-    the range, so callers keep everything.
+    bisects the integers: exact after 32 halvings. Where it holds of nothing the answer is -inf.
     """
     mirror = jnp.int32(0x7FFFFFFF)
 
@@ -205,7 +234,7 @@ def choose(logits: jax.Array, sampling: Sampling, seen: jax.Array, keys: jax.Arr
     rows = _per_row(sampling, logits.shape[0])
     penalised = repetition_penalty(logits, seen, rows.repetition_penalty)
     likeliest = jnp.argmax(penalised, axis=-1).astype(jnp.int32)
-    greedy = (rows.temperature == 0) | (rows.top_k == 1)
+    greedy = (rows.temperature <= 0) | (rows.top_k == 1)
 
     def random(_: None) -> jax.Array:
         return jnp.where(greedy, likeliest, draw(_transform(logits, rows, seen), keys))
@@ -214,13 +243,8 @@ def choose(logits: jax.Array, sampling: Sampling, seen: jax.Array, keys: jax.Arr
 
 
 def _per_row(sampling: Sampling, batch: int) -> _Rows:
-    def rows(x: jax.typing.ArrayLike, dtype: jax.typing.DTypeLike) -> jax.Array:
-        return sharding.constrain(jnp.broadcast_to(jnp.asarray(x, dtype), (batch,)), sharding.ROWS_B)
-
+    rows = sampling.rows(batch)
+    lay = lambda x: sharding.constrain(jnp.asarray(x), sharding.ROWS_B)  # noqa: E731
     return _Rows(
-        temperature=rows(sampling.temperature, jnp.float32),
-        top_k=rows(sampling.top_k, jnp.int32),
-        top_p=rows(sampling.top_p, jnp.float32),
-        min_p=rows(sampling.min_p, jnp.float32),
-        repetition_penalty=rows(sampling.repetition_penalty, jnp.float32),
+        lay(rows.temperature), lay(rows.top_k), lay(rows.top_p), lay(rows.min_p), lay(rows.repetition_penalty)
     )

@@ -11,7 +11,7 @@ type carries its layout. Each name below ends in the letters of its dimensions (
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -91,7 +91,13 @@ def make_mesh(spec: str | Mapping[str, int] = "", *, devices: Any = None) -> Mes
         the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = dict.fromkeys(AXES, 1) | dict(_parse_mesh(spec) if isinstance(spec, str) else spec)
+    given = list(_parse_mesh(spec) if isinstance(spec, str) else spec.items())
+    for name, size in given:
+        if [n for n, _ in given].count(name) > 1:
+            raise ConfigError(f"mesh axis {name} is given twice; give each axis one size")
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise ConfigError(f"mesh axis {name} has size {size!r}; it must be a whole number")
+    sizes = dict.fromkeys(AXES, 1) | dict(given)
     unknown = [name for name in sizes if name not in AXES]
     if unknown:
         raise ConfigError(f"mesh axis {unknown[0]!r} is unknown; the axes are {', '.join(AXES)}")
@@ -171,7 +177,7 @@ def shard_params(params: Any, mesh: Mesh, config: LlamaConfig) -> Any:
     """
     check_mesh(config, mesh)
     specs = param_specs(config, stacked=isinstance(params["layers"], Mapping))
-    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), params, specs)
+    return jax.tree.map(lambda x, spec: jax.device_put(x, named(mesh, spec)), params, specs)
 
 
 def explicit_axes() -> dict[str, int]:
@@ -200,14 +206,48 @@ def out_sharding(spec: P, shape: tuple[int, ...] | None = None) -> P | None:
     axes = explicit_axes()
     if not axes:
         return None
+    if shape is not None and "context" in axes:
+        whole = [
+            entry == "context" and size % axes["context"] != 0
+            for entry, size in zip(spec, shape, strict=True)
+        ]
+        spec = P(*(None if drop else entry for drop, entry in zip(whole, spec, strict=True)))
+    return restrict(spec, axes)
 
-    def keep(dim: int, entry: Any) -> Any:
-        names = tuple(n for n in (entry if isinstance(entry, tuple) else (entry,)) if n in axes)
-        if names == ("context",) and shape is not None and shape[dim] % axes["context"]:
-            return None
-        return names[0] if len(names) == 1 else (names or None)
 
-    return P(*(keep(dim, entry) for dim, entry in enumerate(spec)))
+def restrict(spec: P, names: Iterable[str]) -> P:
+    """The part of `spec` that a mesh with axes `names` can follow."""
+
+    def keep(entry: Any) -> Any:
+        kept = tuple(n for n in (entry if isinstance(entry, tuple) else (entry,)) if n in names)
+        return kept[0] if len(kept) == 1 else (kept or None)
+
+    return P(*map(keep, spec))
+
+
+def named(mesh: Mesh, spec: P) -> NamedSharding:
+    """`spec` on `mesh`, without the axes that the mesh leaves out."""
+    return NamedSharding(mesh, restrict(spec, mesh.axis_names))
+
+
+def vary_alike(tree: Any, *others: Any) -> Any:
+    """Inside `shard_map`, marks every leaf of `tree` as varying over what any leaf here varies over.
+
+    A loop's state must keep its type, and `shard_map` makes part of the type which mesh axes a value may
+    differ along: a state that starts as zeros does not yet differ along any. Elsewhere this does nothing.
+    """
+
+    def varying(leaf: Any) -> frozenset[str]:
+        manual = getattr(jax.typeof(leaf), "manual_axis_type", None)
+        return frozenset() if manual is None else manual.varying
+
+    union = frozenset().union(*map(varying, jax.tree.leaves((tree, others))))
+
+    def mark(leaf: jax.Array) -> jax.Array:
+        missing = tuple(sorted(union - varying(leaf)))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(mark, tree) if union else tree
 
 
 def constrain(x: jax.Array, spec: P) -> jax.Array:

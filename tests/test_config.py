@@ -61,6 +61,8 @@ def test_is_frozen_hashable_and_rechecked_on_replace():
         ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0"),
         ({"rope_theta": math.inf}, "rope_theta is inf"),
         ({"rope_theta": math.nan}, "rope_theta is nan"),
+        ({"rope_theta": 1.0}, "rope_theta is 1.0"),
+        ({"head_dim": 2, "rope_scaling": lj.RopeScaling("ntk", 2.0)}, "head_dim is 2"),
     ],
 )
 def test_says_what_cannot_work(changes, message):
@@ -84,6 +86,20 @@ def test_says_what_cannot_work(changes, message):
             {"kind": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "beta_slow": 64.0},
             "beta_fast > beta_slow",
         ),
+        (
+            {"kind": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "beta_fast": math.inf},
+            "beta_fast is inf",
+        ),
+        (
+            {
+                "kind": "yarn",
+                "factor": 2.0,
+                "original_max_position_embeddings": 8,
+                "attention_factor": math.nan,
+            },
+            "attention_factor is nan",
+        ),
+        ({"kind": "ntk", "factor": 1e300}, "rope_scaling.factor is 1e+300"),
     ],
 )
 def test_says_which_rope_scaling_cannot_work(arguments, message):

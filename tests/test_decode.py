@@ -183,7 +183,7 @@ def test_the_compiled_loop_never_copies_the_cache_or_a_weight():
         config, lj.unstack(params), tokens, lengths, KEY, GREEDY, end, max_new_tokens=100
     ).compile()
     text = compiled.as_text()
-    cache = f"f32[3,{config.num_key_value_heads},116,{config.head_dim}]"
+    cache = f"f32[3,{config.num_key_value_heads},132,{config.head_dim}]"
     assert cache in text
     body = re.search(r"while\(.*?body=%?([\w.\-]+)", max(re.findall(r".*while\(.*", text), key=len)).group(1)
     lines = re.search(rf"^%?{re.escape(body)} .*?^}}", text, re.M | re.S).group(0)

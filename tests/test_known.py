@@ -11,6 +11,7 @@ import sys
 import venv
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -225,3 +226,19 @@ def test_smollm2_is_the_file_it_should_be(smollm2_path: Path) -> None:
     assert smollm2_path == model.path
     with smollm2_path.open("rb") as file:
         assert hashlib.file_digest(file, "sha256").hexdigest() == model.sha256
+
+
+def test_a_cache_folder_in_a_home_that_nobody_has(monkeypatch):
+    monkeypatch.setenv("LLAMA_JAX_CACHE", "~nobody-has-this-name/cache")
+    with pytest.raises(CheckpointError, match="set LLAMA_JAX_CACHE") as error:
+        known.is_cached("smollm2-135m")
+    assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_is_found_before_downloading(monkeypatch, tmp_path):
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(known.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    monkeypatch.setattr(known, "_download", None)
+    with pytest.raises(CheckpointError, match="and 1000000 free; make room there, or set LLAMA_JAX_CACHE"):
+        known.fetch("smollm2-135m")
+    assert not list(tmp_path.rglob("*.gguf"))

@@ -181,6 +181,23 @@ def test_settings_out_of_range(model, setting, value):
     assert str(value) in str(error.value)
 
 
+@pytest.mark.parametrize("seed", [1 << 63, -(1 << 70), 1.5, "one"])
+def test_a_seed_that_is_no_whole_number_of_64_bits(model, seed):
+    with pytest.raises(InputError, match="seed is") as error:
+        model.generate("a", max_new_tokens=2, seed=seed)
+    assert "\n" not in str(error.value)
+
+
+def test_numpy_numbers_are_seeds_too(model):
+    settings = {"max_new_tokens": 4, "temperature": 1.0}
+    assert model.generate("a", seed=np.int64(7), **settings) == model.generate("a", seed=7, **settings)
+
+
+def test_ids_that_no_vocabulary_has(model):
+    with pytest.raises(InputError, match="1099511627776"):
+        list(model.stream_tokens([1, 1 << 40], lj.Sampling(), max_new_tokens=2))
+
+
 def test_more_than_the_context_holds(model):
     with pytest.raises(InputError) as error:
         model.generate("ab", max_new_tokens=1000)

@@ -5,10 +5,12 @@ Only the chosen verb is imported, so help and usage errors do not wait for JAX.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from llama_jax.cli.parser import UsageError, suggestion
 from llama_jax.errors import LlamaJaxError
@@ -39,6 +41,9 @@ examples:
 """
 
 
+LESS_MEMORY = "ask for less at once, or choose --dtype bfloat16"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line.
 
@@ -49,24 +54,48 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit status: 0, 2 for bad input (with one line `error: ...` on stderr), 130 when interrupted,
       141 when the reader of stdout went away.
     """
+    if sys.stdout is None or sys.stderr is None:  # closed by the caller: to nowhere, as it asked
+        nowhere = Path(os.devnull).open("w")  # noqa: SIM115  # open as long as the process lives
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? instead of failing
     try:
         _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except LlamaJaxError as error:
-        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
-        return 2
+        return _fail(str(error))
     except SystemExit as stop:  # argparse, after printing help
         return int(stop.code or 0)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Python flushes stdout once more at exit: give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 141
+    except OSError as error:  # files that are read have errors of their own, so this is the output
+        _drop_output()
+        return _fail(f"cannot write the output: {error.strerror or error}; write it elsewhere")
+    except MemoryError as error:
+        return _fail(f"not enough memory: {error}; {LESS_MEMORY}")
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):  # as JAX calls it
+            raise
+        return _fail(f"not enough memory: {str(error)[:200]}; {LESS_MEMORY}")
     return 0
+
+
+def _fail(reason: str) -> int:
+    with contextlib.suppress(OSError):  # stderr may be full, too
+        line = " ".join(reason.split())
+        # Names in files and paths may hold anything, and a terminal would obey some of it.
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+        print("error:", line, file=sys.stderr)
+    return 2
+
+
+def _drop_output() -> None:
+    """Gives what stdout still holds somewhere to go: Python flushes it once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(argv: list[str]) -> None:

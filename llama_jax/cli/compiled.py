@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
+import warnings
 from pathlib import Path
 
 import jax
 
+from llama_jax.errors import CheckpointError
 from llama_jax.known import cache_folder
 
 
@@ -18,8 +21,11 @@ def keep_compiled_programs() -> None:
     A program compiled for one CPU may hold instructions that another lacks, and a home folder may be
     shared by both: each kind of CPU has a folder of its own.
     """
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled" / _machine()))
+    # Where nothing can be kept, or what was kept cannot be read, compiling again is all that happens.
+    warnings.filterwarnings("ignore", ".*persistent compilation cache")
+    with contextlib.suppress(CheckpointError):
+        if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+            jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled" / _machine()))
 
 
 def _machine() -> str:

@@ -81,8 +81,10 @@ def read_stdin() -> str:
     """Reads a text from stdin.
 
     Raises:
-      InputError: if it is not UTF-8.
+      InputError: if it is closed, or not UTF-8.
     """
+    if sys.stdin is None:
+        raise InputError("stdin is closed; give the text as an argument")
     data = sys.stdin.buffer.read()
     try:
         return data.decode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+from llama_jax.errors import InputError
 
 if TYPE_CHECKING:
     from llama_jax.pretrained import Model
@@ -90,7 +93,12 @@ def print_table(rows: Sequence[Sequence[str]], header: Sequence[str], right: Seq
         table.add_column(name, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 200).print(table, "")
+    _Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 200).print(table, "")
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would exit at once, with another status
 
 
 def size(nbytes: float) -> str:
@@ -113,9 +121,19 @@ def resolve(name_or_path: str) -> Path:
 
 def load(name_or_path: str, dtype: str) -> Model:
     """Loads a model with progress bars."""
+    import jax
+
     from llama_jax import pretrained
     from llama_jax.cli.compiled import keep_compiled_programs
 
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where the platform is known but not here
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise InputError(
+            f"JAX cannot use the platform {platforms!r}: {str(error)[:200] or 'there is none'}; set "
+            "JAX_PLATFORMS=cpu, or install JAX for the device"
+        ) from None
     path = resolve(name_or_path)
     keep_compiled_programs()
     with progress_bar("loading weights") as progress:

@@ -101,11 +101,14 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 
 def whole(text: str) -> int:
-    """Reads a whole number from the command line."""
+    """Reads a whole number of at most 64 bits from the command line."""
     try:
-        return int(text)
+        value = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number") from None
+    if not -(1 << 63) <= value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is too large a number")
+    return value
 
 
 def positive(text: str) -> int:
@@ -121,4 +124,4 @@ def number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number") from None

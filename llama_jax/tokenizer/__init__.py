@@ -32,7 +32,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
       TokenizerError: if there is none, or it cannot be read.
     """
-    path = Path(path).expanduser()
+    try:
+        path = Path(path).expanduser()
+    except RuntimeError as error:  # no such user's home
+        raise TokenizerError(f"{path}: {error}; give the whole path") from None
+    try:
+        return _load(path)
+    except OSError as error:  # a folder on the way that may not be entered, a name too long, ...
+        raise TokenizerError(
+            f"{path} cannot be read ({error.strerror or error}); check its path and permissions"
+        ) from None
+
+
+def _load(path: Path) -> Tokenizer:
     if path.is_dir():
         return _load_from(path, path)
     if path.suffix == ".bin" and not path.name.startswith("tok"):

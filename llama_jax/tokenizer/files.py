@@ -30,7 +30,9 @@ def read_bytes(path: Path) -> bytes:
             )
         return path.read_bytes()
     except OSError as error:
-        raise TokenizerError(f"{path} cannot be read ({error.strerror or error})") from None
+        raise TokenizerError(
+            f"{path} cannot be read ({error.strerror or error}); check its permissions"
+        ) from None
 
 
 def parse_json_object(path: Path, data: bytes) -> dict[str, Any]:
@@ -48,6 +50,6 @@ def parse_json_object(path: Path, data: bytes) -> dict[str, Any]:
     return value
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Returns a library's message on one line, at most 120 characters of it."""
     return " ".join(str(error).split())[:120]

@@ -56,7 +56,9 @@ def load(path: Path) -> LibraryTokenizer:
     spaces = _spaces(path, parse_json_object(path, data))
     try:
         library = tokenizers.Tokenizer.from_buffer(data)
-    except Exception as error:  # the library raises bare Exceptions
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exceptions, and what Rust panics with is none
         raise TokenizerError(f"{path} cannot be loaded ({one_line(error)}); take a fresh copy") from None
     library.no_truncation()
     library.no_padding()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,8 +78,7 @@ class _Fields:
         self.only("expert_count", 0)
         self.only("attention.value_length", head_dim)
         self.only("rope.dimension_count", head_dim)
-        theta = self.number("rope.freq_base", 10_000.0)
-        return LlamaConfig(
+        config = LlamaConfig(
             vocab_size=embedding.shape[0],
             hidden_size=hidden,
             intermediate_size=self.size("feed_forward_length"),
@@ -88,10 +88,10 @@ class _Fields:
             head_dim=head_dim,
             max_position_embeddings=self.size("context_length"),
             rms_norm_eps=self.number("attention.layer_norm_rms_epsilon"),
-            rope_theta=theta,
-            rope_scaling=self.rope_scaling(head_dim, theta),
+            rope_theta=self.number("rope.freq_base", 10_000.0),
             tie_word_embeddings="output.weight" not in self.tensors,
         )
+        return config.replace(rope_scaling=self.rope_scaling(head_dim, config.rope_theta))
 
     def rope_scaling(self, head_dim: int, theta: float) -> RopeScaling | None:
         """Reads the rotary scaling as llama.cpp does: from fields, or from a tensor of divisors."""
@@ -112,9 +112,7 @@ class _Fields:
             return RopeScaling("linear", factor)
         if kind == "yarn":
             self.only("rope.scaling.yarn_log_multiplier", 0.0)
-            # Here a factor of 1 is YaRN's own rule; RopeScaling takes the product.
-            attention = self.number("rope.scaling.attn_factor", 1.0)
-            return RopeScaling(
+            scaling = RopeScaling(
                 "yarn",
                 factor,
                 original_max_position_embeddings=self.size(
@@ -122,8 +120,11 @@ class _Fields:
                 ),
                 beta_fast=self.number("rope.scaling.yarn_beta_fast", 32.0),
                 beta_slow=self.number("rope.scaling.yarn_beta_slow", 1.0),
-                attention_factor=None if attention == 1 else attention * (0.1 * math.log(factor) + 1),
             )
+            # Here a factor of 1 is YaRN's own rule; RopeScaling takes the product.
+            attention = self.number("rope.scaling.attn_factor", 1.0)
+            product = None if attention == 1 else attention * (0.1 * math.log(factor) + 1)
+            return dataclasses.replace(scaling, attention_factor=product)
         raise self.error(
             f"rope scaling of type {quote(kind)} cannot be read; only linear and yarn, or rope_freqs.weight"
         )
@@ -145,15 +146,19 @@ class _Fields:
         factor = round(float(divisors.max()), 4)
         if (divisors == 1).all():
             return None
-        if np.isfinite(divisors).all() and divisors.min() >= 1:
+        if np.isfinite(divisors).all() and divisors.min() >= 1 and factor > 1:
             smooth = (1 / divisors - 1 / factor) / (1 - 1 / factor)
             ramp = (smooth > 1e-4) & (smooth < 1 - 1e-4)
             if ramp.sum() >= 2:
-                slope, intercept = np.polyfit(plain[ramp] / (2 * math.pi), smooth[ramp], 1)
-                context, high = round(-slope / intercept), round(float(1 - 1 / intercept), 3)
-                if context >= 1 and high > 1:
+                turns = plain[ramp].astype(np.float64) / (2 * math.pi)
+                away = turns - turns.mean()
+                with np.errstate(all="ignore"):  # what is not finite is refused below
+                    slope = away @ smooth[ramp] / (away @ away)
+                    intercept = smooth[ramp].mean() - slope * turns.mean()
+                    context, high = float(-slope / intercept), float(1 - 1 / intercept)
+                if 1 <= context < 1 << 31 and 1 < high < math.inf:
                     scaling = RopeScaling(
-                        "llama3", factor, context, low_freq_factor=1.0, high_freq_factor=high
+                        "llama3", factor, round(context), low_freq_factor=1.0, high_freq_factor=round(high, 3)
                     )
                     scaled, _ = rotary_frequencies(head_dim=head_dim, theta=theta, scaling=scaling)
                     if np.allclose(scaled * divisors, plain, rtol=1e-5, atol=0):

@@ -82,7 +82,7 @@ class _Parser:
 
     def header(self, with_tensors: bool) -> Header:
         if self.take(4, "the magic number") != MAGIC:
-            raise self.error(f"not a GGUF file: it does not begin with {MAGIC.decode()}")
+            raise self.error(f"not a GGUF file: it does not begin with {MAGIC.decode()}; give another")
         version = self.scalar("I", "the version")
         if version not in (2, 3):
             big_endian = version in (2 << 24, 3 << 24)

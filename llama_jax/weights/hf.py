@@ -139,7 +139,7 @@ class _Fields:
             )
         original = self.size("original_max_position_embeddings", context)
         if kind == "yarn" and self.fields.get("factor") is None:
-            factor = context / original
+            factor = context / max(original, 1)  # an original of 0 is refused below
         else:
             factor = self.number("factor")
         if kind == "linear":

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, ConfigError
-from llama_jax.sharding import check_mesh, param_specs
+from llama_jax.sharding import check_mesh, named, param_specs
 from llama_jax.weights.names import Entry, entries, is_harmless
 from llama_jax.weights.source import Source, brief, quote
 
@@ -196,7 +196,7 @@ class _Tree:
         return self.last
 
     def sharding(self, spec: P) -> NamedSharding | None:
-        return None if self.mesh is None else NamedSharding(self.mesh, spec)
+        return None if self.mesh is None else named(self.mesh, spec)
 
 
 def _parent(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:

@@ -27,8 +27,9 @@ def open_source(path: str | Path) -> Source:
       CheckpointError: if nothing is there, the format is unknown, or the headers are malformed or
         describe a model that llama_jax does not run.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     try:
+        path = path.expanduser()
         if path.is_dir():
             return _open_directory(path)
         with open_file(path) as (file, _):
@@ -38,14 +39,17 @@ def open_source(path: str | Path) -> Source:
         if is_llama2c(path):
             return open_llama2c(path, "the file begins with a llama2.c header")
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot read: {reason(error)}") from error
+        raise CheckpointError(f"{path}: cannot be read: {reason(error)}; check its permissions") from error
+    except RuntimeError as error:  # no such user's home
+        raise CheckpointError(f"{path}: {error}; give the whole path") from None
     raise CheckpointError(f"{path}: {_what_else(path, start)}; give {_READABLE}")
 
 
 def _open_directory(path: Path) -> Source:
     if (path / "config.json").exists():
         return open_hf(path, "the directory has a config.json")
-    models = sorted(entry.name for entry in path.iterdir() if entry.suffix in (".gguf", ".bin"))
+    files = (entry for entry in path.iterdir() if entry.suffix in (".gguf", ".bin") and entry.is_file())
+    models = sorted(entry.name for entry in files)
     if models:
         raise CheckpointError(
             f"{path}: a directory without config.json; give the path of a file in it: {models[0]}"

@@ -115,7 +115,7 @@ def open_file(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         with path.open("rb") as file:
             yield file, os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {reason(error)}") from error
+        raise CheckpointError(f"{path}: cannot be read: {reason(error)}; check its permissions") from error
 
 
 def reason(error: OSError) -> str:

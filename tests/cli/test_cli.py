@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -173,6 +174,55 @@ def test_interrupting_is_no_error(run, monkeypatch):
     assert "Traceback" not in done.err
 
 
+@pytest.mark.parametrize("words", [["models"], ["models", "--json"], ["nonsense"]])
+@pytest.mark.parametrize("closed", ["stdin", "stdout", "stderr"])
+def test_a_closed_stream_is_no_traceback(words, closed):
+    code = f"import sys; sys.{closed} = None; from llama_jax import cli; sys.exit(cli.main({words}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == (2 if words == ["nonsense"] else 0)
+    assert "Traceback" not in done.stderr
+    assert "error" not in done.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")  # noqa: PTH110
+def test_output_that_cannot_be_written(tiny_path):
+    words = [sys.executable, "-m", "llama_jax.cli", "inspect", tiny_path]
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cannot write the output")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "raised", [MemoryError("Unable to allocate 13 TiB"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")]
+)
+def test_work_that_does_not_fit_into_memory(run, monkeypatch, raised):
+    def fail(_):
+        raise raised
+
+    monkeypatch.setattr("llama_jax.cli.models.run", fail)
+    assert_error(run("models"), "not enough memory", raised, "ask for less")
+
+
+def test_other_runtime_errors_keep_their_traceback(run, monkeypatch):
+    def fail(_):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("llama_jax.cli.models.run", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        run("models")
+
+
+def test_a_platform_that_is_not_here(tiny_path):
+    words = [sys.executable, "-m", "llama_jax.cli", "generate", tiny_path, "--prompt", "a"]
+    environment = os.environ | {"JAX_PLATFORMS": "tpu"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "JAX cannot use the platform 'tpu'" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
 # Bad usage
 
 
@@ -193,6 +243,8 @@ def test_interrupting_is_no_error(run, monkeypatch):
             ["--max-new-tokens", "0", "at least 1"],
         ),
         (["generate", "m", "--prompt", "x", "--dtype", "int3"], ["--dtype", "int3", "bfloat16"]),
+        (["generate", "m", "--prompt", "x", "--seed", "9" * 20], ["--seed", "9" * 20, "too large"]),
+        (["inspect", "m", "--batch", "9" * 5000], ["--batch", "9" * 20]),
         (["inspect", "m", "--length", "-1"], ["--length", "-1", "at least 1"]),
         (["tokenizer", "encod", "m"], ["encod", "did you mean encode?"]),
         (["tokenizer", "decode", "m", "twelve"], ["twelve", "whole numbers"]),
@@ -251,6 +303,19 @@ def test_a_file_that_is_no_checkpoint(run, tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("hello")
     assert_error(run("inspect", path), path)
+
+
+def test_a_name_that_a_terminal_would_obey_is_escaped(run, tmp_path):
+    path = tmp_path / "\x1b[31m.gguf"
+    path.write_bytes(b"")
+    assert_error(run("inspect", path), "\\x1b[31m.gguf: empty")
+
+
+@pytest.mark.parametrize("verb", ["generate", "inspect", "bench", "tokenizer encode"])
+def test_an_empty_name_is_not_the_current_folder(run, verb, tiny_path, monkeypatch):
+    monkeypatch.chdir(tiny_path.parent)
+    rest = ["--prompt", "x"] if verb == "generate" else []
+    assert_error(run(*verb.split(), "", *rest), "'' is neither a file nor a known model", SMOL)
 
 
 def test_a_vocabulary_of_another_size(run, tmp_path):

@@ -36,3 +36,10 @@ def test_the_users_own_folder_is_left_alone(settings, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/somewhere")
     compiled.keep_compiled_programs()
     assert not settings
+
+
+def test_without_a_home_nothing_is_kept(settings, monkeypatch):
+    monkeypatch.setenv("LLAMA_JAX_CACHE", "~nobody-has-this-name/cache")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    compiled.keep_compiled_programs()
+    assert not settings

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.errors import TokenizerError
+from llama_jax.errors import LlamaJaxError, TokenizerError
 from llama_jax.tokenizer import load_tokenizer
+from llama_jax.weights import open_source
 from tests.tokenizer import vocabularies
 
 
@@ -109,3 +110,13 @@ def test_a_file_larger_than_any_vocabulary_is_not_read(tmp_path: Path, name: str
         TokenizerError, match=r"has 1099511627776 bytes; no tokenizer has more than 268435456"
     ):
         load_tokenizer(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("path", "why"), [("a" * 5000 + ".model", "File name too long"), ("~nobody-has-it/x.model", "home")]
+)
+def test_a_path_that_no_system_call_takes(path: str, why: str) -> None:
+    for load in (load_tokenizer, open_source):
+        with pytest.raises(LlamaJaxError, match=why) as caught:
+            load(path)
+        assert "\n" not in str(caught.value)

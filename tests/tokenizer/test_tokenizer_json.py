@@ -182,6 +182,14 @@ def test_files_that_are_refused(tmp_path: Path, case: str) -> None:
     assert "\n" not in message
 
 
+def test_a_file_that_the_library_panics_on(tmp_path: Path) -> None:
+    content = vocabularies.llama_json(vocabularies.sentencepiece_model())
+    content["model"]["continuing_subword_prefix"] = "longer than any piece is"
+    with pytest.raises(TokenizerError, match="cannot be loaded") as raised:
+        load(tmp_path, content)
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 200_000, b"GGUF\3\0\0\0", b"\0" * 50])
 def test_files_that_are_no_json(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "tokenizer.json"

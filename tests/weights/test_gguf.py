@@ -177,6 +177,15 @@ def test_defaults_of_absent_fields(tmp_path: Path) -> None:
         ({"attention__layer_norm_rms_epsilon": float("nan")}, "rms_norm_eps is nan"),
         ({"rope__scaling__type": "longrope", "rope__scaling__factor": 2.0}, "type 'longrope' cannot be read"),
         ({"rope__scaling__type": "yarn", "rope__scaling__factor": 0.5}, "rope_scaling.factor is 0.5"),
+        (
+            {
+                "rope__scaling__type": "yarn",
+                "rope__scaling__factor": -1.0,
+                "rope__scaling__attn_factor": 2.0,
+            },
+            "rope_scaling.factor is -1.0",
+        ),
+        ({"rope__freq_base": float("nan")}, "rope_theta is nan"),
     ],
 )
 def test_fields_that_cannot_be_run(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -352,3 +361,24 @@ def test_a_damaged_header_byte_loads_or_gets_one_line(whole_file: bytes, tmp_pat
     assert "" in problems  # where the damage is in padding or a free choice
     assert len(problems) > 100
     assert not any("\n" in message for message in problems)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("theta", [1.0001, 50_000.0, 1e30])
+@pytest.mark.parametrize(
+    "divisors",
+    [
+        [8, 8, 8, 2.8, 2.3, 1, 1, 1],
+        [1.00004] * 8,
+        [float("nan")] * 8,
+        [float("inf"), 2, 2, 2, 1, 1, 1, 1],
+        [-1, 0, 1, 2, 3, 4, 5, 6],
+        [1, 1.5, 2, 2, 2, 2, 2, 9e5],
+    ],
+)
+def test_rope_divisors_that_no_scaling_makes(divisors: list[float], theta: float, tmp_path: Path) -> None:
+    extra = {"rope_freqs.weight": np.array(divisors, np.float32)}
+    path = write_gguf(tmp_path / "a.gguf", CONFIG, random_params(), extra=extra, rope__freq_base=theta)
+    with pytest.raises(CheckpointError, match="does not follow Llama 3's rope scaling") as caught:
+        open_source(path)
+    one_line(caught)

@@ -362,3 +362,11 @@ def test_a_file_cut_anywhere_or_damaged_gets_one_line(tmp_path: Path) -> None:
     assert "" in problems
     assert len(problems) > 20
     assert not any("\n" in message for message in problems)
+
+
+def test_a_yarn_context_of_nothing(tmp_path: Path) -> None:
+    scaling = {"rope_type": "yarn", "original_max_position_embeddings": 0}
+    folder = write_hf(tmp_path, CONFIG, random_params(), rope_scaling=scaling)
+    with pytest.raises(CheckpointError, match="original_max_position_embeddings is 0") as caught:
+        open_source(folder)
+    one_line(caught)
