@@ -15,7 +15,7 @@ from llama_jax import sharding
 from llama_jax.config import LlamaConfig
 
 
-@chex.dataclass(frozen=True)
+@chex.dataclass(frozen=True, mappable_dataclass=False)
 class KVCache:
     """Keys (rotated) and values of every layer.
 

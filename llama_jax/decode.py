@@ -27,7 +27,7 @@ from llama_jax.sampling import Sampling, choose
 EosId = int | Sequence[int] | jax.Array | None
 
 
-@chex.dataclass(frozen=True)
+@chex.dataclass(frozen=True, mappable_dataclass=False)
 class Generation:
     """What `generate` returns.
 
@@ -43,7 +43,7 @@ class Generation:
     logprobs: jax.Array
 
 
-@chex.dataclass(frozen=True)
+@chex.dataclass(frozen=True, mappable_dataclass=False)
 class DecodeState:
     """Everything between two tokens.
 
@@ -104,7 +104,7 @@ def prefill(
     seen = jnp.zeros((batch, config.vocab_size), bool, out_sharding=whole_rows)
     return DecodeState(
         cache=cache,
-        token=jnp.where(is_last, ids, 0).sum(-1),
+        token=jnp.where(is_last, ids, 0).sum(-1, dtype=jnp.int32),
         position=lengths - 1,
         count=jnp.zeros((), jnp.int32),
         done=lengths < 1,
@@ -175,8 +175,9 @@ def generate(
     """Continues each prompt by up to `max_new_tokens`, in one compiled loop that stops when all rows end.
 
     A pure function: call it inside `jit`, `vmap` (over keys, say) or `shard_map` as you would any other.
+    For gradients, take those of `forward`'s log-probabilities of the tokens it chose.
     Called from Python it compiles once for each batch size, `max_new_tokens` and bucket of prompt lengths
-    (powers of two from 16); no value of any setting recompiles it.
+    (powers of two from 32); no value of any setting recompiles it.
 
     Args:
       config: the model.
@@ -196,8 +197,7 @@ def generate(
       InputError: for values known at the call (not traced) that cannot work: an empty prompt, an id
         outside the vocabulary, a setting out of range, more positions than the model's context.
     """
-    sampling = Sampling() if sampling is None else sampling
-    tokens, lengths = _checked(config, tokens, lengths, sampling, max_new_tokens)
+    tokens, lengths, sampling = _checked(config, tokens, lengths, sampling, max_new_tokens)
     return _generate(config, params, tokens, lengths, key, sampling, _end_ids(eos_id), max_new_tokens)
 
 
@@ -216,6 +216,8 @@ def _generate(
     state = prefill(
         config, params, tokens, lengths, key, sampling, max_new_tokens=max_new_tokens, eos_id=eos_ids
     )
+    # What a step makes of the state may vary over more mesh axes than a fresh one (inside shard_map).
+    state = sharding.vary_alike(state, params)
     state = jax.lax.while_loop(
         lambda state: (state.count < max_new_tokens) & ~jnp.all(state.done),
         lambda state: step(config, params, state),
@@ -241,17 +243,23 @@ def stream(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """`generate`, a token at a time on the host: the same tokens from the same arguments.
 
-    Yields:
-      (tokens int32 [B], live bool [B]): the newest token of each row, and whether the row had not
-      ended before it; the token of a row that had is 0.
+    Returns:
+      An iterator of (tokens int32 [B], live bool [B]): the newest token of each row, and whether the row
+      had not ended before it; the token of a row that had is 0.
+
+    Raises:
+      InputError: as `generate` does, at the call.
     """
-    sampling = Sampling() if sampling is None else sampling
-    tokens, lengths = _checked(config, tokens, lengths, sampling, max_new_tokens)
+    tokens, lengths, sampling = _checked(config, tokens, lengths, sampling, max_new_tokens)
     params = jax.jit(unstack)(params) if hasattr(params["layers"], "keys") else params
-    state = _prefill(
-        config, params, tokens, lengths, key, sampling, max_new_tokens=max_new_tokens, eos_id=_end_ids(eos_id)
-    )
-    live = np.ones((tokens.shape[0],), bool)
+    start = functools.partial(_prefill, max_new_tokens=max_new_tokens, eos_id=_end_ids(eos_id))
+    return _steps(config, params, start(config, params, tokens, lengths, key, sampling), max_new_tokens)
+
+
+def _steps(
+    config: LlamaConfig, params: Params, state: DecodeState, max_new_tokens: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    live = np.ones(state.done.shape, bool)
     for _ in range(max_new_tokens):
         state = _step(config, params, state)
         yield np.asarray(state.token), live
@@ -261,14 +269,18 @@ def stream(
 
 
 def bucket(length: int) -> int:
-    """The padded length for a prompt of `length` tokens: the next power of two, at least 16."""
-    return max(16, 1 << (length - 1).bit_length())
+    """The padded length for a prompt of `length` tokens: the next power of two, at least 32."""
+    return max(32, 1 << (length - 1).bit_length())
 
 
 def _checked(
-    config: LlamaConfig, tokens: Any, lengths: Any, sampling: Sampling, max_new_tokens: int
-) -> tuple[jax.Array, jax.Array]:
-    """Checks all that is known before tracing, and pads tokens to their bucket."""
+    config: LlamaConfig, tokens: Any, lengths: Any, sampling: Sampling | None, max_new_tokens: int
+) -> tuple[jax.Array, jax.Array, Sampling]:
+    """Checks all that is known before tracing, pads tokens to their bucket, and gives every row settings.
+
+    What is known is handled in numpy: an operation of JAX would be compiled anew for each length.
+    """
+    sampling = Sampling() if sampling is None else sampling
     if jnp.ndim(tokens) != 2:
         raise InputError(f"tokens has shape {jnp.shape(tokens)}; it must be [batch, length]")
     batch, length = jnp.shape(tokens)
@@ -278,47 +290,82 @@ def _checked(
         )
     if jnp.shape(lengths) != (batch,):
         raise InputError(f"lengths has shape {jnp.shape(lengths)}; it must be [{batch}], one a row of tokens")
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+    for name, array in (("tokens", tokens), ("lengths", lengths)):
+        if not jnp.issubdtype(jnp.result_type(array), jnp.integer):
+            raise InputError(f"{name} is {jnp.result_type(array)}; it must be whole numbers")
+    whole = isinstance(max_new_tokens, int | np.integer) and not isinstance(max_new_tokens, bool)
+    if not whole or max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number, at least 1")
     sampling.check(batch)
-    if not isinstance(lengths, jax.core.Tracer):
-        known = np.asarray(lengths)
-        for row in np.flatnonzero((known < 1) | (known > length)):
-            why = (
-                "an empty prompt: give at least one token, a BOS for instance"
-                if known[row] < 1
-                else (f"longer than tokens, which holds {length} a row")
-            )
-            raise InputError(f"lengths is {known[row]} in row {row}: {why}")
-        if (longest := int(known.max())) + max_new_tokens > config.max_position_embeddings:
-            raise InputError(
-                f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} need "
-                f"{longest + max_new_tokens} positions; the model's context has "
-                f"{config.max_position_embeddings}: shorten one of them, or raise max_position_embeddings"
-            )
-        if not isinstance(tokens, jax.core.Tracer):
-            ids = np.asarray(tokens)
-            inside = np.arange(length) < known[:, None]
-            bad = np.argwhere(inside & ((ids < 0) | (ids >= config.vocab_size)))
-            if bad.size:
-                row, at = bad[0]
-                raise InputError(
-                    f"token id {ids[row, at]} in row {row}, position {at} is outside the vocabulary of "
-                    f"{config.vocab_size}; does the tokenizer belong to this model?"
-                )
-    tokens, lengths = jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
-    return jnp.pad(tokens, ((0, 0), (0, bucket(length) - length))), lengths
+    ids, counts = _known(tokens), _known(lengths)
+    if counts is not None:
+        _check_lengths(config, counts, length, int(max_new_tokens))
+        if ids is not None:
+            _check_ids(config, ids, counts)
+    padding = ((0, 0), (0, bucket(length) - length))
+    if ids is None:
+        tokens = jnp.pad(jnp.asarray(tokens, jnp.int32), padding)
+    else:
+        # Clipped, since padding may be any number, which int32 may not hold.
+        tokens = jnp.asarray(np.pad(np.clip(ids, -1, 2**31 - 1).astype(np.int32), padding))
+    counts = lengths if counts is None else counts.astype(np.int32)
+    return tokens, jnp.asarray(counts, jnp.int32), sampling.rows(batch)
+
+
+def _known(array: Any) -> np.ndarray | None:
+    """The numbers, or None while tracing, or where other processes hold part of them."""
+    traced = isinstance(array, jax.core.Tracer)
+    if traced or (isinstance(array, jax.Array) and not array.is_fully_addressable):
+        return None
+    return np.asarray(array)
+
+
+def _check_lengths(config: LlamaConfig, lengths: np.ndarray, width: int, max_new_tokens: int) -> None:
+    for row in np.flatnonzero((lengths < 1) | (lengths > width)):
+        empty = "an empty prompt: give at least one token, a BOS for instance"
+        why = empty if lengths[row] < 1 else f"longer than tokens, which holds {width} a row"
+        raise InputError(f"lengths is {lengths[row]} in row {row}: {why}")
+    longest, context = int(lengths.max()), config.max_position_embeddings
+    if longest + max_new_tokens > context:
+        raise InputError(
+            f"the prompt's {longest} tokens and max_new_tokens {max_new_tokens} need "
+            f"{longest + max_new_tokens} positions; the model's context has {context}: shorten one of them"
+        )
+
+
+def _check_ids(config: LlamaConfig, ids: np.ndarray, lengths: np.ndarray) -> None:
+    in_prompt = np.arange(ids.shape[1]) < lengths[:, None]
+    bad = np.argwhere(in_prompt & ((ids < 0) | (ids >= config.vocab_size)))
+    if bad.size:
+        row, at = bad[0]
+        raise InputError(
+            f"token id {ids[row, at]} in row {row}, position {at} is outside the vocabulary of "
+            f"{config.vocab_size}; does the tokenizer belong to this model?"
+        )
 
 
 def _end_ids(eos_id: EosId) -> jax.Array:
-    """End tokens as an array of 8, or 16, ..., so that their number does not recompile anything."""
-    ids = jnp.atleast_1d(jnp.asarray([] if eos_id is None else eos_id, jnp.int32))
-    return jnp.pad(ids, (0, max(8, -(-ids.size // 8) * 8) - ids.size), constant_values=-1)
+    """End tokens as an array of 8, or 16, ..., so that their number does not recompile anything.
+
+    Raises:
+      InputError: for what is neither a whole number nor a sequence of them.
+    """
+    if isinstance(eos_id, jax.core.Tracer):
+        ids = jnp.atleast_1d(jnp.asarray(eos_id, jnp.int32))
+        return jnp.pad(ids, (0, -ids.size % 8), constant_values=-1)
+    known = np.atleast_1d(np.asarray([] if eos_id is None else eos_id))
+    if known.ndim != 1 or (known.size and known.dtype.kind not in "iu"):
+        raise InputError(f"eos_id is {eos_id!r}; it must be a token id, a sequence of them, or None")
+    padded = np.full(max(8, -(-known.size // 8) * 8), -1, np.int32)
+    padded[: known.size] = known
+    return jnp.asarray(padded)
 
 
 def _row_keys(key: jax.Array, batch: int) -> jax.Array:
     """One typed key a row, from one key or from B of them; raw uint32 keys are taken too."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.dtype != jnp.uint32 or key.ndim not in (1, 2):
+            raise InputError(f"key is {key.dtype} of shape {key.shape}; make one with jax.random.key(seed)")
         key = jax.random.wrap_key_data(key)
     if key.ndim == 0:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))

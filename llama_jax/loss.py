@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from llama_jax import sharding
 from llama_jax.attention import Backend
@@ -13,7 +16,7 @@ from llama_jax.layers import unembed
 from llama_jax.model import Params, Remat, hidden_states
 
 
-@chex.dataclass(frozen=True)
+@chex.dataclass(frozen=True, mappable_dataclass=False)
 class Loss:
     """A sum and what it is the sum of, so that losses of several batches add up.
 
@@ -31,6 +34,7 @@ class Loss:
         return self.total / jnp.maximum(self.count, 1e-9)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "attention_backend", "remat", "num_chunks"))
 def next_token_loss(
     config: LlamaConfig,
     params: Params,
@@ -57,8 +61,7 @@ def next_token_loss(
       dtype: as for `forward`.
       attention_backend: as for `forward`.
       remat: as for `forward`.
-      num_chunks: in how many pieces the logits are formed, at most; the largest number that divides T
-        is taken.
+      num_chunks: in how many pieces the logits are formed.
 
     Returns:
       A `Loss`; divide `total` by `count` for the mean.
@@ -92,13 +95,16 @@ def cross_entropy(
       params: the tree that holds the output projection.
       targets: int [B, T].
       weights: f32 [B, T].
-      num_chunks: as for `loss`.
+      num_chunks: as for `next_token_loss`.
     """
     length = x.shape[1]
     seq_shards = sharding.explicit_axes().get("context", 1)
-    chunks = next(
-        n for n in range(min(num_chunks, length), 0, -1) if length % (n * seq_shards) == 0 or n == 1
-    )
+    chunks = max(1, min(num_chunks, length // seq_shards))
+    if pad := -length % (chunks * seq_shards):
+        x, targets, weights = (
+            jnp.pad(array, [(0, pad) if axis == 1 else (0, 0) for axis in range(array.ndim)])
+            for array in (sharding.constrain(x, P(sharding.BATCH, None, None)), targets, weights)
+        )
 
     # Chunk c holds positions c, c + chunks, c + 2 chunks, ...: a strided cut leaves every shard of the
     # sequence with an equal part of each chunk.
@@ -106,13 +112,13 @@ def cross_entropy(
         return jnp.moveaxis(array.reshape(array.shape[0], -1, chunks, *array.shape[2:]), 2, 0)
 
     @jax.checkpoint  # a chunk's logits are formed again in the backward pass
-    def one(total: jax.Array, chunk: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    def one(chunk: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         x, targets, weights = chunk
         logits = unembed(x, params)
         # Compared with an iota rather than gathered, so that the vocabulary may be split over devices.
         is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
         picked = jnp.where(is_target, logits, 0.0).sum(-1)
-        return total + (weights * (jax.nn.logsumexp(logits, axis=-1) - picked)).sum(), None
+        return (weights * (jax.nn.logsumexp(logits, axis=-1) - picked)).sum()
 
-    total, _ = jax.lax.scan(one, jnp.zeros(()), (cut(x), cut(targets), cut(weights)))
-    return Loss(total=total, count=weights.sum())
+    totals = jax.lax.map(one, (cut(x), cut(targets), cut(weights)))
+    return Loss(total=totals.sum(), count=weights.sum())

@@ -18,7 +18,7 @@ from llama_jax import cache as kv
 from llama_jax import rope, sharding
 from llama_jax.attention import Backend, Where, attention
 from llama_jax.config import LlamaConfig
-from llama_jax.errors import ConfigError
+from llama_jax.errors import ConfigError, InputError
 from llama_jax.layers import Attend, Block, embed, rms_norm, unembed
 
 Params = Any  # the nested dict of arrays that this module's docstring describes
@@ -49,19 +49,19 @@ def init(config: LlamaConfig, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.
     def make(key: jax.Array) -> Params:
         embed_key, head_key, layers_key = jax.random.split(key, 3)
         v, d = config.vocab_size, config.hidden_size
-        x, positions = jnp.zeros((1, 1, d)), jnp.zeros((1, 1), jnp.int32)
+        x, positions = jnp.zeros((1, 1, d), jnp.float32), jnp.zeros((1, 1), jnp.int32)
         attend: Attend = lambda q, k, v: (q, None)  # noqa: E731  # init asks for shapes alone
 
         def layer(key: jax.Array) -> Any:
             return Block(config).init(key, x, rope.rotary(config, positions), attend)["params"]
 
         params = {
-            "embed": {"embedding": 0.02 * jax.random.normal(embed_key, (v, d))},
+            "embed": {"embedding": 0.02 * jax.random.normal(embed_key, (v, d), jnp.float32)},
             "layers": jax.vmap(layer)(jax.random.split(layers_key, config.num_hidden_layers)),
-            "final_norm": {"scale": jnp.ones((d,))},
+            "final_norm": {"scale": jnp.ones((d,), jnp.float32)},
         }
         if not config.tie_word_embeddings:
-            params["lm_head"] = {"kernel": 0.02 * jax.random.normal(head_key, (d, v))}
+            params["lm_head"] = {"kernel": 0.02 * jax.random.normal(head_key, (d, v), jnp.float32)}
         return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
     if not sharding.explicit_axes():
@@ -72,6 +72,7 @@ def init(config: LlamaConfig, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.
     return jax.jit(jax.sharding.auto_axes(make, out_sharding=specs))(key)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "attention_backend", "remat"))
 def forward(
     config: LlamaConfig,
     params: Params,
@@ -96,13 +97,16 @@ def forward(
         are f32 in any case.
       attention_backend: `xla` or `blockwise`, see `attention`.
       remat: what the backward pass keeps of each layer: `none` (everything), `dots` (matmul outputs),
-        `attention` (attention's output), `full` (the layer's input alone).
+        `attention` (attention's output), `full` (the layer's input alone). It is stacked layers that
+        save memory by it.
 
     Returns:
       f32 [B, T, V].
 
     Raises:
-      ConfigError: for an unknown backend or remat policy, or a batch that the mesh does not divide.
+      ConfigError: for an unknown backend or remat policy, parameters of another model, or a model or
+        batch that the mesh does not divide.
+      InputError: for tokens, positions or segment_ids that are not [B, T].
     """
     x = hidden_states(
         config,
@@ -131,12 +135,15 @@ def hidden_states(
     """`forward` without its last product: normalised hidden states [B, T, D] in the compute dtype."""
     if remat not in get_args(Remat):
         raise ConfigError(f"remat policy {remat!r} is unknown; use one of {', '.join(get_args(Remat))}")
-    sharding.check_batch(tokens.shape[0])
-    tokens = sharding.constrain(tokens, sharding.TOKENS_BT)
+    _check(config, params, tokens)
+    for name, array in (("positions", positions), ("segment_ids", segment_ids)):
+        if array is not None and jnp.shape(array) != jnp.shape(tokens):
+            raise InputError(f"{name} has shape {jnp.shape(array)}; tokens has {jnp.shape(tokens)}")
+    tokens = sharding.constrain(jnp.asarray(tokens), sharding.TOKENS_BT)
     order = _sequence_positions(tokens)
-    positions = order if positions is None else sharding.constrain(positions, sharding.TOKENS_BT)
+    positions = order if positions is None else sharding.constrain(jnp.asarray(positions), sharding.TOKENS_BT)
     if segment_ids is not None:
-        segment_ids = sharding.constrain(segment_ids, sharding.TOKENS_BT)
+        segment_ids = sharding.constrain(jnp.asarray(segment_ids), sharding.TOKENS_BT)
     # Causality goes by the place in the row, not by the position in the document: with packing,
     # positions restart.
     where = Where(order, order, segment_ids, segment_ids)
@@ -175,8 +182,8 @@ def forward_cached(
       logits f32 [B, T, V], whose cost vanishes under `jit` where they are not used; and the cache with
       the new tokens in it.
     """
+    _check(config, params, tokens)
     batch, length = tokens.shape
-    sharding.check_batch(batch)
     window = cache.length if window is None else window
     tokens = sharding.constrain(tokens, sharding.TOKENS_BT)
     start = sharding.constrain(start, sharding.ROWS_B)
@@ -214,6 +221,28 @@ def unstack(params: Params) -> Params:
 def compute_dtype(params: Params) -> jnp.dtype:
     """The dtype of the embedding table, which stands for the whole tree's."""
     return params["embed"]["embedding"].dtype
+
+
+def _check(config: LlamaConfig, params: Params, tokens: jax.Array) -> None:
+    """Checks by their shapes alone that tokens, parameters, configuration and mesh belong together."""
+    dtype = jnp.result_type(tokens)
+    if jnp.ndim(tokens) != 2 or not jnp.issubdtype(dtype, jnp.integer):
+        raise InputError(
+            f"tokens is {dtype} of shape {jnp.shape(tokens)}; it must be whole numbers [batch, length]"
+        )
+    layers = params["layers"]
+    stacked = isinstance(layers, Mapping)
+    count = jax.tree.leaves(layers)[0].shape[0] if stacked else len(layers)
+    found = (count, *params["embed"]["embedding"].shape)
+    if found != (config.num_hidden_layers, config.vocab_size, config.hidden_size):
+        raise ConfigError(
+            f"params are of another model: {found[0]} layers and an embedding of {list(found[1:])}; "
+            f"the configuration has num_hidden_layers {config.num_hidden_layers}, vocab_size "
+            f"{config.vocab_size} and hidden_size {config.hidden_size}"
+        )
+    if sharding.explicit_axes():
+        sharding.check_mesh(config, jax.sharding.get_abstract_mesh())
+        sharding.check_batch(tokens.shape[0])
 
 
 def _sequence_positions(tokens: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ from llama_jax import sharding
 from llama_jax.errors import InputError
 
 
-@chex.dataclass(frozen=True)
+@chex.dataclass(frozen=True, mappable_dataclass=False)
 class Sampling:
     """How to choose the next token; every field is a scalar, or one value a row [B].
 
@@ -61,7 +61,7 @@ class Sampling:
             ),
         }
         for name, (rule, wanted) in rules.items():
-            shape = jnp.shape(getattr(self, name))
+            shape = np.shape(getattr(self, name))
             if shape not in ((), (batch,)):
                 raise InputError(
                     f"{name} has shape {shape}; it must be a scalar or one value for each of {batch} rows"

@@ -11,7 +11,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from pathlib import Path
 
-import jax
 import pytest
 
 import llama_jax as lj
@@ -51,12 +50,3 @@ def smollm2_path() -> Path:
 def smollm2(smollm2_path: Path) -> "lj.Model":
     """SmolLM2-135M loaded in f32."""
     return lj.load(smollm2_path)
-
-
-@pytest.fixture
-def mesh_4x2():
-    """A mesh of 4-way fsdp and 2-way tensor parallelism over the simulated devices, entered."""
-    from llama_jax import sharding
-
-    with jax.set_mesh(sharding.make_mesh("fsdp=4,tensor=2")) as mesh:
-        yield mesh

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 import llama_jax as lj
-from llama_jax import decode
+from llama_jax import decode, sharding
 from llama_jax.errors import InputError
 from tests.random_models import random_model, random_prompts
 
 GREEDY = lj.Sampling(temperature=0.0)
 RANDOM = lj.Sampling(temperature=0.9, top_k=20, top_p=0.95, repetition_penalty=1.1)
 KEY = jax.random.key(0)
+MODEL = random_model(0, lj.presets.TINY)
 
 
 def by_forward(config, params, prompt, count):
@@ -144,13 +148,12 @@ def test_works_inside_shard_map():
     tokens, lengths = random_prompts(3, config, [5, 8, 2, 11, 6, 6, 7, 1])
     mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
     keys = jax.random.split(KEY, 8)
+    lay = (P(), P("rows"), P("rows"), P("rows"))
 
     def rows(params, tokens, lengths, keys):
         return lj.generate(config, params, tokens, lengths, keys, RANDOM, max_new_tokens=5).tokens
 
-    split = jax.shard_map(
-        rows, mesh=mesh, in_specs=(P(), P("rows"), P("rows"), P("rows")), out_specs=P("rows"), check_vma=False
-    )
+    split = jax.shard_map(rows, mesh=mesh, in_specs=lay, out_specs=P("rows"))
     expected = lj.generate(config, params, tokens, lengths, keys, RANDOM, max_new_tokens=5)
     np.testing.assert_array_equal(jax.jit(split)(params, tokens, lengths, keys), expected.tokens)
 
@@ -175,23 +178,35 @@ def test_64_prompt_lengths_and_any_setting_compile_at_most_8_programs():
     assert decode._generate._cache_size() - before <= 8
 
 
+def loop_body(text):
+    """The compiled decode loop: every line of its body and of the fusions and calls within."""
+    parts = re.split(r"^(?=%|ENTRY )", text, flags=re.M)
+    computations = {match[1]: part for part in parts if (match := re.match(r"(?:ENTRY )?%([\w.\-]+) ", part))}
+    loops = re.findall(r"while\(.*?body=%([\w.\-]+)", text)
+    todo, done = [max(loops, key=lambda name: len(computations[name]))], {}
+    while todo:
+        name = todo.pop()
+        done[name] = computations[name]
+        called = re.findall(r"(?:calls|to_apply|body|condition)=%([\w.\-]+)", computations[name])
+        todo += [other for other in called if other not in done]
+    return "\n".join(done.values())
+
+
 def test_the_compiled_loop_never_copies_the_cache_or_a_weight():
-    config, params = random_model(0, lj.presets.TINY)
+    config, params = MODEL
     tokens, lengths = random_prompts(0, config, [16, 16, 9])
-    end = decode._end_ids(None)
+    end, settings = decode._end_ids(None), GREEDY.rows(3)
+    weights = lj.unstack(params)
     compiled = decode._generate.lower(
-        config, lj.unstack(params), tokens, lengths, KEY, GREEDY, end, max_new_tokens=100
-    ).compile()
-    text = compiled.as_text()
-    cache = f"f32[3,{config.num_key_value_heads},132,{config.head_dim}]"
-    assert cache in text
-    body = re.search(r"while\(.*?body=%?([\w.\-]+)", max(re.findall(r".*while\(.*", text), key=len)).group(1)
-    lines = re.search(rf"^%?{re.escape(body)} .*?^}}", text, re.M | re.S).group(0)
-    copies = re.findall(rf"= ({re.escape(cache)}|f32\[64,\S*?|f32\[160,\S*?)\S* copy\(", lines)
-    assert not copies, f"the decode loop copies {copies}"
-
-
-MODEL = random_model(0, lj.presets.TINY)
+        config, weights, tokens, lengths, KEY, settings, end, max_new_tokens=100
+    )
+    body = loop_body(compiled.compile().as_text())
+    cache = (3, config.num_key_value_heads, 116, config.head_dim)
+    assert "f32[" + ",".join(map(str, cache)) + "]" in body and "dot" in body
+    large = {math.prod(cache)} | {leaf.size for leaf in jax.tree.leaves(weights) if leaf.ndim > 1}
+    moved = re.findall(r"= (f32\[[\d,]+\])\S* (?:copy|transpose|convert)\(", body)
+    sizes = {shape: math.prod(map(int, shape[4:-1].split(","))) for shape in moved}
+    assert moved and not [shape for shape, size in sizes.items() if size in large]
 
 
 @pytest.mark.parametrize(
@@ -210,10 +225,15 @@ MODEL = random_model(0, lj.presets.TINY)
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         (
             {"max_new_tokens": 254},
-            "a prompt of 3 tokens and max_new_tokens 254 need 257 positions; the model's context has 256",
+            "the prompt's 3 tokens and max_new_tokens 254 need 257 positions; the model's context has 256",
         ),
         ({"sampling": lj.Sampling(temperature=-1.0)}, "temperature is -1.0"),
         ({"sampling": lj.Sampling(top_p=np.zeros(3))}, "top_p has shape (3,)"),
+        ({"tokens": [[1.5, 2, 3, 4], [1, 2, 3, 4]]}, "tokens is float"),
+        ({"lengths": [2.5, 3]}, "lengths is float"),
+        ({"eos_id": 2.5}, "eos_id is 2.5; it must be a token id, a sequence of them, or None"),
+        ({"eos_id": {1, 2}}, "eos_id is {1, 2}"),
+        ({"key": 0}, "key is int32 of shape (); make one with jax.random.key(seed)"),
         ({"key": jax.random.split(KEY, 3)}, "key has shape (3,); give one key, or one for each of 2 rows"),
     ],
 )
@@ -235,5 +255,77 @@ def test_says_what_cannot_work(arguments, message):
             given["key"],
             given["sampling"],
             max_new_tokens=given["max_new_tokens"],
+            eos_id=given.get("eos_id"),
         )
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@contextlib.contextmanager
+def counting_compiles():
+    """Counts programs that XLA compiles, whoever asks for them."""
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_no_form_of_a_setting_and_no_length_within_a_bucket_compiles_anything():
+    config, params = MODEL
+    array = lambda x: np.array([x], np.float64)  # noqa: E731
+    forms = [
+        {"temperature": 0},
+        {"temperature": np.float32(0.5)},
+        {"temperature": array(0.5)},
+        {"temperature": array(0.5), "top_k": np.int64(4)},
+        {"top_p": 1},
+        {"top_k": array(4.0).astype(int), "min_p": 0.1},
+    ]
+    eos_ids = [None, 3, [3, 4], np.array([5]), (1, 2, 3)]
+    weights = lj.unstack(params)
+    for run in (lj.generate, lambda *a, **k: list(lj.stream(*a, **k))):
+        run(config, weights, np.ones((1, 7), int), np.array([7]), KEY, GREEDY, max_new_tokens=2)
+        with counting_compiles() as compiled:
+            for n in range(12):
+                tokens, lengths = random_prompts(n, config, [n + 1])
+                sampling = lj.Sampling(**forms[n % len(forms)])
+                run(
+                    config, weights, tokens, lengths, KEY, sampling,
+                    max_new_tokens=2, eos_id=eos_ids[n % len(eos_ids)],
+                )  # fmt: skip
+        assert not compiled
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("spec", ["tensor=2", "context=2"])
+def test_a_single_prompt_on_a_mesh_is_the_prompt_without_one(spec, dtype):
+    config, params = MODEL
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    tokens, lengths = random_prompts(0, config, [6])
+    expected = lj.generate(config, params, tokens, lengths, KEY, RANDOM, max_new_tokens=4)
+    mesh = sharding.make_mesh(spec, devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        params = lj.shard_params(params, mesh, config)
+        out = lj.generate(config, params, tokens, lengths, KEY, RANDOM, max_new_tokens=4)
+        streamed = lj.stream(config, params, tokens, lengths, KEY, RANDOM, max_new_tokens=4)
+        np.testing.assert_array_equal(np.stack([t for t, _ in streamed], 1), out.tokens)
+    if dtype == jnp.float32:  # bf16 sums in another order on a mesh
+        np.testing.assert_array_equal(out.tokens, expected.tokens)
+
+
+def test_works_with_64_bit_types_enabled():
+    config, params = MODEL
+    tokens, lengths = random_prompts(0, config, [6, 3])
+    expected = lj.generate(config, params, tokens, lengths, KEY, RANDOM, max_new_tokens=4)
+    with jax.enable_x64(True):
+        out = lj.generate(config, params, tokens, lengths, KEY, RANDOM, max_new_tokens=4)
+        assert lj.next_token_loss(config, params, tokens % 9).total.dtype == jnp.float32
+        again = lj.init(config, KEY)
+    np.testing.assert_array_equal(out.tokens, expected.tokens)
+    jax.tree.map(np.testing.assert_array_equal, again, lj.init(config, KEY))

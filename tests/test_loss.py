@@ -21,7 +21,7 @@ def by_hand(params, mask):
     return -(picked * mask[:, 1:]).sum() / mask[:, 1:].sum()
 
 
-@pytest.mark.parametrize("chunks", [1, 4, 5, 100])
+@pytest.mark.parametrize("chunks", [1, 4, 5, 7, 100])
 def test_is_masked_next_token_cross_entropy_in_any_number_of_chunks(chunks):
     mask = np.asarray(jax.random.uniform(jax.random.key(1), TOKENS.shape) * (TOKENS % 3 > 0), np.float32)
     expected, grads = jax.value_and_grad(by_hand)(PARAMS, mask)

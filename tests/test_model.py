@@ -9,7 +9,8 @@ import pytest
 
 import llama_jax as lj
 from llama_jax import cache as kv
-from llama_jax.errors import ConfigError
+from llama_jax.errors import ConfigError, InputError
+from llama_jax.layers import embed
 from llama_jax.model import forward_cached
 from tests.random_models import random_model, random_prompts
 
@@ -132,3 +133,47 @@ def test_names_an_unknown_remat_policy():
         ConfigError, match="remat policy 'some' is unknown; use one of none, dots, attention, full"
     ):
         lj.forward(config, params, np.zeros((1, 2), np.int32), remat="some")
+
+
+@pytest.mark.parametrize(
+    ("error", "change", "message"),
+    [
+        (
+            InputError,
+            {"tokens": np.zeros(3, np.int32)},
+            "tokens is int32 of shape (3,); it must be whole numbers",
+        ),
+        (InputError, {"tokens": np.zeros((1, 3))}, "tokens is float"),
+        (
+            InputError,
+            {"positions": np.zeros((1, 4), np.int32)},
+            "positions has shape (1, 4); tokens has (1, 3)",
+        ),
+        (InputError, {"segment_ids": np.zeros(3, np.int32)}, "segment_ids has shape (3,); tokens has (1, 3)"),
+        (ConfigError, {"layers": 7}, "another model: 2 layers and"),
+        (ConfigError, {"vocab": 300}, "vocab_size 300"),
+    ],
+)
+def test_says_what_does_not_belong_together(error, change, message):
+    config = lj.presets.TINY
+    params = lj.init(config, jax.random.key(0))
+    config = config.replace(
+        num_hidden_layers=change.pop("layers", 2), vocab_size=change.pop("vocab", config.vocab_size)
+    )
+    arguments = {"tokens": np.zeros((1, 3), np.int32)} | change
+    with pytest.raises(error) as raised:
+        lj.forward(config, params, **arguments)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_an_id_outside_the_vocabulary_is_nobodys_embedding():
+    rows = embed(jnp.ones((5, 3)), jnp.array([[4, 5, -1, -100]]), dtype=jnp.float32)
+    np.testing.assert_array_equal(np.isnan(rows[0, :, 0]), [False, True, True, True])
+
+
+def test_numpy_parameters_do_as_well():
+    config, params = random_model(0)
+    tokens, _ = random_prompts(0, config, [5])
+    np.testing.assert_array_equal(
+        lj.forward(config, jax.tree.map(np.asarray, params), tokens), lj.forward(config, params, tokens)
+    )

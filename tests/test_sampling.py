@@ -174,3 +174,46 @@ def test_refuses_settings_out_of_range(settings, message):
     with pytest.raises(InputError) as error:
         Sampling(**settings).check(batch=2)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_p": 1e-46},
+        {"top_p": 0.0},
+        {"min_p": 2.0},
+        {"top_k": -1},
+        {"temperature": 2e-38},
+        {"temperature": 1e-46},
+        {"temperature": -1.0, "top_p": 0.5},
+    ],
+)
+def test_no_setting_draws_an_id_outside_the_vocabulary(settings):
+    """Values that only tracing lets through, and ones that f32 rounds to nothing."""
+    logits = jax.random.normal(jax.random.key(0), (4, 300)) * 10
+    keys = jax.random.split(jax.random.key(1), 4)
+    token = greedy_choose(logits, Sampling(**settings), jnp.zeros(logits.shape, bool), keys)
+    assert (token < 300).all()
+    if settings.get("top_k") is None:
+        np.testing.assert_array_equal(token, logits.argmax(-1))
+
+
+def test_nan_logits_stay_inside_the_vocabulary():
+    keys = jax.random.split(jax.random.key(1), 2)
+    token = greedy_choose(jnp.full((2, 300), jnp.nan), Sampling(), jnp.zeros((2, 300), bool), keys)
+    assert ((token >= 0) & (token < 300)).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_p": 1e-46}, "top_p is 1e-46; it must be above 0"),
+        ({"top_k": 2**40}, "top_k is 1099511627776; it must be below 2^31"),
+        ({"temperature": "warm"}, "temperature is 'warm'; it must be a number"),
+        ({"top_k": None}, "top_k is None; it must be a number"),
+    ],
+)
+def test_refuses_what_f32_and_int32_cannot_hold(settings, message):
+    with pytest.raises(InputError) as error:
+        Sampling(**settings).check(batch=2)
+    assert message in str(error.value) and "\n" not in str(error.value)

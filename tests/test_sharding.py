@@ -121,6 +121,8 @@ def test_make_mesh_reads_a_line():
         ("fsdp", "mesh part 'fsdp' is not AXIS=SIZE"),
         ("fsdp=0", "mesh axis fsdp has size 0"),
         ("fsdp=-1,data=-1", "both -1"),
+        ("fsdp=4,fsdp=8", "mesh axis fsdp is given twice"),
+        ({"fsdp": "8"}, "mesh axis fsdp has size '8'; it must be a whole number"),
         ("fsdp=3", "needs 3 devices and there are 8"),
     ],
 )
@@ -152,3 +154,18 @@ def test_a_batch_that_does_not_divide_is_named_with_one_that_would():
             ConfigError, match=r"batch of 3 rows does not divide .* of size 8; use a multiple of 8"
         ):
             lj.forward(CONFIG, params, np.ones((3, 4), np.int32))
+
+
+def test_a_mesh_may_leave_out_axes():
+    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    params = lj.shard_params(lj.init(CONFIG, KEY), mesh, CONFIG)
+    assert params["layers"]["attention"]["wq"].addressable_shards[0].data.shape == (2, 64, 4, 8)
+
+
+def test_a_model_too_small_for_the_mesh_is_named_in_forward_too():
+    params = lj.init(CONFIG, KEY)
+    with (
+        jax.set_mesh(sharding.make_mesh("tensor=8")),
+        pytest.raises(ConfigError, match="num_key_value_heads 4 does not divide over axis tensor of size 8"),
+    ):
+        lj.forward(CONFIG, params, np.ones((1, 4), np.int32))
