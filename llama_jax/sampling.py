@@ -190,7 +190,8 @@ def _largest_such_that(values: jax.Array, holds: Callable[[jax.Array], jax.Array
         yes = holds(to_float(middle))
         return jnp.where(yes, middle, low), jnp.where(yes, high, middle)
 
-    rows = jnp.zeros_like(values[:, 0], jnp.int32)
+    # Derived from values, to differ over a mesh as they do; a slice of one row may lose its layout.
+    rows = sharding.constrain(jnp.zeros_like(values[:, 0], jnp.int32), sharding.ROWS_B)
     infinity = jnp.int32(0x7F800000)
     low, _ = jax.lax.fori_loop(0, 32, halve, (rows + (~infinity), rows + infinity))
     return to_float(low)
