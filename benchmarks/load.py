@@ -37,7 +37,7 @@ def _load_here(path: Path, dtype: str) -> None:
 
 
 def _peak_bytes() -> int:
-    """The process's largest resident set so far, memory-mapped files included."""
+    """The process's largest resident set so far."""
     # Not getrusage: its maximum is inherited from the process that started this one.
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmHWM:"):
