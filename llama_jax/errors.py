@@ -23,3 +23,7 @@ class TokenizerError(LlamaJaxError):
 
 class InputError(LlamaJaxError):
     """A prompt, token array or sampling setting that is out of range."""
+
+
+class DataError(LlamaJaxError):
+    """Training data that is missing, unreadable, malformed, or not what the run began with."""

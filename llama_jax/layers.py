@@ -6,7 +6,8 @@ its `attend` function, and `model.py` decides the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax import rope, sharding
 from llama_jax.config import LlamaConfig
+from llama_jax.linear import Backward, contract, project, swiglu
 
 # (q [B,T,N,H], k [B,K,T,H], v [B,K,T,H]) -> (out [B,T,N,H], whatever the caller wants back)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -32,45 +34,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
     return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def contract(equation: str, x: jax.Array, weight: jax.Array, *, stored: P, out: P) -> jax.Array:
-    """einsum of an activation [B, T, ...] with a weight, computed in x's dtype, accumulated in f32.
-
-    Args:
-      equation: the einsum; its letters are the shapes.
-      x: the activation, in the compute dtype.
-      weight: the parameter, cast to the compute dtype and then gathered over `fsdp`.
-      stored: the weight's row of the sharding table.
-      out: the result's row.
-
-    Returns:
-      f32 [B, T, ...].
-    """
-    weight = sharding.gather(weight.astype(x.dtype), stored)
-    layout = sharding.out_sharding(out, x.shape[:2] + (0,) * (len(out) - 2))
-    rows = x.shape[0] * x.shape[1]
-    if rows == 1 and x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        # XLA:CPU has a bf16 matmul but no bf16 matvec worth the name: two rows are 2-10x faster than one.
-        x = jnp.concatenate([x, x], axis=1)
-    result = jnp.einsum(
-        equation,
-        x,
-        weight,
-        preferred_element_type=jnp.float32,  # bf16 dots fall off XLA:CPU's fast path without it
-        out_sharding=layout,
-    )
-    return result[:, :1] if rows == 1 else result
-
-
-def project(equation: str, x: jax.Array, weight: jax.Array, *, stored: P, out: P) -> jax.Array:
-    """`contract`, rounded to x's dtype."""
-    return contract(equation, x, weight, stored=stored, out=out).astype(x.dtype)
-
-
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up in f32, in gate's dtype (arXiv 2002.05202)."""
-    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
-
-
 def embed(table: jax.Array, tokens: jax.Array, *, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Rows of the embedding table [V, D] for tokens int [B, T] -> [B, T, D] in `dtype`.
 
@@ -81,6 +44,61 @@ def embed(table: jax.Array, tokens: jax.Array, *, dtype: jax.typing.DTypeLike) -
     return rows.get(out_sharding=out, mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(
         dtype
     )
+
+
+def embed_fast(table: jax.Array, tokens: jax.Array, *, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """`embed` for training: the table is gathered in `dtype`; its gradient is summed in f32."""
+    return _embed(jnp.dtype(dtype), *sharding.vary_each_alike(table, tokens))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _embed(dtype: jnp.dtype, table: jax.Array, tokens: jax.Array) -> jax.Array:
+    axes = sharding.explicit_axes()
+
+    def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        rows = table.at[_local_ids(table.shape[0], tokens, axes)]
+        if "tensor" not in axes:  # ids outside the vocabulary give NaN, as in `embed`
+            return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        return jax.lax.psum(rows.get(mode="fill", fill_value=0, wrap_negative_indices=False), "tensor")
+
+    # One device reads the rows it needs and no more; several each need the whole of their part.
+    table = sharding.gather(table.astype(dtype), sharding.EMBEDDING_VD) if axes else table
+    whole = P("tensor", None)
+    return sharding.per_device(local, (whole, sharding.TOKENS_BT), sharding.ACT_BTD)(table, tokens).astype(
+        dtype
+    )
+
+
+def _embed_forward(dtype: jnp.dtype, table: jax.Array, tokens: jax.Array) -> Any:
+    return _embed(dtype, table, tokens), (table, tokens)
+
+
+def _embed_backward(dtype: jnp.dtype, saved: Any, d_out: jax.Array) -> Any:
+    table, tokens = saved
+    axes = sharding.explicit_axes()
+    vocabulary = table.shape[0] // axes.get("tensor", 1)
+
+    def local(d_out: jax.Array, tokens: jax.Array) -> jax.Array:
+        d_out, tokens = sharding.vary_each_alike(d_out, tokens)
+        d_table = sharding.vary_alike(jnp.zeros((vocabulary, d_out.shape[-1]), jnp.float32), d_out)
+        at = d_table.at[_local_ids(vocabulary, tokens, axes)]
+        d_table = at.add(d_out.astype(jnp.float32), mode="drop", wrap_negative_indices=False)
+        over = tuple(name for name in ("data", "context") if name in axes)
+        d_table = jax.lax.psum(d_table, over) if over else d_table
+        if "fsdp" in axes:
+            d_table = jax.lax.psum_scatter(d_table, "fsdp", scatter_dimension=1, tiled=True)
+        return d_table
+
+    specs = (sharding.ACT_BTD, sharding.TOKENS_BT)
+    return sharding.per_device(local, specs, sharding.EMBEDDING_VD)(d_out, tokens).astype(table.dtype), None
+
+
+_embed.defvjp(_embed_forward, _embed_backward)
+
+
+def _local_ids(vocabulary: int, tokens: jax.Array, axes: Mapping[str, int]) -> jax.Array:
+    """Ids as rows of this device's part of the table, and out of its range where another has the row."""
+    return tokens - jax.lax.axis_index("tensor") * vocabulary if "tensor" in axes else tokens
 
 
 def unembed(x: jax.Array, params: Any) -> jax.Array:
@@ -108,60 +126,67 @@ class Attention(nn.Module):
     """Grouped-query attention with rotary positions: wq [D,N,H], wk and wv [D,K,H], wo [N,H,D]."""
 
     config: LlamaConfig
+    backward: Backward = "autodiff"
 
     @nn.compact
     def __call__(self, x: jax.Array, table: rope.Rotary, attend: Attend) -> tuple[jax.Array, Any]:
-        c = self.config
+        c, linear = self.config, functools.partial(project, backward=self.backward)
         d, n, k, h = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
         wq = self.param("wq", _normal(), (d, n, h))
         wk = self.param("wk", _normal(), (d, k, h))
         wv = self.param("wv", _normal(), (d, k, h))
         wo = self.param("wo", _residual_normal(c), (n, h, d))
 
-        q = project("btd,dnh->btnh", x, wq, stored=sharding.WQ_DNH, out=sharding.ACT_BTNH)
-        keys = project("btd,dkh->btkh", x, wk, stored=sharding.WKV_DKH, out=sharding.ACT_BTNH)
-        values = project("btd,dkh->btkh", x, wv, stored=sharding.WKV_DKH, out=sharding.ACT_BTNH)
+        q = linear("btd,dnh->btnh", x, wq, stored=sharding.WQ_DNH, out=sharding.ACT_BTNH)
+        keys = linear("btd,dkh->btkh", x, wk, stored=sharding.WKV_DKH, out=sharding.ACT_BTNH)
+        values = linear("btd,dkh->btkh", x, wv, stored=sharding.WKV_DKH, out=sharding.ACT_BTNH)
         q, keys = rope.rotate(q, table), rope.rotate(keys, table)
+        q, keys, values = checkpoint_name(q, "q"), checkpoint_name(keys, "k"), checkpoint_name(values, "v")
         # Every query needs every key before it, so `context` is gathered here and nowhere else.
         keys, values = (
             sharding.constrain(kv.transpose(0, 2, 1, 3), sharding.CACHE_BKSH) for kv in (keys, values)
         )
         out, kept = attend(q, keys, values)
-        out = checkpoint_name(out, "attention_out")
         # As one matrix [N*H, D]: contracting two axes of wo makes XLA:CPU transpose it at every token.
         out, wo = out.reshape(*x.shape[:2], n * h), wo.reshape(n * h, d)
-        return project("btf,fd->btd", out, wo, stored=sharding.DOWN_FD, out=sharding.ACT_BTD), kept
+        return linear("btf,fd->btd", out, wo, stored=sharding.DOWN_FD, out=sharding.ACT_BTD), kept
 
 
 class FeedForward(nn.Module):
     """SwiGLU: w_down (silu(w_gate x) * w_up x), w_gate and w_up [D,F], w_down [F,D]."""
 
     config: LlamaConfig
+    backward: Backward = "autodiff"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        linear = functools.partial(project, backward=self.backward)
         d, f = self.config.hidden_size, self.config.intermediate_size
         w_gate = self.param("w_gate", _normal(), (d, f))
         w_up = self.param("w_up", _normal(), (d, f))
         w_down = self.param("w_down", _residual_normal(self.config), (f, d))
-        gate = project("btd,df->btf", x, w_gate, stored=sharding.GATE_UP_DF, out=sharding.ACT_BTF)
-        up = project("btd,df->btf", x, w_up, stored=sharding.GATE_UP_DF, out=sharding.ACT_BTF)
-        return project("btf,fd->btd", swiglu(gate, up), w_down, stored=sharding.DOWN_FD, out=sharding.ACT_BTD)
+        gate = linear("btd,df->btf", x, w_gate, stored=sharding.GATE_UP_DF, out=sharding.ACT_BTF)
+        up = linear("btd,df->btf", x, w_up, stored=sharding.GATE_UP_DF, out=sharding.ACT_BTF)
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
+        y = swiglu(gate, up, backward=self.backward)
+        return linear("btf,fd->btd", y, w_down, stored=sharding.DOWN_FD, out=sharding.ACT_BTD)
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     config: LlamaConfig
+    backward: Backward = "autodiff"
 
     @nn.compact
     def __call__(self, x: jax.Array, table: rope.Rotary, attend: Attend) -> tuple[jax.Array, Any]:
         eps = self.config.rms_norm_eps
-        attention, kept = Attention(self.config, name="attention")(
+        attention, kept = Attention(self.config, self.backward, name="attention")(
             RMSNorm(eps, name="attention_norm")(x), table, attend
         )
         x = x + attention
-        return x + FeedForward(self.config, name="feed_forward")(RMSNorm(eps, name="ffn_norm")(x)), kept
+        feed_forward = FeedForward(self.config, self.backward, name="feed_forward")
+        return x + feed_forward(RMSNorm(eps, name="ffn_norm")(x)), kept
 
 
 def _normal() -> nn.initializers.Initializer:

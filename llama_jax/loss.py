@@ -12,7 +12,9 @@ from jax.sharding import PartitionSpec as P
 from llama_jax import sharding
 from llama_jax.attention import Backend
 from llama_jax.config import LlamaConfig
+from llama_jax.fused_loss import fused_cross_entropy
 from llama_jax.layers import unembed
+from llama_jax.linear import Backward
 from llama_jax.model import Params, Remat, hidden_states
 
 
@@ -34,7 +36,9 @@ class Loss:
         return self.total / jnp.maximum(self.count, 1e-9)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "attention_backend", "remat", "num_chunks"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "dtype", "attention_backend", "remat", "backward", "num_chunks")
+)
 def next_token_loss(
     config: LlamaConfig,
     params: Params,
@@ -46,7 +50,9 @@ def next_token_loss(
     dtype: jax.typing.DTypeLike | None = None,
     attention_backend: Backend = "xla",
     remat: Remat = "none",
+    backward: Backward = "autodiff",
     num_chunks: int = 8,
+    z_loss: float | jax.Array = 0.0,
 ) -> Loss:
     """-log p(tokens[t+1] | tokens[..t]), summed over the predictions that count.
 
@@ -61,7 +67,11 @@ def next_token_loss(
       dtype: as for `forward`.
       attention_backend: as for `forward`.
       remat: as for `forward`.
+      backward: as for `forward`; `fast` also forms the loss's gradient in the forward pass, so that no
+        logits are computed twice.
       num_chunks: in how many pieces the logits are formed.
+      z_loss: weight of log^2 of the softmax's normaliser, which keeps logits from drifting (PaLM, arXiv
+        2204.02311, section 5). It is in `total`.
 
     Returns:
       A `Loss`; divide `total` by `count` for the mean.
@@ -81,12 +91,23 @@ def next_token_loss(
         dtype=dtype,
         attention_backend=attention_backend,
         remat=remat,
+        backward=backward,
     )
-    return cross_entropy(x, params, targets, weights, num_chunks=num_chunks)
+    z_loss = jnp.asarray(z_loss, jnp.float32)
+    if backward == "fast":
+        total = fused_cross_entropy(x, params, targets, weights, z_loss, num_chunks=num_chunks)
+        return Loss(total=total, count=weights.sum())
+    return cross_entropy(x, params, targets, weights, z_loss, num_chunks=num_chunks)
 
 
 def cross_entropy(
-    x: jax.Array, params: Params, targets: jax.Array, weights: jax.Array, *, num_chunks: int
+    x: jax.Array,
+    params: Params,
+    targets: jax.Array,
+    weights: jax.Array,
+    z_loss: jax.Array,
+    *,
+    num_chunks: int,
 ) -> Loss:
     """Weighted cross-entropy of `unembed(x)`, forming [B, T / num_chunks, V] logits at a time.
 
@@ -95,6 +116,7 @@ def cross_entropy(
       params: the tree that holds the output projection.
       targets: int [B, T].
       weights: f32 [B, T].
+      z_loss: f32 [], as for `next_token_loss`.
       num_chunks: as for `next_token_loss`.
     """
     length = x.shape[1]
@@ -118,7 +140,8 @@ def cross_entropy(
         # Compared with an iota rather than gathered, so that the vocabulary may be split over devices.
         is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
         picked = jnp.where(is_target, logits, 0.0).sum(-1)
-        return (weights * (jax.nn.logsumexp(logits, axis=-1) - picked)).sum()
+        log_total = jax.nn.logsumexp(logits, axis=-1)
+        return (weights * (log_total - picked + z_loss * log_total**2)).sum()
 
     totals = jax.lax.map(one, (cut(x), cut(targets), cut(weights)))
     return Loss(total=totals.sum(), count=weights.sum())

@@ -19,15 +19,23 @@ from llama_jax import rope, sharding
 from llama_jax.attention import Backend, Where, attention
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError, InputError
-from llama_jax.layers import Attend, Block, embed, rms_norm, unembed
+from llama_jax.layers import Attend, Block, embed, embed_fast, rms_norm, unembed
+from llama_jax.linear import Backward
 
 Params = Any  # the nested dict of arrays that this module's docstring describes
-Remat = Literal["none", "dots", "attention", "full"]
+Remat = Literal["none", "dots", "attention", "full", "offload"]
 
+_NAMED = ("q", "k", "v", "attention_out", "gate", "up")  # the products that a backward pass reads again
 _POLICIES: dict[str, Any] = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(*_NAMED),
     "attention": jax.checkpoint_policies.save_only_these_names("attention_out"),
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(_NAMED),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -72,7 +80,7 @@ def init(config: LlamaConfig, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.
     return jax.jit(jax.sharding.auto_axes(make, out_sharding=specs))(key)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "attention_backend", "remat"))
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "attention_backend", "remat", "backward"))
 def forward(
     config: LlamaConfig,
     params: Params,
@@ -83,6 +91,7 @@ def forward(
     dtype: jax.typing.DTypeLike | None = None,
     attention_backend: Backend = "xla",
     remat: Remat = "none",
+    backward: Backward = "autodiff",
 ) -> jax.Array:
     """Logits of every next token.
 
@@ -99,6 +108,8 @@ def forward(
       remat: what the backward pass keeps of each layer: `none` (everything), `dots` (matmul outputs),
         `attention` (attention's output), `full` (the layer's input alone). It is stacked layers that
         save memory by it.
+      backward: `autodiff`, or `fast`: products whose backward pass stays in the compute dtype, at the
+        price of forward-mode differentiation (`jax.jvp`); what the trainer uses. See `linear`.
 
     Returns:
       f32 [B, T, V].
@@ -117,6 +128,7 @@ def forward(
         dtype=dtype,
         attention_backend=attention_backend,
         remat=remat,
+        backward=backward,
     )
     return unembed(x, params)
 
@@ -131,6 +143,7 @@ def hidden_states(
     dtype: jax.typing.DTypeLike | None = None,
     attention_backend: Backend = "xla",
     remat: Remat = "none",
+    backward: Backward = "autodiff",
 ) -> jax.Array:
     """`forward` without its last product: normalised hidden states [B, T, D] in the compute dtype."""
     if remat not in get_args(Remat):
@@ -151,8 +164,17 @@ def hidden_states(
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
         return attention(q, k, v, where, backend=attention_backend), None
 
-    x = embed(params["embed"]["embedding"], tokens, dtype=dtype or compute_dtype(params))
-    x, _ = _run_layers(config, params, x, rope.rotary(config, positions), lambda layer: attend, remat=remat)
+    look_up = embed_fast if backward == "fast" else embed
+    x = look_up(params["embed"]["embedding"], tokens, dtype=dtype or compute_dtype(params))
+    x, _ = _run_layers(
+        config,
+        params,
+        x,
+        rope.rotary(config, positions),
+        lambda layer: attend,
+        remat=remat,
+        backward=backward,
+    )
     return rms_norm(x, params["final_norm"]["scale"], eps=config.rms_norm_eps)
 
 
@@ -258,9 +280,10 @@ def _run_layers(
     attend_at: Callable[[int], Attend],
     *,
     remat: Remat = "none",
+    backward: Backward = "autodiff",
 ) -> tuple[jax.Array, Any]:
     """All blocks over x: scanned where they are stacked (one `attend` for all), unrolled where not."""
-    block = Block(config)
+    block = Block(config, backward)
 
     def layer(x: jax.Array, weights: Any, attend: Attend) -> tuple[jax.Array, Any]:
         return block.apply({"params": weights}, x, table, attend)

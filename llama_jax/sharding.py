@@ -11,7 +11,7 @@ type carries its layout. Each name below ends in the letters of its dimensions (
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -248,6 +248,29 @@ def vary_alike(tree: Any, *others: Any) -> Any:
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(mark, tree) if union else tree
+
+
+def per_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`function` over each device's own part of its arguments (`shard_map`); itself where there is no mesh.
+
+    Inputs are laid out by `in_specs` first. An axis that the mesh leaves out is dropped from the specs.
+    """
+    axes = explicit_axes()
+    if not axes:
+        return function
+    into, out = jax.tree.map(lambda spec: restrict(spec, axes), (in_specs, out_specs), is_leaf=is_spec)
+    mapped = jax.shard_map(function, in_specs=into, out_specs=out)
+    return lambda *args: mapped(*jax.tree.map(jax.sharding.reshard, args, into))
+
+
+def vary_each_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """`vary_alike` of arrays among themselves: what a `custom_vjp` inside `shard_map` needs of its inputs."""
+    return vary_alike(arrays)
+
+
+def layout_of(x: jax.Array) -> P | None:
+    """How `x` is laid out on the current explicit mesh, as an `out_sharding`; None where there is none."""
+    return jax.typeof(x).sharding.spec if explicit_axes() else None
 
 
 def constrain(x: jax.Array, spec: P) -> jax.Array:

@@ -15,10 +15,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors", "config", "sharding"),
-    ("rope", "attention", "cache"),
+    ("linear", "rope", "cache"),
+    ("blockwise", "splash"),
+    ("attention",),
     ("layers",),
     ("model",),
-    ("loss", "sampling", "decode"),
+    ("fused_loss", "loss", "sampling", "decode"),
     ("tokenizer", "weights", "known"),
     ("pretrained", "bench"),
     ("cli",),
