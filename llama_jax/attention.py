@@ -1,7 +1,8 @@
 """Causal grouped-query attention on arrays (arXiv 1706.03762, 2305.13245), with a choice of backend.
 
 `xla` forms all scores of a layer at once; `blockwise` (after FlashAttention, arXiv 2205.14135) visits
-them in [block, block] tiles, forwards and backwards, and keeps one number a query between the two.
+them in [block, block] tiles, forwards and backwards, and keeps one number a query between the two;
+`splash` does so in JAX's Pallas kernels for TPU.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from llama_jax import sharding
 from llama_jax.blockwise import MASKED, blockwise_attention
 from llama_jax.errors import ConfigError
 from llama_jax.linear import dot
+from llama_jax.splash import splash_attention
 
-Backend = Literal["xla", "blockwise"]
+Backend = Literal["xla", "blockwise", "splash"]
 
 
 class Where(NamedTuple):
@@ -61,7 +63,8 @@ def attention(
       k: [B, K, S, H], head-major as in the cache; K divides N.
       v: [B, K, S, H].
       where: positions and segments of queries and keys.
-      backend: `xla`, or `blockwise`, whose memory does not grow with T x S.
+      backend: `xla`; `blockwise`, whose memory does not grow with T x S; or `splash`, the same on a TPU,
+        for queries and keys of the same rows in order (not against a cache).
       block_size: the side of a `blockwise` tile.
 
     Returns:
@@ -74,6 +77,8 @@ def attention(
         raise ConfigError(
             f"attention backend {backend!r} is unknown; use one of {', '.join(get_args(Backend))}"
         )
+    if backend == "splash":
+        return splash_attention(q, k, v, where.q_segments)
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     # [B, T, K, G, H] -> [B, K, G, T, H]: the heads that share a key stand together.

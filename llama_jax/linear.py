@@ -105,7 +105,8 @@ def weight_gradient(
             lambda x: jnp.flip(jnp.transpose(jnp.flip(x), order)),
             x,
         )
-        return dot(f"{dims},{y_dims}->{out_dims}", x, y)
+        # A later transpose must not be folded in either: that product XLA:CPU refuses to run in bf16.
+        return jax.lax.optimization_barrier(dot(f"{dims},{y_dims}->{out_dims}", x, y))
 
     return jax.lax.platform_dependent(x, y, cpu=transposed, default=plain)
 

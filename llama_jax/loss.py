@@ -77,11 +77,12 @@ def next_token_loss(
       A `Loss`; divide `total` by `count` for the mean.
     """
     weights = jnp.ones(tokens.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
-    targets, weights = (jnp.roll(x, -1, axis=1) for x in (tokens, weights))
+    # Each target is the token one place on, which may be another device's: the row is gathered to shift it.
+    targets, weights = (_next(x) for x in (tokens, weights))
     last = jnp.arange(tokens.shape[1]) == tokens.shape[1] - 1
     weights = jnp.where(last, 0.0, weights)
     if segment_ids is not None:
-        weights = jnp.where(segment_ids == jnp.roll(segment_ids, -1, axis=1), weights, 0.0)
+        weights = jnp.where(_whole(segment_ids) == _next(segment_ids), weights, 0.0)
     x = hidden_states(
         config,
         params,
@@ -98,6 +99,14 @@ def next_token_loss(
         total = fused_cross_entropy(x, params, targets, weights, z_loss, num_chunks=num_chunks)
         return Loss(total=total, count=weights.sum())
     return cross_entropy(x, params, targets, weights, z_loss, num_chunks=num_chunks)
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    return sharding.constrain(jnp.asarray(x), P(sharding.BATCH, None))
+
+
+def _next(x: jax.Array) -> jax.Array:
+    return jnp.roll(_whole(x), -1, axis=1)
 
 
 def cross_entropy(

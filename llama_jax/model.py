@@ -25,10 +25,12 @@ from llama_jax.linear import Backward
 Params = Any  # the nested dict of arrays that this module's docstring describes
 Remat = Literal["none", "dots", "attention", "full", "offload"]
 
-_NAMED = ("q", "k", "v", "attention_out", "gate", "up")  # the products that a backward pass reads again
+# What a backward pass reads again: the products' results, and attention's with its one number a query.
+_ATTENTION = ("attention_out", "splash_residuals")
+_NAMED = ("q", "k", "v", *_ATTENTION, "gate", "up")
 _POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.save_only_these_names(*_NAMED),
-    "attention": jax.checkpoint_policies.save_only_these_names("attention_out"),
+    "attention": jax.checkpoint_policies.save_only_these_names(*_ATTENTION),
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],

@@ -200,7 +200,8 @@ def load(
 
     Args:
       name_or_path: a known name (`llama_jax.known.KNOWN`), fetched on first use, or a path: a GGUF file,
-        a Hugging Face directory, or a llama2.c `.bin` with its tokenizer beside it.
+        a Hugging Face directory, a training run's directory or one of its checkpoints, or a llama2.c `.bin`
+        with its tokenizer beside it.
       dtype: the type to hold the weights in and to compute in: float32, bfloat16 or float16.
       mesh: lay the parameters out over these devices (`llama_jax.sharding.make_mesh`).
       stacked: hold each layer leaf as one [L, ...] array, as `init` does. Otherwise `params["layers"]` is a
@@ -220,7 +221,7 @@ def load(
         raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     path = resolve(name_or_path, progress)
     source = open_source(path)
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(source.home or path)
     if tokenizer.vocab_size != source.config.vocab_size:
         raise TokenizerError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {source.config.vocab_size}; "

@@ -18,6 +18,7 @@ from llama_jax.errors import LlamaJaxError
 # Each verb's module has run(argv), which parses the rest of the command line and does the work.
 VERBS = {
     "generate": "continue a text",
+    "train": "train a model, or go on with a run",
     "inspect": "what a checkpoint holds and how much memory it needs",
     "models": "the known models, and which are here",
     "bench": "speed of prefill, decoding and loading",
@@ -27,7 +28,7 @@ VERBS = {
 HELP = """\
 usage: llama-jax COMMAND [arguments]
 
-Llama 2 in JAX: load real weights, check them, generate.
+Llama 2 in JAX: load real weights, check them, generate; train from scratch.
 
 commands:
 {commands}

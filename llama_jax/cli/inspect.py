@@ -13,11 +13,13 @@ from llama_jax.config import LlamaConfig
 
 if TYPE_CHECKING:
     from llama_jax.weights import Source
+    from llama_jax.weights.runs import Step
 
 EXAMPLES = """
 llama-jax inspect smollm2-135m
 llama-jax inspect smollm2-135m --batch 8 --length 2048
 llama-jax inspect path/to/model --json
+llama-jax inspect runs/tiny
 """
 
 ITEM_SIZES = {"float32": 4, "bfloat16": 2}
@@ -25,7 +27,9 @@ ITEM_SIZES = {"float32": 4, "bfloat16": 2}
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command."""
-    summary = "Show what a checkpoint holds and how much memory it needs; reads headers only."
+    summary = (
+        "Show what a checkpoint or a training run holds and how much memory it needs; reads headers only."
+    )
     parser = Parser("llama-jax inspect", summary, EXAMPLES)
     parser.add_model()
     option = parser.add_argument
@@ -36,8 +40,12 @@ def run(argv: Sequence[str]) -> None:
 
     from llama_jax.bench import kv_cache_bytes
     from llama_jax.weights import open_source
+    from llama_jax.weights.runs import is_run, list_steps
 
-    source = open_source(output.resolve(args.model))
+    path = output.resolve(args.model)
+    with output.warnings_as_notes():
+        source = open_source(path)
+    steps = list_steps(source.path) if source.format == "orbax" and is_run(source.path) else []
     config = source.config
     length = args.length or config.max_position_embeddings
     groups = group_tensors(source)
@@ -59,6 +67,7 @@ def run(argv: Sequence[str]) -> None:
                 "bytes_in_file": in_file,
                 "weight_bytes": weights,
                 "kv_cache": {"batch": args.batch, "length": length, "bytes": cache},
+                **({"training": _training(source, steps)} if source.format == "orbax" else {}),
             }
         )
         return
@@ -66,6 +75,8 @@ def run(argv: Sequence[str]) -> None:
     print(f"{source.path}\n{source.format}: {source.why}\n")
     rows = [[name, _show(value)] for name, value in dataclasses.asdict(config).items()]
     output.print_table(rows, ("config", ""))
+    if steps:
+        output.print_table(*_steps_table(steps), right=(0, 1))
     rows = []
     for group in groups:
         shape = "x".join(map(str, group["shape"]))
@@ -76,6 +87,37 @@ def run(argv: Sequence[str]) -> None:
     rows = [["weights", size(in_file), *map(size, weights.values())]]
     rows.append([f"key/value cache, batch {args.batch}, {length} positions", "", *map(size, cache.values())])
     output.print_table(rows, ("memory", "in the file", *ITEM_SIZES), right=(1, 2, 3))
+
+
+def _training(source: Source, steps: Sequence[Step]) -> dict[str, Any]:
+    """Returns what is known of how a checkpoint was trained, and of the other steps of its run."""
+    return {
+        **{name: source.metadata.get(name) for name in ("step", "metrics", "run")},
+        "steps": [
+            {
+                "step": step.step,
+                "bytes": step.nbytes,
+                "saved": step.record and step.record.time.isoformat(),
+                "metrics": step.record and step.record.metrics,
+                "kept": step.kept,
+                "problem": step.problem,
+            }
+            for step in steps
+        ],
+    }
+
+
+def _steps_table(steps: Sequence[Step]) -> tuple[list[list[str]], tuple[str, ...]]:
+    """Returns the rows and the header of a table of a run's steps."""
+    rows = []
+    for step in steps:
+        record, kept = step.record, ", ".join(step.kept) or "until the next save"
+        metrics = (
+            ", ".join(f"{name} {_show(value)}" for name, value in record.metrics.items()) if record else ""
+        )
+        saved = f"{record.time.astimezone():%Y-%m-%d %H:%M}" if record else ""
+        rows.append([str(step.step), output.size(step.nbytes), saved, metrics, step.problem or kept])
+    return rows, ("step", "on disk", "saved", "measured", "kept")
 
 
 def group_tensors(source: Source) -> list[dict[str, Any]]:

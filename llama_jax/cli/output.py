@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,14 @@ def print_json(value: Mapping[str, Any]) -> None:
 def note(text: str) -> None:
     """Prints a remark on stderr, where it is in no program's way."""
     print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Prints what the block warns of as one line each, without the place in the source."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: note(f"warning: {' '.join(str(message).split())}")
+        yield
 
 
 @contextlib.contextmanager
@@ -136,5 +145,5 @@ def load(name_or_path: str, dtype: str) -> Model:
         ) from None
     path = resolve(name_or_path)
     keep_compiled_programs()
-    with progress_bar("loading weights") as progress:
+    with warnings_as_notes(), progress_bar("loading weights") as progress:
         return pretrained.load(path, dtype, stacked=False, progress=progress)

@@ -1,13 +1,14 @@
-"""`llama-jax tokenizer`: text to token ids and back."""
+"""`llama-jax tokenizer`: text to token ids and back, and vocabularies from text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_jax.cli import output
 from llama_jax.cli.generate import read_stdin
-from llama_jax.cli.parser import Parser, UsageError, suggestion
+from llama_jax.cli.parser import Parser, UsageError, positive, suggestion, whole
 from llama_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -15,9 +16,11 @@ if TYPE_CHECKING:
 
 HELP = """\
 usage: llama-jax tokenizer encode|decode MODEL [arguments]
+       llama-jax tokenizer train FILE... --vocab-size V --out PATH
 
   encode   text to token ids
   decode   token ids to text
+  train    a vocabulary from text
 
 Each has its own help: llama-jax tokenizer encode --help
 """
@@ -32,10 +35,15 @@ llama-jax tokenizer decode smollm2-135m 19556 905
 llama-jax tokenizer encode smollm2-135m "Hello world" | llama-jax tokenizer decode smollm2-135m
 """
 
+TRAIN_EXAMPLES = """
+llama-jax tokenizer train README.md --vocab-size 512 --out tokenizer.model
+llama-jax tokenizer train 'corpus/**/*.txt' stories.jsonl --vocab-size 32000 --out tokenizer.model
+"""
+
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command."""
-    verbs = {"encode": _encode, "decode": _decode}
+    verbs = {"encode": _encode, "decode": _decode, "train": _train}
     verb, *rest = argv or ["--help"]
     if verb in ("-h", "--help"):
         print(HELP, end="")
@@ -43,7 +51,7 @@ def run(argv: Sequence[str]) -> None:
         verbs[verb](rest)
     else:
         close = suggestion(verb, verbs)
-        raise UsageError(f"unknown command 'tokenizer {verb}'{close}; it is encode or decode")
+        raise UsageError(f"unknown command 'tokenizer {verb}'{close}; it is encode, decode or train")
 
 
 def _encode(argv: Sequence[str]) -> None:
@@ -83,6 +91,41 @@ def _decode(argv: Sequence[str]) -> None:
         output.print_json({"text": text})
     else:
         print(text)
+
+
+def _train(argv: Sequence[str]) -> None:
+    parser = Parser(
+        "llama-jax tokenizer train",
+        "Learn a SentencePiece vocabulary of Llama's kind from text.",
+        TRAIN_EXAMPLES,
+    )
+    parser.add_argument(
+        "files", metavar="FILE", nargs="+", help="text, or JSON lines (.jsonl, .ndjson); quoted globs, too"
+    )
+    parser.add_argument("--vocab-size", type=whole, required=True, help="entries of the vocabulary")
+    parser.add_argument("--out", type=Path, required=True, help="the .model file to write")
+    parser.add_argument("--field", default="text", help="the field of JSON lines to read (default: text)")
+    parser.add_argument(
+        "--max-bytes",
+        type=positive,
+        default=20_000_000,
+        help="learn from an even sample of about this much text (default: 20 MB)",
+    )
+    parser.add_json()
+    args = parser.parse(argv)
+
+    from llama_jax.tokenizer.texts import find_files, read_texts
+    from llama_jax.tokenizer.train import train_sentencepiece
+
+    paths = find_files(args.files)
+    with output.spinner("learning the vocabulary"):
+        train_sentencepiece(
+            read_texts(paths, args.field), args.out, vocab_size=args.vocab_size, max_bytes=args.max_bytes
+        )
+    if args.json:
+        output.print_json({"out": str(args.out), "vocab_size": args.vocab_size, "files": len(paths)})
+    else:
+        print(args.out)
 
 
 def _load(model: str) -> Tokenizer:

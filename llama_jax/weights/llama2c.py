@@ -125,7 +125,7 @@ def _blocks(config: LlamaConfig, version: int, group: int) -> Iterator[_Block]:
             yield _Block(name, (positions, pairs), "F32", 4 * positions * pairs, 1)
         elif name != "wcls" or not config.tie_word_embeddings:
             leaf = leaves[name]
-            shape = leaf.stored_shape(config)
+            shape = leaf.stored_shape(config, "llama2c")
             copies, values = config.num_hidden_layers if leaf.per_layer else 1, math.prod(shape)
             if version == 2 and name in _MATRICES:
                 yield _Block(leaf.llama2c, shape, _INT8, values + 4 * (values // group), copies)

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.sharding import check_mesh, named, param_specs
-from llama_jax.weights.names import Entry, entries, is_harmless
+from llama_jax.weights.names import STACKED, Entry, entries, is_harmless
+from llama_jax.weights.orbax import OrbaxSource
 from llama_jax.weights.source import Source, brief, quote
 
 Progress = Callable[[int, int, str], None]
@@ -56,6 +57,8 @@ def load_params(
     wanted = sorted(check_tensors(source), key=lambda entry: _place(source, entry))
     if mesh is not None:
         check_mesh(config, mesh)
+    if isinstance(source, OrbaxSource):
+        return source.restore(_float_dtype(dtype), mesh, stacked=stacked, progress=progress)
     tree = _Tree(config, _float_dtype(dtype), mesh, stacked)
     total = sum(source.tensors[entry.name].nbytes for entry in wanted)
     done = 0
@@ -85,7 +88,7 @@ def check_tensors(source: Source) -> list[Entry]:
       CheckpointError: naming all that are missing, unexpected or of the wrong shape.
     """
     config, tensors = source.config, source.tensors
-    if config.num_hidden_layers > len(tensors):
+    if config.num_hidden_layers > len(tensors) and source.format not in STACKED:
         raise CheckpointError(
             f"{source.path}: the configuration has {config.num_hidden_layers} layers but there are only "
             f"{len(tensors)} tensors; the two do not belong together"
@@ -99,9 +102,9 @@ def check_tensors(source: Source) -> list[Entry]:
         if name not in known and not is_harmless(name, config, source.format)
     ]
     wrong = [
-        (f"{getattr(leaf, source.format)} {list(shape)} should be {list(leaf.stored_shape(config))}", layer)
+        (f"{getattr(leaf, source.format)} {list(tensors[name].shape)} should be {list(shape)}", layer)
         for name, leaf, layer in wanted
-        if name in tensors and (shape := tensors[name].shape) != leaf.stored_shape(config)
+        if name in tensors and tensors[name].shape != (shape := leaf.stored_shape(config, source.format))
     ]
     problems = []
     if missing:

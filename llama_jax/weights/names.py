@@ -12,7 +12,10 @@ import numpy as np
 
 from llama_jax.config import LlamaConfig
 
-Format = Literal["hf", "meta", "gguf", "llama2c"]
+Format = Literal["hf", "meta", "gguf", "llama2c", "orbax"]
+
+# Formats that hold the leaves of `params` as they are: stacked over layers, named by their place.
+STACKED: frozenset[Format] = frozenset(("orbax",))
 
 # Hugging Face rotates dimensions (i, i + H/2) together, as llama_jax does; the others (2i, 2i + 1).
 INTERLEAVED: frozenset[Format] = frozenset(("meta", "gguf", "llama2c"))
@@ -71,8 +74,15 @@ class Leaf:
         """Returns the leaf's shape without the layer axis."""
         return _sizes(self.axes.replace("->", ""), config)
 
-    def stored_shape(self, config: LlamaConfig) -> tuple[int, ...]:
-        """Returns the shape that checkpoints store: [out, in] for a matrix."""
+    @property
+    def orbax(self) -> str:
+        """The stored name in an Orbax checkpoint: the leaf's place."""
+        return ".".join(self.path)
+
+    def stored_shape(self, config: LlamaConfig, format: Format) -> tuple[int, ...]:
+        """Returns the shape that checkpoints store: [out, in] for a matrix, except in stacked formats."""
+        if format in STACKED:
+            return (config.num_hidden_layers,) * self.per_layer + self.shape(config)
         inputs, arrow, outputs = self.axes.partition("->")
         if not arrow:
             return _sizes(inputs, config)
@@ -82,7 +92,7 @@ class Leaf:
         """Turns a tensor as `format` stores it into this leaf (of one layer).
 
         Args:
-          array: `stored_shape(config)`, any dtype.
+          array: `stored_shape(config, format)`, any dtype.
 
         Returns:
           `shape(config)` in the same dtype, C-contiguous; `array` itself where nothing changes.
@@ -172,6 +182,7 @@ _HARMLESS: dict[Format, re.Pattern[str]] = {
     "meta": re.compile(r"rope\.freqs"),
     "gguf": re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd(\.weight)?"),
     "llama2c": re.compile(r"freq_cis_(real|imag)"),
+    "orbax": re.compile(r"(?!)"),  # nothing: only llama_jax writes these leaves
 }
 
 
@@ -191,7 +202,8 @@ def leaves(config: LlamaConfig) -> tuple[Leaf, ...]:
 def entries(config: LlamaConfig, format: Format) -> Iterator[Entry]:
     """Yields every stored tensor that a checkpoint of `config` must have, layer by layer."""
     for leaf in leaves(config):
-        layers = range(config.num_hidden_layers) if leaf.per_layer else (None,)
+        each = leaf.per_layer and format not in STACKED
+        layers = range(config.num_hidden_layers) if each else (None,)
         for layer in layers:
             yield Entry(leaf.name(format, layer), leaf, layer)
 

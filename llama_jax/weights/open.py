@@ -9,10 +9,13 @@ from llama_jax.weights.gguf import open_gguf
 from llama_jax.weights.gguf_header import MAGIC
 from llama_jax.weights.hf import open_hf
 from llama_jax.weights.llama2c import is_llama2c, open_llama2c
+from llama_jax.weights.orbax import is_orbax, open_orbax, open_run
+from llama_jax.weights.runs import is_run
 from llama_jax.weights.source import Source, open_file, reason
 
 _READABLE = (
-    "a GGUF file, a Hugging Face directory with config.json and .safetensors files, or a llama2.c .bin"
+    "a GGUF file, a Hugging Face directory with config.json and .safetensors files, a training run's "
+    "directory, or a llama2.c .bin"
 )
 
 
@@ -20,7 +23,8 @@ def open_source(path: str | Path) -> Source:
     """Opens a checkpoint: reads and checks its headers, and none of its tensors.
 
     Args:
-      path: a GGUF file, a Hugging Face directory, or a llama2.c `.bin`. What it holds decides, not its
+      path: a GGUF file, a Hugging Face directory, the directory of a training run (its newest whole
+        checkpoint is taken) or of one checkpoint, or a llama2.c `.bin`. What it holds decides, not its
         name; `Source.why` says how.
 
     Raises:
@@ -46,6 +50,10 @@ def open_source(path: str | Path) -> Source:
 
 
 def _open_directory(path: Path) -> Source:
+    if is_orbax(path):
+        return open_orbax(path, "the directory holds Orbax's _METADATA")
+    if is_run(path):
+        return open_run(path)
     if (path / "config.json").exists():
         return open_hf(path, "the directory has a config.json")
     files = (entry for entry in path.iterdir() if entry.suffix in (".gguf", ".bin") and entry.is_file())

@@ -56,6 +56,7 @@ class Source:
       tensors: the format's own names, in the file's order.
       decode: turns a tensor's bytes into an array of its shape.
       metadata: what else the headers say.
+      home: the directory where the model's tokenizer is, if it is not in or beside `path`.
     """
 
     format: Format
@@ -65,6 +66,7 @@ class Source:
     tensors: Mapping[str, TensorInfo]
     decode: Callable[[str, TensorInfo, np.ndarray], np.ndarray] = dataclasses.field(repr=False)
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    home: Path | None = None
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor: floats in their own dtype, quantised ones dequantised to f32.

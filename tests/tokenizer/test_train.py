@@ -1,0 +1,188 @@
+"""Training a vocabulary: exact round trips, Llama's layout, the same file from the same text."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llama_jax import cli
+from llama_jax.errors import TokenizerError
+from llama_jax.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.tokenizer.train import train_sentencepiece
+
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+SOURCES = [(STDLIB / name).read_text() for name in ("argparse.py", "ast.py", "json/decoder.py", "random.py")]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_sentencepiece(SOURCES, tmp_path_factory.mktemp("v") / "tok.model", vocab_size=1000)
+
+
+@pytest.fixture(scope="module")
+def trained(path: Path) -> Tokenizer:
+    return load_tokenizer(path)
+
+
+def test_the_layout_is_llamas(trained):
+    assert trained.vocab_size == 1000
+    assert (trained.unk_id, trained.bos_id, trained.eos_id, trained.pad_id) == (0, 1, 2, None)
+    assert dict(trained.special_tokens) == {"<s>": 1, "</s>": 2}
+    assert trained.piece(3 + ord("A")) == "A"  # the byte
+    assert [trained.piece(3 + byte) for byte in (0xE4, 0xFF)] == ["<0xE4>", "<0xFF>"]
+
+
+@pytest.mark.parametrize(
+    "text", [*SOURCES, "x", " x", "  x\t\ty \n\n\n  z  ", "\t", "\0a\0", "\r\n", "🦙 café\ufeff"]
+)
+def test_source_and_odd_whitespace_round_trip_exactly(trained, text):
+    assert trained.decode(trained.encode(text)) == text
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(alphabet=st.characters(exclude_categories=("Cs",), exclude_characters="\u2581")))
+def test_any_text_round_trips_exactly(trained, text):
+    ids = trained.encode(text, add_bos=False)
+    assert trained.decode(ids) == text
+    assert not {0, 1, 2} & set(ids)
+
+
+def test_digits_are_apart_and_no_space_is_put_before_text(trained):
+    assert [trained.piece(token) for token in trained.encode("12345", add_bos=False)] == list("12345")
+
+
+def test_indentation_and_line_ends_have_pieces(trained):
+    """Code costs far fewer tokens than bytes, its indentation one each."""
+    assert len(trained.encode("        ", add_bos=False)) == 1
+    assert len(trained.encode("):\n", add_bos=False)) == 1
+    assert len("".join(SOURCES)) / sum(len(trained.encode(text)) for text in SOURCES) > 2.5
+
+
+def test_the_same_texts_give_the_same_file(path, tmp_path):
+    again = train_sentencepiece(iter(SOURCES), tmp_path / "new" / "tok.model", vocab_size=1000)
+    assert again.read_bytes() == path.read_bytes()
+    assert [file.name for file in again.parent.iterdir()] == ["tok.model"]
+
+
+def test_of_much_text_an_even_sample_is_taken(tmp_path):
+    """Text from every part of a corpus five times as long as the bound is learned from."""
+    words = [f"{letter * 5}ing" for letter in "bcdfghjklm"]
+    texts = [f"{word} {word}\n" * 2000 for word in words]
+    out = train_sentencepiece(texts, tmp_path / "t.model", vocab_size=330, max_bytes=60_000)
+    tokenizer = load_tokenizer(out)
+    for word in words:
+        assert len(tokenizer.encode(f" {word}", add_bos=False)) == 1, word
+
+
+def test_long_lines_are_learned_from(tmp_path):
+    out = train_sentencepiece(["abcé" * 20_000], tmp_path / "t.model", vocab_size=270)
+    tokenizer = load_tokenizer(out)
+    assert len(tokenizer.encode("abcé" * 100)) < 120
+
+
+@pytest.mark.parametrize(
+    ("texts", "vocab_size", "message"),
+    [
+        ([], 300, "there is no text to learn a vocabulary from"),
+        (["", "\t"], 300, "there is no text to learn a vocabulary from"),
+        (["fox"], 259, r"vocab_size is 259; it must be above 259 \(3 control tokens and 256 bytes\)"),
+        (["fox"], 1 << 30, r"vocab_size is 1073741824; it must be above 259 .* at most 1048576"),
+        ([SOURCES[0]], 270, r"vocab_size is 270; the characters of this text alone take \d+: ask for more"),
+        (
+            ["the fox\n"] * 10,
+            5000,
+            r"vocab_size is 5000; this text makes at most \d\d\d: ask for that, or add",
+        ),
+    ],
+)
+def test_a_vocabulary_that_cannot_be(tmp_path, texts, vocab_size, message, capfd):
+    with pytest.raises(TokenizerError, match=message) as raised:
+        train_sentencepiece(texts, tmp_path / "t.model", vocab_size=vocab_size)
+    assert "\n" not in str(raised.value)
+    assert not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_largest_that_works_works(tmp_path):
+    with pytest.raises(TokenizerError) as raised:
+        train_sentencepiece(["the quick fox\n"] * 10, tmp_path / "t.model", vocab_size=5000)
+    most = int(str(raised.value).split("at most ")[1].split(":")[0])
+    assert (
+        load_tokenizer(
+            train_sentencepiece(["the quick fox\n"] * 10, tmp_path / "t.model", vocab_size=most)
+        ).vocab_size
+        == most
+    )
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TokenizerError, match=r"t\.model cannot be written \(.*\); write it elsewhere"):
+        train_sentencepiece(SOURCES[:1], tmp_path / "file" / "t.model", vocab_size=400)
+    with pytest.raises(TokenizerError, match=r"t\.json must be named \.model"):
+        train_sentencepiece(SOURCES[:1], tmp_path / "t.json", vocab_size=400)
+
+
+# llama-jax tokenizer train
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*words):
+        status = cli.main(["tokenizer", "train", *map(str, words)])
+        return SimpleNamespace(status=status, **dict(zip(("out", "err"), capsys.readouterr(), strict=True)))
+
+    return run
+
+
+def test_the_command_learns_from_files_and_globs(run, tmp_path, path):
+    for i, text in enumerate(SOURCES):
+        (tmp_path / f"{i}.py").write_text(text)
+    done = run(f"{tmp_path}/*.py", tmp_path / "0.py", "--vocab-size", 1000, "--out", tmp_path / "t.model")
+    assert (done.status, done.out) == (0, f"{tmp_path / 't.model'}\n")
+    assert (tmp_path / "t.model").read_bytes() == path.read_bytes()
+
+
+def test_the_command_reads_json_lines(run, tmp_path, path):
+    with (tmp_path / "a.jsonl").open("w") as file:
+        file.writelines(json.dumps({"code": text}) + "\n\n" for text in SOURCES)
+    words = (tmp_path / "a.jsonl", "--vocab-size", 1000, "--out", tmp_path / "t.model", "--json")
+    done = run(*words, "--field", "code")
+    assert json.loads(done.out) == {"out": str(tmp_path / "t.model"), "vocab_size": 1000, "files": 1}
+    assert (tmp_path / "t.model").read_bytes() == path.read_bytes()
+    done = run(*words)
+    assert done.status == 2
+    assert "a.jsonl:1: no object with the text field 'text'; see --field" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("none.txt", "--vocab-size", 300, "--out", "t.model"), "no file matches 'none.txt' (relative to "),
+        (("bad.txt", "--vocab-size", 300, "--out", "t.model"), "bad.txt is not UTF-8"),
+        (("bad.jsonl", "--vocab-size", 300, "--out", "t.model"), "bad.jsonl:2: not JSON"),
+        (("bad.txt", "--vocab-size", "many", "--out", "t.model"), "'many' is not a whole number"),
+        (("bad.txt", "--out", "t.model"), "missing --vocab-size"),
+        (("bad.txt", "--vocab-sise", 300, "--out", "t.model"), "did you mean --vocab-size?"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong(run, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{')
+    done = run(*words)
+    assert (done.status, done.out) == (2, "")
+    assert done.err.count("\n") == 1
+    assert message in done.err
+    assert not (tmp_path / "t.model").exists()
+
+
+def test_a_mistyped_verb(capsys):
+    assert cli.main(["tokenizer", "trian"]) == 2
+    assert "did you mean train?; it is encode, decode or train" in capsys.readouterr().err

@@ -1,0 +1,237 @@
+"""Formats: every one gives the same documents, and ids written beforehand give the same batches."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llama_jax.errors import ConfigError, DataError
+from llama_jax.tokenizer import load_tokenizer
+from tests.tokenizer.conftest import KINDS
+from tests.train.data.conftest import WRITERS, write_arrayrecord, write_parquet
+from tests.train.data.test_batches import assert_same, take
+from train.data import DataConfig, SourceConfig, train_texts
+from train.data.__main__ import main, tokenize
+from train.data.encode import Encoder
+from train.data.lines import PIECE_BYTES
+from train.data.source import open_records, open_source
+from train.data.write import write_tokens
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_documents(corpora, texts, name):
+    records = open_records(SourceConfig(corpora[name]))
+    assert [records.text(i) for i in range(len(records))] == texts
+    records = pickle.loads(pickle.dumps(records))  # as a worker process gets it
+    assert records.text(len(texts) - 1) == texts[-1]
+
+
+def test_arrayrecords_of_json_objects(tmp_path, texts):
+    records = open_records(SourceConfig(write_arrayrecord(tmp_path / "a", texts, wrap=True)))
+    assert [records.text(i) for i in range(len(records))] == texts
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_trains_and_evaluates(opened, corpora, texts, name):
+    data = opened(corpora[name], held_out=0.2)
+    batches = take(data.train(), 3)
+    assert all((batch["segment_ids"] > 0).all() for batch in batches)
+    assert data.describe()["documents"] == len(texts)
+    assert next(data.held_out())["tokens"].any()
+
+
+@pytest.mark.parametrize("name", ["parquet", "arrayrecord"])
+def test_evaluation_may_read_while_training_reads_ahead(corpora, texts, name, monkeypatch):
+    """Threads share open files and decoded row groups, of which only one is kept here."""
+    monkeypatch.setattr("train.data.tables._CACHED_GROUPS", 1)
+    monkeypatch.setattr("train.data.tables._OPEN_FILES", 1)
+    records = open_records(SourceConfig(corpora[name]))
+    with ThreadPoolExecutor(4) as pool:
+        orders = [range(60), range(59, -1, -1)] * 6
+        for order, read in zip(orders, pool.map(lambda o: [records.text(i) for i in o], orders), strict=True):
+            assert read == [texts[i] for i in order]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "line of text\n" * 20_000,
+        "x" * 200_000,
+        "é" * 100_001,
+        "a" + "🦙" * 60_000,
+        "\r\n".join("word" for _ in range(50_000)),
+        ("y" * PIECE_BYTES + "\n") * 3,
+    ],
+    ids=["lines", "no line end", "two bytes", "four bytes", "crlf", "line end beyond"],
+)
+def test_text_is_cut_into_pieces_that_make_it_up(tmp_path, text):
+    path = tmp_path / "big.txt"
+    path.write_text(text, encoding="utf-8", newline="")
+    records = open_records(SourceConfig(str(path)))
+    pieces = [records.text(i) for i in range(len(records))]
+    assert "".join(pieces) == text
+    assert max(len(piece.encode()) for piece in pieces) <= PIECE_BYTES
+    assert len(pieces) >= len(text.encode()) // PIECE_BYTES
+    if "line" in text:
+        assert all(piece.endswith("\n") for piece in pieces)
+
+
+def test_files_without_text_are_no_documents(tmp_path):
+    for name, text in (("a.txt", ""), ("b.txt", "  \n\n"), ("c.txt", "text")):
+        (tmp_path / name).write_text(text)
+    records = open_records(SourceConfig(f"{tmp_path}/*.txt"))
+    assert [records.text(i) for i in range(len(records))] == ["text"]
+
+
+def test_globs_reach_into_folders_and_exclude(tmp_path):
+    for name in ("a.py", "sub/b.py", "sub/test/c.py", "sub/d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    config = DataConfig(files=f"{tmp_path}/**/*.py", exclude=("*/test/*",), held_out=0)
+    assert list(train_texts(config)) == ["a.py", "sub/b.py"]
+
+
+def test_the_standard_library_is_a_corpus_that_is_always_there():
+    records = open_records(SourceConfig("{stdlib}/json/*.py"))
+    assert "JSONDecoder" in "".join(records.text(i) for i in range(len(records)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_encoder_survives_the_way_to_a_worker(vocabulary_paths, kind):
+    """Control tokens spelled in the text stay text: a pickled tokenizers.Tokenizer alone forgets that."""
+    encoder = Encoder(load_tokenizer(vocabulary_paths[kind]))
+    other = pickle.loads(pickle.dumps(encoder))
+    text = "the <s> fox </s> <|im_end|> is <|endoftext|> here"
+    np.testing.assert_array_equal(encoder(text), other(text))
+    assert encoder.fingerprint == other.fingerprint
+
+
+def test_documents_are_bos_ids_eos(tokenizer, vocabulary_paths):
+    assert Encoder(tokenizer)("the fox").tolist() == [1, *tokenizer.encode("the fox", add_bos=False), 2]
+    without_bos = load_tokenizer(vocabulary_paths["gguf-bpe"])
+    assert Encoder(without_bos)("fox").tolist() == [*without_bos.encode("fox"), without_bos.eos_id]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_ids_written_beforehand_give_the_same_batches(tmp_path, corpora, opened, tokenizer, name):
+    out = tmp_path / "tokens"
+    made = write_tokens(SourceConfig(corpora[name]), Encoder(tokenizer), out)
+    assert made["documents"] == 60
+    text, tokens = (opened(files, held_out=0.2) for files in (corpora[name], str(out)))
+    assert tokens.fingerprint == text.fingerprint
+    assert_same(take(tokens.train(), 12), take(text.train(), 12))
+    for one, other in zip(text.held_out(), tokens.held_out(), strict=True):
+        assert one.pop("bytes") == other.pop("bytes")
+        assert_same([one], [other])
+
+
+def test_a_mixture_written_beforehand_gives_the_same_batches(tmp_path, corpora, opened, tokenizer, capsys):
+    names, weights, out = ("parquet", "jsonl"), (1.0, 2.5), tmp_path / "out"
+    sources = tuple(SourceConfig(corpora[n], weight=w) for n, w in zip(names, weights, strict=True))
+    tokenize(DataConfig(mixture=sources), tokenizer, out)
+    assert "60 documents" in capsys.readouterr().err
+    written = tuple(SourceConfig(str(out / str(i)), weight=w) for i, w in enumerate(weights))
+    text, tokens = (opened(mixture=mixture) for mixture in (sources, written))
+    assert tokens.fingerprint == text.fingerprint
+    assert_same(take(tokens.train(), 12), take(text.train(), 12))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_command_reads_a_runs_configuration(tmp_path, corpora, vocabulary_paths, opened, capsys):
+    (tmp_path / "run.toml").write_text(f'[data]\nfiles = "{corpora["text"]}"\nheld_out = 0.2\n')
+    words = [str(tmp_path / "run.toml"), str(tmp_path / "out")]
+    with pytest.raises(ConfigError, match=r"tokenizer\.path is not set; make a vocabulary with"):
+        main(words)
+    main([*words, "--tokenizer.path", str(vocabulary_paths["sentencepiece"]), "--tokenizer.vocab_size", "0"])
+    assert f"train with data.files = '{tmp_path}/out'" in capsys.readouterr().err
+    text, tokens = opened(corpora["text"]), opened(str(tmp_path / "out"))
+    assert_same(take(tokens.train(), 3), take(text.train(), 3))
+
+
+def test_several_files_of_ids(tmp_path, corpora, tokenizer, monkeypatch):
+    monkeypatch.setattr("train.data.write.SHARD_BYTES", 1000)
+    write_tokens(SourceConfig(corpora["jsonl"]), Encoder(tokenizer), tmp_path / "tokens")
+    assert len(list((tmp_path / "tokens").glob("*.arrayrecord"))) > 3
+    encode = Encoder(tokenizer)
+    text = open_source(SourceConfig(corpora["jsonl"]), encode)
+    tokens = open_source(SourceConfig(str(tmp_path / "tokens")), encode)
+    tokens.document(0)
+    tokens = pickle.loads(pickle.dumps(tokens))  # as a worker process gets it
+    for i in range(60):
+        assert tokens.document(i).ids.tolist() == text.document(i).ids.tolist()
+        assert tokens.document(i).nbytes == text.document(i).nbytes
+
+
+def test_skipped_records_stay_skipped_beforehand(tmp_path, opened, tokenizer, texts):
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": text}) for text in texts]
+    lines[5] = "{"
+    path.write_text("\n".join(lines))
+    made = write_tokens(SourceConfig(str(path)), Encoder(tokenizer), tmp_path / "t", bad_records="skip")
+    assert made["skipped"] == {"not JSON": 1}
+    text, tokens = opened(str(path), bad_records="skip"), opened(str(tmp_path / "t"))
+    assert_same(take(tokens.train(), 12), take(text.train(), 12))
+
+
+def test_shuffled_parquet_reads_few_row_groups_at_a_time(tmp_path, texts, opened):
+    data = opened(write_parquet(tmp_path / "p", texts), held_out=0, batch_size=1)
+    (order,) = data._mixture(3).orders
+    assert len({tuple(order[i]) for i in range(60)}) == 60
+    groups = []
+    records = data._parts[0].source.records
+    original = records._read_group
+    records._read_group = lambda *where: groups.append(where) or original(*where)
+    records._groups = type(records._groups)(1)
+    for i in range(60):
+        order[i]
+    assert len(groups) == len(set(groups)) == 10
+
+
+def test_ids_of_another_tokenizer_are_refused(tmp_path, corpora, tokenizer, vocabulary_paths, opened):
+    write_tokens(SourceConfig(corpora["text"]), Encoder(tokenizer), tmp_path / "t")
+    other = load_tokenizer(vocabulary_paths["json-llama"])
+    with pytest.raises(DataError, match=r"/t was written with another tokenizer; write it again") as raised:
+        opened(str(tmp_path / "t"), tokenizer=other)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_of_ids_appears_whole_or_not_at_all(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": 3}\n')
+    out = tmp_path / "deep" / "tokens"
+    with pytest.raises(DataError, match=r"a\.jsonl:2: field 'text' is of type int"):
+        write_tokens(SourceConfig(str(path)), Encoder(tokenizer), out)
+    assert list(out.parent.iterdir()) == []
+    write_tokens(SourceConfig(str(path)), Encoder(tokenizer), out, bad_records="skip")
+    with pytest.raises(DataError, match=r"tokens exists; give a folder that does not"):
+        write_tokens(SourceConfig(str(path)), Encoder(tokenizer), out, bad_records="skip")
+
+
+def damage_index(folder: Path, **changes: object) -> None:
+    index = json.loads((folder / "tokens.json").read_text())
+    (folder / "tokens.json").write_text(json.dumps({**index, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "tokens.json").write_text("{"), r"tokens\.json is not JSON"),
+        (lambda folder: (folder / "tokens.json").write_text("[]"), r"is not what .* of this version writes"),
+        (lambda folder: damage_index(folder, version=99), r"is not what .* of this version writes"),
+        (lambda folder: damage_index(folder, shards=[["../x", 1, 1]]), r"is not what .* this version writes"),
+        (lambda folder: damage_index(folder, files=[["x", 3]]), r"tokens\.json contradicts itself"),
+        (lambda folder: (folder / "tokens-00000.arrayrecord").unlink(), r"cannot be read \(No such file"),
+        (lambda folder: (folder / "tokens-00000.arrayrecord").write_bytes(b"x"), r"has 1 bytes, and 1310"),
+    ],
+)
+def test_a_damaged_folder_of_ids(tmp_path, corpora, tokenizer, opened, damage, message):
+    write_tokens(SourceConfig(corpora["text"]), Encoder(tokenizer), tmp_path / "t")
+    damage(tmp_path / "t")
+    with pytest.raises(DataError, match=message) as raised:
+        opened(str(tmp_path / "t"))
+    assert "\n" not in str(raised.value)

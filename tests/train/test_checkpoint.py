@@ -1,0 +1,454 @@
+"""Laws of checkpoints: what comes back is what was saved, whatever happened to the files or the process."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llama_jax.errors import CheckpointError, ConfigError
+from llama_jax.sharding import make_mesh
+from llama_jax.weights.runs import list_steps
+from tests.train.small_runs import (
+    MODEL,
+    State,
+    abstract_state,
+    make_state,
+    numbers,
+    one_device,
+    same,
+    save_run,
+)
+from train.checkpoint import CheckpointConfig, Checkpoints, Restored
+
+ROOT = Path(__file__).parents[2]
+
+
+def checkpoints_of(folder: Path, warn: Callable[[str], None] = lambda _: None, **config) -> Checkpoints:
+    return Checkpoints(folder, CheckpointConfig(**{"every": 1, "keep": 100} | config), model=MODEL, warn=warn)
+
+
+def restore(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Restored:
+    with checkpoints_of(folder, warn) as checkpoints:
+        restored = checkpoints.restore(abstract_state(one_device()))
+    assert restored is not None
+    return restored
+
+
+def one_line(caught: pytest.ExceptionInfo[BaseException]) -> str:
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_run(tmp_path_factory.mktemp("whole"), 1, 2)
+
+
+@pytest.fixture
+def two_steps(whole_run: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return shutil.copytree(whole_run, tmp_path / "run")
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "data=4,tensor=2", "data=2,fsdp=2,tensor=2", "fsdp=8", ""])
+def test_a_state_comes_back_bit_for_bit_on_any_mesh(mesh, tmp_path):
+    saved_on, read_on = make_mesh("fsdp=4,tensor=2"), make_mesh(mesh) if mesh else one_device()
+    state = make_state(saved_on)
+    with checkpoints_of(tmp_path) as checkpoints:
+        checkpoints.save(7, state, {"files": ["ä"], "at": 2**60})
+    with checkpoints_of(tmp_path) as checkpoints:
+        restored = checkpoints.restore(abstract_state(read_on))
+    assert (restored.step, restored.data_states) == (7, [{"files": ["ä"], "at": 2**60}])
+    assert same(restored.state, state)
+    assert all(
+        leaf.sharding == wanted.sharding
+        for leaf, wanted in zip(
+            jax.tree.leaves((restored.state.params, restored.state.opt_state)),
+            jax.tree.leaves((abstract_state(read_on).params, abstract_state(read_on).opt_state)),
+            strict=True,
+        )
+    )
+
+
+def test_notes_and_metrics_come_back(tmp_path):
+    restored = restore(save_run(tmp_path, 4))
+    assert restored.run == {"data": "abc"}
+    assert restored.metrics == {"held_out_loss": 2.5, "tokens": 4000.0}
+
+
+def test_what_is_saved_is_what_was_there_when_save_was_called(tmp_path):
+    """The next steps donate the state's buffers while it is being written."""
+
+    @jax.jit
+    def step(state: State) -> State:
+        return state.replace(params=jax.tree.map(lambda x: x * 1.25 + 1, state.params), step=state.step + 1)
+
+    step = jax.jit(step, donate_argnums=0)
+    params = {f"w{index}": jnp.full((512, 1024), index, jnp.float32) for index in range(4)}
+    state = State(params=params, opt_state=(), step=jnp.int32(0), key=jax.random.key(3))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    with checkpoints_of(tmp_path) as checkpoints:
+        for number in range(1, 6):
+            wanted = numbers(state)
+            checkpoints.save(number, state, {})
+            for _ in range(10):
+                state = step(state)
+            checkpoints.wait()
+            found = numbers(checkpoints.restore(abstract).state)
+            assert all(np.array_equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def test_a_new_run_has_nothing_to_restore(tmp_path):
+    with checkpoints_of(tmp_path / "new") as checkpoints:
+        assert checkpoints.restore(abstract_state(one_device())) is None
+        assert checkpoints.steps() == []
+    assert not (tmp_path / "new").exists()
+
+
+def test_steps_to_save(tmp_path):
+    checkpoints = checkpoints_of(tmp_path, every=3)
+    assert [step for step in range(1, 10) if checkpoints.should_save(step)] == [3, 6, 9]
+    assert not any(checkpoints_of(tmp_path, every=0).should_save(step) for step in range(1, 10))
+    often = checkpoints_of(tmp_path, every=0, every_minutes=1e-9)
+    assert often.should_save(1)
+
+
+def test_any_step_can_be_saved_and_saving_it_again_changes_nothing(tmp_path):
+    with checkpoints_of(tmp_path, every=1000) as checkpoints:
+        checkpoints.save(3, make_state(one_device(), 3), {})
+        checkpoints.save(3, make_state(one_device(), 4), {})
+    assert same(restore(tmp_path).state, make_state(one_device(), 3))
+
+
+def test_saving_in_the_foreground_has_saved_when_it_returns(tmp_path):
+    with checkpoints_of(tmp_path, asynchronous=False) as checkpoints:
+        checkpoints.save(3, make_state(one_device()), {})
+        assert (tmp_path / "checkpoints" / "3" / "checksums.json").is_file()
+
+
+def test_steps_are_kept_by_number_by_metric_and_for_ever(tmp_path):
+    losses = {1: 5.0, 2: 1.0, 3: 4.0, 4: float("nan"), 5: 3.0, 6: 3.0, 7: 2.0, 8: 3.0, 9: 4.0}
+    with checkpoints_of(tmp_path, keep=2, keep_every=4, best=1) as checkpoints:
+        for step, loss in losses.items():
+            checkpoints.save(step, make_state(one_device(), step), {}, {"held_out_loss": loss})
+            checkpoints.wait()
+            assert {step, max(1, step - 1)} <= set(checkpoints.steps())
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "8", "9"]
+    why = {step.step: step.kept for step in list_steps(tmp_path)}
+    assert why == {
+        2: ["least held-out loss"],
+        4: ["every 4"],
+        8: ["newest 2", "every 4"],
+        9: ["newest 2"],
+    }
+
+
+def test_one_step_in_so_many_hours_is_kept_for_ever(tmp_path):
+    with checkpoints_of(tmp_path, keep=1, keep_hours=1 / 3600, best=0) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, make_state(one_device(), step), {})
+        checkpoints.wait()
+        time.sleep(1.1)
+        checkpoints.save(4, make_state(one_device(), 4), {})
+        checkpoints.save(5, make_state(one_device(), 5), {})
+        checkpoints.save(6, make_state(one_device(), 6), {})
+    assert checkpoints.steps() == [1, 4, 6]
+
+
+def largest_file(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "a flipped byte": (flip, "damaged"),
+    "a truncated file": (lambda path: os.truncate(path, path.stat().st_size - 1), "bytes; it was saved with"),
+    "a missing file": (Path.unlink, "missing"),
+    "an unexpected file": (lambda path: (path.parent / "x").touch(), "was not there when"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("item", ["params", "state"])
+def test_a_damaged_step_is_named_and_the_one_before_is_taken(kind, item, two_steps):
+    damage, message = DAMAGE[kind]
+    path = largest_file(two_steps / "checkpoints" / "2" / item)
+    damage(path)
+    said: list[str] = []
+    restored = restore(two_steps, said.append)
+    assert restored.step == 1 and same(restored.state, make_state(one_device(), 1))
+    name = path.parent / "x" if kind == "an unexpected file" else path
+    assert said[0].startswith("checkpoint of step 2 is not used: ")
+    assert str(name) in said[0] and message in said[0]
+    assert said[1] == "going back to step 1, the newest checkpoint that is whole"
+    assert (two_steps / "checkpoints" / "2").is_dir()
+
+
+def test_a_damaged_step_is_set_aside_when_its_number_comes_again(two_steps):
+    folder = two_steps / "checkpoints"
+    for again in ("2.damaged", "2.damaged-2"):
+        flip(largest_file(folder / "2"))
+        before = largest_file(folder / "2").read_bytes()
+        said: list[str] = []
+        with checkpoints_of(two_steps, said.append) as checkpoints:
+            assert checkpoints.restore(abstract_state(one_device())).step == 1
+            assert (folder / "2").is_dir()
+            checkpoints.save(2, make_state(one_device(), 22), {})
+        assert same(restore(two_steps).state, make_state(one_device(), 22))
+        assert largest_file(folder / again).read_bytes() == before
+        assert str(folder / again) in said[-1]
+
+
+def test_where_every_step_is_damaged_nothing_is_restored_or_deleted(two_steps):
+    paths = [largest_file(two_steps / "checkpoints" / step) for step in "12"]
+    for path in paths:
+        flip(path)
+    before = sorted((two_steps / "checkpoints").rglob("*"))
+    with pytest.raises(CheckpointError, match="every checkpoint is damaged") as caught:
+        restore(two_steps)
+    assert all(str(path) in one_line(caught) for path in paths)
+    assert sorted((two_steps / "checkpoints").rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ({"config": MODEL.replace(intermediate_size=32)}, ["feed_forward.w_gate", "24]", "32]", "float32"]),
+        ({"config": MODEL.replace(num_hidden_layers=3)}, ["layers.attention.wq", "[2, ", "[3, "]),
+        ({"config": MODEL.replace(tie_word_embeddings=False)}, ["this run alone has lm_head.kernel"]),
+        (
+            {"optimizer": optax.sgd(0.1, momentum=0.9)},
+            ["this run alone has opt_state.0.trace", "opt_state.1"],
+        ),
+    ],
+)
+def test_another_model_or_optimizer_is_refused(kind, parts, two_steps):
+    with checkpoints_of(two_steps) as checkpoints, pytest.raises(CheckpointError) as caught:
+        checkpoints.restore(abstract_state(one_device(), **kind))
+    assert all(part in one_line(caught) for part in [*parts, "of another model or optimizer"])
+
+
+def test_another_dtype_is_refused_instead_of_cast(two_steps):
+    abstract = abstract_state(one_device())
+    half = jax.tree.map(lambda x: x.update(dtype=jnp.bfloat16), abstract.params)
+    with checkpoints_of(two_steps) as checkpoints, pytest.raises(CheckpointError) as caught:
+        checkpoints.restore(abstract.replace(params=half))
+    assert "float32" in one_line(caught) and "bfloat16" in one_line(caught)
+
+
+def test_what_a_killed_save_left_behind_is_removed(tmp_path):
+    save_run(tmp_path, 1)
+    folder = tmp_path / "checkpoints"
+    for name in ("2.orbax-checkpoint-tmp", "3.orbax-checkpoint-tmp-unsealed", "deleted/0"):
+        shutil.copytree(folder / "1", folder / name)
+    with checkpoints_of(tmp_path) as checkpoints:
+        assert checkpoints.restore(abstract_state(one_device())).step == 1
+        checkpoints.save(4, make_state(one_device()), {})
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "4"]
+
+
+def test_a_save_that_cannot_be_written_is_one_error_and_leaves_earlier_steps(tmp_path, capfd):
+    save_run(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(CheckpointError) as caught, checkpoints_of(tmp_path) as checkpoints:  # noqa: PT012
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+            checkpoints.save(2, make_state(one_device()), {})
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = one_line(caught)
+    assert message.startswith(
+        f"checkpoint of step 2 could not be written to {tmp_path}/checkpoints: File too"
+    )
+    assert "the newest is of step 1" in message
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    assert same(restore(tmp_path).state, make_state(one_device(), 1))
+    assert capfd.readouterr().err == ""
+    with checkpoints_of(tmp_path) as checkpoints:
+        checkpoints.save(2, make_state(one_device(), 2), {})
+    assert restore(tmp_path).step == 2
+
+
+def test_the_trainer_hears_of_a_failed_save_at_its_next_step(tmp_path):
+    checkpoints = checkpoints_of(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        checkpoints.save(1, make_state(one_device()), {})
+        with pytest.raises(CheckpointError, match="step 1 could not be written"):  # noqa: PT012
+            for _ in range(1000):
+                checkpoints.should_save(2)
+                time.sleep(0.02)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    checkpoints.close()
+
+
+def python(code: str, *words: object, **more) -> subprocess.Popen[str]:
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    command = [sys.executable, "-c", code, *map(str, words)]
+    return subprocess.Popen(
+        command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more
+    )
+
+
+FILL = """
+import pathlib, sys
+from llama_jax.errors import CheckpointError
+from tests.train.small_runs import make_state, one_device
+from tests.train.test_checkpoint import checkpoints_of
+with checkpoints_of(pathlib.Path(sys.argv[1])) as checkpoints:
+    try:
+        for step in range(1, 100):
+            checkpoints.save(step, make_state(one_device(), step), {})
+    except CheckpointError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_is_one_line_and_leaves_earlier_steps(tmp_path):
+    """On a real file system of 1 MB, in a mount namespace of its own."""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("this system does not let a user mount a small file system")
+    code = (
+        "import subprocess, sys\nmount = 'mount -t tmpfs -o size=1m none'.split()\n"
+        f"subprocess.run([*mount, sys.argv[1]], check=True)\n{FILL}\n"
+        "from tests.train.test_checkpoint import restore, same\n"
+        "restored = restore(pathlib.Path(sys.argv[1]))\n"
+        "print(restored.step, same(restored.state, make_state(one_device(), restored.step)))"
+    )
+    done = subprocess.run(
+        ["unshare", "-rm", sys.executable, "-c", code, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+    )
+    error, restored = done.stdout.splitlines()
+    assert "No space left on device; the earlier checkpoints are whole" in error
+    step, whole = restored.split()
+    assert int(step) >= 1 and whole == "True" and f"newest is of step {step};" in error
+    assert done.returncode == 0 and done.stderr == ""
+
+
+KILLED = """
+import pathlib, sys
+from tests.train.small_runs import abstract_state, make_state, one_device
+from tests.train.test_checkpoint import checkpoints_of
+with checkpoints_of(pathlib.Path(sys.argv[1]), keep=2) as checkpoints:
+    restored = checkpoints.restore(abstract_state(one_device()))
+    for step in range(restored.step + 1 if restored else 1, 10_000):
+        checkpoints.save(step, make_state(one_device(), step), {"batch": step})
+        print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_from_the_newest_whole_step(tmp_path):
+    """kill -9 at random moments, nearly all of them within a save, since this run does nothing else."""
+    chance = random.Random(0)
+    newest = 0
+    for _ in range(3):
+        process = python(KILLED, tmp_path)
+        assert process.stdout is not None
+        for _ in range(3):  # the third begins when the second is committed
+            begun = int(process.stdout.readline())
+        time.sleep(chance.random() / 10)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        said: list[str] = []
+        restored = restore(tmp_path, said.append)
+        assert restored.step >= begun - 1 > newest and not said
+        assert same(restored.state, make_state(one_device(), restored.step))
+        assert restored.data_states == [{"batch": restored.step}]
+        newest = restored.step
+
+
+TWO = """
+import pathlib, sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
+from llama_jax.sharding import make_mesh
+from tests.train.small_runs import abstract_state, make_state, numbers
+from tests.train.test_checkpoint import checkpoints_of
+folder, index = pathlib.Path(sys.argv[1]), jax.process_index()
+mesh = make_mesh("fsdp=2,tensor=2")
+said = []
+with checkpoints_of(folder, said.append) as checkpoints:
+    for step in (1, 2):
+        checkpoints.save(step, make_state(mesh, step), {"process": index})
+    checkpoints.wait()
+    if index == 0:
+        files = sorted((folder / "checkpoints/2/params/ocdbt.process_1/d").iterdir())
+        data = bytearray(files[0].read_bytes()); data[0] ^= 1; files[0].write_bytes(data)
+    restored = checkpoints.restore(abstract_state(mesh))
+    assert restored.step == 1 and "ocdbt.process_1" in said[0], said
+    assert restored.data_states == [{"process": 0}, {"process": 1}]
+    for saved, found in zip(jax.tree.leaves(make_state(mesh, 1)), jax.tree.leaves(restored.state)):
+        for a, b in zip(saved.addressable_shards, found.addressable_shards):
+            assert a.index == b.index and bool((a.data == b.data).all())
+    checkpoints.save(3, make_state(mesh, 3), {"process": index})
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_save_what_one_restores(tmp_path):
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    both = [python(TWO, tmp_path, address, index) for index in range(2)]
+    for process in both:
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error
+    restored = restore(tmp_path)
+    assert restored.step == 3 and same(restored.state, make_state(one_device(), 3))
+    assert restored.data_states == [{"process": 0}, {"process": 1}]
+    shares = sorted(path.parent.name for path in tmp_path.glob("checkpoints/3/params/*/checksums.json"))
+    assert shares == ["ocdbt.process_0", "ocdbt.process_1"]
+
+
+def test_files_are_as_documented(tmp_path):
+    step = save_run(tmp_path, 5) / "checkpoints" / "5"
+    items = ["data", "metrics", "params", "run", "state"]
+    assert sorted(path.name for path in step.iterdir() if path.is_dir()) == items
+    record = json.loads((step / "run" / "run.json").read_text())
+    assert record["step"] == 5 and record["model"]["hidden_size"] == MODEL.hidden_size
+    assert record["keep"]["keep"] == 100
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("every", -1), ("every", 1.5), ("keep", 0), ("keep_every", True), ("best", -1)),
+        *(("every_minutes", -1.0), ("keep_hours", float("inf")), ("asynchronous", "yes")),
+    ],
+)
+def test_settings_that_cannot_work(field, value):
+    with pytest.raises(ConfigError) as caught:
+        CheckpointConfig(**{field: value})
+    assert one_line(caught).startswith(f"checkpoint.{field} is {value!r}; it must be ")

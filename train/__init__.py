@@ -1,0 +1,1 @@
+"""The trainer: a program over `llama_jax`, made to be read and forked."""

@@ -1,0 +1,316 @@
+"""What a run is: one frozen, checked dataclass a section of its TOML file.
+
+`read_config.py` makes a `RunConfig` of a file and of `--section.key VALUE` words; nothing else reads files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+from llama_jax.attention import Backend
+from llama_jax.config import LlamaConfig, presets
+from llama_jax.errors import ConfigError
+from llama_jax.model import Remat
+from train.checkpoint import CheckpointConfig
+from train.choices import at_least, one_of
+from train.data.config import DataConfig
+
+Optimizer = Literal["adamw", "muon", "lion", "adafactor"]
+Schedule = Literal["cosine", "wsd", "constant"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which model is trained.
+
+    Attributes:
+      preset: a name of `llama_jax.presets`, in any case; the fields below change it.
+      init_from: a checkpoint (a path or a known name) whose weights and shape training starts from.
+      vocab_size and the rest: as in `LlamaConfig`. The vocabulary is the tokenizer's unless given.
+    """
+
+    preset: str = ""
+    init_from: str = ""
+    vocab_size: int | None = None
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int | None = None
+    rms_norm_eps: float | None = None
+    rope_theta: float | None = None
+    tie_word_embeddings: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset:
+            one_of("model.preset", self.preset.lower(), [name.lower() for name in vars(presets)])
+        if self.init_from and (self.preset or self.changes):
+            raise ConfigError(
+                f"model.init_from is {self.init_from!r}, which decides the shape: drop "
+                f"model.{next(iter(self.changes), 'preset')}"
+            )
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The fields that were given."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: v for k, v in fields.items() if v is not None and k not in ("preset", "init_from")}
+
+    def build(self, vocab_size: int | None = None) -> LlamaConfig:
+        """The model's configuration; `vocab_size` is the tokenizer's, where there is one by now.
+
+        Raises:
+          ConfigError: for a shape that cannot work, or a vocabulary smaller than the tokenizer's.
+        """
+        by_name = {name.lower(): value for name, value in vars(presets).items()}
+        changes = dict(self.changes)
+        if vocab_size is not None:
+            changes.setdefault("vocab_size", vocab_size)
+            if changes["vocab_size"] < vocab_size:
+                raise ConfigError(
+                    f"model.vocab_size is {changes['vocab_size']}; the tokenizer has {vocab_size} tokens: "
+                    "leave it out, or give at least that"
+                )
+        try:
+            if self.preset:
+                return by_name[self.preset.lower()].replace(**changes)
+            return LlamaConfig(**changes)
+        except ConfigError as error:
+            raise ConfigError(f"model: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Which vocabulary.
+
+    Attributes:
+      path: a tokenizer file, a model's folder, or a known model's name.
+      vocab_size: without `path`, a SentencePiece BPE of this size is trained on the run's own text.
+      max_bytes: how much of the text it is trained on.
+    """
+
+    path: str = ""
+    vocab_size: int = 0
+    max_bytes: int = 20_000_000
+
+    def __post_init__(self) -> None:
+        if bool(self.path) == bool(self.vocab_size):
+            raise ConfigError(
+                "tokenizer: give either tokenizer.path (a file, a folder or a known model) or "
+                "tokenizer.vocab_size (to train one on the run's text)"
+            )
+        if self.vocab_size < 0 or self.max_bytes < 1:
+            raise ConfigError("tokenizer.vocab_size and tokenizer.max_bytes must be above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much at a time, and what is computed how.
+
+    Attributes:
+      steps: optimizer steps in all, those before a resumption included.
+      run_dir: where everything goes; the same directory again resumes the run.
+      seed: of the initial weights, the data's order and the sampled text.
+      batch_size: sequences a step, over all devices and processes.
+      seq_len: tokens a sequence, T.
+      accumulate: microbatches that a step's batch is cut into; memory for activations shrinks with it.
+      dtype: compute dtype (parameters are f32); `auto` is bfloat16 on accelerators and on CPUs with
+        bf16 instructions.
+      attention: backend; `auto` is `splash` on a TPU and `blockwise` elsewhere.
+      remat: what the backward pass keeps of each layer, see `llama_jax.forward`.
+      loss_chunks: in how many pieces of a sequence the logits are formed.
+      z_loss: weight of log^2 Z, 0 for none (PaLM used 1e-4).
+      max_bad_steps: consecutive steps with a non-finite loss or gradient before the run aborts; such a
+        step changes nothing.
+      profile_at, profile_steps: the step at which a profiler trace of so many steps is taken; 0 for none.
+    """
+
+    steps: int = 1000
+    run_dir: str = "runs/run"
+    seed: int = 0
+    batch_size: int = 8
+    seq_len: int = 512
+    accumulate: int = 1
+    dtype: Dtype = "auto"
+    attention: Backend | Literal["auto"] = "auto"
+    remat: Remat = "full"
+    loss_chunks: int = 8
+    z_loss: float = 0.0
+    max_bad_steps: int = 5
+    profile_at: int = 0
+    profile_steps: int = 3
+
+    def __post_init__(self) -> None:
+        at_least("train", self, steps=1, batch_size=1, seq_len=2, accumulate=1, loss_chunks=1)
+        at_least("train", self, max_bad_steps=1, profile_at=0, profile_steps=1, z_loss=0)
+        one_of("train.dtype", self.dtype, get_args(Dtype))
+        one_of("train.attention", self.attention, ("auto", *get_args(Backend)))
+        one_of("train.remat", self.remat, get_args(Remat))
+        if not self.run_dir:
+            raise ConfigError("train.run_dir is empty; give the folder that the run goes to")
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise ConfigError(f"train.seed is {self.seed}; it must fit 64 bits")
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"train.batch_size {self.batch_size} is not a multiple of train.accumulate "
+                f"{self.accumulate}; the microbatches of a step are of one size"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule; the defaults are Llama 2's (arXiv 2307.09288, section 2.2).
+
+    Attributes:
+      name: `adamw`, `muon` (matrices by Muon, the rest by AdamW), `lion`, or `adafactor`.
+      learning_rate: the peak.
+      schedule: `cosine` down to `final_fraction` of the peak; `wsd` (warm-up, stable, decay: linear over
+        the last `decay_fraction` of the steps, arXiv 2405.18392); or `constant`.
+      warmup_steps: linear from 0; never more than the run has.
+      b1, b2, eps: Adam's; b1 and b2 are Lion's and Muon's too.
+      weight_decay: decoupled; not on norm scales.
+      clip_norm: global norm that gradients are clipped to; 0 is off.
+    """
+
+    name: Optimizer = "adamw"
+    learning_rate: float = 3e-4
+    schedule: Schedule = "cosine"
+    warmup_steps: int = 2000
+    final_fraction: float = 0.1
+    decay_fraction: float = 0.2
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-5
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        one_of("optimizer.name", self.name, get_args(Optimizer))
+        one_of("optimizer.schedule", self.schedule, get_args(Schedule))
+        at_least("optimizer", self, warmup_steps=0, eps=0, weight_decay=0, clip_norm=0, learning_rate=0)
+        for name in ("b1", "b2", "final_fraction", "decay_fraction"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1 or (name in ("b1", "b2") and value == 1):
+                raise ConfigError(f"optimizer.{name} is {value}; it must be between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices are arranged; see `llama_jax.sharding` for the axes.
+
+    Attributes:
+      data, fsdp, context, tensor: sizes; one may be -1, what is left.
+      slices: pod slices joined by a data-centre network; they divide the `data` axis.
+      topology: the slice that the file is written for, such as `v5p:4x4x4`: what
+        `benchmarks/tpu_compile.py` compiles for. Training does not read it.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    context: int = 1
+    tensor: int = 1
+    slices: int = 1
+    topology: str = ""
+
+    def __post_init__(self) -> None:
+        at_least("mesh", self, slices=1)
+        sizes = {name: getattr(self, name) for name in ("data", "fsdp", "context", "tensor")}
+        for name, size in sizes.items():
+            if size < 1 and size != -1:
+                raise ConfigError(f"mesh.{name} is {size}; it must be at least 1, or -1 for what is left")
+        if list(sizes.values()).count(-1) > 1:
+            free = [f"mesh.{name}" for name, size in sizes.items() if size == -1]
+            raise ConfigError(f"{' and '.join(free)} are both -1; only one can take what is left")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Held-out loss and sampled text along the way.
+
+    Attributes:
+      every: steps between evaluations; 0 is at the end only. There is none where nothing is held out.
+      batches: the most batches that one evaluation reads.
+      sample_every: steps between sampled texts; 0 is at the end only.
+      prompt, max_new_tokens, temperature: of the sampled text.
+    """
+
+    every: int = 500
+    batches: int = 20
+    sample_every: int = 0
+    prompt: str = ""
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        at_least("eval", self, every=0, batches=1, sample_every=0, max_new_tokens=0, temperature=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What is told, and to whom.
+
+    Attributes:
+      every: steps between lines of `metrics.jsonl`; each line is about the steps since the last.
+      tensorboard: also write TensorBoard event files, to `tensorboard/` in the run directory.
+      wandb: a Weights & Biases project to report to (needs the `wandb` extra); empty for none.
+      plot: draw `loss.png` in the run directory at the end (needs the `plot` extra).
+    """
+
+    every: int = 10
+    tensorboard: bool = True
+    wandb: str = ""
+    plot: bool = True
+
+    def __post_init__(self) -> None:
+        at_least("log", self, every=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """How processes find one another. On TPU, Slurm, Open MPI and Kubernetes nothing need be given.
+
+    Attributes:
+      coordinator: host:port of process 0; empty to detect.
+      processes: how many there are.
+      process: which one this is, from 0.
+      heartbeat_seconds: how long a process may be silent before the others give up.
+    """
+
+    coordinator: str = ""
+    processes: int = 0
+    process: int = -1
+    heartbeat_seconds: int = 100
+
+    def __post_init__(self) -> None:
+        given = (bool(self.coordinator), self.processes > 0, self.process >= 0)
+        if any(given) and not all(given):
+            raise ConfigError(
+                "distributed.coordinator, distributed.processes and distributed.process go together; "
+                "give all three, or none to detect them"
+            )
+        if self.processes and self.process >= self.processes:
+            raise ConfigError(
+                f"distributed.process is {self.process}; of {self.processes} processes the last is "
+                f"{self.processes - 1}"
+            )
+        at_least("distributed", self, heartbeat_seconds=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A whole run, one attribute a section of the TOML file."""
+
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=lambda: TokenizerConfig(vocab_size=4096))
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+    distributed: DistributedConfig = DistributedConfig()

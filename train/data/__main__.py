@@ -1,0 +1,92 @@
+"""`python -m train.data CONFIG OUT_DIR`: tokenizes a run's data beforehand."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from llama_jax.cli import output
+from llama_jax.cli.parser import Parser
+from llama_jax.errors import ConfigError, LlamaJaxError
+from llama_jax.tokenizer import Tokenizer, load_tokenizer
+from train.data.config import BadRecords, DataConfig, SourceConfig
+from train.data.encode import Encoder
+from train.data.lanes import counted
+from train.data.write import folder, write_tokens
+from train.read_config import load_config
+
+EXAMPLES = """
+python -m train.data configs/llama2_7b.toml tokens --tokenizer.path tokenizer.model
+llama-jax train configs/llama2_7b.toml --data.files tokens --tokenizer.path tokenizer.model
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command.
+
+    Raises:
+      LlamaJaxError: for bad input, the data's or the command line's.
+    """
+    parser = Parser(
+        "python -m train.data",
+        "Tokenize the data of a run once, instead of as it trains. Settings are given as to llama-jax train.",
+        EXAMPLES,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="the run's TOML file")
+    parser.add_argument("out", metavar="OUT_DIR", help="a folder that does not exist yet")
+    args = parser.parse(argv[:2])
+    config = load_config(args.config, argv[2:])
+    if not config.tokenizer.path:
+        raise ConfigError(
+            "tokenizer.path is not set; make a vocabulary with `llama-jax tokenizer train`, and give its "
+            "path here and to the run"
+        )
+    tokenize(config.data, load_tokenizer(output.resolve(config.tokenizer.path)), Path(args.out))
+
+
+def tokenize(config: DataConfig, tokenizer: Tokenizer, out: Path) -> None:
+    """Writes `out`, with a folder 0, 1, ... in it for each source of a mixture; reports on stderr.
+
+    Raises:
+      DataError: if the data cannot be read, or `out` exists or cannot be written.
+    """
+    encode = Encoder(tokenizer)
+    if not config.mixture:
+        _tokenize(config.sources[0], encode, out, config.bad_records)
+        output.note(f"train with data.files = {str(out)!r}")
+        return
+    with folder(out) as whole:
+        for i, source in enumerate(config.mixture):
+            _tokenize(source, encode, whole / str(i), config.bad_records)
+    names = ", ".join(repr(str(out / str(i))) for i in range(len(config.mixture)))
+    output.note(f"train with the files of data.mixture, in this order: {names}")
+
+
+def _tokenize(source: SourceConfig, encode: Encoder, out: Path, bad_records: BadRecords) -> None:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"tokenizing {source.files}", total=None)
+        made = write_tokens(
+            source,
+            encode,
+            out,
+            bad_records=bad_records,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    skipped = f"; skipped: {counted(made['skipped'])}" if made["skipped"] else ""
+    output.note(
+        f"{source.files}: {made['documents']} documents, {made['tokens']} tokens, "
+        f"{output.size(made['bytes'])} of text{skipped}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except LlamaJaxError as error:
+        output.note(f"error: {error}")
+        sys.exit(2)

@@ -1,0 +1,200 @@
+"""Documents as token ids: text that is tokenized on the way, or ids that were written beforehand."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from llama_jax.errors import DataError, TokenizerError
+from train.data import files as finding
+from train.data.config import SourceConfig
+from train.data.encode import Encoder
+from train.data.files import INDEX, File
+from train.data.lines import JsonLines, Text
+from train.data.records import BadRecord, Records, keys
+from train.data.tables import ArrayRecord, Parquet, Readers
+
+VERSION = 1  # of the folder of token ids
+HEADER = 4  # bytes before a document's ids: the length of its text
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One document.
+
+    Attributes:
+      ids: int32 [n]; empty for an empty text.
+      nbytes: bytes of its text in UTF-8.
+    """
+
+    ids: np.ndarray
+    nbytes: int
+
+
+class Source(Protocol):
+    """The documents of one `SourceConfig`, in order.
+
+    Attributes:
+      key: uint64 [documents], a hash of where each document lies.
+      nbytes: about how many bytes of text they have.
+      blocks: as in `Records`.
+      fingerprint: a hash of what they say and of their order, as text.
+    """
+
+    key: np.ndarray
+    nbytes: int
+    blocks: np.ndarray | None
+    fingerprint: str
+
+    def document(self, index: int) -> Document:
+        """Returns one document.
+
+        Raises:
+          BadRecord: if its record cannot be used.
+          DataError: if its file cannot be read.
+        """
+
+
+class TextSource:
+    """Records, tokenized when they are asked for."""
+
+    def __init__(self, records: Records, field: str, encode: Encoder):
+        self.records = records
+        self.names = [file.name for file in records.files]
+        self.key = keys(self.names, records.counts)
+        self.nbytes = records.nbytes
+        self.blocks = records.blocks
+        self._encode = encode
+        named = json.dumps([type(records).__name__, field, self.names, records.counts.tolist()])
+        self.fingerprint = hashlib.blake2b((named + records.digest).encode(), digest_size=16).hexdigest()
+
+    def document(self, index: int) -> Document:
+        text = self.records.text(index)
+        if not text:
+            return Document(np.zeros(0, np.int32), 0)
+        try:
+            return Document(self._encode(text), len(text.encode()))
+        except (TokenizerError, UnicodeEncodeError):
+            file, number = self.records.locate(index)
+            where = f"{self.records.files[file].path}, record {number}"
+            raise BadRecord("lone surrogate", f"{where}: the text has a lone surrogate") from None
+
+
+class TokenSource:
+    """A folder that `write` wrote."""
+
+    def __init__(self, folder: Path, encode: Encoder):
+        index = _read_index(folder / INDEX)
+        if index["tokenizer"] != encode.fingerprint:
+            raise DataError(
+                f"{folder} was written with another tokenizer; write it again with this one, or use the one "
+                "it was written with"
+            )
+        shards = []
+        for name, count, size in index["shards"]:
+            path = folder / name
+            try:
+                info = path.stat()
+            except OSError as error:
+                raise DataError(f"{path} cannot be read ({error.strerror}); write the folder again") from None
+            if info.st_size != size:
+                raise DataError(
+                    f"{path} has {info.st_size} bytes, and {size} when it was written; write the folder again"
+                )
+            shards.append((File(str(path), name, size, info.st_mtime_ns), count))
+        self._files = [file for file, _ in shards]
+        self._ends = np.cumsum([count for _, count in shards])
+        self._readers = Readers(self._files)
+        self._dtype = np.dtype(index["dtype"])
+        self._vocab_size = encode.vocab_size
+        self.names = [name for name, _ in index["files"]]
+        self.key = keys(self.names, np.array([count for _, count in index["files"]], np.int64))
+        self.nbytes = index["nbytes"]
+        self.blocks = None if index["blocks"] is None else np.array(index["blocks"], np.int64)
+        self.fingerprint = index["fingerprint"]
+        if shards and int(self._ends[-1]) != len(self.key):
+            raise DataError(f"{folder / INDEX} contradicts itself; write the folder again")
+
+    def document(self, index: int) -> Document:
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        first = int(self._ends[shard - 1]) if shard else 0
+        data = self._readers.read(shard, index - first)
+        where = f"{self._files[shard].path}, record {index - first}"
+        if len(data) < HEADER or (len(data) - HEADER) % self._dtype.itemsize:
+            raise DataError(f"{where}: no document; write the folder again")
+        ids = np.frombuffer(data, self._dtype, offset=HEADER).astype(np.int32)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self._vocab_size:
+            raise DataError(f"{where}: ids outside the vocabulary; write the folder again")
+        return Document(ids, int.from_bytes(data[:HEADER], "little"))
+
+
+def open_source(config: SourceConfig, encode: Encoder) -> Source:
+    """Opens one source.
+
+    Raises:
+      DataError: if there are no files, or they cannot be read.
+    """
+    folder = Path(config.files).expanduser()
+    if config.format == "tokens" or (config.format == "auto" and (folder / INDEX).is_file()):
+        return TokenSource(folder, encode)
+    return TextSource(open_records(config), config.field, encode)
+
+
+def open_records(config: SourceConfig) -> Records:
+    """Opens one source's text.
+
+    Raises:
+      DataError: if there are no files, they cannot be read, or they hold token ids.
+    """
+    if config.format == "tokens" or (Path(config.files).expanduser() / INDEX).is_file():
+        raise DataError(f"{config.files!r} holds token ids; this needs their text")
+    found = finding.find(config)
+    match finding.format_of(found, config):
+        case "jsonl":
+            return JsonLines(found, config.field)
+        case "parquet":
+            return Parquet(found, config.field)
+        case "arrayrecord":
+            return ArrayRecord(found, config.field)
+        case _:
+            return Text(found)
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        index = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); give the folder that `python -m train.data` wrote"
+        ) from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{path} is not JSON; write the folder again") from None
+    kinds = {
+        **dict.fromkeys(("tokenizer", "fingerprint", "dtype"), str),
+        **dict.fromkeys(("files", "shards"), list),
+        "nbytes": int,
+    }
+    whole = isinstance(index, dict) and index.get("version") == VERSION and "blocks" in index
+    if not whole or not all(isinstance(index.get(name), kind) for name, kind in kinds.items()):
+        raise DataError(f"{path} is not what `python -m train.data` of this version writes; write it again")
+    if index["dtype"] not in ("<u2", "<u4") or not _rows(index["files"], 2) or not _rows(index["shards"], 3):
+        raise DataError(f"{path} is not what `python -m train.data` of this version writes; write it again")
+    return index
+
+
+def _rows(value: Sequence[Any], width: int) -> bool:
+    """Returns whether `value` is a list of [file name, number, ...], none of which leaves the folder."""
+    return all(
+        isinstance(row, list)
+        and len(row) == width
+        and isinstance(row[0], str)
+        and all(type(number) is int and number >= 0 for number in row[1:])
+        and (width == 2 or Path(row[0]).name == row[0])
+        for row in value
+    )

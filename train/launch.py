@@ -1,0 +1,231 @@
+"""From a configuration to a finished run: devices, vocabulary, data, state, compiled step; then the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from llama_jax import LlamaConfig, pretrained
+from llama_jax.cli import output
+from llama_jax.cli.compiled import keep_compiled_programs
+from llama_jax.errors import ConfigError, DataError, InputError
+from llama_jax.sharding import check_mesh
+from llama_jax.tokenizer import Tokenizer
+from llama_jax.weights import open_source
+from train.checkpoint import Checkpoints
+from train.config import RunConfig
+from train.data import Data, open_data
+from train.devices import compute_dtype, join_processes, run_mesh
+from train.evaluate import make_held_out_loss, make_sampler
+from train.feed import Feed
+from train.flops import flops_per_token, peak_flops
+from train.lock import run_lock
+from train.loop import Loop
+from train.objectives import pretraining
+from train.optimizer import make_optimizer, make_schedule
+from train.plot import plot_losses
+from train.read_config import to_toml
+from train.report import Report
+from train.signals import Interrupts
+from train.state import TrainState, create_state, on
+from train.step import build_step
+from train.vocabulary import run_tokenizer
+
+CONFIG = "config.toml"
+
+
+def train(run: RunConfig) -> int:
+    """Trains, or goes on with the run that `train.run_dir` holds.
+
+    Returns:
+      0 when the last step is done, or the number of the signal that stopped it with everything saved.
+
+    Raises:
+      LlamaJaxError: for whatever a user can mend, in one line.
+    """
+    with Interrupts() as interrupts, contextlib.ExitStack() as stack:
+        join_processes(run.distributed)
+        first = jax.process_index() == 0
+        say: Callable[[str], None] = output.note if first else lambda _: None
+        keep_compiled_programs()
+        mesh = run_mesh(run.mesh)
+        feed = Feed.over(mesh, run.train.batch_size, run.train.seq_len)
+        run_dir = Path(run.train.run_dir).expanduser()
+        if first:
+            stack.enter_context(run_lock(run_dir, warn=say))
+        tokenizer = run_tokenizer(run, run_dir)
+        model = _model(run, tokenizer)
+        if mesh is not None:
+            check_mesh(model, mesh)
+        data = open_data(
+            run.data,
+            tokenizer,
+            seq_len=run.train.seq_len,
+            batch_size=run.train.batch_size,
+            seed=run.train.seed,
+            process_index=feed.share,
+            process_count=feed.shares,
+        )
+        notes = {"data": data.fingerprint, "seed": run.train.seed}
+        checkpoints = stack.enter_context(
+            Checkpoints(run_dir, run.checkpoint, model=model, run=notes, warn=say)
+        )
+        stack.enter_context(on(mesh))
+        batches = data.train()
+        stack.callback(batches.close)
+        platform = jax.devices()[0].platform
+        step, abstract, abstract_batch = build_step(run, model, mesh, platform)
+        restored = checkpoints.restore(abstract)
+        if restored is None:
+            state, done = _begin(run, model, mesh), 0
+        else:
+            _check_same(run, restored.run, notes, run_dir)
+            state, done = restored.state, restored.step
+            batches.restore(restored.data_states)
+            say(f"resuming {run_dir} after step {done}")
+        if first:
+            _write_whole(run_dir / CONFIG, to_toml(run))
+        _introduce(run, model, data, mesh, say)
+        if done >= run.train.steps:
+            say(f"{run_dir} has had its {done} steps; train.steps makes it go on")
+            return 0
+        with output.spinner("compiling the step ..."):
+            compiled = step.lower(abstract, abstract_batch).compile()
+        report = Report(
+            run_dir,
+            run.log,
+            steps=run.train.steps,
+            done=done,
+            first=first,
+            settings=dataclasses.asdict(run),
+        )
+        loop = Loop(
+            run=run,
+            run_dir=run_dir,
+            step=compiled,
+            state=state,
+            done=done,
+            batches=batches,
+            feed=feed,
+            checkpoints=checkpoints,
+            report=stack.enter_context(report),
+            interrupts=interrupts,
+            held_out=make_held_out_loss(run, model, platform, data, feed),
+            sample=make_sampler(run, model, platform, tokenizer, mesh),
+            diagnose=_diagnosis(run, model, platform),
+            flops={
+                kind: flops_per_token(model, run.train.seq_len, causal=kind == "causal")
+                for kind in ("causal", "full")
+            },
+            peak=peak_flops(compute_dtype(run.train, platform)),
+        )
+        stopped = loop.train()
+        if stopped:
+            report.say(f"saved after step {loop.done}; the same command goes on from there")
+        elif first:
+            _finish(run, run_dir, data, loop, report)
+        return stopped
+
+
+def _model(run: RunConfig, tokenizer: Tokenizer) -> LlamaConfig:
+    if not run.model.init_from:
+        return run.model.build(tokenizer.vocab_size)
+    path = pretrained.resolve(run.model.init_from)
+    model = open_source(path).config
+    if model.vocab_size != tokenizer.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, and model.init_from {run.model.init_from!r} "
+            f"was trained with {model.vocab_size}; set tokenizer.path to the one that came with it"
+        )
+    return model
+
+
+def _begin(run: RunConfig, model: LlamaConfig, mesh: Mesh | None) -> TrainState:
+    schedule = make_schedule(run.optimizer, run.train.steps)
+    params = None
+    if run.model.init_from:
+        with output.progress_bar("loading weights") as progress:
+            params = pretrained.load(run.model.init_from, "float32", mesh=mesh, progress=progress).params
+    return create_state(model, make_optimizer(run.optimizer, schedule), run.train.seed, params)
+
+
+def _check_same(run: RunConfig, before: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:
+    """Checks that a resumed run reads the data that it began with, in the same order."""
+    if before.get("data") != now["data"]:
+        raise DataError(
+            f"{run_dir}: the data is not what this run began with (files, text, tokenizer or weights have "
+            "changed); put it back, or begin another run with --train.run_dir and --model.init_from"
+        )
+    if before.get("seed") != now["seed"]:
+        raise ConfigError(
+            f"train.seed is {now['seed']} and the run in {run_dir} began with {before.get('seed')}; its "
+            "data's order follows from it: give the same, or another train.run_dir"
+        )
+
+
+def _introduce(
+    run: RunConfig, model: LlamaConfig, data: Data, mesh: Mesh | None, say: Callable[[str], None]
+) -> None:
+    facts = data.describe()
+    sizes = "" if mesh is None else " x ".join(f"{n} {s}" for n, s in mesh.shape.items() if s > 1)
+    platform = jax.devices()[0].platform
+    say(
+        f"model: {model.num_params / 1e6:,.1f}M parameters, {model.num_hidden_layers} layers; vocabulary "
+        f"{model.vocab_size}"
+    )
+    say(
+        f"data: {facts['documents']} documents, {facts['held_out_documents']} of them held out, "
+        f"{output.size(facts['bytes'])}"
+    )
+    say(
+        f"step: {run.train.batch_size} x {run.train.seq_len} tokens in "
+        f"{compute_dtype(run.train, platform).name} on {jax.device_count()} {jax.devices()[0].device_kind} "
+        f"device{'s' * (jax.device_count() > 1)}{f' ({sizes})' if sizes else ''}"
+    )
+
+
+def _finish(run: RunConfig, run_dir: Path, data: Data, loop: Loop, report: Report) -> None:
+    """The last words: how good the model is beside counting words, the plot, and what to do next."""
+    unigram = data.unigram_loss()
+    if unigram == unigram:  # not NaN: something is held out
+        report.say(f"held-out loss of a unigram model of the same tokens: {unigram:.4f}")
+    if run.log.plot:
+        drawn = plot_losses(run_dir, unigram)
+        report.say(f"loss plot: {drawn}" if drawn else "loss plot: needs pip install 'llama-jax[plot]'")
+    report.say(f"the model is in {run_dir}; try: llama-jax generate {run_dir} --prompt ...")
+
+
+def _diagnosis(run: RunConfig, model: LlamaConfig, platform: str) -> Callable[[Any, Any], dict[str, Any]]:
+    objective = pretraining(model, run.train, platform)
+
+    def diagnose(params: Any, batch: Any) -> dict[str, Any]:
+        """Which tensors of the parameters, and of their gradient on this batch, hold what is not finite."""
+        grads = jax.jit(jax.grad(lambda p: objective(p, batch).total))(params)
+        report = {}
+        for name, tree in (("parameters", params), ("gradients", grads)):
+            bad = {
+                jax.tree_util.keystr(path, simple=True, separator="."): int(jnp.sum(~jnp.isfinite(leaf)))
+                for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            }
+            report[f"not_finite_in_{name}"] = {path: count for path, count in bad.items() if count}
+        return report
+
+    return diagnose
+
+
+def _write_whole(path: Path, text: str) -> None:
+    try:
+        partial = path.with_suffix(".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written: {error.strerror}; make room, or choose another"
+        ) from None

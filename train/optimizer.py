@@ -1,0 +1,87 @@
+"""Learning-rate schedules, and optimizers by name, from optax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+from optax import contrib
+
+from train.config import OptimizerConfig
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate of each step, from 0: linear warm-up, then what `config.schedule` says.
+
+    Args:
+      config: the section of the run's configuration.
+      steps: how many the run has.
+    """
+    peak = config.learning_rate
+    warmup = min(config.warmup_steps, steps)
+    # Step 0 would do nothing at a rate of 0: the ramp's first value is peak / warmup.
+    ramp = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    left = max(steps - warmup, 1)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, left, alpha=config.final_fraction)
+    elif config.schedule == "wsd":
+        decay = min(max(round(steps * config.decay_fraction), 1), left)
+        fall = optax.linear_schedule(peak, peak * config.final_fraction, decay)
+        after = optax.join_schedules([optax.constant_schedule(peak), fall], [left - decay])
+    else:
+        after = optax.constant_schedule(peak)
+    return optax.join_schedules([ramp, after], [warmup]) if warmup else after
+
+
+def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The update rule without clipping, which the step does together with averaging."""
+    c = config
+    if c.name == "adamw":
+        return optax.adamw(schedule, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay, mask=decayed)
+    if c.name == "lion":
+        return optax.lion(schedule, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, mask=decayed)
+    if c.name == "adafactor":
+        # Optax decays by this rate itself, not by rate x learning rate; and its own clipping and scaling by
+        # parameter size stay on: they are what the paper (arXiv 1804.04235) calls Adafactor.
+        return optax.chain(
+            optax.adafactor(None, weight_decay_rate=None),
+            optax.add_decayed_weights(-c.weight_decay, mask=decayed),
+            optax.scale_by_schedule(schedule),
+        )
+    return contrib.muon(
+        schedule,
+        beta=c.b2,
+        weight_decay=c.weight_decay,
+        weight_decay_mask=decayed,
+        adam_b1=c.b1,
+        adam_b2=c.b2,
+        adam_weight_decay=c.weight_decay,
+        # AdamW's learning rates then suit Muon too (arXiv 2502.16982, section 2.2).
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=_matrices,
+    )
+
+
+def decayed(params: Any) -> Any:
+    """Which leaves weight decay is for: all but norm scales."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
+
+
+def _matrices(params: Any) -> Any:
+    """Which axes of each leaf are a matrix's input and output; None for what AdamW updates.
+
+    Hidden layers' matrices are Muon's; embedding, output projection and norms are not (Keller Jordan's
+    "Muon", 2024). The leading axis of layer leaves is a batch of matrices.
+    """
+    numbers = contrib.MuonDimensionNumbers
+    by_name = {
+        "wq": numbers(1, (2, 3)),
+        "wk": numbers(1, (2, 3)),
+        "wv": numbers(1, (2, 3)),
+        "wo": numbers((1, 2), 3),
+        "w_gate": numbers(1, 2),
+        "w_up": numbers(1, 2),
+        "w_down": numbers(1, 2),
+    }
+    return jax.tree_util.tree_map_with_path(lambda path, _: by_name.get(path[-1].key), params)

@@ -1,0 +1,166 @@
+"""The training step: state and batch in, state and metrics out; jitted, donated, sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+
+from llama_jax import LlamaConfig
+from llama_jax.loss import Loss
+from llama_jax.sharding import TOKENS_BT, explicit_axes
+from train.config import RunConfig
+from train.objectives import Batch, Objective, pretraining
+from train.optimizer import make_optimizer, make_schedule
+from train.state import TrainState, abstract_state, on
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class StepMetrics:
+    """What one step tells, all of it [].
+
+    Attributes:
+      loss: f32, nats a token.
+      tokens: f32, how many predictions counted.
+      grad_norm: f32, global norm before clipping.
+      learning_rate: f32.
+      skipped: int32, skipped steps so far.
+      bad_run: int32, skipped steps in a row up to this one.
+    """
+
+    loss: jax.Array
+    tokens: jax.Array
+    grad_norm: jax.Array
+    learning_rate: jax.Array
+    skipped: jax.Array
+    bad_run: jax.Array
+
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+
+def make_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    accumulate: int = 1,
+    clip_norm: float = 1.0,
+    automatic: bool = False,
+) -> Step:
+    """Makes the (not yet jitted) step.
+
+    A step whose loss or gradient is not finite changes nothing but the counters.
+
+    Args:
+      objective: parameters and batch to a `Loss`.
+      optimizer: the update rule.
+      schedule: for the metrics; the optimizer holds it too.
+      accumulate: microbatches. Losses are summed over all of them before dividing, so that tokens weigh
+        the same wherever padding falls.
+      clip_norm: global norm to clip to; 0 is off.
+      automatic: leave the layout of the optimizer's own products to the compiler (Muon, Adafactor).
+    """
+
+    def gradient(params: Any, batch: Batch) -> tuple[Loss, Any]:
+        def total(params: Any) -> tuple[jax.Array, Loss]:
+            loss = objective(params, batch)
+            return loss.total, loss
+
+        (_, loss), grads = jax.value_and_grad(total, has_aux=True)(params)
+        return loss, grads
+
+    def accumulated(params: Any, batch: Batch) -> tuple[Loss, Any]:
+        if accumulate == 1:
+            return gradient(params, batch)
+
+        def one(sums: Any, microbatch: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, gradient(params, microbatch)), None
+
+        zero = jnp.zeros((), jnp.float32)
+        start = (Loss(total=zero, count=zero), jax.tree.map(jnp.zeros_like, params))
+        return jax.lax.scan(one, start, {name: _microbatches(x, accumulate) for name, x in batch.items()})[0]
+
+    def apply(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        loss, grads = accumulated(state.params, batch)
+        count = jnp.maximum(loss.count, 1.0)
+        norm = optax.global_norm(grads) / count
+        scale = 1 / count
+        if clip_norm:
+            scale *= jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        update = _in_automatic_mode(apply, state) if automatic and explicit_axes() else apply
+        params, opt_state = update(grads, state.opt_state, state.params)
+        good = jnp.isfinite(loss.total) & jnp.isfinite(norm)
+        choose = lambda new, old: jnp.where(good, new, old)  # noqa: E731
+        new = TrainState(
+            step=state.step + 1,
+            params=jax.tree.map(choose, params, state.params),
+            opt_state=jax.tree.map(choose, opt_state, state.opt_state),
+            key=state.key,
+            skipped=state.skipped + ~good,
+            bad_run=jnp.where(good, 0, state.bad_run + 1),
+        )
+        metrics = StepMetrics(
+            loss=loss.mean,
+            tokens=loss.count,
+            grad_norm=norm,
+            # The optimizer counts the steps it took, and a skipped one is none.
+            learning_rate=jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
+            skipped=new.skipped,
+            bad_run=new.bad_run,
+        )
+        return new, metrics
+
+    return step
+
+
+def _microbatches(x: jax.Array, count: int) -> jax.Array:
+    """[B, T] -> [count, B / count, T]; microbatch m has rows m, m + count, ...: no row changes device."""
+    return jnp.moveaxis(x.reshape(-1, count, x.shape[-1]), 1, 0)
+
+
+def _in_automatic_mode(apply: Callable[..., Any], state: TrainState) -> Callable[..., Any]:
+    layouts = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (state.params, state.opt_state))
+    return jax.sharding.auto_axes(apply, out_sharding=layouts)
+
+
+def build_step(
+    run: RunConfig, model: LlamaConfig, mesh: Mesh | None, platform: str
+) -> tuple[Any, TrainState, dict[str, jax.ShapeDtypeStruct]]:
+    """The jitted step of a run, and the abstract state and batch it takes.
+
+    Everything is abstract: the mesh may be of devices that are not here, as when the step is compiled for
+    a pod on another machine. Lower and call it within `state.on(mesh)`.
+
+    Returns:
+      The step (state, batch) -> (state, metrics), which donates the state; the state's shapes, dtypes and
+      layouts; the global batch's.
+    """
+    schedule = make_schedule(run.optimizer, run.train.steps)
+    optimizer = make_optimizer(run.optimizer, schedule)
+    step = make_step(
+        pretraining(model, run.train, platform),
+        optimizer,
+        schedule,
+        accumulate=run.train.accumulate,
+        clip_norm=run.optimizer.clip_norm,
+        automatic=run.optimizer.name in ("muon", "adafactor"),
+    )
+    shape = (run.train.batch_size, run.train.seq_len)
+    layout = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, TOKENS_BT)
+    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout)
+    batch = {"tokens": rows, "segment_ids": rows, "positions": rows}
+    return jax.jit(step, donate_argnums=0), abstract_state(model, optimizer, mesh), batch
+
+
+__all__ = ["Step", "StepMetrics", "build_step", "make_step", "on"]
