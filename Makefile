@@ -6,25 +6,35 @@ VENV ?= .venv
 PROMPT ?= Once upon a time, there was a little girl named Lily. She loved to play outside
 PYTEST = $(VENV)/bin/python -m pytest -q -rs
 
-.PHONY: help demo test parity lint clean
+RUN ?= runs/tiny_cpu
+
+.PHONY: help demo test parity pods lint clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo     write English with a real 135M-parameter Llama on this machine's CPU"
+	@echo "make demo     write English with a real 135M-parameter Llama; then train a small one on Python code"
 	@echo "make test     the test suite, on 8 simulated devices (FAST=1: only the quick ones)"
 	@echo "make parity   live comparison with Hugging Face transformers (installs torch)"
+	@echo "make pods     compile the 7B and 70B training steps for TPU slices (installs libtpu; Python 3.12)"
 	@echo "make lint     ruff and mypy"
 	@echo "make clean    remove $(VENV) and every cache in this folder"
 
-demo: $(VENV)/base.stamp
+demo: $(VENV)/demo.stamp
 	@$(VENV)/bin/llama-jax generate smollm2-135m --prompt "$(PROMPT)" \
 	  --max-new-tokens 96 --repetition-penalty 1.1
+	@echo; echo "Now training a small Llama on Python's standard library (about two minutes; to $(RUN)) ..."
+	@$(VENV)/bin/llama-jax train configs/tiny_cpu.toml --train.run_dir $(RUN)
+	@echo; echo "What it writes after 'class ' (llama-jax generate $(RUN) ...):"
+	@$(VENV)/bin/llama-jax generate $(RUN) --prompt "class " --max-new-tokens 160 --temperature 0.5 --seed 1
 
 test: $(VENV)/test.stamp
-	$(PYTEST) -n 2 --dist loadfile -m "not parity$(if $(FAST), and not slow)"
+	$(PYTEST) -n 2 --dist loadfile -m "not parity and not pods$(if $(FAST), and not slow)"
 
 parity: $(VENV)/parity.stamp
 	$(PYTEST) -m parity
+
+pods: $(VENV)/pods.stamp
+	$(PYTEST) -n 2 -m pods
 
 lint: $(VENV)/lint.stamp
 	$(VENV)/bin/ruff check .

@@ -38,7 +38,10 @@ def blockwise_attention(
       [M, G, T, H] in q's dtype.
     """
     length, keys = q.shape[2], k.shape[1]
-    q, k, v, q_at, k_at = sharding.vary_alike((q, k, v, q_at, k_at))
+    # Behind a barrier the masks depend on q: in a scan over layers JAX would otherwise compute them once,
+    # before the first layer, and keep the whole T x S of them.
+    inputs = jax.lax.optimization_barrier((q, k, v, q_at, k_at))
+    q, k, v, q_at, k_at = sharding.vary_alike(inputs)
     t_block, s_block = min(block_size, length), min(block_size, keys)
     blocks = (
         _cut(q, 2, t_block),

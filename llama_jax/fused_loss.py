@@ -135,13 +135,8 @@ def _local(
     if not gradients:
         return (total,)
     d_x = over_vocabulary(_join(d_x, x.shape))
-    d_weight = d_weight[0]
-    if others:
-        rest = tuple(name for name in others if name != "fsdp")
-        d_weight = jax.lax.psum(d_weight, rest) if rest else d_weight
-        if "fsdp" in others:
-            d_weight = jax.lax.psum_scatter(d_weight, "fsdp", scatter_dimension=0, tiled=True)
-    return total, d_x, d_weight.T if tied else d_weight
+    projection = sharding.scatter_sum(d_weight[0], 0, others)
+    return total, d_x, projection.T if tied else projection
 
 
 def _cut(arrays: Any, chunks: int) -> Any:

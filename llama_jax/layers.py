@@ -18,7 +18,15 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax import rope, sharding
 from llama_jax.config import LlamaConfig
-from llama_jax.linear import Backward, contract, project, swiglu
+from llama_jax.linear import (
+    Backward,
+    contract,
+    project,
+    row_major,
+    swiglu,
+    swiglu_down,
+    write_gradient,
+)
 
 # (q [B,T,N,H], k [B,K,T,H], v [B,K,T,H]) -> (out [B,T,N,H], whatever the caller wants back)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -83,11 +91,7 @@ def _embed_backward(dtype: jnp.dtype, saved: Any, d_out: jax.Array) -> Any:
         d_table = sharding.vary_alike(jnp.zeros((vocabulary, d_out.shape[-1]), jnp.float32), d_out)
         at = d_table.at[_local_ids(vocabulary, tokens, axes)]
         d_table = at.add(d_out.astype(jnp.float32), mode="drop", wrap_negative_indices=False)
-        over = tuple(name for name in ("data", "context") if name in axes)
-        d_table = jax.lax.psum(d_table, over) if over else d_table
-        if "fsdp" in axes:
-            d_table = jax.lax.psum_scatter(d_table, "fsdp", scatter_dimension=1, tiled=True)
-        return d_table
+        return sharding.scatter_sum(d_table, 1, axes)
 
     specs = (sharding.ACT_BTD, sharding.TOKENS_BT)
     return sharding.per_device(local, specs, sharding.EMBEDDING_VD)(d_out, tokens).astype(table.dtype), None
@@ -140,13 +144,16 @@ class Attention(nn.Module):
         q = linear("btd,dnh->btnh", x, wq, stored=sharding.WQ_DNH, out=sharding.ACT_BTNH)
         keys = linear("btd,dkh->btkh", x, wk, stored=sharding.WKV_DKH, out=sharding.ACT_BTNH)
         values = linear("btd,dkh->btkh", x, wv, stored=sharding.WKV_DKH, out=sharding.ACT_BTNH)
-        q, keys = rope.rotate(q, table), rope.rotate(keys, table)
+        rotate = rope.rotate_fast if self.backward == "fast" else rope.rotate
+        q, keys = rotate(q, table), rotate(keys, table)
         q, keys, values = checkpoint_name(q, "q"), checkpoint_name(keys, "k"), checkpoint_name(values, "v")
         # Every query needs every key before it, so `context` is gathered here and nowhere else.
         keys, values = (
             sharding.constrain(kv.transpose(0, 2, 1, 3), sharding.CACHE_BKSH) for kv in (keys, values)
         )
         out, kept = attend(q, keys, values)
+        if self.backward == "fast":  # TPU: the kernel's [B, N, T, H] is not turned into [B, T, N*H]
+            return linear("btnh,nhd->btd", out, wo, stored=sharding.WO_NHD, out=sharding.ACT_BTD), kept
         # As one matrix [N*H, D]: contracting two axes of wo makes XLA:CPU transpose it at every token.
         out, wo = out.reshape(*x.shape[:2], n * h), wo.reshape(n * h, d)
         return linear("btf,fd->btd", out, wo, stored=sharding.DOWN_FD, out=sharding.ACT_BTD), kept
@@ -168,7 +175,9 @@ class FeedForward(nn.Module):
         gate = linear("btd,df->btf", x, w_gate, stored=sharding.GATE_UP_DF, out=sharding.ACT_BTF)
         up = linear("btd,df->btf", x, w_up, stored=sharding.GATE_UP_DF, out=sharding.ACT_BTF)
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-        y = swiglu(gate, up, backward=self.backward)
+        if self.backward == "fast":
+            return swiglu_down(gate, up, w_down)
+        y = swiglu(gate, up)
         return linear("btf,fd->btd", y, w_down, stored=sharding.DOWN_FD, out=sharding.ACT_BTD)
 
 
@@ -180,13 +189,15 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, table: rope.Rotary, attend: Attend) -> tuple[jax.Array, Any]:
-        eps = self.config.rms_norm_eps
-        attention, kept = Attention(self.config, self.backward, name="attention")(
-            RMSNorm(eps, name="attention_norm")(x), table, attend
-        )
-        x = x + attention
+        norm = functools.partial(RMSNorm, self.config.rms_norm_eps)
+        attention = Attention(self.config, self.backward, name="attention")
         feed_forward = FeedForward(self.config, self.backward, name="feed_forward")
-        return x + feed_forward(RMSNorm(eps, name="ffn_norm")(x)), kept
+        fast = self.backward == "fast"
+        x = row_major(x) if fast else x
+        hand = write_gradient if fast else lambda y: y
+        y, kept = attention(hand(norm(name="attention_norm")(x)), table, attend)
+        x = x + y
+        return x + feed_forward(hand(norm(name="ffn_norm")(x))), kept
 
 
 def _normal() -> nn.initializers.Initializer:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from llama_jax import sharding
@@ -72,11 +73,25 @@ def _project_backward(equation: str, stored: P, out: P, saved: Any, d_out: jax.A
     left, right = operands.split(",")
     whole = sharding.gather(weight.astype(x.dtype), stored)
     d_x = dot(f"{result},{right}->{left}", d_out, whole, sharding.layout_of(x))
-    d_weight = weight_gradient(left, x, result, d_out, right, layout=sharding.layout_of(weight))
+    d_weight = _stored_gradient(stored, left, x, result, d_out, right)
     return d_x.astype(x.dtype), d_weight.astype(weight.dtype)
 
 
 _project.defvjp(_project_forward, _project_backward)
+
+
+def _stored_gradient(
+    stored: P, x_dims: str, x: jax.Array, y_dims: str, y: jax.Array, out_dims: str
+) -> jax.Array:
+    """`weight_gradient` over every device's rows, summed in f32 into the weight's own layout."""
+    axes = sharding.explicit_axes()
+
+    def local(x: jax.Array, y: jax.Array) -> jax.Array:
+        x, y = sharding.vary_each_alike(x, y)
+        gradient = weight_gradient(x_dims, x, y_dims, y, out_dims)
+        return sharding.scatter_sum(gradient, stored.index("fsdp"), axes)
+
+    return sharding.per_device(local, (sharding.layout_of(x), sharding.layout_of(y)), stored)(x, y)
 
 
 def weight_gradient(
@@ -111,38 +126,57 @@ def weight_gradient(
     return jax.lax.platform_dependent(x, y, cpu=transposed, default=plain)
 
 
-def swiglu(gate: jax.Array, up: jax.Array, *, backward: Backward = "autodiff") -> jax.Array:
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """silu(gate) * up in f32, in gate's dtype (arXiv 2002.05202)."""
-    if backward == "fast":
-        return _swiglu(*sharding.vary_each_alike(gate, up))
-    return _swiglu_plain(gate, up)
-
-
-def _swiglu_plain(gate: jax.Array, up: jax.Array) -> jax.Array:
     return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
 
 
-# On a TPU, XLA fuses SiLU into the products around it, which then run at half their speed: the barriers
-# have its result and its gradients written out first.
+def swiglu_down(gate: jax.Array, up: jax.Array, w_down: jax.Array) -> jax.Array:
+    """w_down (silu(gate) * up) for training: [B, T, F] by [F, D] -> [B, T, D]; keeps gate and up alone.
+
+    On a TPU, XLA fuses SiLU into the products around it, which then run at half their speed. The barriers
+    have it computed alone: once forwards, and once backwards together with both gradients.
+    """
+    return _swiglu_down(*sharding.vary_each_alike(gate, up, w_down))
 
 
 @jax.custom_vjp
-def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    return jax.lax.optimization_barrier(_swiglu_plain(gate, up))
+def _swiglu_down(gate: jax.Array, up: jax.Array, w_down: jax.Array) -> jax.Array:
+    gate, up = jax.lax.optimization_barrier((gate, up))
+    y = jax.lax.optimization_barrier(swiglu(gate, up))
+    return project("btf,fd->btd", y, w_down, stored=sharding.DOWN_FD, out=sharding.ACT_BTD)
 
 
-def _swiglu_forward(gate: jax.Array, up: jax.Array) -> Any:
-    return _swiglu(gate, up), (gate, up)
+def _swiglu_down_forward(gate: jax.Array, up: jax.Array, w_down: jax.Array) -> Any:
+    return _swiglu_down(gate, up, w_down), (gate, up, w_down)
 
 
-def _swiglu_backward(saved: Any, d_out: jax.Array) -> Any:
-    gate, up, d_out = (a.astype(jnp.float32) for a in (*saved, d_out))
+def _swiglu_down_backward(saved: Any, d_out: jax.Array) -> Any:
+    gate, up, w_down = saved
+    dtype, whole = gate.dtype, sharding.gather(w_down.astype(gate.dtype), sharding.DOWN_FD)
+    d_y = dot("btd,fd->btf", d_out, whole, sharding.layout_of(gate)).astype(dtype)
+    gate, up, d_y = (a.astype(jnp.float32) for a in (gate, up, jax.lax.optimization_barrier(d_y)))
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
-    d_gate = d_out * up * (sigmoid + silu * (1 - sigmoid))
-    return jax.lax.optimization_barrier(
-        (d_gate.astype(saved[0].dtype), (d_out * silu).astype(saved[1].dtype))
+    d_gate, d_up, y = jax.lax.optimization_barrier(
+        tuple(a.astype(dtype) for a in (d_y * up * (sigmoid + silu * (1 - sigmoid)), d_y * silu, silu * up))
     )
+    d_down = _stored_gradient(sharding.DOWN_FD, "btf", y, "btd", d_out, "fd")
+    return d_gate, d_up, d_down.astype(w_down.dtype)
 
 
-_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+_swiglu_down.defvjp(_swiglu_down_forward, _swiglu_down_backward)
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """x as it is, last dimension fastest in memory: XLA on a TPU would transpose it in every layer."""
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+
+@jax.custom_vjp
+def write_gradient(x: jax.Array) -> jax.Array:
+    """x as it is; its gradient is written out, rather than fused with what is done with it next."""
+    return x
+
+
+write_gradient.defvjp(lambda x: (x, None), lambda _, d_out: (jax.lax.optimization_barrier(d_out),))

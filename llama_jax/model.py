@@ -27,7 +27,7 @@ Remat = Literal["none", "dots", "attention", "full", "offload"]
 
 # What a backward pass reads again: the products' results, and attention's with its one number a query.
 _ATTENTION = ("attention_out", "splash_residuals")
-_NAMED = ("q", "k", "v", *_ATTENTION, "gate", "up")
+_NAMED = ("q", "k", *_ATTENTION, "gate", "up")
 _POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.save_only_these_names(*_NAMED),
     "attention": jax.checkpoint_policies.save_only_these_names(*_ATTENTION),

@@ -10,6 +10,7 @@ type carries its layout. Each name below ends in the letters of its dimensions (
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -91,6 +92,18 @@ def make_mesh(spec: str | Mapping[str, int] = "", *, devices: Any = None) -> Mes
         the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(spec, len(devices))
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices
+    )
+
+
+def mesh_sizes(spec: str | Mapping[str, int], num_devices: int) -> dict[str, int]:
+    """The size of each of the four axes, in order, that `make_mesh` would give so many devices.
+
+    Raises:
+      ConfigError: as `make_mesh`.
+    """
     given = list(_parse_mesh(spec) if isinstance(spec, str) else spec.items())
     for name, size in given:
         if [n for n, _ in given].count(name) > 1:
@@ -108,14 +121,12 @@ def make_mesh(spec: str | Mapping[str, int] = "", *, devices: Any = None) -> Mes
     if len(free) > 1:
         raise ConfigError(f"mesh axes {' and '.join(free)} are both -1; only one can take what is left")
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if free and len(devices) % fixed == 0:
-        sizes[free[0]] = len(devices) // fixed
-    if math.prod(sizes.values()) != len(devices):
+    if free and num_devices % fixed == 0:
+        sizes[free[0]] = num_devices // fixed
+    if math.prod(sizes.values()) != num_devices:
         shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
-        raise ConfigError(f"mesh {shape} needs {fixed} devices and there are {len(devices)}")
-    return jax.make_mesh(
-        tuple(sizes[name] for name in AXES), AXES, axis_types=(AxisType.Explicit,) * 4, devices=devices
-    )
+        raise ConfigError(f"mesh {shape} needs {fixed} devices and there are {num_devices}")
+    return sizes
 
 
 def _parse_mesh(spec: str) -> Iterator[tuple[str, int]]:
@@ -261,6 +272,32 @@ def per_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> C
     into, out = jax.tree.map(lambda spec: restrict(spec, axes), (in_specs, out_specs), is_leaf=is_spec)
     mapped = jax.shard_map(function, in_specs=into, out_specs=out)
     return lambda *args: mapped(*jax.tree.map(jax.sharding.reshard, args, into))
+
+
+def scatter_sum(x: jax.Array, dimension: int, axes: Iterable[str]) -> jax.Array:
+    """Inside `per_device`: the sum of `x` over `data`, `context` and `fsdp`, this device's `fsdp` part of it.
+
+    Args:
+      x: a device's share of a weight's gradient.
+      dimension: the one that `fsdp` splits.
+      axes: the mesh's.
+    """
+    axes = set(axes)
+    if over := tuple(name for name in ("data", "context") if name in axes):
+        x = jax.lax.psum(x, over)
+    if "fsdp" not in axes:
+        return x
+    scatter = functools.partial(
+        jax.lax.psum_scatter, axis_name="fsdp", scatter_dimension=dimension, tiled=True
+    )
+    size = jax.lax.axis_size("fsdp")
+    if size < 64 or size % 4:
+        return scatter(x)
+    # Over all three dimensions of a TPU torus, the compiler makes a reduce-scatter an all-reduce, which
+    # moves twice the bytes; over one of four and then over the other two it does not.
+    rest = size // 4
+    x = scatter(x, axis_index_groups=[[a * rest + b for a in range(4)] for b in range(rest)])
+    return scatter(x, axis_index_groups=[[a * rest + b for b in range(rest)] for a in range(4)])
 
 
 def vary_each_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -1,0 +1,290 @@
+"""Compiles a config's training step for a TPU slice that is not here: memory, cycles, collectives.
+
+`python -m benchmarks.tpu_compile configs/llama2_7b.toml --topology v5p:2x2x1 [--json] [--section.key VALUE]`
+needs `libtpu` and no TPU: every array is abstract, and the compiler is the one that a TPU runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import tpu_hlo
+from benchmarks.tpu_topology import CHIPS, Topology
+from llama_jax.cli import output
+from llama_jax.errors import ConfigError, InputError, LlamaJaxError
+
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",  # do not look for a TPU's metadata server
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two compilers may run at once: nobody opens a device
+}
+
+
+# Products of [T, T] with [T, H] or the like in each of splash attention's kernels, by the kernel's name.
+KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+KERNEL_SHARE_OF_PEAK = 0.5
+
+
+def compile_step(run: Any, topology: Topology) -> tuple[Any, int, float]:
+    """Compiles the step of a `RunConfig`.
+
+    Returns:
+      The compiled step, how many arrays its state has, and the seconds it took.
+
+    Raises:
+      ConfigError: if mesh, batch or model do not fit the slice.
+      InputError: if the step needs more memory than a chip has.
+    """
+    import jax
+
+    from llama_jax.sharding import AXES, check_batch, check_mesh, make_mesh
+    from train.devices import run_mesh
+    from train.step import build_step, on
+
+    devices = topology.devices()
+    model = _model(run)
+    mesh = run_mesh(run.mesh, devices) or make_mesh(dict.fromkeys(AXES, 1), devices=devices)
+    check_mesh(model, mesh)
+    with on(mesh):
+        check_batch(run.train.batch_size // run.train.accumulate)
+    start = time.perf_counter()
+    step, state, batch = build_step(run, model, mesh, "tpu")
+    try:
+        with on(mesh):
+            compiled = step.lower(state, batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(_explain(str(error), run)) from None
+    return compiled, len(jax.tree.leaves(state)), time.perf_counter() - start
+
+
+def with_the_same_rows_a_chip(run: Any, topology: Topology) -> Any:
+    """The run with its batch cut or grown to another slice than the one its file is written for.
+
+    So the same file tells what its step costs on fewer chips, or more, at as many sequences a chip.
+    """
+    if not run.mesh.topology:
+        return run
+    chips, written_for = math.prod(topology.sides), math.prod(Topology.parse(run.mesh.topology).sides)
+    batch_size = max(run.train.batch_size * chips // written_for, 1)
+    if batch_size == run.train.batch_size:
+        return run
+    output.note(
+        f"batch of {batch_size} sequences: as many a chip as {run.train.batch_size} on {run.mesh.topology}; "
+        "--train.batch_size says otherwise"
+    )
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, batch_size=batch_size))
+
+
+def _model(run: Any) -> Any:
+    if run.model.init_from:
+        raise ConfigError(
+            f"model.init_from is {run.model.init_from!r}: give the model's shape instead (model.preset)"
+        )
+    return run.model.build(run.tokenizer.vocab_size or None)
+
+
+def _explain(message: str, run: Any) -> str:
+    """One line of a compiler's error."""
+    if found := re.search(
+        r"Used ([\d.]+\w) of ([\d.]+\w) hbm\. Exceeded hbm capacity by ([\d.]+\w)", message
+    ):
+        return (
+            f"the step needs {found[1]} of HBM a chip, which has {found[2]}: {found[3]} too much; try "
+            f"--train.accumulate {2 * run.train.accumulate}, --train.remat full, or a larger slice"
+        )
+    lines = message.strip().splitlines()
+    return f"the TPU compiler refused the step: {lines[0][:300] if lines else 'it does not say why'}"
+
+
+def report(compiled: Any, leaves: int, run: Any, topology: Topology) -> dict[str, Any]:
+    """What the compiled step will cost; bytes, cycles, seconds.
+
+    `seconds` is the compiler's cycles at the chip's clock, and attention's kernels, of which it knows
+    nothing, at half of peak. Waiting for collectives is not in it: `collective_seconds` is how long the
+    links are busy at best, which is hidden as far as it overlaps.
+    """
+    model = _model(run)
+    module = tpu_hlo.parse(compiled.as_text())
+    memory = compiled.memory_analysis()
+    found = tpu_hlo.summed(tpu_hlo.collectives(module))
+    chips, chip = math.prod(topology.sides), CHIPS.get(topology.kind)
+    tokens = run.train.batch_size * run.train.seq_len
+    rows = run.train.batch_size // run.train.accumulate / chips
+    result: dict[str, Any] = {
+        "topology": topology.name,
+        "chips": chips,
+        "tokens_per_step": tokens,
+        "peak_hbm_bytes": memory.peak_memory_in_bytes,
+        "state_bytes": memory.argument_size_in_bytes,
+        "estimated_cycles": tpu_hlo.estimated_cycles(module),
+        "collectives": [{k: v for k, v in dataclasses.asdict(c).items() if k != "name"} for c in found],
+        "collective_bytes": sum(_moved(one) for one in found),
+        "f32_parameter_gathers": sum(c.times for c in found if is_f32_parameter_gather(c)),
+        "positions": int(rows * run.train.seq_len),
+        "logits_positions": _logits_positions(module, model, run),
+        "state_arrays": leaves,
+        "donated_arrays": len(tpu_hlo.donated(module) & set(range(leaves))),
+    }
+    square = rows * model.num_attention_heads * run.train.seq_len**2 * model.head_dim  # causal: half of 2 x
+    kernels = square * _kernel_products(module)
+    attention = (
+        6 * model.num_hidden_layers * tokens * run.train.seq_len * model.num_attention_heads * model.head_dim
+    )
+    tables = model.vocab_size * model.hidden_size * (0 if model.tie_word_embeddings else 1)
+    matrices = 6 * (model.num_params - tables) * tokens
+    result |= {"model_flops": matrices + attention, "model_flops_full_attention": matrices + 2 * attention}
+    if chip is None:
+        return result
+    seconds = result["estimated_cycles"] / chip.clock_hz
+    seconds += kernels / (KERNEL_SHARE_OF_PEAK * chip.peak_flops)
+    links = chip.link_bytes * sum(side > 1 for side in topology.sides) / (1 if topology.wraps else 2)
+    peak = seconds * chips * chip.peak_flops
+    return result | {
+        "seconds": seconds,
+        "collective_seconds": result["collective_bytes"] / links if links else 0.0,
+        "mfu": result["model_flops"] / peak,
+        "mfu_full_attention": result["model_flops_full_attention"] / peak,
+        "tokens_per_second_per_chip": tokens / chips / seconds,
+    }
+
+
+def _moved(one: tpu_hlo.Collective) -> int:
+    """Bytes that each device receives in a step, at the least."""
+    share = 1.0 if one.group is None else (one.group - 1) / one.group
+    return int(one.bytes * one.times * share * (2 if one.kind == "all-reduce" else 1))
+
+
+def _logits_positions(module: tpu_hlo.Module, model: Any, run: Any) -> int:
+    """The most positions whose logits stand in memory together; `positions` would be all of [B, T, V].
+
+    An array of the model's width by the vocabulary is the output projection.
+    """
+    beside = tpu_hlo.beside(module, model.vocab_size // run.mesh.tensor)
+    return max(beside - {model.hidden_size}, default=0)
+
+
+def is_f32_parameter_gather(one: tpu_hlo.Collective) -> bool:
+    """Whether this gathers f32 values, more than a megabyte of them: a weight, rather than some statistic."""
+    return one.kind == "all-gather" and one.dtype == "f32" and one.bytes > 1_000_000
+
+
+def _kernel_products(module: tpu_hlo.Module) -> int:
+    found = 0
+    for instruction, times in tpu_hlo.executed(module):
+        if instruction.opcode == "custom-call" and "splash" in instruction.name:
+            found += times * sum(n for part, n in KERNEL_PRODUCTS.items() if f"_{part}_" in instruction.name)
+    return found
+
+
+def print_report(result: dict[str, Any]) -> None:
+    """Prints the report as tables."""
+    size = output.size
+    rows = [
+        ("slice", f"{result['topology']}, {result['chips']} chips"),
+        ("tokens a step", f"{result['tokens_per_step']:,}"),
+        (
+            "peak HBM a chip",
+            f"{size(result['peak_hbm_bytes'])}, {size(result['state_bytes'])} of it the state",
+        ),
+        ("estimated cycles", f"{result['estimated_cycles']:.3e}"),
+    ]
+    if "seconds" in result:
+        rows += [
+            ("seconds a step", f"{result['seconds']:.2f} with attention at half of peak; no waiting counted"),
+            (
+                "links busy",
+                f"{result['collective_seconds']:.2f} s, {size(result['collective_bytes'])} a chip",
+            ),
+            (
+                "MFU estimate",
+                f"{result['mfu']:.1%} causal, {result['mfu_full_attention']:.1%} full attention",
+            ),
+            ("tokens/s a chip", f"{result['tokens_per_second_per_chip']:,.0f}"),
+        ]
+    rows += [
+        (
+            "logits at once",
+            f"of {result['logits_positions']:,} positions of a microbatch's {result['positions']:,}",
+        ),
+        ("donated", f"{result['donated_arrays']} of {result['state_arrays']} arrays of the state"),
+        ("f32 weights gathered", str(result["f32_parameter_gathers"])),
+        ("compile time", f"{result['compile_seconds']:.0f} s"),
+    ]
+    output.print_table(rows, ("", result["config"]))
+    print()
+    exchanges = [
+        (
+            c["kind"],
+            c["dtype"],
+            size(c["bytes"]),
+            str(c["group"] or ""),
+            str(c["times"]),
+            "yes" if c["overlapped"] else "",
+        )
+        for c in result["collectives"]
+    ]
+    output.print_table(
+        exchanges, ("collective", "dtype", "bytes", "devices", "times", "async"), right=(2, 3, 4)
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status, 2 for what the user got wrong."""
+    os.environ.update(ENVIRONMENT)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tpu_compile", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a run's TOML file")
+    parser.add_argument(
+        "--topology", metavar="NAME", help="such as v5p:4x4x4 or v5p-128; mesh.topology otherwise"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, nothing else")
+    args, overrides = parser.parse_known_args(argv)
+    try:
+        from train.read_config import load_config
+
+        run = load_config(args.config, overrides)
+        name = args.topology or run.mesh.topology
+        if not name:
+            raise ConfigError(
+                "no slice to compile for: give --topology, as in v5p:4x4x4, or set mesh.topology"
+            )
+        topology = Topology.parse(name)
+        if not any(word.startswith("--train.batch_size") for word in overrides):
+            run = with_the_same_rows_a_chip(run, topology)
+        with output.spinner(f"compiling for {topology.name} ..."):
+            compiled, leaves, seconds = compile_step(run, topology)
+            result = {
+                "config": args.config,
+                **report(compiled, leaves, run, topology),
+                "compile_seconds": seconds,
+            }
+    except LlamaJaxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        if args.json:
+            output.print_json(result)
+        else:
+            print_report(result)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of stdout went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,273 @@
+"""What a compiled TPU program's text says of its cost: cycles, collectives, shapes, donation.
+
+The TPU compiler writes its own estimate of cycles beside each fusion. XLA's cost analysis counts a loop's
+body once; here every computation is weighed by how often it runs.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2} | {
+    f"{kind}{bits}": bits // 8 for kind in "suf" for bits in (8, 16, 32, 64)
+}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = ")
+_ARRAY = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_UNKNOWN_CYCLES = 2**62  # the compiler writes 2^63 - 1 where it has no estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation.
+
+    Attributes:
+      name: what other instructions call it.
+      shape: its result's type as text; a tuple's in parentheses.
+      opcode: such as `fusion` or `all-gather-start`.
+      rest: operands and attributes as text.
+    """
+
+    name: str
+    shape: str
+    opcode: str
+    rest: str
+
+    @property
+    def arrays(self) -> list[tuple[str, tuple[int, ...]]]:
+        """(dtype, dimensions) of each array of the result."""
+        return arrays(self.shape)
+
+    @property
+    def cycles(self) -> int | None:
+        """The compiler's estimate, or None where it made none."""
+        found = _CYCLES.search(self.rest)
+        return int(found[1]) if found and int(found[1]) < _UNKNOWN_CYCLES else None
+
+    def called(self, attribute: str) -> list[str]:
+        """The computations that an attribute such as `body` or `branch_computations` names."""
+        found = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.-]+)", self.rest)
+        return re.findall(r"[\w.-]+", found[1]) if found else []
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A compiled program.
+
+    Attributes:
+      header: the first line.
+      entry: the name of the computation that runs first.
+      computations: each computation's instructions by its name.
+    """
+
+    header: str
+    entry: str
+    computations: dict[str, list[Instruction]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One exchange between devices.
+
+    Attributes:
+      kind: one of `COLLECTIVES`.
+      dtype: of what travels.
+      bytes: of the whole array on one device: an all-gather's result, another's operand.
+      group: how many devices take part; None where the text names pairs.
+      times: how often a step runs it.
+      overlapped: whether it starts and ends in different instructions, with work between.
+      name: the instruction.
+    """
+
+    kind: str
+    dtype: str
+    bytes: int
+    group: int | None
+    times: int
+    overlapped: bool
+    name: str
+
+
+def parse(text: str) -> Module:
+    """Reads `compiled.as_text()`.
+
+    An attribute may run over several lines, which may begin with anything, a closing brace too: a
+    computation ends where the next begins.
+    """
+    lines = text.splitlines()
+    entry, computations = "", dict[str, list[Instruction]]()
+    current: list[Instruction] = []
+    for line in lines[1:]:
+        if header := _HEADER.match(line):
+            current = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif start := _INSTRUCTION.match(line):
+            shape, rest = _split_shape(line[start.end() :])
+            opcode, _, rest = rest.partition("(")
+            current.append(Instruction(start[1], shape, opcode.strip(), rest))
+        elif current and line and (line[0] != "}" or line.startswith("}}")):
+            current[-1] = dataclasses.replace(current[-1], rest=f"{current[-1].rest}\n{line}")
+    return Module(lines[0] if lines else "", entry, computations)
+
+
+def _split_shape(text: str) -> tuple[str, str]:
+    if not text.startswith("("):
+        shape, _, rest = text.partition(" ")
+        return shape, rest
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return text[: place + 1], text[place + 1 :]
+    return text, ""
+
+
+def arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(dtype, dimensions) of every array type in a text."""
+    return [(dtype, tuple(map(int, filter(None, dims.split(","))))) for dtype, dims in _ARRAY.findall(text)]
+
+
+def trip_count(module: Module, loop: Instruction) -> int:
+    """How often a `while` runs its body: what the compiler says, or the bound its condition compares with.
+
+    The loops of `lax.scan`, `lax.map` and `fori_loop` count from 0 by 1.
+
+    Raises:
+      ValueError: if the condition compares with no constant.
+    """
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+        return int(known[1])
+    (condition,) = loop.called("condition")
+    names = [condition]
+    for instruction in module.computations[condition]:
+        names += instruction.called("calls")
+    bounds = [
+        int(found[1])
+        for name in names
+        for instruction in module.computations[name]
+        if instruction.opcode == "constant" and (found := re.match(r"(\d+)\)", instruction.rest))
+    ]
+    if not bounds:
+        raise ValueError(f"loop {loop.name} has no constant bound in its condition {condition}")
+    return max(bounds)
+
+
+def executed(module: Module) -> Iterator[tuple[Instruction, int]]:
+    """Every instruction that runs, with how often; of a conditional the branch that costs most.
+
+    What is fused runs as one instruction, and is not looked into.
+    """
+    yield from _executed(module, module.entry, 1)
+
+
+def _executed(module: Module, name: str, times: int) -> Iterator[tuple[Instruction, int]]:
+    for instruction in module.computations[name]:
+        yield instruction, times
+        for callee, count in _callees(module, instruction):
+            yield from _executed(module, callee, times * count)
+
+
+def _callees(module: Module, instruction: Instruction) -> list[tuple[str, int]]:
+    if instruction.opcode == "while":
+        return [(body, trip_count(module, instruction)) for body in instruction.called("body")]
+    if instruction.opcode in ("call", "async-start"):
+        return [(name, 1) for name in instruction.called("to_apply") or instruction.called("calls")]
+    if instruction.opcode == "conditional":
+        branches = instruction.called("branch_computations") or [
+            name for side in ("true", "false") for name in instruction.called(f"{side}_computation")
+        ]
+        return [(max(branches, key=functools.partial(_cycles, module)), 1)]
+    return []
+
+
+def _cycles(module: Module, name: str) -> int:
+    return sum(times * (instruction.cycles or 0) for instruction, times in _executed(module, name, 1))
+
+
+def estimated_cycles(module: Module) -> int:
+    """The compiler's cycles summed over all that runs; attention kernels and waits have none."""
+    return _cycles(module, module.entry)
+
+
+def cycles_by_instruction(module: Module) -> list[tuple[int, int, Instruction]]:
+    """(total cycles, times run, instruction) of all that costs any, the costliest first."""
+    costs = [(times * i.cycles, times, i) for i, times in executed(module) if i.cycles]
+    return sorted(costs, key=lambda cost: -cost[0])
+
+
+def collectives(module: Module) -> list[Collective]:
+    """Every exchange between devices that runs, inside fusions too."""
+    found = []
+    for instruction, times in executed(module):
+        inner = [instruction]
+        if instruction.opcode == "fusion":
+            inner = [i for name in instruction.called("calls") for i in module.computations[name]]
+        for one in inner:
+            kind = one.opcode.removesuffix("-start")
+            if kind not in COLLECTIVES:
+                continue
+            overlapped = one.opcode.endswith("-start") or "async" in instruction.name
+            # The TPU compiler writes a reduce-scatter as an all-reduce fused with the slice of it.
+            if kind == "all-reduce" and any("all-reduce-scatter" in n for n in instruction.called("calls")):
+                kind = "reduce-scatter"
+            dtype, size = _largest(one)
+            found.append(
+                Collective(kind, dtype, size, _group_size(one.rest), times, overlapped, instruction.name)
+            )
+    return found
+
+
+def _largest(instruction: Instruction) -> tuple[str, int]:
+    sizes = [(math.prod(dims) * ITEM_BYTES.get(dtype, 1), dtype) for dtype, dims in instruction.arrays]
+    size, dtype = max(sizes, default=(0, "?"))
+    if instruction.opcode == "reduce-scatter" and (group := _group_size(instruction.rest)):
+        size *= group
+    return dtype, int(size)
+
+
+def _group_size(attributes: str) -> int | None:
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", mesh[2]))
+    if grid := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(grid[1])
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return len(listed[1].split(","))
+    return None
+
+
+def summed(found: list[Collective]) -> list[Collective]:
+    """Collectives alike in all but name, as one with their `times` added; the most bytes first."""
+    times: dict[Collective, int] = collections.Counter()
+    for one in found:
+        times[dataclasses.replace(one, times=0, name="")] += one.times
+    alike = [dataclasses.replace(one, times=count) for one, count in times.items()]
+    return sorted(alike, key=lambda one: -one.bytes * one.times)
+
+
+def beside(module: Module, dimension: int) -> set[int]:
+    """Of every array that has a dimension of this size, how many elements stand beside it.
+
+    For the vocabulary's size that is how many positions' logits are in one array, and the model's width.
+    What is fused is never written out and left out.
+    """
+    return {
+        math.prod(dims) // dimension
+        for instruction, _ in executed(module)
+        for _, dims in instruction.arrays
+        if dimension in dims
+    }
+
+
+def donated(module: Module) -> set[int]:
+    """Numbers of the entry's parameters whose memory an output takes over."""
+    aliases = re.search(r"input_output_alias=\{(.*?)\}, entry_computation", module.header)
+    return {int(n) for n in re.findall(r"\{[\d, ]*\}: \((\d+),", aliases[1])} if aliases else set()
