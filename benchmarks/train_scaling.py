@@ -95,7 +95,7 @@ def write(by_length: list[dict[str, Any]], by_layers: list[dict[str, Any]]) -> N
     lines = [
         "# How the cost of training grows",
         "",
-        "`python -m benchmarks.train_scaling --write` made this page: one run on two CPU cores, bf16 products,",
+        "`python -m benchmarks.train_scaling --write` made this page: one run, two CPU cores, bf16 products,",
         f"full rematerialisation, {SHAPE['hidden_size']} wide, {TOKENS} tokens a step at every length.",
         "Compare within the page; absolute numbers are the machine's.",
         "",

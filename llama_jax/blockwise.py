@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -50,13 +51,7 @@ def blockwise_attention(
         tuple(_cut(at, 1, t_block) for at in q_at),
         (_cut(k_at[0], 1, s_block, fill=2**31 - 1), _cut(k_at[1], 1, s_block)),
     )
-    if jax.default_backend() == "cpu":
-        # One head at a time, so that its scores stay in the processor's cache from product to product.
-        heads = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], blocks)
-        out = jnp.moveaxis(jax.lax.map(lambda head: _tiles(*head), heads)[:, :, 0], 0, 1)
-    else:
-        out = _tiles(*blocks)
-    out = jnp.moveaxis(out, 0, 2)
+    out = jnp.moveaxis(_tiles(*blocks), 0, 2)
     return out.reshape(*out.shape[:2], -1, out.shape[-1])[:, :, :length]
 
 
@@ -88,13 +83,40 @@ def _skip_if_masked(q_at: Any, k_at: Any, visit: Any, carry: Any) -> Any:
     return jax.lax.cond(jnp.any(_mask(q_at, k_at)), visit, lambda c: c, carry)
 
 
+def _each_head(function: Callable[..., Any], arrays: Any) -> Any:
+    """`function` over arrays [n, M, ...]: at once, or on a CPU one head after the other.
+
+    One at a time, a head's scores stay in the processor's cache from product to product. Its results are
+    f32 in both cases: XLA:CPU writes a part of a bf16 array by converting all of it to f32 and back.
+    """
+    if jax.default_backend() != "cpu":
+        return function(*arrays)
+    heads = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], arrays)
+    results = jax.lax.map(lambda head: function(*head), heads)
+    return jax.tree.map(lambda x: jnp.moveaxis(x[:, :, 0], 0, 1), results)
+
+
 @jax.custom_vjp
 def _tiles(q: jax.Array, k: jax.Array, v: jax.Array, q_at: Any, k_at: Any) -> jax.Array:
     return _tiles_forward(q, k, v, q_at, k_at)[0]
 
 
 def _tiles_forward(q: jax.Array, k: jax.Array, v: jax.Array, q_at: Any, k_at: Any) -> Any:
-    """Online softmax over key blocks, for each query block: [n, M, G, t, H]; and what to save."""
+    out, log_total = _each_head(_forward, (q, k, v, q_at, k_at))
+    out = checkpoint_name(out.astype(q.dtype), "attention_out")
+    return out, (q, k, v, q_at, k_at, out, checkpoint_name(log_total, "attention_out"))
+
+
+def _tiles_backward(saved: Any, d_out: jax.Array) -> Any:
+    gradients = _each_head(_backward, (*saved, d_out))
+    return *(d.astype(x.dtype) for d, x in zip(gradients, saved, strict=False)), None, None
+
+
+_tiles.defvjp(_tiles_forward, _tiles_backward)
+
+
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, q_at: Any, k_at: Any) -> tuple[jax.Array, jax.Array]:
+    """Online softmax over key blocks, for each query block: f32 [n, M, G, t, H] and its log-sum-exp."""
 
     def query_block(_: None, block: Any) -> Any:
         q_i, at_i = block
@@ -117,16 +139,22 @@ def _tiles_forward(q: jax.Array, k: jax.Array, v: jax.Array, q_at: Any, k_at: An
         start = (like, like[..., 0] + MASKED, like[..., 0])
         (out, peak, total), _ = jax.lax.scan(key_block, start, (k, v, k_at))
         total = jnp.maximum(total, 1e-30)  # a padding query has seen nothing
-        return None, ((out / total[..., None]).astype(q_i.dtype), peak + jnp.log(total))
+        return None, (out / total[..., None], peak + jnp.log(total))
 
-    _, (out, log_total) = jax.lax.scan(query_block, None, (q, q_at))
-    out, log_total = checkpoint_name(out, "attention_out"), checkpoint_name(log_total, "attention_out")
-    return out, (q, k, v, q_at, k_at, out, log_total)
+    return jax.lax.scan(query_block, None, (q, q_at))[1]
 
 
-def _tiles_backward(saved: Any, d_out: jax.Array) -> Any:
-    """FlashAttention's backward pass (algorithm 4): weights again from the log-sum-exp."""
-    q, k, v, q_at, k_at, out, log_total = saved
+def _backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_at: Any,
+    k_at: Any,
+    out: jax.Array,
+    log_total: jax.Array,
+    d_out: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """FlashAttention's backward pass (algorithm 4): weights again from the log-sum-exp; f32."""
     scale = 1 / math.sqrt(q.shape[-1])
     inner = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)  # [n, M, G, t]
     over_queries = functools.partial(weight_gradient, "mgts", y_dims="mgth", out_dims="msh")
@@ -157,7 +185,4 @@ def _tiles_backward(saved: Any, d_out: jax.Array) -> Any:
         return dq, dkv
 
     dq, (dk, dv) = jax.lax.scan(key_block, _zeros(q), (k, v, k_at))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
-
-
-_tiles.defvjp(_tiles_forward, _tiles_backward)
+    return dq, dk, dv

@@ -123,7 +123,7 @@ def _local(
         d_logits = d_logits.astype(x.dtype)
         # As [D, V] in both cases: x is the small side to transpose.
         d_weight = weight_gradient("btd", x, "btv", d_logits, "dv")
-        return (carry[0] + total, carry[1] + d_weight), dot(hidden_of, d_logits, weight).astype(x.dtype)
+        return (carry[0] + total, carry[1] + d_weight), dot(hidden_of, d_logits, weight)
 
     chunks = max(1, min(num_chunks, x.shape[1]))
     like = sharding.vary_alike(jnp.zeros((), jnp.float32), x)
@@ -134,7 +134,7 @@ def _local(
     total = jax.lax.psum(total, others) if others else total
     if not gradients:
         return (total,)
-    d_x = over_vocabulary(_join(d_x, x.shape))
+    d_x = over_vocabulary(_join(d_x, x.shape)).astype(x.dtype)
     projection = sharding.scatter_sum(d_weight[0], 0, others)
     return total, d_x, projection.T if tied else projection
 

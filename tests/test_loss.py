@@ -31,6 +31,24 @@ def test_is_masked_next_token_cross_entropy_in_any_number_of_chunks(chunks):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, grads)
 
 
+@pytest.mark.parametrize("backward", ["autodiff", "fast"])
+def test_z_loss_is_the_square_of_the_log_normaliser(backward):
+    """PaLM, arXiv 2204.02311, section 5; by hand from all the logits, gradient and all."""
+    mask = TOKENS % 3 > 0
+
+    def hand(params):
+        log_z = jax.nn.logsumexp(lj.forward(CONFIG, params, TOKENS), axis=-1)[:, :-1]
+        return by_hand(params, mask) + 0.01 * (log_z**2 * mask[:, 1:]).sum() / mask[:, 1:].sum()
+
+    def ours(params):
+        return lj.next_token_loss(CONFIG, params, TOKENS, mask, backward=backward, z_loss=0.01).mean
+
+    (expected, grads), (value, got) = (jax.jit(jax.value_and_grad(f))(PARAMS) for f in (hand, ours))
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, grads)
+    assert abs(value - by_hand(PARAMS, mask)) > 0.01
+
+
 def test_packed_documents_have_the_loss_of_separate_ones():
     apart = lj.next_token_loss(CONFIG, PARAMS, TOKENS)
     positions = np.tile(np.arange(12), 2)[None]

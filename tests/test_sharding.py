@@ -113,6 +113,14 @@ def test_make_mesh_reads_a_line():
     assert dict(sharding.make_mesh({"data": 8}).shape)["data"] == 8
 
 
+def test_mesh_sizes_need_no_devices():
+    assert sharding.mesh_sizes("fsdp=-1,tensor=8", 256) == {"data": 1, "fsdp": 32, "context": 1, "tensor": 8}
+    with pytest.raises(
+        ConfigError, match="data 2 x fsdp 3 x context 1 x tensor 1 needs 6 devices and there are 256"
+    ):
+        sharding.mesh_sizes({"fsdp": 3, "data": 2}, 256)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

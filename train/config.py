@@ -152,6 +152,14 @@ class TrainConfig:
         one_of("train.remat", self.remat, get_args(Remat))
         if not self.run_dir:
             raise ConfigError("train.run_dir is empty; give the folder that the run goes to")
+        if "://" in self.run_dir:
+            raise ConfigError(
+                f"train.run_dir is {self.run_dir!r}; it must be a folder: mount the bucket and give its path"
+            )
+        if self.steps >= 1 << 31:
+            raise ConfigError(
+                f"train.steps is {self.steps}; it must be below 2^31, which a step counter holds"
+            )
         if not -(1 << 63) <= self.seed < 1 << 63:
             raise ConfigError(f"train.seed is {self.seed}; it must fit 64 bits")
         if self.batch_size % self.accumulate:
@@ -166,8 +174,9 @@ class OptimizerConfig:
     """The update rule; the defaults are Llama 2's (arXiv 2307.09288, section 2.2).
 
     Attributes:
-      name: `adamw`, `muon` (matrices by Muon, the rest by AdamW), `lion`, or `adafactor`.
-      learning_rate: the peak.
+      name: `adamw`, `muon` (matrices by Muon, the rest by AdamW with Nesterov momentum), `lion`, or
+        `adafactor`.
+      learning_rate: the peak; Adafactor's is a fraction of each tensor's root mean square.
       schedule: `cosine` down to `final_fraction` of the peak; `wsd` (warm-up, stable, decay: linear over
         the last `decay_fraction` of the steps, arXiv 2405.18392); or `constant`.
       warmup_steps: linear from 0; never more than the run has.
@@ -195,7 +204,8 @@ class OptimizerConfig:
         for name in ("b1", "b2", "final_fraction", "decay_fraction"):
             value = getattr(self, name)
             if not 0 <= value <= 1 or (name in ("b1", "b2") and value == 1):
-                raise ConfigError(f"optimizer.{name} is {value}; it must be between 0 and 1")
+                most = "below 1" if name in ("b1", "b2") else "at most 1"
+                raise ConfigError(f"optimizer.{name} is {value}; it must be at least 0 and {most}")
 
 
 @dataclasses.dataclass(frozen=True)

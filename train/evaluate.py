@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from llama_jax import LlamaConfig, Sampling, generate
+from llama_jax.errors import ConfigError
 from llama_jax.loss import Loss
 from llama_jax.tokenizer import Tokenizer
 from train.config import EvalConfig, RunConfig
@@ -56,10 +57,23 @@ def make_held_out_loss(
 def make_sampler(
     run: RunConfig, model: LlamaConfig, platform: str, tokenizer: Tokenizer, mesh: Mesh | None
 ) -> Callable[[Any, jax.Array], str]:
-    """Makes the function of parameters and key that writes `eval.max_new_tokens` tokens after the prompt."""
+    """Makes the function of parameters and key that writes `eval.max_new_tokens` tokens after the prompt.
+
+    Fewer where the model's context is shorter.
+
+    Raises:
+      ConfigError: if the prompt alone fills it.
+    """
     config: EvalConfig = run.eval
     rows = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]  # each device needs one
-    prompt = tokenizer.encode(config.prompt, add_bos=tokenizer.bos_id is not None) or [tokenizer.eos_ids[0]]
+    prompt = tokenizer.encode(config.prompt, add_bos=tokenizer.bos_id is not None)
+    prompt = prompt or [*tokenizer.eos_ids, 0][:1]
+    room = model.max_position_embeddings - len(prompt)
+    if config.max_new_tokens and room < 1:
+        raise ConfigError(
+            f"eval.prompt has {len(prompt)} tokens and the model's context {model.max_position_embeddings}; "
+            "shorten it"
+        )
     tokens = jnp.asarray(np.tile(np.array(prompt, np.int32), (rows, 1)))
     dtype = compute_dtype(run.train, platform)
 
@@ -75,7 +89,7 @@ def make_sampler(
             jnp.full(rows, len(prompt), jnp.int32),
             key,
             Sampling(temperature=config.temperature),
-            max_new_tokens=config.max_new_tokens,
+            max_new_tokens=min(config.max_new_tokens, room),
             eos_id=tokenizer.eos_ids,
         )
         ids, lengths = out.tokens, out.lengths

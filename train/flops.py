@@ -19,6 +19,7 @@ _PEAKS = {
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
     "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
@@ -40,12 +41,13 @@ def flops_per_token(model: LlamaConfig, seq_len: int, *, causal: bool) -> float:
 
 
 def peak_flops(dtype: jnp.dtype) -> float:
-    """FLOP/s of all devices: the data sheet's, or on a CPU what its matrix product reaches here."""
+    """FLOP/s of all devices: the data sheet's, or, as for a CPU, what a matrix product reaches here."""
     kind = jax.devices()[0].device_kind
     for name, peak in _PEAKS.items():
         if kind.startswith(name):
             return peak * jax.device_count()
-    return _measured(dtype) * jax.process_count()  # simulated devices share their process's processor
+    # Simulated devices share the processor of their process.
+    return _measured(dtype) * (jax.process_count() if kind == "cpu" else jax.device_count())
 
 
 def _measured(dtype: jnp.dtype) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from llama_jax.cli.compiled import keep_compiled_programs
 from llama_jax.errors import ConfigError, DataError, InputError
 from llama_jax.sharding import check_mesh
 from llama_jax.tokenizer import Tokenizer
-from llama_jax.weights import open_source
+from llama_jax.weights import load_params, open_source
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.data import Data, open_data
@@ -50,8 +51,12 @@ def train(run: RunConfig) -> int:
     Raises:
       LlamaJaxError: for whatever a user can mend, in one line.
     """
+    if run.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise InputError(
+            f"log.wandb is {run.log.wandb!r} and wandb is not installed: pip install 'llama-jax[wandb]'"
+        )
+    join_processes(run.distributed)  # where JAX takes SIGTERM for itself, so before Interrupts takes it back
     with Interrupts() as interrupts, contextlib.ExitStack() as stack:
-        join_processes(run.distributed)
         first = jax.process_index() == 0
         say: Callable[[str], None] = output.note if first else lambda _: None
         keep_compiled_programs()
@@ -73,7 +78,7 @@ def train(run: RunConfig) -> int:
             process_index=feed.share,
             process_count=feed.shares,
         )
-        notes = {"data": data.fingerprint, "seed": run.train.seed}
+        notes = {"data": data.fingerprint, "seed": run.train.seed, "seq_len": run.train.seq_len}
         checkpoints = stack.enter_context(
             Checkpoints(run_dir, run.checkpoint, model=model, run=notes, warn=say)
         )
@@ -86,7 +91,7 @@ def train(run: RunConfig) -> int:
         if restored is None:
             state, done = _begin(run, model, mesh), 0
         else:
-            _check_same(run, restored.run, notes, run_dir)
+            _check_same(restored.run, notes, run_dir)
             state, done = restored.state, restored.step
             batches.restore(restored.data_states)
             say(f"resuming {run_dir} after step {done}")
@@ -137,37 +142,32 @@ def train(run: RunConfig) -> int:
 def _model(run: RunConfig, tokenizer: Tokenizer) -> LlamaConfig:
     if not run.model.init_from:
         return run.model.build(tokenizer.vocab_size)
-    path = pretrained.resolve(run.model.init_from)
-    model = open_source(path).config
-    if model.vocab_size != tokenizer.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, and model.init_from {run.model.init_from!r} "
-            f"was trained with {model.vocab_size}; set tokenizer.path to the one that came with it"
-        )
-    return model
+    return open_source(pretrained.resolve(run.model.init_from)).config
 
 
 def _begin(run: RunConfig, model: LlamaConfig, mesh: Mesh | None) -> TrainState:
     schedule = make_schedule(run.optimizer, run.train.steps)
     params = None
     if run.model.init_from:
+        source = open_source(pretrained.resolve(run.model.init_from))
         with output.progress_bar("loading weights") as progress:
-            params = pretrained.load(run.model.init_from, "float32", mesh=mesh, progress=progress).params
+            params = load_params(source, dtype=jnp.float32, mesh=mesh, stacked=True, progress=progress)
     return create_state(model, make_optimizer(run.optimizer, schedule), run.train.seed, params)
 
 
-def _check_same(run: RunConfig, before: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:
     """Checks that a resumed run reads the data that it began with, in the same order."""
     if before.get("data") != now["data"]:
         raise DataError(
             f"{run_dir}: the data is not what this run began with (files, text, tokenizer or weights have "
             "changed); put it back, or begin another run with --train.run_dir and --model.init_from"
         )
-    if before.get("seed") != now["seed"]:
-        raise ConfigError(
-            f"train.seed is {now['seed']} and the run in {run_dir} began with {before.get('seed')}; its "
-            "data's order follows from it: give the same, or another train.run_dir"
-        )
+    for name in ("seed", "seq_len"):
+        if before.get(name) != now[name]:
+            raise ConfigError(
+                f"train.{name} is {now[name]} and the run in {run_dir} began with {before.get(name)}; its "
+                "batches follow from it: give the same, or another train.run_dir"
+            )
 
 
 def _introduce(

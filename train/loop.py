@@ -92,7 +92,7 @@ class Loop:
         self._since: list[tuple[int, StepMetrics]] = []  # steps that no record has yet
         self._latest: tuple[int, StepMetrics] | None = None
         self._recent: dict[int, Mapping[str, np.ndarray]] = {}  # batches of the last two steps
-        self._numbers: dict[str, float] = {}
+        self._numbers: dict[str, float] = {}  # measured at this very step
         self._trace_until = 0
 
     def train(self) -> int:
@@ -106,13 +106,10 @@ class Loop:
             saved but a dump that shows why.
           CheckpointError, DataError: as they come.
         """
-        last = self.run.train.steps
-        while self.done < last and not self.interrupts.stop:
+        stopped = 0
+        while self.done < self.run.train.steps and not (stopped := self.interrupts.agreed_stop()):
             self._one()
-            if self.interrupts.agreed_stop() and self.done < last:
-                break
         self._check(self._latest)
-        stopped = self.interrupts.agreed_stop() if self.done < last else 0
         if not stopped:
             self._evaluate(final=True)
         self._record()
@@ -138,7 +135,7 @@ class Loop:
             return
         self._evaluate(final=False)
         if self.checkpoints.should_save(self.done):
-            jax.block_until_ready(self.state.step)  # the step's time, not the checkpoint's
+            self._check(self._latest)  # waits for the step, which is not the checkpoint's time
             self._save()
 
     def _check(self, step: tuple[int, StepMetrics] | None) -> None:
@@ -146,10 +143,12 @@ class Loop:
         if step is None or int(step[1].bad_run) < self.run.train.max_bad_steps:
             return
         number, metrics = step
+        where = self._dump(number, metrics)
+        self._record()
         raise Diverged(
             f"step {number}: loss {float(metrics.loss)}, gradient norm {float(metrics.grad_norm)}, bad "
-            f"for {int(metrics.bad_run)} steps in a row, all of them skipped; {self._dump(number, metrics)} "
-            "says where; lower optimizer.learning_rate, or look at the data of that step"
+            f"for {int(metrics.bad_run)} steps in a row, all of them skipped; {where} says where; lower "
+            "optimizer.learning_rate, or look at the data of that step"
         )
 
     def _dump(self, number: int, metrics: StepMetrics) -> Path:
@@ -206,6 +205,7 @@ class Loop:
         if final:  # the steps' own time ends before the evaluation's begins
             jax.block_until_ready(self.state.step)
         with self._clock.count("evaluation"):
+            self._numbers = {}
             if final or (every and self.done % every == 0):
                 jax.block_until_ready(self.state.step)
                 self._numbers = self.held_out(self.state.params)

@@ -49,18 +49,19 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
             optax.add_decayed_weights(-c.weight_decay, mask=decayed),
             optax.scale_by_schedule(schedule),
         )
-    return contrib.muon(
-        schedule,
+    muon = contrib.muon(
+        1.0,
         beta=c.b2,
-        weight_decay=c.weight_decay,
-        weight_decay_mask=decayed,
+        eps=c.eps,
         adam_b1=c.b1,
         adam_b2=c.b2,
-        adam_weight_decay=c.weight_decay,
         # AdamW's learning rates then suit Muon too (arXiv 2502.16982, section 2.2).
         consistent_rms=0.2,
         muon_weight_dimension_numbers=_matrices,
     )
+    # Optax's own decay of what AdamW updates would take the norm scales in.
+    decay = optax.add_decayed_weights(-c.weight_decay, mask=decayed)
+    return optax.chain(muon, decay, optax.scale_by_schedule(schedule))
 
 
 def decayed(params: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}; give a .toml file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # nested or numbered beyond what Python reads, too
         raise ConfigError(f"{path}: not TOML: {error}") from None
     sections = _fields(RunConfig)
     for name, section in table.items():
@@ -110,8 +111,8 @@ def _parse(name: str, text: str, kind: Any) -> Any:
         return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        raise ConfigError(f"{name} is {text!r}; it must be {_describe(kind)}") from None
+    except (ValueError, RecursionError):
+        raise ConfigError(f"{name} is {_short(text)}; it must be {_describe(kind)}") from None
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:
@@ -123,6 +124,9 @@ def _build(cls: Any, table: Mapping[str, Any], where: str) -> Any:
     for key in table:
         if key not in fields:
             raise ConfigError(f"unknown key {where}{key}{_close(key, fields)}")
+    for field in dataclasses.fields(cls):
+        if field.default is field.default_factory is dataclasses.MISSING and field.name not in table:
+            raise ConfigError(f"{where}{field.name} is missing; give {_describe(fields[field.name])}")
     return cls(**{key: _convert(value, fields[key], f"{where}{key}") for key, value in table.items()})
 
 
@@ -134,14 +138,24 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
             return tuple(_convert(item, get_args(one)[0], where) for item in value)
         if get_origin(one) is Literal and isinstance(value, str):
             return value  # whether it is one of them, the dataclass says
-        if one is float and type(value) is int:
+        if one is float and type(value) is int and abs(value) < 1 << 1000:
             return float(value)
         if one in (int, float, str, bool) and type(value) is one:
             return value
-    raise ConfigError(f"{where} is {value!r}; it must be {_describe(kind)}")
+    raise ConfigError(f"{where} is {_short(value)}; it must be {_describe(kind)}")
+
+
+def _short(value: Any) -> str:
+    return reprlib.repr(value)
 
 
 def _describe(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     kinds = [k for k in _alternatives(kind) if k is not type(None)]
-    return " or ".join(names.get(k, "a list" if get_origin(k) is tuple else "text") for k in kinds)
+
+    def name(kind: Any) -> str:
+        if dataclasses.is_dataclass(kind):
+            return f"a table of {', '.join(_fields(kind))}"
+        return names.get(kind, "a list" if get_origin(kind) is tuple else "text")
+
+    return " or ".join(map(name, kinds))

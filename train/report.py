@@ -12,7 +12,6 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llama_jax.errors import InputError
 from train.config import LogConfig
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
@@ -165,12 +164,8 @@ def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _wandb(project: str, run_dir: Path, settings: Mapping[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise InputError(
-            f"log.wandb is {project!r} and wandb is not installed: pip install 'llama-jax[wandb]'"
-        ) from None
+    import wandb
+
     known = run_dir / WANDB_ID  # a resumed run goes on in the same chart
     name = known.read_text().strip() if known.exists() else wandb.util.generate_id()
     known.write_text(name)

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from llama_jax import LlamaConfig
+from llama_jax.errors import ConfigError
 from llama_jax.loss import Loss
 from llama_jax.sharding import TOKENS_BT, explicit_axes
 from train.config import RunConfig
@@ -93,7 +94,7 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         loss, grads = accumulated(state.params, batch)
         count = jnp.maximum(loss.count, 1.0)
-        norm = optax.global_norm(grads) / count
+        norm = optax.tree.norm(grads) / count
         scale = 1 / count
         if clip_norm:
             scale *= jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
@@ -145,7 +146,18 @@ def build_step(
     Returns:
       The step (state, batch) -> (state, metrics), which donates the state; the state's shapes, dtypes and
       layouts; the global batch's.
+
+    Raises:
+      ConfigError: if the mesh does not divide a microbatch.
     """
+    each = run.train.batch_size // run.train.accumulate
+    parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    if each % parts:
+        raise ConfigError(
+            f"train.batch_size / train.accumulate is {run.train.batch_size} / {run.train.accumulate} = "
+            f"{each}, which mesh.data x mesh.fsdp = {parts} does not divide; "
+            f"make train.batch_size {-(-each // parts) * parts * run.train.accumulate}"
+        )
     schedule = make_schedule(run.optimizer, run.train.steps)
     optimizer = make_optimizer(run.optimizer, schedule)
     step = make_step(

@@ -187,7 +187,7 @@ def describe_tree(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
       CheckpointError: if the folder holds no Orbax tree, or a damaged one.
     """
     with _reading(folder) as (_, reader):
-        metadata = reader.metadata(folder)
+        metadata = reader.metadata(folder.absolute())  # Orbax takes no relative path
         found, _ = jax.tree_util.tree_flatten_with_path(metadata.item_metadata.tree)
         return {
             jax.tree_util.keystr(path, simple=True, separator="."): jax.ShapeDtypeStruct(
@@ -214,7 +214,7 @@ def read_tree(folder: Path, abstract: Any) -> Any:
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             partial_restore=True,
         )
-        return jax.block_until_ready(reader.restore(folder, args=args))
+        return jax.block_until_ready(reader.restore(folder.absolute(), args=args))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,35 @@
+"""Fifty steps of training equal torch's and transformers', by golden file."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tests.golden import training
+from train import optimizer
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_fifty_steps_have_the_losses_of_torch_and_transformers(accumulate: int) -> None:
+    """Full remat, blockwise attention, a loss in chunks: as a real run has it, but for f32."""
+    curve = training.our_curve(accumulate=accumulate)
+    assert training.difference(curve, training.golden_curve()) <= training.TOLERANCE
+    assert curve["loss"][-5:].mean() < curve["loss"][:5].mean() - 2  # it learns
+
+
+def test_other_policies_have_the_same_losses() -> None:
+    curve = training.our_curve(remat="none", attention="xla", loss_chunks=1)
+    assert training.difference(curve, training.golden_curve()) <= training.TOLERANCE
+
+
+@pytest.mark.parametrize("change", ["eps", "decayed norms"])
+def test_the_golden_notices_a_wrong_setting(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the golden itself: a setting that did not reach the curve would prove nothing."""
+    config = training.OPTIMIZER
+    if change == "eps":
+        config = dataclasses.replace(config, eps=1e-8)
+    else:
+        monkeypatch.setattr(optimizer, "decayed", None)  # optax then decays every leaf
+    curve = training.our_curve(config, remat="none", attention="xla", loss_chunks=1)
+    assert training.difference(curve, training.golden_curve()) > 10 * training.TOLERANCE

@@ -1,0 +1,206 @@
+"""A run's configuration: TOML and back, words over file, Llama 2's defaults, every way to get it wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+import llama_jax as lj
+from llama_jax.cli.parser import UsageError
+from llama_jax.errors import ConfigError, LlamaJaxError
+from train.config import ModelConfig, RunConfig
+from train.data.config import SourceConfig
+from train.read_config import keys, load_config, to_toml
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str | bytes) -> Path:
+        path = tmp_path / "run.toml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_of_the_repository_survives_toml_and_makes_a_model(path, write):
+    run = load_config(path)
+    assert load_config(write(to_toml(run))) == run
+    assert run.model.build(run.tokenizer.vocab_size or 32_000).num_params > 0
+    assert len(path.read_text().splitlines()) < 60
+
+
+def test_a_mixture_survives_toml(write):
+    text = """
+        [data]
+        held_out = 0
+        mixture = [
+            { files = "a/*.txt", weight = 2 },
+            { files = 'b "c".jsonl', exclude = ["*/é*"], field = "body" },
+        ]
+        [model]
+        vocab_size = 300
+    """
+    run = load_config(write(text))
+    assert run.data.mixture[0] == SourceConfig("a/*.txt", weight=2.0)
+    assert run.data.held_out == 0.0 and type(run.data.held_out) is float
+    assert load_config(write(to_toml(run))) == run
+
+
+def test_an_empty_file_is_the_defaults_and_they_are_llama_2s(write):
+    """arXiv 2307.09288, section 2.2."""
+    run = load_config(write(""))
+    assert run == RunConfig()
+    o = run.optimizer
+    assert (o.name, o.schedule, o.b1, o.b2, o.eps) == ("adamw", "cosine", 0.9, 0.95, 1e-5)
+    assert (o.weight_decay, o.clip_norm, o.warmup_steps, o.final_fraction) == (0.1, 1.0, 2000, 0.1)
+    assert run.model.build() == lj.presets.LLAMA2_7B
+
+
+def test_words_win_over_the_file_and_the_last_over_the_first(write):
+    path = write("[train]\nsteps = 10\nseed = 3\n[model]\ntie_word_embeddings = true\n")
+    words = "--train.steps 20 --train.steps=30 --mesh.fsdp -1 --optimizer.learning_rate 1 --train.run_dir a=b"
+    run = load_config(
+        path, [*words.split(), "--model.tie_word_embeddings=false", "--data.exclude", "['*/x']"]
+    )
+    assert (run.train.steps, run.train.seed, run.mesh.fsdp, run.train.run_dir) == (30, 3, -1, "a=b")
+    assert run.model.tie_word_embeddings is False and run.data.exclude == ("*/x",)
+    assert run.optimizer.learning_rate == 1.0 and type(run.optimizer.learning_rate) is float
+    assert load_config(path, ["--train.run_dir", "7"]).train.run_dir == "7"  # text stays text
+
+
+def test_a_preset_is_changed_by_what_stands_beside_it():
+    assert ModelConfig(preset="LLaMA2_70B").build() == lj.presets.LLAMA2_70B
+    model = ModelConfig(preset="tiny", num_hidden_layers=3).build(vocab_size=500)
+    assert model == lj.presets.TINY.replace(num_hidden_layers=3, vocab_size=500)
+    assert ModelConfig(preset="tiny", vocab_size=512).build(vocab_size=500).vocab_size == 512
+
+
+def test_every_key_is_shown():
+    shown = keys()
+    assert list(shown) == [f.name for f in dataclasses.fields(RunConfig)]
+    assert ("warmup_steps", "2000") in shown["optimizer"] and ("mixture", "()") in shown["data"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[trian]\nsteps = 3", "run.toml: unknown section [trian]; did you mean train?"),
+        (
+            "[zzz]",
+            "run.toml: unknown section [zzz]; there are model, tokenizer, data, train, optimizer, mesh,",
+        ),
+        ("train = 3", "run.toml: train is 3; it must be a section, [train]"),
+        ("[train]\nstep = 3", "run.toml: unknown key train.step; did you mean steps?"),
+        (
+            "[[data.mixture]]\nfiles = 'a'\nwieght = 2",
+            "unknown key data.mixture.wieght; did you mean weight?",
+        ),
+        ("[[data.mixture]]\nweight = 2", "data.mixture.files is missing; give text"),
+        ("[data]\nmixture = ['a']", "data.mixture is 'a'; it must be a table of files, exclude,"),
+        ("[data]\nmixture = 'a'", "data.mixture is 'a'; it must be a list"),
+        ("[data]\nexclude = [3]", "data.exclude is 3; it must be text"),
+        ("[train]\nsteps = 2.5", "train.steps is 2.5; it must be a whole number"),
+        ("[train]\nsteps = true", "train.steps is True; it must be a whole number"),
+        ("[train]\nsteps = '3'", "train.steps is '3'; it must be a whole number"),
+        ("[train]\nsteps = 0", "train.steps is 0; it must be a number, at least 1"),
+        ("[train]\nsteps = 3000000000", "train.steps is 3000000000; it must be below 2^31"),
+        ("[train]\nseed = 9223372036854775808", "train.seed is 9223372036854775808; it must fit 64 bits"),
+        ("[train]\nrun_dir = ''", "train.run_dir is empty"),
+        ("[train]\nz_loss = nan", "train.z_loss is nan; it must be a number, at least 0"),
+        ("[train]\ndtype = 'float16'", "train.dtype is 'float16'; did you mean bfloat16?"),
+        ("[train]\nremat = 'ful'", "train.remat is 'ful'; did you mean full?"),
+        ("[train]\nattention = 'flash'", "train.attention is 'flash'"),
+        (
+            "[train]\nbatch_size = 7\naccumulate = 2",
+            "train.batch_size 7 is not a multiple of train.accumulate 2",
+        ),
+        ("[optimizer]\nname = 'adam'", "optimizer.name is 'adam'; did you mean adamw?"),
+        ("[optimizer]\nschedule = 'cosin'", "did you mean cosine?; it must be one of cosine, wsd, constant"),
+        ("[optimizer]\nb2 = 1.0", "optimizer.b2 is 1.0; it must be at least 0 and below 1"),
+        (
+            "[optimizer]\nfinal_fraction = 1.5",
+            "optimizer.final_fraction is 1.5; it must be at least 0 and at most 1",
+        ),
+        (
+            "[optimizer]\nlearning_rate = -1",
+            "optimizer.learning_rate is -1.0; it must be a number, at least 0",
+        ),
+        ("[optimizer]\nlearning_rate = inf", "optimizer.learning_rate is inf"),
+        ("[mesh]\nfsdp = 0", "mesh.fsdp is 0; it must be at least 1, or -1 for what is left"),
+        ("[mesh]\ndata = -1", "mesh.data and mesh.fsdp are both -1; only one can take what is left"),
+        ("[mesh]\nslices = 0", "mesh.slices is 0"),
+        ("[model]\npreset = 'llama2_8b'", "model.preset is 'llama2_8b'; did you mean llama2_7b?"),
+        (
+            "[model]\ninit_from = 'x'\nhidden_size = 8",
+            "model.init_from is 'x', which decides the shape: drop model.hidden",
+        ),
+        ("[tokenizer]\n", "tokenizer: give either tokenizer.path"),
+        ("[tokenizer]\npath = 'a'\nvocab_size = 3", "tokenizer: give either tokenizer.path"),
+        ("[eval]\nbatches = 0", "eval.batches is 0"),
+        ("[log]\nevery = 0", "log.every is 0"),
+        ("[checkpoint]\nkeep = 0", "checkpoint.keep is 0"),
+        ("[distributed]\nprocesses = 2", "distributed.processes and distributed.process go together"),
+        (
+            "[distributed]\ncoordinator = 'a:1'\nprocesses = 2\nprocess = 2",
+            "distributed.process is 2; of 2 processes the last is 1",
+        ),
+        ("steps = = 3", "run.toml: not TOML: Invalid value (at line 1, column 9)"),
+        (b"\xff", "run.toml: not TOML: 'utf-8' codec"),
+        ("a = " + "[" * 20_000, "run.toml: not TOML: maximum recursion depth exceeded"),
+        ("a = " + "1" * 20_000, "run.toml: not TOML: Exceeds the limit"),
+        ("[optimizer]\nlearning_rate = " + "1" * 400, "optimizer.learning_rate is 111"),
+    ],
+)
+def test_a_bad_file_is_one_line_that_says_where(text, message, write):
+    with pytest.raises(ConfigError) as error:
+        load_config(write(text))
+    assert message in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--train.stpes", "3"], "unknown setting --train.stpes; did you mean train.steps?"),
+        (["--zzz.yyy", "3"], "unknown setting --zzz.yyy; see: --help"),
+        (["--train", "3"], "unknown setting --train"),
+        (["--train.steps"], "--train.steps needs a value"),
+        (["train.steps=3"], "unexpected argument 'train.steps=3'; settings are --section.key VALUE"),
+        (["--train.steps", "many"], "--train.steps is 'many'; it must be a whole number"),
+        (["--train.steps", "4.0"], "train.steps is 4.0; it must be a whole number"),
+        (["--train.steps="], "--train.steps is ''; it must be a whole number"),
+        (["--train.steps", "[" * 20_000], "it must be a whole number"),
+        (["--optimizer.learning_rate", "fast"], "--optimizer.learning_rate is 'fast'; it must be a number"),
+        (
+            ["--model.tie_word_embeddings", "True"],
+            "--model.tie_word_embeddings is 'True'; it must be true or false",
+        ),
+        (["--data.exclude", "*/x"], "--data.exclude is '*/x'; it must be a list"),
+        (["--train.remat", "everything"], "train.remat is 'everything'; it must be one of none, dots"),
+    ],
+)
+def test_a_bad_word_is_one_line_that_names_it(words, message, write):
+    with pytest.raises((ConfigError, UsageError)) as error:
+        load_config(write(""), words)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    for path, reason in ((tmp_path / "no.toml", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(LlamaJaxError) as error:
+            load_config(path)
+        assert str(error.value).startswith(f"{path}: cannot be read: {reason}")
+
+
+def test_a_model_that_cannot_be_says_so():
+    with pytest.raises(
+        ConfigError, match=r"model.vocab_size is 100; the tokenizer has 300 tokens: leave it out"
+    ):
+        ModelConfig(vocab_size=100).build(300)
+    with pytest.raises(ConfigError, match="model: hidden_size 10 is not a multiple of num_attention_heads 4"):
+        ModelConfig(hidden_size=10, num_attention_heads=4).build()

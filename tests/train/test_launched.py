@@ -1,0 +1,148 @@
+"""Which launchers are noticed: those by which JAX finds its other processes, and none for a process alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from jax._src import clusters
+from jax._src.clusters import cloud_tpu_cluster
+
+from llama_jax.errors import InputError
+from train import devices
+from train.config import DistributedConfig
+
+ROOT = Path(__file__).parents[2]
+PREFIXES = ("SLURM_", "OMPI_", "PMIX_", "TPU_", "MEGASCALE_", "JOB_COMPLETION_", "KUBERNETES_")
+
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "0",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+}
+OPEN_MPI_4 = OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1:9"}
+GKE = {"TPU_SKIP_MDS_QUERY": "true", "TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}
+JOB = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    """Puts a launcher's variables into an environment that has none."""
+    for name in list(os.environ):
+        if name.startswith(PREFIXES):
+            monkeypatch.delenv(name)
+
+    def put(variables: dict[str, str], *, on_tpu: bool = False) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", on_tpu)
+        monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: ("0", 200))
+        jax.config.update("jax_platforms", "tpu,cpu" if on_tpu else "cpu")
+
+    yield put
+    jax.config.update("jax_platforms", "cpu")
+
+
+def found_by_jax() -> str | None:
+    kinds = (kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method)
+    return next((kind.__name__ for kind in kinds if kind.is_env_present()), None)
+
+
+@pytest.mark.parametrize(
+    ("variables", "on_tpu", "by"),
+    [
+        (SLURM, False, "SlurmCluster"),
+        (OPEN_MPI_4, False, "OmpiCluster"),
+        (GKE | {"TPU_WORKER_HOSTNAMES": "a,b"}, True, "GkeTpuCluster"),
+        (GKE | {"TPU_PROCESS_ADDRESSES": "a:1,b:1"}, True, "GkeTpuCluster"),
+        (GKE | {"MEGASCALE_COORDINATOR_ADDRESS": "a"}, True, "GkeTpuCluster"),
+        ({}, True, "GceTpuCluster"),
+    ],
+)
+def test_what_jax_finds_is_noticed(launch, variables, on_tpu, by):
+    launch(variables, on_tpu=on_tpu)
+    assert found_by_jax() == by
+    assert devices._launched_with_others()
+
+
+def test_a_pod_of_an_indexed_job_is_noticed(launch):
+    launch(JOB)  # JAX needs the package `kubernetes` to see more than that
+    assert devices._launched_with_others()
+
+
+@pytest.mark.parametrize(
+    ("variables", "on_tpu"),
+    [
+        ({}, False),
+        (SLURM | {"SLURM_NTASKS": "1"}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, False),  # the batch script itself, without srun
+        (OPEN_MPI_4 | {"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),  # a pod for development
+        (GKE, True),
+        ({"TPU_SKIP_MDS_QUERY": "1"}, True),
+    ],
+)
+def test_a_process_alone_joins_nobody(launch, monkeypatch, variables, on_tpu):
+    launch(variables, on_tpu=on_tpu)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("joins"))
+    devices.join_processes(DistributedConfig())
+
+
+@pytest.mark.parametrize(("variables", "method"), [(OPEN_MPI_4, None), (OPEN_MPI, "mpi4py"), (SLURM, None)])
+def test_open_mpi_5_is_asked_by_mpi4py(launch, monkeypatch, variables, method):
+    launch(variables)
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
+    devices.join_processes(DistributedConfig(heartbeat_seconds=7))
+    assert calls == [{"cluster_detection_method": method, "heartbeat_timeout_seconds": 7}]
+
+
+@pytest.mark.parametrize(
+    "error", [ModuleNotFoundError("No module named 'mpi4py'"), ConnectionError("no route")]
+)
+def test_a_launcher_that_cannot_be_asked_is_one_line(launch, monkeypatch, error):
+    def fail(**_: object) -> None:
+        raise error
+
+    launch(OPEN_MPI)
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(InputError) as raised:
+        devices.join_processes(DistributedConfig())
+    said = str(raised.value)
+    assert said.startswith(f"cannot join the other processes at the launcher's coordinator: {error}; ")
+    assert "or give them, in every process" in said and "\n" not in said
+
+
+def test_two_processes_under_slurm_find_each_other():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    program = (
+        "from train.config import DistributedConfig; from train.devices import join_processes; import jax\n"
+        "join_processes(DistributedConfig()); print(jax.process_index(), jax.process_count())"
+    )
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env=os.environ
+            | SLURM
+            | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "JAX_COORDINATOR_PORT": port},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    assert [process.communicate(timeout=120)[0].split() for process in started] == [["0", "2"], ["1", "2"]]

@@ -1,0 +1,184 @@
+"""Schedules at their landmarks, update rules against their formulas, and settings that reach them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import llama_jax as lj
+from train.config import OptimizerConfig
+from train.optimizer import decayed, make_optimizer, make_schedule
+
+MODEL = lj.LlamaConfig(
+    vocab_size=24, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, head_dim=4
+)
+PARAMS = jax.tree.map(lambda p: p + 0.1, lj.init(MODEL, jax.random.key(0)))
+NAMES = ("adamw", "muon", "lion", "adafactor")
+
+
+def rates(steps: int, **config) -> np.ndarray:
+    schedule = make_schedule(OptimizerConfig(learning_rate=2.0, **config), steps)
+    return np.array([schedule(step) for step in range(steps + 1)])
+
+
+def test_warm_up_is_linear_from_the_first_step_to_the_peak():
+    for schedule in ("cosine", "wsd", "constant"):
+        np.testing.assert_allclose(
+            rates(40, schedule=schedule, warmup_steps=8)[:9], [*np.arange(1, 9) / 4, 2.0], rtol=1e-6
+        )
+
+
+def test_cosine_passes_the_middle_and_ends_at_its_fraction():
+    values = rates(110, warmup_steps=10)
+    assert values.max() == values[9] == values[10] == 2.0
+    np.testing.assert_allclose(values[60], 2.0 * (1 + 0.1) / 2, rtol=1e-6)
+    np.testing.assert_allclose(values[110], 0.2, rtol=1e-6)
+    by_hand = [2 * (0.1 + 0.9 * (1 + math.cos(math.pi * t / 100)) / 2) for t in range(101)]
+    np.testing.assert_allclose(values[10:], by_hand, rtol=1e-5)
+
+
+def test_wsd_is_flat_and_then_falls_in_a_line():
+    values = rates(100, schedule="wsd", warmup_steps=10, decay_fraction=0.2, final_fraction=0.0)
+    assert (values[10:81] == 2.0).all()
+    np.testing.assert_allclose(values[80:], 2.0 * np.arange(20, -1, -1) / 20, atol=1e-6)
+
+
+def test_constant_stays():
+    assert (rates(30, schedule="constant", warmup_steps=3)[2:] == 2.0).all()
+    assert (rates(3, schedule="constant", warmup_steps=0) == 2.0).all()
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 2000), (3, 2000), (2, 1), (5, 5), (1, 0)])
+def test_short_runs_have_finite_rates_and_reach_the_peak(schedule, steps, warmup):
+    values = rates(steps, schedule=schedule, warmup_steps=warmup)[:steps]
+    assert np.isfinite(values).all() and (values > 0).all() and values.max() == 2.0
+
+
+def gradient(seed: int):
+    draw = lambda path, p: np.float32(np.random.default_rng([seed, p.size]).normal(size=p.shape))  # noqa: E731
+    return jax.tree_util.tree_map_with_path(draw, PARAMS)
+
+
+def run(config: OptimizerConfig, steps: int = 3, gradients=gradient):
+    """The parameters after so many updates."""
+    optimizer = make_optimizer(config, make_schedule(config, steps))
+
+    @jax.jit
+    def update(grads, state, params):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = PARAMS, optimizer.init(PARAMS)
+    for step in range(steps):
+        params, state = update(gradients(step), state, params)
+    return params
+
+
+def test_adamw_is_the_papers_formula():
+    """Decoupled weight decay, arXiv 1711.05101, algorithm 2, in numpy; none on norm scales."""
+    config = OptimizerConfig(learning_rate=0.03, warmup_steps=2)
+    got, schedule = run(config), make_schedule(config, 3)
+
+    def by_hand(path, p, decay):
+        p, m, v = np.float64(p), 0.0, 0.0
+        for t in range(3):
+            g = np.float64(functools.reduce(lambda tree, key: tree[key.key], path, gradient(t)))
+            m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+            step = m / (1 - 0.9 ** (t + 1)) / (np.sqrt(v / (1 - 0.95 ** (t + 1))) + 1e-5)
+            p = p - float(schedule(t)) * (step + 0.1 * decay * p)
+        return p
+
+    expected = jax.tree_util.tree_map_with_path(by_hand, PARAMS, decayed(PARAMS))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7), got, expected)
+
+
+def test_lion_is_the_papers_formula():
+    """arXiv 2302.06675, algorithm 2."""
+    config = OptimizerConfig(name="lion", learning_rate=0.01, warmup_steps=0, schedule="constant")
+    got = run(config)["layers"]["attention"]["wo"]
+    p, m = np.float64(PARAMS["layers"]["attention"]["wo"]), 0.0
+    for t in range(3):
+        g = np.float64(gradient(t)["layers"]["attention"]["wo"])
+        p = p - 0.01 * (np.sign(0.9 * m + 0.1 * g) + 0.1 * p)
+        m = 0.95 * m + 0.05 * g
+    np.testing.assert_allclose(got, p, rtol=1e-5)
+
+
+def test_muons_update_of_a_matrix_is_near_orthogonal_and_has_adamws_size():
+    config = OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.0)
+    new = run(config, steps=1)
+    for name, shape in (("wq", (8, 8)), ("wo", (8, 8))):
+        update = np.asarray(new["layers"]["attention"][name] - PARAMS["layers"]["attention"][name])
+        for layer in update.reshape(2, *shape):
+            singular = np.linalg.svd(layer, compute_uv=False) / (0.2 * math.sqrt(8))
+            assert (singular > 0.3).all() and (singular < 1.6).all(), name
+    up = new["layers"]["feed_forward"]["w_up"] - PARAMS["layers"]["feed_forward"]["w_up"]
+    assert 0.1 < float(jnp.sqrt(jnp.mean(up**2))) < 0.3
+    # Embedding, output projection and norms are Adam's, every entry's first step alike: one, and with
+    # Nesterov's look ahead (b1 m + (1 - b1) g) at their second step's correction of m.
+    first = 0.1 / 0.1 + 0.9 * 0.1 / (1 - 0.9**2)
+    for leaf in (new["embed"]["embedding"] - PARAMS["embed"]["embedding"], new["final_norm"]["scale"] - 1.1):
+        np.testing.assert_allclose(jnp.abs(leaf), first, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weight_decay_shrinks_every_matrix_and_leaves_norm_scales_alone(name):
+    """With no gradient an update is the decay alone: rate x decay, whatever the rule."""
+    config = OptimizerConfig(
+        name=name, learning_rate=0.5, warmup_steps=0, schedule="constant", weight_decay=0.2
+    )
+    got = run(config, 1, gradients=lambda _: jax.tree.map(jnp.zeros_like, PARAMS))
+
+    def check(path, new, old):
+        kept = 1.0 if "norm" in jax.tree_util.keystr(path) else 1 - 0.5 * 0.2
+        np.testing.assert_allclose(new, kept * old, rtol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+    jax.tree_util.tree_map_with_path(check, got, PARAMS)
+
+
+SETTINGS = {
+    "adamw": ("learning_rate", "b1", "b2", "eps", "weight_decay", "schedule"),
+    "muon": ("learning_rate", "b1", "b2", "eps", "weight_decay", "schedule"),
+    "lion": ("learning_rate", "b1", "b2", "weight_decay", "schedule"),
+    "adafactor": ("learning_rate", "weight_decay", "schedule"),
+}
+OTHER = {"learning_rate": 0.02, "b1": 0.5, "b2": 0.6, "eps": 0.5, "weight_decay": 0.5, "schedule": "constant"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_reach_their_rule(name):
+    config = OptimizerConfig(name=name, learning_rate=0.01, warmup_steps=0)
+    base = run(config)
+    for setting in SETTINGS[name]:
+        other = run(dataclasses.replace(config, **{setting: OTHER[setting]}))
+        same = jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-6), base, other)
+        assert not all(jax.tree.leaves(same)), setting
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_rule_fits_a_toy(name):
+    """A small Llama learns a fixed text; norms and embeddings move too."""
+    tokens = np.tile(np.arange(24, dtype=np.int32), (2, 1))
+    rate = 0.2 if name == "adafactor" else 0.02  # relative to the size of what it changes
+    config = OptimizerConfig(name=name, learning_rate=rate, warmup_steps=5)
+    optimizer = make_optimizer(config, make_schedule(config, 40))
+
+    @jax.jit
+    def step(carry, _):
+        params, state = carry
+        loss, grads = jax.value_and_grad(lambda p: lj.next_token_loss(MODEL, p, tokens).mean)(params)
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), loss
+
+    (params, _), losses = jax.lax.scan(step, (PARAMS, optimizer.init(PARAMS)), None, 40)
+    assert losses[0] > 3 and losses[-1] < losses[0] - 1
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), params, PARAMS)
+    assert all(jax.tree.leaves(moved))

@@ -1,0 +1,318 @@
+"""The step: one curve on every mesh; microbatches and remat change nothing, and bad steps neither."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import llama_jax as lj
+from llama_jax.errors import ConfigError
+from llama_jax.loss import Loss
+from llama_jax.sharding import make_mesh, param_specs
+from train.config import OptimizerConfig, RunConfig, TrainConfig
+from train.feed import Feed
+from train.objectives import pretraining
+from train.optimizer import make_optimizer, make_schedule
+from train.state import TrainState, create_state, on
+from train.step import build_step, make_step
+
+MODEL = lj.LlamaConfig(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+BATCH, LENGTH = 8, 16
+RUN = RunConfig(
+    train=TrainConfig(steps=20, batch_size=BATCH, seq_len=LENGTH, dtype="float32", loss_chunks=3),
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=4),
+)
+# What compiles in the least time; the laws below say that nothing depends on it.
+CHEAP = {"remat": "none", "attention": "xla", "loss_chunks": 1}
+MESHES = ["fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2", "fsdp=2,context=2,tensor=2"]
+
+
+def changed(run: RunConfig = RUN, **sections: dict[str, Any]) -> RunConfig:
+    return dataclasses.replace(
+        run, **{name: dataclasses.replace(getattr(run, name), **new) for name, new in sections.items()}
+    )
+
+
+def packed(seed: int) -> dict[str, np.ndarray]:
+    """Rows of two documents each and some padding, unevenly; tokens that mostly follow a rule."""
+    rng = np.random.default_rng(seed)
+    steps = np.where(rng.random((BATCH, LENGTH)) < 0.9, 5, rng.integers(0, 96, (BATCH, LENGTH)))
+    at, second, end = np.arange(LENGTH), rng.integers(3, 9, (BATCH, 1)), rng.integers(9, 17, (BATCH, 1))
+    segments = np.where(at < second, 1, 2) * (at < end)
+    positions = np.where(at < second, at, at - second) * (at < end)
+    arrays = {
+        "tokens": np.cumsum(steps, 1) % 96 * (at < end),
+        "segment_ids": segments,
+        "positions": positions,
+    }
+    return {name: array.astype(np.int32) for name, array in arrays.items()}
+
+
+def begin(run: RunConfig = RUN) -> TrainState:
+    return create_state(
+        MODEL, make_optimizer(run.optimizer, make_schedule(run.optimizer, run.train.steps)), 0
+    )
+
+
+@functools.cache
+def compiled(run: RunConfig, spec: str | None) -> Any:
+    mesh = spec and make_mesh(spec)
+    with on(mesh):
+        step, state, batch = build_step(run, MODEL, mesh, "cpu")
+        return step.lower(state, batch).compile()
+
+
+def curve(run: RunConfig, spec: str | None, steps: int) -> tuple[np.ndarray, TrainState]:
+    """Losses and gradient norms [steps, 2], and the state at the end."""
+    mesh = spec and make_mesh(spec)
+    step, feed = compiled(run, spec), Feed.over(mesh, BATCH, LENGTH)
+    with on(mesh):
+        state, told = begin(run), []
+        for seed in range(steps):
+            state, metrics = step(state, feed.put(packed(seed)))
+            told.append([metrics.loss, metrics.grad_norm])
+    return np.array(told, np.float32), state
+
+
+@pytest.fixture(scope="module")
+def alone() -> tuple[np.ndarray, TrainState]:
+    told, state = curve(RUN, None, 20)
+    assert told[-1, 0] < told[0, 0] - 0.5
+    return told, state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", MESHES)
+def test_the_curve_is_the_same_on_every_mesh(alone, spec):
+    told, state = curve(RUN, spec, 20)
+    np.testing.assert_allclose(told[:, 0], alone[0][:, 0], atol=1e-5)
+    np.testing.assert_allclose(told[:, 1], alone[0][:, 1], rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.params, alone[1].params)
+
+
+def data(state: TrainState) -> list[np.ndarray]:
+    """Every leaf's numbers, on the host."""
+    plain = dataclasses.replace(state, key=jax.random.key_data(state.key))
+    return [np.array(leaf) for leaf in jax.tree.leaves(plain)]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_state_is_born_in_its_shards_with_the_bits_of_no_mesh(name):
+    run = changed(optimizer={"name": name})
+    mesh, without = make_mesh("fsdp=4,tensor=2"), begin(run)
+    with on(mesh):
+        state = begin(run)
+        abstract = build_step(run, MODEL, mesh, "cpu")[1]
+    for ours, theirs in zip(data(state), data(without), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    jax.tree.map(lambda leaf, said: leaf.sharding == said.sharding or pytest.fail(str(said)), state, abstract)
+    specs = {leaf.shape: leaf.sharding.spec for leaf in jax.tree.leaves(state.params)}
+    expected = jax.tree.leaves(param_specs(MODEL), is_leaf=lambda x: isinstance(x, jax.P))
+    assert [leaf.sharding.spec for leaf in jax.tree.leaves(state.params)] == expected
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape in specs]
+    assert len(moments) >= len(expected)
+    for leaf in moments:
+        assert leaf.sharding.spec == specs[leaf.shape], leaf.shape
+    here, whole = (sum(map(size, moments)) for size in (lambda x: x.addressable_shards[0].data.size, np.size))
+    assert here < whole / 7  # an eighth on each device, but for norm scales
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_optimizers_whose_layout_is_the_compilers_have_one_curve_too(name):
+    rate = 0.1 if name == "adafactor" else 3e-3
+    run = changed(optimizer={"name": name, "learning_rate": rate}, train=CHEAP)
+    told, _ = curve(run, "fsdp=4,tensor=2", 5)
+    np.testing.assert_allclose(told, curve(run, None, 5)[0], rtol=1e-4)
+
+
+def one_step(*, accumulate: int = 1, batch: Any = None, **train: Any) -> Any:
+    """The metrics of one step of plain descent, and what it took from the parameters: the gradient."""
+    step = descent(dataclasses.replace(RUN.train, accumulate=accumulate, **{**CHEAP, **train}))
+    state = create_state(MODEL, optax.sgd(1.0), 0)
+    new, metrics = step(state, jax.tree.map(jnp.asarray, packed(0) if batch is None else batch))
+    return metrics, jax.tree.map(jnp.subtract, state.params, new.params)
+
+
+@functools.cache
+def descent(config: TrainConfig) -> Any:
+    objective, rate = pretraining(MODEL, config, "cpu"), optax.constant_schedule(1.0)
+    return jax.jit(make_step(objective, optax.sgd(1.0), rate, accumulate=config.accumulate, clip_norm=0.0))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return one_step()
+
+
+def assert_same(got, expected, atol=2e-7):
+    for name in ("loss", "tokens", "grad_norm"):
+        np.testing.assert_allclose(getattr(got[0], name), getattr(expected[0], name), rtol=2e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), got[1], expected[1])
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_microbatches_change_nothing_however_uneven_their_padding(plain, accumulate):
+    assert_same(one_step(accumulate=accumulate), plain)
+
+
+def test_microbatches_change_nothing_on_a_mesh(plain):
+    with on(make_mesh("fsdp=2,context=2,tensor=2")):
+        assert_same(one_step(accumulate=2), plain)
+
+
+@pytest.mark.parametrize(
+    ("remat", "chunks"), [("none", 16), ("dots", 3), ("attention", 1), ("full", 5), ("offload", 3)]
+)
+def test_remat_blockwise_attention_and_chunks_change_nothing(plain, remat, chunks):
+    assert_same(one_step(remat=remat, attention="blockwise", loss_chunks=chunks), plain)
+
+
+@pytest.mark.parametrize("attention", ["blockwise", "xla"])
+def test_packed_documents_are_separate_ones_in_loss_and_gradient(plain, attention):
+    """Each document in a row of its own, and nothing beside it."""
+    batch = packed(0)
+    rows = [
+        {name: array[row][batch["segment_ids"][row] == segment] for name, array in batch.items()}
+        for row in range(BATCH)
+        for segment in (1, 2)
+    ]
+    apart = {
+        name: np.stack([np.pad(row[name], (0, LENGTH - len(row[name]))) for row in rows]) for name in batch
+    }
+    assert apart["tokens"].shape == (2 * BATCH, LENGTH)
+    assert_same(one_step(attention=attention, batch=apart), plain)
+
+
+def test_a_step_of_padding_alone_is_no_nan():
+    empty = {name: np.zeros((BATCH, LENGTH), np.int32) for name in packed(0)}
+    metrics, update = one_step(batch=empty)
+    assert metrics.loss == metrics.tokens == metrics.grad_norm == 0 and metrics.bad_run == 0
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(update))
+
+
+def toy_state(optimizer: optax.GradientTransformation) -> TrainState:
+    params, zero = {"w": jnp.arange(1.0, 4.0)}, jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        params=params,
+        opt_state=optimizer.init(params),
+        key=jax.random.key(0),
+        skipped=zero,
+        bad_run=zero,
+    )
+
+
+@pytest.mark.parametrize("clip", [0.05, 1e3])
+def test_clipping_is_optaxs_of_the_mean_and_the_norm_is_told_before_it(clip):
+    rate = optax.constant_schedule(1.0)
+    objective = lambda p, batch: Loss(total=batch["tokens"].sum() * (p["w"] ** 2).sum(), count=jnp.float32(4))  # noqa: E731
+    state = toy_state(optax.sgd(rate))
+    step = make_step(objective, optax.sgd(rate), rate, clip_norm=clip)
+    new, metrics = jax.jit(step)(state, {"tokens": jnp.full((2, 2), 3.0)})
+    mean = {"w": 12 / 4 * 2 * state.params["w"]}
+    expected, _ = optax.clip_by_global_norm(clip).update(mean, optax.EmptyState())
+    np.testing.assert_allclose(metrics.grad_norm, optax.tree.norm(mean), rtol=1e-6)
+    np.testing.assert_allclose(state.params["w"] - new.params["w"], expected["w"], rtol=1e-4)
+    assert (expected["w"] == mean["w"]).all() == (clip == 1e3)
+
+
+def poisoned(params: Any, batch: Any) -> Loss:
+    """A toy objective that batch["tokens"] spoils: 1 makes the loss NaN, 2 the gradient alone, 3 infinite."""
+    kind = batch["tokens"][0, 0]
+    x = params["w"]
+    # sqrt at 0 is 0, and its slope is infinite.
+    loss = (x**2).sum() + jnp.sqrt(x[0] - x[0] + (kind != 2))
+    loss = jnp.where(kind == 1, jnp.nan, jnp.where(kind == 3, jnp.inf, loss))
+    return Loss(total=loss, count=jnp.float32(1.0))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", [1, 2, 3])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(kind, accumulate):
+    schedule = make_schedule(OptimizerConfig(warmup_steps=4), 10)
+    optimizer = optax.adam(schedule)
+    step = jax.jit(make_step(poisoned, optimizer, schedule, accumulate=accumulate))
+    state = toy_state(optimizer)
+    good, bad = ({"tokens": jnp.full((2, 2), k)} for k in (0, kind))
+    state, metrics = step(state, good)
+    assert (metrics.skipped, metrics.bad_run) == (0, 0)
+    before = state
+    for run in (1, 2):
+        state, metrics = step(state, bad)
+        assert (metrics.skipped, metrics.bad_run, state.step) == (run, run, 1 + run)
+        assert not np.isfinite(metrics.loss) or not np.isfinite(metrics.grad_norm)
+        for name in ("params", "opt_state"):
+            jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(before, name))
+    after, metrics = step(state, good)
+    assert (after.skipped, after.bad_run, after.step) == (2, 0, 4)
+    # The next good step is the second that was taken: rate and moments go on from the first.
+    assert metrics.learning_rate == pytest.approx(float(schedule(1)))
+    expected, _ = step(before, good)
+    jax.tree.map(np.testing.assert_array_equal, after.params, expected.params)
+
+
+def test_a_nan_in_one_weight_skips_the_real_step():
+    state = begin()
+    state.params["layers"]["attention"]["wo"] = (
+        state.params["layers"]["attention"]["wo"].at[1, 0, 0, 0].set(jnp.nan)
+    )
+    before = data(state)
+    new, metrics = compiled(RUN, None)(state, jax.tree.map(jnp.asarray, packed(0)))
+    assert (metrics.skipped, metrics.bad_run) == (1, 1)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(new)]
+    for name, was, now in zip(names, before, data(new), strict=True):
+        if name not in (".step", ".skipped", ".bad_run"):
+            np.testing.assert_array_equal(now, was, err_msg=name)
+
+
+@pytest.mark.parametrize("spec", [None, "fsdp=4,tensor=2"])
+def test_the_whole_state_is_donated(spec):
+    text = compiled(RUN, spec).as_text()
+    aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", text.splitlines()[0])[1]
+    assert aliases.count("-alias") == len(jax.tree.leaves(begin()))
+
+
+def test_no_logits_of_a_whole_batch_exist():
+    """Not in the program, and no room for them: the peak is below the size they would have."""
+    model, run = (
+        MODEL.replace(vocab_size=16_000),
+        changed(train={"batch_size": 4, "seq_len": 64, "loss_chunks": 8}),
+    )
+    step, state, batch = build_step(run, model, None, "cpu")
+    program = step.lower(state, batch).compile()
+    logits = 4 * 64 * 16_000 * 4
+    beside = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))  # the gradients
+    assert program.memory_analysis().temp_size_in_bytes - beside < logits
+    shapes = {
+        tuple(map(int, dims.split(","))) for dims in re.findall(r"\bf32\[([\d,]+)\]", program.as_text())
+    }
+    assert any(16_000 in shape for shape in shapes)  # the text does show shapes
+    assert not [shape for shape in shapes if 16_000 in shape and np.prod(shape) * 4 >= logits]
+
+
+MICROBATCHES = (
+    r"train.batch_size / train.accumulate is 8 / 2 = 4, which mesh.data x mesh.fsdp = 8 does not divide"
+)
+
+
+def test_microbatches_that_the_mesh_does_not_divide_are_an_error():
+    run = changed(train={"accumulate": 2})
+    with on(mesh := make_mesh("fsdp=8")), pytest.raises(ConfigError, match=MICROBATCHES):
+        build_step(run, MODEL, mesh, "cpu")
