@@ -95,6 +95,10 @@ def make_sampler(
         ids, lengths = out.tokens, out.lengths
         if jax.process_count() > 1:
             ids, lengths = (multihost_utils.process_allgather(x, tiled=True) for x in (ids, lengths))
-        return config.prompt + tokenizer.decode(np.asarray(ids)[0, : int(np.asarray(lengths)[0])])
+        # A text's first piece loses its space in decoding, and a continuation's must not.
+        text = tokenizer.stream()
+        text.extend(prompt)
+        new = np.asarray(ids)[0, : int(np.asarray(lengths)[0])]
+        return config.prompt + text.extend(new) + text.flush()
 
     return write

@@ -88,8 +88,8 @@ def test_a_gpus_host_is_no_slice():
     ],
 )
 def test_slices_that_are_not_there(slices, message):
+    chips = [dataclasses.replace(chip, platform="tpu") for chip in pod(2, 8)]
     with pytest.raises(ConfigError, match=message):
-        chips = [dataclasses.replace(chip, platform="tpu") for chip in pod(2, 8)]
         devices.run_mesh(MeshConfig(data=4, fsdp=4, slices=slices), chips)
 
 

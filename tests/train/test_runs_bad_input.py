@@ -1,0 +1,305 @@
+"""What a user can get wrong with `llama-jax train`: one line that says so, status 2, nothing half-written."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llama_jax.cli import main
+from tests.train.processes import (
+    Workshop,
+    assert_same,
+    everything,
+    finish,
+    losses,
+    records,
+    running,
+    steps,
+    wait_for,
+)
+from train.lock import run_lock
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    cache = tmp_path_factory.getbasetemp() / "compiled"
+    return Workshop(tmp_path_factory.mktemp("bad"), cache).set_up()
+
+
+@pytest.fixture(scope="module")
+def trained(workshop: Workshop) -> Path:
+    """A finished run with checkpoints of steps 4, 8 and 12."""
+    workshop.train("trained", "--train.steps", STEPS, "--checkpoint.every", 4)
+    return workshop.folder / "trained"
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+Fail = Callable[..., str]
+
+
+@pytest.fixture
+def fail(workshop: Workshop, tmp_path: Path, capsys, monkeypatch) -> Fail:
+    """Trains in this process, in `run` unless it is told otherwise; returns the one line of the error."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(workshop.cache))
+    monkeypatch.chdir(tmp_path)
+
+    def fail(*words: object, config: Path = workshop.config, status: int = 2) -> str:
+        where = [] if "--train.run_dir" in words else ["--train.run_dir", "run"]
+        capsys.readouterr()
+        assert main(["train", str(config), *where, *map(str, words)]) == status
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        *notes, error = shown.err.splitlines()
+        assert error.startswith("error: ")
+        assert not any(note.startswith("error") for note in notes)
+        return "\n".join([*notes, error]) if notes else error.removeprefix("error: ")
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--train.stepz", 3], "unknown setting --train.stepz; did you mean train.steps?"),
+        (["--trian.steps", 3], "unknown setting --trian.steps; did you mean train.steps?"),
+        (["--train.steps"], "--train.steps needs a value"),
+        (["--train.steps", "many"], "--train.steps is 'many'; it must be a whole number"),
+        (["--train.steps", "1.5"], "train.steps is 1.5; it must be a whole number"),
+        (["--train.steps", 0], "train.steps is 0; it must be"),
+        (["train.steps", 3], "unexpected argument 'train.steps'; settings are --section.key VALUE"),
+        (["--optimizer.name", "adam"], "optimizer.name is 'adam'; did you mean adamw?"),
+        (["--mesh.fsdp", 3], "mesh data 1 x fsdp 3 x context 1 x tensor 1 needs 3 devices and there are 8"),
+        (["--mesh.tensor", 8], "num_attention_heads 4 does not divide over axis tensor of size 8"),
+        (
+            ["--train.batch_size", 12],
+            "train.batch_size is 12, which mesh.data x mesh.fsdp = 8 does not divide",
+        ),
+        (["--data.files", "nowhere/*.txt"], "no file matches data.files = 'nowhere/*.txt' (relative to "),
+        (["--tokenizer.vocab_size", 40], "vocab_size is 40; it must be above 259"),
+        (["--tokenizer.vocab_size", 100_000], "vocab_size is 100000; this text makes at most"),
+        (["--model.vocab_size", 100], "model.vocab_size is 100; the tokenizer has 300 tokens"),
+        (
+            ["--model.num_attention_heads", 5],
+            "model: hidden_size 32 is not a multiple of num_attention_heads 5",
+        ),
+        (["--model.init_from", "nothing"], "drop model.hidden_size"),
+        (["--train.run_dir", "/dev/null/x"], "/dev/null/x: cannot be written: Not a directory"),
+        (
+            ["--distributed.processes", 2],
+            "distributed.coordinator, distributed.processes and distributed.process",
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_settings(fail, tmp_path, words, said):
+    assert said in fail(*words)
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in left} <= {"lock", "tokenizer.model"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[trian]\nsteps = 3\n", "unknown section [trian]; did you mean train?"),
+        ("[train]\nstep = 3\n", "unknown key train.step; did you mean steps?"),
+        ("[train]\nsteps = '3'\n", "train.steps is '3'; it must be a whole number"),
+        ("[train\n", "not TOML: "),
+        (None, "cannot be read: No such file or directory"),
+    ],
+)
+def test_files(fail, tmp_path, text, said):
+    path = tmp_path / "bad.toml"
+    if text is not None:
+        path.write_text(text)
+    message = fail(config=path)
+    assert message.startswith(f"{path}: ") or said.startswith("train.steps is")
+    assert said in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_that_is_not_installed(fail, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    assert fail("--log.wandb", "me") == (
+        "log.wandb is 'me' and wandb is not installed: pip install 'llama-jax[wandb]'"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_that_does_not_fit_the_weights(fail, trained, tmp_path, shared_data):
+    config = tmp_path / "tune.toml"
+    model = shared_data / "stories260K" / "stories260K.bin"
+    config.write_text(
+        f'[model]\ninit_from = "{model}"\n[tokenizer]\npath = "{trained}"\n[data]\nfiles = "x"\n'
+    )
+    assert f"the tokenizer has 300 tokens and model.init_from '{model}' was trained with 512" in fail(
+        config=config
+    )
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+
+
+def test_a_file_where_the_run_should_go(fail, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    assert "run: cannot be written: File exists" in fail()
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_another_run_in_the_directory(fail, run):
+    with run_lock(run):
+        message = fail()
+    assert "this process trains there already" in message
+
+
+def test_corpora(fail, tmp_path):
+    text = tmp_path / "t"
+    text.mkdir()
+    files = ("--data.files", f"{text}/*.*")
+    (text / "a.txt").write_text("")
+    assert f"no tokenizer of '{text}/*.*': there is no text to learn a vocabulary from" in fail(*files)
+    (text / "a.txt").write_bytes(b"good\n" * 2000 + b"\xff\xfe bad \xff\n")
+    assert "a.txt:2001" in fail(*files, "--data.held_out", 0)
+    (text / "a.txt").unlink()
+    lines = ['{"text": "the cat sat on the mat and ran in the rain"}'] * 200
+    lines[77] = '{"text": "the cat'
+    (text / "a.jsonl").write_text("\n".join(lines))
+    message = fail(*files, "--data.held_out", 0, "--tokenizer.vocab_size", 280)
+    assert "a.jsonl:78: not JSON" in message
+    assert "data.bad_records" in message
+    assert "tomatoes" in fail(*files, "--data.field", "tomatoes")
+
+
+def test_bad_records_are_skipped_and_counted(workshop, tmp_path):
+    lines = ['{"text": "the cat sat on the mat and ran in the rain"}'] * 50
+    lines[7] = '{"text": "the cat'
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    words = (
+        "--data.files",
+        tmp_path / "a.jsonl",
+        "--data.bad_records",
+        "skip",
+        "--tokenizer.vocab_size",
+        280,
+    )
+    workshop.train(tmp_path / "skipping", *words, "--train.steps", 10, "--data.held_out", 0)
+    assert records(tmp_path / "skipping")[-1]["skipped_records"] >= 1
+
+
+def test_what_a_run_began_with_it_keeps(fail, run, workshop, tmp_path):
+    more = ("--train.steps", STEPS + 4)
+    assert "train.seed is 7 and the run in run began with 0" in fail("--train.seed", 7, *more)
+    assert "train.seq_len is 16 and the run in run began with 32" in fail("--train.seq_len", 16, *more)
+    assert "the checkpoint's data state is of batch_size 8, and the run's is 16" in fail(
+        "--train.batch_size", 16, *more
+    )
+    message = fail("--model.hidden_size", 64, *more)
+    assert "layers.attention.wq is float32 [2, 32," in message and "[2, 64," in message
+    assert "of another model or optimizer" in fail("--optimizer.name", "lion", *more)
+    assert "tokenizer.vocab_size 310 is not what run was begun with" in fail(
+        "--tokenizer.vocab_size", 310, *more
+    )
+    changed = shutil.copytree(workshop.folder / "text", tmp_path / "text")
+    (changed / "3.txt").write_text("the cat sat on the mat and ran in the rain\n" * 50)
+    message = fail("--data.files", f"{changed}/*.txt", *more)
+    assert "the data is not what this run began with" in message
+    assert steps(run) == [4, 8, 12] and (run / "config.toml").read_text().count("seed = 0") == 1
+
+
+def newest_file(run: Path, step: int = STEPS) -> Path:
+    """The largest file of a step's parameters."""
+    folder = run / "checkpoints" / str(step) / "params"
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(workshop, run, trained, damage):
+    path = newest_file(run)
+    if damage == "flip":
+        flip(path)
+    elif damage == "truncate":
+        os.truncate(path, 10)
+    else:
+        path.unlink()
+    done = workshop.train(run, "--train.steps", 8)
+    assert f"checkpoint of step {STEPS} is not used: " in done.err and path.name in done.err
+    assert "going back to step 8, the newest checkpoint that is whole" in done.err
+    if damage == "flip":
+        workshop.train(run, "--train.steps", STEPS)
+        assert_same(trained, run, STEPS)
+        assert losses(run) == losses(trained)
+
+
+def test_every_checkpoint_damaged(fail, run):
+    for step in steps(run):
+        flip(newest_file(run, step))
+    message = fail().splitlines()[-1]
+    assert "every checkpoint is damaged: step 12: " in message
+    assert "move the directory away to begin again" in message
+
+
+def test_a_full_disk(workshop, run, trained):
+    """Files may grow to 24 kB: the save fails as on a full disk, and what was saved before is whole."""
+    before = steps(run)
+
+    process = workshop.start(workshop.config, "--train.run_dir", run, "--train.steps", STEPS + 4)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (24_000, 24_000))
+    done = finish(process)
+    assert done.status == 2
+    assert "could not be written to" in done.error and "File too large" in done.error
+    assert "the newest is of step 12" in done.error
+    assert steps(run) == before
+    assert_same(run, trained, STEPS)
+
+
+def test_a_step_that_is_not_finite_aborts_with_a_dump_and_saves_nothing_of_it(workshop, tmp_path):
+    words = ("--optimizer.learning_rate", 1e30, "--optimizer.clip_norm", 0, "--train.max_bad_steps", 3)
+    done = workshop.train(tmp_path / "wild", *words, "--train.steps", 30, "--checkpoint.every", 1, status=3)
+    assert "bad for 3 steps in a row, all of them skipped" in done.error
+    (dump,) = (tmp_path / "wild" / "not_finite").iterdir()
+    assert f"{dump} says where" in done.error
+    assert {path.name for path in dump.iterdir()} == {"report.json", "batch.npz"}
+    report = json.loads((dump / "report.json").read_text())
+    assert report["not_finite_in_parameters"] == {} and report["not_finite_in_gradients"]
+    assert np.load(dump / "batch.npz")["tokens"].shape == (8, 32)
+    (*_, last) = records(tmp_path / "wild")
+    assert last["skipped_steps"] == 3 and f"step_{last['step']}" == dump.name
+    assert max(steps(tmp_path / "wild")) == last["step"] - 1
+    for step in steps(tmp_path / "wild"):
+        assert all(np.isfinite(x).all() for x in everything(tmp_path / "wild", step)[0].values())
+
+
+@pytest.mark.slow
+def test_a_profiler_trace_at_a_step_and_on_demand(workshop, tmp_path):
+    words = ("--train.steps", 8, "--train.profile_at", 3, "--train.profile_steps", 2)
+    done = workshop.train(tmp_path / "profiled", *words)
+    assert "profiler trace in " in done.err
+    assert list((tmp_path / "profiled" / "profile").rglob("*.xplane.pb"))
+    run = tmp_path / "asked"
+    process = workshop.start(workshop.config, "--train.run_dir", run, "--train.steps", 100_000)
+    with running(process):
+        wait_for(lambda: len(records(run)) >= 2, process)
+        process.send_signal(signal.SIGUSR1)
+        wait_for(lambda: any((run / "profile").rglob("*.xplane.pb")), process)
+        process.send_signal(signal.SIGTERM)
+        assert finish(process).status == 143
