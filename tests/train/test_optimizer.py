@@ -44,6 +44,15 @@ def test_cosine_passes_the_middle_and_ends_at_its_fraction():
     np.testing.assert_allclose(values[10:], by_hand, rtol=1e-5)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_a_schedule_of_its_own_length_makes_a_short_run_the_beginning_of_a_long_one(schedule):
+    long = rates(40, schedule=schedule, warmup_steps=30)
+    np.testing.assert_array_equal(
+        rates(20, schedule=schedule, warmup_steps=30, schedule_steps=40)[:20], long[:20]
+    )
+    assert (rates(20, schedule=schedule, warmup_steps=30)[:20] != long[:20]).any()
+
+
 def test_wsd_is_flat_and_then_falls_in_a_line():
     values = rates(100, schedule="wsd", warmup_steps=10, decay_fraction=0.2, final_fraction=0.0)
     assert (values[10:81] == 2.0).all()
