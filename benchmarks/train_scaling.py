@@ -85,7 +85,7 @@ def write(by_length: list[dict[str, Any]], by_layers: list[dict[str, Any]]) -> N
         [row["layers"] for row in by_layers], [row["compile_seconds"] for row in by_layers], "o-", color="C2"
     )
     speed.set(xlabel="sequence length", ylabel="tokens/s", xscale="log", ylim=(0, None))
-    memory.set(xlabel="sequence length", ylabel="temporaries, GB", xscale="log", yscale="log")
+    memory.set(xlabel="sequence length", ylabel="temporaries, GB", xscale="log", ylim=(0, None))
     compiling.set(xlabel="layers", ylabel="compile time, s", ylim=(0, None))
     for axes in (speed, memory):
         axes.set_xticks(LENGTHS, LENGTHS)

@@ -184,6 +184,11 @@ def _introduce(
         f"data: {facts['documents']} documents, {facts['held_out_documents']} of them held out, "
         f"{output.size(facts['bytes'])}"
     )
+    if 0 < run.optimizer.schedule_steps < run.train.steps and run.optimizer.schedule != "constant":
+        say(
+            f"the learning rate's schedule ends after step {run.optimizer.schedule_steps} of "
+            f"{run.train.steps}: optimizer.schedule_steps"
+        )
     say(
         f"step: {run.train.batch_size} x {run.train.seq_len} tokens in "
         f"{compute_dtype(run.train, platform).name} on {jax.device_count()} {jax.devices()[0].device_kind} "
