@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -167,7 +168,7 @@ def _wandb(project: str, run_dir: Path, settings: Mapping[str, Any]) -> Any:
     import wandb
 
     known = run_dir / WANDB_ID  # a resumed run goes on in the same chart
-    name = known.read_text().strip() if known.exists() else wandb.util.generate_id()
+    name = known.read_text().strip() if known.exists() else secrets.token_hex(4)
     known.write_text(name)
     return wandb.init(
         project=project, name=run_dir.name, id=name, resume="allow", dir=str(run_dir), config=dict(settings)
