@@ -37,6 +37,7 @@ from llama_jax.weights.runs import (
 from train.orbax_manager import DELETED, TEMPORARY, make_manager, one_line, silence
 from train.state_tree import compare_tree, join_state, split_state
 
+_TRIES = 30  # of a tenth of a second, to remove what a failed save has left
 _CLOCK_EVERY = 10  # steps between looks at the clock where processes must agree on it
 
 
@@ -304,6 +305,16 @@ class Checkpoints:
                 raise CheckpointError(f"{self.folder}: cannot be written: {one_line(error)}") from error
         return self._manager
 
+    def _remove_what_was_begun(self) -> None:
+        # Orbax's other writers may not have noticed yet, and make files while these go.
+        for _ in range(_TRIES):
+            begun = list(self.folder.glob(f"*{TEMPORARY}*"))
+            if not begun:
+                return
+            for path in begun:
+                shutil.rmtree(path, ignore_errors=True)
+            time.sleep(0.1)
+
     def _set_aside(self, step: int, problem: str) -> None:
         """Renames a damaged step, so that a good one can take its name; nothing of it is deleted."""
         target = self.folder / f"{step}{DAMAGED}"
@@ -327,8 +338,7 @@ class Checkpoints:
         """Cleans up after a save that failed, and says what went wrong."""
         step, self._writing, self._manager, self._unsilence = self._writing, None, None, None
         if jax.process_index() == 0:
-            for path in self.folder.glob(f"*{TEMPORARY}*"):
-                shutil.rmtree(path, ignore_errors=True)
+            self._remove_what_was_begun()
         kept = self.steps()
         safe = (
             f"the earlier checkpoints are whole, the newest is of step {kept[-1]}"
