@@ -24,8 +24,8 @@ demo: $(VENV)/demo.stamp
 	  --max-new-tokens 96 --repetition-penalty 1.1
 	@echo; echo "Now training a small Llama on Python's standard library (about two minutes; to $(RUN)) ..."
 	@$(VENV)/bin/llama-jax train configs/tiny_cpu.toml --train.run_dir $(RUN)
-	@echo; echo "What it writes after 'class ' (llama-jax generate $(RUN) ...):"
-	@$(VENV)/bin/llama-jax generate $(RUN) --prompt "class " --max-new-tokens 160 --temperature 0.5 --seed 1
+	@echo; echo "What it writes after 'def read(self' (llama-jax generate $(RUN) ...):"
+	@$(VENV)/bin/llama-jax generate $(RUN) --prompt "def read(self" --max-new-tokens 120 --temperature 0.5 --seed 1
 
 test: $(VENV)/test.stamp
 	$(PYTEST) -n 2 --dist loadfile -m "not parity and not pods$(if $(FAST), and not slow)"
