@@ -94,16 +94,14 @@ def _stored_gradient(
     return sharding.per_device(local, (sharding.layout_of(x), sharding.layout_of(y)), stored)(x, y)
 
 
-def weight_gradient(
-    x_dims: str, x: jax.Array, y_dims: str, y: jax.Array, out_dims: str, *, layout: P | None = None
-) -> jax.Array:
+def weight_gradient(x_dims: str, x: jax.Array, y_dims: str, y: jax.Array, out_dims: str) -> jax.Array:
     """The product of x and y over the dimensions that `out_dims` leaves out, f32.
 
     It contracts the leading dimensions of its left side, where XLA:CPU on some processors falls from its
     bf16 path to f32 code, four times slower. There, and on the CPU alone, x is really transposed first:
     XLA would fold a plain transpose back into the product, but not one inside a conditional.
     """
-    plain = functools.partial(dot, f"{x_dims},{y_dims}->{out_dims}", layout=layout)
+    plain = functools.partial(dot, f"{x_dims},{y_dims}->{out_dims}")
     if x.dtype != jnp.bfloat16 or sharding.explicit_axes():
         return plain(x, y)
     # Batch dimensions first, contracted ones last.

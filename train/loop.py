@@ -201,16 +201,17 @@ class Loop:
 
     def _evaluate(self, *, final: bool) -> None:
         every, sample = self.run.eval.every, self.run.eval.sample_every
+        measure = final or (every and self.done % every == 0)
+        write = self.run.eval.max_new_tokens and (final or (sample and self.done % sample == 0))
         record: dict[str, Any] = {"step": self.done}
-        if final:  # the steps' own time ends before the evaluation's begins
+        self._numbers = {}
+        if measure or write:  # the steps' own time ends before the evaluation's begins
             jax.block_until_ready(self.state.step)
         with self._clock.count("evaluation"):
-            self._numbers = {}
-            if final or (every and self.done % every == 0):
-                jax.block_until_ready(self.state.step)
+            if measure:
                 self._numbers = self.held_out(self.state.params)
                 record |= self._numbers
-            if self.run.eval.max_new_tokens and (final or (sample and self.done % sample == 0)):
+            if write:
                 key = jax.random.fold_in(self.state.key, self.done)
                 record["text"] = self.sample(self.state.params, key)
         if len(record) > 1:

@@ -6,8 +6,8 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args
 
-from llama_jax.cli.parser import suggestion
 from llama_jax.errors import ConfigError
+from train.choices import one_of
 
 Format = Literal["auto", "text", "jsonl", "parquet", "arrayrecord", "tokens"]
 BadRecords = Literal["fail", "skip"]
@@ -44,7 +44,7 @@ class SourceConfig:
             )
         if not isinstance(self.field, str) or not self.field:
             raise ConfigError(f"data.field is {self.field!r}; give the name of the field that holds the text")
-        _one_of("format", self.format, get_args(Format))
+        one_of("data.format", self.format, get_args(Format))
         if not _is_number(self.weight) or not 0 < self.weight < math.inf:
             raise ConfigError(
                 f"data.weight is {self.weight!r} (files {self.files!r}); it must be a finite number above 0"
@@ -84,7 +84,7 @@ class DataConfig:
             raise ConfigError(f"data.files is {self.files!r} beside data.mixture; give one or the other")
         if not _is_number(self.held_out) or not 0 <= self.held_out < 1:
             raise ConfigError(f"data.held_out is {self.held_out!r}; it must be at least 0 and below 1")
-        _one_of("bad_records", self.bad_records, get_args(BadRecords))
+        one_of("data.bad_records", self.bad_records, get_args(BadRecords))
         if not isinstance(self.shuffle, bool):
             raise ConfigError(f"data.shuffle is {self.shuffle!r}; it must be true or false")
         if isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 0:
@@ -100,12 +100,6 @@ class DataConfig:
           ConfigError: if there is none.
         """
         return self.mixture or (SourceConfig(self.files, self.exclude, self.format, self.field),)
-
-
-def _one_of(field: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        close = suggestion(str(value), choices)
-        raise ConfigError(f"data.{field} is {value!r}{close}; it must be one of {', '.join(choices)}")
 
 
 def _patterns(value: Any) -> tuple[str, ...]:
