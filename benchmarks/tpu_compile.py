@@ -115,6 +115,8 @@ def report(compiled: Any, leaves: int, run: Any, topology: Topology) -> dict[str
     nothing, at half of peak. Waiting for collectives is not in it: `collective_seconds` is how long the
     links are busy at best, which is hidden as far as it overlaps.
     """
+    from train.flops import flops_per_token
+
     model = _model(run)
     module = tpu_hlo.parse(compiled.as_text())
     memory = compiled.memory_analysis()
@@ -139,12 +141,11 @@ def report(compiled: Any, leaves: int, run: Any, topology: Topology) -> dict[str
     }
     square = rows * model.num_attention_heads * run.train.seq_len**2 * model.head_dim  # causal: half of 2 x
     kernels = square * _kernel_products(module)
-    attention = (
-        6 * model.num_hidden_layers * tokens * run.train.seq_len * model.num_attention_heads * model.head_dim
-    )
-    tables = model.vocab_size * model.hidden_size * (0 if model.tie_word_embeddings else 1)
-    matrices = 6 * (model.num_params - tables) * tokens
-    result |= {"model_flops": matrices + attention, "model_flops_full_attention": matrices + 2 * attention}
+    per_token = {kind: flops_per_token(model, run.train.seq_len, causal=kind) for kind in (True, False)}
+    result |= {
+        "model_flops": per_token[True] * tokens,
+        "model_flops_full_attention": per_token[False] * tokens,
+    }
     if chip is None:
         return result
     seconds = result["estimated_cycles"] / chip.clock_hz
