@@ -27,12 +27,6 @@ STEPS = 40
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    cache = tmp_path_factory.getbasetemp() / "compiled"
-    return Workshop(tmp_path_factory.mktemp("runs"), cache).set_up()
-
-
-@pytest.fixture(scope="module")
 def whole(workshop: Workshop) -> Path:
     """A run in one go, of which every step is kept."""
     words = ("--train.steps", STEPS, "--checkpoint.every", 1, "--checkpoint.keep", 1000)

@@ -32,12 +32,6 @@ STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    cache = tmp_path_factory.getbasetemp() / "compiled"
-    return Workshop(tmp_path_factory.mktemp("bad"), cache).set_up()
-
-
-@pytest.fixture(scope="module")
 def trained(workshop: Workshop) -> Path:
     """A finished run with checkpoints of steps 4, 8 and 12."""
     workshop.train("trained", "--train.steps", STEPS, "--checkpoint.every", 4)

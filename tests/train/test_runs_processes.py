@@ -25,12 +25,6 @@ pytestmark = pytest.mark.slow
 STEPS = 20
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    cache = tmp_path_factory.getbasetemp() / "compiled"
-    return Workshop(tmp_path_factory.mktemp("together"), cache).set_up()
-
-
 def words_for(axis: str) -> tuple[object, ...]:
     sizes = {"data": 1, "fsdp": 1, axis: 2}
     mesh = [word for name, size in sizes.items() for word in (f"--mesh.{name}", size)]
