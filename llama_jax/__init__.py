@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llama_jax.config import LlamaConfig, RopeScaling, presets
-    from llama_jax.decode import DecodeState, Generation, generate, prefill, step, stream
+    from llama_jax.decode import DecodeState, Generation, prefill, step
     from llama_jax.errors import LlamaJaxError
+    from llama_jax.generation import generate, stream, warm_up
     from llama_jax.loss import next_token_loss
     from llama_jax.model import forward, init, unstack
     from llama_jax.pretrained import Model, load
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 # Imported when first asked for: `llama-jax --help` and its error messages need no JAX.
 _HOMES = {
     "config": ("LlamaConfig", "RopeScaling", "presets"),
-    "decode": ("DecodeState", "Generation", "generate", "prefill", "step", "stream"),
+    "decode": ("DecodeState", "Generation", "prefill", "step"),
     "errors": ("LlamaJaxError",),
+    "generation": ("generate", "stream", "warm_up"),
     "loss": ("next_token_loss",),
     "model": ("forward", "init", "unstack"),
     "pretrained": ("Model", "load"),
@@ -57,6 +59,7 @@ __all__ = [
     "step",
     "stream",
     "unstack",
+    "warm_up",
 ]
 
 

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax import sharding
 from llama_jax.blockwise import MASKED, blockwise_attention
+from llama_jax.cache import Int8, Layer
 from llama_jax.errors import ConfigError
 from llama_jax.linear import dot
 from llama_jax.splash import splash_attention
@@ -35,15 +36,19 @@ class Where(NamedTuple):
       k_positions: int [B, S].
       q_segments: int [B, T], or None where each row is one segment.
       k_segments: int [B, S], or None.
+      allowed: bool [B, T, S], instead of the rule above, where it is another (beams of one row, say).
     """
 
     q_positions: jax.Array
     k_positions: jax.Array
     q_segments: jax.Array | None = None
     k_segments: jax.Array | None = None
+    allowed: jax.Array | None = None
 
     def mask(self) -> jax.Array:
         """bool [B, 1, 1, T, S]: which scores count."""
+        if self.allowed is not None:
+            return self.allowed[:, None, None]
         allowed = self.k_positions[:, None, :] <= self.q_positions[:, :, None]
         if self.q_segments is not None and self.k_segments is not None:
             allowed &= self.k_segments[:, None, :] == self.q_segments[:, :, None]
@@ -79,25 +84,102 @@ def attention(
         )
     if backend == "splash":
         return splash_attention(q, k, v, where.q_segments)
-    batch, length, heads, head_dim = q.shape
-    kv_heads = k.shape[1]
-    # [B, T, K, G, H] -> [B, K, G, T, H]: the heads that share a key stand together.
-    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+    grouped = _grouped(q, k.shape[1])
     k_segments = None if where.k_segments is None else _whole(where.k_segments)
     where = where._replace(k_positions=_whole(where.k_positions), k_segments=k_segments)
     if backend == "blockwise":
         out = _blockwise(grouped, k, v, where, block_size)
     else:
         out = checkpoint_name(_xla(grouped, k, v, where), "attention_out")
-    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
+    return _ungrouped(out, q)
 
 
-def _xla(q: jax.Array, k: jax.Array, v: jax.Array, where: Where) -> jax.Array:
+def cached_attention(
+    q: jax.Array, k: Layer, v: Layer, where: Where, *, used: jax.Array | None = None, block_size: int = 256
+) -> jax.Array:
+    """`attention` against one layer of a key/value cache, of any dtype that a cache may have.
+
+    Args:
+      q: [B, T, N, H].
+      k: [B, K, S, H], or int8 with its scales.
+      v: likewise.
+      where: positions of queries and slots, or which slots each query is allowed.
+      used: int [], how many of the first slots hold anything. Given it, the cache is visited in blocks
+        and what lies beyond is not read: for many queries at once. Without it all scores are formed at
+        once, which for a few queries is quicker.
+      block_size: slots a block.
+
+    Returns:
+      [B, T, N, H] in q's dtype.
+    """
+    grouped = _grouped(q, jax.tree.leaves(k)[0].shape[1])
+    where = where._replace(k_positions=_whole(where.k_positions))
+    slots = where.k_positions.shape[1]
+    if used is None or slots <= block_size:
+        return _ungrouped(_xla(grouped, k, v, where), q)
+    return _ungrouped(_in_blocks(grouped, k, v, where, used, block_size), q)
+
+
+def _grouped(q: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, T, N, H] -> [B, K, G, T, H]: the heads that share a key stand together."""
+    batch, length, heads, head_dim = q.shape
+    return q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+
+
+def _ungrouped(out: jax.Array, like: jax.Array) -> jax.Array:
+    return out.transpose(0, 3, 1, 2, 4).reshape(like.shape).astype(like.dtype)
+
+
+def _xla(q: jax.Array, k: Layer, v: Layer, where: Where) -> jax.Array:
     """[B, K, G, T, H] by [B, K, S, H] -> [B, K, G, T, H], all scores at once."""
-    scores = dot("bkgth,bksh->bkgts", q, k)
-    scores = jnp.where(where.mask(), scores / math.sqrt(q.shape[-1]), MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return dot("bkgts,bksh->bkgth", weights, v).astype(q.dtype)
+    weights = jax.nn.softmax(_scores(q, k, where.mask()), axis=-1)
+    return _weighted(weights, v, q.dtype).astype(q.dtype)
+
+
+def _scores(q: jax.Array, k: Layer, mask: jax.Array) -> jax.Array:
+    """f32 [B, K, G, T, S], scaled and masked."""
+    if isinstance(k, Int8):
+        scores = dot("bkgth,bksh->bkgts", q, k.values.astype(q.dtype)) * k.scale[:, :, None, None]
+    else:
+        scores = dot("bkgth,bksh->bkgts", q, k.astype(q.dtype))
+    return jnp.where(mask, scores / math.sqrt(q.shape[-1]), MASKED)
+
+
+def _weighted(weights: jax.Array, v: Layer, dtype: jnp.dtype) -> jax.Array:
+    """Sums of values f32 [B, K, G, T, H] by weights f32 [B, K, G, T, S]."""
+    if isinstance(v, Int8):
+        weights, v = weights * v.scale[:, :, None, None], v.values
+    return dot("bkgts,bksh->bkgth", weights.astype(dtype), v.astype(dtype))
+
+
+def _in_blocks(q: jax.Array, k: Layer, v: Layer, where: Where, used: jax.Array, block_size: int) -> jax.Array:
+    """`_xla` over the first `used` slots, a block at a time (FlashAttention's running softmax)."""
+    slots = where.k_positions.shape[1]
+
+    def block(state: tuple[jax.Array, ...], index: jax.Array) -> tuple[jax.Array, ...]:
+        top, total, out = state
+        # The last block may overlap the one before it: what that has seen already does not count again.
+        start = jnp.minimum(index * block_size, slots - block_size)
+        cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, block_size, axis)  # noqa: E731
+        at = where._replace(k_positions=cut(where.k_positions, 1))
+        if where.allowed is not None:
+            at = at._replace(allowed=cut(where.allowed, 2))
+        fresh = start + jnp.arange(block_size) >= index * block_size
+        keys, values = jax.tree.map(lambda x: cut(x, 2), (k, v))
+        scores = _scores(q, keys, at.mask() & fresh)
+        new_top = jnp.maximum(top, scores.max(-1))
+        weights, shrink = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
+        # A block in which a query may see nothing leaves weights of one where all is MASKED.
+        weights = jnp.where(scores > MASKED, weights, 0.0)
+        out = out * shrink[..., None] + _weighted(weights, values, q.dtype)
+        return new_top, total * shrink + weights.sum(-1), out
+
+    # Derived from q, to be laid out over a mesh as it is.
+    out = jnp.zeros_like(q, jnp.float32)
+    state = sharding.vary_alike((jnp.full_like(out[..., 0], MASKED), out[..., 0], out), (q, k, v, where))
+    blocks = -(-used // block_size)
+    _, total, out = jax.lax.fori_loop(0, blocks, lambda index, state: block(state, index), state)
+    return (out / total[..., None]).astype(q.dtype)
 
 
 def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, block_size: int) -> jax.Array:

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.arguments import capacity
 from llama_jax.config import LlamaConfig
-from llama_jax.decode import bucket, generate
 from llama_jax.errors import InputError
+from llama_jax.generation import generate
 from llama_jax.sampling import Sampling
 
 DECODE_PROMPT = 18  # tokens before the decoded ones; short, as in a chat's first turn
@@ -95,7 +96,7 @@ def measure(
     bandwidth = memory_bandwidth()
     prefill = run(prompt_tokens, 1)
     step = (run(DECODE_PROMPT, new_tokens) - run(DECODE_PROMPT, 1)) / (new_tokens - 1)
-    streamed = bytes_per_step(config, params, batch, bucket(DECODE_PROMPT) + new_tokens)
+    streamed = bytes_per_step(config, params, batch, capacity(DECODE_PROMPT + new_tokens))
     bandwidth = max(bandwidth, memory_bandwidth())  # twice, lest a busy moment make decoding look better
     return Speed(
         batch=batch,

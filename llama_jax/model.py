@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from llama_jax import cache as kv
 from llama_jax import rope, sharding
-from llama_jax.attention import Backend, Where, attention
+from llama_jax.attention import Backend, Where, attention, cached_attention
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError, InputError
 from llama_jax.layers import Attend, Block, embed, embed_fast, rms_norm, unembed
@@ -187,20 +187,26 @@ def forward_cached(
     start: jax.Array,
     cache: kv.KVCache,
     *,
-    window: int | None = None,
+    used: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    allowed: jax.Array | None = None,
 ) -> tuple[jax.Array, kv.KVCache]:
     """Runs T new tokens of each row against the cache, which they join.
 
-    The compute dtype is the cache's.
+    The compute dtype is the parameters'; the cache may have another.
 
     Args:
       config: the model.
       params: its parameters, unstacked (see `unstack`): a scan would copy every weight at every token.
-      tokens: int [B, T], the tokens at positions start..start+T-1 of each row.
+      tokens: int [B, T], written to slots start..start+T-1 of each row.
       start: int [B].
-      cache: holds the keys and values of positions 0..start-1 of each row.
-      window: how many of the cache's first slots to attend to; all by default. At least
-        max(start) + T: a prefill that starts at 0 needs T.
+      cache: holds the keys and values of slots 0..start-1 of each row.
+      used: int [], how many of the cache's first slots to read, at least max(start) + T, for many tokens
+        at once; None reads all, which for a few tokens is quicker.
+      positions: int [B, T], where the tokens stand in their text; by default in their slots' order.
+      allowed: bool [B, T, S], which slots each token attends to, its own included; by default the
+        slots up to its own. With `positions` it lets one row of the cache hold several continuations of
+        one prompt: beams, or a tree of drafts.
 
     Returns:
       logits f32 [B, T, V], whose cost vanishes under `jit` where they are not used; and the cache with
@@ -208,21 +214,21 @@ def forward_cached(
     """
     _check(config, params, tokens)
     batch, length = tokens.shape
-    window = cache.length if window is None else window
     tokens = sharding.constrain(tokens, sharding.TOKENS_BT)
     start = sharding.constrain(start, sharding.ROWS_B)
-    positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)
-    slots = jnp.broadcast_to(jnp.arange(window, dtype=jnp.int32), (batch, window))
-    where = Where(positions, slots)
+    order = start[:, None] + jnp.arange(length, dtype=jnp.int32)
+    slots = jnp.broadcast_to(jnp.arange(cache.length, dtype=jnp.int32), (batch, cache.length))
+    where = Where(order, slots, allowed=allowed)
+    positions = order if positions is None else sharding.constrain(positions, sharding.TOKENS_BT)
 
     def attend_at(layer: int) -> Attend:
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
             keys, values = kv.write(cache.k[layer], k, start), kv.write(cache.v[layer], v, start)
-            return attention(q, keys[:, :, :window], values[:, :, :window], where), (keys, values)
+            return cached_attention(q, keys, values, where, used=used), (keys, values)
 
         return attend
 
-    x = embed(params["embed"]["embedding"], tokens, dtype=cache.k[0].dtype)
+    x = embed(params["embed"]["embedding"], tokens, dtype=compute_dtype(params))
     x, kept = _run_layers(config, unstack(params), x, rope.rotary(config, positions), attend_at)
     keys, values = zip(*kept, strict=True)
     x = rms_norm(x, params["final_norm"]["scale"], eps=config.rms_norm_eps)

@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 
 from llama_jax import known
 from llama_jax.config import LlamaConfig
-from llama_jax.decode import generate, stream
 from llama_jax.errors import CheckpointError, InputError, TokenizerError
+from llama_jax.generation import generate, stream
 from llama_jax.sampling import Sampling
 from llama_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from llama_jax.weights import load_params, open_source

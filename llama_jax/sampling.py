@@ -1,8 +1,8 @@
 """From logits to a token: small pure transforms, and the one order in which they are applied.
 
-Repetition penalty, temperature, top-k, top-p, min-p, draw: Hugging Face's order. Each transform maps
-logits f32 [B, V] to logits, with -inf for what may not be drawn, and takes its setting as an array of one
-value a row, so no value ever recompiles anything.
+The rules that go by the text (`rules`), temperature, top-k, top-p, min-p, draw: Hugging Face's order. Each
+transform maps logits f32 [B, V] to logits, with -inf for what may not be drawn, and takes its setting as
+an array of one value a row, so no value ever recompiles anything.
 
 Thresholds are found by bisection over the bits of a float, not by sorting: 32 passes over the vocabulary
 are exact and cost a fiftieth of a sort on a CPU.
@@ -11,15 +11,18 @@ are exact and cost a fiftieth of a sort on a CPU.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import sharding
+from llama_jax import rules, sharding
 from llama_jax.errors import InputError
+
+Setting = Any  # a number, or an array of one a row; ids, or an array of a row of them each
+_IDS_AT_ONCE = 64  # lists of ids are padded to a multiple of this, so that their number recompiles nothing
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -36,31 +39,38 @@ class Sampling:
       min_p: drop tokens less likely than this share of the likeliest one; 0 for none.
       repetition_penalty: logits of tokens already in the text are divided by it where positive and
         multiplied where negative (CTRL, arXiv 1909.05858); 1 for none.
+      presence_penalty: taken once from the logit of each token chosen before, -2 to 2; 0 for none. It and
+        the next go by the continuation alone, not by the prompt (OpenAI's rule).
+      frequency_penalty: taken from the logit of each token as often as it was chosen before, -2 to 2.
+      no_repeat_ngram_size: no sequence of so many tokens comes twice in the text; 0 for any.
+      min_new_tokens: no end token before so many tokens.
+      suppress_tokens: ids that are never chosen: [I] for all rows, or [B, I], where -1 is none.
+      forced_tokens: ids that the continuation begins with: [I] or [B, I], where -1 leaves the choice free.
     """
 
-    temperature: jax.typing.ArrayLike = 1.0
-    top_k: jax.typing.ArrayLike = 0
-    top_p: jax.typing.ArrayLike = 1.0
-    min_p: jax.typing.ArrayLike = 0.0
-    repetition_penalty: jax.typing.ArrayLike = 1.0
+    temperature: Setting = 1.0
+    top_k: Setting = 0
+    top_p: Setting = 1.0
+    min_p: Setting = 0.0
+    repetition_penalty: Setting = 1.0
+    presence_penalty: Setting = 0.0
+    frequency_penalty: Setting = 0.0
+    no_repeat_ngram_size: Setting = 0
+    min_new_tokens: Setting = 0
+    suppress_tokens: Setting = ()
+    forced_tokens: Setting = ()
 
-    def check(self, batch: int) -> None:
+    def check(self, batch: int, vocab_size: int | None = None) -> None:
         """Checks every value that is known now; values being traced are taken as they are.
+
+        Args:
+          batch: rows.
+          vocab_size: V, where it is known, which ids must be below.
 
         Raises:
           InputError: naming the setting, the row and the value.
         """
-        rules: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
-            "temperature": (lambda x: (x >= 0) & np.isfinite(x), "a finite number, at least 0"),
-            "top_k": (lambda x: (x >= 0) & (x == np.floor(x)), "a whole number, at least 0 (0 turns it off)"),
-            "top_p": (lambda x: (x > 0) & (x <= 1), "above 0 and at most 1 (1 turns it off)"),
-            "min_p": (lambda x: (x >= 0) & (x <= 1), "between 0 and 1 (0 turns it off)"),
-            "repetition_penalty": (
-                lambda x: (x > 0) & np.isfinite(x),
-                "a finite number above 0 (1 turns it off)",
-            ),
-        }
-        for name, (rule, wanted) in rules.items():
+        for name, (rule, wanted) in _RANGES.items():
             shape = np.shape(getattr(self, name))
             if shape not in ((), (batch,)):
                 raise InputError(
@@ -73,9 +83,21 @@ class Sampling:
             if bad.size:
                 row = f" in row {bad[0]}" if shape else ""
                 raise InputError(f"{name} is {values[bad[0]]}{row}; it must be {wanted}")
+        suppressed = _known_ids("suppress_tokens", self.suppress_tokens, batch, vocab_size)
+        forced = _known_ids("forced_tokens", self.forced_tokens, batch, vocab_size)
+        if suppressed is None or forced is None:
+            return
+        for at, (never, first) in enumerate(zip(suppressed, forced, strict=True)):
+            if both := set(never.tolist()) & set(first.tolist()) - {-1}:
+                raise InputError(
+                    f"token {min(both)} is both in suppress_tokens and in forced_tokens, in row {at}; take it "
+                    "out of one of them"
+                )
+            if vocab_size is not None and np.unique(never[never >= 0]).size >= vocab_size:
+                raise InputError(f"suppress_tokens holds the whole vocabulary, in row {at}; leave a token")
 
     def rows(self, batch: int) -> Sampling:
-        """Every field as an array [B] of one dtype, so that no way of writing a value recompiles anything."""
+        """Every field as an array [B], ids [B, I], of one dtype, however its value was written."""
 
         def row(value: jax.typing.ArrayLike, dtype: jax.typing.DTypeLike) -> jax.Array:
             if isinstance(value, jax.Array):
@@ -88,22 +110,89 @@ class Sampling:
             top_p=row(self.top_p, jnp.float32),
             min_p=row(self.min_p, jnp.float32),
             repetition_penalty=row(self.repetition_penalty, jnp.float32),
+            presence_penalty=row(self.presence_penalty, jnp.float32),
+            frequency_penalty=row(self.frequency_penalty, jnp.float32),
+            no_repeat_ngram_size=row(self.no_repeat_ngram_size, jnp.int32),
+            min_new_tokens=row(self.min_new_tokens, jnp.int32),
+            suppress_tokens=_id_rows(self.suppress_tokens, batch),
+            forced_tokens=_id_rows(self.forced_tokens, batch),
         )
+
+    def rules(self) -> rules.Rules:
+        """The part of the settings, as `rows` gives them, that goes by the text."""
+        return rules.Rules(
+            self.repetition_penalty,
+            self.presence_penalty,
+            self.frequency_penalty,
+            self.no_repeat_ngram_size,
+            self.min_new_tokens,
+            self.suppress_tokens,
+            self.forced_tokens,
+        )
+
+
+_Rule = Callable[[np.ndarray], np.ndarray]
+_WHOLE: _Rule = lambda x: (x >= 0) & (x == np.floor(x))  # noqa: E731
+_PENALTY: tuple[_Rule, str] = (lambda x: np.abs(x) <= 2, "between -2 and 2 (0 turns it off)")
+_RANGES: dict[str, tuple[_Rule, str]] = {
+    "temperature": (lambda x: (x >= 0) & np.isfinite(x), "a finite number, at least 0"),
+    "top_k": (_WHOLE, "a whole number, at least 0 (0 turns it off)"),
+    "top_p": (lambda x: (x > 0) & (x <= 1), "above 0 and at most 1 (1 turns it off)"),
+    "min_p": (lambda x: (x >= 0) & (x <= 1), "between 0 and 1 (0 turns it off)"),
+    "repetition_penalty": (lambda x: (x > 0) & np.isfinite(x), "a finite number above 0 (1 turns it off)"),
+    "presence_penalty": _PENALTY,
+    "frequency_penalty": _PENALTY,
+    "no_repeat_ngram_size": (_WHOLE, "a whole number, at least 0 (0 turns it off)"),
+    "min_new_tokens": (_WHOLE, "a whole number, at least 0"),
+}
+_INTEGERS = ("top_k", "no_repeat_ngram_size", "min_new_tokens")
 
 
 def _numbers(name: str, value: jax.typing.ArrayLike) -> np.ndarray:
     values = np.atleast_1d(np.asarray(value))
     if values.dtype.kind not in "fiu" and values.dtype != jnp.bfloat16:
         raise InputError(f"{name} is {value!r}; it must be a number, or one a row")
-    if name == "top_k" and (np.abs(values) >= 2**31).any():
+    if name in _INTEGERS and (np.abs(values) >= 2**31).any():
         raise InputError(f"{name} is {values.max()}; it must be below 2^31")
     return values
 
 
-def repetition_penalty(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
-    """Makes tokens of `seen`, bool [B, V], less likely by `penalty` [B] (above 1) or likelier (below)."""
-    penalty = penalty[:, None]
-    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+def _known_ids(name: str, value: Any, batch: int, vocab_size: int | None) -> np.ndarray | None:
+    """A list of ids as [B, I], or None while it is being traced.
+
+    Raises:
+      InputError: if it is no such list, or names an id outside the vocabulary.
+    """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
+        return None
+    try:
+        ids = np.asarray(value)
+    except ValueError:
+        raise InputError(f"{name} holds rows of different lengths; fill the shorter ones with -1") from None
+    if ids.size == 0:
+        return np.zeros((batch, 0), np.int64)
+    if ids.dtype.kind not in "iu" or ids.ndim > 2 or (ids.ndim == 2 and len(ids) != batch):
+        raise InputError(
+            f"{name} is {ids.dtype} of shape {ids.shape}; it must be token ids, or a row of them for each of "
+            f"{batch} rows"
+        )
+    bad = ids[(ids < -1) | (ids >= (2**31 if vocab_size is None else vocab_size))]
+    if bad.size:
+        raise InputError(
+            f"{name} holds {bad[0]}; ids go from 0 to {(vocab_size or 2**31) - 1}, and -1 is none"
+        )
+    return np.broadcast_to(ids, (batch, ids.shape[-1] if ids.ndim else 1))
+
+
+def _id_rows(value: Any, batch: int) -> jax.Array:
+    """Ids as int32 [B, I], I padded with -1 to a multiple of 64."""
+    traced = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
+    lib: Any = jnp if traced else np
+    ids = lib.asarray(value, np.int32)
+    ids = ids[None] if ids.ndim == 0 else ids
+    ids = lib.broadcast_to(ids, (batch, ids.shape[-1]))
+    padding = max(_IDS_AT_ONCE - ids.shape[-1], -ids.shape[-1] % _IDS_AT_ONCE)
+    return jnp.asarray(lib.pad(ids, ((0, 0), (0, padding)), constant_values=-1))
 
 
 def temperature(logits: jax.Array, value: jax.Array) -> jax.Array:
@@ -197,55 +286,39 @@ def _largest_such_that(values: jax.Array, holds: Callable[[jax.Array], jax.Array
     return to_float(low)
 
 
-class _Rows(NamedTuple):
-    """`Sampling` with every field an array [B]."""
+def transform(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Temperature and filters in order: from ruled logits f32 [B, V] to those of what `choose` draws from.
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
-    repetition_penalty: jax.Array
-
-
-def transform(logits: jax.Array, sampling: Sampling, seen: jax.Array) -> jax.Array:
-    """Every transform in order: the logits of the distribution that `choose` draws from, f32 [B, V]."""
-    return _transform(logits, _per_row(sampling, logits.shape[0]), seen)
+    Args:
+      logits: f32 [B, V], after `rules.apply`.
+      sampling: settings of one value a row (`Sampling.rows`).
+    """
+    logits = temperature(logits, sampling.temperature)
+    logits = top_k(logits, sampling.top_k)
+    logits = top_p(logits, sampling.top_p)
+    return min_p(logits, sampling.min_p)
 
 
-def _transform(logits: jax.Array, rows: _Rows, seen: jax.Array) -> jax.Array:
-    logits = repetition_penalty(logits, seen, rows.repetition_penalty)
-    logits = temperature(logits, rows.temperature)
-    logits = top_k(logits, rows.top_k)
-    logits = top_p(logits, rows.top_p)
-    return min_p(logits, rows.min_p)
+def is_greedy(sampling: Sampling) -> jax.Array:
+    """bool [B]: the rows whose likeliest token is taken."""
+    return (sampling.temperature <= 0) | (sampling.top_k == 1)
 
 
-def choose(logits: jax.Array, sampling: Sampling, seen: jax.Array, keys: jax.Array) -> jax.Array:
+def choose(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
     """The next token of each row: the likeliest at temperature 0 or top-k 1, otherwise drawn.
 
     Args:
-      logits: f32 [B, V], the model's.
-      sampling: settings, scalar or one a row.
-      seen: bool [B, V], the tokens already in each row's text.
+      logits: f32 [B, V], after `rules.apply`.
+      sampling: settings of one value a row (`Sampling.rows`).
       keys: [B] keys; a row's draw depends on its own key alone.
 
     Returns:
       int32 [B].
     """
-    rows = _per_row(sampling, logits.shape[0])
-    penalised = repetition_penalty(logits, seen, rows.repetition_penalty)
-    likeliest = jnp.argmax(penalised, axis=-1).astype(jnp.int32)
-    greedy = (rows.temperature <= 0) | (rows.top_k == 1)
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = is_greedy(sampling)
 
     def random(_: None) -> jax.Array:
-        return jnp.where(greedy, likeliest, draw(_transform(logits, rows, seen), keys))
+        return jnp.where(greedy, likeliest, draw(transform(logits, sampling), keys))
 
     return jax.lax.cond(jnp.all(greedy), lambda _: likeliest, random, None)
-
-
-def _per_row(sampling: Sampling, batch: int) -> _Rows:
-    rows = sampling.rows(batch)
-    lay = lambda x: sharding.constrain(jnp.asarray(x), sharding.ROWS_B)  # noqa: E731
-    return _Rows(
-        lay(rows.temperature), lay(rows.top_k), lay(rows.top_p), lay(rows.min_p), lay(rows.repetition_penalty)
-    )

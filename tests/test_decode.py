@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import llama_jax as lj
-from llama_jax import decode, sharding
+from llama_jax import arguments, generation, sharding
 from llama_jax.errors import InputError
 from tests.random_models import random_model, random_prompts
 
@@ -22,6 +22,22 @@ GREEDY = lj.Sampling(temperature=0.0)
 RANDOM = lj.Sampling(temperature=0.9, top_k=20, top_p=0.95, repetition_penalty=1.1)
 KEY = jax.random.key(0)
 MODEL = random_model(0, lj.presets.TINY)
+
+
+@contextlib.contextmanager
+def counting_compiles():
+    """Counts programs that XLA compiles, whoever asks for them."""
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def by_forward(config, params, prompt, count):
@@ -158,24 +174,110 @@ def test_works_inside_shard_map():
     np.testing.assert_array_equal(jax.jit(split)(params, tokens, lengths, keys), expected.tokens)
 
 
-def test_64_prompt_lengths_and_any_setting_compile_at_most_8_programs():
+@pytest.mark.parametrize("length", [1, 2, 33, 161, 300])
+def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(length):
+    """300 takes a large piece and small ones, 161 one large piece that is not full, 1 none at all."""
+    config, params = MODEL
+    config = config.replace(max_position_embeddings=1024)
+    tokens, lengths = random_prompts(0, config, [length, max(1, length // 2)])
+    out = lj.generate(config, params, tokens, lengths, KEY, GREEDY, max_new_tokens=4)
+    for row in range(2):
+        prompt = tokens[row, : lengths[row]]
+        assert out.tokens[row].tolist() == by_forward(config, params, prompt, 4)
+
+
+def test_every_request_is_answered_by_programs_that_a_warm_up_compiled():
+    """500 requests of lengths 1 to 1500, everything that a request may set varied."""
     config, params = random_model(0)
     config = config.replace(max_position_embeddings=2048, num_hidden_layers=1)
-    params = {**params, "layers": lj.unstack(params)["layers"][:1]}
-    before = decode._generate._cache_size()
+    weights = {**params, "layers": lj.unstack(params)["layers"][:1]}
     rng = np.random.default_rng(0)
-    for length in np.linspace(1, 1500, 64).astype(int):
-        tokens, lengths = random_prompts(0, config, [int(length)])
-        sampling = lj.Sampling(
-            temperature=float(rng.uniform(0, 2)),
-            top_k=int(rng.integers(0, 9)),
-            top_p=float(rng.uniform(0.1, 1)),
-        )
-        eos = list(range(int(rng.integers(0, 5))))
-        lj.generate(
-            config, params, tokens, lengths, jax.random.key(length), sampling, max_new_tokens=2, eos_id=eos
-        )
-    assert decode._generate._cache_size() - before <= 8
+    vocabulary = config.vocab_size
+    with counting_compiles() as compiled:
+        lj.warm_up(config, weights)
+    assert 0 < len(compiled) <= 16
+    with counting_compiles() as compiled:
+        for number in range(500):
+            length = int(rng.integers(1, 1501)) if number % 10 == 0 else int(rng.integers(1, 200))
+            tokens, lengths = random_prompts(number, config, [length])
+            sampling = lj.Sampling(
+                temperature=float(rng.choice([0, 0.7, 1.5])),
+                top_k=int(rng.integers(0, 9)),
+                top_p=float(rng.uniform(0.1, 1)),
+                min_p=float(rng.uniform(0, 0.3)),
+                repetition_penalty=float(rng.uniform(0.8, 1.5)),
+                presence_penalty=float(rng.uniform(-1, 1)),
+                frequency_penalty=float(rng.uniform(-1, 1)),
+                no_repeat_ngram_size=int(rng.integers(0, 5)),
+                min_new_tokens=int(rng.integers(0, 4)),
+                suppress_tokens=rng.integers(0, vocabulary // 2, rng.integers(0, 9)),
+                forced_tokens=rng.integers(vocabulary // 2, vocabulary, rng.integers(0, 3)),
+            )
+            run = lj.generate if number % 2 else lambda *a, **k: list(lj.stream(*a, **k))
+            run(
+                config, weights, tokens, lengths, jax.random.key(number), sampling,
+                max_new_tokens=int(rng.integers(1, 5)),
+                eos_id=rng.integers(0, vocabulary, rng.integers(0, 5)),
+            )  # fmt: skip
+    assert not compiled
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, RANDOM], ids=["greedy", "random"])
+def test_several_sequences_of_a_prompt_are_those_of_the_prompt_repeated(sampling):
+    config, params = random_model(2)
+    tokens, lengths = random_prompts(2, config, [5, 8])
+    out = lj.generate(
+        config, params, tokens, lengths, KEY, sampling, max_new_tokens=6, num_return_sequences=3
+    )
+    repeated = tokens.repeat(3, axis=0), lengths.repeat(3)
+    expected = lj.generate(config, params, *repeated, KEY, sampling, max_new_tokens=6)
+    np.testing.assert_array_equal(out.tokens, expected.tokens)
+    assert (sampling is GREEDY) == bool((out.tokens[0] == out.tokens[1]).all())
+
+
+def test_the_likeliest_tokens_of_each_step_are_those_of_forward():
+    config, params = random_model(6)
+    tokens, lengths = random_prompts(6, config, [6, 6])
+    out = lj.generate(config, params, tokens, lengths, KEY, RANDOM, max_new_tokens=7, top_logprobs=5)
+    text = np.concatenate([tokens, out.tokens], axis=1)
+    logprobs = jax.nn.log_softmax(lj.forward(config, params, text))[:, 5:-1]
+    values, ids = jax.lax.top_k(logprobs, 5)
+    np.testing.assert_array_equal(out.top_tokens, ids)
+    np.testing.assert_allclose(out.top_logprobs, values, atol=2e-5)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-5), ("bfloat16", 0.1), ("int8", 0.1)])
+def test_a_smaller_cache_gives_nearly_the_same_log_probabilities(dtype, close):
+    config, params = random_model(6)
+    tokens, lengths = random_prompts(6, config, [40, 21])
+    forced = np.random.default_rng(0).integers(0, config.vocab_size, 8)
+    settings = {"sampling": lj.Sampling(forced_tokens=forced), "max_new_tokens": 8}
+    full = lj.generate(config, params, tokens, lengths, KEY, **settings)
+    small = lj.generate(config, params, tokens, lengths, KEY, cache_dtype=dtype, **settings)
+    np.testing.assert_array_equal(small.tokens, full.tokens)
+    np.testing.assert_allclose(small.logprobs, full.logprobs, atol=close)
+    assert (dtype == "float32") == np.array_equal(small.logprobs, full.logprobs)
+
+
+def test_generate_inside_a_program_that_takes_gradients():
+    """REINFORCE in one jitted function: `generate` is a constant of the gradient, as it should be."""
+    config, params = random_model(3)
+    tokens, lengths = random_prompts(3, config, [5, 5])
+
+    def score(params, tokens, out):
+        text = jax.numpy.concatenate([tokens, out], axis=1)
+        logprobs = jax.nn.log_softmax(lj.forward(config, params, text))[:, 4:-1]
+        return jax.numpy.take_along_axis(logprobs, out[..., None], -1).mean()
+
+    def through(params):
+        out = lj.generate(config, params, tokens, lengths, KEY, RANDOM, max_new_tokens=4)
+        return score(params, tokens, out.tokens) + 0 * out.logprobs.sum()
+
+    drawn = lj.generate(config, params, tokens, lengths, KEY, RANDOM, max_new_tokens=4).tokens
+    got = jax.jit(jax.grad(through))(params)
+    wanted = jax.jit(jax.grad(score))(params, tokens, drawn)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, wanted)
+    assert any(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(got))
 
 
 def loop_body(text):
@@ -195,13 +297,13 @@ def loop_body(text):
 def test_the_compiled_loop_never_copies_the_cache_or_a_weight():
     config, params = MODEL
     tokens, lengths = random_prompts(0, config, [16, 16, 9])
-    end, settings = decode._end_ids(None), GREEDY.rows(3)
     weights = lj.unstack(params)
-    compiled = decode._generate.lower(
-        config, weights, tokens, lengths, KEY, settings, end, max_new_tokens=100
-    )
+    request = arguments.check(config, tokens, lengths, GREEDY, None, 100)
+    static = {"num_return_sequences": 1, "top_logprobs": 0, "cache_dtype": None}
+    state = generation.start(config, weights, request, KEY, 100, **static)
+    compiled = generation.advance_jit.lower(config, weights, state, np.int32(100))
     body = loop_body(compiled.compile().as_text())
-    cache = (3, config.num_key_value_heads, 116, config.head_dim)
+    cache = (3, config.num_key_value_heads, 128, config.head_dim)
     assert "f32[" + ",".join(map(str, cache)) + "]" in body and "dot" in body
     large = {math.prod(cache)} | {leaf.size for leaf in jax.tree.leaves(weights) if leaf.ndim > 1}
     moved = re.findall(r"= (f32\[[\d,]+\])\S* (?:copy|transpose|convert)\(", body)
@@ -233,6 +335,14 @@ def test_the_compiled_loop_never_copies_the_cache_or_a_weight():
         ({"lengths": [2.5, 3]}, "lengths is float"),
         ({"eos_id": 2.5}, "eos_id is 2.5; it must be a token id, a sequence of them, or None"),
         ({"eos_id": {1, 2}}, "eos_id is {1, 2}"),
+        ({"num_return_sequences": 0}, "num_return_sequences is 0; it must be a whole number, at least 1"),
+        ({"top_logprobs": 257}, "top_logprobs is 257; the vocabulary has 256 tokens"),
+        (
+            {"cache_dtype": "int4"},
+            "cache_dtype is 'int4'; it must be one of float32, bfloat16, float16, int8",
+        ),
+        ({"cache_dtype": "float64"}, "cache_dtype is 'float64'"),
+        ({"sampling": lj.Sampling(suppress_tokens=[256])}, "suppress_tokens holds 256"),
         ({"key": 0}, "key is int32 of shape (); make one with jax.random.key(seed)"),
         ({"key": jax.random.split(KEY, 3)}, "key has shape (3,); give one key, or one for each of 2 rows"),
     ],
@@ -246,34 +356,10 @@ def test_says_what_cannot_work(arguments, message):
         "max_new_tokens": 4,
     } | arguments
     config, params = MODEL
+    tokens, lengths = (np.array(given.pop(name)) for name in ("tokens", "lengths"))
     with pytest.raises(InputError) as error:
-        lj.generate(
-            config,
-            params,
-            np.array(given["tokens"]),
-            np.array(given["lengths"]),
-            given["key"],
-            given["sampling"],
-            max_new_tokens=given["max_new_tokens"],
-            eos_id=given.get("eos_id"),
-        )
+        lj.generate(config, params, tokens, lengths, **given)
     assert message in str(error.value) and "\n" not in str(error.value)
-
-
-@contextlib.contextmanager
-def counting_compiles():
-    """Counts programs that XLA compiles, whoever asks for them."""
-    compiled = []
-
-    def listen(event, duration, **_):
-        if event.endswith("backend_compile_duration"):
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_no_form_of_a_setting_and_no_length_within_a_bucket_compiles_anything():

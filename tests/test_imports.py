@@ -20,9 +20,12 @@ FLOORS = (
     ("attention",),
     ("layers",),
     ("model",),
-    ("fused_loss", "loss", "sampling", "decode"),
-    ("tokenizer", "weights", "known"),
+    ("fused_loss", "loss", "rules", "sampling", "arguments"),
+    ("decode",),
+    ("generation", "beam", "speculative", "session"),
+    ("tokenizer", "weights", "known", "chat", "stop_strings"),
     ("pretrained", "bench"),
+    ("conversation",),
     ("cli",),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -77,34 +77,24 @@ def test_filters_are_idempotent_where_they_should_be(logits, k, p, share):
 @fast
 @given(logits_rows)
 def test_settings_that_are_off_change_nothing(logits):
-    seen = jnp.ones(logits.shape, bool)
-    np.testing.assert_array_equal(jax.jit(sampling.transform)(logits, Sampling(), seen), logits)
+    np.testing.assert_array_equal(jax.jit(sampling.transform)(logits, Sampling().rows(3)), logits)
 
 
-def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens():
-    logits = jnp.array([[2.0, -2.0, 1.0, -1.0]])
-    seen = jnp.array([[True, True, False, False]])
-    got = sampling.repetition_penalty(logits, seen, rows(2.0))
-    np.testing.assert_array_equal(got, [[1.0, -4.0, 1.0, -1.0]])
-
-
-def test_order_is_penalty_temperature_k_p_min_p():
-    logits = jnp.array([[3.0, 2.9, 1.0, 0.0, -4.0]])
-    seen = jnp.array([[True, False, False, False, False]])
-    s = Sampling(temperature=0.5, top_k=3, top_p=0.9, min_p=0.2, repetition_penalty=2.0)
-    expected = sampling.repetition_penalty(logits, seen, rows(2.0)) / 0.5
-    expected = sampling.top_k(expected, rows(3, dtype=jnp.int32))
+def test_order_is_temperature_k_p_min_p():
+    logits = jnp.array([[1.5, 2.9, 1.0, 0.0, -4.0]])
+    s = Sampling(temperature=0.5, top_k=3, top_p=0.9, min_p=0.2)
+    expected = sampling.top_k(logits / 0.5, rows(3, dtype=jnp.int32))
     expected = sampling.min_p(sampling.top_p(expected, rows(0.9)), rows(0.2))
-    np.testing.assert_array_equal(sampling.transform(logits, s, seen), expected)
-    assert kept(expected).sum() == 1  # the penalty moved the first token below the others before the cut
+    np.testing.assert_array_equal(sampling.transform(logits, s.rows(1)), expected)
+    assert kept(expected).sum() == 1
 
 
-greedy_choose = jax.jit(choose)
+greedy_choose = jax.jit(lambda logits, s, keys: choose(logits, s.rows(logits.shape[0]), keys))
 
 
 def drawn(logits, s, count=20_000, seed=0):
     keys = jax.random.split(jax.random.key(seed), count)
-    one = lambda key: choose(logits[None], s, jnp.zeros((1, logits.size), bool), key[None])[0]  # noqa: E731
+    one = lambda key: choose(logits[None], s.rows(1), key[None])[0]  # noqa: E731
     return np.bincount(np.asarray(jax.jit(jax.vmap(one))(keys)), minlength=logits.size)
 
 
@@ -127,7 +117,7 @@ def test_draws_follow_the_softmax(vocab):
 def test_draws_under_filters_follow_the_filtered_softmax():
     logits = jnp.array([2.0, 1.5, 1.0, 0.0, -1.0, -9.0])
     s = Sampling(temperature=1.3, top_k=4, top_p=0.95, min_p=0.05)
-    target = jax.nn.softmax(sampling.transform(logits[None], s, jnp.zeros((1, 6), bool)))[0]
+    target = jax.nn.softmax(sampling.transform(logits[None], s.rows(1)))[0]
     statistic, freedom = chi_square(drawn(logits, s), np.asarray(target, np.float64))
     assert statistic < freedom + 5 * np.sqrt(2 * freedom)
 
@@ -136,19 +126,17 @@ def test_draws_under_filters_follow_the_filtered_softmax():
 @given(logits_rows, st.integers(0, 2**31))
 def test_top_k_1_and_temperature_0_are_greedy(logits, seed):
     keys = jax.random.split(jax.random.key(seed), 3)
-    seen = jnp.zeros(logits.shape, bool)
     for s in (Sampling(temperature=0.0), Sampling(top_k=1), Sampling(temperature=7.0, top_k=1)):
-        np.testing.assert_array_equal(greedy_choose(logits, s, seen, keys), logits.argmax(-1))
+        np.testing.assert_array_equal(greedy_choose(logits, s, keys), logits.argmax(-1))
 
 
 def test_each_row_has_its_own_settings():
     logits = jnp.tile(jax.random.normal(jax.random.key(0), (1, 40)), (3, 1))
     keys = jax.random.split(jax.random.key(1), 3)
-    seen = jnp.zeros(logits.shape, bool)
     mixed = Sampling(temperature=rows(0.0, 1.0, 3.0), top_k=rows(0, 5, 0, dtype=jnp.int32))
-    together = choose(logits, mixed, seen, keys)
+    together = greedy_choose(logits, mixed, keys)
     for row, (t, k) in enumerate([(0.0, 0), (1.0, 5), (3.0, 0)]):
-        alone = choose(logits[:1], Sampling(temperature=t, top_k=k), seen[:1], keys[row : row + 1])
+        alone = greedy_choose(logits[:1], Sampling(temperature=t, top_k=k), keys[row : row + 1])
         assert together[row] == alone[0]
 
 
@@ -164,6 +152,19 @@ def test_each_row_has_its_own_settings():
         ({"min_p": -0.1}, "min_p is -0.1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
         ({"top_p": np.array([0.5, 1.2])}, "top_p is 1.2 in row 1"),
+        ({"presence_penalty": 2.5}, "presence_penalty is 2.5; it must be between -2 and 2 (0 turns it off)"),
+        ({"frequency_penalty": -3}, "frequency_penalty is -3"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1"),
+        ({"min_new_tokens": 1.5}, "min_new_tokens is 1.5"),
+        ({"suppress_tokens": [3, 50]}, "suppress_tokens holds 50; ids go from 0 to 49, and -1 is none"),
+        ({"suppress_tokens": [1.5]}, "suppress_tokens is float64 of shape (1,); it must be token ids"),
+        ({"suppress_tokens": [[1, 2], [3]]}, "suppress_tokens holds rows of different lengths"),
+        ({"suppress_tokens": range(50)}, "suppress_tokens holds the whole vocabulary, in row 0"),
+        ({"forced_tokens": [[1], [2], [3]]}, "forced_tokens is int64 of shape (3, 1)"),
+        (
+            {"suppress_tokens": [4, 5], "forced_tokens": [[1, -1], [2, 5]]},
+            "token 5 is both in suppress_tokens and in forced_tokens, in row 1",
+        ),
         (
             {"top_p": np.array([0.5, 0.5, 0.5])},
             "top_p has shape (3,); it must be a scalar or one value for each of 2 rows",
@@ -172,7 +173,7 @@ def test_each_row_has_its_own_settings():
 )
 def test_refuses_settings_out_of_range(settings, message):
     with pytest.raises(InputError) as error:
-        Sampling(**settings).check(batch=2)
+        Sampling(**settings).check(batch=2, vocab_size=50)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -192,7 +193,7 @@ def test_no_setting_draws_an_id_outside_the_vocabulary(settings):
     """Values that only tracing lets through, and ones that f32 rounds to nothing."""
     logits = jax.random.normal(jax.random.key(0), (4, 300)) * 10
     keys = jax.random.split(jax.random.key(1), 4)
-    token = greedy_choose(logits, Sampling(**settings), jnp.zeros(logits.shape, bool), keys)
+    token = greedy_choose(logits, Sampling(**settings), keys)
     assert (token < 300).all()
     if settings.get("top_k") is None:
         np.testing.assert_array_equal(token, logits.argmax(-1))
@@ -200,7 +201,7 @@ def test_no_setting_draws_an_id_outside_the_vocabulary(settings):
 
 def test_nan_logits_stay_inside_the_vocabulary():
     keys = jax.random.split(jax.random.key(1), 2)
-    token = greedy_choose(jnp.full((2, 300), jnp.nan), Sampling(), jnp.zeros((2, 300), bool), keys)
+    token = greedy_choose(jnp.full((2, 300), jnp.nan), Sampling(), keys)
     assert ((token >= 0) & (token < 300)).all()
 
 
