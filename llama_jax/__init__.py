@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llama_jax.loss import next_token_loss
     from llama_jax.model import forward, init, unstack
     from llama_jax.pretrained import Model, load
+    from llama_jax.quantization import quantize
     from llama_jax.sampling import Sampling
     from llama_jax.sharding import make_mesh, shard_params
 
@@ -34,6 +35,7 @@ _HOMES = {
     "loss": ("next_token_loss",),
     "model": ("forward", "init", "unstack"),
     "pretrained": ("Model", "load"),
+    "quantization": ("quantize",),
     "sampling": ("Sampling",),
     "sharding": ("make_mesh", "shard_params"),
 }
@@ -55,6 +57,7 @@ __all__ = [
     "next_token_loss",
     "prefill",
     "presets",
+    "quantize",
     "shard_params",
     "step",
     "stream",

@@ -27,6 +27,7 @@ from llama_jax.linear import (
     swiglu_down,
     write_gradient,
 )
+from llama_jax.quantization import Quantized
 
 # (q [B,T,N,H], k [B,K,T,H], v [B,K,T,H]) -> (out [B,T,N,H], whatever the caller wants back)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -42,12 +43,14 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
     return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def embed(table: jax.Array, tokens: jax.Array, *, dtype: jax.typing.DTypeLike) -> jax.Array:
+def embed(table: jax.Array | Quantized, tokens: jax.Array, *, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Rows of the embedding table [V, D] for tokens int [B, T] -> [B, T, D] in `dtype`.
 
     Ids outside the vocabulary, negative ones too, give NaN rows rather than somebody else's embedding.
     """
     out = sharding.out_sharding(sharding.ACT_BTD, (*tokens.shape, 0))
+    if isinstance(table, Quantized):
+        return table.rows(tokens, out).astype(dtype)
     rows = jnp.asarray(table).at[tokens]
     return rows.get(out_sharding=out, mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(
         dtype
@@ -136,10 +139,10 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array, table: rope.Rotary, attend: Attend) -> tuple[jax.Array, Any]:
         c, linear = self.config, functools.partial(project, backward=self.backward)
         d, n, k, h = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        wq = self.param("wq", _normal(), (d, n, h))
-        wk = self.param("wk", _normal(), (d, k, h))
-        wv = self.param("wv", _normal(), (d, k, h))
-        wo = self.param("wo", _residual_normal(c), (n, h, d))
+        wq = _matrix(self, "wq", _normal(), (d, n, h))
+        wk = _matrix(self, "wk", _normal(), (d, k, h))
+        wv = _matrix(self, "wv", _normal(), (d, k, h))
+        wo = _matrix(self, "wo", _residual_normal(c), (n, h, d))
 
         q = linear("btd,dnh->btnh", x, wq, stored=sharding.WQ_DNH, out=sharding.ACT_BTNH)
         keys = linear("btd,dkh->btkh", x, wk, stored=sharding.WKV_DKH, out=sharding.ACT_BTNH)
@@ -169,9 +172,9 @@ class FeedForward(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         linear = functools.partial(project, backward=self.backward)
         d, f = self.config.hidden_size, self.config.intermediate_size
-        w_gate = self.param("w_gate", _normal(), (d, f))
-        w_up = self.param("w_up", _normal(), (d, f))
-        w_down = self.param("w_down", _residual_normal(self.config), (f, d))
+        w_gate = _matrix(self, "w_gate", _normal(), (d, f))
+        w_up = _matrix(self, "w_up", _normal(), (d, f))
+        w_down = _matrix(self, "w_down", _residual_normal(self.config), (f, d))
         gate = linear("btd,df->btf", x, w_gate, stored=sharding.GATE_UP_DF, out=sharding.ACT_BTF)
         up = linear("btd,df->btf", x, w_up, stored=sharding.GATE_UP_DF, out=sharding.ACT_BTF)
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
@@ -198,6 +201,16 @@ class Block(nn.Module):
         y, kept = attention(hand(norm(name="attention_norm")(x)), table, attend)
         x = x + y
         return x + feed_forward(hand(norm(name="ffn_norm")(x))), kept
+
+
+def _matrix(
+    module: nn.Module, name: str, initializer: nn.initializers.Initializer, shape: tuple[int, ...]
+) -> Any:
+    """A parameter that may have been quantised, which Flax would take for one of another shape."""
+    held: Any = module.get_variable("params", name)
+    if isinstance(held, Quantized):
+        return held
+    return module.param(name, initializer, shape)
 
 
 def _normal() -> nn.initializers.Initializer:

@@ -17,25 +17,31 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from llama_jax import sharding
+from llama_jax.quantization import Quantized
 
 Backward = Literal["autodiff", "fast"]
 
 
-def contract(equation: str, x: jax.Array, weight: jax.Array, *, stored: P, out: P) -> jax.Array:
+def contract(equation: str, x: jax.Array, weight: jax.Array | Quantized, *, stored: P, out: P) -> jax.Array:
     """einsum of an activation [B, T, ...] with a weight, computed in x's dtype, accumulated in f32.
 
     Args:
       equation: the einsum; its letters are the shapes.
       x: the activation, in the compute dtype.
-      weight: the parameter, cast to the compute dtype and then gathered over `fsdp`.
+      weight: the parameter, cast to the compute dtype and then gathered over `fsdp`; or quantised.
       stored: the weight's row of the sharding table.
       out: the result's row.
 
     Returns:
       f32 [B, T, ...].
     """
-    weight = sharding.gather(weight.astype(x.dtype), stored)
     layout = sharding.out_sharding(out, x.shape[:2] + (0,) * (len(out) - 2))
+    if isinstance(weight, Quantized):
+        flat = None if layout is None else P(*layout[:3])
+        result = weight.gather(stored).product(x, flat)
+        outputs = [size for axis, size in enumerate(weight.shape) if axis not in weight.summed]
+        return result.reshape(*x.shape[:2], *outputs)
+    weight = sharding.gather(weight.astype(x.dtype), stored)
     rows = x.shape[0] * x.shape[1]
     if rows == 1 and x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         # XLA:CPU has a bf16 matmul but no bf16 matvec worth the name: two rows are 2-10x faster than one.

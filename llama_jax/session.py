@@ -1,4 +1,4 @@
-"""One row's key/value cache, kept between generations: what a prompt shares with the last is not run again."""
+"""One row's key/value cache, kept between generations: a prompt runs only what the last did not share."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors", "config", "sharding"),
-    ("linear", "rope", "cache"),
+    ("quantization", "rope", "cache"),
+    ("linear",),
     ("blockwise", "splash"),
     ("attention",),
     ("layers",),
