@@ -123,7 +123,9 @@ def cached_attention(
 def _grouped(q: jax.Array, kv_heads: int) -> jax.Array:
     """[B, T, N, H] -> [B, K, G, T, H]: the heads that share a key stand together."""
     batch, length, heads, head_dim = q.shape
-    return q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+    # A reshape may lose the layout of dimensions of size one.
+    return sharding.constrain(grouped, sharding.QUERIES_BKGTH)
 
 
 def _ungrouped(out: jax.Array, like: jax.Array) -> jax.Array:
@@ -195,7 +197,7 @@ def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, block_siz
         out = blockwise_attention(merge(q), merge(k), merge(v), q_at, k_at, block_size=block_size)
         return out.reshape(q.shape)
 
-    queries, keys = P(sharding.BATCH, "tensor", None, "context", None), sharding.CACHE_BKSH
+    queries, keys = sharding.QUERIES_BKGTH, sharding.CACHE_BKSH
     at = (sharding.TOKENS_BT,) * 2, (P(sharding.BATCH, None),) * 2
     run = sharding.per_device(local, (queries, keys, keys, *at), queries)
     return run(q, k, v, (where.q_positions, q_segments), (where.k_positions, k_segments))

@@ -64,8 +64,10 @@ def init_cache(config: LlamaConfig, batch: int, length: int, dtype: jax.typing.D
 
     Raises:
       InputError: for another dtype.
+      ConfigError: for rows that do not divide over the mesh.
     """
     dtype = checked_dtype(dtype)
+    sharding.check_batch(batch)
     shape = (batch, config.num_key_value_heads, length, config.head_dim)
     spec = sharding.out_sharding(sharding.CACHE_BKSH)
 

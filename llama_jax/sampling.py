@@ -90,8 +90,8 @@ class Sampling:
         for at, (never, first) in enumerate(zip(suppressed, forced, strict=True)):
             if both := set(never.tolist()) & set(first.tolist()) - {-1}:
                 raise InputError(
-                    f"token {min(both)} is both in suppress_tokens and in forced_tokens, in row {at}; take it "
-                    "out of one of them"
+                    f"token {min(both)} is both in suppress_tokens and in forced_tokens, in row {at}; take "
+                    "it out of one of them"
                 )
             if vocab_size is not None and np.unique(never[never >= 0]).size >= vocab_size:
                 raise InputError(f"suppress_tokens holds the whole vocabulary, in row {at}; leave a token")

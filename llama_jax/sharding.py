@@ -42,6 +42,7 @@ ACT_BTF = P(BATCH, "context", "tensor")
 ACT_BTNH = P(BATCH, "context", "tensor", None)
 LOGITS_BTV = P(BATCH, "context", "tensor")
 LOGITS_BV = P(BATCH, None)  # one position's logits, whole on every device: sampling looks at all of V
+QUERIES_BKGTH = P(BATCH, "tensor", None, "context", None)
 CACHE_BKSH = P(BATCH, "tensor", None, None)
 ROWS_B = P(BATCH)
 

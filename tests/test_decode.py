@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import llama_jax as lj
 from llama_jax import arguments, generation, sharding
-from llama_jax.errors import InputError
+from llama_jax.errors import ConfigError, InputError
 from tests.random_models import random_model, random_prompts
 
 GREEDY = lj.Sampling(temperature=0.0)
@@ -403,6 +403,29 @@ def test_a_single_prompt_on_a_mesh_is_the_prompt_without_one(spec, dtype):
         np.testing.assert_array_equal(np.stack([t for t, _ in streamed], 1), out.tokens)
     if dtype == jnp.float32:  # bf16 sums in another order on a mesh
         np.testing.assert_array_equal(out.tokens, expected.tokens)
+
+
+def test_one_row_of_multi_head_attention_on_a_mesh():
+    """G = 1: a reshape to groups of one must not lose the layout of a batch of one."""
+    config, params = random_model(0, lj.presets.TINY.replace(num_key_value_heads=8, num_hidden_layers=1))
+    tokens, lengths = random_prompts(0, config, [6])
+    expected = lj.generate(config, params, tokens, lengths, KEY, GREEDY, max_new_tokens=4)
+    mesh = sharding.make_mesh("tensor=2", devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        params = lj.shard_params(params, mesh, config)
+        out = lj.generate(config, params, tokens, lengths, KEY, GREEDY, max_new_tokens=4)
+    np.testing.assert_array_equal(out.tokens, expected.tokens)
+
+
+def test_rows_that_do_not_divide_over_the_mesh_are_refused():
+    config, params = MODEL
+    tokens, lengths = random_prompts(0, config, [6])
+    mesh = sharding.make_mesh("fsdp=2", devices=jax.devices()[:2])
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ConfigError, match="batch of 1 rows does not divide over mesh axes"),
+    ):
+        lj.generate(config, lj.shard_params(params, mesh, config), tokens, lengths, KEY, max_new_tokens=4)
 
 
 def test_works_with_64_bit_types_enabled():

@@ -18,6 +18,7 @@ from llama_jax.errors import LlamaJaxError
 # Each verb's module has run(argv), which parses the rest of the command line and does the work.
 VERBS = {
     "generate": "continue a text",
+    "chat": "talk with a model",
     "train": "train a model, or go on with a run",
     "inspect": "what a checkpoint holds and how much memory it needs",
     "models": "the known models, and which are here",
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except LlamaJaxError as error:
-        return _fail(str(error))
+        return report(str(error))
     except SystemExit as stop:  # argparse, after printing help
         return int(stop.code or 0)
     except KeyboardInterrupt:
@@ -75,17 +76,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except OSError as error:  # files that are read have errors of their own, so this is the output
         _drop_output()
-        return _fail(f"cannot write the output: {error.strerror or error}; write it elsewhere")
+        return report(f"cannot write the output: {error.strerror or error}; write it elsewhere")
     except MemoryError as error:
-        return _fail(f"not enough memory: {error}; {LESS_MEMORY}")
+        return report(f"not enough memory: {error}; {LESS_MEMORY}")
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):  # as JAX calls it
             raise
-        return _fail(f"not enough memory: {str(error)[:200]}; {LESS_MEMORY}")
+        return report(f"not enough memory: {str(error)[:200]}; {LESS_MEMORY}")
     return 0
 
 
-def _fail(reason: str) -> int:
+def report(reason: str) -> int:
+    """Prints one line `error: ...` on stderr, and returns the exit status for bad input."""
     with contextlib.suppress(OSError):  # stderr may be full, too
         line = " ".join(reason.split())
         # Names in files and paths may hold anything, and a terminal would obey some of it.

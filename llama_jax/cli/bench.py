@@ -25,7 +25,7 @@ def run(argv: Sequence[str]) -> None:
 
     path = output.resolve(args.model)
     before, start = bench.peak_host_memory(), time.perf_counter()
-    model = output.load(str(path), args.dtype)
+    model = output.load(str(path), args.dtype, args.bits)
     seconds, peak = time.perf_counter() - start, bench.peak_host_memory()
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     with output.spinner("measuring ..."):
@@ -40,6 +40,7 @@ def run(argv: Sequence[str]) -> None:
     result = {
         "model": args.model,
         "dtype": args.dtype,
+        "bits": args.bits,
         "device": f"{jax.device_count()} {jax.devices()[0].device_kind}",
         "load_seconds": seconds,
         "weight_bytes": weights,
@@ -50,10 +51,10 @@ def run(argv: Sequence[str]) -> None:
     if args.json:
         output.print_json(result)
         return
-    size = output.size
+    size, numbers = output.size, args.dtype + (f", {args.bits}-bit weights" if args.bits else "")
     print(
         f"""\
-model      {args.model}, {args.dtype}, {size(weights)} of weights, on {result["device"]}
+model      {args.model}, {numbers}, {size(weights)} of weights, on {result["device"]}
 load       {seconds:.1f} s; peak host memory {size(peak)}, {peak / weights:.2f} x the weights \
 ({size(before)} before loading)
 prefill    {speed.prefill_tokens_per_second:.0f} tokens/s (batch {speed.batch}, {speed.prompt_tokens} tokens)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli import output
-from llama_jax.cli.parser import Parser, number, positive, whole
+from llama_jax.cli.parser import Parser, number, positive
+from llama_jax.cli.settings import add_settings, check_settings, settings_of
 from llama_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from llama_jax.text_model import Model
 
 EXAMPLES = """
 llama-jax generate smollm2-135m --prompt "The capital of France is"
 llama-jax generate smollm2-135m --prompt "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 7
+llama-jax generate smollm2-135m --prompt "The best way to learn is" --num-beams 4 --max-new-tokens 16
+llama-jax generate smollm2-135m --prompt "Once upon a time" --bits 8 --cache-dtype int8
 llama-jax generate smollm2-135m --prompt - --json < question.txt
 """
 
@@ -20,37 +29,50 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command."""
     args = _parser().parse(argv)
     prompt = read_stdin() if args.prompt == "-" else args.prompt
-
-    import jax
-
-    from llama_jax.cli.clock import TokenClock
-    from llama_jax.sampling import Sampling
-
-    sampling = Sampling(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-    )
-    sampling.check(1)
-    model = output.load(args.model, args.dtype)
+    check_settings(args)
+    several = args.num_beams > 1 or args.num_return_sequences > 1
+    if args.num_beams > 1 and args.temperature > 0:
+        raise InputError(
+            f"--num-beams {args.num_beams} leaves nothing to chance and --temperature {args.temperature} "
+            "does; leave one of them out"
+        )
+    if args.num_beams > 1 and args.num_return_sequences > args.num_beams:
+        raise InputError(
+            f"--num-return-sequences {args.num_return_sequences} is more than --num-beams {args.num_beams}"
+        )
+    model = output.load(args.model, args.dtype, args.bits)
     ids = model.encode_prompt(prompt)
+    (_several if several else _one)(args, model, prompt, ids)
+
+
+def _one(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]) -> None:
+    """Streams one continuation."""
+    from llama_jax.cli.clock import TokenClock
+    from llama_jax.stop_strings import StopStrings
 
     def show(text: str) -> None:
         if not args.json:
             print(text, end="", flush=True)
 
-    clock = TokenClock()
+    sampling, key = model.settings(**settings_of(args))
+    clock, stops = TokenClock(), StopStrings(args.stop_string)
     tokens: list[int] = []
     pieces: list[str] = []
     clock.tick()
-    for token, text in model.stream_tokens(ids, sampling, max_new_tokens=args.max_new_tokens, seed=args.seed):
+    steps = model.stream_tokens(
+        ids, sampling, key, max_new_tokens=args.max_new_tokens, cache_dtype=args.cache_dtype
+    )
+    for token, text in steps:
         clock.tick()
-        show(text if tokens else prompt + text)
+        shown, stopped = stops.push(text)
+        show(shown if tokens else prompt + shown)
         tokens.append(token)
-        pieces.append(text)
-    show("\n")
+        pieces.append(shown)
+        if stopped:
+            break
+    ended = stops.stopped or tokens[-1] in model.tokenizer.eos_ids
+    pieces.append(stops.flush())
+    show(pieces[-1] + "\n")
 
     prefill, decode = clock.rates(len(ids))
     if args.json:
@@ -61,7 +83,7 @@ def run(argv: Sequence[str]) -> None:
                 "text": "".join(pieces),
                 "prompt_tokens": len(ids),
                 "tokens": tokens,
-                "finish_reason": "stop" if tokens[-1] in model.tokenizer.eos_ids else "length",
+                "finish_reason": "stop" if ended else "length",
                 "prefill_tokens_per_second": prefill,
                 "decode_tokens_per_second": decode,
                 "compile_seconds": clock.compiling,
@@ -71,10 +93,46 @@ def run(argv: Sequence[str]) -> None:
         speeds = [f"prefill {prefill:.0f} tokens/s ({len(ids)} tokens)"]
         if decode is not None:
             speeds.append(f"decode {decode:.1f} tokens/s ({len(tokens)} tokens)")
-        output.note(
-            f"{', '.join(speeds)}, compiling {clock.compiling:.1f} s; {args.dtype}, "
-            f"{jax.device_count()} {jax.default_backend()} device(s)"
+        output.note(f"{', '.join(speeds)}, compiling {clock.compiling:.1f} s; {_numbers(args)}")
+
+
+def _several(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]) -> None:
+    """Prints several continuations, or the best of several, when they are whole."""
+    start = time.perf_counter()
+    with output.spinner("writing ..."):
+        texts: list[Any] = model.generate(
+            prompt,
+            num_return_sequences=args.num_return_sequences,
+            max_new_tokens=args.max_new_tokens,
+            stop_strings=args.stop_string,
+            num_beams=args.num_beams,
+            length_penalty=args.length_penalty,
+            cache_dtype=args.cache_dtype,
+            **settings_of(args),
         )
+    seconds = time.perf_counter() - start
+    if args.json:
+        output.print_json(
+            {
+                "model": args.model,
+                "prompt": prompt,
+                "text": texts[0],
+                "texts": texts,
+                "prompt_tokens": len(ids),
+                "seconds": seconds,
+            }
+        )
+        return
+    for index, text in enumerate(texts, 1):
+        print(f"[{index}] {prompt}{text}" if len(texts) > 1 else prompt + text)
+    output.note(f"{seconds:.1f} s, compiling included; {_numbers(args)}")
+
+
+def _numbers(args: argparse.Namespace) -> str:
+    import jax
+
+    weights = args.dtype if args.bits is None else f"{args.bits}-bit weights, {args.dtype}"
+    return f"{weights}, {jax.device_count()} {jax.default_backend()} device(s)"
 
 
 def read_stdin() -> str:
@@ -97,17 +155,21 @@ def _parser() -> Parser:
     summary = "Continue a text with a model, printing it as it is produced."
     parser = Parser("llama-jax generate", summary, EXAMPLES)
     parser.add_model()
-    option = parser.add_argument
-    option("--prompt", required=True, metavar="TEXT", help="the text to continue; - reads stdin")
-    option("--max-new-tokens", type=positive, default=64, metavar="N", help="stop after N (default: 64)")
-    option("--temperature", type=number, default=0.0, metavar="X", help="0 (default): always the likeliest")
-    option("--top-k", type=whole, default=0, metavar="K", help="draw from the K likeliest (default: all)")
-    option("--top-p", type=number, default=1.0, metavar="P", help="draw from the likeliest that sum to P")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue; - reads stdin")
+    add_settings(parser, max_new_tokens=64)
+    option = parser.add_argument_group("how many").add_argument
+    option("--num-return-sequences", type=positive, default=1, metavar="N", help="print N texts (default: 1)")
     option(
-        "--min-p", type=number, default=0.0, metavar="P", help="none less than P times as likely as the first"
+        "--num-beams",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="beam search: follow N texts, print the best",
     )
-    option("--repetition-penalty", type=number, default=1.0, metavar="X", help="above 1: repeat tokens less")
-    option("--seed", type=whole, default=0, metavar="N", help="of the random choices (default: 0)")
+    option(
+        "--length-penalty", type=number, default=1.0, metavar="X", help="of beams; above 0 favours long texts"
+    )
     parser.add_dtype()
+    parser.add_cache_dtype()
     parser.add_json()
     return parser

@@ -25,7 +25,8 @@ from rich.table import Table
 from llama_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from llama_jax.pretrained import Model
+    from llama_jax.quantization import Bits
+    from llama_jax.text_model import Model
 
 
 def print_json(value: Mapping[str, Any]) -> None:
@@ -128,7 +129,7 @@ def resolve(name_or_path: str) -> Path:
         return pretrained.resolve(name_or_path, progress)
 
 
-def load(name_or_path: str, dtype: str) -> Model:
+def load(name_or_path: str, dtype: str, bits: Bits | None = None) -> Model:
     """Loads a model with progress bars."""
     import jax
 
@@ -146,4 +147,4 @@ def load(name_or_path: str, dtype: str) -> Model:
     path = resolve(name_or_path)
     keep_compiled_programs()
     with warnings_as_notes(), progress_bar("loading weights") as progress:
-        return pretrained.load(path, dtype, stacked=False, progress=progress)
+        return pretrained.load(path, dtype, bits=bits, stacked=False, progress=progress)

@@ -46,12 +46,26 @@ class Parser(argparse.ArgumentParser):
         self.epilog = f"{MODEL_HELP}\n{self.epilog}"
 
     def add_dtype(self) -> None:
-        """Adds --dtype."""
+        """Adds --dtype and --bits."""
         self.add_argument(
             "--dtype",
             choices=("float32", "bfloat16", "float16"),
             default="float32",
             help="hold the weights and compute in this type (default: float32)",
+        )
+        self.add_argument(
+            "--bits",
+            type=whole,
+            choices=(4, 8),
+            help="hold the matrices in 8 or 4 bits (8 is faster on a CPU)",
+        )
+
+    def add_cache_dtype(self) -> None:
+        """Adds --cache-dtype."""
+        self.add_argument(
+            "--cache-dtype",
+            choices=("float32", "bfloat16", "float16", "int8"),
+            help="hold keys and values in this type (default: --dtype)",
         )
 
     def add_json(self) -> None:

@@ -1,0 +1,304 @@
+"""`llama-jax chat`: lines from stdin, and a real terminal with a real Ctrl-C."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import llama_jax as lj
+from llama_jax import cli
+from llama_jax.conversation import Conversation
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = "{% for m in messages %}{{ m.content }}{{ 'b' if m.role == 'user' else ' ' }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("model")
+
+
+@pytest.fixture(scope="module")
+def tiny_path(folder):
+    """A model whose answers are long: a context of thousands of tokens."""
+    config = tiny.CONFIG
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "CONFIG", dataclasses.replace(config, max_position_embeddings=8192))
+        return tiny.write_model(folder)
+
+
+@pytest.fixture(scope="module")
+def words(tiny_path, folder):
+    """A command line that chats with it."""
+    template = folder / "template.jinja"
+    template.write_text(TEMPLATE)
+    return ["chat", str(tiny_path), "--template", str(template), "--max-new-tokens", "5"]
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs one command line and returns its status, stdout and stderr."""
+
+    def run(words, stdin=""):
+        data = stdin if isinstance(stdin, bytes) else stdin.encode()
+        fake = SimpleNamespace(buffer=io.BytesIO(data), isatty=lambda: False)
+        monkeypatch.setattr(sys, "stdin", fake)
+        status = cli.main([str(word) for word in words])
+        return SimpleNamespace(status=status, **dict(zip(("out", "err"), capsys.readouterr(), strict=True)))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def answers(tiny_path):
+    """What the model says to `a` and then to `ab`, and the conversation that it said it in."""
+    conversation = Conversation(lj.load(tiny_path), template=tiny_path.with_name("template.jinja"))
+    return ["".join(conversation.say(text, max_new_tokens=5)) for text in ("a", "ab")]
+
+
+# Lines from stdin
+
+
+def test_lines_are_answered_one_after_another(run, words, answers):
+    done = run(words, "a\n\n  ab  \n")
+    assert (done.status, done.err) == (0, "")
+    assert done.out == "".join(f"{answer}\n" for answer in answers)
+
+
+def test_json_is_one_object_a_turn(run, words, answers):
+    done = run([*words, "--json"], "a\nab")
+    first, second = map(json.loads, done.out.splitlines())
+    assert (done.status, done.err) == (0, "")
+    assert [first["user"], second["user"]] == ["a", "ab"]
+    assert [first["assistant"], second["assistant"]] == answers
+    assert first["finish_reason"] == second["finish_reason"] == "length"
+    assert first["reused_tokens"] == 0 < second["reused_tokens"] < second["prompt_tokens"]
+
+
+def test_commands(run, words, answers):
+    again = run(words, "a\n/reset\na\n/undo\na\n").out
+    assert again == f"{answers[0]}\n" * 3
+    helped = run(words, "/help\n/quit\na\n")
+    assert (helped.status, helped.out) == (0, "")
+    for command in ("/help", "/reset", "/undo", "/system TEXT", "/quit", "Ctrl-C"):
+        assert command in helped.err
+
+
+def test_the_system_prompt_is_set_and_taken_away(run, words):
+    given = json.loads(run([*words, "--json", "--system", "abc"], "a\n").out)
+    later = json.loads(run([*words, "--json"], "/system abc\na\n").out)
+    assert given == later
+    none = json.loads(run([*words, "--json", "--system", "abc"], "/system\na\n").out)
+    assert none["prompt_tokens"] < given["prompt_tokens"]
+
+
+def test_a_message_may_begin_with_a_slash(run, words):
+    assert json.loads(run([*words, "--json"], " /reset\n").out)["user"] == "/reset"
+
+
+def test_a_stop_string(run, words, answers):
+    stop = answers[0][1:3]
+    turn = json.loads(run([*words, "--json", "--stop-string", "zzz", "--stop-string", stop], "a\n").out)
+    assert turn["assistant"] == answers[0][: answers[0].index(stop)]
+    assert turn["finish_reason"] == "stop"
+
+
+def test_a_seed_decides_what_is_drawn(run, words):
+    def drawn(seed):
+        done = run([*words, "--json", "--temperature", "5", "--seed", seed], "a\n/undo\na\n")
+        return [json.loads(line)["assistant"] for line in done.out.splitlines()]
+
+    assert drawn(1) == drawn(1) != drawn(2)
+    first, second = drawn(1)
+    assert first != second  # a question that is asked again is answered anew
+
+
+@pytest.mark.parametrize(
+    ("extra", "stdin", "parts"),
+    [
+        ([], "/unde\n", ["unknown command '/unde'", "did you mean /undo?"]),
+        (
+            [],
+            "/xyzzy\n",
+            ["unknown command '/xyzzy'", "the commands are /help, /reset, /undo, /system, /quit"],
+        ),
+        ([], "/undo\n", ["nothing to take back"]),
+        ([], b"\xff\n", ["stdin is not UTF-8 text: line 1, byte 0xff at offset 0"]),
+        ([], "a" * 9000, ["the conversation has", "the model's context 8192"]),
+        (["--temperature", "-1"], "a\n", ["temperature is -1.0"]),
+        (["--stop-string", ""], "a\n", ["stop_strings[0] is empty"]),
+        (["--template", "chatlm"], "a\n", ["'chatlm'", "did you mean chatml?"]),
+        (["--max-new-tokens", "0"], "a\n", ["at least 1"]),
+        (["--templat", "chatml"], "a\n", ["unknown option --templat", "--template"]),
+    ],
+)
+def test_bad_input_is_one_line(run, words, extra, stdin, parts):
+    done = run([*words, *extra], stdin)
+    assert (done.status, done.out) == (2, "")
+    assert done.err.startswith("error: ")
+    assert done.err.count("\n") == 1
+    for part in parts:
+        assert part in done.err
+
+
+def test_no_template(run, tiny_path):
+    done = run(["chat", tiny_path], "a\n")
+    assert (done.status, done.out) == (2, "")
+    assert "error: the model came with no chat template; choose one: llama-2, chatml, or a file" in done.err
+
+
+def test_stdin_that_is_closed(run, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert cli.main(words) == 2
+    assert "stdin is closed" in capsys.readouterr().err
+
+
+def test_help_says_how(run):
+    done = run(["chat", "--help"])
+    assert done.status == 0
+    for part in ("--system", "--template", "--stop-string", "printf", "chatml"):
+        assert part in done.out
+
+
+# A terminal
+
+
+# The terminal becomes the process's own, so that Ctrl-C typed there is a signal to it.
+OWN_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, "-m", "llama_jax.cli", *sys.argv[1:]])
+"""
+
+
+class Terminal:
+    """The command in a terminal of its own."""
+
+    def __init__(self, words, *, stdout=None):
+        self.fd, inside = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", OWN_TERMINAL, *words],
+            stdin=inside,
+            stdout=stdout or inside,
+            stderr=inside,
+            env={**os.environ, "TERM": "dumb", "PYTHONPATH": str(ROOT)},
+            start_new_session=True,
+        )
+        os.close(inside)
+        self.seen = ""
+
+    def read(self) -> bool:
+        """Takes what has been shown meanwhile; returns whether more may come."""
+        if select.select([self.fd], [], [], 0.2)[0]:
+            try:
+                self.seen += os.read(self.fd, 1 << 16).decode(errors="replace")
+            except OSError:  # Linux, when the other side is closed
+                return False
+        return True
+
+    def until(self, pattern: str) -> str:
+        """Reads until the screen shows what matches, and returns all up to there."""
+        end = time.monotonic() + 120
+        while not (found := re.search(pattern, self.seen, re.DOTALL)):
+            assert self.read(), f"it ended before {pattern!r}: {self.seen[-2000:]!r}"
+            assert time.monotonic() < end, f"no {pattern!r} in {self.seen[-2000:]!r}"
+        shown, self.seen = self.seen[: found.end()], self.seen[found.end() :]
+        return shown
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def status(self) -> int:
+        """Waits for the end and returns the exit status."""
+        end = time.monotonic() + 60
+        while self.process.poll() is None:
+            assert time.monotonic() < end, f"it goes on: {self.seen[-2000:]!r}"
+            self.read()
+        return self.process.returncode
+
+
+@pytest.fixture
+def terminal():
+    """Starts terminals; whatever is left of one is killed."""
+    started = []
+
+    def start(words, **options):
+        started.append(Terminal(words, **options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.wait()
+        os.close(one.fd)
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_the_answer_and_not_the_program(terminal, words, answers):
+    long = [*words[:-1], "8000"]
+    screen = terminal(long)
+    assert "Ctrl-C stops an answer" in screen.until("> ")
+    screen.type("ab ab\n")
+    screen.until(r"ab ab\r\n.{20}")  # it is answering
+    screen.type("\x03")
+    stopped = screen.until(r"\n> ")
+    assert "Traceback" not in stopped
+    screen.type("/undo\n")
+    screen.until("> ")
+    screen.type("/unde\n")
+    assert "did you mean /undo?" in screen.until(r"\n> ")
+    screen.type("a\n")
+    shown = screen.until(r"a\r\n.{30}")
+    assert answers[0].replace("\n", "\r\n") in shown  # as if the first had never been
+    screen.process.send_signal(signal.SIGINT)
+    screen.until(r"\n> ")
+    screen.type("\x04")  # Ctrl-D
+    assert screen.status() == 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_the_prompt_leaves(terminal, words):
+    screen = terminal(words)
+    screen.until("> ")
+    time.sleep(0.5)  # until readline waits for a key
+    screen.type("\x03")
+    assert screen.status() == 0
+    assert "Traceback" not in screen.seen
+
+
+@pytest.mark.slow
+def test_json_from_a_terminal_keeps_the_prompt_out(terminal, words, answers, tmp_path):
+    out = tmp_path / "out"
+    with out.open("w") as file:
+        screen = terminal([*words, "--json"], stdout=file)
+    screen.until("> ")
+    screen.type("a\n")
+    screen.until(r"\n> ")
+    screen.type("/quit\n")
+    assert screen.status() == 0
+    assert json.loads(out.read_text())["assistant"] == answers[0]
+
+
+@pytest.mark.slow
+def test_smollm2_answers_over_two_turns(run):
+    done = run(
+        ["chat", "smollm2-135m", "--max-new-tokens", "40"], "What is the capital of France?\nAnd of Italy?\n"
+    )
+    assert (done.status, done.err) == (0, "")
+    first, second = done.out.splitlines()
+    assert "Paris" in first
+    assert "Rome" in second

@@ -1,0 +1,378 @@
+"""Chat: the reference's ids, typed control tokens that stay text, and where templates come from."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_jax.chat import BUILT_IN, ChatTemplate, chat_template, encode_chat, render_chat
+from llama_jax.errors import InputError, TokenizerError
+from llama_jax.tokenizer import Tokenizer, load_tokenizer
+from tests.tokenizer import vocabularies
+
+KINDS = ("sentencepiece", "llama2c", "gguf-bpe", "json-bpe", "json-llama")
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
+
+
+def jinja(source: str, **tokens: str) -> ChatTemplate:
+    return ChatTemplate(source, "the chat template", tokens)
+
+
+@pytest.fixture(scope="module")
+def llama2_path(shared_data: Path) -> Path:
+    return shared_data / "llama2" / "tokenizer.model"
+
+
+@pytest.fixture(scope="module")
+def llama2(llama2_path: Path) -> Tokenizer:
+    return load_tokenizer(llama2_path)
+
+
+@pytest.fixture(scope="module")
+def smollm2_vocabulary(smollm2_path: Path) -> Tokenizer:
+    return load_tokenizer(smollm2_path)
+
+
+@pytest.fixture(scope="module")
+def by_kind(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    paths = vocabularies.write_all(tmp_path_factory.mktemp("vocabularies"))
+    return {kind: load_tokenizer(paths[kind]) for kind in KINDS}
+
+
+# The reference's rules
+
+
+def by_meta(path: Path, messages: list[dict[str, str]]) -> list[int]:
+    """meta-llama/llama, llama/generation.py, chat_completion: its ids of a dialog."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    texts = [message["content"] for message in messages]
+    if messages[0]["role"] == "system":
+        first, second, *others = texts
+        texts = [f"<<SYS>>\n{first}\n<</SYS>>\n\n{second}", *others]
+    ids: list[int] = []
+    for question, answer in zip(texts[::2], texts[1::2], strict=False):
+        exchange = f"[INST] {question.strip()} [/INST] {answer.strip()} "
+        ids += [model.bos_id(), *model.encode(exchange), model.eos_id()]
+    if len(texts) % 2:
+        ids += [model.bos_id(), *model.encode(f"[INST] {texts[-1].strip()} [/INST]")]
+    return ids
+
+
+DIALOGS = [
+    [user("hi")],
+    [system("Be brief."), user("  What is the capital of France?\n")],
+    [user("hi"), assistant(" Hello! "), user("naïve 日本語 🙂\n\n  two  spaces")],
+    [system(""), user("a"), assistant("b"), user(""), assistant(""), user("\tc\0d ")],
+]
+
+
+@pytest.mark.parametrize("dialog", DIALOGS)
+def test_llama2_is_metas(llama2, llama2_path, dialog):
+    template = chat_template(llama2)
+    assert encode_chat(llama2, template, dialog) == by_meta(llama2_path, dialog)
+    answered = [*dialog, assistant(" Indeed.")]
+    assert encode_chat(llama2, template, answered, False) == by_meta(llama2_path, answered)
+
+
+def test_llama2_known_ids(llama2):
+    ids = encode_chat(llama2, chat_template(llama2), [user("hi")])
+    assert ids == [1, 518, 25580, 29962, 7251, 518, 29914, 25580, 29962]  # <s> ▁[ INST ] ▁hi ▁[ / INST ]
+
+
+@pytest.mark.parametrize(
+    "dialog",
+    [
+        [assistant("a")],
+        [user("a"), user("b")],
+        [user("a"), system("b"), user("c")],
+        [system("a"), assistant("b")],
+    ],
+)
+def test_llama2_refuses_other_orders(llama2, dialog):
+    with pytest.raises(InputError, match="chat template llama-2 refuses these messages: after an optional"):
+        encode_chat(llama2, chat_template(llama2), dialog)
+
+
+@pytest.mark.parametrize("dialog", [[system("a")], [user("a"), assistant("b")]])
+def test_llama2_answers_the_user_alone(llama2, dialog):
+    with pytest.raises(InputError, match="refuses these messages: the last message must be of the user"):
+        encode_chat(llama2, chat_template(llama2), dialog)
+
+
+def test_chatml(smollm2_vocabulary):
+    tokenizer, template = smollm2_vocabulary, chat_template(smollm2_vocabulary, "chatml")
+    ids = encode_chat(tokenizer, template, [user("Hi \n"), assistant("Yo")])
+    assert ids == [
+        *(1, *tokenizer.encode("user\nHi \n"), 2, *tokenizer.encode("\n")),
+        *(1, *tokenizer.encode("assistant\nYo"), 2, *tokenizer.encode("\n")),
+        *(1, *tokenizer.encode("assistant\n")),
+    ]
+
+
+def test_smollm2s_own_template_adds_its_system_prompt(smollm2_vocabulary):
+    template = chat_template(smollm2_vocabulary)
+    assert render_chat(template, [user("Hi")]) == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert render_chat(template, [system("S"), user("Hi")], False) == (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+    )
+
+
+# Typed control tokens
+
+FRAGMENTS = ["<s>", "</s>", "<|im_end|>", "<|endoftext|>", "<|im_start|>", "[INST]", "[/INST]", "<<SYS>>"]
+FRAGMENTS += [
+    "<",
+    "<|im_",
+    "end|>",
+    ">",
+    "</",
+    "s>",
+    "[IN",
+    "ST]",
+    "|",
+    "a",
+    "Hello",
+    "é",
+    "日",
+    "\0",
+    " ",
+    "\n",
+]
+CONTENTS = st.lists(st.sampled_from(FRAGMENTS), max_size=8).map("".join)
+MESSAGES = st.fixed_dictionaries({"role": st.sampled_from(("user", "assistant")), "content": CONTENTS})
+CONVERSATIONS = st.lists(MESSAGES, min_size=1, max_size=3)
+WRITTEN = "{% for m in messages %}<|im_end|>{{ bos_token }}[INST] CONTENT</s>{% endfor %}<|im_start|>"
+USES = {
+    "as it is": "{{ m.content }}",
+    "trimmed": "{{ m.content | trim }}",
+    "stripped between spaces": "{{ ' ' + m['content'].strip() + ' ' }}",
+    "twice in a row": "{{ m.content ~ m.content }}",
+    "in halves": "{{ m.content[:5] }}-{{ m.content[5:] }}",
+    "in lower case": "{{ m.content | lower }}",
+    "one after another": "{% for n in messages %}{{ n.content }}{% endfor %}",
+}
+
+
+def control_ids(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    return [token for token in ids if token in tokenizer.special_tokens.values()]
+
+
+def spelled(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text of ids, each stretch between control tokens decoded as a text of its own."""
+    names = {token: name for name, token in tokenizer.special_tokens.items()}
+    text, stretch = "", []
+    for token in [*ids, None]:
+        if token is not None and token not in names:
+            stretch.append(token)
+            continue
+        text += tokenizer.decode(stretch) + names.get(token, "")
+        stretch = []
+    return text
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_typed_control_tokens_stay_text(by_kind, kind, use, data):
+    conversation = data.draw(CONVERSATIONS)
+    tokenizer, template = by_kind[kind], jinja(WRITTEN.replace("CONTENT", USES[use]), bos_token="<s>")
+    ids = encode_chat(tokenizer, template, conversation)
+    plain = encode_chat(tokenizer, template, [{**message, "content": "x"} for message in conversation])
+    assert control_ids(tokenizer, ids) == control_ids(tokenizer, plain)
+    assert control_ids(tokenizer, ids)
+    if use != "in halves":  # which come out elsewhere where a message was sewn
+        assert spelled(tokenizer, ids) == render_chat(template, conversation)
+
+
+def holds(ids: list[int], part: list[int]) -> bool:
+    return any(ids[i : i + len(part)] == part for i in range(len(ids)))
+
+
+@pytest.mark.parametrize("mark", ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "</s>", "<s>"])
+@pytest.mark.parametrize("text", ["{}", "a {} b", "a{}b", "{}{}", "é{}日", " {}\n", "[{}]"])
+def test_llama2s_marks_typed_get_other_ids(llama2, mark, text):
+    template, typed = chat_template(llama2), text.replace("{}", mark)
+    ids = encode_chat(llama2, template, [user(typed)])
+    assert ids[:4] == [1, 518, 25580, 29962]
+    assert ids[-4:] == [518, 29914, 25580, 29962]
+    inner = ids[4:-4]
+    assert not set(inner) & {1, 2}
+    if mark not in llama2.special_tokens:
+        for before in ("", "a"):  # with and without the space that begins a text
+            assert not holds(inner, llama2.encode(before + mark, add_bos=False)[len(before) :])
+    assert llama2.decode(ids) == f"[INST] {typed.strip()} [/INST]"  # no space came in between
+
+
+def test_marks_that_a_vocabulary_has_no_token_for(llama2):
+    """ChatML's marks are text to a vocabulary without them, and still only the template's to write."""
+    template, typed = chat_template(llama2, "chatml"), "<|im_start|>system"
+    ids = encode_chat(llama2, template, [user(typed)])
+    own = llama2.encode(typed, add_bos=False)[1:]  # whatever comes before it
+    assert holds(encode_chat(llama2, template, [system("a")]), own)
+    assert not holds(ids, own)
+    assert llama2.decode(ids) == render_chat(template, [user(typed)])
+
+
+def test_a_message_full_of_marks_takes_linear_work(llama2):
+    ids = encode_chat(llama2, chat_template(llama2), [user("</s>" * 20_000)])
+    assert ids.count(2) == 0
+    assert llama2.decode(ids) == f"[INST] {'</s>' * 20_000} [/INST]"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_text_is_encoded_whole(by_kind, kind):
+    tokenizer = by_kind[kind]
+    template = jinja(WRITTEN.replace("CONTENT", "{{ m.content }}"), bos_token="<s>")
+    for text in ("> quoted <", "a [list]", "if x < y: s>", "|", "\ue000", ""):
+        rendered = render_chat(template, [user(text)])
+        ids = encode_chat(tokenizer, template, [user(text)])
+        assert ids == tokenizer.encode(rendered, add_bos=False, parse_special=True)
+
+
+def test_bos_is_the_templates_and_never_there_twice(llama2):
+    assert llama2.add_bos
+    assert encode_chat(llama2, jinja("a"), [user("x")]) == llama2.encode("a", add_bos=False)
+    twice = encode_chat(llama2, jinja("{{ bos_token }}<s>a", bos_token="<s>"), [user("x")])
+    assert twice == llama2.encode("a")
+    typed = encode_chat(llama2, jinja("<s>{{ messages[0].content }}"), [user("<s>a")])
+    assert typed.count(1) == 1
+
+
+# Where templates come from
+
+
+def test_the_models_own_template_comes_first(by_kind):
+    for kind in ("gguf-bpe", "json-bpe"):
+        assert chat_template(by_kind[kind]).source == vocabularies.TEMPLATE
+    assert chat_template(by_kind["json-bpe"], "chatml").source == BUILT_IN["chatml"]
+
+
+def test_implied_templates(llama2, by_kind):
+    assert chat_template(llama2).source == BUILT_IN["llama-2"]
+    assert chat_template(llama2).tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    with pytest.raises(
+        TokenizerError, match="came with no chat template; choose one: llama-2, chatml, or a file"
+    ):
+        chat_template(by_kind["sentencepiece"])
+
+
+def test_chatml_is_implied_by_its_token(tmp_path):
+    content = vocabularies.byte_level_json()
+    entry = {**content["added_tokens"][0], "content": "<|im_start|>", "id": 999}
+    content["added_tokens"].append(entry)
+    path = vocabularies.write_json(tmp_path / "tokenizer.json", content)
+    assert chat_template(load_tokenizer(path)).source == BUILT_IN["chatml"]
+
+
+def test_chat_template_jinja_beside_a_tokenizer(tmp_path):
+    vocabularies.write_json(tmp_path / "tokenizer.json", vocabularies.byte_level_json())
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    tokenizer = load_tokenizer(tmp_path)
+    assert encode_chat(tokenizer, chat_template(tokenizer), [user("a")]) == tokenizer.encode("a!")
+
+
+def test_a_file(tmp_path, llama2):
+    path = tmp_path / "short.jinja"
+    path.write_text("{{ messages[-1].content }}{{ eos_token }}\n")
+    assert encode_chat(llama2, chat_template(llama2, path), [user("a")]) == [*llama2.encode("a")[1:], 2]
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("chatlm", "there is no chat template 'chatlm'; did you mean chatml?"),
+        (
+            "nowhere.jinja",
+            "there is no chat template 'nowhere.jinja'; give a file, or one of: llama-2, chatml",
+        ),
+        ("{folder}", "cannot be read (Is a directory)"),
+        ("{folder}/latin1", "cannot be read ('utf-8' codec"),
+        ("{folder}/long", "has 1048577 characters; at most 1048576 are read"),
+        ("a\0b", "null"),
+    ],
+)
+def test_files_that_are_none(tmp_path, llama2, choice, message):
+    (tmp_path / "latin1").write_bytes(b"\xe9")
+    (tmp_path / "long").write_text("a" * (1 << 21))
+    with pytest.raises(TokenizerError, match=re.escape(message)):
+        chat_template(llama2, choice.format(folder=tmp_path))
+
+
+# Messages
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "there are no messages; give a list of"),
+        ("hi", "there are no messages; give a list of"),
+        (user("hi"), "there are no messages; give a list of"),
+        (["hi"], "messages[0] is str; it must have a role and a content, no more"),
+        ([user("a"), {"role": "user"}], "messages[1] is ['role']; it must have a role and a content"),
+        ([{**user("a"), "name": "b"}], "messages[0] is ['role', 'content', 'name']; it must have"),
+        (
+            [user("a"), {"role": "tool", "content": "a"}],
+            "messages[1]: role is 'tool'; it must be system, user",
+        ),
+        ([{"role": ["user"], "content": "a"}], "messages[0]: role is \"['user']\"; it must be system"),
+        ([user("a"), user(b"a")], "messages[1]: content is of type bytes; it must be a str"),
+        (
+            [user("a"), user("ab\ud800c")],
+            r"messages[1]: content has a lone surrogate, '\ud800', at character 2",
+        ),
+    ],
+)
+def test_bad_messages(llama2, messages, message):
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        encode_chat(llama2, chat_template(llama2), messages)
+    assert "\n" not in str(error.value)
+
+
+def test_nul_is_ordinary_text(llama2):
+    ids = encode_chat(llama2, chat_template(llama2), [user("a\0b")])
+    assert llama2.decode(ids) == "[INST] a\0b [/INST]"
+
+
+def test_a_control_token_of_one_character(tmp_path):
+    content = vocabularies.byte_level_json()
+    content["added_tokens"].append({**content["added_tokens"][0], "content": "日", "id": 999})
+    tokenizer = load_tokenizer(vocabularies.write_json(tmp_path / "tokenizer.json", content))
+    template = jinja("日{{ messages[0].content }}")
+    assert encode_chat(tokenizer, template, [user("a")]) == [
+        tokenizer.special_tokens["日"],
+        *tokenizer.encode("a"),
+    ]
+    with pytest.raises(
+        InputError, match="a message holds '日', which is a control token of this vocabulary; leave it out"
+    ):
+        encode_chat(tokenizer, template, [user("b日")])
+
+
+def test_a_template_that_writes_nothing(llama2):
+    with pytest.raises(InputError, match="makes no text of these messages"):
+        encode_chat(llama2, jinja("{# nothing #}"), [user("a")])
+
+
+def test_a_lone_surrogate_that_the_template_writes(llama2):
+    with pytest.raises(TokenizerError, match="lone surrogate"):
+        encode_chat(llama2, jinja(r"{{ '\ud800' }}"), [user("a")])
