@@ -1,7 +1,7 @@
 """One side of a comparison in a process of its own: reads requests as JSON lines, answers with seconds.
 
-Two processes and not one, because torch's threads and XLA's would otherwise share a process, and each
-library would be timed with the other's pool, allocator and caches beside it.
+A process each, because torch's threads and XLA's would otherwise share one, and each library would be
+timed with the other's pool, allocator and caches beside it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
 
 
 class Side(Protocol):
-    """A library under test; both calls return when the result is on the host."""
+    """A library under test; every call returns when the result is on the host.
+
+    Besides `generate` some have `prefill` (int32 [B, T] -> int32 [B, 1], the likeliest next token, with the
+    key/value cache filled), `beams` (the best of 4) and `lookup` (with prompt-lookup drafts).
+    """
 
     version: str
 
-    def generate(self, tokens: np.ndarray, new_tokens: int, dtype: DType) -> np.ndarray:
+    def generate(self, tokens: np.ndarray, new_tokens: int, weights: str) -> np.ndarray:
         """int32 [B, T] prompts of one length -> int32 [B, new_tokens], greedy, never stopping early."""
-        ...
-
-    def prefill(self, tokens: np.ndarray, dtype: DType) -> np.ndarray:
-        """int32 [B, T] -> int32 [B, 1], the likeliest next token, with the key/value cache filled."""
         ...
 
 
@@ -52,19 +52,23 @@ class HuggingFace:
         attention = f32.config._attn_implementation
         self.version = f"transformers {transformers.__version__} ({attention}), torch {torch.__version__}"
 
-    def generate(self, tokens: np.ndarray, new_tokens: int, dtype: DType) -> np.ndarray:
+    def generate(self, tokens: np.ndarray, new_tokens: int, weights: str, **settings: Any) -> np.ndarray:
         torch = self._torch
         ids = torch.tensor(tokens, dtype=torch.int64)
         with torch.inference_mode():
-            out = self._models[dtype].generate(
+            out = self._models[weights].generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 eos_token_id=None,
                 pad_token_id=0,
+                **settings,
             )
         return out[:, ids.shape[1] :].numpy()
+
+    def beams(self, tokens: np.ndarray, new_tokens: int, weights: str) -> np.ndarray:
+        return self.generate(tokens, new_tokens, weights, num_beams=4)
 
     def prefill(self, tokens: np.ndarray, dtype: DType) -> np.ndarray:
         torch = self._torch
@@ -74,39 +78,75 @@ class HuggingFace:
 
 
 class LlamaJax:
-    """This library as its users get it: `lj.load` and `lj.generate`."""
+    """This library as its users get it: `lj.load` and the functions on arrays."""
 
     def __init__(self, path: Path) -> None:
         import jax
 
         import llama_jax as lj
 
-        self._models = {dtype: lj.load(path, dtype=dtype, stacked=False) for dtype in DTYPES}
-        self._lj, self._key = lj, jax.random.key(0)
-        self._greedy = lj.Sampling(temperature=0.0)
-        self.version = f"llama_jax, jax {jax.__version__}"
+        self._lj, self._path, self._key = lj, path, jax.random.key(0)
+        self._models: dict[str, lj.Model] = {}
+        self.version = f"llama_jax, jax {jax.__version__}, Python {sys.version.split()[0]}"
 
-    def generate(self, tokens: np.ndarray, new_tokens: int, dtype: DType) -> np.ndarray:
-        model, lengths = self._models[dtype], np.full(len(tokens), tokens.shape[1], np.int32)
-        out = self._lj.generate(
-            model.config, model.params, tokens, lengths, self._key, self._greedy, max_new_tokens=new_tokens
-        )
-        return np.asarray(out.tokens)
+    def _request(self, tokens: np.ndarray, weights: str) -> tuple[Any, ...]:
+        if weights not in self._models:
+            form: Any = {"bits": int(weights[3:])} if weights.startswith("int") else {"dtype": weights}
+            self._models[weights] = self._lj.load(self._path, stacked=False, **form)
+        model = self._models[weights]
+        return model.config, model.params, tokens, np.full(len(tokens), tokens.shape[1], np.int32)
 
-    def prefill(self, tokens: np.ndarray, dtype: DType) -> np.ndarray:
+    def generate(self, tokens: np.ndarray, new_tokens: int, weights: str) -> np.ndarray:
+        greedy = self._lj.Sampling(temperature=0.0)
+        request = self._request(tokens, weights)
+        return np.asarray(self._lj.generate(*request, self._key, greedy, max_new_tokens=new_tokens).tokens)
+
+    def prefill(self, tokens: np.ndarray, weights: str) -> np.ndarray:
         # `lj.prefill` alone leaves the last token to the first step, and would be less work than the peer's.
-        return self.generate(tokens, 1, dtype)
+        return self.generate(tokens, 1, weights)
+
+    def beams(self, tokens: np.ndarray, new_tokens: int, weights: str) -> np.ndarray:
+        found = self._lj.beam_search(*self._request(tokens, weights), 4, max_new_tokens=new_tokens)
+        return np.asarray(found.tokens[:, 0])
+
+    def lookup(self, tokens: np.ndarray, new_tokens: int, weights: str) -> np.ndarray:
+        greedy = self._lj.Sampling(temperature=0.0)
+        request = self._request(tokens, weights)
+        out = self._lj.speculative_generate(*request, self._key, greedy, max_new_tokens=new_tokens)
+        return np.asarray(out.generation.tokens)
 
 
-SIDES: dict[str, type[HuggingFace] | type[LlamaJax]] = {"hf": HuggingFace, "llama_jax": LlamaJax}
+class LlamaCpp:
+    """llama.cpp through llama-cpp-python, which this process's Python must have; f32 weights, one row."""
+
+    def __init__(self, path: Path) -> None:
+        import llama_cpp
+
+        cores = len(os.sched_getaffinity(0))
+        self._model = llama_cpp.Llama(
+            str(path), n_ctx=512, n_threads=cores, n_threads_batch=cores, verbose=False
+        )
+        self.version = f"llama-cpp-python {llama_cpp.__version__}"
+
+    def generate(self, tokens: np.ndarray, new_tokens: int, weights: str) -> np.ndarray:
+        self._model.reset()
+        steps = self._model.generate(tokens[0].tolist(), temp=0.0, top_k=1, repeat_penalty=1.0)
+        return np.array([[next(steps) for _ in range(new_tokens)]], np.int32)
+
+
+SIDES: dict[str, type[HuggingFace] | type[LlamaJax] | type[LlamaCpp]] = {
+    "hf": HuggingFace,
+    "llama_jax": LlamaJax,
+    "llama_cpp": LlamaCpp,
+}
 
 
 class Worker:
     """A side in its own process, warm between calls; a context manager that ends it."""
 
-    def __init__(self, side: str, path: Path) -> None:
+    def __init__(self, side: str, path: Path, python: str = sys.executable) -> None:
         self.side = side
-        command = [sys.executable, "-m", "benchmarks.workers", side, str(path)]
+        command = [python, "-m", "benchmarks.workers", side, str(path)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.version: str = self._receive()["version"]
 

@@ -15,40 +15,59 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llama_jax.beam import Beams, beam_search
     from llama_jax.config import LlamaConfig, RopeScaling, presets
+    from llama_jax.conversation import Conversation
     from llama_jax.decode import DecodeState, Generation, prefill, step
+    from llama_jax.drafts import DraftModel, PromptLookup
     from llama_jax.errors import LlamaJaxError
     from llama_jax.generation import generate, stream, warm_up
     from llama_jax.loss import next_token_loss
     from llama_jax.model import forward, init, unstack
-    from llama_jax.pretrained import Model, load
+    from llama_jax.pretrained import load
     from llama_jax.quantization import quantize
     from llama_jax.sampling import Sampling
+    from llama_jax.session import Session
     from llama_jax.sharding import make_mesh, shard_params
+    from llama_jax.speculative import Speculation, speculative_generate
+    from llama_jax.text_model import Model
 
 # Imported when first asked for: `llama-jax --help` and its error messages need no JAX.
 _HOMES = {
+    "beam": ("Beams", "beam_search"),
     "config": ("LlamaConfig", "RopeScaling", "presets"),
+    "conversation": ("Conversation",),
     "decode": ("DecodeState", "Generation", "prefill", "step"),
+    "drafts": ("DraftModel", "PromptLookup"),
     "errors": ("LlamaJaxError",),
     "generation": ("generate", "stream", "warm_up"),
     "loss": ("next_token_loss",),
     "model": ("forward", "init", "unstack"),
-    "pretrained": ("Model", "load"),
+    "pretrained": ("load",),
     "quantization": ("quantize",),
     "sampling": ("Sampling",),
+    "session": ("Session",),
     "sharding": ("make_mesh", "shard_params"),
+    "speculative": ("Speculation", "speculative_generate"),
+    "text_model": ("Model",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Beams",
+    "Conversation",
     "DecodeState",
+    "DraftModel",
     "Generation",
     "LlamaConfig",
     "LlamaJaxError",
     "Model",
+    "PromptLookup",
     "RopeScaling",
     "Sampling",
+    "Session",
+    "Speculation",
+    "beam_search",
     "forward",
     "generate",
     "init",
@@ -59,6 +78,7 @@ __all__ = [
     "presets",
     "quantize",
     "shard_params",
+    "speculative_generate",
     "step",
     "stream",
     "unstack",

@@ -77,7 +77,7 @@ def check(
             raise InputError(f"{name} is {jnp.result_type(array)}; it must be whole numbers")
     whole_number("max_new_tokens", max_new_tokens)
     sampling.check(batch, config.vocab_size)
-    ids, counts = _known(tokens), _known(lengths)
+    ids, counts = known(tokens), known(lengths)
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((sampling, eos_id, others)))
     longest = None
     if counts is not None:
@@ -153,7 +153,7 @@ def row_keys(key: jax.Array, batch: int) -> jax.Array:
     return key
 
 
-def _known(array: Any) -> np.ndarray | None:
+def known(array: Any) -> np.ndarray | None:
     """The numbers, or None while tracing, or where other processes hold part of them."""
     traced = isinstance(array, jax.core.Tracer)
     if traced or (isinstance(array, jax.Array) and not array.is_fully_addressable):

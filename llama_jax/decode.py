@@ -7,7 +7,9 @@ row alone: its prompt, its settings and its key, never on its batch mates or on 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -26,6 +28,8 @@ from llama_jax.sampling import Sampling, choose
 # A prompt is read so many positions at a time, and its rest in the smaller pieces: the activations of one
 # piece are all the memory that reading takes, however long the prompt.
 PIECES = (256, 32)
+
+Pick = Callable[[jax.Array, Sampling, jax.Array], jax.Array]
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -249,47 +253,60 @@ def step(config: LlamaConfig, params: Params, state: DecodeState) -> DecodeState
     Returns:
       The next state. Rows that are done keep their tokens and length.
     """
-    text, sampling = state.text, state.sampling
-    last = text.length - 1
-    logits, cache = forward_cached(config, params, text.at(last)[:, None], last, state.cache)
+    last = state.text.length - 1
+    logits, cache = forward_cached(config, params, state.text.at(last)[:, None], last, state.cache)
     logits = sharding.constrain(logits[:, 0], sharding.LOGITS_BV)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.count)
-    token = choose(rules.apply(logits, sampling.rules(), text, state.eos_ids), sampling, keys)
+    state = take(dataclasses.replace(state, cache=cache), logits, ~state.done)
+    return dataclasses.replace(state, count=state.count + 1)
+
+
+def take(state: DecodeState, logits: jax.Array, live: jax.Array, pick: Pick = choose) -> DecodeState:
+    """The state after some rows have chosen a token; its cache and `count` are left to the caller.
+
+    Args:
+      state: what the rows read so far.
+      logits: f32 [B, V], the model's after each row's last token.
+      live: bool [B], the rows that choose; none that is done.
+      pick: how: ruled logits, settings and a key a row to a token each.
+    """
+    text, sampling, old = state.text, state.sampling, state.generation
+    keys = fold_each(state.keys, old.lengths)
+    token = pick(rules.apply(logits, sampling.rules(), text, state.eos_ids), sampling, keys)
+    token = jnp.where(live, token, 0)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.arange(logits.shape[-1]) == token[:, None]  # a gather would not follow explicit sharding
     logprob = jnp.where(chosen, logits, 0.0).sum(-1) - normalizer
+    here = (jnp.arange(old.tokens.shape[1]) == old.lengths[:, None]) & live[:, None]
 
-    live = ~state.done
-    token = jnp.where(live, token, 0)
-    old = state.generation
-
-    def column(name: str, value: jax.Array) -> jax.Array:
-        value = jnp.where(live.reshape(-1, *(1,) * (value.ndim - 1)), value, 0)
-        return jax.lax.dynamic_update_slice_in_dim(getattr(old, name), value[:, None], state.count, axis=1)
+    def put(name: str, value: jax.Array) -> jax.Array:
+        at = here.reshape(here.shape + (1,) * (value.ndim - 1))
+        return jnp.where(at, value[:, None], getattr(old, name))
 
     tops: dict[str, Any] = {}
     if old.top_tokens is not None:
         values, ids = jax.lax.top_k(logits, old.top_tokens.shape[-1])
         tops = {
-            "top_tokens": column("top_tokens", ids),
-            "top_logprobs": column("top_logprobs", values - normalizer[:, None]),
+            "top_tokens": put("top_tokens", ids),
+            "top_logprobs": put("top_logprobs", values - normalizer[:, None]),
         }
-    return DecodeState(
-        cache=cache,
+    lengths = old.lengths + live
+    ends = (token[:, None] == state.eos_ids).any(-1) | (lengths >= state.limit)
+    return dataclasses.replace(
+        state,
         text=text.append(token, live),
         token=token,
-        count=state.count + 1,
-        limit=state.limit,
-        done=state.done | (token[:, None] == state.eos_ids).any(-1) | (state.count + 1 >= state.limit),
+        done=state.done | (live & ends),
         generation=Generation(
-            tokens=column("tokens", token),
-            lengths=old.lengths + live,
-            logprobs=column("logprobs", logprob),
-            **tops,
+            tokens=put("tokens", token), lengths=lengths, logprobs=put("logprobs", logprob), **tops
         ),
-        keys=state.keys,
-        sampling=sampling,
-        eos_ids=state.eos_ids,
+    )
+
+
+def fold_each(keys: jax.Array, counts: jax.Array) -> jax.Array:
+    """`fold_in` of a number of its own, counts [B], into each of keys [B]."""
+    layout = sharding.layout_of(keys)  # vmap wants the same of both
+    return jax.vmap(jax.random.fold_in)(
+        keys, counts if layout is None else sharding.constrain(counts, layout)
     )
 
 

@@ -75,7 +75,7 @@ def generate(
     params = unstacked(params)
     state = start(config, params, request, key, max_new_tokens, **static)
     state = advance_jit(config, params, state, np.int32(max_new_tokens))
-    return _shortened(state.generation, max_new_tokens)
+    return shortened(state.generation, max_new_tokens)
 
 
 def stream(
@@ -269,7 +269,7 @@ def _static(
     }
 
 
-def _shortened(generation: Generation, length: int) -> Generation:
+def shortened(generation: Generation, length: int) -> Generation:
     """The first `length` columns, cut on the host: a slice on the device is a program for each length."""
 
     def cut(x: jax.Array) -> jax.Array:

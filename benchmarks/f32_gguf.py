@@ -1,0 +1,35 @@
+"""A GGUF file's weights in f32, for a peer to run what we run: `python -m benchmarks.f32_gguf IN OUT`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+
+def write_f32(source: Path, target: Path) -> Path:
+    """Writes `source` with every tensor dequantised, its metadata as it was; returns `target`."""
+    reader = gguf.GGUFReader(source)
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(target, architecture)
+    for name, field in reader.fields.items():
+        if name == "general.architecture" or name.startswith("GGUF."):
+            continue
+        value = gguf.LlamaFileType.ALL_F32 if name == "general.file_type" else field.contents()
+        element = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, value, field.types[0], element)
+    for tensor in reader.tensors:
+        shape = [int(size) for size in reversed(tensor.shape)]
+        numbers = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(shape)
+        writer.add_tensor(tensor.name, numbers)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+if __name__ == "__main__":
+    write_f32(Path(sys.argv[1]), Path(sys.argv[2]))
