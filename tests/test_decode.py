@@ -186,6 +186,38 @@ def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(length):
         assert out.tokens[row].tolist() == by_forward(config, params, prompt, 4)
 
 
+def test_reading_a_longer_prompt_takes_no_more_memory_than_its_cache():
+    """Prompts are read in pieces: what a program needs beside arguments and results does not grow with them."""
+    config = lj.presets.TINY.replace(max_position_embeddings=8192, num_hidden_layers=1)
+    weights = jax.eval_shape(lambda key: lj.unstack(lj.init(config, key)), jax.random.key(0))
+    static = {"num_return_sequences": 1, "top_logprobs": 0, "cache_dtype": None}
+    temporary = []
+    for length in (2000, 8000):
+        request = arguments.check(config, np.ones((1, length), int), np.array([length]), GREEDY, None, 8)
+        program = generation._start.lower(
+            config, weights, *request[:2], np.int32(length - 1), KEY, *request[2:4], np.int32(8), **static
+        )
+        temporary.append(program.compile().memory_analysis().temp_size_in_bytes)
+    kv = 2 * config.num_key_value_heads * config.head_dim * 4
+    assert temporary[1] - temporary[0] <= 2 * kv * (8192 - 2048)  # the cache itself, in and out of the loop
+
+
+def test_a_step_too_many_changes_nothing():
+    """The cache never wraps: rows that have reached their limit write no further."""
+    config, params = MODEL
+    weights = lj.unstack(params)
+    tokens, lengths = random_prompts(0, config, [6, 3])
+    start = jax.jit(functools.partial(lj.prefill, max_new_tokens=3), static_argnums=0)
+    step = jax.jit(lj.step, static_argnums=0)
+    state = start(config, weights, tokens, lengths, KEY, GREEDY)
+    for _ in range(3):
+        state = step(config, weights, state)
+    assert state.done.all()
+    further = step(config, weights, step(config, weights, state))
+    same = jax.tree.map(np.array_equal, (further.generation, further.text), (state.generation, state.text))
+    assert all(jax.tree.leaves(same))
+
+
 def test_every_request_is_answered_by_programs_that_a_warm_up_compiled():
     """500 requests of lengths 1 to 1500, everything that a request may set varied."""
     config, params = random_model(0)
