@@ -187,7 +187,7 @@ def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(length):
 
 
 def test_reading_a_longer_prompt_takes_no_more_memory_than_its_cache():
-    """Prompts are read in pieces: what a program needs beside arguments and results does not grow with them."""
+    """Prompts are read in pieces: what a program needs besides its cache does not grow with them."""
     config = lj.presets.TINY.replace(max_position_embeddings=8192, num_hidden_layers=1)
     weights = jax.eval_shape(lambda key: lj.unstack(lj.init(config, key)), jax.random.key(0))
     static = {"num_return_sequences": 1, "top_logprobs": 0, "cache_dtype": None}
