@@ -1,4 +1,4 @@
-"""Decoding beside its peers: `python -m benchmarks.generate_vs_peers [--llama-cpp PYTHON] [--json]`.
+"""Decoding beside its peers: `python -m benchmarks.generate_vs_peers [--hf PYTHON] [--llama-cpp PYTHON]`.
 
 SmolLM2-135M, the same dequantised weights on every side, greedy, no end token. Each side stays warm in its
 own process on the same cores; within a round every call is made once, one side right after the other, so
@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -106,20 +107,28 @@ COMPARISONS = (
 )
 
 
-def measure(path: Path, rounds: int, only: str, llama_cpp: str | None) -> dict[str, Any]:
-    """Runs everything; returns the object that `--json` prints."""
+def measure(path: Path, rounds: int, only: str, pythons: dict[str, str]) -> dict[str, Any]:
+    """Runs everything; returns the object that `--json` prints.
+
+    Args:
+      path: the model.
+      rounds: timings of each call.
+      only: what a comparison's name must hold.
+      pythons: the interpreter of each side; without one for llama.cpp it is left out.
+    """
     machine = _machine()  # before the workers start, for the load is to be the others'
-    wanted = [c for c in COMPARISONS if only in c.name and (llama_cpp or "llama.cpp" not in c.name)]
+    wanted = [
+        c for c in COMPARISONS if only in c.name and ("llama_cpp" in pythons or "llama.cpp" not in c.name)
+    ]
     calls = list(dict.fromkeys(call for c in wanted for call in (*c.ours, *c.theirs)))
     with contextlib.ExitStack() as stack:
         workers = {}
         for side in dict.fromkeys(call.side for call in calls):
+            weights = path
             if side == "llama_cpp":
                 folder = stack.enter_context(tempfile.TemporaryDirectory())
-                worker = Worker(side, write_f32(path, Path(folder) / "f32.gguf"), str(llama_cpp))
-            else:
-                worker = Worker(side, path)
-            workers[side] = stack.enter_context(worker)
+                weights = write_f32(path, Path(folder) / "f32.gguf")
+            workers[side] = stack.enter_context(Worker(side, weights, pythons.get(side, sys.executable)))
         first = {call: call.run(workers[call.side]) for call in calls}
         seconds: dict[Call, list[float]] = {call: [] for call in calls}
         for _ in range(rounds):
@@ -197,13 +206,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timings of each; the median counts")
     parser.add_argument("--cores", type=int, default=2, help="how many cores every side may use")
     parser.add_argument("--only", default="", help='what has these words in its name: "4 beams"')
+    parser.add_argument("--hf", metavar="PYTHON", help="the Python that has transformers (default: this one)")
     parser.add_argument(
         "--llama-cpp", metavar="PYTHON", help="a Python that has llama-cpp-python; left out without it"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args()
     used = pin(args.cores)
-    report = measure(args.model or known.fetch("smollm2-135m"), args.rounds, args.only, args.llama_cpp)
+    pythons = {side: python for side, python in (("hf", args.hf), ("llama_cpp", args.llama_cpp)) if python}
+    report = measure(args.model or known.fetch("smollm2-135m"), args.rounds, args.only, pythons)
     report["machine"]["cores"] = len(used)
     if args.json:
         print(json.dumps(report, indent=1))

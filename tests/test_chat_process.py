@@ -146,6 +146,15 @@ def test_threads_get_their_own_answers():
         assert list(pool.map(ask, range(200))) == [str(i) for i in range(200)]
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as at a terminal: whoever started the tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_leaves_no_old_answer_behind():
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()

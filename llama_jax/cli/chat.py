@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -62,6 +63,8 @@ class _Chat:
     def run(self) -> None:
         """Takes lines until there are no more, or one says to leave."""
         if self.at_terminal:
+            # A shell that starts a program in the background has it ignore Ctrl-C from then on.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             output.note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
         for line in self.typed_lines() if self.at_terminal else _piped_lines():
             try:
