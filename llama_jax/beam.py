@@ -195,7 +195,7 @@ def _beams(
 ) -> Beams:
     """All `beams` texts of each prompt int32 [B, C], from column 0 on, in a cache of so many slots."""
     params = jax.lax.stop_gradient(unstack(params))
-    rows = lambda x: sharding.constrain(x, P(sharding.BATCH, *(None,) * (x.ndim - 1)))  # noqa: E731
+    rows = sharding.over_batch
     search = search._replace(
         lengths=rows(search.lengths),
         length_penalty=rows(search.length_penalty),

@@ -165,8 +165,7 @@ def begin(
     # Padding may be anything, even an id outside the vocabulary, whose NaN would reach everyone.
     tokens = jnp.where(jnp.arange(length) < lengths[:, None], tokens, 0)
     cache = read_prompt(config, params, cache, tokens, start, stop)
-    lay = lambda x: sharding.constrain(x, P(sharding.BATCH, *(None,) * (x.ndim - 1)))  # noqa: E731
-    sampling = jax.tree.map(lay, sampling)
+    sampling = jax.tree.map(sharding.over_batch, sampling)
     text = Text(tokens, lengths, lengths)
     cache, text, sampling = jax.tree.map(
         lambda x: repeat_rows(x, num_return_sequences), (cache, text, sampling)
@@ -217,15 +216,11 @@ def read_prompt(
 
     cache = sharding.vary_alike(cache, params, tokens)
     large, small = (min(size, length) for size in PIECES)
-    count = lambda value: value if isinstance(value, int) else jnp.maximum(value, 0)  # noqa: E731
+    at_least: Any = max if isinstance(stop - start, int) else jnp.maximum
     # More than half a large piece is worth one.
-    many = count((stop - start + large // 2 - 1) // large) if large > small else 0
+    many = at_least((stop - start + large // 2 - 1) // large, 0) if large > small else 0
     rest = start + many * large
-    few = (
-        max(0, -((rest - stop) // small))
-        if isinstance(stop, int) and isinstance(rest, int)
-        else count(-((rest - stop) // small))
-    )
+    few = at_least(-((rest - stop) // small), 0)
     for number, size, first in ((many, large, start), (few, small, rest)):
         if not isinstance(number, int) or number:
             cache = jax.lax.fori_loop(0, number, functools.partial(piece, size, first), cache)

@@ -317,6 +317,11 @@ def constrain(x: jax.Array, spec: P) -> jax.Array:
     return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
+def over_batch(x: jax.Array) -> jax.Array:
+    """Lays out x [B, ...] by its rows alone."""
+    return constrain(x, P(BATCH, *(None,) * (x.ndim - 1)))
+
+
 def gather(weight: jax.Array, spec: P) -> jax.Array:
     """Gathers a parameter over `fsdp`, the step before it is used; `tensor` stays split.
 
