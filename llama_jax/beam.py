@@ -171,7 +171,7 @@ def beam_search(
         early_stopping=jnp.asarray(_when_to_stop(early_stopping, num_beams), jnp.int32),
         sampling=request.sampling,
     )
-    dtype = None if cache_dtype is None else kv.checked_dtype(cache_dtype).name
+    dtype = kv.dtype_name(cache_dtype)
     found = _beams(config, params, prompts, search, num_beams, slots, dtype)
 
     def cut(x: Any) -> Any:

@@ -92,6 +92,11 @@ def checked_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     return known
 
 
+def dtype_name(dtype: jax.typing.DTypeLike | None) -> str | None:
+    """`checked_dtype`'s name, as a static argument; None for None, which is the parameters' dtype."""
+    return None if dtype is None else checked_dtype(dtype).name
+
+
 def _empty(shape: tuple[int, ...], dtype: jnp.dtype, spec: jax.sharding.PartitionSpec | None) -> Layer:
     values = jnp.zeros(shape, dtype, out_sharding=spec)
     return (

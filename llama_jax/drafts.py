@@ -18,7 +18,7 @@ from llama_jax.decode import DecodeState, fold_each, read_prompt
 from llama_jax.errors import InputError
 from llama_jax.model import Params, compute_dtype, forward_cached, unstack
 from llama_jax.rules import Text
-from llama_jax.sampling import draw, is_greedy, transform
+from llama_jax.sampling import argmax, draw, is_greedy, transform
 
 # Token t of a row is chosen by its key fold_in(key, t); this is folded into that key to draw its draft.
 DRAFTING = 1
@@ -182,7 +182,7 @@ def _from_model(
         logits = sharding.constrain(logits, P(sharding.BATCH, None, None))
         logits = jnp.where((last > start)[:, None], logits[:, 1], logits[:, 0])
         logits = rules.apply(logits, sampling.rules(), text, state.eos_ids)
-        likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        likeliest = argmax(logits)
         keys = fold_each(state.keys, state.generation.lengths + index)
 
         def random(logits: jax.Array) -> tuple[jax.Array, jax.Array]:

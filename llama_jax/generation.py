@@ -265,7 +265,7 @@ def _static(
     return {
         "num_return_sequences": arguments.whole_number("num_return_sequences", num_return_sequences),
         "top_logprobs": top,
-        "cache_dtype": None if cache_dtype is None else kv.checked_dtype(cache_dtype).name,
+        "cache_dtype": kv.dtype_name(cache_dtype),
     }
 
 

@@ -27,7 +27,7 @@ from llama_jax.drafts import Draft, DraftModel, Drafts, PromptLookup
 from llama_jax.errors import InputError
 from llama_jax.generation import shortened, unstacked
 from llama_jax.model import Params, compute_dtype, forward_cached, unstack
-from llama_jax.sampling import Sampling, choose, draw, is_greedy, transform
+from llama_jax.sampling import Sampling, argmax, choose, draw, is_greedy, transform
 
 ACCEPTING = drafts.DRAFTING + 1  # likewise, to accept a draft or not
 
@@ -145,7 +145,7 @@ def speculative_generate(
         np.int32(max_new_tokens),
         num_draft_tokens=int(num_draft_tokens),
         new_tokens=room,
-        cache_dtype=None if cache_dtype is None else kv.checked_dtype(cache_dtype).name,
+        cache_dtype=kv.dtype_name(cache_dtype),
     )
     if room == max_new_tokens:
         return speculation
@@ -274,7 +274,7 @@ def accept_or_draw(
     Returns:
       int32 [B]. What is not the draft is drawn from max(p - q, 0), normalised; together that is p.
     """
-    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    likeliest = argmax(logits)
     greedy = is_greedy(sampling)
     here = jnp.arange(logits.shape[-1]) == draft[:, None]
 

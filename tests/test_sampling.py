@@ -199,6 +199,13 @@ def test_no_setting_draws_an_id_outside_the_vocabulary(settings):
         np.testing.assert_array_equal(token, logits.argmax(-1))
 
 
+@pytest.mark.parametrize(
+    "row", [[1.0, 3.0, 3.0], [-np.inf] * 3, [np.nan, 1.0, 2.0], [1.0, np.nan, np.inf], [np.inf, np.inf, 0.0]]
+)
+def test_argmax_is_numpys(row):
+    assert sampling.argmax(jnp.asarray([row]))[0] == jnp.argmax(jnp.asarray(row))
+
+
 def test_nan_logits_stay_inside_the_vocabulary():
     keys = jax.random.split(jax.random.key(1), 2)
     token = greedy_choose(jnp.full((2, 300), jnp.nan), Sampling(), keys)
