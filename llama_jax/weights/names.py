@@ -104,6 +104,38 @@ class Leaf:
             array = split_rotary_pairs(array)
         return np.ascontiguousarray(array)
 
+    def to_stored(self, array: np.ndarray, config: LlamaConfig, format: Format) -> np.ndarray:
+        """The inverse of `from_stored`: from this leaf (of one layer) to a tensor as `format` stores it.
+
+        Args:
+          array: `shape(config)`, any dtype.
+
+        Returns:
+          `stored_shape(config, format)` in the same dtype, C-contiguous.
+        """
+        if self.rotary and format in INTERLEAVED:
+            array = split_rotary_pairs(array, inverse=True)
+        if "->" in self.axes:
+            array = array.reshape(self.stored_shape(config, "hf")[::-1]).T
+        return np.ascontiguousarray(array)
+
+    def reordered(self, array: np.ndarray, config: LlamaConfig, source: Format, target: Format) -> np.ndarray:
+        """Turns a tensor as one format stores it into the same of another; neither may be stacked.
+
+        Args:
+          array: `stored_shape(config, source)`, any dtype.
+
+        Returns:
+          `stored_shape(config, target)`, C-contiguous; `array` itself where the two are alike.
+        """
+        if not self.rotary or (source in INTERLEAVED) == (target in INTERLEAVED):
+            return array
+        # Rows are what is rotated, and they move whole: [out, in] is never transposed.
+        half = config.head_dim // 2
+        pairs = (2, half) if target in INTERLEAVED else (half, 2)
+        rows = array.reshape(-1, *pairs, array.shape[-1]).swapaxes(1, 2)
+        return np.ascontiguousarray(rows).reshape(array.shape)
+
 
 def _sizes(letters: str, config: LlamaConfig) -> tuple[int, ...]:
     sizes = {

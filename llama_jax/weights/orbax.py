@@ -9,6 +9,8 @@ import contextlib
 import dataclasses
 import logging
 import math
+import threading
+import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +28,7 @@ from llama_jax.weights import manifest
 from llama_jax.weights.hf import read_config
 from llama_jax.weights.names import leaves
 from llama_jax.weights.runs import CHECKPOINTS, PARAMS, RECORD, RUN, read_record, step_folders
-from llama_jax.weights.source import FLOAT_DTYPES, Source, TensorInfo, decode_floats
+from llama_jax.weights.source import FLOAT_DTYPES, Source, TensorInfo, decode_floats, quote
 
 _METADATA = "_METADATA"  # the file that every Orbax tree has
 _DTYPE_NAMES = {dtype.name: name for name, dtype in FLOAT_DTYPES.items()}
@@ -44,6 +46,8 @@ class OrbaxSource(Source):
 
     folder: Path = Path()
     older: tuple[Path, ...] = ()
+    _kept: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    _lock: Any = dataclasses.field(default_factory=threading.Lock, repr=False, compare=False)
 
     def read(self, name: str) -> np.ndarray:
         """Reads one leaf, stacked over layers.
@@ -56,7 +60,37 @@ class OrbaxSource(Source):
             raise CheckpointError(f"{self.folder}: there is no tensor {name!r}")
         device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         leaf = jax.ShapeDtypeStruct(whole[name].shape, whole[name].dtype, sharding=device)
-        return np.asarray(jax.tree.leaves(read_tree(self.folder, _nest({name: leaf})))[0])
+        return np.asarray(jax.tree.leaves(read_tree(self.folder, nest({name: leaf})))[0])
+
+    def read_layer(self, name: str, layer: int | None) -> np.ndarray:
+        """Reads one layer of a leaf, or the whole of one that is not stacked.
+
+        Where the file holds several layers in one piece, the leaf is read whole and kept until another one
+        is asked for: so ask for all layers of a leaf before the next.
+
+        Raises:
+          CheckpointError: if there is no such leaf, or it cannot be read.
+        """
+        if layer is None:
+            return self.read(name)
+        with self._lock:
+            if self._kept.get("name") == name:
+                return self._kept["stack"][layer]
+            array = self._array(name)
+            if array.chunk_layout.read_chunk.shape[0] != 1:
+                self._kept.update(name=name, stack=self.read(name))
+                return self._kept["stack"][layer]
+        with one_line(self.folder):
+            return np.asarray(array[layer].read().result())
+
+    def _array(self, name: str) -> Any:
+        """A leaf as TensorStore has it, open for reading."""
+        import tensorstore
+
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.folder}: there is no tensor {quote(name)}")
+        with one_line(self.folder):
+            return tensorstore.open(array_spec(self.folder, name), open=True).result()
 
     def restore(
         self,
@@ -95,6 +129,12 @@ class OrbaxSource(Source):
                 warnings.warn(f"{'; '.join(problems)}; {folder.parent} is read instead", stacklevel=4)
             return folder
         raise CheckpointError(f"{'; '.join(problems)}; restore the file from a copy")
+
+
+def array_spec(folder: Path, name: str) -> dict[str, Any]:
+    """Where Orbax keeps a leaf, for TensorStore: a zarr array in the folder's OCDBT database."""
+    base = f"file://{urllib.parse.quote(str(folder.absolute()))}/"
+    return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
 
 
 def is_orbax(path: Path) -> bool:
@@ -175,7 +215,7 @@ def abstract_params(config: LlamaConfig, dtype: Any, mesh: Mesh | None) -> dict[
             sharding = named(mesh, spec)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    return _nest(
+    return nest(
         {leaf.orbax: leaf_of(leaf.path, leaf.stored_shape(config, "orbax")) for leaf in leaves(config)}
     )
 
@@ -222,14 +262,20 @@ def _reading(folder: Path) -> Iterator[tuple[Any, Any]]:
     """Gives the Orbax module and a reader of trees, and turns whatever they raise into one line."""
     import orbax.checkpoint as ocp
 
+    with one_line(folder), quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        yield ocp, reader
+
+
+@contextlib.contextmanager
+def one_line(folder: Path, done: str = "read") -> Iterator[None]:
+    """Turns whatever TensorStore and Orbax raise, where a folder cannot be read or written, into one line."""
     try:
-        with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            yield ocp, reader
+        yield
     except CheckpointError:
         raise
     except Exception as error:  # TensorStore's and Orbax's have no common base
         what = " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError(f"{folder}: cannot be read: {what}") from error
+        raise CheckpointError(f"{folder}: cannot be {done}: {what}") from error
 
 
 @contextlib.contextmanager
@@ -247,7 +293,8 @@ def quiet() -> Iterator[None]:
         logger.removeFilter(other)
 
 
-def _nest(leaves_by_name: dict[str, Any]) -> dict[str, Any]:
+def nest(leaves_by_name: dict[str, Any]) -> dict[str, Any]:
+    """The tree whose leaves have these names, keys joined with dots."""
     tree: dict[str, Any] = {}
     for name, leaf in leaves_by_name.items():
         *parents, last = name.split(".")

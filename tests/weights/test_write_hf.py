@@ -1,0 +1,117 @@
+"""Hugging Face directories: written and read back, they are the model, and other readers find their way."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+import llama_jax as lj
+from llama_jax.weights import load_params, open_source
+from llama_jax.weights.names import entries
+from llama_jax.weights.tensors import ParamsTensors, StoredTensors
+from llama_jax.weights.write.hf import plan_hf
+from llama_jax.weights.write.run import write
+from llama_jax.weights.write.vocabulary import Vocabulary
+from tests.random_models import random_model
+
+VOCABULARY = Vocabulary(files={"tokenizer.json": b"{}"}, bos_id=1, eos_ids=(2,), pad_id=0)
+
+
+def written(tensors, target, dtype=None, **options):
+    write(plan_hf(tensors, dtype, VOCABULARY, **options), tensors, target)
+    return target
+
+
+def same(a, b):
+    return jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_is_written_is_read_back_to_the_bit(tmp_path, seed):
+    config, params = random_model(seed)
+    source = open_source(written(ParamsTensors(config, params), tmp_path / "out"))
+    assert same(load_params(source), params)
+    tokens = jnp.arange(20, dtype=jnp.int32)[None]
+    assert np.array_equal(lj.forward(source.config, params, tokens), lj.forward(config, params, tokens))
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind != "ntk":  # which is written as the theta that it is
+        assert source.config == config
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 5_000, 40_000, 10**9])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_any_number_of_files_holds_the_same(tmp_path, shard_bytes, dtype):
+    config, params = random_model(2)
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    target = written(ParamsTensors(config, params), tmp_path / "out", shard_bytes=shard_bytes)
+    assert same(load_params(open_source(target), dtype=dtype), params)
+    files = sorted(target.glob("*.safetensors"))
+    names = [name for file in files for name in safe_open(file, "np").keys()]  # noqa: SIM118
+    assert sorted(names) == sorted(entry.name for entry in entries(config, "hf"))
+    assert all(file.stat().st_size % 4 == 0 or dtype != "float32" for file in files)
+    if shard_bytes == 1:
+        assert len(files) == len(names)
+    if shard_bytes == 10**9:
+        assert [file.name for file in files] == ["model.safetensors"]
+    else:
+        index = json.loads((target / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == config.num_params * jnp.dtype(dtype).itemsize
+        assert set(index["weight_map"]) == set(names)
+
+
+def test_unstacked_parameters_and_parameters_on_a_mesh_are_written_alike(tmp_path):
+    config, params = random_model(2, lj.presets.TINY.replace(vocab_size=64, num_hidden_layers=2))
+    mesh = lj.make_mesh("fsdp=4,tensor=2")
+    models = {
+        "stacked": params,
+        "unstacked": lj.unstack(params),
+        "mesh": lj.shard_params(params, mesh, config),
+    }
+    bytes_of = {
+        name: (written(ParamsTensors(config, tree), tmp_path / name) / "model.safetensors").read_bytes()
+        for name, tree in models.items()
+    }
+    assert bytes_of["stacked"] == bytes_of["unstacked"] == bytes_of["mesh"]
+
+
+def test_the_dtype_is_that_asked_for_and_that_said(tmp_path):
+    config, params = random_model(2)
+    target = written(ParamsTensors(config, params), tmp_path / "out", np.dtype(jnp.bfloat16))
+    assert {info.dtype for info in open_source(target).tensors.values()} == {"BF16"}
+    assert json.loads((target / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    assert same(load_params(open_source(target), dtype="bfloat16"), half)
+
+
+def test_tensors_of_several_dtypes_keep_them(tmp_path):
+    config, params = random_model(2)
+    params = {**params, "final_norm": {"scale": params["final_norm"]["scale"].astype(jnp.bfloat16)}}
+    first = written(ParamsTensors(config, params), tmp_path / "one")
+    second = written(StoredTensors(open_source(first)), tmp_path / "two")
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+    assert open_source(second).tensors["model.norm.weight"].dtype == "BF16"
+
+
+def test_ids_and_the_vocabularys_files_are_beside(tmp_path):
+    target = written(ParamsTensors(*random_model(2)), tmp_path / "out")
+    assert (target / "tokenizer.json").read_bytes() == b"{}"
+    for name in ("config.json", "generation_config.json"):
+        fields = json.loads((target / name).read_text())
+        assert {key: fields[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")} == {
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        }
+
+
+def test_several_ends_are_a_list_and_none_is_nothing(tmp_path):
+    tensors = ParamsTensors(*random_model(2))
+    for name, ends, expected in (("two", (2, 7), [2, 7]), ("none", (), None)):
+        write(plan_hf(tensors, None, Vocabulary(eos_ids=ends)), tensors, tmp_path / name)
+        fields = json.loads((tmp_path / name / "generation_config.json").read_text())
+        assert fields.get("eos_token_id") == expected
