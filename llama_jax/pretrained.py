@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llama_jax import known
+from llama_jax import hub, known
 from llama_jax.errors import CheckpointError, InputError, TokenizerError
 from llama_jax.quantization import Bits, quantize
 from llama_jax.text_model import Model
@@ -34,9 +34,10 @@ def load(
     """Loads a model: weights, configuration and vocabulary.
 
     Args:
-      name_or_path: a known name (`llama_jax.known.KNOWN`), fetched on first use, or a path: a GGUF file,
-        a Hugging Face directory, a training run's directory or one of its checkpoints, or a llama2.c `.bin`
-        with its tokenizer beside it.
+      name_or_path: a known name (`llama_jax.known.KNOWN`), fetched on first use; a path: a GGUF file, a
+        Hugging Face or Meta directory, a training run's directory or one of its checkpoints, or a llama2.c
+        `.bin` with its tokenizer beside it; or, with the `hub` extra, OWNER/NAME[@REVISION][:FILE.gguf] on
+        the Hugging Face hub.
       dtype: the type to hold the weights in and to compute in: float32, bfloat16 or float16.
       mesh: lay the parameters out over these devices (`llama_jax.sharding.make_mesh`).
       bits: hold the matrices in 8 or 4 bits instead, see `quantize`; the original parameters are let go.
@@ -89,6 +90,8 @@ def resolve(name_or_path: str | Path, progress: Progress | None = None) -> Path:
         raise CheckpointError(f"{name}: cannot be read: {error.strerror}; check its permissions") from None
     except (OSError, RuntimeError):  # no such user's home, a name too long, ...
         pass
+    if hub.is_repository(name) and not difflib.get_close_matches(name, known.KNOWN, n=1):
+        return hub.fetch(name)
     if len(name) > 200:
         name = name[:197] + "..."
     if close := difflib.get_close_matches(name, known.KNOWN, n=1):
