@@ -24,10 +24,10 @@ FLOORS = (
     ("fused_loss", "loss", "rules", "sampling", "arguments"),
     ("decode",),
     ("generation", "beam", "drafts", "speculative", "session"),
-    ("tokenizer", "weights", "known", "chat", "stop_strings"),
+    ("tokenizer", "weights", "known", "hub", "chat", "stop_strings"),
     ("text_model",),
     ("pretrained", "bench"),
-    ("conversation",),
+    ("conversation", "convert", "verify"),
     ("cli",),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
