@@ -26,17 +26,17 @@ def _load_here(path: Path, dtype: str) -> None:
     import llama_jax as lj
 
     jax.block_until_ready(jax.numpy.zeros(1))  # the backend's own start-up is nobody's loading time
-    before = _peak_bytes()
+    before = peak_bytes()
     start = time.perf_counter()
     model = lj.load(path, dtype=dtype)
     jax.block_until_ready(model.params)
     seconds = time.perf_counter() - start
     params = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
-    result = {"seconds": seconds, "params_bytes": params, "before_bytes": before, "peak_bytes": _peak_bytes()}
+    result = {"seconds": seconds, "params_bytes": params, "before_bytes": before, "peak_bytes": peak_bytes()}
     print(json.dumps(result))
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """The process's largest resident set so far."""
     # Not getrusage: its maximum is inherited from the process that started this one.
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():

@@ -38,6 +38,15 @@ def split_rotary_pairs(x: np.ndarray, *, inverse: bool = False) -> np.ndarray:
     return x.reshape(*x.shape[:-1], *pairs).swapaxes(-1, -2).reshape(x.shape)
 
 
+def transposed(matrix: np.ndarray) -> np.ndarray:
+    """A matrix's transpose, C-contiguous, several times as fast as NumPy's own copy of a large one."""
+    out = np.empty(matrix.shape[::-1], matrix.dtype)
+    # So few rows at once that the cache lines being written stay in the processor's first cache.
+    for row in range(0, len(matrix), 16):
+        out[:, row : row + 16] = matrix[row : row + 16].T
+    return out
+
+
 @dataclasses.dataclass(frozen=True)
 class Leaf:
     """One leaf of `params`: its place, its shape, and its name in every format.
@@ -97,12 +106,10 @@ class Leaf:
         Returns:
           `shape(config)` in the same dtype, C-contiguous; `array` itself where nothing changes.
         """
+        array = self.reordered(array, config, format, "hf")
         if "->" in self.axes:
-            array = array.T
-        array = array.reshape(self.shape(config))
-        if self.rotary and format in INTERLEAVED:
-            array = split_rotary_pairs(array)
-        return np.ascontiguousarray(array)
+            array = transposed(array)
+        return np.ascontiguousarray(array).reshape(self.shape(config))
 
     def to_stored(self, array: np.ndarray, config: LlamaConfig, format: Format) -> np.ndarray:
         """The inverse of `from_stored`: from this leaf (of one layer) to a tensor as `format` stores it.
@@ -113,11 +120,9 @@ class Leaf:
         Returns:
           `stored_shape(config, format)` in the same dtype, C-contiguous.
         """
-        if self.rotary and format in INTERLEAVED:
-            array = split_rotary_pairs(array, inverse=True)
         if "->" in self.axes:
-            array = array.reshape(self.stored_shape(config, "hf")[::-1]).T
-        return np.ascontiguousarray(array)
+            array = transposed(array.reshape(self.stored_shape(config, "hf")[::-1]))
+        return np.ascontiguousarray(self.reordered(array, config, "hf", format))
 
     def reordered(self, array: np.ndarray, config: LlamaConfig, source: Format, target: Format) -> np.ndarray:
         """Turns a tensor as one format stores it into the same of another; neither may be stacked.
@@ -131,10 +136,8 @@ class Leaf:
         if not self.rotary or (source in INTERLEAVED) == (target in INTERLEAVED):
             return array
         # Rows are what is rotated, and they move whole: [out, in] is never transposed.
-        half = config.head_dim // 2
-        pairs = (2, half) if target in INTERLEAVED else (half, 2)
-        rows = array.reshape(-1, *pairs, array.shape[-1]).swapaxes(1, 2)
-        return np.ascontiguousarray(rows).reshape(array.shape)
+        rows = np.arange(len(array)).reshape(-1, config.head_dim)
+        return array[split_rotary_pairs(rows, inverse=target in INTERLEAVED).reshape(-1)]
 
 
 def _sizes(letters: str, config: LlamaConfig) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from llama_jax.weights.tensors import Tensors
 from llama_jax.weights.write.cast import cast
 from llama_jax.weights.write.hf import config_fields
 from llama_jax.weights.write.plan import Plan, Region
+from llama_jax.weights.write.staging import sync_path
 from llama_jax.weights.write.vocabulary import Vocabulary
 
 
@@ -55,15 +56,16 @@ def _encode(leaf: Leaf, config: LlamaConfig, dtype: np.dtype[Any], array: np.nda
 class _Arrays:
     """The leaves, open for writing."""
 
-    def __init__(self, arrays: dict[str, Any]) -> None:
-        self.arrays = arrays
+    def __init__(self, folder: Path, arrays: dict[str, Any]) -> None:
+        self.folder, self.arrays = folder, arrays
 
     def write(self, region: Region, data: np.ndarray) -> None:
         array = self.arrays[region.file]
         (array if region.layer is None else array[region.layer]).write(data).result()
 
     def sync(self) -> None:
-        """TensorStore has synced what it has called written."""
+        for path in self.folder.rglob("*"):
+            sync_path(path)
 
 
 @contextlib.contextmanager
@@ -79,9 +81,12 @@ def _open(config: LlamaConfig, dtypes: dict[str, np.dtype[Any]], folder: Path) -
                 checkpointer.save(params.absolute(), args=ocp.args.PyTreeSave(tiny))
             for leaf in leaves(config):
                 _create(tensorstore, config, params, leaf, dtypes[leaf.orbax])
-        yield _Arrays(
-            {name: tensorstore.open(array_spec(params, name), open=True).result() for name in dtypes}
-        )
+        # `sync` does for all arrays at once what TensorStore would do after each write.
+        context = tensorstore.Context({"file_io_sync": False})
+        opened = {
+            name: tensorstore.open(array_spec(params, name), open=True, context=context) for name in dtypes
+        }
+        yield _Arrays(params, {name: array.result() for name, array in opened.items()})
 
 
 def _create(tensorstore: Any, config: LlamaConfig, params: Path, leaf: Leaf, dtype: np.dtype[Any]) -> None:

@@ -42,12 +42,12 @@ def staged(target: Path, single_file: str | None = None) -> Iterator[Path]:
         with _locked(partial / _LOCK, target):
             yield partial / _DATA
             for path in sorted((partial / _DATA).rglob("*")):
-                _sync(path)
-            _sync(partial / _DATA)
+                sync_path(path)
+            sync_path(partial / _DATA)
             if os.path.lexists(target):
                 raise CheckpointError(f"{target}: appeared while it was written; {partial / _DATA} has ours")
             (partial / _DATA / (single_file or "")).rename(target)
-            _sync(target.parent)
+            sync_path(target.parent)
             shutil.rmtree(partial)
     except OSError as error:
         raise CheckpointError(
@@ -66,7 +66,7 @@ def _locked(path: Path, target: Path) -> Iterator[None]:
         yield
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
     """Waits until the disk has a file's bytes, or a directory's names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
