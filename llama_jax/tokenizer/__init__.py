@@ -9,6 +9,7 @@ from llama_jax.errors import CheckpointError, TokenizerError
 from llama_jax.tokenizer import gguf_vocab, llama2c_vocab, sentencepiece_model, tokenizer_json
 from llama_jax.tokenizer.base import StreamDecoder, Tokenizer
 from llama_jax.weights import open_source
+from llama_jax.weights.gguf_header import MAGIC
 
 __all__ = ["StreamDecoder", "Tokenizer", "load_tokenizer"]
 
@@ -51,6 +52,10 @@ def _load(path: Path) -> Tokenizer:
         if not path.exists():
             raise TokenizerError(f"{path} does not exist; give the path of a tokenizer file or a model")
         return _load_from(path.parent, path)
+    if path.suffix not in _LOADERS and path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:  # which may have any name
+                return gguf_vocab.load(path)
     if path.suffix not in _LOADERS:
         raise TokenizerError(
             f"{path} has no name of a tokenizer file; give a tokenizer.json, a .model, a .gguf, a tok*.bin, "

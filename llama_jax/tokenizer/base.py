@@ -155,7 +155,10 @@ class StreamDecoder:
 
 
 class TableTokenizer(abc.ABC):
-    """A `Tokenizer` over a `Table`; a subclass adds `_encode`.
+    """A `Tokenizer` over a `Table`; a subclass adds `_encode` and `spelling`.
+
+    Attributes:
+      origin: the file that it came from.
 
     Raises:
       TokenizerError: if a role names an id that the table lacks.
@@ -178,11 +181,15 @@ class TableTokenizer(abc.ABC):
         self.special_tokens = table.special
         self.chat_template = roles.chat_template
         self._table = table
-        self._origin = origin
+        self.origin = origin
 
     @abc.abstractmethod
     def _encode(self, text: str, parse_special: bool) -> list[int]:
         """Returns the ids of `text` alone; control tokens only where `parse_special`."""
+
+    @abc.abstractmethod
+    def spelling(self, id: int) -> str:
+        """Returns one vocabulary entry as its file spells it."""
 
     def encode(
         self, text: str, *, add_bos: bool | None = None, add_eos: bool = False, parse_special: bool = False
@@ -229,7 +236,7 @@ class TableTokenizer(abc.ABC):
 
     def _required(self, name: str, token: int | None) -> int:
         if token is None:
-            raise TokenizerError(f"{self._origin} names no {name} token; encode without add_{name.lower()}")
+            raise TokenizerError(f"{self.origin} names no {name} token; encode without add_{name.lower()}")
         return token
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
@@ -249,11 +256,11 @@ class TableTokenizer(abc.ABC):
 
     def stream(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
         """Returns a decoder that takes ids one at a time."""
-        return StreamDecoder(self._table, self._origin, skip_special_tokens)
+        return StreamDecoder(self._table, self.origin, skip_special_tokens)
 
     def piece(self, id: int) -> str:
         """Returns one vocabulary entry as text for display: bytes that are not text as `<0xE4>`."""
-        (token,) = checked_ids((id,), self.vocab_size, self._origin)
+        (token,) = checked_ids((id,), self.vocab_size, self.origin)
         data = self._table.pieces[token]
         try:
             return data.decode()

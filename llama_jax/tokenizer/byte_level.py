@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-from tokenizers import Regex, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 
 def _alphabet() -> dict[str, int]:
@@ -88,3 +89,51 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "llama3": _LLAMA3,
     "qwen2": PreTokenizer(_split(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"), normalizer=normalizers.NFC),
 }
+
+
+def is_byte_level(library: Tokenizer) -> bool:
+    """Whether pieces spell bytes in GPT-2's alphabet."""
+    parts = json.loads(library.to_str())
+    return any(step["type"] == "ByteLevel" for step in steps(parts["decoder"]))
+
+
+def recognise(library: Tokenizer) -> str | None:
+    """Returns the name in `PRE_TOKENIZERS` of the rule that a byte-level BPE tokenizer follows, or None."""
+    rule = _rule(library)
+    for name, pre in PRE_TOKENIZERS.items():
+        known = Tokenizer(models.BPE(ignore_merges=pre.ignore_merges))
+        known.pre_tokenizer = pre.build()
+        if pre.normalizer:
+            known.normalizer = pre.normalizer()
+        if _rule(known) == rule:
+            return name
+    return None
+
+
+def _rule(library: Tokenizer) -> Any:
+    """All that decides the ids of a text but the vocabulary, comparable."""
+    parts = json.loads(library.to_str())
+    model = parts["model"]
+    switches = [
+        model.get(name) or None
+        for name in (
+            *("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"),
+            "ignore_merges",
+        )
+    ]
+    return list(steps(parts["normalizer"])), list(steps(parts["pre_tokenizer"])), switches
+
+
+def steps(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    """Yields the steps of a normalizer, pre-tokenizer or decoder in a tokenizer.json, one after the other.
+
+    What moves the reported offsets alone is left out.
+    """
+    if part is None:
+        return
+    if part["type"] == "Sequence":
+        kinds = ("normalizers", "pretokenizers", "decoders")
+        for step in next(part[kind] for kind in kinds if kind in part):
+            yield from steps(step)
+    else:
+        yield {key: value for key, value in part.items() if key != "trim_offsets"}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from llama_jax.errors import CheckpointError, TokenizerError
 from llama_jax.tokenizer.base import Roles, Table, TableTokenizer, checked_role
@@ -22,6 +22,7 @@ from llama_jax.tokenizer.sentencepiece_model import (
     CONTROL,
     NORMAL,
     UNKNOWN,
+    UNUSED,
     USER_DEFINED,
     Piece,
     SentencePieceTokenizer,
@@ -31,8 +32,8 @@ from llama_jax.tokenizer.sentencepiece_model import (
 from llama_jax.tokenizer.tokenizer_json import LibraryTokenizer
 from llama_jax.weights import read_gguf_metadata
 
-_PREFIX = "tokenizer.ggml."
-_NO_TOKEN = 0xFFFF_FFFF  # -1 as an unsigned number, which some converters write for a role that nothing has
+PREFIX = "tokenizer.ggml."
+NO_TOKEN = 0xFFFF_FFFF  # -1 as an unsigned number, which some converters write for a role that nothing has
 
 
 def load(path: Path) -> TableTokenizer:
@@ -51,10 +52,10 @@ def load(path: Path) -> TableTokenizer:
 
 def from_metadata(metadata: Mapping[str, Any], origin: str) -> TableTokenizer:
     """Builds the tokenizer that a GGUF file's metadata describe; see `load`."""
-    kind = metadata.get(f"{_PREFIX}model")
+    kind = metadata.get(f"{PREFIX}model")
     if kind not in ("llama", "gpt2"):
         raise TokenizerError(
-            f"{origin}: {_PREFIX}model is {str(kind)[:40]!r}; llama_jax reads 'llama' (SentencePiece) and "
+            f"{origin}: {PREFIX}model is {str(kind)[:40]!r}; llama_jax reads 'llama' (SentencePiece) and "
             "'gpt2' (byte-level BPE), give the model's own tokenizer file instead"
         )
     vocabulary = _Vocabulary(metadata, origin)
@@ -72,24 +73,24 @@ class _Vocabulary:
             ((twice, _),) = collections.Counter(self.tokens).most_common(1)
             raise self.wrong("tokens", f"holds {twice[:40]!r} more than once")
         self.kinds: list[int] = [NORMAL] * len(self.tokens)
-        if f"{_PREFIX}token_type" in metadata:
+        if f"{PREFIX}token_type" in metadata:
             self.kinds = self.numbers("token_type", "iu").tolist()
         bad = set(self.kinds) - set(range(NORMAL, BYTE + 1))
         if bad:
             raise self.wrong("token_type", f"holds {min(bad)}; known are {NORMAL} to {BYTE}")
 
     def wrong(self, key: str, what: str) -> TokenizerError:
-        return TokenizerError(f"{self.origin}: {_PREFIX}{key} {what}; convert the model again")
+        return TokenizerError(f"{self.origin}: {PREFIX}{key} {what}; convert the model again")
 
     def strings(self, key: str) -> list[str]:
-        value = self.metadata.get(f"{_PREFIX}{key}")
+        value = self.metadata.get(f"{PREFIX}{key}")
         if not isinstance(value, list) or not value or not isinstance(value[0], str):
             raise self.wrong(key, "is missing" if value is None else "is not a list of strings")
         return value
 
     def numbers(self, key: str, kinds: str) -> np.ndarray:
         """Returns one number a token; `kinds` are the NumPy kinds it may have."""
-        value = self.metadata.get(f"{_PREFIX}{key}")
+        value = self.metadata.get(f"{PREFIX}{key}")
         if not isinstance(value, np.ndarray) or value.dtype.kind not in kinds:
             raise self.wrong(key, "is missing" if value is None else "is not an array of the right numbers")
         if len(value) != len(self.tokens):
@@ -97,19 +98,19 @@ class _Vocabulary:
         return value
 
     def flag(self, key: str, default: bool) -> bool:
-        value = self.metadata.get(f"{_PREFIX}{key}", default)
+        value = self.metadata.get(f"{PREFIX}{key}", default)
         if not isinstance(value, bool):
             raise self.wrong(key, f"is {str(value)[:40]}; it must be a bool")
         return value
 
     def roles(self, *, add_bos: bool, **defaults: int) -> Roles:
         def token(key: str) -> int | None:
-            value = self.metadata.get(f"{_PREFIX}{key}_token_id", defaults.get(key))
+            value = self.metadata.get(f"{PREFIX}{key}_token_id", defaults.get(key))
             if value is not None and type(value) is not int:
                 raise self.wrong(f"{key}_token_id", f"is {str(value)[:40]}; it must be a whole number")
-            if value == _NO_TOKEN:
+            if value == NO_TOKEN:
                 return None
-            checked_role(f"{_PREFIX}{key}_token_id", value, len(self.tokens), self.origin)
+            checked_role(f"{PREFIX}{key}_token_id", value, len(self.tokens), self.origin)
             return value
 
         ends = (token("eot"), token("eom"))
@@ -150,11 +151,11 @@ class _Vocabulary:
         return SentencePieceTokenizer(model, table(model), roles, self.origin)
 
     def byte_level(self) -> LibraryTokenizer:
-        name = self.metadata.get(f"{_PREFIX}pre", "default")
+        name = self.metadata.get(f"{PREFIX}pre", "default")
         pre = PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
         if pre is None:
             raise TokenizerError(
-                f"{self.origin}: {_PREFIX}pre is {str(name)[:40]!r}, a way to cut text that is not known "
+                f"{self.origin}: {PREFIX}pre is {str(name)[:40]!r}, a way to cut text that is not known "
                 f"here; known are {', '.join(PRE_TOKENIZERS)}; give the model's tokenizer.json instead"
             )
         roles = self.roles(add_bos=pre.add_bos)
@@ -177,10 +178,13 @@ class _Vocabulary:
             raise self.wrong("merges", f"cannot be used ({one_line(error)})") from None
         library = Tokenizer(model)
         library.pre_tokenizer = pre.build()
+        library.decoder = decoders.ByteLevel()
         if pre.normalizer:
             library.normalizer = pre.normalizer()
         library.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
         library.add_tokens([AddedToken(token, normalized=False) for token in plain])
         literal = {*special, *plain}
         pieces = [token.encode() if token in literal else piece_bytes(token) for token in self.tokens]
-        return LibraryTokenizer(library, Table(pieces, special), roles, self.origin)
+        # A name that stands for an id without a token is no text, in llama.cpp neither.
+        pieces = [b"" if kind == UNUSED else piece for piece, kind in zip(pieces, self.kinds, strict=True)]
+        return LibraryTokenizer(library, Table(pieces, special), roles, self.origin, pre=name)

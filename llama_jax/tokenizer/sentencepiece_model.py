@@ -54,6 +54,15 @@ class SentencePieceTokenizer(TableTokenizer):
             ids.extend([self.special_tokens[part]] if i % 2 else self._model.encode(part))
         return ids
 
+    def spelling(self, id: int) -> str:
+        """Returns one vocabulary entry as its file spells it."""
+        return self._model.id_to_piece(id)
+
+    @property
+    def proto(self) -> bytes:
+        """The model as the protocol buffer that a `.model` file is."""
+        return self._model.serialized_model_proto()
+
 
 def load(path: Path) -> SentencePieceTokenizer:
     """Loads a SentencePiece `.model` file.
@@ -176,17 +185,18 @@ def _fields(data: bytes) -> Iterator[int]:
     """Yields the numbers of a buffer's outermost fields; stops where it is malformed."""
     at = 0
     while at < len(data):
-        tag, at = _read_varint(data, at)
+        tag, at = read_varint(data, at)
         if tag & 7 != 2:
             return
-        length, at = _read_varint(data, at)
+        length, at = read_varint(data, at)
         at += length
         if at > len(data):
             return
         yield tag >> 3
 
 
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+def read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """Decodes what `_varint` encodes, at byte `at`; returns it and where it ends."""
     value = shift = 0
     while at < len(data) and shift < 64:
         value |= (data[at] & 0x7F) << shift

@@ -20,21 +20,36 @@ from llama_jax.tokenizer.files import one_line, parse_json_object, read_bytes
 
 _MODELS = ("BPE", "Unigram")
 _MOST_IDS = 1 << 22  # far beyond any vocabulary; ids in a file are believed up to here
-_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class LibraryTokenizer(TableTokenizer):
-    """A `Tokenizer` whose text is encoded by a `tokenizers.Tokenizer`."""
+    """A `Tokenizer` whose text is encoded by a `tokenizers.Tokenizer`.
 
-    def __init__(self, library: tokenizers.Tokenizer, table: Table, roles: Roles, origin: str):
+    Attributes:
+      pre: GGUF's name for the way text is cut before merging, where the vocabulary came with one.
+    """
+
+    def __init__(
+        self, library: tokenizers.Tokenizer, table: Table, roles: Roles, origin: str, pre: str | None = None
+    ):
         super().__init__(table, roles, origin)
         library.encode_special_tokens = True  # spelled control tokens are encoded as text
         self._plain = library
+        self.pre = pre
+
+    def spelling(self, id: int) -> str:
+        """Returns one vocabulary entry as its file spells it; nothing for an id without one."""
+        return self._plain.id_to_token(id) or ""
+
+    def library(self) -> tokenizers.Tokenizer:
+        """Returns a copy of the library's tokenizer."""
+        return tokenizers.Tokenizer.from_str(self._plain.to_str())
 
     @functools.cached_property
     def _parsing(self) -> tokenizers.Tokenizer:
         # A second instance, since the library's switch is state that threads would share.
-        library = tokenizers.Tokenizer.from_str(self._plain.to_str())
+        library = self.library()
         library.encode_special_tokens = False
         return library
 
@@ -137,7 +152,7 @@ def _table(library: tokenizers.Tokenizer, vocabulary: Mapping[str, int], spaces:
     for name, token in vocabulary.items():
         if spaces == "byte-level":
             pieces[token] = name.encode() if token in added else piece_bytes(name)
-        elif (byte := _BYTE_PIECE.fullmatch(name)) and token not in added:
+        elif (byte := BYTE_PIECE.fullmatch(name)) and token not in added:
             pieces[token] = bytes.fromhex(byte[1])
         else:
             pieces[token] = name.replace("\u2581", " ").encode()

@@ -22,6 +22,10 @@ from llama_jax.weights.source import FLOAT_DTYPES, Source, TensorInfo, decode_fl
 # a model's own, while whole tensors would need several times their size.
 _CHUNK = 1 << 17
 
+# Fields that other programs pass over: the rule behind rope_freqs.weight.
+LLAMA3_PREFIX = "llama_jax.rope_scaling."
+LLAMA3_FIELDS = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+
 
 def open_gguf(path: Path, why: str) -> Source:
     """Opens a GGUF file.
@@ -97,8 +101,9 @@ class _Fields:
         """Reads the rotary scaling as llama.cpp does: from fields, or from a tensor of divisors."""
         key = "rope.scaling.factor" if "llama.rope.scaling.factor" in self.metadata else "rope.scale_linear"
         factor = self.number(key, 0.0) or 1.0
+        scales = factor != 1 or "llama.rope.scaling.attn_factor" in self.metadata
         # llama.cpp takes a factor without a type for a linear one.
-        kind = self.text("llama.rope.scaling.type", "linear") if factor != 1 else "none"
+        kind = self.text("llama.rope.scaling.type", "linear") if scales else "none"
         divisors = self.tensors.get("rope_freqs.weight")
         if divisors is not None:
             if kind != "none":
@@ -123,7 +128,12 @@ class _Fields:
             )
             # Here a factor of 1 is YaRN's own rule; RopeScaling takes the product.
             attention = self.number("rope.scaling.attn_factor", 1.0)
-            product = None if attention == 1 else attention * (0.1 * math.log(factor) + 1)
+            if attention == 1:
+                return scaling
+            rule = 0.1 * math.log(factor) + 1
+            product = attention * rule
+            short = float(f"{product:.6g}")  # what it was before it was divided, if that was a short number
+            product = short if np.float32(short / rule) == np.float32(attention) else product
             return dataclasses.replace(scaling, attention_factor=product)
         raise self.error(
             f"rope scaling of type {quote(kind)} cannot be read; only linear and yarn, or rope_freqs.weight"
@@ -143,6 +153,20 @@ class _Fields:
             )
         divisors = decode(name, info, read_bytes(name, info)).astype(np.float64)
         plain, _ = rotary_frequencies(head_dim=head_dim, theta=theta, scaling=None)
+
+        def makes_them(scaling: RopeScaling) -> bool:
+            with np.errstate(all="ignore"):
+                scaled, _ = rotary_frequencies(head_dim=head_dim, theta=theta, scaling=scaling)
+                return np.allclose(scaled * divisors, plain, rtol=1e-5, atol=0)
+
+        if f"{LLAMA3_PREFIX}factor" in self.metadata:
+            factor, context, low, high = (
+                self.get(f"{LLAMA3_PREFIX}{key}", int if "max" in key else float, None)
+                for key in LLAMA3_FIELDS
+            )
+            scaling = RopeScaling("llama3", factor, context, low_freq_factor=low, high_freq_factor=high)
+            if makes_them(scaling):
+                return scaling
         factor = round(float(divisors.max()), 4)
         if (divisors == 1).all():
             return None
@@ -160,8 +184,7 @@ class _Fields:
                     scaling = RopeScaling(
                         "llama3", factor, round(context), low_freq_factor=1.0, high_freq_factor=round(high, 3)
                     )
-                    scaled, _ = rotary_frequencies(head_dim=head_dim, theta=theta, scaling=scaling)
-                    if np.allclose(scaled * divisors, plain, rtol=1e-5, atol=0):
+                    if makes_them(scaling):
                         return scaling
         raise self.error(
             f"tensor {name!r} does not follow Llama 3's rope scaling, the only one it can be read as"

@@ -21,17 +21,17 @@ from llama_jax.weights.names import LEAVES
 from llama_jax.weights.source import Source, TensorInfo, decode_floats, open_file, quote
 
 MAGIC = b"24ka"  # "ak42", as a little-endian number
-_HEADER_BYTES = 256  # from version 1 on
+HEADER_BYTES = 256  # from version 1 on
 _NO_MAGIC_BYTES = 7 * 4
 
 _NORMS = ("rms_att_weight", "rms_ffn_weight", "rms_final_weight")
 _MATRICES = ("token_embedding_table", "wq", "wk", "wv", "wo", "w1", "w2", "w3", "wcls")
-_ROTARY_TABLES = ("freq_cis_real", "freq_cis_imag")
+ROTARY_TABLES = ("freq_cis_real", "freq_cis_imag")
 _ORDER_0 = (
     *("token_embedding_table", "rms_att_weight", "wq", "wk", "wv", "wo", "rms_ffn_weight"),
-    *("w1", "w2", "w3", "rms_final_weight", *_ROTARY_TABLES, "wcls"),
+    *("w1", "w2", "w3", "rms_final_weight", *ROTARY_TABLES, "wcls"),
 )
-_INT8 = "INT8"
+INT8 = "INT8"
 
 
 def is_llama2c(path: Path) -> bool:
@@ -54,10 +54,10 @@ def open_llama2c(path: Path, why: str) -> Source:
         from it.
     """
     with open_file(path) as (file, size):
-        header = file.read(_HEADER_BYTES)
+        header = file.read(HEADER_BYTES)
     version, at, group = 0, _NO_MAGIC_BYTES, 1
-    if header[:4] == MAGIC and len(header) == _HEADER_BYTES:
-        version, at = int.from_bytes(header[4:8], "little"), _HEADER_BYTES
+    if header[:4] == MAGIC and len(header) == HEADER_BYTES:
+        version, at = int.from_bytes(header[4:8], "little"), HEADER_BYTES
         if version not in (1, 2):
             raise CheckpointError(f"{path}: llama2.c version {version} cannot be read; only 0, 1 and 2")
         sizes, tied = header[8:36], header[36] != 0
@@ -69,15 +69,15 @@ def open_llama2c(path: Path, why: str) -> Source:
     config = _config(path, sizes, tied)
     if group < 1 or config.hidden_size % group:
         raise CheckpointError(f"{path}: group size {group} does not divide the width {config.hidden_size}")
-    blocks = list(_blocks(config, version, group))
-    expected = at + sum(block.copies * block.nbytes for block in blocks)
+    layout = list(blocks(config, version, group))
+    expected = at + sum(block.copies * block.nbytes for block in layout)
     if size != expected:
         raise CheckpointError(
             f"{path}: has {size} bytes but its header asks for {expected}: it is truncated, or no llama2.c "
             "model; get it again"
         )
     tensors = {}
-    for block in blocks:
+    for block in layout:
         for layer in range(block.copies):
             name = block.name.format(layer=layer)
             tensors[name] = TensorInfo(block.shape, block.dtype, block.nbytes, path, at)
@@ -106,7 +106,7 @@ def _config(path: Path, sizes: bytes, tied: bool) -> LlamaConfig:
         raise CheckpointError(f"{path}: no llama2.c model, or a damaged one: {error}") from error
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """A run of like tensors: one, or one for each layer."""
 
     name: str
@@ -116,26 +116,26 @@ class _Block(NamedTuple):
     copies: int
 
 
-def _blocks(config: LlamaConfig, version: int, group: int) -> Iterator[_Block]:
+def blocks(config: LlamaConfig, version: int, group: int) -> Iterator[Block]:
     """Yields what is in the file, in its order."""
     leaves = {leaf.llama2c.removesuffix("[{layer}]"): leaf for leaf in LEAVES}
     for name in _ORDER_0 if version == 0 else (*_NORMS, *_MATRICES):
-        if name in _ROTARY_TABLES:
+        if name in ROTARY_TABLES:
             positions, pairs = config.max_position_embeddings, config.head_dim // 2
-            yield _Block(name, (positions, pairs), "F32", 4 * positions * pairs, 1)
+            yield Block(name, (positions, pairs), "F32", 4 * positions * pairs, 1)
         elif name != "wcls" or not config.tie_word_embeddings:
             leaf = leaves[name]
             shape = leaf.stored_shape(config, "llama2c")
             copies, values = config.num_hidden_layers if leaf.per_layer else 1, math.prod(shape)
             if version == 2 and name in _MATRICES:
-                yield _Block(leaf.llama2c, shape, _INT8, values + 4 * (values // group), copies)
+                yield Block(leaf.llama2c, shape, INT8, values + 4 * (values // group), copies)
             else:
-                yield _Block(leaf.llama2c, shape, "F32", 4 * values, copies)
+                yield Block(leaf.llama2c, shape, "F32", 4 * values, copies)
 
 
 def _decode(name: str, info: TensorInfo, raw: np.ndarray, *, group: int) -> np.ndarray:
     """Turns a tensor's bytes into f32: floats, or int8 values and then a scale for each group of them."""
-    if info.dtype != _INT8:
+    if info.dtype != INT8:
         return decode_floats(name, info, raw)
     count = math.prod(info.shape)
     values, scales = raw[:count].view(np.int8), raw[count:].view("<f4")
