@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llama_jax.beam import Beams, beam_search
     from llama_jax.config import LlamaConfig, RopeScaling, presets
     from llama_jax.conversation import Conversation
+    from llama_jax.convert import save
     from llama_jax.decode import DecodeState, Generation, prefill, step
     from llama_jax.drafts import DraftModel, PromptLookup
     from llama_jax.errors import LlamaJaxError
@@ -37,6 +38,7 @@ _HOMES = {
     "beam": ("Beams", "beam_search"),
     "config": ("LlamaConfig", "RopeScaling", "presets"),
     "conversation": ("Conversation",),
+    "convert": ("save",),
     "decode": ("DecodeState", "Generation", "prefill", "step"),
     "drafts": ("DraftModel", "PromptLookup"),
     "errors": ("LlamaJaxError",),
@@ -51,6 +53,7 @@ _HOMES = {
     "speculative": ("Speculation", "speculative_generate"),
     "text_model": ("Model",),
 }
+_ROOMS = ("attention", "cache", "known", "layers", "rope", "tokenizer", "verify", "weights")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
@@ -77,6 +80,7 @@ __all__ = [
     "prefill",
     "presets",
     "quantize",
+    "save",
     "shard_params",
     "speculative_generate",
     "step",
@@ -89,7 +93,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.metadata.version("llama-jax")
-    if name in _HOMES or name in ("attention", "cache", "known", "layers", "rope", "tokenizer", "weights"):
+    if name in _HOMES or name in _ROOMS:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

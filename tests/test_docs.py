@@ -29,7 +29,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *SCRIPTS
 SETTINGS = {f"{section}.{key}" for section, entries in keys().items() for key, _ in entries}
 SETTINGS |= {f"data.mixture.{field.name}" for field in dataclasses.fields(SourceConfig)}
 # Files that a program writes, and that a setting's name could be taken for.
-FILES = {"tokenizer.model", "tokenizer.json", "model.safetensors"}
+FILES = {"tokenizer.model", "tokenizer.json", "tokenizer.bin", "model.safetensors"}
 
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 

@@ -21,6 +21,8 @@ VERBS = {
     "chat": "talk with a model",
     "train": "train a model, or go on with a run",
     "inspect": "what a checkpoint holds and how much memory it needs",
+    "convert": "a checkpoint in another format",
+    "verify": "whether two checkpoints hold the same model",
     "models": "the known models, and which are here",
     "bench": "speed of prefill, decoding and loading",
     "tokenizer": "text to token ids and back",

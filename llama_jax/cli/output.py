@@ -19,6 +19,7 @@ from rich.progress import (
     Progress,
     TextColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.table import Table
 
@@ -62,6 +63,7 @@ def progress_bar(what: str, *, otherwise: str = "") -> Iterator[Callable[[int, i
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
+        TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
@@ -131,9 +133,22 @@ def resolve(name_or_path: str) -> Path:
 
 def load(name_or_path: str, dtype: str, bits: Bits | None = None) -> Model:
     """Loads a model with progress bars."""
+    from llama_jax import pretrained
+
+    start_jax()
+    path = resolve(name_or_path)
+    with warnings_as_notes(), progress_bar("loading weights") as progress:
+        return pretrained.load(path, dtype, bits=bits, stacked=False, progress=progress)
+
+
+def start_jax() -> None:
+    """Has JAX find its devices, and keep what it compiles.
+
+    Raises:
+      InputError: if it finds none.
+    """
     import jax
 
-    from llama_jax import pretrained
     from llama_jax.cli.compiled import keep_compiled_programs
 
     try:
@@ -144,7 +159,4 @@ def load(name_or_path: str, dtype: str, bits: Bits | None = None) -> Model:
             f"JAX cannot use the platform {platforms!r}: {str(error)[:200] or 'there is none'}; set "
             "JAX_PLATFORMS=cpu, or install JAX for the device"
         ) from None
-    path = resolve(name_or_path)
     keep_compiled_programs()
-    with warnings_as_notes(), progress_bar("loading weights") as progress:
-        return pretrained.load(path, dtype, bits=bits, stacked=False, progress=progress)

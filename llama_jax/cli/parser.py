@@ -12,8 +12,9 @@ from llama_jax.errors import LlamaJaxError
 
 MODEL_HELP = """\
 MODEL is a known name (see: llama-jax models) or a path: a .gguf file, a Hugging Face directory
-(config.json and safetensors), the directory of a training run (its newest checkpoint) or of one of its
-checkpoints, or a llama2.c .bin file with its tok*.bin beside it.
+(config.json and safetensors), a Meta directory (params.json and consolidated.*.pth), the directory of a
+training run (its newest checkpoint) or of one of its checkpoints, or a llama2.c .bin file with its tok*.bin
+beside it; or, with the hub extra, OWNER/NAME[@REVISION][:FILE.gguf] on the Hugging Face hub.
 """
 
 

@@ -1,0 +1,189 @@
+"""Checkpoints from any format to any other, and models from memory to disk, streamed tensor by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.errors import CheckpointError, InputError, TokenizerError
+from llama_jax.pretrained import DTYPES, Progress, resolve
+from llama_jax.quantization import Quantized
+from llama_jax.text_model import Model
+from llama_jax.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.tokenizer.export import vocabulary_of
+from llama_jax.weights import open_source
+from llama_jax.weights.derived import Averaged, PooledHeads, ResizedVocabulary
+from llama_jax.weights.names import Format
+from llama_jax.weights.source import Source
+from llama_jax.weights.tensors import ParamsTensors, StoredTensors, Tensors
+from llama_jax.weights.write.gguf import plan_gguf
+from llama_jax.weights.write.hf import SHARD_BYTES, plan_hf
+from llama_jax.weights.write.llama2c import plan_llama2c
+from llama_jax.weights.write.meta import plan_meta
+from llama_jax.weights.write.orbax import plan_orbax
+from llama_jax.weights.write.plan import Plan
+from llama_jax.weights.write.run import write
+
+FORMATS: tuple[Format, ...] = get_args(Format)
+_SUFFIXES: Mapping[str, Format] = {".gguf": "gguf"}
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    format: Format | None = None,
+    *,
+    dtype: str | None = None,
+    kv_heads: int | None = None,
+    average: Sequence[str | Path] = (),
+    weights: Sequence[float] | None = None,
+    vocab_size: int | None = None,
+    tokenizer: str | Path | None = None,
+    shards: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes a checkpoint in another format, or another form, one tensor at a time.
+
+    Host memory holds 512 MB of tensors, or the largest if that is more. The output appears at `target` when
+    it is whole; what an interrupted conversion has left in `<target>.partial` is gone on with.
+
+    Args:
+      source: a known name or a path, as `load` takes them.
+      target: where to write; nothing may be there. A file for `gguf`, a directory otherwise.
+      format: hf, meta, gguf, llama2c or orbax; by default gguf where `target` ends so, and hf otherwise.
+      dtype: of the tensors: float32, bfloat16, float16, or q8_0 (gguf), int8 (llama2c). By default as in
+        the source, quantised ones as float32.
+      kv_heads: pool key and value heads to so many (`PooledHeads`).
+      average: other checkpoints of the same configuration, to average with this one (`Averaged`).
+      weights: of `source` and each of `average`, with a sum of 1; by default all the same.
+      vocab_size: add or remove rows at the vocabulary's end (`ResizedVocabulary`).
+      tokenizer: take the vocabulary from this path instead.
+      shards: how many files: Meta's model-parallel parts (default 1); for hf about so many.
+      progress: called with (bytes written, bytes in all, what was written).
+
+    Returns:
+      `target`.
+
+    Raises:
+      CheckpointError: if a checkpoint cannot be read, something is at `target`, the format cannot hold the
+        model, or the disk is full.
+      ConfigError: for settings that the model does not allow.
+      InputError: for a format or dtype that there is not.
+      TokenizerError: for a vocabulary that is missing, cannot be read, or is not of the model's size.
+    """
+    target = _target(target)
+    format = _format(format, target)
+    sources = [open_source(resolve(path, progress)) for path in (source, *average)]
+    stored = [StoredTensors(each) for each in sources]
+    tensors: Tensors = stored[0]
+    if average:
+        share = [1 / len(stored)] * len(stored) if weights is None else list(weights)
+        tensors = Averaged(tensors, stored[1:], share)
+    elif weights is not None:
+        raise InputError("weights are given but no checkpoints to average; name them with average")
+    if kv_heads is not None:
+        tensors = PooledHeads(tensors, kv_heads)
+    if vocab_size is not None:
+        tensors = ResizedVocabulary(tensors, vocab_size)
+    home = tokenizer or sources[0].home or sources[0].path
+    plan = _plan(tensors, format, dtype, shards, load_tokenizer(home))
+    options = (dtype, kv_heads, weights, vocab_size)
+    origin = repr([*map(_identity, sources), options])
+    write(plan, tensors, target, origin=origin, progress=progress)
+    return target
+
+
+def save(
+    model: Model,
+    path: str | Path,
+    format: Format | None = None,
+    *,
+    dtype: str | None = None,
+    shards: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes a model to disk, with its vocabulary.
+
+    Args:
+      model: its parameters may lie on one device or on a mesh; they are fetched one tensor at a time.
+      path: where to write; nothing may be there.
+      format: as for `convert`.
+      dtype: of the tensors; by default the parameters'.
+      shards: as for `convert`.
+      progress: called with (bytes written, bytes in all, what was written).
+
+    Returns:
+      `path`.
+
+    Raises:
+      CheckpointError: if something is at `path`, the format cannot hold the model, or the disk is full.
+      InputError: for a format or dtype that there is not, or quantised parameters.
+    """
+    target = _target(path)
+    format = _format(format, target)
+    if isinstance(model.params["embed"]["embedding"], Quantized):
+        raise InputError("the parameters are quantised; load the model without bits to save it")
+    tensors = ParamsTensors(model.config, model.params)
+    write(_plan(tensors, format, dtype, shards, model.tokenizer), tensors, target, progress=progress)
+    return target
+
+
+def _target(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:  # no such user's home
+        raise CheckpointError(f"{path}: {error}; give the whole path") from None
+
+
+def _format(format: Format | None, target: Path) -> Format:
+    if format is None:
+        return _SUFFIXES.get(target.suffix, "hf")
+    if format not in FORMATS:
+        raise InputError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
+    return format
+
+
+def _plan(
+    tensors: Tensors, format: Format, dtype: str | None, shards: int | None, tokenizer: Tokenizer
+) -> Plan:
+    if tokenizer.vocab_size != tensors.config.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {tensors.config.vocab_size}; give "
+            "the one that belongs to it with tokenizer"
+        )
+    quantised: Mapping[Format, str] = {"gguf": "q8_0", "llama2c": "int8"}
+    if dtype is not None and dtype not in (*DTYPES, quantised.get(format)):
+        known = (*DTYPES, *([quantised[format]] if format in quantised else []))
+        raise InputError(f"dtype is {dtype!r}; {format} can be written in {', '.join(known)}")
+    if shards is not None and (shards < 1 or format not in ("hf", "meta")):
+        raise InputError(f"shards is {shards}; it is for hf and meta, and at least 1")
+    vocabulary = vocabulary_of(tokenizer, format)
+    if format == "gguf":
+        return plan_gguf(tensors, dtype, vocabulary)
+    if format == "llama2c":
+        return plan_llama2c(tensors, vocabulary, version=2 if dtype == "int8" else 0)
+    floats = None if dtype is None else jnp.dtype(dtype)
+    if format == "meta":
+        return plan_meta(tensors, floats, vocabulary, shards=shards or 1)
+    if format == "orbax":
+        return plan_orbax(tensors, floats, vocabulary)
+    return plan_hf(tensors, floats, vocabulary, shard_bytes=_shard_bytes(tensors, floats, shards))
+
+
+def _shard_bytes(tensors: Tensors, dtype: np.dtype[Any] | None, shards: int | None) -> int:
+    """The size of so many files together about as large as the model."""
+    if shards is None:
+        return SHARD_BYTES
+    return -(-tensors.config.num_params * (dtype or np.dtype(np.float32)).itemsize // shards)
+
+
+def _identity(source: Source) -> Any:
+    """What tells that a checkpoint is the one an earlier run has read."""
+    files = sorted({info.file for info in source.tensors.values()})
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return str(source.path.absolute()), stats, dataclasses.asdict(source.config)
