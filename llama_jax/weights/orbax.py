@@ -28,9 +28,11 @@ from llama_jax.weights import manifest
 from llama_jax.weights.hf import read_config
 from llama_jax.weights.names import leaves
 from llama_jax.weights.runs import CHECKPOINTS, PARAMS, RECORD, RUN, read_record, step_folders
+from llama_jax.weights.safetensors import read_json
 from llama_jax.weights.source import FLOAT_DTYPES, Source, TensorInfo, decode_floats, quote
 
 _METADATA = "_METADATA"  # the file that every Orbax tree has
+_CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
 _DTYPE_NAMES = {dtype.name: name for name, dtype in FLOAT_DTYPES.items()}
 
 
@@ -226,6 +228,9 @@ def describe_tree(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
     Raises:
       CheckpointError: if the folder holds no Orbax tree, or a damaged one.
     """
+    for name in (_METADATA, _CHECKPOINT_METADATA):
+        if (folder / name).exists():
+            read_json(folder / name)  # Orbax's own parser does not come back whole from hostile ones
     with _reading(folder) as (_, reader):
         metadata = reader.metadata(folder.absolute())  # Orbax takes no relative path
         found, _ = jax.tree_util.tree_flatten_with_path(metadata.item_metadata.tree)

@@ -26,8 +26,8 @@ def test_the_format_is_decided_by_what_is_there(tmp_path: Path) -> None:
         ("empty", b"", "empty"),
         ("text.txt", b"Once upon a time there was a llama" * 9, "no format that can be read"),
         ("model.safetensors", b"\x40\0\0\0\0\0\0\0" + b"{}" * 32, "give the directory"),
-        ("consolidated.00.pth", b"PK\x03\x04" + bytes(99), "a PyTorch pickle"),
-        ("pytorch_model.bin", b"\x80\x02" + bytes(99), "a PyTorch pickle"),
+        ("consolidated.00.pth", b"PK\x03\x04" + bytes(99), "there is no params.json beside it"),
+        ("pytorch_model.bin", b"\x80\x02" + bytes(99), "a PyTorch file that is no part of a Meta checkpoint"),
         ("old.bin", b"tjgg" + bytes(99), "a file from before GGUF"),
     ],
 )
@@ -44,8 +44,13 @@ def test_directories_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="; give a GGUF file") as caught:
         open_source(tmp_path)
     one_line(caught)
-    (tmp_path / "model.gguf").touch()
-    with pytest.raises(CheckpointError, match="give the path of a file in it: model"):
+    (tmp_path / "tokenizer.bin").touch()  # no model
+    for name in ("a.gguf", "b.bin"):
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=r"several models \(a\.gguf, b\.bin\); give the path of one"):
+        open_source(tmp_path)
+    (tmp_path / "b.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"a\.gguf: empty"):  # the only one
         open_source(tmp_path)
 
 

@@ -65,7 +65,8 @@ class _Arrays:
 
     def sync(self) -> None:
         for path in self.folder.rglob("*"):
-            sync_path(path)
+            with contextlib.suppress(FileNotFoundError):  # a lock of a write that goes on meanwhile
+                sync_path(path)
 
 
 @contextlib.contextmanager

@@ -218,7 +218,7 @@ def _fingerprint(plan: Plan, origin: str) -> str:
     def add(*what: object) -> None:
         digest.update(repr(what).encode())
 
-    add(plan.format, sorted(plan.files.items()))
+    add(plan.format, sorted(plan.files.items()), sorted(plan.extras.items()))
     for piece in plan.pieces:
         add(piece)
     for region in plan.regions:

@@ -1,0 +1,1 @@
+"""Coverage-guided fuzzing of the readers, and what it has found."""

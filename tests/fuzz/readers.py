@@ -1,0 +1,168 @@
+"""What a fuzzer does with each reader: from bytes to a checkpoint on disk, which is then read whole.
+
+A target is a valid checkpoint in which one file is replaced by the fuzzer's bytes. Reading it must end in the
+arrays or in one of llama_jax's own errors, of one line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import math
+import shutil
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+import llama_jax as lj
+from llama_jax.errors import LlamaJaxError
+from llama_jax.weights import open_source
+from llama_jax.weights.names import STACKED
+from llama_jax.weights.tensors import ParamsTensors, StoredTensors
+from llama_jax.weights.write.gguf import plan_gguf
+from llama_jax.weights.write.hf import plan_hf
+from llama_jax.weights.write.llama2c import plan_llama2c
+from llama_jax.weights.write.meta import plan_meta
+from llama_jax.weights.write.orbax import plan_orbax
+from llama_jax.weights.write.run import write
+from llama_jax.weights.write.vocabulary import Vocabulary
+from tests.random_models import random_model
+
+MOST_BYTES = 1 << 22  # of one tensor that is read: a header alone may promise more
+
+CONFIG = lj.LlamaConfig(
+    vocab_size=16,
+    hidden_size=8,
+    intermediate_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=4,
+    max_position_embeddings=16,
+    rms_norm_eps=1e-5,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A reader, and which of its files is made by the fuzzer.
+
+    Attributes:
+      make: writes a valid checkpoint to a path.
+      file: the file to replace, relative to the path; "" is the path itself.
+      wrap: makes the file of the fuzzer's bytes, where it should not have to find out a container's
+        checksums.
+      seed: the fuzzer's bytes in a valid checkpoint, given the file's.
+    """
+
+    make: Callable[[Path], None]
+    file: str
+    wrap: Callable[[bytes], bytes] = bytes
+    seed: Callable[[bytes], bytes] = bytes
+
+
+def _write(path: Path, plan: Callable[..., object], *args: object, **options: object) -> None:
+    tensors = ParamsTensors(*random_model(0, CONFIG))
+    write(plan(tensors, *args, **options), tensors, path)
+
+
+def _hf(path: Path, shard_bytes: int = 1 << 30) -> None:
+    _write(path, plan_hf, None, Vocabulary(), shard_bytes=shard_bytes)
+
+
+@functools.cache
+def _entries() -> dict[str, bytes]:
+    """What a valid torch zip holds."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        _write(path, plan_meta, None, Vocabulary())
+        with zipfile.ZipFile(path / "consolidated.00.pth") as archive:
+            return {name: archive.read(name) for name in archive.namelist()}
+
+
+def _wrap_pickle(data: bytes) -> bytes:
+    """A torch zip whose pickle is `data`."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, entry in _entries().items():
+            archive.writestr(name, data if name.endswith("data.pkl") else entry)
+    return out.getvalue()
+
+
+def _pickle_of(data: bytes) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        return archive.read(name)
+
+
+TARGETS = {
+    "safetensors": Target(_hf, "model.safetensors"),
+    "hf-config": Target(_hf, "config.json"),
+    "hf-index": Target(functools.partial(_hf, shard_bytes=1000), "model.safetensors.index.json"),
+    "gguf": Target(lambda path: _write(path, plan_gguf, None, Vocabulary()), ""),
+    "llama2c": Target(lambda path: _write(path, plan_llama2c, Vocabulary()), "model.bin"),
+    "meta-zip": Target(lambda path: _write(path, plan_meta, None, Vocabulary()), "consolidated.00.pth"),
+    "meta-pickle": Target(
+        lambda path: _write(path, plan_meta, None, Vocabulary()),
+        "consolidated.00.pth",
+        _wrap_pickle,
+        _pickle_of,
+    ),
+    "meta-params": Target(lambda path: _write(path, plan_meta, None, Vocabulary()), "params.json"),
+    "orbax-metadata": Target(lambda path: _write(path, plan_orbax, None, Vocabulary()), "params/_METADATA"),
+    "orbax-manifest": Target(
+        lambda path: _write(path, plan_orbax, None, Vocabulary()), "params/manifest.ocdbt"
+    ),
+}
+
+
+def checkpoint(name: str, folder: Path) -> Path:
+    """A valid checkpoint of a target, made anew in `folder`."""
+    path = folder / "model"
+    if path.exists():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    TARGETS[name].make(path)
+    return path
+
+
+def seed_of(name: str, path: Path) -> bytes:
+    """The fuzzer's bytes in a valid checkpoint."""
+    return TARGETS[name].seed((path / TARGETS[name].file).read_bytes())
+
+
+def attempt(name: str, path: Path, data: bytes) -> bool:
+    """Puts the fuzzer's bytes in a checkpoint and reads it; whether there was something to read.
+
+    Raises:
+      AssertionError: for an error of several lines. Whatever else is raised is a finding, too.
+    """
+    (path / TARGETS[name].file).write_bytes(TARGETS[name].wrap(data))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            read_whole(path)
+    except LlamaJaxError as error:
+        assert "\n" not in str(error), error  # noqa: PT017
+        return False
+    return True
+
+
+def read_whole(path: Path) -> None:
+    """Opens a checkpoint, reads every tensor, and compares them with what the configuration asks for."""
+    source = open_source(path)
+    for name, info in source.tensors.items():
+        if math.prod(info.shape) * 4 <= MOST_BYTES and source.format not in STACKED:
+            array = source.read(name)
+            assert array.shape == info.shape
+            assert array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+    tensors = StoredTensors(source)
+    if source.config == CONFIG and source.format in STACKED:
+        from llama_jax.weights import load_params
+
+        np.asarray(load_params(source)["final_norm"]["scale"])
+    del tensors
