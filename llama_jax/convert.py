@@ -16,6 +16,7 @@ from llama_jax.quantization import Quantized
 from llama_jax.text_model import Model
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.tokenizer.export import vocabulary_of
+from llama_jax.tokenizer.pad import pad
 from llama_jax.weights import open_source
 from llama_jax.weights.derived import Averaged, PooledHeads, ResizedVocabulary
 from llama_jax.weights.names import Format
@@ -30,6 +31,7 @@ from llama_jax.weights.write.plan import Plan
 from llama_jax.weights.write.run import write
 
 FORMATS: tuple[Format, ...] = get_args(Format)
+_DTYPES: Mapping[Format, Sequence[str]] = {"gguf": (*DTYPES, "q8_0"), "llama2c": ("float32", "int8")}
 _SUFFIXES: Mapping[str, Format] = {".gguf": "gguf"}
 
 
@@ -61,7 +63,8 @@ def convert(
       kv_heads: pool key and value heads to so many (`PooledHeads`).
       average: other checkpoints of the same configuration, to average with this one (`Averaged`).
       weights: of `source` and each of `average`, with a sum of 1; by default all the same.
-      vocab_size: add or remove rows at the vocabulary's end (`ResizedVocabulary`).
+      vocab_size: add or remove rows at the vocabulary's end (`ResizedVocabulary`). Without a tokenizer for
+        them, added ones are called [PADn].
       tokenizer: take the vocabulary from this path instead.
       shards: how many files: Meta's model-parallel parts (default 1); for hf about so many.
       progress: called with (bytes written, bytes in all, what was written).
@@ -91,7 +94,10 @@ def convert(
     if vocab_size is not None:
         tensors = ResizedVocabulary(tensors, vocab_size)
     home = tokenizer or sources[0].home or sources[0].path
-    plan = _plan(tensors, format, dtype, shards, load_tokenizer(home))
+    vocabulary = load_tokenizer(home)
+    if vocab_size is not None and tokenizer is None:
+        vocabulary = pad(vocabulary, vocab_size)
+    plan = _plan(tensors, format, dtype, shards, vocabulary)
     options = (dtype, kv_heads, weights, vocab_size)
     origin = repr([*map(_identity, sources), options])
     write(plan, tensors, target, origin=origin, progress=progress)
@@ -156,9 +162,8 @@ def _plan(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {tensors.config.vocab_size}; give "
             "the one that belongs to it with tokenizer"
         )
-    quantised: Mapping[Format, str] = {"gguf": "q8_0", "llama2c": "int8"}
-    if dtype is not None and dtype not in (*DTYPES, quantised.get(format)):
-        known = (*DTYPES, *([quantised[format]] if format in quantised else []))
+    known = _DTYPES.get(format, DTYPES)
+    if dtype is not None and dtype not in known:
         raise InputError(f"dtype is {dtype!r}; {format} can be written in {', '.join(known)}")
     if shards is not None and (shards < 1 or format not in ("hf", "meta")):
         raise InputError(f"shards is {shards}; it is for hf and meta, and at least 1")

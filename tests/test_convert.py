@@ -159,6 +159,25 @@ def test_heads_are_pooled_models_averaged_and_vocabularies_resized_on_the_way(tm
     assert same(model.params["layers"]["feed_forward"], params["layers"]["feed_forward"])
 
 
+@pytest.mark.parametrize("format", ["hf", "meta", "gguf", "orbax"])
+def test_added_rows_are_tokens_that_no_text_becomes(tmp_path, format):
+    model_on_disk(tmp_path / "a", LLAMA2)
+    model = lj.load(convert(tmp_path / "a", tmp_path / "b", format, vocab_size=328))
+    assert model.config.vocab_size == model.tokenizer.vocab_size == 328
+    assert model.tokenizer.encode("w3 [PAD321]") == load_tokenizer(tmp_path / "a").encode("w3 [PAD321]")
+    assert model.tokenizer.decode([320, 327]) in ("", "[PAD320][PAD327]")
+    assert model.generate("w3", max_new_tokens=3) is not None
+
+
+@pytest.mark.slow
+def test_smollm2_with_added_rows_reads_text_as_before(tmp_path, smollm2, smollm2_path):
+    model = lj.load(convert(smollm2_path, tmp_path / "out", vocab_size=49_280, dtype="bfloat16"))
+    text = "def f(x):\n    return [PAD49160] + x"
+    assert model.tokenizer.encode(text) == smollm2.tokenizer.encode(text)
+    assert model.tokenizer.decode([49_200]) == ""
+    assert model.tokenizer.chat_template == smollm2.tokenizer.chat_template
+
+
 def test_an_interrupted_conversion_goes_on_when_it_is_run_again(tmp_path, monkeypatch):
     params = model_on_disk(tmp_path / "source", LLAMA2)
     seen = []
@@ -203,8 +222,9 @@ REFUSED = [
     ),
     ({"shards": 3, "format": "meta"}, ConfigError, "3"),
     ({"shards": 2, "format": "gguf"}, InputError, "shards is 2; it is for hf and meta"),
+    ({"dtype": "bfloat16", "format": "llama2c"}, InputError, "llama2c can be written in float32, int8"),
     ({"weights": [1.0]}, InputError, "weights are given but no checkpoints to average"),
-    ({"vocab_size": 384}, TokenizerError, "the tokenizer has 320 tokens, the model 384"),
+    ({"vocab_size": 300}, TokenizerError, "the tokenizer has 320 tokens, the model 300"),
     ({"average": ["nowhere"]}, CheckpointError, "'nowhere' is neither a file nor a known model"),
 ]
 

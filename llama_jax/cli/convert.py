@@ -11,7 +11,7 @@ from llama_jax.cli.parser import MODEL_HELP, Parser, UsageError, number, positiv
 EXAMPLES = """
 llama-jax convert smollm2-135m smollm2-hf
 llama-jax convert smollm2-hf smollm2.gguf --dtype q8_0
-llama-jax convert smollm2-hf smollm2-meta --to meta --shards 2 --dtype bfloat16
+llama-jax convert smollm2-hf smollm2-meta --to meta --shards 3 --dtype bfloat16
 llama-jax convert smollm2-hf smollm2-mqa --kv-heads 1
 llama-jax convert run-a soup --average run-b run-c
 """

@@ -158,6 +158,7 @@ class TableTokenizer(abc.ABC):
     """A `Tokenizer` over a `Table`; a subclass adds `_encode` and `spelling`.
 
     Attributes:
+      table: how ids become bytes.
       origin: the file that it came from.
 
     Raises:
@@ -180,7 +181,7 @@ class TableTokenizer(abc.ABC):
         self.add_bos = roles.add_bos and roles.bos_id is not None
         self.special_tokens = table.special
         self.chat_template = roles.chat_template
-        self._table = table
+        self.table = table
         self.origin = origin
 
     @abc.abstractmethod
@@ -256,12 +257,12 @@ class TableTokenizer(abc.ABC):
 
     def stream(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
         """Returns a decoder that takes ids one at a time."""
-        return StreamDecoder(self._table, self.origin, skip_special_tokens)
+        return StreamDecoder(self.table, self.origin, skip_special_tokens)
 
     def piece(self, id: int) -> str:
         """Returns one vocabulary entry as text for display: bytes that are not text as `<0xE4>`."""
         (token,) = checked_ids((id,), self.vocab_size, self.origin)
-        data = self._table.pieces[token]
+        data = self.table.pieces[token]
         try:
             return data.decode()
         except UnicodeDecodeError:

@@ -140,6 +140,11 @@ def build_model(
     return load_model(bytes(out), origin)
 
 
+def with_control_pieces(proto: bytes, names: Iterable[str]) -> bytes:
+    """A model with control pieces added at its end; repeated fields of a protocol buffer are joined."""
+    return proto + b"".join(_field(1, _field(1, name.encode()) + bytes((0x18, CONTROL))) for name in names)
+
+
 def table(model: sentencepiece.SentencePieceProcessor) -> Table:
     """Returns how the ids of a loaded model become bytes."""
     pieces, special, prefixed = [], {}, []
