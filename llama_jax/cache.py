@@ -118,11 +118,18 @@ def write(cache: Layer, new: jax.Array, start: jax.Array) -> Layer:
     Returns:
       The updated layer; in place where XLA can donate the buffer.
     """
-    update = lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=1)  # noqa: E731
-    update = jax.vmap(update)
+
+    def update(rows: jax.Array, new: jax.Array) -> jax.Array:
+        each = lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=1)  # noqa: E731
+        if len(rows) > 1 or sharding.explicit_axes():
+            return jax.vmap(each)(rows, new, start)
+        # A single index makes it an update that XLA:CPU fuses with what reads it, in copies of the cache.
+        heads = jnp.broadcast_to(start, rows.shape[1])
+        return jax.vmap(each, in_axes=(1, 1, 0), out_axes=1)(rows, new, heads)
+
     if not isinstance(cache, Int8):
-        return update(cache, new.astype(cache.dtype), start)
+        return update(cache, new.astype(cache.dtype))
     new = new.astype(jnp.float32)
     scale = jnp.max(jnp.abs(new), axis=-1) / 127
     values = jnp.round(new / jnp.where(scale > 0, scale, 1.0)[..., None]).astype(jnp.int8)
-    return Int8(values=update(cache.values, values, start), scale=update(cache.scale, scale, start))
+    return Int8(values=update(cache.values, values), scale=update(cache.scale, scale))

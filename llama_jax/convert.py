@@ -8,22 +8,21 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jax.numpy as jnp
-import numpy as np
 
-from llama_jax.errors import CheckpointError, InputError, TokenizerError
+from llama_jax.errors import CheckpointError, InputError, MissingTokenizerError, TokenizerError
 from llama_jax.pretrained import DTYPES, Progress, resolve
 from llama_jax.quantization import Quantized
 from llama_jax.text_model import Model
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.tokenizer.export import vocabulary_of
 from llama_jax.tokenizer.pad import pad
-from llama_jax.weights import open_source
+from llama_jax.weights import manifest, open_source
 from llama_jax.weights.derived import Averaged, PooledHeads, ResizedVocabulary
 from llama_jax.weights.names import Format
 from llama_jax.weights.source import Source
 from llama_jax.weights.tensors import ParamsTensors, StoredTensors, Tensors
 from llama_jax.weights.write.gguf import plan_gguf
-from llama_jax.weights.write.hf import SHARD_BYTES, plan_hf
+from llama_jax.weights.write.hf import plan_hf
 from llama_jax.weights.write.llama2c import plan_llama2c
 from llama_jax.weights.write.meta import plan_meta
 from llama_jax.weights.write.orbax import plan_orbax
@@ -32,6 +31,7 @@ from llama_jax.weights.write.run import write
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 _DTYPES: Mapping[Format, Sequence[str]] = {"gguf": (*DTYPES, "q8_0"), "llama2c": ("float32", "int8")}
+_OTHERS = (".bin", ".pth", ".pt", ".safetensors")  # of files in a directory, which is what is written
 _SUFFIXES: Mapping[str, Format] = {".gguf": "gguf"}
 
 
@@ -66,7 +66,7 @@ def convert(
       vocab_size: add or remove rows at the vocabulary's end (`ResizedVocabulary`). Without a tokenizer for
         them, added ones are called [PADn].
       tokenizer: take the vocabulary from this path instead.
-      shards: how many files: Meta's model-parallel parts (default 1); for hf about so many.
+      shards: how many files: Meta's model-parallel parts (default 1); for hf so many at most.
       progress: called with (bytes written, bytes in all, what was written).
 
     Returns:
@@ -93,8 +93,9 @@ def convert(
         tensors = PooledHeads(tensors, kv_heads)
     if vocab_size is not None:
         tensors = ResizedVocabulary(tensors, vocab_size)
-    home = tokenizer or sources[0].home or sources[0].path
-    vocabulary = load_tokenizer(home)
+    for each in sources:
+        _refuse_inside(target, each.path)
+    vocabulary = _vocabulary(tokenizer, sources[0], progress)
     if vocab_size is not None and tokenizer is None:
         vocabulary = pad(vocabulary, vocab_size)
     plan = _plan(tensors, format, dtype, shards, vocabulary)
@@ -139,16 +140,41 @@ def save(
     return target
 
 
+def _vocabulary(tokenizer: str | Path | None, source: Source, progress: Progress | None) -> Tokenizer:
+    if tokenizer is not None:
+        return load_tokenizer(resolve(tokenizer, progress))
+    try:
+        return load_tokenizer(source.home or source.path)
+    except MissingTokenizerError as error:
+        raise MissingTokenizerError(f"{error}, or name one with tokenizer (--tokenizer)") from None
+
+
+def _refuse_inside(target: Path, source: Path) -> None:
+    """Refuses a target among a checkpoint's own files, whose checksums it would break."""
+    parents = target.resolve().parents
+    if source.is_dir() and source.resolve() in parents:
+        raise CheckpointError(f"{target}: lies inside {source}, which is to be read; write elsewhere")
+    for parent in parents:
+        if (parent / manifest.NAME).exists():
+            raise CheckpointError(f"{target}: lies inside the checkpoint {parent}; write elsewhere")
+
+
 def _target(path: str | Path) -> Path:
     try:
-        return Path(path).expanduser().absolute()
+        target = Path(path).expanduser()
     except RuntimeError as error:  # no such user's home
         raise CheckpointError(f"{path}: {error}; give the whole path") from None
+    if target.name in ("", ".."):
+        raise CheckpointError(f"{str(path)!r} is no place to write to; give a path with a name of its own")
+    return target.absolute()
 
 
 def _format(format: Format | None, target: Path) -> Format:
     if format is None:
-        return _SUFFIXES.get(target.suffix, "hf")
+        suffix = target.suffix.lower()
+        if suffix in _OTHERS:
+            raise InputError(f"{target.name}: no format follows from {suffix}; name it with format (--to)")
+        return _SUFFIXES.get(suffix, "hf")
     if format not in FORMATS:
         raise InputError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
     return format
@@ -157,10 +183,12 @@ def _format(format: Format | None, target: Path) -> Format:
 def _plan(
     tensors: Tensors, format: Format, dtype: str | None, shards: int | None, tokenizer: Tokenizer
 ) -> Plan:
-    if tokenizer.vocab_size != tensors.config.vocab_size:
+    size = tensors.config.vocab_size
+    if tokenizer.vocab_size != size:
+        short = f", or call the rest [PADn] with vocab_size={size} (--vocab-size)"
         raise TokenizerError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {tensors.config.vocab_size}; give "
-            "the one that belongs to it with tokenizer"
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {size}; give the one that belongs "
+            f"to it with tokenizer (--tokenizer){short if tokenizer.vocab_size < size else ''}"
         )
     known = _DTYPES.get(format, DTYPES)
     if dtype is not None and dtype not in known:
@@ -177,18 +205,12 @@ def _plan(
         return plan_meta(tensors, floats, vocabulary, shards=shards or 1)
     if format == "orbax":
         return plan_orbax(tensors, floats, vocabulary)
-    return plan_hf(tensors, floats, vocabulary, shard_bytes=_shard_bytes(tensors, floats, shards))
-
-
-def _shard_bytes(tensors: Tensors, dtype: np.dtype[Any] | None, shards: int | None) -> int:
-    """The size of so many files together about as large as the model."""
-    if shards is None:
-        return SHARD_BYTES
-    return -(-tensors.config.num_params * (dtype or np.dtype(np.float32)).itemsize // shards)
+    return plan_hf(tensors, floats, vocabulary, shards=shards)
 
 
 def _identity(source: Source) -> Any:
     """What tells that a checkpoint is the one an earlier run has read."""
-    files = sorted({info.file for info in source.tensors.values()})
+    named = {info.file for info in source.tensors.values()}
+    files = sorted(inner for file in named for inner in ([file] if file.is_file() else file.rglob("*")))
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return str(source.path.absolute()), stats, dataclasses.asdict(source.config)

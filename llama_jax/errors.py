@@ -27,3 +27,7 @@ class InputError(LlamaJaxError):
 
 class DataError(LlamaJaxError):
     """Training data that is missing, unreadable, malformed, or not what the run began with."""
+
+
+class MissingTokenizerError(TokenizerError):
+    """A place that holds no vocabulary at all."""

@@ -90,7 +90,7 @@ def resolve(name_or_path: str | Path, progress: Progress | None = None) -> Path:
         raise CheckpointError(f"{name}: cannot be read: {error.strerror}; check its permissions") from None
     except (OSError, RuntimeError):  # no such user's home, a name too long, ...
         pass
-    if hub.is_repository(name) and not difflib.get_close_matches(name, known.KNOWN, n=1):
+    if hub.is_repository(name):
         return hub.fetch(name)
     if len(name) > 200:
         name = name[:197] + "..."

@@ -20,6 +20,7 @@ from llama_jax.text_model import Model
 from llama_jax.tokenizer import load_tokenizer
 from llama_jax.tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, Piece, build_model
 from llama_jax.weights import load_params, open_source
+from llama_jax.weights.tensors import StoredTensors
 from tests.random_models import random_model
 
 LLAMA2 = lj.LlamaConfig(
@@ -196,6 +197,43 @@ def test_an_interrupted_conversion_goes_on_when_it_is_run_again(tmp_path, monkey
     assert same(load_params(open_source(tmp_path / "out")), params)
 
 
+def test_the_command_says_that_nothing_is_lost_and_that_it_goes_on(tmp_path, capsys, monkeypatch):
+    model_on_disk(tmp_path / "source", LLAMA2)
+    reads = []
+    read = StoredTensors.read
+
+    def stop(self, leaf, layer):
+        reads.append(leaf)
+        if len(reads) == 12:
+            raise KeyboardInterrupt
+        return read(self, leaf, layer)
+
+    monkeypatch.setattr(StoredTensors, "read", stop)
+    command = ["convert", str(tmp_path / "source"), str(tmp_path / "out")]
+    assert main(command) == 130
+    said = capsys.readouterr().err
+    assert f"interrupted; the same command goes on from what is in {tmp_path / 'out'}.partial" in said
+    assert main(command) == 0
+    assert "going on from " in capsys.readouterr().err
+
+
+def test_no_checkpoint_is_written_into(tmp_path):
+    model_on_disk(tmp_path / "source", LLAMA2)
+    (tmp_path / "step").mkdir()
+    (tmp_path / "step" / "checksums.json").touch()
+    with pytest.raises(CheckpointError, match="lies inside the checkpoint"):
+        convert(tmp_path / "source", tmp_path / "step" / "params" / "out")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("llama2c", "hf"), ("hf", "gguf"), ("gguf", "orbax"), ("meta", "hf")]
+)
+def test_what_is_converted_verifies(tmp_path, shared_data, one, other):
+    first = convert(shared_data / "stories260K" / "stories260K.bin", tmp_path / "one", one)
+    second = convert(first, tmp_path / "other", other)
+    assert main(["verify", str(first), str(second)]) == 0
+
+
 def test_a_changed_source_is_not_gone_on_with(tmp_path):
     model_on_disk(tmp_path / "source", LLAMA2)
 
@@ -254,7 +292,11 @@ def test_quantised_parameters_are_not_saved(tmp_path):
         (["{source}", "{out}", "--weights", "1"], "--weights without --average"),
         (["{source}", "{out}", "--kv-heads", "0"], "'0' must be at least 1"),
         (["{source}", "{out}", "--average", "{source}", "--weights", "1", "x"], "'x' is not a number"),
-        (["{source}", "{source}/tokenizer.model/out"], "cannot be written"),
+        (["{source}", "{source}/out"], "which is to be read; write elsewhere"),
+        (["{source}", "/dev/null/out"], "/dev/null/out: cannot be written: Not a directory; write elsewhere"),
+        (["{source}", ""], "'' is no place to write to"),
+        (["{source}", "/"], "'/' is no place to write to"),
+        (["{source}", "{out}.bin"], "out.bin: no format follows from .bin; name it with format (--to)"),
         (["{source}", "{out}", "--dtpye", "float32"], "did you mean --dtype?"),
     ],
 )

@@ -343,6 +343,20 @@ def test_the_compiled_loop_never_copies_the_cache_or_a_weight():
     assert moved and not [shape for shape, size in sizes.items() if size in large]
 
 
+def test_the_compiled_loop_of_one_row_copies_no_cache_either():
+    config, params = MODEL
+    tokens, lengths = random_prompts(0, config, [16])
+    weights = lj.unstack(params)
+    request = arguments.check(config, tokens, lengths, GREEDY, None, 100)
+    static = {"num_return_sequences": 1, "top_logprobs": 0, "cache_dtype": None}
+    state = generation.start(config, weights, request, KEY, 100, **static)
+    body = loop_body(generation.advance_jit.lower(config, weights, state, np.int32(100)).compile().as_text())
+    heads, width = config.num_key_value_heads, config.head_dim
+    assert re.search(rf"f32\[(1,{heads}|{heads},1),128,{width}\]", body)
+    # Keys are turned around for the product with the query, and that is all.
+    assert not re.search(rf"= f32\[(1,{heads}|{heads},1|{heads}),128,{width}\]\S* (?:copy|select)\(", body)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

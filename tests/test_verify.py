@@ -421,13 +421,6 @@ def test_perplexity_is_the_losss(tmp_path):
     assert report.outputs.perplexity[0] == pytest.approx(np.exp(loss), rel=1e-4)
 
 
-def test_one_token_has_no_perplexity(tmp_path):
-    a = tiny_model(tmp_path / "a")
-    report = compare(a, a, text="")
-    assert (report.outputs.tokens, report.outputs.perplexity) == (1, None)
-    assert report.same
-
-
 def test_another_vocabulary(tmp_path):
     swapped = [*tiny.PIECES[:-2], tiny.PIECES[-1], tiny.PIECES[-2]]
     report = compare(tiny_model(tmp_path / "a"), tiny_model(tmp_path / "b", swapped), text=" ab")
@@ -460,13 +453,23 @@ def test_no_vocabulary_at_all(tmp_path):
 def test_a_vocabulary_beyond_the_model_is_not_used(tmp_path):
     a = tiny_model(tmp_path / "a", [*tiny.PIECES, " ab"])
     report = compare(a, tiny_model(tmp_path / "b"), text="ab")
-    assert "beyond the model's" in report.text.notes[0]
+    assert report.text.differences[0].startswith("that of A has ")
     assert report.text.what == "the text by B's vocabulary"
+    assert report.problems == ("the vocabularies differ",)
 
 
-def test_an_empty_text(smollm2_path):
-    with pytest.raises(InputError, match="empty"):
-        compare(smollm2_path, smollm2_path, text="")
+def test_a_vocabulary_that_cannot_be_read_is_a_difference(tmp_path):
+    a, b = tiny_model(tmp_path / "a"), tiny_model(tmp_path / "b")
+    (tmp_path / "b" / "tok.bin").write_bytes(b"no vocabulary")
+    report = compare(a, b, text="ab")
+    assert report.text.differences[0].startswith("that of B cannot be read: ")
+    assert not report.same
+
+
+def test_an_empty_text(tmp_path):
+    a = tiny_model(tmp_path / "a")
+    with pytest.raises(InputError, match="the text is empty"):
+        compare(a, a, text="")  # though BOS would be a token
 
 
 # Limits and memory

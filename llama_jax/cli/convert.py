@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from llama_jax.cli import output
 from llama_jax.cli.parser import MODEL_HELP, Parser, UsageError, number, positive
@@ -16,6 +17,9 @@ llama-jax convert smollm2-hf smollm2-mqa --kv-heads 1
 llama-jax convert run-a soup --average run-b run-c
 """
 
+Progress = Callable[[int, int, str], None]
+
+SUFFIX = ".partial"  # of what an interrupted run leaves
 FORMATS = ("hf", "meta", "gguf", "llama2c", "orbax")
 DTYPES = ("float32", "bfloat16", "float16", "q8_0", "int8")
 
@@ -40,7 +44,8 @@ def run(argv: Sequence[str]) -> None:
     option(
         "--kv-heads", type=positive, metavar="K", help="average key and value heads in groups, to K of them"
     )
-    option("--average", nargs="+", default=[], metavar="SRC", help="other checkpoints to average with SRC")
+    several = "other checkpoints to average with SRC; after SRC and DST"
+    option("--average", nargs="+", default=[], metavar="SRC", help=several)
     option(
         "--weights", nargs="+", type=number, metavar="W", help="of SRC and each of --average; their sum is 1"
     )
@@ -55,22 +60,21 @@ def run(argv: Sequence[str]) -> None:
     from llama_jax import convert as library
     from llama_jax.weights import open_source
 
-    for name in (args.source, *args.average):
-        output.resolve(name)
+    source, *average = (output.resolve(name) for name in (args.source, *args.average))
     started = time.perf_counter()
-    with output.warnings_as_notes(), output.progress_bar("converting") as progress:
+    with output.warnings_as_notes(), output.progress_bar("converting") as bar, _on_interrupt(args.target):
         target = library.convert(
-            args.source,
+            source,
             args.target,
             args.to,
             dtype=args.dtype,
             kv_heads=args.kv_heads,
-            average=args.average,
+            average=average,
             weights=args.weights,
             vocab_size=args.vocab_size,
             tokenizer=args.tokenizer,
             shards=args.shards,
-            progress=progress,
+            progress=_telling_of_resumption(bar),
         )
     seconds = time.perf_counter() - started
     written = open_source(target)
@@ -89,3 +93,27 @@ def run(argv: Sequence[str]) -> None:
         return
     rate = f"{output.size(nbytes)} in {seconds:.1f} s, {output.size(nbytes / seconds)}/s"
     print(f"{target}: {written.format}, {len(written.tensors)} tensors, {rate}")
+
+
+@contextlib.contextmanager
+def _on_interrupt(target: str) -> Iterator[None]:
+    """Says on Ctrl-C that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        output.note(f"\ninterrupted; the same command goes on from what is in {target}{SUFFIX}")
+        raise
+
+
+def _telling_of_resumption(progress: Progress) -> Progress:
+    """Passes progress on, with a note first if an earlier run's work is gone on with."""
+    told = False
+
+    def report(done: int, total: int, name: str) -> None:
+        nonlocal told
+        if not told and done:
+            output.note(f"going on from {output.size(done)} of {output.size(total)}")
+        told = True
+        progress(done, total, name)
+
+    return report

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from llama_jax.errors import CheckpointError, TokenizerError
+from llama_jax.errors import CheckpointError, MissingTokenizerError, TokenizerError
 from llama_jax.tokenizer import gguf_vocab, llama2c_vocab, sentencepiece_model, tokenizer_json
 from llama_jax.tokenizer.base import StreamDecoder, Tokenizer
 from llama_jax.weights import open_source
@@ -66,7 +66,9 @@ def _load(path: Path) -> Tokenizer:
 
 def _load_from(directory: Path, model: Path) -> Tokenizer:
     """Loads the tokenizer that lies in `directory` for `model`."""
-    for pattern in _PATTERNS:
+    # Another model's file is no place to look for a llama2.c model's vocabulary.
+    patterns = _PATTERNS[:-1] if model.suffix == ".bin" and model.is_file() else _PATTERNS
+    for pattern in patterns:
         try:
             found = sorted(directory.glob(pattern))
         except OSError as error:
@@ -78,7 +80,9 @@ def _load_from(directory: Path, model: Path) -> Tokenizer:
         if found:
             names = ", ".join(path.name for path in found[:8])
             raise TokenizerError(f"{directory} holds several vocabularies ({names}); give the path of one")
-    raise TokenizerError(f"{directory} has no tokenizer ({', '.join(_PATTERNS)}); put the model's own there")
+    raise MissingTokenizerError(
+        f"{directory} has no tokenizer ({', '.join(patterns)}); put the model's own there"
+    )
 
 
 def _of_size(paths: list[Path], model: Path) -> Tokenizer:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from llama_jax.errors import CheckpointError, TokenizerError
+from llama_jax.errors import CheckpointError, MissingTokenizerError, TokenizerError
 from llama_jax.tokenizer.base import Roles, Table, TableTokenizer, checked_role
 from llama_jax.tokenizer.byte_level import PRE_TOKENIZERS, piece_bytes
 from llama_jax.tokenizer.files import one_line
@@ -53,6 +53,10 @@ def load(path: Path) -> TableTokenizer:
 def from_metadata(metadata: Mapping[str, Any], origin: str) -> TableTokenizer:
     """Builds the tokenizer that a GGUF file's metadata describe; see `load`."""
     kind = metadata.get(f"{PREFIX}model")
+    if kind in (None, "no_vocab"):
+        raise MissingTokenizerError(
+            f"{origin} has no vocabulary; give the model's own tokenizer file instead"
+        )
     if kind not in ("llama", "gpt2"):
         raise TokenizerError(
             f"{origin}: {PREFIX}model is {str(kind)[:40]!r}; llama_jax reads 'llama' (SentencePiece) and "

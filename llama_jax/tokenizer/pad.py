@@ -26,7 +26,7 @@ def pad(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
     if tokenizer.vocab_size > vocab_size or not isinstance(tokenizer, TableTokenizer):
         raise TokenizerError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}; give the one that "
-            "belongs to it"
+            "belongs to it with tokenizer (--tokenizer)"
         )
     names = [f"[PAD{token}]" for token in range(tokenizer.vocab_size, vocab_size)]
     roles = Roles(**{field.name: getattr(tokenizer, field.name) for field in dataclasses.fields(Roles)})

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from llama_jax.config import LlamaConfig
-from llama_jax.errors import InputError, TokenizerError
+from llama_jax.errors import InputError, MissingTokenizerError, TokenizerError
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 
 MOST_TOKENS = 512  # of a text are read: enough to tell two models apart, and a moment's work
@@ -74,38 +74,48 @@ def choose_text(text: str | None, homes: tuple[Path, Path], configs: tuple[Llama
     """
     limit = min(MOST_TOKENS, *(config.max_position_embeddings for config in configs))
     size = min(config.vocab_size for config in configs)
-    found: dict[str, tuple[Tokenizer, list[int]]] = {}
+    tokenizers: dict[str, Tokenizer] = {}
     notes: list[str] = []
-    for name, home in zip("AB", homes, strict=True):
+    problems: list[str] = []
+    for name, home, config in zip("AB", homes, configs, strict=True):
         try:
-            tokenizer = load_tokenizer(home)
-            ids = tokenizer.encode(PASSAGE if text is None else text)
-            if max(ids, default=0) >= size:
-                raise TokenizerError(f"{home}: the text has the token {max(ids)}, beyond the model's {size}")
-            found[name] = tokenizer, ids
-        except TokenizerError as error:
+            tokenizers[name] = load_tokenizer(home)
+        except MissingTokenizerError as error:
             notes.append(f"{name} has no vocabulary to read a text by: {error}")
-    if not found and text is not None:
-        raise TokenizerError(notes[0])
-    differences = _differences(found["A"], found["B"]) if len(found) == 2 else None
+        except TokenizerError as error:
+            problems.append(f"that of {name} cannot be read: {error}")
+        else:
+            if tokenizers[name].vocab_size != config.vocab_size:
+                sizes = f"{tokenizers[name].vocab_size} tokens, its model {config.vocab_size}"
+                problems.append(f"that of {name} has {sizes}")
+    if not tokenizers and text is not None:
+        raise TokenizerError((problems or notes)[0])
+    if text is not None and not text:
+        raise InputError("the text is empty; give at least a word")
+    encoded = {name: each.encode(PASSAGE if text is None else text) for name, each in tokenizers.items()}
+    found = {name: ids for name, ids in encoded.items() if max(ids, default=0) < size}
+    if len(tokenizers) == 2:
+        problems += _differences(tokenizers["A"], tokenizers["B"], encoded["A"], encoded["B"])
+    differences = tuple(problems) if problems or len(tokenizers) == 2 else None
     if not found:
         random = np.random.default_rng(0).integers(0, size, min(limit, 256))
         return Text("random tokens", tuple(map(int, random)), differences, tuple(notes))
-    by, (_, ids) = next(iter(found.items()))
+    by, ids = next(iter(found.items()))
     if not ids:
         raise InputError("the text is empty; give at least a word")
     what = f"{'the built-in text' if text is None else 'the text'} by {by}'s vocabulary"
     return Text(what, tuple(ids[:limit]), differences, tuple(notes))
 
 
-def _differences(a: tuple[Tokenizer, list[int]], b: tuple[Tokenizer, list[int]]) -> tuple[str, ...]:
+def _differences(x: Tokenizer, y: Tokenizer, x_ids: list[int], y_ids: list[int]) -> list[str]:
     """Says what is not alike in two vocabularies, a line each: sizes, spellings, roles, the text's ids."""
-    (x, x_ids), (y, y_ids) = a, b
     lines = []
     if x.vocab_size != y.vocab_size:
         lines.append(f"A has {x.vocab_size} tokens, B {y.vocab_size}")
     both = range(min(x.vocab_size, y.vocab_size))
-    if unlike := [token for token in both if x.piece(token) != y.piece(token)]:
+    unlike = [token for token in both if x.piece(token) != y.piece(token)]
+    # Some files say how an unknown token is shown, and not only what it is called.
+    if unlike := [token for token in unlike if not token == x.unk_id == y.unk_id]:
         first = unlike[0]
         lines.append(
             f"{len(unlike)} tokens are not spelled alike, the first {first}: "
@@ -117,4 +127,4 @@ def _differences(a: tuple[Tokenizer, list[int]], b: tuple[Tokenizer, list[int]])
         apart = (at for at, pair in enumerate(zip(x_ids, y_ids, strict=False)) if pair[0] != pair[1])
         at = next(apart, min(len(x_ids), len(y_ids)))
         lines.append(f"the text is {len(x_ids)} tokens in A, {len(y_ids)} in B, and the first {at} are alike")
-    return tuple(lines)
+    return lines

@@ -15,6 +15,7 @@ from llama_jax.weights.names import Leaf
 from llama_jax.weights.tensors import Tensors
 from llama_jax.weights.write.cast import cast
 
+_MOST_TOKENS = 1 << 24
 _CHUNK = 1 << 22  # values that are summed at once, in f64
 
 
@@ -126,7 +127,8 @@ class Averaged(_Derived):
         for start in range(0, flat.size, _CHUNK):
             here = slice(start, start + _CHUNK)
             weighted = zip(self.weights, parts, strict=True)
-            flat[here] = sum(weight * part[here].astype(np.float64) for weight, part in weighted)
+            total = sum(weight * part[here].astype(np.float64) for weight, part in weighted)
+            flat[here] = cast(np.asarray(total), out.dtype)
         return out
 
 
@@ -142,10 +144,16 @@ class ResizedVocabulary(_Derived):
       vocab_size: the new V.
 
     Raises:
-      ConfigError: if it is not positive.
+      ConfigError: if it is no whole number from 1 to 2^24.
     """
 
     vocab_size: int
+
+    def __post_init__(self) -> None:
+        if type(self.vocab_size) is not int or not 1 <= self.vocab_size <= _MOST_TOKENS:
+            raise ConfigError(
+                f"vocab_size is {self.vocab_size}; it must be a whole number from 1 to {_MOST_TOKENS}"
+            )
 
     @property
     def config(self) -> LlamaConfig:

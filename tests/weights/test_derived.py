@@ -108,6 +108,14 @@ def test_an_average_of_different_dtypes_is_f32():
     assert both.dtype(leaf, None) == both.read(leaf, None).dtype == jnp.bfloat16
 
 
+def test_an_average_too_large_for_its_dtype_is_refused():
+    config, params = random_model(5, BASE)
+    one, other = (jax.tree.map(lambda x: jnp.full_like(x, v, jnp.float16), params) for v in (6e4, -6e4))  # noqa: B023
+    mixed = Averaged(ParamsTensors(config, one), [ParamsTensors(config, other)], [1.5, -0.5])
+    with pytest.raises(CheckpointError, match="the value 120000 is too large for float16"):
+        mixed.read(leaves(config)[0], None)
+
+
 @pytest.mark.parametrize("weights", [[1.0], [0.5, 0.4], [0.5, 0.25, 0.25], [float("nan"), 1.0]])
 def test_weights_that_are_no_average_are_refused(weights):
     same = ParamsTensors(*random_model(5, BASE))
@@ -141,9 +149,10 @@ def test_a_smaller_vocabulary_drops_the_last_rows(tmp_path):
     assert np.array_equal(smaller["lm_head"]["kernel"], params["lm_head"]["kernel"][:, :40])
 
 
-def test_a_vocabulary_of_nothing_is_refused():
-    with pytest.raises(ConfigError, match="vocab_size"):
-        ResizedVocabulary(ParamsTensors(*random_model(5, BASE)), 0).config  # noqa: B018
+@pytest.mark.parametrize("vocab_size", [0, -1, 520.0, 10**11])
+def test_a_vocabulary_of_no_size_is_refused(vocab_size):
+    with pytest.raises(ConfigError, match=r"vocab_size is .*; it must be a whole number from 1 to"):
+        ResizedVocabulary(ParamsTensors(*random_model(5, BASE)), vocab_size)
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "float64"])

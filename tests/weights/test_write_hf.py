@@ -64,6 +64,16 @@ def test_any_number_of_files_holds_the_same(tmp_path, shard_bytes, dtype):
         assert set(index["weight_map"]) == set(names)
 
 
+@pytest.mark.parametrize("shards", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shards_are_as_many_as_asked_for_and_alike(tmp_path, shards, dtype):
+    config, params = random_model(2, lj.presets.TINY.replace(vocab_size=64, num_hidden_layers=4))
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    target = written(ParamsTensors(config, params), tmp_path / "out", shards=shards)
+    assert len(list(target.glob("*.safetensors"))) == shards
+    assert same(load_params(open_source(target), dtype=dtype), params)
+
+
 def test_unstacked_parameters_and_parameters_on_a_mesh_are_written_alike(tmp_path):
     config, params = random_model(2, lj.presets.TINY.replace(vocab_size=64, num_hidden_layers=2))
     mesh = lj.make_mesh("fsdp=4,tensor=2")

@@ -9,10 +9,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 import llama_jax as lj
+from llama_jax.errors import CheckpointError
 from llama_jax.weights import load_params, open_source
 from llama_jax.weights.names import leaves
 from llama_jax.weights.tensors import ParamsTensors, StoredTensors
-from llama_jax.weights.write import run
+from llama_jax.weights.write import orbax, run
 from llama_jax.weights.write.orbax import plan_orbax
 from llama_jax.weights.write.vocabulary import Vocabulary
 from tests.random_models import random_model
@@ -87,6 +88,23 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     total = sum(config.num_hidden_layers if leaf.per_layer else 1 for leaf in leaves(config))
     assert len(reads) < 8 + total
     assert same(load_params(open_source(tmp_path / "out")), params)
+
+
+def test_a_full_disk_is_said_as_for_other_formats(tmp_path, monkeypatch):
+    class Full:
+        def __getitem__(self, layer):
+            return self
+
+        def write(self, data):
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing ...")
+
+    real = orbax._Arrays
+    monkeypatch.setattr(orbax, "_Arrays", lambda folder, arrays: real(folder, dict.fromkeys(arrays, Full())))
+    config, params = random_model(3)
+    with pytest.raises(
+        CheckpointError, match=r"out: cannot be written: No space left on device; what is done"
+    ):
+        written(ParamsTensors(config, params), tmp_path / "out")
 
 
 def test_it_is_cast(tmp_path):

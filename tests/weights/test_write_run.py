@@ -111,7 +111,9 @@ def test_what_is_left_may_be_damaged(tmp_path, monkeypatch, damage):
     elif damage == "journal gone":
         journal.unlink()
     elif damage == "journal nonsense":
-        journal.write_text(journal.read_text().splitlines()[0] + '\n[1, 2]\n{"a": 3}\n{"999999": 1}\n')
+        journal.write_text(
+            journal.read_text().splitlines()[0] + '\n{"1": null}\n[1, 2]\n{"a": 3}\n{"999999": 1}\n'
+        )
     elif damage == "file gone":
         first.unlink()
     else:
@@ -133,7 +135,8 @@ KILLED = """
     class Slow(StoredTensors):
         def read(self, leaf, layer):
             time.sleep(float(sys.argv[3]))
-            print("read", flush=True)
+            sys.stdout.write("read\n")  # in one piece, whatever the other thread writes
+            sys.stdout.flush()
             return super().read(leaf, layer)
 
     run._SYNC_EVERY = 1
@@ -185,12 +188,35 @@ def test_what_is_there_already_is_left_alone(tmp_path, kind):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("kind", ["files of others", "file", "link"])
+def test_what_is_in_the_way_of_the_work_is_left_alone(tmp_path, kind):
+    partial = tmp_path / "out.partial"
+    if kind == "file":
+        partial.write_text("mine")
+    else:
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "thesis.txt").write_text("mine")
+        partial.symlink_to("mine") if kind == "link" else (tmp_path / "mine").rename(partial)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError, match=r"out\.partial: is in the way; move it"):
+        write(ParamsTensors(*random_model(1)), tmp_path / "out")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_cannot_even_be_begun_promises_nothing(tmp_path):
+    (tmp_path / "file").touch()
+    for target in (tmp_path / "file" / "out", tmp_path / ("n" * 250)):
+        with pytest.raises(CheckpointError, match=r"cannot be written: .*; write elsewhere$"):
+            write(ParamsTensors(*random_model(1)), target)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match=r"needs [\d,]+ bytes more and the disk has 1,000"):
         write(ParamsTensors(*random_model(1)), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_disk_that_fills_meanwhile_is_one_line_and_the_work_is_kept(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ def plan_hf(
     vocabulary: Vocabulary,
     *,
     shard_bytes: int = SHARD_BYTES,
+    shards: int | None = None,
 ) -> Plan:
     """Plans a directory as Hugging Face's `save_pretrained` writes it.
 
@@ -35,14 +37,16 @@ def plan_hf(
       dtype: of every tensor; None keeps each as it is.
       vocabulary: its files are put beside.
       shard_bytes: the most bytes of tensors in one file; a larger tensor has one to itself.
+      shards: into how many files of about the same size to put them instead, at most.
     """
     config = tensors.config
     dtypes = {entry: dtype or tensors.dtype(entry.leaf, entry.layer) for entry in layer_by_layer(config)}
-    shards = list(_shards(config, dtypes, shard_bytes))
+    filled = _shards(config, dtypes, shard_bytes) if shards is None else _equal_shards(config, dtypes, shards)
+    parts = list(filled)
     files, pieces, regions, places = {}, [], [], {}
-    for number, shard in enumerate(shards, 1):
-        many = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        file = many if len(shards) > 1 else "model.safetensors"
+    for number, shard in enumerate(parts, 1):
+        many = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        file = many if len(parts) > 1 else "model.safetensors"
         header, offset = _header(config, shard, dtypes), 0
         pieces.append(Piece(file, 0, header))
         for entry in shard:
@@ -59,7 +63,7 @@ def plan_hf(
     main = dtype or dtypes[next(iter(dtypes))]
     extras["config.json"] = _json(config_fields(config, vocabulary) | {"torch_dtype": main.name})
     extras["generation_config.json"] = _json({"_from_model_config": True} | _ids(vocabulary))
-    if len(shards) > 1:
+    if len(parts) > 1:
         total = sum(region.nbytes for region in regions)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         extras["model.safetensors.index.json"] = _json(index)
@@ -149,6 +153,22 @@ def _shards(
         shard.append(entry)
         size += nbytes
     yield shard
+
+
+def _equal_shards(
+    config: LlamaConfig, dtypes: dict[Entry, np.dtype[Any]], shards: int
+) -> Iterator[Sequence[Entry]]:
+    """Puts each tensor where its middle falls if all are laid end to end and cut in equal parts."""
+    sizes = {entry: _nbytes(config, entry, dtype) for entry, dtype in dtypes.items()}
+    ends = itertools.accumulate(sizes.values())
+    total = sum(sizes.values())
+
+    def part(item: tuple[tuple[Entry, int], int]) -> int:
+        (_, size), end = item
+        return int((2 * end - size) * shards // (2 * total))
+
+    for _, group in itertools.groupby(zip(sizes.items(), ends, strict=True), part):
+        yield [entry for (entry, _), _ in group]
 
 
 def _header(config: LlamaConfig, shard: Sequence[Entry], dtypes: dict[Entry, np.dtype[Any]]) -> bytes:

@@ -28,8 +28,9 @@ class Journal:
         found = self._read(job) if goes_on else {}
         self.done = {index: crc for index, crc in found.items() if 0 <= index < regions}
         self._new: dict[int, int] = {}
-        if not self.done:
-            path.write_text(json.dumps({"job": job}) + "\n")
+        # Anew also where it is gone on with: the last line may have been cut short.
+        lines = [{"job": job}, self.done] if self.done else [{"job": job}]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def _read(self, job: str) -> dict[int, int]:
         """The regions that the file lists, none if it is another plan's, and no last line cut short."""
@@ -40,7 +41,7 @@ class Journal:
                 return {}
             for line in lines[1:]:
                 done.update({int(index): int(crc) for index, crc in json.loads(line).items()})
-        except (OSError, ValueError, IndexError, AttributeError):
+        except (OSError, ValueError, IndexError, AttributeError, TypeError):
             pass
         return done
 

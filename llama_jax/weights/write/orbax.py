@@ -7,8 +7,10 @@ files that describe the tree, and TensorStore then fills in arrays of the real s
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,12 @@ class _Arrays:
 
     def write(self, region: Region, data: np.ndarray) -> None:
         array = self.arrays[region.file]
-        (array if region.layer is None else array[region.layer]).write(data).result()
+        try:
+            (array if region.layer is None else array[region.layer]).write(data).result()
+        except ValueError as error:  # as TensorStore says everything
+            full = "RESOURCE_EXHAUSTED" in str(error) or "No space" in str(error)
+            code = errno.ENOSPC if full else errno.EIO
+            raise OSError(code, os.strerror(code)) from error
 
     def sync(self) -> None:
         for path in self.folder.rglob("*"):
@@ -87,7 +94,8 @@ def _open(config: LlamaConfig, dtypes: dict[str, np.dtype[Any]], folder: Path) -
         opened = {
             name: tensorstore.open(array_spec(params, name), open=True, context=context) for name in dtypes
         }
-        yield _Arrays(params, {name: array.result() for name, array in opened.items()})
+        arrays = {name: array.result() for name, array in opened.items()}
+    yield _Arrays(params, arrays)
 
 
 def _create(tensorstore: Any, config: LlamaConfig, params: Path, leaf: Leaf, dtype: np.dtype[Any]) -> None:

@@ -24,11 +24,11 @@ from llama_jax.weights.names import Leaf
 from llama_jax.weights.tensors import Tensors
 from llama_jax.weights.write.journal import Journal
 from llama_jax.weights.write.plan import Plan, Region, Store
-from llama_jax.weights.write.staging import staged
+from llama_jax.weights.write.staging import JOURNAL, staged
 
 Progress = Callable[[int, int, str], None]
 
-_JOURNAL = "journal.jsonl"
+_VERSION = 1  # of what the encoders write: another one does not go on with it
 _THREADS = 2  # one waits for the disk while the other computes
 _IN_FLIGHT = 512 << 20  # bytes of tensors held at a time; a larger one goes alone
 _SYNC_EVERY = 256 << 20  # bytes written between two entries in the journal
@@ -56,7 +56,7 @@ def write(
     with staged(target, name) as folder:
         goes_on = origin is not None and _is_as_left(plan, folder)
         job = _fingerprint(plan, origin or "")
-        journal = Journal(folder.parent / _JOURNAL, job, len(plan.regions), goes_on=goes_on)
+        journal = Journal(folder.parent / JOURNAL, job, len(plan.regions), goes_on=goes_on)
         if not journal.done:
             _clear(folder)
         _check_space(plan, folder, target)
@@ -213,7 +213,7 @@ def _bytes_of(array: np.ndarray) -> memoryview:
 
 def _fingerprint(plan: Plan, origin: str) -> str:
     """Tells one job from another: what is written, where in which files, and from what."""
-    digest = hashlib.sha256(origin.encode())
+    digest = hashlib.sha256(f"{_VERSION} {origin}".encode())
 
     def add(*what: object) -> None:
         digest.update(repr(what).encode())
