@@ -159,11 +159,11 @@ def test_steps_are_kept_by_number_by_metric_and_for_ever(tmp_path):
 
 
 def test_one_step_in_so_many_hours_is_kept_for_ever(tmp_path):
-    with checkpoints_of(tmp_path, keep=1, keep_hours=1 / 3600, best=0) as checkpoints:
+    with checkpoints_of(tmp_path, keep=1, keep_hours=4 / 3600, best=0) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(step, make_state(one_device(), step), {})
         checkpoints.wait()
-        time.sleep(1.1)
+        time.sleep(4.2)
         checkpoints.save(4, make_state(one_device(), 4), {})
         checkpoints.save(5, make_state(one_device(), 5), {})
         checkpoints.save(6, make_state(one_device(), 6), {})

@@ -135,7 +135,7 @@ KILLED = """
     class Slow(StoredTensors):
         def read(self, leaf, layer):
             time.sleep(float(sys.argv[3]))
-            sys.stdout.write("read\n")  # in one piece, whatever the other thread writes
+            sys.stdout.write("read\\n")  # in one piece, whatever the other thread writes
             sys.stdout.flush()
             return super().read(leaf, layer)
 

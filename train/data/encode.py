@@ -57,7 +57,7 @@ class Encoder:
         # The tokenizers library drops its switch for control tokens when it is pickled.
         probe = state.pop("probe")
         self.__dict__.update(state)
-        origin = getattr(self._tokenizer, "_origin", "")
+        origin = getattr(self._tokenizer, "origin", "")
         if self._probe() != probe:
             try:
                 self._tokenizer = load_tokenizer(origin)
