@@ -49,7 +49,7 @@ class OrbaxSource(Source):
     folder: Path = Path()
     older: tuple[Path, ...] = ()
     _kept: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
-    _lock: Any = dataclasses.field(default_factory=threading.Lock, repr=False, compare=False)
+    _lock: Any = dataclasses.field(default_factory=threading.RLock, repr=False, compare=False)
 
     def read(self, name: str) -> np.ndarray:
         """Reads one leaf, stacked over layers.
@@ -57,12 +57,13 @@ class OrbaxSource(Source):
         Raises:
           CheckpointError: if there is no such leaf, or it cannot be read.
         """
-        whole = describe_tree(self.folder)
+        folder = self._verified()
+        whole = describe_tree(folder)
         if name not in whole:
-            raise CheckpointError(f"{self.folder}: there is no tensor {name!r}")
+            raise CheckpointError(f"{folder}: there is no tensor {name!r}")
         device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         leaf = jax.ShapeDtypeStruct(whole[name].shape, whole[name].dtype, sharding=device)
-        return np.asarray(jax.tree.leaves(read_tree(self.folder, nest({name: leaf})))[0])
+        return np.asarray(jax.tree.leaves(read_tree(folder, nest({name: leaf})))[0])
 
     def read_layer(self, name: str, layer: int | None) -> np.ndarray:
         """Reads one layer of a leaf, or the whole of one that is not stacked.
@@ -75,24 +76,32 @@ class OrbaxSource(Source):
         """
         if layer is None:
             return self.read(name)
+        folder = self._verified()
         with self._lock:
             if self._kept.get("name") == name:
                 return self._kept["stack"][layer]
-            array = self._array(name)
+            array = self._array(folder, name)
             if array.chunk_layout.read_chunk.shape[0] != 1:
                 self._kept.update(name=name, stack=self.read(name))
                 return self._kept["stack"][layer]
-        with one_line(self.folder):
+        with one_line(folder):
             return np.asarray(array[layer].read().result())
 
-    def _array(self, name: str) -> Any:
+    def _array(self, folder: Path, name: str) -> Any:
         """A leaf as TensorStore has it, open for reading."""
         import tensorstore
 
         if name not in self.tensors:
-            raise CheckpointError(f"{self.folder}: there is no tensor {quote(name)}")
-        with one_line(self.folder):
-            return tensorstore.open(array_spec(self.folder, name), open=True).result()
+            raise CheckpointError(f"{folder}: there is no tensor {quote(name)}")
+        with one_line(folder):
+            return tensorstore.open(array_spec(folder, name), open=True).result()
+
+    def _verified(self) -> Path:
+        """The tree to read one leaf after another from, whose checksums are compared the first time."""
+        with self._lock:
+            if "folder" not in self._kept:
+                self._kept["folder"] = self._first_whole()
+            return self._kept["folder"]
 
     def restore(
         self,

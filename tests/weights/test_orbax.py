@@ -20,6 +20,10 @@ from llama_jax.cli import main
 from llama_jax.errors import CheckpointError
 from llama_jax.sharding import make_mesh, named, param_specs
 from llama_jax.weights import load_params, manifest, open_source
+from llama_jax.weights.tensors import StoredTensors
+from llama_jax.weights.write.hf import plan_hf
+from llama_jax.weights.write.run import write
+from llama_jax.weights.write.vocabulary import Vocabulary
 from tests.train.small_runs import MODEL, make_state, one_device, save_run
 from tests.train.test_checkpoint import DAMAGE, flip, largest_file
 from tests.weights.test_load import one_line
@@ -137,6 +141,18 @@ def test_damage_is_named_and_the_step_before_is_loaded(
     with pytest.raises(CheckpointError, match=message) as caught:
         lj.load(own_run / "checkpoints" / "2")
     assert str(name) in one_line(caught)
+
+
+def test_damage_is_found_by_conversions_too(
+    own_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "_QUICK", 0)  # found when the arrays are read
+    flip(largest_file(own_run / "checkpoints" / "2" / "params"))
+    tensors = StoredTensors(open_source(own_run))
+    plan = plan_hf(tensors, None, Vocabulary())
+    with pytest.warns(UserWarning, match="1 is read instead"):
+        write(plan, tensors, tmp_path / "out")
+    assert equal(load_params(open_source(tmp_path / "out")), trained(1))
 
 
 def test_damage_that_generation_does_not_read_is_no_matter(
