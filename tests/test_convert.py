@@ -19,6 +19,7 @@ from llama_jax.errors import CheckpointError, ConfigError, InputError, Tokenizer
 from llama_jax.text_model import Model
 from llama_jax.tokenizer import load_tokenizer
 from llama_jax.tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, Piece, build_model
+from llama_jax.verify import compare
 from llama_jax.weights import load_params, open_source
 from llama_jax.weights.tensors import StoredTensors
 from tests.random_models import random_model
@@ -231,7 +232,7 @@ def test_no_checkpoint_is_written_into(tmp_path):
 def test_what_is_converted_verifies(tmp_path, shared_data, one, other):
     first = convert(shared_data / "stories260K" / "stories260K.bin", tmp_path / "one", one)
     second = convert(first, tmp_path / "other", other)
-    assert main(["verify", str(first), str(second)]) == 0
+    assert compare(first, second).same
 
 
 def test_a_changed_source_is_not_gone_on_with(tmp_path):

@@ -134,7 +134,7 @@ def without(fields: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 TWICE = [*SPM["tokens"][:-1], SPM["tokens"][-2]]
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "no vocabulary": ({}, "tokenizer.ggml.model is 'None'; llama_jax reads 'llama'"),
+    "no vocabulary": ({}, "has no vocabulary; give the model's own tokenizer file"),
     "other kind": (SPM | {"model": "bert"}, "tokenizer.ggml.model is 'bert'; llama_jax reads 'llama'"),
     "model of another type": (SPM | {"model": 7}, "tokenizer.ggml.model is '7'"),
     "no tokens": (without(SPM, "tokens"), "tokenizer.ggml.tokens is missing"),
