@@ -284,7 +284,7 @@ def test_without_a_vocabulary_the_file_says_so(tmp_path: Path) -> None:
     metadata = read_gguf_metadata(tmp_path / "a.gguf")
     assert metadata["tokenizer.ggml.model"] == "no_vocab"
     assert metadata["llama.vocab_size"] == CONFIG.vocab_size
-    with pytest.raises(lj.errors.TokenizerError, match=r"tokenizer\.ggml\.model is 'no_vocab'"):
+    with pytest.raises(lj.errors.TokenizerError, match="has no vocabulary"):
         load_tokenizer(tmp_path / "a.gguf")
 
 
