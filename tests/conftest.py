@@ -50,3 +50,13 @@ def smollm2_path() -> Path:
 def smollm2(smollm2_path: Path) -> "lj.Model":
     """SmolLM2-135M loaded in f32."""
     return lj.load(smollm2_path)
+
+
+@pytest.fixture(autouse=True)
+def _no_kept_programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line, run in this process, must not turn JAX's persistent cache on for the tests after it.
+
+    JAX 0.10 crashes when it reads a kept program of several CPU devices.
+    """
+    if request.path.name != "test_compiled.py":
+        monkeypatch.setattr("llama_jax.cli.compiled.keep_compiled_programs", lambda: None)
