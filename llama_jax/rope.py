@@ -24,6 +24,13 @@ class Rotary(NamedTuple):
     sin: jax.Array
 
 
+def effective_theta(theta: float, scaling: RopeScaling | None, *, head_dim: int) -> float:
+    """The base as `ntk` scaling raises it, which is all that it does; as it is for every other kind."""
+    if scaling is None or scaling.kind != "ntk":
+        return theta
+    return theta * scaling.factor ** (head_dim / (head_dim - 2))
+
+
 def rotary_frequencies(
     *, head_dim: int, theta: float, scaling: RopeScaling | None
 ) -> tuple[np.ndarray, float]:
@@ -39,8 +46,7 @@ def rotary_frequencies(
     Returns:
       f32 [H/2], in numpy so that they are constants of whatever is being traced, and the factor.
     """
-    if scaling is not None and scaling.kind == "ntk":
-        theta = theta * scaling.factor ** (head_dim / (head_dim - 2))
+    theta = effective_theta(theta, scaling, head_dim=head_dim)
     frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     factor = 1.0
     if scaling is not None and scaling.kind == "linear":

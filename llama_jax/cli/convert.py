@@ -19,7 +19,6 @@ llama-jax convert run-a soup --average run-b run-c
 
 Progress = Callable[[int, int, str], None]
 
-SUFFIX = ".partial"  # of what an interrupted run leaves
 FORMATS = ("hf", "meta", "gguf", "llama2c", "orbax")
 DTYPES = ("float32", "bfloat16", "float16", "q8_0", "int8")
 
@@ -40,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
         choices=DTYPES,
         help="of the tensors; q8_0 is gguf's, int8 llama2c's (default: as they are, quantised as float32)",
     )
-    option("--shards", type=positive, metavar="N", help="write N parts (meta), or about N files (hf)")
+    option("--shards", type=positive, metavar="N", help="write N parts (meta), or N files at most (hf)")
     option(
         "--kv-heads", type=positive, metavar="K", help="average key and value heads in groups, to K of them"
     )
@@ -101,6 +100,8 @@ def _on_interrupt(target: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        from llama_jax.weights.write.staging import SUFFIX
+
         output.note(f"\ninterrupted; the same command goes on from what is in {target}{SUFFIX}")
         raise
 

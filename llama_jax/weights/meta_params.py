@@ -14,6 +14,7 @@ from typing import Any
 
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import CheckpointError, ConfigError
+from llama_jax.rope import effective_theta
 from llama_jax.weights.source import brief, quote
 
 PARAMS = "params.json"
@@ -89,9 +90,9 @@ def params_of(config: LlamaConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       CheckpointError: if Meta's code would make another model of any such description.
     """
-    scaling, theta = config.rope_scaling, config.rope_theta
+    scaling = config.rope_scaling
+    theta = effective_theta(config.rope_theta, scaling, head_dim=config.head_dim)
     if scaling is not None and scaling.kind == "ntk":  # which is another theta and nothing else
-        theta *= scaling.factor ** (config.head_dim / (config.head_dim - 2))
         config = config.replace(rope_theta=theta, rope_scaling=None)
     multiple_of, multiplier = _feed_forward_rule(config.hidden_size, config.intermediate_size)
     params: dict[str, Any] = {

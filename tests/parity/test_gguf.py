@@ -19,7 +19,6 @@ from llama_jax.config import RopeScaling
 from llama_jax.text_model import pad_right
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.tokenizer.export import vocabulary_of
-from llama_jax.tokenizer.train import train_sentencepiece
 from llama_jax.weights.tensors import ParamsTensors
 from llama_jax.weights.write.gguf import plan_gguf
 from llama_jax.weights.write.run import write
@@ -176,20 +175,6 @@ def test_a_random_llama_continues_the_same(
 
 
 # Vocabularies
-
-
-@pytest.fixture(params=["llama2", "smollm2", "stories260K", "trained"])
-def tokenizer(request: pytest.FixtureRequest, shared_data: Path, tmp_path: Path) -> Tokenizer:
-    match request.param:
-        case "llama2":
-            return load_tokenizer(shared_data / "llama2" / "tokenizer.model")
-        case "smollm2":
-            return load_tokenizer(request.getfixturevalue("smollm2_path"))
-        case "stories260K":
-            return load_tokenizer(shared_data / "stories260K" / "tok512.bin")
-        case _:
-            texts = [(shared_data / "text" / "tinyshakespeare.txt").read_text(), *vocabularies.TEXT]
-            return load_tokenizer(train_sentencepiece(texts, tmp_path / "tokenizer.model", vocab_size=1000))
 
 
 def test_llama_cpp_encodes_as_we_do(tokenizer: Tokenizer, shared_data: Path, tmp_path: Path) -> None:

@@ -8,27 +8,12 @@ from typing import Any
 
 import pytest
 
-from llama_jax.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.tokenizer import Tokenizer
 from llama_jax.tokenizer.export import vocabulary_of
-from llama_jax.tokenizer.train import train_sentencepiece
-from tests.tokenizer import corpus, vocabularies
+from tests.tokenizer import corpus
 
 pytestmark = pytest.mark.parity
 transformers = pytest.importorskip("transformers", reason="needs the `parity` extra")
-
-
-@pytest.fixture(params=["llama2", "smollm2", "stories260K", "trained"])
-def tokenizer(request: pytest.FixtureRequest, shared_data: Path, tmp_path: Path) -> Tokenizer:
-    match request.param:
-        case "llama2":
-            return load_tokenizer(shared_data / "llama2" / "tokenizer.model")
-        case "smollm2":
-            return load_tokenizer(request.getfixturevalue("smollm2_path"))
-        case "stories260K":
-            return load_tokenizer(shared_data / "stories260K" / "tok512.bin")
-        case _:
-            texts = [(shared_data / "text" / "tinyshakespeare.txt").read_text(), *vocabularies.TEXT]
-            return load_tokenizer(train_sentencepiece(texts, tmp_path / "tokenizer.model", vocab_size=1000))
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from gguf.quants import quantize
 
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import CheckpointError, ConfigError
-from llama_jax.rope import rotary_frequencies
+from llama_jax.rope import effective_theta, rotary_frequencies
 from llama_jax.weights.gguf import LLAMA3_FIELDS, LLAMA3_PREFIX
 from llama_jax.weights.gguf_header import MAGIC
 from llama_jax.weights.names import Leaf
@@ -154,16 +154,15 @@ def _rope_fields(config: LlamaConfig) -> dict[str, Any]:
     Raises:
       ConfigError: for what llama.cpp has no field for, or does not read for the llama architecture.
     """
-    scaling, theta = config.rope_scaling, config.rope_theta
+    scaling = config.rope_scaling
+    theta = effective_theta(config.rope_theta, scaling, head_dim=config.head_dim)
     kind = None if scaling is None else scaling.kind
     fields: dict[str, Any] = {}
-    if scaling is not None and kind == "ntk":  # which is another theta and nothing else
-        theta *= scaling.factor ** (config.head_dim / (config.head_dim - 2))
-    elif scaling is not None and kind == "linear":
+    if scaling is not None and kind == "linear":
         fields = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": scaling.factor}
     elif scaling is not None and kind == "yarn":
         fields = _yarn_fields(scaling)
-    elif scaling is not None:
+    elif scaling is not None and kind == "llama3":
         fields = {f"{LLAMA3_PREFIX}{name}": getattr(scaling, name) for name in LLAMA3_FIELDS}
     return {"llama.rope.dimension_count": config.head_dim, "llama.rope.freq_base": theta} | fields
 

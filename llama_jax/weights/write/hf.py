@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.config import LlamaConfig
+from llama_jax.rope import effective_theta
 from llama_jax.weights.names import Entry, entries
 from llama_jax.weights.source import FLOAT_DTYPES
 from llama_jax.weights.tensors import Tensors
@@ -106,12 +107,10 @@ def config_fields(config: LlamaConfig, vocabulary: Vocabulary) -> dict[str, Any]
 
 
 def _rope(config: LlamaConfig) -> dict[str, Any]:
-    scaling, theta = config.rope_scaling, config.rope_theta
-    if scaling is None:
+    scaling = config.rope_scaling
+    theta = effective_theta(config.rope_theta, scaling, head_dim=config.head_dim)
+    if scaling is None or scaling.kind == "ntk":
         return {"rope_theta": theta, "rope_scaling": None}
-    if scaling.kind == "ntk":  # which is another theta and nothing else
-        stretch = scaling.factor ** (config.head_dim / (config.head_dim - 2))
-        return {"rope_theta": theta * stretch, "rope_scaling": None}
     fields: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind != "linear":
         fields["original_max_position_embeddings"] = scaling.original_max_position_embeddings
