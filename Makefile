@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PROMPT ?= Once upon a time, there was a little girl named Lily. She loved to play outside
-PYTEST = $(VENV)/bin/python -m pytest -q -rs
+PYTEST = $(VENV)/bin/python -m pytest -q -rs --durations=10
 
 RUN ?= runs/tiny_cpu
 

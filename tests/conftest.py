@@ -9,8 +9,10 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
 import llama_jax as lj
@@ -52,11 +54,21 @@ def smollm2(smollm2_path: Path) -> "lj.Model":
     return lj.load(smollm2_path)
 
 
-@pytest.fixture(autouse=True)
-def _no_kept_programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line, run in this process, must not turn JAX's persistent cache on for the tests after it.
+@pytest.fixture(autouse=True, scope="session")
+def _no_kept_programs() -> None:
+    """Tests that run the command line in this process must not read programs that another run kept.
 
     JAX 0.10 crashes when it reads a kept program of several CPU devices.
     """
-    if request.path.name != "test_compiled.py":
-        monkeypatch.setattr("llama_jax.cli.compiled.keep_compiled_programs", lambda: None)
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs() -> Iterator[None]:
+    """Drops compiled programs after each file.
+
+    Each is a few maps of memory, of which Linux gives a process 65,530: with the whole suite's programs XLA
+    crashes in the middle of compiling, and they take 6 GB.
+    """
+    yield
+    jax.clear_caches()
