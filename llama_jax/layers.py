@@ -27,6 +27,7 @@ from llama_jax.linear import (
     swiglu_down,
     write_gradient,
 )
+from llama_jax.lora import Adapted
 from llama_jax.quantization import Quantized
 
 # (q [B,T,N,H], k [B,K,T,H], v [B,K,T,H]) -> (out [B,T,N,H], whatever the caller wants back)
@@ -57,8 +58,10 @@ def embed(table: jax.Array | Quantized, tokens: jax.Array, *, dtype: jax.typing.
     )
 
 
-def embed_fast(table: jax.Array, tokens: jax.Array, *, dtype: jax.typing.DTypeLike) -> jax.Array:
+def embed_fast(table: jax.Array | Quantized, tokens: jax.Array, *, dtype: jax.typing.DTypeLike) -> jax.Array:
     """`embed` for training: the table is gathered in `dtype`; its gradient is summed in f32."""
+    if isinstance(table, Quantized):  # which is frozen
+        return embed(table, tokens, dtype=dtype)
     return _embed(jnp.dtype(dtype), *sharding.vary_each_alike(table, tokens))
 
 
@@ -108,13 +111,17 @@ def _local_ids(vocabulary: int, tokens: jax.Array, axes: Mapping[str, int]) -> j
     return tokens - jax.lax.axis_index("tensor") * vocabulary if "tensor" in axes else tokens
 
 
+def output_matrix(params: Any) -> jax.Array | Quantized:
+    """The output projection [D, V], or the tied embedding table [V, D]."""
+    return params["lm_head"]["kernel"] if "lm_head" in params else params["embed"]["embedding"]
+
+
 def unembed(x: jax.Array, params: Any) -> jax.Array:
     """Hidden states [B, T, D] -> logits f32 [B, T, V], by `lm_head` or the tied embedding table."""
+    weight = output_matrix(params)
     if "lm_head" in params:
-        equation, weight, stored = "btd,dv->btv", params["lm_head"]["kernel"], sharding.HEAD_DV
-    else:
-        equation, weight, stored = "btd,vd->btv", params["embed"]["embedding"], sharding.EMBEDDING_VD
-    return contract(equation, x, weight, stored=stored, out=sharding.LOGITS_BTV)
+        return contract("btd,dv->btv", x, weight, stored=sharding.HEAD_DV, out=sharding.LOGITS_BTV)
+    return contract("btd,vd->btv", x, weight, stored=sharding.EMBEDDING_VD, out=sharding.LOGITS_BTV)
 
 
 class RMSNorm(nn.Module):
@@ -178,7 +185,7 @@ class FeedForward(nn.Module):
         gate = linear("btd,df->btf", x, w_gate, stored=sharding.GATE_UP_DF, out=sharding.ACT_BTF)
         up = linear("btd,df->btf", x, w_up, stored=sharding.GATE_UP_DF, out=sharding.ACT_BTF)
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-        if self.backward == "fast":
+        if self.backward == "fast" and isinstance(w_down, jax.Array):
             return swiglu_down(gate, up, w_down)
         y = swiglu(gate, up)
         return linear("btf,fd->btd", y, w_down, stored=sharding.DOWN_FD, out=sharding.ACT_BTD)
@@ -206,9 +213,9 @@ class Block(nn.Module):
 def _matrix(
     module: nn.Module, name: str, initializer: nn.initializers.Initializer, shape: tuple[int, ...]
 ) -> Any:
-    """A parameter that may have been quantised, which Flax would take for one of another shape."""
+    """A parameter that may be quantised or adapted, which Flax would take for one of another shape."""
     held: Any = module.get_variable("params", name)
-    if isinstance(held, Quantized):
+    if isinstance(held, Quantized | Adapted):
         return held
     return module.param(name, initializer, shape)
 

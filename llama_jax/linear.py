@@ -17,6 +17,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from llama_jax import sharding
+from llama_jax.lora import Adapted, specs
 from llama_jax.quantization import Quantized
 
 Backward = Literal["autodiff", "fast"]
@@ -38,7 +39,7 @@ def contract(equation: str, x: jax.Array, weight: jax.Array | Quantized, *, stor
     layout = sharding.out_sharding(out, x.shape[:2] + (0,) * (len(out) - 2))
     if isinstance(weight, Quantized):
         flat = None if layout is None else P(*layout[:3])
-        result = weight.gather(stored).product(x, flat)
+        result = weight.gather(stored).product(x.reshape(*x.shape[:2], -1), flat)
         outputs = [size for axis, size in enumerate(weight.shape) if axis not in weight.summed]
         return result.reshape(*x.shape[:2], *outputs)
     weight = sharding.gather(weight.astype(x.dtype), stored)
@@ -51,10 +52,20 @@ def contract(equation: str, x: jax.Array, weight: jax.Array | Quantized, *, stor
 
 
 def project(
-    equation: str, x: jax.Array, weight: jax.Array, *, stored: P, out: P, backward: Backward = "autodiff"
+    equation: str,
+    x: jax.Array,
+    weight: jax.Array | Quantized | Adapted,
+    *,
+    stored: P,
+    out: P,
+    backward: Backward = "autodiff",
 ) -> jax.Array:
-    """`contract`, rounded to x's dtype."""
+    """`contract`, rounded to x's dtype; of a weight with an adapter too."""
+    if isinstance(weight, Adapted):
+        return _project_adapted(equation, x, weight, stored=stored, out=out, backward=backward)
     if backward == "fast":
+        if isinstance(weight, Quantized):
+            return _project_frozen(equation, stored, out, x, weight)
         return _project(equation, stored, out, *sharding.vary_each_alike(x, weight))
     return contract(equation, x, weight, stored=stored, out=out).astype(x.dtype)
 
@@ -86,6 +97,60 @@ def _project_backward(equation: str, stored: P, out: P, saved: Any, d_out: jax.A
 _project.defvjp(_project_forward, _project_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _project_frozen(equation: str, stored: P, out: P, x: jax.Array, weight: Quantized) -> jax.Array:
+    return contract(equation, x, weight, stored=stored, out=out).astype(x.dtype)
+
+
+def _project_frozen_forward(equation: str, stored: P, out: P, x: jax.Array, weight: Quantized) -> Any:
+    return _project_frozen(equation, stored, out, x, weight), (x, weight)
+
+
+def _project_frozen_backward(equation: str, stored: P, out: P, saved: Any, d_out: jax.Array) -> Any:
+    """A quantised weight is frozen: the gradient of x alone, by way of the weight in the compute dtype."""
+    x, weight = saved
+    flat = d_out.reshape(*d_out.shape[:2], -1)
+    layout = sharding.layout_of(x)
+    spec = None if layout is None else P(*layout[:3])
+    d_x = dot("bto,oi->bti", flat, weight.gather(stored).dense().astype(x.dtype), spec)
+    return d_x.reshape(x.shape).astype(x.dtype), None
+
+
+_project_frozen.defvjp(_project_frozen_forward, _project_frozen_backward)
+
+
+def _project_adapted(
+    equation: str, x: jax.Array, weight: Adapted, *, stored: P, out: P, backward: Backward
+) -> jax.Array:
+    """x W + scale (x a) b, in that order; DoRA's magnitudes last."""
+    y = project(equation, x, weight.base, stored=stored, out=out, backward=backward)
+    flat = x.reshape(*x.shape[:2], -1)
+    a_spec, b_spec = specs(weight.name)
+    low, wide = P(*out[:2], None), P(*out[:3])
+    if weight.rows is None:
+        linear = functools.partial(project, backward=backward)
+        inner = linear("bti,ir->btr", flat, weight.a, stored=a_spec, out=low)
+        delta = weight.scale * linear("btr,ro->bto", inner, weight.b, stored=b_spec, out=wide).astype(
+            jnp.float32
+        )
+    else:
+        # Beams and returned sequences repeat the rows that a request began with.
+        rows = jnp.repeat(weight.rows, x.shape[0] // weight.rows.shape[0])
+        layout = functools.partial(sharding.out_sharding, shape=(*x.shape[:2], 0))
+        a, b = (
+            sharding.gather(w.astype(x.dtype), P(None, *spec))
+            for w, spec in ((weight.a, a_spec), (weight.b, b_spec))
+        )
+        a, b = a[rows], b[rows]
+        inner = dot("bti,bir->btr", flat, a, layout(low)).astype(x.dtype)
+        delta = weight.scale[rows][:, None, None] * dot("btr,bro->bto", inner, b, layout(wide))
+    total = y.astype(jnp.float32) + delta.reshape(y.shape)
+    if weight.magnitude is not None:
+        ratio = sharding.constrain(weight.magnitude / weight.norms(), P(out[2]))
+        total = total * ratio.reshape(y.shape[2:])
+    return total.astype(x.dtype)
+
+
 def _stored_gradient(
     stored: P, x_dims: str, x: jax.Array, y_dims: str, y: jax.Array, out_dims: str
 ) -> jax.Array:
@@ -95,7 +160,7 @@ def _stored_gradient(
     def local(x: jax.Array, y: jax.Array) -> jax.Array:
         x, y = sharding.vary_each_alike(x, y)
         gradient = weight_gradient(x_dims, x, y_dims, y, out_dims)
-        return sharding.scatter_sum(gradient, stored.index("fsdp"), axes)
+        return sharding.scatter_sum(gradient, stored.index("fsdp") if "fsdp" in stored else None, axes)
 
     return sharding.per_device(local, (sharding.layout_of(x), sharding.layout_of(y)), stored)(x, y)
 

@@ -13,9 +13,10 @@ from llama_jax import sharding
 from llama_jax.attention import Backend
 from llama_jax.config import LlamaConfig
 from llama_jax.fused_loss import fused_cross_entropy
-from llama_jax.layers import unembed
+from llama_jax.layers import output_matrix, unembed
 from llama_jax.linear import Backward
 from llama_jax.model import Params, Remat, hidden_states
+from llama_jax.quantization import Quantized
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -95,7 +96,7 @@ def next_token_loss(
         backward=backward,
     )
     z_loss = jnp.asarray(z_loss, jnp.float32)
-    if backward == "fast":
+    if backward == "fast" and not isinstance(output_matrix(params), Quantized):
         total = fused_cross_entropy(x, params, targets, weights, z_loss, num_chunks=num_chunks)
         return Loss(total=total, count=weights.sum())
     return cross_entropy(x, params, targets, weights, z_loss, num_chunks=num_chunks)

@@ -275,18 +275,19 @@ def per_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> C
     return lambda *args: mapped(*jax.tree.map(jax.sharding.reshard, args, into))
 
 
-def scatter_sum(x: jax.Array, dimension: int, axes: Iterable[str]) -> jax.Array:
+def scatter_sum(x: jax.Array, dimension: int | None, axes: Iterable[str]) -> jax.Array:
     """Inside `per_device`: the sum of `x` over `data`, `context` and `fsdp`, this device's `fsdp` part of it.
 
     Args:
       x: a device's share of a weight's gradient.
-      dimension: the one that `fsdp` splits.
+      dimension: the one that `fsdp` splits; None where it splits none, and each device gets the whole sum.
       axes: the mesh's.
     """
     axes = set(axes)
-    if over := tuple(name for name in ("data", "context") if name in axes):
+    whole = ("data", "context") if dimension is not None else ("data", "context", "fsdp")
+    if over := tuple(name for name in whole if name in axes):
         x = jax.lax.psum(x, over)
-    if "fsdp" not in axes:
+    if dimension is None or "fsdp" not in axes:
         return x
     scatter = functools.partial(
         jax.lax.psum_scatter, axis_name="fsdp", scatter_dimension=dimension, tiled=True

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors", "config", "sharding"),
     ("quantization", "rope", "cache"),
+    ("lora",),
     ("linear",),
     ("blockwise", "splash"),
     ("attention",),

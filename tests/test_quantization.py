@@ -154,7 +154,7 @@ def test_quantised_on_a_mesh_is_quantised_without_one(bits):
 
 
 def test_says_what_cannot_be_quantised():
-    with pytest.raises(InputError, match="bits is 3; it must be 8 or 4"):
+    with pytest.raises(InputError, match="bits is 3; it must be 8, 4 or 'nf4'"):
         lj.quantize(PARAMS, 3)
     with pytest.raises(InputError, match="embedding is quantised already"):
         lj.quantize(lj.quantize(PARAMS))
