@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llama_jax.drafts import DraftModel, PromptLookup
     from llama_jax.errors import LlamaJaxError
     from llama_jax.generation import generate, stream, warm_up
-    from llama_jax.loss import next_token_loss
+    from llama_jax.loss import next_token_loss, token_logprobs
     from llama_jax.model import forward, init, unstack
     from llama_jax.pretrained import load
     from llama_jax.quantization import quantize
@@ -43,7 +43,7 @@ _HOMES = {
     "drafts": ("DraftModel", "PromptLookup"),
     "errors": ("LlamaJaxError",),
     "generation": ("generate", "stream", "warm_up"),
-    "loss": ("next_token_loss",),
+    "loss": ("next_token_loss", "token_logprobs"),
     "model": ("forward", "init", "unstack"),
     "pretrained": ("load",),
     "quantization": ("quantize",),
@@ -53,7 +53,7 @@ _HOMES = {
     "speculative": ("Speculation", "speculative_generate"),
     "text_model": ("Model",),
 }
-_ROOMS = ("attention", "cache", "known", "layers", "rope", "tokenizer", "verify", "weights")
+_ROOMS = ("attention", "cache", "known", "layers", "lora", "rope", "tokenizer", "verify", "weights")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
@@ -85,6 +85,7 @@ __all__ = [
     "speculative_generate",
     "step",
     "stream",
+    "token_logprobs",
     "unstack",
     "warm_up",
 ]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import jax.numpy as jnp
+import numpy as np
 
 from llama_jax.errors import CheckpointError, InputError, MissingTokenizerError, TokenizerError
 from llama_jax.pretrained import DTYPES, Progress, resolve
@@ -19,6 +20,7 @@ from llama_jax.tokenizer.pad import pad
 from llama_jax.weights import manifest, open_source
 from llama_jax.weights.derived import Averaged, PooledHeads, ResizedVocabulary
 from llama_jax.weights.names import Format
+from llama_jax.weights.peft import adapter_files, merged
 from llama_jax.weights.source import Source
 from llama_jax.weights.tensors import ParamsTensors, StoredTensors, Tensors
 from llama_jax.weights.write.gguf import plan_gguf
@@ -41,6 +43,7 @@ def convert(
     format: Format | None = None,
     *,
     dtype: str | None = None,
+    adapter: str | Path | None = None,
     kv_heads: int | None = None,
     average: Sequence[str | Path] = (),
     weights: Sequence[float] | None = None,
@@ -60,6 +63,7 @@ def convert(
       format: hf, meta, gguf, llama2c or orbax; by default gguf where `target` ends so, and hf otherwise.
       dtype: of the tensors: float32, bfloat16, float16, or q8_0 (gguf), int8 (llama2c). By default as in
         the source, quantised ones as float32.
+      adapter: merge the adapter of this directory into `source` first, in f32; see `load`.
       kv_heads: pool key and value heads to so many (`PooledHeads`).
       average: other checkpoints of the same configuration, to average with this one (`Averaged`).
       weights: of `source` and each of `average`, with a sum of 1; by default all the same.
@@ -84,6 +88,8 @@ def convert(
     sources = [open_source(resolve(path, progress)) for path in (source, *average)]
     stored = [StoredTensors(each) for each in sources]
     tensors: Tensors = stored[0]
+    if adapter is not None:
+        tensors = merged(tensors, adapter, into=None if dtype is None else _merged_dtype(dtype))
     if average:
         share = [1 / len(stored)] * len(stored) if weights is None else list(weights)
         tensors = Averaged(tensors, stored[1:], share)
@@ -101,6 +107,8 @@ def convert(
     plan = _plan(tensors, format, dtype, shards, vocabulary)
     options = (dtype, kv_heads, weights, vocab_size)
     origin = repr([*map(_identity, sources), options])
+    if adapter is not None:
+        origin += repr(_stats(sorted(adapter_files(adapter))))
     write(plan, tensors, target, origin=origin, progress=progress)
     return target
 
@@ -212,5 +220,13 @@ def _identity(source: Source) -> Any:
     """What tells that a checkpoint is the one an earlier run has read."""
     named = {info.file for info in source.tensors.values()}
     files = sorted(inner for file in named for inner in ([file] if file.is_file() else file.rglob("*")))
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return str(source.path.absolute()), stats, dataclasses.asdict(source.config)
+    return str(source.path.absolute()), _stats(files), dataclasses.asdict(source.config)
+
+
+def _stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    return [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _merged_dtype(dtype: str) -> np.dtype[Any]:
+    """What an adapter is merged into where the output is written in `dtype`: quantised from f32."""
+    return np.dtype(jnp.dtype(dtype if dtype in DTYPES else "float32"))

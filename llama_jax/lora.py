@@ -52,8 +52,8 @@ class Lora:
       ConfigError: for a rank or alpha that cannot work, or a pattern that matches no matrix.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
+    rank: int = 8
+    alpha: float = 16.0
     targets: tuple[str, ...] = ("*",)
     rslora: bool = False
     dora: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -102,6 +103,59 @@ def next_token_loss(
     return cross_entropy(x, params, targets, weights, z_loss, num_chunks=num_chunks)
 
 
+@functools.partial(
+    jax.jit, static_argnames=("config", "dtype", "attention_backend", "remat", "backward", "num_chunks")
+)
+def token_logprobs(
+    config: LlamaConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    attention_backend: Backend = "xla",
+    remat: Remat = "none",
+    backward: Backward = "autodiff",
+    num_chunks: int = 8,
+) -> jax.Array:
+    """log p(tokens[t] | tokens[..t-1]) of every token, without ever holding the logits of all of them.
+
+    Args:
+      config, params, tokens, positions, segment_ids, dtype, attention_backend, remat, backward: as for
+        `forward`.
+      num_chunks: in how many pieces the logits are formed.
+
+    Returns:
+      f32 [B, T]; 0 at the first token of a row and of each segment, which nothing predicts.
+    """
+    x = hidden_states(
+        config,
+        params,
+        tokens,
+        positions,
+        segment_ids,
+        dtype=dtype,
+        attention_backend=attention_backend,
+        remat=remat,
+        backward=backward,
+    )
+
+    def one(chunk: Any) -> jax.Array:
+        x, targets = chunk
+        picked, log_total = _picked(unembed(x, params), targets)
+        return picked - log_total
+
+    length, chunks = x.shape[1], _chunk_count(x.shape[1], num_chunks)
+    found = jax.lax.map(jax.checkpoint(one), tuple(_cut(array, chunks) for array in (x, _next(tokens))))
+    logprobs = jnp.moveaxis(found, 0, 2).reshape(x.shape[0], -1)[:, :length]
+    predicted = jnp.arange(length) > 0
+    if segment_ids is not None:
+        segments = _whole(segment_ids)
+        predicted = predicted & (segments == jnp.roll(segments, 1, axis=1))
+    return jnp.where(predicted, jnp.roll(_whole(logprobs), 1, axis=1), 0.0)
+
+
 def _whole(x: jax.Array) -> jax.Array:
     return sharding.constrain(jnp.asarray(x), P(sharding.BATCH, None))
 
@@ -129,29 +183,36 @@ def cross_entropy(
       z_loss: f32 [], as for `next_token_loss`.
       num_chunks: as for `next_token_loss`.
     """
-    length = x.shape[1]
-    seq_shards = sharding.explicit_axes().get("context", 1)
-    chunks = max(1, min(num_chunks, length // seq_shards))
-    if pad := -length % (chunks * seq_shards):
-        x, targets, weights = (
-            jnp.pad(array, [(0, pad) if axis == 1 else (0, 0) for axis in range(array.ndim)])
-            for array in (sharding.constrain(x, P(sharding.BATCH, None, None)), targets, weights)
-        )
-
-    # Chunk c holds positions c, c + chunks, c + 2 chunks, ...: a strided cut leaves every shard of the
-    # sequence with an equal part of each chunk.
-    def cut(array: jax.Array) -> jax.Array:
-        return jnp.moveaxis(array.reshape(array.shape[0], -1, chunks, *array.shape[2:]), 2, 0)
+    chunks = _chunk_count(x.shape[1], num_chunks)
 
     @jax.checkpoint  # a chunk's logits are formed again in the backward pass
     def one(chunk: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         x, targets, weights = chunk
-        logits = unembed(x, params)
-        # Compared with an iota rather than gathered, so that the vocabulary may be split over devices.
-        is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-        picked = jnp.where(is_target, logits, 0.0).sum(-1)
-        log_total = jax.nn.logsumexp(logits, axis=-1)
+        picked, log_total = _picked(unembed(x, params), targets)
         return (weights * (log_total - picked + z_loss * log_total**2)).sum()
 
-    totals = jax.lax.map(one, (cut(x), cut(targets), cut(weights)))
+    totals = jax.lax.map(one, tuple(_cut(array, chunks) for array in (x, targets, weights)))
     return Loss(total=totals.sum(), count=weights.sum())
+
+
+def _picked(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The targets' logits, and the logarithm of the softmax's normaliser, f32 [B, T] each."""
+    # Compared with an iota rather than gathered, so that the vocabulary may be split over devices.
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return jnp.where(is_target, logits, 0.0).sum(-1), jax.nn.logsumexp(logits, axis=-1)
+
+
+def _chunk_count(length: int, wanted: int) -> int:
+    return max(1, min(wanted, length // sharding.explicit_axes().get("context", 1)))
+
+
+def _cut(array: jax.Array, chunks: int) -> jax.Array:
+    """[B, T, ...] -> [chunks, B, T / chunks, ...], padded with zeros.
+
+    Chunk c holds positions c, c + chunks, c + 2 chunks, ...: a strided cut leaves every shard of the
+    sequence with an equal part of each chunk.
+    """
+    if pad := -array.shape[1] % (chunks * sharding.explicit_axes().get("context", 1)):
+        array = sharding.constrain(array, P(sharding.BATCH, *(None,) * (array.ndim - 1)))
+        array = jnp.pad(array, [(0, pad) if axis == 1 else (0, 0) for axis in range(array.ndim)])
+    return jnp.moveaxis(array.reshape(array.shape[0], -1, chunks, *array.shape[2:]), 2, 0)

@@ -6,9 +6,11 @@ import contextlib
 import difflib
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax import hub, known
@@ -17,6 +19,9 @@ from llama_jax.quantization import Bits, quantize
 from llama_jax.text_model import Model
 from llama_jax.tokenizer import load_tokenizer
 from llama_jax.weights import load_params, open_source
+from llama_jax.weights.load import load_tensors
+from llama_jax.weights.peft import merged
+from llama_jax.weights.tensors import StoredTensors
 
 DTYPES = ("float32", "bfloat16", "float16")
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being read
@@ -27,6 +32,7 @@ def load(
     dtype: str = "float32",
     mesh: Mesh | None = None,
     *,
+    adapter: str | Path | None = None,
     bits: Bits | None = None,
     stacked: bool = True,
     progress: Progress | None = None,
@@ -40,7 +46,9 @@ def load(
         the Hugging Face hub.
       dtype: the type to hold the weights in and to compute in: float32, bfloat16 or float16.
       mesh: lay the parameters out over these devices (`llama_jax.sharding.make_mesh`).
-      bits: hold the matrices in 8 or 4 bits instead, see `quantize`; the original parameters are let go.
+      adapter: the directory of a LoRA, rsLoRA or DoRA adapter in PEFT's format, or of the training run that
+        made one; it is merged into the weights, in f32, as they are read.
+      bits: hold the matrices in 8 or 4 bits, or NF4, instead, see `quantize`; the original parameters are let go.
       stacked: hold each layer leaf as one [L, ...] array, as `init` does. Otherwise `params["layers"]` is a
         tuple with one tree a layer, which every function here takes as well, and which generation reads
         where it lies: with stacked leaves each call of `generate` makes a second copy of the weights.
@@ -50,14 +58,16 @@ def load(
       The model.
 
     Raises:
-      CheckpointError: for a name that is not known, a path that is not there, or weights that do not fit.
+      CheckpointError: for a name that is not known, a path that is not there, weights that do not fit, or an
+        adapter that cannot be read.
+      ConfigError: for an adapter of another model.
       TokenizerError: for a vocabulary that is missing, unreadable, or of another size than the model's.
       InputError: for another dtype or number of bits.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    if bits not in (None, 4, 8):
-        raise InputError(f"bits is {bits!r}; it must be 8 or 4, or None for {dtype}")
+    if bits not in (None, *get_args(Bits)):
+        raise InputError(f"bits is {bits!r}; it must be 8 or 4, 'nf4', or None for {dtype}")
     path = resolve(name_or_path, progress)
     source = open_source(path)
     tokenizer = load_tokenizer(source.home or path)
@@ -66,7 +76,11 @@ def load(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {source.config.vocab_size}; "
             "put the tokenizer that the model was trained with beside it"
         )
-    params = load_params(source, dtype=jnp.dtype(dtype), mesh=mesh, stacked=stacked, progress=progress)
+    if adapter is None:
+        params = load_params(source, dtype=jnp.dtype(dtype), mesh=mesh, stacked=stacked, progress=progress)
+    else:
+        tensors = merged(StoredTensors(source), adapter, into=np.dtype(np.float32))
+        params = load_tensors(tensors, dtype=dtype, mesh=mesh, stacked=stacked, progress=progress)
     if bits is not None:
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
             params = quantize(params, bits)

@@ -259,8 +259,13 @@ def _unpacked(values: jax.Array) -> jax.Array:
 
 def _normal_floats(values: jax.Array, scale: jax.Array) -> jax.Array:
     """f32 [..., BLOCK] of packed NF4 [..., BLOCK / 2] and scales [...]."""
-    table = jnp.array(_NORMAL_FLOAT, jnp.float32)
-    return table.at[_unpacked(values)].get(mode="promise_in_bounds") * scale[..., None]
+    codes = _unpacked(values)
+    # A tree of choices, one bit a level, rather than a look-up: it is computed where the codes lie.
+    level: list[Any] = [jnp.float32(value) for value in _NORMAL_FLOAT]
+    for bit in range(4):
+        set_ = (codes >> bit) & 1 == 1
+        level = [jnp.where(set_, level[i + 1], level[i]) for i in range(0, len(level), 2)]
+    return level[0] * scale[..., None]
 
 
 def _dense_product(x: jax.Array, weight: Quantized, *, layout: P | None) -> jax.Array:

@@ -46,7 +46,7 @@ def run(argv: Sequence[str]) -> None:
     from llama_jax.conversation import Conversation
 
     check_settings(args)
-    model = output.load(args.model, args.dtype, args.bits)
+    model = output.load(args.model, args.dtype, args.bits, args.adapter)
     conversation = Conversation(model, args.system, args.template, cache_dtype=args.cache_dtype)
     _Chat(conversation, args).run()
 
@@ -170,6 +170,7 @@ def _parser() -> Parser:
     option("--system", metavar="TEXT", help="a system prompt")
     option("--template", metavar="T", help="llama-2, chatml, or a file in Jinja (default: the model's own)")
     add_settings(parser, max_new_tokens=512)
+    parser.add_adapter()
     parser.add_dtype()
     parser.add_cache_dtype()
     option("--json", action="store_true", help="print one JSON object a turn on stdout, nothing else")

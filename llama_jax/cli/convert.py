@@ -14,6 +14,7 @@ llama-jax convert smollm2-135m smollm2-hf
 llama-jax convert smollm2-hf smollm2.gguf --dtype q8_0
 llama-jax convert smollm2-hf smollm2-meta --to meta --shards 3 --dtype bfloat16
 llama-jax convert smollm2-hf smollm2-mqa --kv-heads 1
+llama-jax convert smollm2-135m finetuned.gguf --adapter runs/lora
 llama-jax convert run-a soup --average run-b run-c
 """
 
@@ -50,6 +51,7 @@ def run(argv: Sequence[str]) -> None:
     )
     option("--vocab-size", type=positive, metavar="V", help="add mean rows to the vocabulary, or cut it")
     option("--tokenizer", metavar="PATH", help="take the vocabulary from here (default: SRC's)")
+    parser.add_adapter()
     parser.add_json()
     parser.epilog = f"{MODEL_HELP}\n{parser.epilog}"
     args = parser.parse(argv)
@@ -67,6 +69,7 @@ def run(argv: Sequence[str]) -> None:
             args.target,
             args.to,
             dtype=args.dtype,
+            adapter=args.adapter,
             kv_heads=args.kv_heads,
             average=average,
             weights=args.weights,

@@ -21,6 +21,7 @@ llama-jax generate smollm2-135m --prompt "The capital of France is"
 llama-jax generate smollm2-135m --prompt "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 7
 llama-jax generate smollm2-135m --prompt "The best way to learn is" --num-beams 4 --max-new-tokens 16
 llama-jax generate smollm2-135m --prompt "Once upon a time" --bits 8 --cache-dtype int8
+llama-jax generate smollm2-135m --adapter runs/lora --prompt "Once upon a time"
 llama-jax generate smollm2-135m --prompt - --json < question.txt
 """
 
@@ -40,7 +41,7 @@ def run(argv: Sequence[str]) -> None:
         raise InputError(
             f"--num-return-sequences {args.num_return_sequences} is more than --num-beams {args.num_beams}"
         )
-    model = output.load(args.model, args.dtype, args.bits)
+    model = output.load(args.model, args.dtype, args.bits, args.adapter)
     ids = model.encode_prompt(prompt)
     (_several if several else _one)(args, model, prompt, ids)
 
@@ -169,6 +170,7 @@ def _parser() -> Parser:
     option(
         "--length-penalty", type=number, default=1.0, metavar="X", help="of beams; above 0 favours long texts"
     )
+    parser.add_adapter()
     parser.add_dtype()
     parser.add_cache_dtype()
     parser.add_json()

@@ -131,14 +131,14 @@ def resolve(name_or_path: str) -> Path:
         return pretrained.resolve(name_or_path, progress)
 
 
-def load(name_or_path: str, dtype: str, bits: Bits | None = None) -> Model:
+def load(name_or_path: str, dtype: str, bits: Bits | None = None, adapter: str | None = None) -> Model:
     """Loads a model with progress bars."""
     from llama_jax import pretrained
 
     start_jax()
     path = resolve(name_or_path)
     with warnings_as_notes(), progress_bar("loading weights") as progress:
-        return pretrained.load(path, dtype, bits=bits, stacked=False, progress=progress)
+        return pretrained.load(path, dtype, adapter=adapter, bits=bits, stacked=False, progress=progress)
 
 
 def start_jax() -> None:

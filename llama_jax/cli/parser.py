@@ -46,6 +46,14 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("model", metavar="MODEL", help="a known name or a path, see below")
         self.epilog = f"{MODEL_HELP}\n{self.epilog}"
 
+    def add_adapter(self) -> None:
+        """Adds --adapter."""
+        self.add_argument(
+            "--adapter",
+            metavar="PATH",
+            help="merge a LoRA adapter in PEFT's format: its directory, or that of the run that made it",
+        )
+
     def add_dtype(self) -> None:
         """Adds --dtype and --bits."""
         self.add_argument(

@@ -9,17 +9,20 @@ from collections.abc import Sequence
 from llama_jax.cli.parser import UsageError
 
 HELP = """\
-usage: llama-jax train CONFIG [--section.key VALUE ...]
+usage: llama-jax train CONFIG [--show-batch] [--section.key VALUE ...]
 
-Train a Llama: text to tokenizer, to packed batches, to checkpoints, to text. CONFIG is a TOML file (see
-configs/); every key of it can be given on the command line. The same command again resumes the run, bit
-for bit, from its newest whole checkpoint.
+Train a Llama: text to tokenizer, to packed batches, to checkpoints, to text; or finetune one. CONFIG is a
+TOML file (see configs/); every key of it can be given on the command line. The same command again resumes
+the run, bit for bit, from its newest whole checkpoint.
 
 examples:
   llama-jax train configs/tiny_cpu.toml
   llama-jax train configs/tiny_cpu.toml --train.steps 100 --train.run_dir runs/short
   llama-jax train configs/llama2_7b.toml --data.files 'corpus/*.jsonl' --tokenizer.path tokenizer.model
   llama-jax generate runs/tiny_cpu --prompt "def main("
+  llama-jax train configs/sft_smollm2.toml --show-batch
+
+--show-batch prints the first batch instead of training: what is learned, token by token.
 
 RUN_DIR then holds config.toml, metrics.jsonl (a line every log.every steps), evaluations.jsonl, checkpoints/,
 the tokenizer, tensorboard/, and loss.png at the end.
@@ -43,12 +46,17 @@ def run(argv: Sequence[str]) -> None:
         if importlib.util.find_spec(needed) is None:
             raise UsageError(f"training needs {needed}: pip install 'llama-jax[train]'")
 
-    from train.launch import train
+    from train.launch import first_batch, train
     from train.loop import Diverged
     from train.read_config import load_config
 
+    words = [word for word in argv[1:] if word != "--show-batch"]
+    config = load_config(argv[0], words)
+    if len(words) < len(argv) - 1:
+        first_batch(config)
+        return
     try:
-        stopped = train(load_config(argv[0], argv[1:]))
+        stopped = train(config)
     except Diverged as error:
         print("error:", error, file=sys.stderr)
         sys.exit(3)

@@ -1,4 +1,4 @@
-"""Models made of other models: heads pooled, checkpoints averaged, vocabularies resized."""
+"""Models made of other models: heads pooled, checkpoints averaged, vocabularies resized, adapters merged."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
+from llama_jax import lora
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
+from llama_jax.model import init
 from llama_jax.weights.names import Leaf
 from llama_jax.weights.tensors import Tensors
 from llama_jax.weights.write.cast import cast
@@ -168,3 +171,49 @@ class ResizedVocabulary(_Derived):
             return array[: self.vocab_size]
         mean = cast(array.mean(axis=0, dtype=np.float64), array.dtype)
         return np.concatenate([array, np.broadcast_to(mean, (added, len(mean)))])
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged(_Derived):
+    """A model with an adapter merged into its matrices, in f32: W + scale a b, DoRA's at their magnitudes.
+
+    Attributes:
+      base: the model.
+      settings: what the adapter was made with.
+      adapter: its tree, layers stacked, as `lora.attach` takes it.
+      into: the type of the merged matrices; None: what each was, so that theirs rounds what was learned.
+
+    Raises:
+      ConfigError: if the adapter is for another model.
+    """
+
+    settings: lora.Lora
+    adapter: Any
+    into: np.dtype[Any] | None = None
+
+    def __post_init__(self) -> None:
+        lora.check(jax.eval_shape(lambda: init(self.config, jax.random.key(0))), self.adapter)
+        object.__setattr__(self, "adapter", jax.tree.map(np.asarray, self.adapter))
+
+    def dtype(self, leaf: Leaf, layer: int | None) -> np.dtype[Any]:
+        return self.into if self.into is not None and self._own(leaf) else self.base.dtype(leaf, layer)
+
+    def read(self, leaf: Leaf, layer: int | None) -> np.ndarray:
+        array, own = self.base.read(leaf, layer), self._own(leaf)
+        if own is None:
+            return array
+        a, b = own["a"][layer].T, self.settings.scale * own["b"][layer].T  # [r, I], [O, r]
+        out = np.empty(array.shape, self.dtype(leaf, layer))
+        rows = max(1, _CHUNK // array.shape[1])
+        for start in range(0, len(array), rows):
+            here = slice(start, start + rows)
+            part = array[here].astype(np.float32) + b[here] @ a
+            if "magnitude" in own:
+                norms = np.linalg.norm(part, axis=1)
+                part *= (own["magnitude"][layer][here] / norms)[:, None]
+            out[here] = cast(part, out.dtype)
+        return out
+
+    def _own(self, leaf: Leaf) -> Any:
+        """The adapter's leaves of a matrix, or None."""
+        return self.adapter["layers"].get(leaf.path[1], {}).get(leaf.path[-1]) if leaf.per_layer else None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,9 @@ from llama_jax.sharding import check_mesh, named, param_specs
 from llama_jax.weights.names import STACKED, Entry, entries, is_harmless
 from llama_jax.weights.orbax import OrbaxSource
 from llama_jax.weights.source import Source, brief, quote
+
+if TYPE_CHECKING:
+    from llama_jax.weights.tensors import Tensors
 
 Progress = Callable[[int, int, str], None]
 
@@ -68,6 +72,32 @@ def load_params(
         done += source.tensors[entry.name].nbytes
         if progress is not None:
             progress(done, total, entry.name)
+    return jax.block_until_ready(tree.params)
+
+
+def load_tensors(
+    tensors: Tensors,
+    *,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    stacked: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """`load_params` of a model that no checkpoint holds as it is, such as one with an adapter merged."""
+    config = tensors.config
+    if mesh is not None:
+        check_mesh(config, mesh)
+    tree = _Tree(config, _float_dtype(dtype), mesh, stacked)
+    sizes = {
+        entry: math.prod(entry.leaf.shape(config)) * tensors.dtype(entry.leaf, entry.layer).itemsize
+        for entry in entries(config, "hf")
+    }
+    done = 0
+    for entry, nbytes in sizes.items():
+        tree.put(entry, entry.leaf.from_stored(tensors.read(entry.leaf, entry.layer), config, "hf"))
+        done += nbytes
+        if progress is not None:
+            progress(done, sum(sizes.values()), entry.name)
     return jax.block_until_ready(tree.params)
 
 

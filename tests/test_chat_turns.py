@@ -1,0 +1,195 @@
+"""What the assistant is to learn: exactly its words and end tokens, after exactly the prompts of generate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_jax.chat import ChatTemplate, chat_template, encode_chat, encode_turns
+from llama_jax.errors import InputError, TokenizerError
+from llama_jax.tokenizer import Tokenizer, load_tokenizer
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
+
+
+def jinja(source: str, **tokens: str) -> ChatTemplate:
+    return ChatTemplate(source, "the chat template", tokens)
+
+
+@pytest.fixture(scope="module")
+def llama2(shared_data: Path) -> Tokenizer:
+    return load_tokenizer(shared_data / "llama2" / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def smollm2_vocabulary(smollm2_path: Path) -> Tokenizer:
+    return load_tokenizer(smollm2_path)
+
+
+@pytest.fixture(params=["llama2", "smollm2"])
+def model(request: pytest.FixtureRequest) -> tuple[Tokenizer, ChatTemplate]:
+    name = "llama2" if request.param == "llama2" else "smollm2_vocabulary"
+    tokenizer = request.getfixturevalue(name)
+    return tokenizer, chat_template(tokenizer)
+
+
+def learned(tokenizer: Tokenizer, ids: list[int], mask: list[int]) -> list[str]:
+    """The texts of the runs of learned ids."""
+    runs: list[list[int]] = []
+    for i, (token, learn) in enumerate(zip(ids, mask, strict=True)):
+        if learn and not (i and mask[i - 1]):
+            runs.append([])
+        if learn:
+            runs[-1].append(token)
+    return [tokenizer.decode(run, skip_special_tokens=False) for run in runs]
+
+
+def assert_laws(tokenizer, template, messages):
+    ids, mask = encode_turns(tokenizer, template, messages)
+    assert ids == encode_chat(tokenizer, template, messages, add_generation_prompt=False)
+    assert len(mask) == len(ids)
+    begins = [i for i in range(1, len(mask)) if mask[i] > mask[i - 1]]
+    ends = [i for i in range(1, len(mask) + 1) if mask[i - 1] and not (i < len(mask) and mask[i])]
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    assert len(begins) == len(ends) == len(turns)
+    for begin, end, turn in zip(begins, ends, turns, strict=True):
+        assert ids[:begin] == encode_chat(tokenizer, template, messages[:turn])
+        assert [i for i in range(begin, end) if ids[i] in tokenizer.eos_ids] == [end - 1]
+    return ids, mask
+
+
+DIALOGS = [
+    [user("hi"), assistant("Hello!")],
+    [system("Be brief."), user("  What is the capital of France?\n"), assistant("Paris.\n")],
+    [user("a"), assistant("b"), user("naïve 日本語 🙂\n\n  two  spaces"), assistant("c\0d"), user("e")],
+    [user("Say </s> or <|im_end|>"), assistant("</s>, [INST] <|im_end|>\n<|im_start|>user\nhi"), user("a")],
+    [user("hi"), assistant("x = 1\n\n\n    y = 2\t")],
+    [user("hi"), assistant(""), user("hm"), assistant("3 + 4 = 7")],
+]
+
+
+@pytest.mark.parametrize("dialog", DIALOGS)
+def test_ids_are_encode_chats_and_every_turn_begins_after_its_prompt(model, dialog):
+    assert_laws(*model, dialog)
+
+
+words = st.text(st.sampled_from("ab \n'.,0é日</s>[INST]<|im_end|>"), max_size=20)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(words, min_size=2, max_size=5))
+def test_the_laws_hold_for_any_words(llama2, texts):
+    dialog = [(user, assistant)[i % 2](text) for i, text in enumerate(texts)]
+    assert_laws(llama2, chat_template(llama2), dialog)
+
+
+def test_what_llama2_learns(llama2):
+    dialog = [system("S"), user("hi"), assistant(" Hello! "), user("more"), assistant("Bye")]
+    ids, mask = encode_turns(llama2, chat_template(llama2), dialog)
+    assert learned(llama2, ids, mask) == ["Hello! </s>", "Bye </s>"]
+    assert ids[-1] == llama2.eos_id and mask[-1] == 1
+
+
+def test_what_chatml_learns_is_neither_the_header_nor_the_last_newline(smollm2_vocabulary):
+    tokenizer, template = smollm2_vocabulary, chat_template(smollm2_vocabulary)
+    dialog = [user("hi"), assistant("Hello!"), user("more"), assistant("Bye")]
+    ids, mask = encode_turns(tokenizer, template, dialog)
+    assert learned(tokenizer, ids, mask) == ["Hello!<|im_end|>", "Bye<|im_end|>"]
+    assert tokenizer.decode(ids, skip_special_tokens=False) == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
+        "<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\nBye<|im_end|>\n"
+    )
+    assert mask[-2:] == [1, 0]
+
+
+def test_only_turns_from_the_first_on_and_not_beyond_the_most(smollm2_vocabulary):
+    tokenizer, template = smollm2_vocabulary, chat_template(smollm2_vocabulary)
+    dialog = [user("hi"), assistant("Hello!"), user("more"), assistant("Bye")]
+    ids, mask = encode_turns(tokenizer, template, dialog, first=2)
+    assert learned(tokenizer, ids, mask) == ["Bye<|im_end|>"]
+    again, mask = encode_turns(tokenizer, template, dialog, most=mask.index(1))
+    assert again == ids
+    assert learned(tokenizer, ids, mask) == ["Hello!<|im_end|>"]
+
+
+def test_without_a_turn_nothing_is_learned(smollm2_vocabulary):
+    ids, mask = encode_turns(smollm2_vocabulary, chat_template(smollm2_vocabulary), [user("hi")])
+    assert ids and not any(mask)
+
+
+def test_a_template_that_trims_and_one_that_is_not_built_in(llama2):
+    zephyr = jinja(
+        "{% for m in messages %}"
+        "{{ '<|' + m.role + '|>\n' + m.content | trim + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+        eos_token="</s>",
+    )
+    ids, mask = assert_laws(llama2, zephyr, [user("hi "), assistant(" Yes \n"), user("a"), assistant("No")])
+    assert learned(llama2, ids, mask) == ["Yes</s>", "No</s>"]
+
+
+# What cannot be told apart
+
+
+def refused(tokenizer, template, messages, message, kind=InputError):
+    with pytest.raises(kind, match=message) as raised:
+        encode_turns(tokenizer, template, messages)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_template_that_asks_with_other_text(smollm2_vocabulary):
+    template = jinja(
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: <think>' }}{% endif %}"
+    )
+    dialog = [user("a"), assistant("b")]
+    refused(
+        smollm2_vocabulary, template, dialog, r"asks for an answer with other text .* before messages\[1\]"
+    )
+
+
+@pytest.mark.parametrize("ends", ["", "<|im_end|>"])
+def test_a_template_without_an_end_token(smollm2_vocabulary, ends):
+    """Also where it ends the user's turns: that of the next must not be taken for this one's."""
+    template = jinja(
+        "{% for m in messages %}{{ m.role + ':\n' + m.content }}"
+        f"{{% if m.role == 'user' %}}{ends}{{% endif %}}{{{{ '\n' }}}}{{% endfor %}}"
+        "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+    )
+    dialog = [user("a"), assistant("b"), user("c")]
+    message = r"writes no token that ends messages\[1\].*ends it with <\|endoftext\|> or <\|im_end\|>"
+    refused(smollm2_vocabulary, template, dialog, message)
+
+
+def test_an_answer_that_merges_with_the_prompt(smollm2_vocabulary):
+    tokenizer, template = smollm2_vocabulary, chat_template(smollm2_vocabulary)
+    message = r"messages\[1\]: how the answer begins, '\\n\\n\\nx', makes one token .*; begin it without"
+    refused(tokenizer, template, [user("a"), assistant("\n\n\nx")], message)
+
+
+def test_a_conversation_that_the_assistant_begins(smollm2_vocabulary):
+    dialog = [assistant("a"), user("b")]
+    message = r"messages\[0\] is the assistant's, which answers nothing; begin with the user's"
+    refused(smollm2_vocabulary, chat_template(smollm2_vocabulary), dialog, message)
+
+
+def test_what_encode_chat_refuses(llama2):
+    template = chat_template(llama2)
+    refused(llama2, template, [user("a"), {"role": "tool", "content": "b"}], r"messages\[1\]: role is 'tool'")
+    refused(llama2, template, [user("a"), user("b")], "refuses these messages: after an optional")
+    broken = jinja("{{ messages[0].content | nothing }}")
+    refused(llama2, broken, [user("a"), assistant("b")], "does not render", TokenizerError)

@@ -1,0 +1,425 @@
+"""Adapters in PEFT's format: read as written, merged on the way as in memory, and refused in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import llama_jax as lj
+from llama_jax import lora
+from llama_jax.cli import main
+from llama_jax.convert import FORMATS, convert, save
+from llama_jax.errors import CheckpointError, ConfigError
+from llama_jax.text_model import Model
+from llama_jax.tokenizer import load_tokenizer
+from llama_jax.weights import load_params, open_source
+from llama_jax.weights.peft import load_adapter
+from llama_jax.weights.write.peft import save_adapter
+from tests import tiny
+from tests.random_models import random_model
+
+CONFIG = tiny.CONFIG.replace(tie_word_embeddings=False)
+# Hugging Face's modules, with their inputs and outputs.
+WIDTH, KV, FF = 16, 8, 24
+SIZES = {
+    "self_attn.q_proj": (WIDTH, WIDTH),
+    "self_attn.k_proj": (WIDTH, KV),
+    "self_attn.v_proj": (WIDTH, KV),
+    "self_attn.o_proj": (WIDTH, WIDTH),
+    "mlp.gate_proj": (WIDTH, FF),
+    "mlp.up_proj": (WIDTH, FF),
+    "mlp.down_proj": (FF, WIDTH),
+}
+FIELDS = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6, "bias": "none"}
+KINDS = {
+    "lora": lora.Lora(rank=4, alpha=6),
+    "rslora": lora.Lora(rank=3, alpha=5.5, rslora=True, targets=("wq", "w_down")),
+    "dora": lora.Lora(rank=4, alpha=6, dora=True, targets=("k_proj", "o_proj", "w_gate")),
+}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_model(5, CONFIG)[1]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, params):
+    """The model in a Hugging Face directory."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny.write_model(folder)
+    tokenizer = load_tokenizer(folder / "tok.bin")
+    return save(Model(CONFIG, params, tokenizer, folder), folder / "hf")
+
+
+def trained(settings, params, seed=2):
+    adapter = lora.init(settings, params, jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), adapter)
+
+
+def tensors(modules=SIZES, rank=4, layers=2, seed=0):
+    """What PEFT stores of an adapter, written down from its documentation."""
+    rng = np.random.default_rng(seed)
+    made = {}
+    for layer in range(layers):
+        for module in modules:
+            inputs, outputs = SIZES[module]
+            name = f"base_model.model.model.layers.{layer}.{module}"
+            made[f"{name}.lora_A.weight"] = rng.standard_normal((rank, inputs)).astype(np.float32)
+            made[f"{name}.lora_B.weight"] = rng.standard_normal((outputs, rank)).astype(np.float32)
+    return made
+
+
+def write(folder: Path, stored=None, **fields) -> Path:
+    folder.mkdir(parents=True)
+    stored = tensors() if stored is None else stored
+    save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(FIELDS | fields))
+    return folder
+
+
+def same(a, b):
+    return jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b))
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"), [("lora", None), ("rslora", None), ("dora", None), ("dora", "fsdp=4,tensor=2")]
+)
+def test_written_and_read_is_the_same_to_the_bit(kind, mesh, params, tmp_path):
+    settings, adapter = KINDS[kind], trained(KINDS[kind], params)
+    if mesh is not None:
+        with jax.set_mesh(lj.make_mesh(mesh)):
+            laid = lora.init(
+                settings, lj.shard_params(params, jax.sharding.get_mesh(), CONFIG), jax.random.key(0)
+            )
+            placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), adapter, laid)
+            save_adapter(tmp_path / "out", settings, placed, CONFIG)
+    else:
+        save_adapter(tmp_path / "out", settings, adapter, CONFIG)
+    found, tree = load_adapter(tmp_path / "out")
+    assert same(tree, adapter)
+    assert found.matrices == settings.matrices
+    assert (found.rank, found.scale, found.dora) == (settings.rank, settings.scale, settings.dora)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+def test_what_a_file_holds_is_added_to_the_matrices(dtype, params, tmp_path):
+    """Against W + alpha / r B A in PEFT's own layout, written down here once more."""
+    stored = {name: array.astype(dtype) for name, array in tensors().items()}
+    if (
+        dtype is jnp.bfloat16
+    ):  # through torch's name of it, which safetensors' numpy side takes from ml_dtypes
+        stored = {name: array.astype("bfloat16") for name, array in tensors().items()}
+    settings, adapter = load_adapter(write(tmp_path / "a", stored))
+    merged = lora.merge(lora.attach(settings, params, adapter))["layers"]
+    for part, name, module in (
+        ("attention", "wk", "self_attn.k_proj"),
+        ("feed_forward", "w_down", "mlp.down_proj"),
+    ):
+        inputs, outputs = SIZES[module]
+        for layer in range(2):
+            a, b = (
+                stored[f"base_model.model.model.layers.{layer}.{module}.lora_{which}.weight"].astype(
+                    np.float32
+                )
+                for which in "AB"
+            )
+            weight = np.asarray(params["layers"][part][name][layer]).reshape(inputs, outputs)
+            found = np.asarray(merged[part][name][layer]).reshape(inputs, outputs)
+            np.testing.assert_allclose(found, weight + 6 / 4 * (b @ a).T, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_given_to_load_is_merged(kind, params, base, tmp_path):
+    settings, adapter = KINDS[kind], trained(KINDS[kind], params)
+    save_adapter(tmp_path / "run" / "adapter", settings, adapter, CONFIG)  # as a training run has it
+    expected = lora.merge(lora.attach(settings, params, adapter))
+    for found in (
+        lj.load(base, adapter=tmp_path / "run" / "adapter").params,
+        lj.load(base, adapter=tmp_path / "run", mesh=lj.make_mesh("fsdp=4,tensor=2")).params,
+    ):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), found, expected)
+    unstacked = lj.load(base, adapter=tmp_path / "run", stacked=False)
+    tokens = jnp.arange(12)[None]
+    logits = lj.forward(CONFIG, lora.attach(settings, params, adapter), tokens)
+    np.testing.assert_allclose(lj.forward(CONFIG, unstacked.params, tokens), logits, atol=1e-4)
+
+
+def test_bits_are_of_the_merged_weights(params, base, tmp_path):
+    settings = KINDS["lora"]
+    save_adapter(tmp_path / "a", settings, trained(settings, params), CONFIG)
+    found = lj.load(base, adapter=tmp_path / "a", bits=8).params
+    assert same(found, lj.quantize(lj.load(base, adapter=tmp_path / "a").params, 8))
+
+
+@pytest.mark.parametrize(
+    ("kind", "format"),
+    [*(("dora", format) for format in FORMATS), ("lora", "gguf"), ("rslora", "gguf")],
+)
+def test_converted_with_an_adapter_is_loaded_with_it_to_the_bit(kind, format, params, base, tmp_path):
+    settings = KINDS[kind]
+    save_adapter(tmp_path / "a", settings, trained(settings, params), CONFIG)
+    source = convert(base, tmp_path / "source", format)
+    expected = lj.load(base, adapter=tmp_path / "a").params
+    assert same(lj.load(source, adapter=tmp_path / "a").params, expected)
+    target = convert(base, tmp_path / "out", format, adapter=tmp_path / "a")
+    assert same(load_params(open_source(target)), expected)
+
+
+def test_a_bf16_base_is_merged_in_f32_and_rounded_once(params, base, tmp_path):
+    settings, adapter = KINDS["lora"], trained(KINDS["lora"], params)
+    save_adapter(tmp_path / "a", settings, adapter, CONFIG)
+    source = convert(base, tmp_path / "bf16", dtype="bfloat16")
+    exact = lj.load(source, adapter=tmp_path / "a").params
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact)
+    assert not same(exact, jax.tree.map(lambda x: x.astype(jnp.float32), rounded))
+    assert same(lj.load(source, "bfloat16", adapter=tmp_path / "a").params, rounded)
+    for dtype, expected in (("float32", exact), (None, rounded), ("bfloat16", rounded)):
+        target = convert(source, tmp_path / f"to {dtype}", dtype=dtype, adapter=tmp_path / "a")
+        assert same(load_params(open_source(target), dtype=dtype or "bfloat16"), expected)
+
+
+def test_another_adapter_does_not_go_on_with_what_was_interrupted(params, base, tmp_path):
+    settings = KINDS["lora"]
+    for number in (1, 2):
+        save_adapter(tmp_path / str(number), settings, trained(settings, params, number), CONFIG)
+
+    def stop(done, total, name):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(base, tmp_path / "out", adapter=tmp_path / "1", progress=stop)
+    assert not (tmp_path / "out").exists()
+    convert(base, tmp_path / "out", adapter=tmp_path / "2")
+    expected = lj.load(base, adapter=tmp_path / "2").params
+    assert same(load_params(open_source(tmp_path / "out")), expected)
+
+
+def test_modules_with_ranks_and_alphas_of_their_own(params, tmp_path):
+    """A padded rank and a scaled b count for what the module's own would."""
+    stored = tensors(["self_attn.q_proj", "mlp.up_proj"])
+    stored |= tensors(["mlp.up_proj"], rank=2)
+    patterns = {
+        "rank_pattern": {"mlp.up_proj": 2},
+        "alpha_pattern": {"^model.layers.1.mlp.up_proj": 9, "up_proj": 3},
+    }
+    settings, adapter = load_adapter(write(tmp_path / "a", stored, **patterns))
+    assert settings.rank == 4
+    merged = lora.merge(lora.attach(settings, params, adapter))["layers"]["feed_forward"]["w_up"]
+    for layer, scale in ((0, 3 / 2), (1, 9 / 2)):
+        a, b = (stored[f"base_model.model.model.layers.{layer}.mlp.up_proj.lora_{x}.weight"] for x in "AB")
+        expected = params["layers"]["feed_forward"]["w_up"][layer] + scale * (b @ a).T
+        np.testing.assert_allclose(merged[layer], expected, atol=1e-5)
+
+
+def test_one_is_replaced_only_if_asked_and_only_by_another(params, tmp_path):
+    settings, target = KINDS["lora"], tmp_path / "deep" / "a"
+    for seed in (1, 2):
+        save_adapter(
+            target, settings, trained(settings, params, seed), CONFIG, base_model="tiny", replace=True
+        )
+    assert same(load_adapter(target)[1], trained(settings, params, 2))
+    assert [path.name for path in target.parent.iterdir()] == ["a"]
+    assert json.loads((target / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+    with pytest.raises(CheckpointError, match="is there already; remove it"):
+        save_adapter(target, settings, trained(settings, params), CONFIG)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(CheckpointError, match="is there already"):
+        save_adapter(tmp_path / "mine", settings, trained(settings, params), CONFIG, replace=True)
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_a_write_that_fails_leaves_what_was_there(params, tmp_path, monkeypatch):
+    settings, target = KINDS["lora"], tmp_path / "a"
+    save_adapter(target, settings, trained(settings, params, 1), CONFIG)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        CheckpointError, match=r"a: cannot be written: No space left on device; write elsewhere"
+    ):
+        save_adapter(target, settings, trained(settings, params, 2), CONFIG, replace=True)
+    assert same(load_adapter(target)[1], trained(settings, params, 1))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_both_forms_of_the_magnitudes_name(params, tmp_path):
+    settings, adapter = KINDS["dora"], trained(KINDS["dora"], params)
+    save_adapter(tmp_path / "a", settings, adapter, CONFIG)
+    stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    renamed = {name.replace("_vector", "_vector.weight"): array for name, array in stored.items()}
+    fields = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert same(load_adapter(write(tmp_path / "b", renamed, **fields))[1], adapter)
+
+
+def without(name):
+    return {key: array for key, array in tensors().items() if name not in key}
+
+
+LAYER = "base_model.model.model.layers.0"
+EXTRA = np.zeros((4, 16), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"peft_type": "PREFIX_TUNING"}, "peft_type is 'PREFIX_TUNING'; only LORA adapters can be read"),
+        ({"peft_type": None}, "peft_type is 'None'"),
+        ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'; only CAUSAL_LM"),
+        ({"bias": "all"}, "bias is 'all'; Llama has no biases"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights is 'pissa_niter_4', which changes the base",
+        ),
+        ({"modules_to_save": ["lm_head"]}, "'modules_to_save' is \"['lm_head']\", which llama_jax does not"),
+        ({"layers_to_transform": [0]}, "'layers_to_transform' is '[0]', which"),
+        ({"fan_in_fan_out": True}, "'fan_in_fan_out' is 'True', which"),
+        ({"use_invention": True}, "'use_invention' is 'True', which"),
+        ({"use_dora": "yes"}, "use_dora is 'yes'; it must be true or false"),
+        ({"r": 8}, ".lora_A.weight [4, 16] should be [8, 16]"),
+        ({"r": "4"}, "r is '4'; it must be a whole number"),
+        ({"r": 0}, "r is '0'; it must be a whole number"),
+        ({"lora_alpha": 0}, "lora_alpha is '0'; it must be a finite number above 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is 'nan'"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern has 'x'; it must be a number"),
+        ({"alpha_pattern": {"q_proj": -1}}, "lora_alpha is '-1'"),
+        ({"alpha_pattern": {"(a+)+$": 1}}, "alpha_pattern has '(a+)+$'; only names of modules"),
+        ({"rank_pattern": [1]}, "rank_pattern is '[1]'; it must be an object"),
+        (
+            {"use_dora": True},
+            "missing tensors: base_model.model.model.layers.0.*.down_proj.lora_magnitude_vector",
+        ),
+    ],
+    ids=str,
+)
+def test_descriptions_that_are_refused(fields, message, tmp_path):
+    folder = write(tmp_path / "a", **fields)
+    with pytest.raises(CheckpointError) as error:
+        load_adapter(folder)
+    assert message in str(error.value)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stored", "fields", "message"),
+    [
+        (dict, {}, "missing tensors: it has none at all"),
+        (
+            lambda: without("layers.1.mlp.up_proj.lora_B"),
+            {},
+            "missing tensors: base_model.model.model.layers.1.*.up",
+        ),
+        (
+            lambda: without("layers.0."),
+            {},
+            "missing tensors: base_model.model.model.layers.0.*.down_proj.lora_A",
+        ),
+        (
+            lambda: without("v_proj"),
+            {"target_modules": ["q_proj", "v_proj"]},
+            "layers.0.*.v_proj.lora_A.weight",
+        ),
+        (
+            lambda: tensors() | {f"{LAYER}.mlp.gate.lora_A.weight": EXTRA},
+            {},
+            "unexpected tensors: 'base_model",
+        ),
+        (
+            lambda: tensors() | {"base_model.model.lm_head.lora_A.weight": EXTRA},
+            {},
+            "lm_head.lora_A.weight'; an",
+        ),
+        (
+            lambda: tensors() | {f"{LAYER}.self_attn.q_proj.lora_magnitude_vector": EXTRA[0]},
+            {},
+            "magnitude_vector'",
+        ),
+        (
+            lambda: tensors() | {f"{LAYER}.mlp.q_proj.lora_A.weight": EXTRA},
+            {},
+            "unexpected tensors: 'base_model.model.model.layers.0.mlp.q_proj.lora_A.weight'",
+        ),
+        (
+            lambda: tensors() | {"base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight": EXTRA},
+            {},
+            "layers.1.self_attn.q_proj.lora_B.weight [4, 16] should be [16, 4]",
+        ),
+        (
+            lambda: tensors() | {f"{LAYER}.self_attn.q_proj.lora_A.weight": EXTRA[0]},
+            {},
+            "layers.0.self_attn.q_proj.lora_A.weight [16] should be [4, 0]",
+        ),
+    ],
+)
+def test_tensors_that_are_refused(stored, fields, message, tmp_path):
+    folder = write(tmp_path / "a", stored(), **fields)
+    with pytest.raises(CheckpointError) as error:
+        load_adapter(folder)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_places_without_an_adapter(base, tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"nowhere: is not there; give a directory with adapter_config\.json"
+    ):
+        load_adapter(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"hf: holds no adapter; give a directory"):
+        load_adapter(base)
+    folder = write(tmp_path / "a")
+    with pytest.raises(CheckpointError, match="is a file; give the directory"):
+        load_adapter(folder / "adapter_config.json")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(
+        CheckpointError, match=r"only adapter_model\.bin, a pickle; save it with safe_serialization"
+    ):
+        load_adapter(folder)
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: no such file"):
+        load_adapter(folder)
+
+
+def test_the_commands_take_an_adapter(params, base, tmp_path, capsys):
+    settings = KINDS["lora"]
+    save_adapter(tmp_path / "a", settings, trained(settings, params), CONFIG)
+    ask = ["generate", str(base), "--prompt", "a", "--max-new-tokens", "6"]
+    assert main([*ask, "--adapter", str(tmp_path / "a"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)["tokens"]
+    assert (
+        main(["convert", str(base), str(tmp_path / "out"), "--adapter", str(tmp_path / "a"), "--json"]) == 0
+    )
+    capsys.readouterr()
+    ask[1] = str(tmp_path / "out")
+    assert main([*ask, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == said
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat", "convert", "load"])
+def test_an_adapter_for_another_model_is_named(verb, base, tmp_path, capsys):
+    folder = write(tmp_path / "a", tensors(layers=3))
+    message = (
+        f"{folder}: the adapter is for another model: attention.wk has 3 layers of 16 x 8, the base's 2 of "
+        "16 x 8; give its own base"
+    )
+    words = {"generate": ["--prompt", "a"], "chat": [], "convert": [str(tmp_path / "out")]}
+    if verb == "load":
+        with pytest.raises(ConfigError) as error:
+            lj.load(base, adapter=folder)
+        assert str(error.value) == message
+        return
+    assert main([verb, str(base), *words[verb], "--adapter", str(folder)]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
