@@ -60,7 +60,7 @@ def compile_step(run: Any, topology: Topology) -> tuple[Any, int, float]:
     with on(mesh):
         check_batch(run.train.batch_size // run.train.accumulate)
     start = time.perf_counter()
-    step, state, batch = build_step(run, model, mesh, "tpu")
+    step, state, batch, _ = build_step(run, model, mesh, "tpu")
     try:
         with on(mesh):
             compiled = step.lower(state, batch).compile()

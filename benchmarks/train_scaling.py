@@ -38,7 +38,7 @@ def measure(length: int, layers: int, attention: str) -> dict[str, Any]:
         optimizer=OptimizerConfig(warmup_steps=0),
     )
     model = run.model.build()
-    step, state, abstract = build_step(run, model, None, "cpu")
+    step, state, abstract, _ = build_step(run, model, None, "cpu")
     lowered = step.lower(state, abstract)
     start = time.perf_counter()
     compiled = lowered.compile()

@@ -97,7 +97,7 @@ def llama_jax() -> Callable[[np.ndarray], float]:
         train=TrainConfig(batch_size=BATCH, seq_len=LENGTH, **json.loads(os.environ.get("TRAIN", "{}"))),
         optimizer=OptimizerConfig(learning_rate=1e-4, schedule="constant", warmup_steps=0),
     )
-    compiled, _, _ = build_step(run, CONFIG, None, "cpu")
+    compiled, *_ = build_step(run, CONFIG, None, "cpu")
     optimizer = make_optimizer(run.optimizer, make_schedule(run.optimizer, run.train.steps))
     state = [create_state(CONFIG, optimizer, 0)]
     rows = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (BATCH, LENGTH))

@@ -115,7 +115,8 @@ def test_the_table_has_every_setting_with_its_default():
         elif isinstance(default, (int, float)) and not isinstance(default, bool):
             assert float(said[name]) == default, f"{name} is {default}; the table says {said[name]}"
         else:
-            expected = default if isinstance(default, str) else str(default).lower()
+            expected = ",".join(default) if isinstance(default, tuple) else str(default)
+            expected = expected if isinstance(default, str | tuple) else expected.lower()
             assert said[name] == expected, f"{name} is {default}; the table says {said[name]}"
 
 

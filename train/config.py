@@ -15,6 +15,8 @@ from llama_jax.model import Remat
 from train.checkpoint import CheckpointConfig
 from train.choices import at_least, one_of
 from train.data.config import DataConfig
+from train.data.forms import Objective
+from train.finetune_config import AdapterConfig, PreferenceConfig
 
 Optimizer = Literal["adamw", "muon", "lion", "adafactor"]
 Schedule = Literal["cosine", "wsd", "constant"]
@@ -112,6 +114,8 @@ class TrainConfig:
     """How long, how much at a time, and what is computed how.
 
     Attributes:
+      objective: `pretrain`; `sft` on prompts and answers; on pairs of answers `dpo`, or `reward` for a
+        reward model; `classify` or `regress` by a head on the last token.
       steps: optimizer steps in all, those before a resumption included.
       run_dir: where everything goes; the same directory again resumes the run.
       seed: of the initial weights, the data's order and the sampled text.
@@ -129,6 +133,7 @@ class TrainConfig:
       profile_at, profile_steps: the step at which a profiler trace of so many steps is taken; 0 for none.
     """
 
+    objective: Objective = "pretrain"
     steps: int = 1000
     run_dir: str = "runs/run"
     seed: int = 0
@@ -147,6 +152,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least("train", self, steps=1, batch_size=1, seq_len=2, accumulate=1, loss_chunks=1)
         at_least("train", self, max_bad_steps=1, profile_at=0, profile_steps=1, z_loss=0)
+        one_of("train.objective", self.objective, get_args(Objective))
         one_of("train.dtype", self.dtype, get_args(Dtype))
         one_of("train.attention", self.attention, ("auto", *get_args(Backend)))
         one_of("train.remat", self.remat, get_args(Remat))
@@ -331,8 +337,21 @@ class RunConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
+    preference: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     distributed: DistributedConfig = DistributedConfig()
+
+    def __post_init__(self) -> None:
+        if self.adapter.kind != "none" and not self.model.init_from:
+            raise ConfigError(
+                f'adapter.kind is "{self.adapter.kind}" and model.init_from is not given: an adapter needs '
+                "the weights of a model to sit on"
+            )
+        if self.train.objective == "classify" and not self.data.labels:
+            raise ConfigError(
+                'train.objective is "classify" and data.labels is not given; list the names of the classes'
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -22,44 +23,66 @@ from train.config import EvalConfig, RunConfig
 from train.data import Data
 from train.devices import compute_dtype
 from train.feed import Feed
-from train.objectives import pretraining
+from train.objectives import Batch, make_measure
+from train.state import FULL
+from train.tuning import Frozen, Tuning, cast
 
 
 def make_held_out_loss(
-    run: RunConfig, model: LlamaConfig, platform: str, data: Data, feed: Feed
+    run: RunConfig,
+    model: LlamaConfig,
+    platform: str,
+    data: Data,
+    feed: Feed,
+    tuning: Tuning = FULL,
+    frozen: Frozen = None,
 ) -> Callable[[Any], dict[str, float]]:
-    """Makes the function of the parameters that measures them on the held-out text.
+    """Makes the function of what is trained that measures it on the held-out examples.
 
-    It returns `held_out_loss` (nats a token), `perplexity` and `bits_per_byte`; the empty dict where nothing
-    is held out. The z-loss is left out: these numbers compare with everybody's.
+    It returns `held_out_loss` (nats a token, or the objective's own loss an example or pair) and what else
+    the objective tells, such as `accuracy`; where tokens are predicted, `perplexity` and `bits_per_byte`; the
+    empty dict where nothing is held out. The z-loss is left out: these numbers compare with everybody's.
     """
-    plain = dataclasses.replace(run.train, z_loss=0.0)
-    batch_loss: Callable[..., Loss] = jax.jit(pretraining(model, plain, platform))
+    plain = dataclasses.replace(run, train=dataclasses.replace(run.train, z_loss=0.0))
+    told = make_measure(plain, model, platform)
+
+    @jax.jit
+    def batch_numbers(params: Any, frozen: Frozen, batch: Batch) -> tuple[Loss, dict[str, jax.Array]]:
+        return told(tuning.model(params, frozen), batch, **tuning.extras(frozen))
 
     def measure(params: Any) -> dict[str, float]:
-        total = count = nbytes = 0.0
+        count = nbytes = 0.0
+        totals: collections.Counter[str] = collections.Counter()
         for batch in itertools.islice(data.held_out(), run.eval.batches):
-            loss = batch_loss(params, feed.put(batch))
-            total, count = total + float(loss.total), count + float(loss.count)
+            loss, numbers = batch_numbers(params, frozen, feed.put(batch))
+            totals.update({"held_out_loss": float(loss.total)} | {k: float(v) for k, v in numbers.items()})
+            count += float(loss.count)
             nbytes += batch["bytes"]
         if not count:
             return {}
-        mean = total / count
-        return {
-            "held_out_loss": mean,
-            "perplexity": math.exp(min(mean, 700)),
-            "bits_per_byte": total / math.log(2) / nbytes if nbytes else math.nan,
+        means = {name: total / count for name, total in totals.items()}
+        if run.train.objective not in ("pretrain", "sft"):
+            return means
+        return means | {
+            "perplexity": math.exp(min(means["held_out_loss"], 700)),
+            "bits_per_byte": totals["held_out_loss"] / math.log(2) / nbytes if nbytes else math.nan,
         }
 
     return measure
 
 
 def make_sampler(
-    run: RunConfig, model: LlamaConfig, platform: str, tokenizer: Tokenizer, mesh: Mesh | None
+    run: RunConfig,
+    model: LlamaConfig,
+    platform: str,
+    tokenizer: Tokenizer,
+    mesh: Mesh | None,
+    tuning: Tuning = FULL,
+    frozen: Frozen = None,
 ) -> Callable[[Any, jax.Array], str]:
-    """Makes the function of parameters and key that writes `eval.max_new_tokens` tokens after the prompt.
+    """Makes the function of what is trained and a key that writes `eval.max_new_tokens` tokens.
 
-    Fewer where the model's context is shorter.
+    They follow `eval.prompt`, and are fewer where the model's context is shorter.
 
     Raises:
       ConfigError: if the prompt alone fills it.
@@ -78,13 +101,13 @@ def make_sampler(
     dtype = compute_dtype(run.train, platform)
 
     @jax.jit
-    def cast(params: Any) -> Any:
-        return jax.tree.map(lambda x: x.astype(dtype), params)
+    def weights(params: Any, frozen: Frozen) -> Any:
+        return cast(tuning.model(params, frozen), dtype)
 
     def write(params: Any, key: jax.Array) -> str:
         out = generate(
             model,
-            cast(params),
+            weights(params, frozen),
             tokens,
             jnp.full(rows, len(prompt), jnp.int32),
             key,

@@ -13,7 +13,12 @@ from jax.sharding import Mesh
 from llama_jax.errors import ConfigError
 from llama_jax.sharding import TOKENS_BT, named
 
-NAMES = ("tokens", "segment_ids", "positions")
+
+def batch_arrays(objective: str) -> dict[str, np.dtype]:
+    """The arrays [B, T] of an objective's batches, and their dtypes; see `objectives.Batch`."""
+    whole, number = np.dtype(np.int32), np.dtype(np.float32)
+    arrays = dict.fromkeys(("tokens", "segment_ids", "positions"), whole)
+    return arrays if objective == "pretrain" else {**arrays, "mask": whole, "value": number}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +76,11 @@ class Feed:
         return Feed(shares.index(mine), len(shares), layout, shape, {s: i * size for i, s in enumerate(mine)})
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """The global arrays of a batch of which this process has read its share, int32 [rows, T] each."""
+        """The global arrays of a batch of which this process has read its share, [rows, T] each."""
+        arrays = {name: x for name, x in batch.items() if isinstance(x, np.ndarray)}
         if self._layout is None:
-            return {name: jax.device_put(batch[name]) for name in NAMES}
-        return {name: self._array(batch[name]) for name in NAMES}
+            return {name: jax.device_put(x) for name, x in arrays.items()}
+        return {name: self._array(x) for name, x in arrays.items()}
 
     def _array(self, local: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:

@@ -5,38 +5,45 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from rich.console import Console
 
 from llama_jax import LlamaConfig, pretrained
 from llama_jax.cli import output
 from llama_jax.cli.compiled import keep_compiled_programs
 from llama_jax.errors import ConfigError, DataError, InputError
+from llama_jax.lora import Lora
 from llama_jax.sharding import check_mesh
 from llama_jax.tokenizer import Tokenizer
 from llama_jax.weights import load_params, open_source
+from llama_jax.weights.peft import IN_RUN
+from llama_jax.weights.write.peft import save_adapter
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
-from train.data import Data, open_data
+from train.data import Data, open_data, show_batch
 from train.devices import compute_dtype, join_processes, run_mesh
 from train.evaluate import make_held_out_loss, make_sampler
 from train.feed import Feed
 from train.flops import flops_per_token, peak_flops
 from train.lock import run_lock
 from train.loop import Loop
-from train.objectives import pretraining
+from train.objectives import make_objective
 from train.optimizer import make_optimizer, make_schedule
 from train.plot import plot_losses
 from train.read_config import to_toml
 from train.report import Report
 from train.signals import Interrupts
-from train.state import TrainState, create_state, on
+from train.state import TrainState, begin, on
 from train.step import build_step
+from train.tuning import Frozen, Tuning
 from train.vocabulary import run_tokenizer
 
 CONFIG = "config.toml"
@@ -67,17 +74,11 @@ def train(run: RunConfig) -> int:
             stack.enter_context(run_lock(run_dir, warn=say))
         tokenizer = run_tokenizer(run, run_dir)
         model = _model(run, tokenizer)
+        platform = jax.devices()[0].platform
+        tuning = Tuning.of(run, platform, outputs=len(run.data.labels) or 1)
         if mesh is not None:
             check_mesh(model, mesh)
-        data = open_data(
-            run.data,
-            tokenizer,
-            seq_len=run.train.seq_len,
-            batch_size=run.train.batch_size,
-            seed=run.train.seed,
-            process_index=feed.share,
-            process_count=feed.shares,
-        )
+        data = _open_data(run, tokenizer, feed.share, feed.shares)
         notes = {"data": data.fingerprint, "seed": run.train.seed, "seq_len": run.train.seq_len}
         checkpoints = stack.enter_context(
             Checkpoints(run_dir, run.checkpoint, model=model, run=notes, warn=say)
@@ -85,24 +86,26 @@ def train(run: RunConfig) -> int:
         stack.enter_context(on(mesh))
         batches = data.train()
         stack.callback(batches.close)
-        platform = jax.devices()[0].platform
-        step, abstract, abstract_batch = build_step(run, model, mesh, platform)
+        step, abstract, abstract_batch, abstract_frozen = build_step(run, model, mesh, platform, tuning)
         restored = checkpoints.restore(abstract)
         if restored is None:
-            state, done = _begin(run, model, mesh), 0
+            (state, frozen), done = _begin(run, model, mesh, tuning), 0
         else:
             _check_same(restored.run, notes, run_dir)
             state, done = restored.state, restored.step
+            frozen = None if abstract_frozen is None else _begin(run, model, mesh, tuning)[1]
             batches.restore(restored.data_states)
             say(f"resuming {run_dir} after step {done}")
         if first:
             _write_whole(run_dir / CONFIG, to_toml(run))
         _introduce(run, model, data, mesh, say)
+        if run.adapter.kind != "none":
+            say(_adapter_sizes(run, state.params, frozen))
         if done >= run.train.steps:
             say(f"{run_dir} has had its {done} steps; train.steps makes it go on")
             return 0
         with output.spinner("compiling the step ..."):
-            compiled = step.lower(abstract, abstract_batch).compile()
+            compiled = step.lower(abstract, abstract_batch, abstract_frozen).compile()
         report = Report(
             run_dir,
             run.log,
@@ -114,7 +117,7 @@ def train(run: RunConfig) -> int:
         loop = Loop(
             run=run,
             run_dir=run_dir,
-            step=compiled,
+            step=lambda state, batch: compiled(state, batch, frozen),
             state=state,
             done=done,
             batches=batches,
@@ -122,9 +125,9 @@ def train(run: RunConfig) -> int:
             checkpoints=checkpoints,
             report=stack.enter_context(report),
             interrupts=interrupts,
-            held_out=make_held_out_loss(run, model, platform, data, feed),
-            sample=make_sampler(run, model, platform, tokenizer, mesh),
-            diagnose=_diagnosis(run, model, platform),
+            held_out=make_held_out_loss(run, model, platform, data, feed, tuning, frozen),
+            sample=make_sampler(run, model, platform, tokenizer, mesh, tuning, frozen),
+            diagnose=_diagnosis(run, model, platform, tuning, frozen),
             flops={
                 kind: flops_per_token(model, run.train.seq_len, causal=kind == "causal")
                 for kind in ("causal", "full")
@@ -134,9 +137,52 @@ def train(run: RunConfig) -> int:
         stopped = loop.train()
         if stopped:
             report.say(f"saved after step {loop.done}; the same command goes on from there")
-        elif first:
+            return stopped
+        if tuning.adapter is not None:
+            _save_adapter(run, run_dir, model, tuning.adapter, loop.state.params)
+        if first:
             _finish(run, run_dir, data, loop, report)
         return stopped
+
+
+def first_batch(run: RunConfig) -> None:
+    """Prints the first batch of a run, token by token, and leaves no trace of it.
+
+    Raises:
+      LlamaJaxError: for whatever a user can mend, in one line.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = run_tokenizer(run, Path(folder))
+        data = _open_data(run, tokenizer, 0, 1)
+        with contextlib.closing(data.train()) as batches:
+            show_batch(next(batches), tokenizer, Console(highlight=False))
+    _tell_examples(data, output.note)
+
+
+def _open_data(run: RunConfig, tokenizer: Tokenizer, share: int, shares: int) -> Data:
+    return open_data(
+        run.data,
+        tokenizer,
+        objective=run.train.objective,
+        seq_len=run.train.seq_len,
+        batch_size=run.train.batch_size,
+        seed=run.train.seed,
+        process_index=share,
+        process_count=shares,
+    )
+
+
+def _tell_examples(data: Data, say: Callable[[str], None]) -> None:
+    """Says of finetuning's examples how long they are, and what of them is learned or was left out."""
+    sample = data.describe().get("sample")
+    if not sample or not sample["examples"]:
+        return
+    skipped = ", ".join(f"{count} {reason}" for reason, count in sample["skipped"].items())
+    say(
+        f"of the first {sample['examples']} examples: {sample['tokens'] / sample['examples']:.0f} tokens "
+        f"each, the longest {sample['longest']}; {sample['learned'] / sample['tokens']:.0%} are learned"
+        + (f"; left out: {skipped}" if skipped else "")
+    )
 
 
 def _model(run: RunConfig, tokenizer: Tokenizer) -> LlamaConfig:
@@ -145,14 +191,38 @@ def _model(run: RunConfig, tokenizer: Tokenizer) -> LlamaConfig:
     return open_source(pretrained.resolve(run.model.init_from)).config
 
 
-def _begin(run: RunConfig, model: LlamaConfig, mesh: Mesh | None) -> TrainState:
+def _begin(
+    run: RunConfig, model: LlamaConfig, mesh: Mesh | None, tuning: Tuning
+) -> tuple[TrainState, Frozen]:
     schedule = make_schedule(run.optimizer, run.train.steps)
     params = None
     if run.model.init_from:
         source = open_source(pretrained.resolve(run.model.init_from))
+        # What is frozen is not read in more precision than it is kept in.
+        dtype = jnp.float32 if tuning.adapter is None or tuning.base == "float32" else jnp.bfloat16
         with output.progress_bar("loading weights") as progress:
-            params = load_params(source, dtype=jnp.float32, mesh=mesh, stacked=True, progress=progress)
-    return create_state(model, make_optimizer(run.optimizer, schedule), run.train.seed, params)
+            params = load_params(source, dtype=dtype, mesh=mesh, stacked=True, progress=progress)
+    return begin(model, make_optimizer(run.optimizer, schedule), run.train.seed, params, tuning)
+
+
+def _save_adapter(run: RunConfig, run_dir: Path, model: LlamaConfig, settings: Lora, trained: Any) -> None:
+    """Writes the adapter, of all processes' parts, in PEFT's format."""
+    adapter = {"layers": trained["layers"]}
+    if jax.process_count() > 1:
+        adapter = multihost_utils.process_allgather(adapter, tiled=True)
+    if jax.process_index() == 0:
+        save_adapter(run_dir / IN_RUN, settings, adapter, model, base_model=run.model.init_from, replace=True)
+
+
+def _adapter_sizes(run: RunConfig, trained: Any, frozen: Frozen) -> str:
+    """How much is trained, and what the base takes."""
+    assert frozen is not None
+    count = sum(leaf.size for leaf in jax.tree.leaves(trained))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(frozen["base"]))
+    return (
+        f"{run.adapter.kind} of rank {run.adapter.rank} on {', '.join(run.adapter.lora.matrices)}: "
+        f"{count / 1e6:,.2f}M parameters are trained, over a frozen base of {output.size(size)}"
+    )
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:
@@ -184,6 +254,7 @@ def _introduce(
         f"data: {facts['documents']} documents, {facts['held_out_documents']} of them held out, "
         f"{output.size(facts['bytes'])}"
     )
+    _tell_examples(data, say)
     if 0 < run.optimizer.schedule_steps < run.train.steps and run.optimizer.schedule != "constant":
         say(
             f"the learning rate's schedule ends after step {run.optimizer.schedule_steps} of "
@@ -204,15 +275,26 @@ def _finish(run: RunConfig, run_dir: Path, data: Data, loop: Loop, report: Repor
     if run.log.plot:
         drawn = plot_losses(run_dir, unigram)
         report.say(f"loss plot: {drawn}" if drawn else "loss plot: needs pip install 'llama-jax[plot]'")
-    report.say(f"the model is in {run_dir}; try: llama-jax generate {run_dir} --prompt ...")
+    if run.adapter.kind == "none":
+        report.say(f"the model is in {run_dir}; try: llama-jax generate {run_dir} --prompt ...")
+    else:
+        report.say(
+            f"the adapter is in {run_dir / IN_RUN}; try: llama-jax generate {run.model.init_from} "
+            f"--adapter {run_dir} --prompt ..."
+        )
 
 
-def _diagnosis(run: RunConfig, model: LlamaConfig, platform: str) -> Callable[[Any, Any], dict[str, Any]]:
-    objective = pretraining(model, run.train, platform)
+def _diagnosis(
+    run: RunConfig, model: LlamaConfig, platform: str, tuning: Tuning, frozen: Frozen
+) -> Callable[[Any, Any], dict[str, Any]]:
+    objective = make_objective(run, model, platform)
+
+    def total(params: Any, frozen: Frozen, batch: Any) -> jax.Array:
+        return objective(tuning.model(params, frozen), batch, **tuning.extras(frozen)).total
 
     def diagnose(params: Any, batch: Any) -> dict[str, Any]:
         """Which tensors of the parameters, and of their gradient on this batch, hold what is not finite."""
-        grads = jax.jit(jax.grad(lambda p: objective(p, batch).total))(params)
+        grads = jax.jit(jax.grad(total))(params, frozen, batch)
         report = {}
         for name, tree in (("parameters", params), ("gradients", grads)):
             bad = {

@@ -17,7 +17,7 @@ from llama_jax.errors import LlamaJaxError
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.data import Batches
-from train.feed import NAMES, Feed
+from train.feed import Feed
 from train.report import Report
 from train.signals import Interrupts
 from train.state import TrainState
@@ -165,7 +165,8 @@ class Loop:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "report.json").write_text(json.dumps(report, indent=1))
             if batch is not None:
-                np.savez(folder / "batch.npz", **{name: batch[name] for name in NAMES})  # type: ignore[arg-type]
+                arrays: Any = {name: x for name, x in batch.items() if isinstance(x, np.ndarray)}
+                np.savez(folder / "batch.npz", **arrays)
         return folder
 
     def _record(self) -> None:

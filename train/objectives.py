@@ -1,4 +1,9 @@
-"""What is minimised: from parameters and a batch to a loss."""
+"""What is minimised: from parameters and a batch to a loss.
+
+A batch's rows are packed; an example is a segment, and of a pair the odd segment is the chosen answer and
+the even one after it the rejected. Whatever is about an example or a pair is therefore a number at its last
+token, and the losses are sums over tokens of which those alone count.
+"""
 
 from __future__ import annotations
 
@@ -7,40 +12,206 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from llama_jax import LlamaConfig, next_token_loss
+from llama_jax import LlamaConfig, next_token_loss, sharding, token_logprobs
 from llama_jax.loss import Loss
-from train.config import TrainConfig
+from llama_jax.model import hidden_states
+from train.config import RunConfig, TrainConfig
 from train.devices import attention_backend, compute_dtype
+from train.finetune_config import PreferenceConfig
+from train.preference import dpo_loss, ranking_loss
+from train.segments import last, running_sums
 
-Batch = Mapping[str, jax.Array]  # tokens, segment_ids, positions: int32 [B, T]; segment 0 is padding
-Objective = Callable[[Any, Batch], Loss]
+# int32 [B, T] tokens, segment_ids (0 is padding), positions; in finetuning also mask, 1 where a token's
+# prediction counts, and f32 value, a segment's own number at its last token.
+Batch = Mapping[str, jax.Array]
+Numbers = dict[str, jax.Array]  # f32 [], each a sum over what `Loss.count` counts
+# (parameters, batch, reference=parameters where it is needed) -> the loss, and what else is told of it
+Measure = Callable[..., tuple[Loss, Numbers]]
+Objective = Callable[..., Loss]
+
+
+def make_measure(run: RunConfig, model: LlamaConfig, platform: str) -> Measure:
+    """What a run minimises, with the other numbers that its evaluation tells.
+
+    Args:
+      run: the configuration.
+      model: the model.
+      platform: what it is compiled for, such as `tpu`.
+    """
+    match run.train.objective:
+        case "pretrain" | "sft":
+            plain = pretraining(model, run.train, platform)
+            return lambda params, batch: (plain(params, batch), {})
+        case "dpo":
+            return direct_preference(model, run.train, platform, run.preference)
+        case "reward":
+            return reward(model, run.train, platform)
+        case "classify":
+            return classification(model, run.train, platform)
+        case "regress":
+            return regression(model, run.train, platform)
+
+
+def make_objective(run: RunConfig, model: LlamaConfig, platform: str) -> Objective:
+    """`make_measure`'s loss alone."""
+    measure = make_measure(run, model, platform)
+    return lambda params, batch, **extras: measure(params, batch, **extras)[0]
 
 
 def pretraining(model: LlamaConfig, config: TrainConfig, platform: str) -> Objective:
-    """Next-token prediction on packed documents.
+    """Next-token prediction on packed documents; where a batch has a mask, of the tokens that it marks.
 
     Args:
       model: the model.
       config: the `train` section, which says how to compute.
       platform: what the step is compiled for, such as `tpu`.
     """
-    dtype, attention = compute_dtype(config, platform), attention_backend(config, platform)
+    compute = _compute(config, platform)
 
     def objective(params: Any, batch: Batch) -> Loss:
         return next_token_loss(
             model,
             params,
             batch["tokens"],
-            mask=batch["segment_ids"] > 0,
+            mask=batch["mask"] if "mask" in batch else batch["segment_ids"] > 0,
             positions=batch["positions"],
             segment_ids=batch["segment_ids"],
-            dtype=dtype,
-            attention_backend=attention,
-            remat=config.remat,
-            backward="fast",
             num_chunks=config.loss_chunks,
             z_loss=jnp.float32(config.z_loss),
+            **compute,
         )
 
     return objective
+
+
+def direct_preference(
+    model: LlamaConfig, config: TrainConfig, platform: str, preference: PreferenceConfig
+) -> Measure:
+    """`preference.dpo_loss` over a batch's pairs, its count the pairs; needs `reference`, parameters.
+
+    It tells `accuracy`, the share of pairs whose chosen answer has the larger implicit reward (equal ones
+    count half), and `reward_margin`.
+    """
+    compute = _compute(config, platform)
+
+    def answers(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        logprobs = token_logprobs(
+            model,
+            params,
+            batch["tokens"],
+            batch["positions"],
+            batch["segment_ids"],
+            num_chunks=config.loss_chunks,
+            **compute,
+        )
+        return _of_pairs(logprobs * _rows(batch["mask"]), batch)
+
+    def measure(params: Any, batch: Batch, *, reference: Any) -> tuple[Loss, Numbers]:
+        policy = answers(params, batch)
+        kept = jax.lax.stop_gradient(answers(reference, batch))
+        losses, chosen, rejected = dpo_loss(
+            *policy,
+            *kept,
+            beta=preference.beta,
+            kind=preference.kind,
+            label_smoothing=preference.label_smoothing,
+            lengths=_of_pairs(_rows(batch["mask"]).astype(jnp.float32), batch),
+        )
+        return _over(_pair_ends(batch), losses, **_compared(chosen, rejected))
+
+    return measure
+
+
+def reward(model: LlamaConfig, config: TrainConfig, platform: str) -> Measure:
+    """`preference.ranking_loss` over a batch's pairs, with `value` at the chosen answer's end its margin."""
+    scores = _scores(model, config, platform)
+
+    def measure(params: Any, batch: Batch) -> tuple[Loss, Numbers]:
+        ends = last(_rows(batch["segment_ids"]))
+        chosen, rejected = _of_pairs(jnp.where(ends, scores(params, batch)[..., 0], 0.0), batch)
+        margin, _ = _of_pairs(_rows(batch["value"]), batch)
+        losses = ranking_loss(chosen, rejected, margin)
+        return _over(_pair_ends(batch), losses, **_compared(chosen, rejected))
+
+    return measure
+
+
+def classification(model: LlamaConfig, config: TrainConfig, platform: str) -> Measure:
+    """Cross-entropy of the head's classes at each example's last token, with `value` there its label."""
+    scores = _scores(model, config, platform)
+
+    def measure(params: Any, batch: Batch) -> tuple[Loss, Numbers]:
+        logits = scores(params, batch)
+        labels = _rows(batch["value"]).astype(jnp.int32)
+        picked = jnp.where(jnp.arange(logits.shape[-1]) == labels[..., None], logits, 0.0).sum(-1)
+        losses = jax.nn.logsumexp(logits, axis=-1) - picked
+        right = jnp.argmax(logits, axis=-1) == labels
+        return _over(last(_rows(batch["segment_ids"])), losses, accuracy=right)
+
+    return measure
+
+
+def regression(model: LlamaConfig, config: TrainConfig, platform: str) -> Measure:
+    """Squared error of the head's number at each example's last token, with `value` there the right one."""
+    scores = _scores(model, config, platform)
+
+    def measure(params: Any, batch: Batch) -> tuple[Loss, Numbers]:
+        errors = scores(params, batch)[..., 0] - _rows(batch["value"])
+        return _over(last(_rows(batch["segment_ids"])), errors**2, mean_absolute_error=jnp.abs(errors))
+
+    return measure
+
+
+def _compute(config: TrainConfig, platform: str) -> dict[str, Any]:
+    return {
+        "dtype": compute_dtype(config, platform),
+        "attention_backend": attention_backend(config, platform),
+        "remat": config.remat,
+        "backward": "fast",
+    }
+
+
+def _scores(model: LlamaConfig, config: TrainConfig, platform: str) -> Callable[[Any, Batch], jax.Array]:
+    """The head's numbers at every token, f32 [B, T, C]: those of the last tokens are the examples'."""
+    compute = _compute(config, platform)
+
+    def scores(params: Any, batch: Batch) -> jax.Array:
+        where = (batch["tokens"], batch["positions"], batch["segment_ids"])
+        x = hidden_states(model, params, *where, **compute)
+        x = sharding.constrain(x, P(sharding.BATCH, None, None)).astype(jnp.float32)
+        return jnp.einsum("btd,dc->btc", x, params["score"]["kernel"], precision="highest")
+
+    return scores
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """[B, T] with whole rows on a device: sums run along them."""
+    return sharding.constrain(x, P(sharding.BATCH, None))
+
+
+def _of_pairs(values: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Sums over the chosen and over the rejected answer of each pair, at the pair's last token."""
+    segments = _rows(batch["segment_ids"])
+    pairs, is_chosen = (segments + 1) // 2, segments % 2 == 1
+    return tuple(running_sums(jnp.where(is_chosen == which, values, 0.0), pairs) for which in (True, False))  # type: ignore[return-value]
+
+
+def _compared(chosen: jax.Array, rejected: jax.Array) -> dict[str, jax.Array]:
+    right = (chosen > rejected) + 0.5 * (chosen == rejected)  # equal before the first step
+    return {"accuracy": right, "reward_margin": chosen - rejected}
+
+
+def _pair_ends(batch: Batch) -> jax.Array:
+    return last((_rows(batch["segment_ids"]) + 1) // 2)
+
+
+def _over(where: jax.Array, losses: jax.Array, **numbers: jax.Array) -> tuple[Loss, Numbers]:
+    """Sums over what `where` marks."""
+
+    def total(x: jax.Array) -> jax.Array:
+        return jnp.where(where, x.astype(jnp.float32), 0.0).sum()
+
+    counted = Loss(total=total(losses), count=where.sum().astype(jnp.float32))
+    return counted, {name: total(x) for name, x in numbers.items()}

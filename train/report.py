@@ -19,6 +19,17 @@ METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 WANDB_ID = "wandb_id"
 
 
+# What an evaluation's line shows, in this order, and how.
+_SHOWN = {
+    "held_out_loss": ".4f",
+    "perplexity": ".2f",
+    "bits_per_byte": ".3f",
+    "accuracy": ".1%",
+    "reward_margin": ".3f",
+    "mean_absolute_error": ".4f",
+}
+
+
 class Report:
     """A run's outlets. Only the first process of a run has any; in the others every method does nothing.
 
@@ -98,10 +109,12 @@ class Report:
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Records an evaluation, a sampled text, or both."""
         if "held_out_loss" in record:
-            self.say(
-                f"step {record['step']}  held-out loss {record['held_out_loss']:.4f}  perplexity "
-                f"{record['perplexity']:.2f}  bits per byte {record['bits_per_byte']:.3f}"
-            )
+            others = [
+                f"{name.replace('_', ' ').replace('held out', 'held-out')} {record[name]:{form}}"
+                for name, form in _SHOWN.items()
+                if name in record
+            ]
+            self.say(f"step {record['step']}  {'  '.join(others)}")
         if "text" in record:
             self.say(f"step {record['step']}  sample: {record['text']!r}")
         self._write(EVALUATIONS, record)

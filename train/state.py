@@ -13,6 +13,9 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax import LlamaConfig, init
+from train.tuning import Frozen, Tuning
+
+FULL = Tuning()  # every weight is trained
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -21,7 +24,7 @@ class TrainState:
 
     Attributes:
       step: int32 [], steps taken, skipped ones too.
-      params: f32 parameter tree.
+      params: what is trained, f32: the parameter tree, or an adapter.
       opt_state: optax's, its moments laid out as the parameters are.
       key: the run's random key; each use folds in the step.
       skipped: int32 [], steps that were skipped as not finite.
@@ -37,37 +40,55 @@ class TrainState:
 
 
 def create_state(
-    model: LlamaConfig, optimizer: optax.GradientTransformation, seed: int, params: Any = None
+    model: LlamaConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    params: Any = None,
+    tuning: Tuning = FULL,
 ) -> TrainState:
-    """The state before the first step, made directly into the shards of the current mesh.
+    """The state before the first step; see `begin`."""
+    return begin(model, optimizer, seed, params, tuning)[0]
+
+
+def begin(
+    model: LlamaConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    params: Any = None,
+    tuning: Tuning = FULL,
+) -> tuple[TrainState, Frozen]:
+    """The state before the first step and what is frozen, made directly into the current mesh's shards.
 
     Args:
       model: the model.
       optimizer: whose state to begin.
       seed: of the initial weights.
       params: weights to start from instead, f32, laid out already.
+      tuning: what of them is trained.
     """
     key = jax.random.key(seed)
     params = init(model, key) if params is None else params
-    return TrainState(
+    trainable, frozen = tuning.begin(params, jax.random.fold_in(key, 2))
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=jax.jit(optimizer.init)(params),
+        params=trainable,
+        opt_state=jax.jit(optimizer.init)(trainable),
         key=jax.random.fold_in(key, 1),
         skipped=jnp.zeros((), jnp.int32),
         bad_run=jnp.zeros((), jnp.int32),
     )
+    return state, frozen
 
 
-def abstract_state(
-    model: LlamaConfig, optimizer: optax.GradientTransformation, mesh: Mesh | None
-) -> TrainState:
-    """`create_state`'s shapes, dtypes and layouts over `mesh`, without computing anything.
+def abstract_begin(
+    model: LlamaConfig, optimizer: optax.GradientTransformation, mesh: Mesh | None, tuning: Tuning = FULL
+) -> tuple[TrainState, Frozen]:
+    """`begin`'s shapes, dtypes and layouts over `mesh`, without computing anything.
 
     The mesh may be of devices that are not here.
     """
     with on(mesh):
-        shapes = jax.eval_shape(lambda: create_state(model, optimizer, 0))
+        shapes = jax.eval_shape(lambda: begin(model, optimizer, 0, tuning=tuning))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_layout(x, mesh)), shapes)
 
 

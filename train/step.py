@@ -16,9 +16,11 @@ from llama_jax.errors import ConfigError
 from llama_jax.loss import Loss
 from llama_jax.sharding import TOKENS_BT, explicit_axes
 from train.config import RunConfig
-from train.objectives import Batch, Objective, pretraining
+from train.feed import batch_arrays
+from train.objectives import Batch, Objective, make_objective
 from train.optimizer import make_optimizer, make_schedule
-from train.state import TrainState, abstract_state, on
+from train.state import FULL, TrainState, abstract_begin, on
+from train.tuning import Frozen, Tuning
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -42,7 +44,8 @@ class StepMetrics:
     bad_run: jax.Array
 
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+# (state, batch, what is frozen beside it) -> (state, metrics)
+Step = Callable[..., tuple[TrainState, StepMetrics]]
 
 
 def make_step(
@@ -53,6 +56,7 @@ def make_step(
     accumulate: int = 1,
     clip_norm: float = 1.0,
     automatic: bool = False,
+    tuning: Tuning = FULL,
 ) -> Step:
     """Makes the (not yet jitted) step.
 
@@ -66,22 +70,23 @@ def make_step(
         the same wherever padding falls.
       clip_norm: global norm to clip to; 0 is off.
       automatic: leave the layout of the optimizer's own products to the compiler (Muon, Adafactor).
+      tuning: what of the model the state's parameters are.
     """
 
-    def gradient(params: Any, batch: Batch) -> tuple[Loss, Any]:
+    def gradient(params: Any, batch: Batch, frozen: Frozen) -> tuple[Loss, Any]:
         def total(params: Any) -> tuple[jax.Array, Loss]:
-            loss = objective(params, batch)
+            loss = objective(tuning.model(params, frozen), batch, **tuning.extras(frozen))
             return loss.total, loss
 
         (_, loss), grads = jax.value_and_grad(total, has_aux=True)(params)
         return loss, grads
 
-    def accumulated(params: Any, batch: Batch) -> tuple[Loss, Any]:
+    def accumulated(params: Any, batch: Batch, frozen: Frozen) -> tuple[Loss, Any]:
         if accumulate == 1:
-            return gradient(params, batch)
+            return gradient(params, batch, frozen)
 
         def one(sums: Any, microbatch: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, gradient(params, microbatch)), None
+            return jax.tree.map(jnp.add, sums, gradient(params, microbatch, frozen)), None
 
         zero = jnp.zeros((), jnp.float32)
         start = (Loss(total=zero, count=zero), jax.tree.map(jnp.zeros_like, params))
@@ -91,8 +96,8 @@ def make_step(
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        loss, grads = accumulated(state.params, batch)
+    def step(state: TrainState, batch: Batch, frozen: Frozen = None) -> tuple[TrainState, StepMetrics]:
+        loss, grads = accumulated(state.params, batch, frozen)
         count = jnp.maximum(loss.count, 1.0)
         norm = optax.tree.norm(grads) / count
         scale = 1 / count
@@ -136,16 +141,16 @@ def _in_automatic_mode(apply: Callable[..., Any], state: TrainState) -> Callable
 
 
 def build_step(
-    run: RunConfig, model: LlamaConfig, mesh: Mesh | None, platform: str
-) -> tuple[Any, TrainState, dict[str, jax.ShapeDtypeStruct]]:
-    """The jitted step of a run, and the abstract state and batch it takes.
+    run: RunConfig, model: LlamaConfig, mesh: Mesh | None, platform: str, tuning: Tuning | None = None
+) -> tuple[Any, TrainState, dict[str, jax.ShapeDtypeStruct], Frozen]:
+    """The jitted step of a run, and the abstract state, batch and frozen weights it takes.
 
     Everything is abstract: the mesh may be of devices that are not here, as when the step is compiled for
     a pod on another machine. Lower and call it within `state.on(mesh)`.
 
     Returns:
-      The step (state, batch) -> (state, metrics), which donates the state; the state's shapes, dtypes and
-      layouts; the global batch's.
+      The step (state, batch, frozen) -> (state, metrics), which donates the state; the state's shapes, dtypes
+      and layouts; the global batch's; those of what is frozen, None where everything is trained.
 
     Raises:
       ConfigError: if the mesh does not divide a microbatch.
@@ -160,19 +165,24 @@ def build_step(
         )
     schedule = make_schedule(run.optimizer, run.train.steps)
     optimizer = make_optimizer(run.optimizer, schedule)
+    tuning = Tuning.of(run, platform) if tuning is None else tuning
     step = make_step(
-        pretraining(model, run.train, platform),
+        make_objective(run, model, platform),
         optimizer,
         schedule,
         accumulate=run.train.accumulate,
         clip_norm=run.optimizer.clip_norm,
         automatic=run.optimizer.name in ("muon", "adafactor"),
+        tuning=tuning,
     )
     shape = (run.train.batch_size, run.train.seq_len)
     layout = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, TOKENS_BT)
-    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout)
-    batch = {"tokens": rows, "segment_ids": rows, "positions": rows}
-    return jax.jit(step, donate_argnums=0), abstract_state(model, optimizer, mesh), batch
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
+        for name, dtype in batch_arrays(run.train.objective).items()
+    }
+    state, frozen = abstract_begin(model, optimizer, mesh, tuning)
+    return jax.jit(step, donate_argnums=0), state, batch, frozen
 
 
 __all__ = ["Step", "StepMetrics", "build_step", "make_step", "on"]

@@ -73,7 +73,7 @@ def batches() -> list[tuple[np.ndarray, np.ndarray]]:
 def our_curve(optimizer: OptimizerConfig = OPTIMIZER, **changes: Any) -> dict[str, np.ndarray]:
     """`loss` and `grad_norm` [steps] of the trainer's own step; `changes` are of the train section."""
     run = RunConfig(train=dataclasses.replace(TRAIN, **changes), optimizer=optimizer)
-    step, abstract, abstract_batch = build_step(run, MODEL, None, "cpu")
+    step, abstract, abstract_batch, _ = build_step(run, MODEL, None, "cpu")
     compiled = step.lower(abstract, abstract_batch).compile()
     rule = make_optimizer(run.optimizer, make_schedule(run.optimizer, run.train.steps))
     state = create_state(MODEL, rule, 0, jax.tree.map(jnp.asarray, params()))

@@ -93,7 +93,7 @@ def test_every_key_is_shown():
         ("[trian]\nsteps = 3", "run.toml: unknown section [trian]; did you mean train?"),
         (
             "[zzz]",
-            "run.toml: unknown section [zzz]; there are model, tokenizer, data, train, optimizer, mesh,",
+            "run.toml: unknown section [zzz]; there are model, tokenizer, data, train, optimizer, adapter,",
         ),
         ("train = 3", "run.toml: train is 3; it must be a section, [train]"),
         ("[train]\nstep = 3", "run.toml: unknown key train.step; did you mean steps?"),

@@ -74,7 +74,7 @@ def begin(run: RunConfig = RUN) -> TrainState:
 def compiled(run: RunConfig, spec: str | None) -> Any:
     mesh = spec and make_mesh(spec)
     with on(mesh):
-        step, state, batch = build_step(run, MODEL, mesh, "cpu")
+        step, state, batch, _ = build_step(run, MODEL, mesh, "cpu")
         return step.lower(state, batch).compile()
 
 
@@ -295,7 +295,7 @@ def test_no_logits_of_a_whole_batch_exist():
         MODEL.replace(vocab_size=16_000),
         changed(train={"batch_size": 4, "seq_len": 64, "loss_chunks": 8}),
     )
-    step, state, batch = build_step(run, model, None, "cpu")
+    step, state, batch, _ = build_step(run, model, None, "cpu")
     program = step.lower(state, batch).compile()
     logits = 4 * 64 * 16_000 * 4
     beside = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))  # the gradients

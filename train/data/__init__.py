@@ -3,14 +3,29 @@
     data = open_data(config, tokenizer, seq_len=1024, batch_size=64, seed=0)
     batches = data.train()
     batch = next(batches)        # tokens, segment_ids, positions: int32 [rows of this process, seq_len]
+                                 # and, of finetuning's objectives, mask: int32, value: f32
     saved = batches.state()      # of the batches handed out, for the checkpoint
 
 files.py finds files; lines.py and tables.py read their records; source.py makes documents of token ids of
-them; lanes.py orders and packs those; batches.py makes batches ahead of the step.
+them; lanes.py orders and packs those; batches.py makes batches ahead of the step. For finetuning, forms.py
+reads records into examples, examples.py encodes them, packing.py makes rows of whole ones, and show.py
+prints them. opening.py, parts.py and dataset.py put it all together.
 """
 
 from train.data.batches import Batches
 from train.data.config import DataConfig, SourceConfig
-from train.data.dataset import Data, open_data, train_texts
+from train.data.dataset import Data
+from train.data.forms import Objective
+from train.data.opening import open_data, train_texts
+from train.data.show import show_batch
 
-__all__ = ["Batches", "Data", "DataConfig", "SourceConfig", "open_data", "train_texts"]
+__all__ = [
+    "Batches",
+    "Data",
+    "DataConfig",
+    "Objective",
+    "SourceConfig",
+    "open_data",
+    "show_batch",
+    "train_texts",
+]

@@ -40,6 +40,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("out", metavar="OUT_DIR", help="a folder that does not exist yet")
     args = parser.parse(argv[:2])
     config = load_config(args.config, argv[2:])
+    if config.train.objective != "pretrain":
+        raise ConfigError(
+            f'train.objective is "{config.train.objective}", whose examples are tokenized as it trains; only '
+            "the text of pretraining is tokenized beforehand"
+        )
     if not config.tokenizer.path:
         raise ConfigError(
             "tokenizer.path is not set; make a vocabulary with `llama-jax tokenizer train`, and give its "

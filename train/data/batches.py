@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import multiprocessing
 import os
@@ -69,6 +70,8 @@ class Batches(Iterator[Batch]):
     def __next__(self) -> Batch:
         """Returns int32 [rows, seq_len] `tokens`, `segment_ids` (0 is padding) and `positions`.
 
+        For every objective but pretraining also int32 `mask` and f32 `value`, as packing.py says.
+
         Raises:
           DataError: if a record or file cannot be read.
         """
@@ -127,7 +130,8 @@ class Batches(Iterator[Batch]):
 
 
 def _stop(ahead: list[grain.DatasetIterator]) -> None:
-    ahead.pop().close()
+    with contextlib.suppress(RuntimeError):  # in its own thread, where the last reference may go: it ends
+        ahead.pop().close()
 
 
 def _interleave(parts: Any) -> dict[str, Any]:
@@ -135,7 +139,7 @@ def _interleave(parts: Any) -> dict[str, Any]:
     states: dict[str, State] = {}
     for part in parts:
         states.update(json.loads(part["state"]))
-    names = ("tokens", "segment_ids", "positions")
+    names = [name for name in parts[0] if name != "state"]
     stacked = {name: np.stack([part[name] for part in parts], axis=1) for name in names}
     merged: dict[str, Any] = {name: x.reshape(-1, x.shape[-1]) for name, x in stacked.items()}
     return {**merged, "state": json.dumps(dict(sorted(states.items(), key=lambda item: int(item[0]))))}

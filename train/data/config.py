@@ -11,6 +11,7 @@ from train.choices import one_of
 
 Format = Literal["auto", "text", "jsonl", "parquet", "arrayrecord", "tokens"]
 BadRecords = Literal["fail", "skip"]
+TooLong = Literal["drop", "truncate", "fail"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,13 @@ class DataConfig:
       bad_records: whether a record that cannot be read stops the run or is skipped and counted.
       shuffle: whether documents come in an order of (seed, epoch) rather than as they lie.
       workers: processes that read and tokenize; 0 is a thread of this one. The batches are the same.
+      held_out_files: a glob of files that are the held-out set, in place of a share of the others; of the
+        format and field of the first source.
+      template: how finetuning puts conversations: `llama-2`, `chatml`, or a file in Jinja; empty takes the
+        one that came with the model.
+      too_long: what finetuning does with an example longer than a row: dropped and counted, truncated as
+        examples.py says, or the run stops.
+      labels: a classifier's classes, which its records give by name or by number, from 0.
 
     Raises:
       ConfigError: for a value that cannot work, naming field and value.
@@ -76,6 +84,10 @@ class DataConfig:
     bad_records: BadRecords = "fail"
     shuffle: bool = True
     workers: int = 0
+    held_out_files: str = ""
+    template: str = ""
+    too_long: TooLong = "drop"
+    labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exclude", _patterns(self.exclude))
@@ -89,8 +101,18 @@ class DataConfig:
             raise ConfigError(f"data.shuffle is {self.shuffle!r}; it must be true or false")
         if isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 0:
             raise ConfigError(f"data.workers is {self.workers!r}; it must be a whole number, at least 0")
+        for name in ("held_out_files", "template"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"data.{name} is {getattr(self, name)!r}; it must be a string")
+        one_of("data.too_long", self.too_long, get_args(TooLong))
+        object.__setattr__(self, "labels", _names(self.labels))
         if self.files:
             _ = self.sources
+
+    @property
+    def share(self) -> float:
+        """The share of the sources' own documents that is held out."""
+        return 0.0 if self.held_out_files else self.held_out
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
@@ -107,6 +129,13 @@ def _patterns(value: Any) -> tuple[str, ...]:
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
         raise ConfigError(f"data.exclude is {value!r}; give a list of patterns such as '*/tests/*'")
     return tuple(patterns)
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    whole = isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
+    if not whole or len(set(value)) != len(value) or len(value) == 1:
+        raise ConfigError(f"data.labels is {value!r}; give a list of the names of two classes or more")
+    return tuple(value)
 
 
 def _is_number(value: Any) -> bool:

@@ -1,8 +1,8 @@
-"""A run's data as a whole: its sources opened, split, mixed, and checked."""
+"""A run's data as a whole: what is trained on, mixed, and what is held out."""
 
 from __future__ import annotations
 
-import dataclasses
+import collections
 import hashlib
 import itertools
 import json
@@ -11,28 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.errors import ConfigError, DataError
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.errors import DataError
 from train.data import evaluation
 from train.data.batches import Batches
-from train.data.config import DataConfig, SourceConfig
+from train.data.config import DataConfig
 from train.data.encode import Encoder
-from train.data.lanes import LaneBatches, LaneDocuments, Mixture, State, TrainDocuments, endless, refusal
-from train.data.records import BadRecord, held_out, keys
-from train.data.source import Document, Source, open_records, open_source
+from train.data.examples import Examples, ExampleSource, Unit
+from train.data.forms import Objective
+from train.data.lanes import LaneBatches, LaneDocuments, Mixture, State, TrainDocuments, endless
+from train.data.packing import packed_rows
+from train.data.parts import Part, empty
+from train.data.records import BadRecord, refusal
+from train.data.source import Document
 
+_SAMPLE = 200  # examples that `describe` looks at
 _SPARE_TURNS = 1000  # unusable records in a row, beyond as many as there are, before a lane gives up
-
-
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """One source, split."""
-
-    config: SourceConfig
-    source: Source
-    train: np.ndarray
-    held_out: np.ndarray
-    blocks: np.ndarray | None
 
 
 class Data:
@@ -42,20 +35,27 @@ class Data:
       fingerprint: a hash of everything but the seed, the batch size and the sequence length that decides
         the batches: text, file names, vocabulary, weights, split. Text formats are hashed whole; Parquet and
         ArrayRecord files by their sizes and samples.
+      held_out_skipped: examples that the last pass of `held_out` left out, by reason.
     """
 
     def __init__(
         self,
         config: DataConfig,
-        parts: list[_Part],
+        parts: list[Part],
+        apart: list[Part],
         encode: Encoder,
         *,
+        objective: Objective,
         seq_len: int,
         batch_size: int,
         seed: int,
         mine: range,
     ):
+        """Checks that there is enough; `apart` are parts of which all is held out. See `open_data`."""
         self._config = config
+        self._objective = objective
+        self._apart = apart
+        self.held_out_skipped: collections.Counter[str] = collections.Counter()
         self._parts = parts
         self._encode = encode
         self._seq_len = seq_len
@@ -63,7 +63,8 @@ class Data:
         self._seed = seed
         self._mine = mine
         said = [[part.source.fingerprint, float(part.config.weight)] for part in parts]
-        decides = json.dumps([encode.fingerprint, float(config.held_out), config.shuffle, said])
+        parts_of_it: list[Any] = [encode.fingerprint, float(config.share), config.shuffle, said]
+        decides = json.dumps(parts_of_it if objective == "pretrain" else [*parts_of_it, objective])
         self.fingerprint = hashlib.blake2b(decides.encode(), digest_size=16).hexdigest()
         self._check_enough()
 
@@ -72,7 +73,8 @@ class Data:
         mixture = self._mixture(self._seed)
 
         def make(lanes: range, states: Mapping[str, State] | None) -> LaneBatches:
-            return LaneBatches(mixture, lanes, self._batch_size, self._seq_len, states)
+            whole = self._objective != "pretrain"
+            return LaneBatches(mixture, lanes, self._batch_size, self._seq_len, states, whole=whole)
 
         return Batches(self._mine, self._batch_size, self._config.workers, make)
 
@@ -80,21 +82,33 @@ class Data:
         """Yields this process's rows of the held-out batches: the same ones every time.
 
         Every token of the held-out documents but each one's first is predicted exactly once, if a model
-        predicts a row's tokens from those before them in their segment.
+        predicts a row's tokens from those before them in their segment. For finetuning it is each held-out
+        example, whole, once.
 
         Yields:
-          int32 [rows, seq_len] `tokens`, `segment_ids` (0 is padding) and `positions`; and `bytes`, a
-          whole number: how much text the predictions of the GLOBAL batch spell, for bits per byte.
+          The arrays of a training batch; and `bytes`, a whole number: how much text the predictions of the
+          GLOBAL batch spell, for bits per byte. Of examples it is the text that is learned.
         """
-        rows = evaluation.pack(self._held_out_documents(), self._seq_len)
-        return evaluation.batches(rows, self._batch_size, self._seq_len, self._mine)
+        if self._objective == "pretrain":
+            rows = evaluation.pack(self._held_out_documents(), self._seq_len)
+        else:
+            rows = packed_rows(map(self._with_bytes, self._held_out_examples()), self._seq_len)
+        return evaluation.batches(rows, self._batch_size, self._mine)
+
+    def _with_bytes(self, unit: Unit) -> tuple[Unit, int]:
+        learned = (segment.ids[segment.mask > 0] for segment in unit.segments)
+        return unit, sum(len(self._encode.tokenizer.decode(ids).encode()) for ids in learned)
 
     def unigram_loss(self, most: int = 1_000_000) -> float:
         """Nats a token on the held-out tokens of a unigram model with add-one smoothing.
 
+        NaN where nothing is held out, and for finetuning, of which it says nothing.
+
         Args:
           most: how many training tokens it counts, from the head of one shuffled epoch.
         """
+        if self._objective != "pretrain":
+            return float("nan")
         mixture = self._mixture(0)
         drawn = itertools.islice(LaneDocuments(mixture, 0, 1), sum(len(part.train) for part in self._parts))
         train = (document["tokens"] for document in drawn)
@@ -102,7 +116,14 @@ class Data:
         return evaluation.unigram_loss(train, test, self._encode.vocab_size, most)
 
     def describe(self) -> dict[str, Any]:
-        """Returns counts of documents and bytes, in all and by source; JSON-able."""
+        """Returns counts of documents and bytes, in all and by source; JSON-able.
+
+        For finetuning also `sample`, of the first examples of the sources: how many `examples` and `tokens`
+        of theirs are used, how many tokens are `learned`, the `longest`, and the `skipped`, by reason.
+
+        Raises:
+          DataError: if one of those cannot be used, and bad records are not to be skipped.
+        """
         sources: list[dict[str, Any]] = [
             {
                 "files": part.config.files,
@@ -111,19 +132,48 @@ class Data:
                 "bytes": part.source.nbytes,
                 "weight": part.config.weight,
             }
-            for part in self._parts
+            for part in [*self._parts, *self._apart]
         ]
         totals = {
             name: sum(source[name] for source in sources)
             for name in ("documents", "held_out_documents", "bytes")
         }
-        return {**totals, "sources": sources}
+        sample = {} if self._objective == "pretrain" else {"sample": self._sample()}
+        return {**totals, "sources": sources, **sample}
+
+    def _sample(self) -> dict[str, Any]:
+        skipped: collections.Counter[str] = collections.Counter()
+        lengths, learned = [], 0
+        for part in self._parts:
+            for item in itertools.islice(self._usable(part, part.train), _SAMPLE // len(self._parts) + 1):
+                if isinstance(item, Unit):
+                    lengths.append(len(item))
+                    learned += sum(int(segment.mask.sum()) for segment in item.segments)
+                else:
+                    skipped[str(item)] += 1
+        return {
+            "examples": len(lengths),
+            "tokens": sum(lengths),
+            "learned": learned,
+            "longest": max(lengths, default=0),
+            "skipped": dict(skipped),
+        }
+
+    def _usable(self, part: Part, index: np.ndarray) -> Iterator[np.ndarray | Unit | str]:
+        """Yields some of a source's documents or examples, or the reasons why there are none."""
+        documents = self._documents(part, index)
+        return map(documents.__getitem__, range(len(documents)))
+
+    def _documents(self, part: Part, index: np.ndarray) -> TrainDocuments | Examples:
+        skip = self._config.bad_records == "skip"
+        if isinstance(part.source, ExampleSource):
+            return Examples(part.source, index, skip, self._config.too_long)
+        return TrainDocuments(part.source, index, skip)
 
     def _mixture(self, seed: int) -> Mixture:
-        skip = self._config.bad_records == "skip"
         orders = [
             endless(
-                TrainDocuments(part.source, part.train, skip),
+                self._documents(part, part.train),
                 part.blocks,
                 f"{seed}/{i}" if self._config.shuffle else None,
             )
@@ -133,118 +183,47 @@ class Data:
         return Mixture(orders, [part.config.weight for part in self._parts], patience)
 
     def _held_out_documents(self) -> Iterator[Document]:
-        for part in self._parts:
+        for part in [*self._parts, *self._apart]:
+            if isinstance(part.source, ExampleSource):
+                continue
             for index in part.held_out.tolist():
                 try:
                     yield part.source.document(index)
                 except BadRecord as bad:
                     if self._config.bad_records == "fail":
-                        raise DataError(refusal(bad)) from None
+                        raise DataError(refusal(bad.message)) from None
+
+    def _held_out_examples(self) -> Iterator[Unit]:
+        self.held_out_skipped.clear()
+        for part in [*self._parts, *self._apart]:
+            for item in self._usable(part, part.held_out):
+                if isinstance(item, Unit):
+                    yield item
+                else:
+                    self.held_out_skipped[str(item)] += 1
 
     def _check_enough(self) -> None:
-        """Raises DataError unless each source has text, and all of them fill one sequence."""
+        """Raises DataError unless each source has text, and all of them fill one sequence.
+
+        For finetuning one example of each is enough: rows are padded.
+        """
         total = 0
         for part in self._parts:
             found = 0
-            documents = TrainDocuments(part.source, part.train, self._config.bad_records == "skip")
-            for ids in map(documents.__getitem__, range(len(documents))):
-                found += 0 if isinstance(ids, str) else len(ids)
-                if total + found >= self._seq_len:
+            skipped: collections.Counter[str] = collections.Counter()
+            for item in self._usable(part, part.train):
+                if isinstance(item, str):
+                    skipped[item] += 1
+                    continue
+                found += len(item)
+                if total + found >= self._seq_len or (found and self._objective != "pretrain"):
                     break
             if not found:
-                raise DataError(_empty(part, self._config))
+                raise DataError(empty(part, self._config, skipped))
             total += found
-        if total < self._seq_len:
+        if total < self._seq_len and self._objective == "pretrain":
             count = sum(len(part.train) for part in self._parts)
             raise DataError(
                 f"the data holds {total} tokens to train on ({count} documents), and one sequence takes "
                 f"{self._seq_len}; add text, or set train.seq_len to at most {total}"
             )
-
-
-def open_data(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    *,
-    seq_len: int,
-    batch_size: int,
-    seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Data:
-    """Opens a run's data: finds and indexes the files, and splits them. Globs begin in the current directory.
-
-    The global batches are a function of the data, the tokenizer, `seed`, `batch_size`, `seq_len` and the
-    step; not of the processes or workers that make them.
-
-    Args:
-      config: what to read.
-      tokenizer: of the model.
-      seq_len: T, tokens a row.
-      batch_size: B, rows of a global batch.
-      seed: of the order of documents.
-      process_index, process_count: which contiguous share of the rows is this process's.
-
-    Raises:
-      ConfigError: for sizes that cannot work.
-      DataError: if there is no data, too little, or it cannot be read.
-    """
-    for name, value, least in (("batch_size", batch_size, 1), ("seq_len", seq_len, 2)):
-        if value < least:
-            raise ConfigError(f"train.{name} is {value}; it must be at least {least}")
-    if batch_size % process_count:
-        raise ConfigError(
-            f"train.batch_size is {batch_size}, which {process_count} processes cannot share equally; "
-            "make it a multiple of that"
-        )
-    encode = Encoder(tokenizer)
-    rows = batch_size // process_count
-    parts = [_split(source, config, open_source(source, encode)) for source in config.sources]
-    return Data(
-        config,
-        parts,
-        encode,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        seed=seed,
-        mine=range(process_index * rows, (process_index + 1) * rows),
-    )
-
-
-def train_texts(config: DataConfig) -> Iterator[str]:
-    """Yields the documents that are trained on, in the order they lie: what a tokenizer may learn from.
-
-    Raises:
-      DataError: if there is none, or one cannot be read.
-    """
-    for source in config.sources:
-        records = open_records(source)
-        held = held_out(keys([file.name for file in records.files], records.counts), config.held_out)
-        for index in np.flatnonzero(~held).tolist():
-            try:
-                yield records.text(index)
-            except BadRecord as bad:
-                if config.bad_records == "fail":
-                    raise DataError(refusal(bad)) from None
-
-
-def _split(config: SourceConfig, data: DataConfig, source: Source) -> _Part:
-    held = held_out(source.key, data.held_out)
-    blocks = source.blocks
-    if blocks is not None:  # as many of each block as are trained on
-        block_of = np.repeat(np.arange(len(blocks)), blocks)
-        blocks = np.bincount(block_of[~held], minlength=len(blocks))
-    part = _Part(config, source, np.flatnonzero(~held), np.flatnonzero(held), blocks)
-    if not len(part.train):
-        raise DataError(_empty(part, data))
-    return part
-
-
-def _empty(part: _Part, config: DataConfig) -> str:
-    records = len(part.source.key)
-    if not records:
-        return f"the files that {part.config.files!r} matches hold no text; give files that do"
-    why = ""
-    if config.bad_records == "skip":
-        why = '; data.bad_records is "skip": set it to "fail" to see what is wrong with the first'
-    return f"none of the {records} records of {part.config.files!r} holds usable text{why}"

@@ -35,6 +35,11 @@ class Encoder:
         ids = self._tokenizer.encode(text, add_bos=False)
         return np.array([*self._first, *ids, *self._last], np.int32)
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What it encodes with."""
+        return self._tokenizer
+
     def _probe(self) -> list[int]:
         spelled = "".join(list(self._tokenizer.special_tokens)[:64])
         return self._tokenizer.encode(_PROBE + spelled, add_bos=False)

@@ -40,21 +40,19 @@ def pack(documents: Iterable[Document], seq_len: int) -> Iterator[dict[str, Any]
         yield row
 
 
-def batches(
-    rows: Iterable[dict[str, Any]], batch_size: int, seq_len: int, mine: range
-) -> Iterator[dict[str, Any]]:
+def batches(rows: Iterable[dict[str, Any]], batch_size: int, mine: range) -> Iterator[dict[str, Any]]:
     """Groups rows into global batches, the last filled up with padding, and keeps the rows in `mine`.
 
     Yields:
-      `tokens`, `segment_ids`, `positions`, int32 [len(mine), seq_len], and `bytes` of the global batch.
+      The rows' arrays, [len(mine), seq_len] each, and `bytes` of the global batch.
     """
     group: list[dict[str, Any]] = []
 
     def batch() -> dict[str, Any]:
-        full = [*group, *(_row(seq_len) for _ in range(batch_size - len(group)))]
-        arrays = {
-            name: np.stack([full[i][name] for i in mine]) for name in ("tokens", "segment_ids", "positions")
-        }
+        names = [name for name in group[0] if name != "bytes"]
+        empty = {name: np.zeros_like(group[0][name]) for name in names}
+        full = [*group, *([empty] * (batch_size - len(group)))]
+        arrays = {name: np.stack([full[i][name] for i in mine]) for name in names}
         return {**arrays, "bytes": sum(row["bytes"] for row in group)}
 
     for row in rows:

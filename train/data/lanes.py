@@ -1,7 +1,7 @@
 """Lanes: one endless stream of packed sequences for each row of the global batch.
 
-Lane r of R takes every R-th document of each source's endless shuffled order, from the r-th on, mixes
-them by the sources' weights, and packs them by itself. So a row depends on nothing but the seed, its
+Lane r of R takes every R-th document or example of each source's endless shuffled order, from the r-th on,
+mixes them by the sources' weights, and packs them by itself. So a row depends on nothing but the seed, its
 number and the step; which process makes it, and how many there are, changes nothing; and the state of a
 run is its lanes' states, dealt out again to however many processes go on with it.
 """
@@ -19,10 +19,13 @@ import numpy as np
 from grain.experimental import ConcatThenSplitIterDataset, index_shuffle
 
 from llama_jax.errors import DataError
-from train.data.records import BadRecord
+from train.data.examples import Examples, Unit
+from train.data.packing import PackedExamples
+from train.data.records import BadRecord, refusal
 from train.data.source import Source
 
 State = dict[str, Any]
+Usable = np.ndarray | Unit
 
 
 class TrainDocuments:
@@ -42,18 +45,15 @@ class TrainDocuments:
         except BadRecord as bad:
             if self._skip_bad:
                 return bad.reason
-            raise DataError(refusal(bad)) from None
+            raise DataError(refusal(bad.message)) from None
 
     def __repr__(self) -> str:
         return f"TrainDocuments({len(self)})"
 
 
-def refusal(bad: BadRecord) -> str:
-    """Returns what to say of a bad record that stops the run."""
-    return f'{bad.message}; mend it, or set data.bad_records = "skip"'
-
-
-def endless(documents: TrainDocuments, blocks: np.ndarray | None, seed: str | None) -> grain.MapDataset:
+def endless(
+    documents: TrainDocuments | Examples, blocks: np.ndarray | None, seed: str | None
+) -> grain.MapDataset:
     """Returns a source's endless order of documents, epoch after epoch.
 
     Args:
@@ -137,10 +137,12 @@ class LaneDocuments(grain.IterDataset):
         self._settings = (mixture, first, stride)
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _LaneDocumentIterator(*self._settings)
+        return LaneDocumentIterator(*self._settings)
 
 
-class _LaneDocumentIterator(grain.DatasetIterator):
+class LaneDocumentIterator(grain.DatasetIterator):
+    """What is next in a lane."""
+
     def __init__(self, mixture: Mixture, first: int, stride: int):
         super().__init__()
         self._mixture = mixture
@@ -150,20 +152,34 @@ class _LaneDocumentIterator(grain.DatasetIterator):
         self._drawn = [0] * len(mixture.orders)  # tokens of each
         self._skipped: dict[str, int] = {}
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> dict[str, Any]:
+        _, _, item = self.draw()
+        return {"tokens": item}
+
+    def at(self, source: int, number: int) -> Usable | str:
+        """Returns what a lane takes of a source as its `number`-th, or the reason why it takes nothing."""
+        return self._mixture.orders[source][self._first + self._stride * number]
+
+    def draw(self) -> tuple[int, int, Usable]:
+        """Returns the next document or example, and its source and number there.
+
+        Raises:
+          DataError: if nothing usable comes for long.
+        """
         for _ in range(self._mixture.patience):
             source = (
                 self._mixture.behind(self._drawn)
                 if any(self._drawn)
                 else self._mixture.first((self._first + 0.5) / self._stride)
             )
-            ids = self._mixture.orders[source][self._first + self._stride * self._taken[source]]
+            number = self._taken[source]
+            item = self.at(source, number)
             self._taken[source] += 1
-            if isinstance(ids, str):
-                self._skipped[ids] = self._skipped.get(ids, 0) + 1
-            elif len(ids):
-                self._drawn[source] += len(ids)
-                return {"tokens": ids}
+            if isinstance(item, str):
+                self._skipped[item] = self._skipped.get(item, 0) + 1
+            elif len(item):
+                self._drawn[source] += len(item)
+                return source, number, item
         why = f" (skipped: {counted(self._skipped)})" if self._skipped else ""
         raise DataError(f"{self._mixture.patience} records in a row hold no usable text{why}; check the data")
 
@@ -179,8 +195,8 @@ class _LaneDocumentIterator(grain.DatasetIterator):
 class LaneBatches(grain.IterDataset):
     """The next sequence of each of some lanes, step after step.
 
-    Elements are dicts of `tokens`, `segment_ids`, `positions`, int32 [lanes, seq_len], and `state`, JSON:
-    the state of each lane after it.
+    Elements are dicts of `tokens`, `segment_ids`, `positions`, int32 [lanes, seq_len], of examples also
+    `mask` and f32 `value`, and `state`, JSON: the state of each lane after it.
     """
 
     def __init__(
@@ -190,9 +206,13 @@ class LaneBatches(grain.IterDataset):
         lane_count: int,
         seq_len: int,
         states: Mapping[str, State] | None = None,
+        *,
+        whole: bool = False,
     ):
+        """`whole` is whether rows are packed without cutting anything, which examples are."""
         super().__init__()
         self._mixture = mixture
+        self._whole = whole
         self._lanes = tuple(lanes)
         self._lane_count = lane_count
         self._seq_len = seq_len
@@ -206,13 +226,38 @@ class LaneBatches(grain.IterDataset):
     def __iter__(self) -> grain.DatasetIterator:
         packed = {}
         for lane in self._lanes:
-            documents = LaneDocuments(self._mixture, lane, self._lane_count)
-            packer = ConcatThenSplitIterDataset(documents, length_struct={"tokens": self._seq_len})
-            packed[str(lane)] = iter(packer)
+            packed[str(lane)] = self._packed(LaneDocuments(self._mixture, lane, self._lane_count))
         iterator = _LaneBatchIterator(packed)
         if self._states is not None:
             iterator.set_state({lane: self._states[lane] for lane in packed})
         return iterator
+
+    def _packed(self, documents: LaneDocuments) -> grain.DatasetIterator:
+        if self._whole:
+            return PackedExamples(iter(documents), self._seq_len)
+        return _Cut(iter(ConcatThenSplitIterDataset(documents, length_struct={"tokens": self._seq_len})))
+
+
+class _Cut(grain.DatasetIterator):
+    """Rows of documents that are cut where a row ends."""
+
+    def __init__(self, packer: grain.DatasetIterator):
+        super().__init__()
+        self._packer = packer
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        row = next(self._packer)
+        return {
+            "tokens": row["tokens"],
+            "segment_ids": row["tokens_segment_ids"],
+            "positions": row["tokens_positions"],
+        }
+
+    def get_state(self) -> State:
+        return self._packer.get_state()
+
+    def set_state(self, state: State) -> None:
+        self._packer.set_state(_tuples(state))
 
 
 class _LaneBatchIterator(grain.DatasetIterator):
@@ -222,19 +267,15 @@ class _LaneBatchIterator(grain.DatasetIterator):
 
     def __next__(self) -> dict[str, Any]:
         rows = [next(lane) for lane in self._lanes_by_name.values()]
-        return {
-            "tokens": np.stack([row["tokens"] for row in rows]),
-            "segment_ids": np.stack([row["tokens_segment_ids"] for row in rows]),
-            "positions": np.stack([row["tokens_positions"] for row in rows]),
-            "state": json.dumps(self.get_state()),
-        }
+        arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return {**arrays, "state": json.dumps(self.get_state())}
 
     def get_state(self) -> dict[str, State]:
         return {name: lane.get_state() for name, lane in self._lanes_by_name.items()}
 
     def set_state(self, state: Mapping[str, State]) -> None:
         for name, lane in self._lanes_by_name.items():
-            lane.set_state(_tuples(state[name]))
+            lane.set_state(state[name])
 
 
 def _tuples(value: Any) -> Any:

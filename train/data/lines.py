@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import array
 import hashlib
+import itertools
 import json
-from collections.abc import Sequence
-from typing import BinaryIO
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
 from train.data.files import File, windows
 from train.data.records import MAX_RECORD, BadRecord, Records, decode
 
+T = TypeVar("T")
 PIECE_BYTES = 1 << 16  # text files are cut into documents of at most this
 
 
@@ -114,12 +116,22 @@ class JsonLines(_Spans):
         return found
 
     def text(self, index: int) -> str:
+        return self._read(index, lambda data: field_of(data, self._field, ""))
+
+    def row(self, index: int) -> dict[str, Any]:
+        return self._read(index, lambda data: object_of(data, ""))
+
+    def where(self, index: int) -> str:
+        file, start, _ = self._span(index)
+        return self._where(file, start)
+
+    def _read(self, index: int, parse: Callable[[bytes], T]) -> T:
         file, start, length = self._span(index)
         if length > MAX_RECORD:
             where = self._where(file, start)
             raise BadRecord("too long", f"{where}: the line has {length} bytes, more than {MAX_RECORD}")
         try:
-            return field_of(file.read(start, length), self._field, "")
+            return parse(file.read(start, length))
         except BadRecord as bad:
             raise BadRecord(bad.reason, self._where(file, start) + bad.message) from None
 
@@ -130,16 +142,30 @@ def field_of(data: bytes, field: str, where: str) -> str:
     Raises:
       BadRecord: if there is none.
     """
+    value = object_of(data, where)
+    if field not in value:
+        raise BadRecord("no such field", f"{where}: no field {field!r} (fields: {named(value)})")
+    if not isinstance(value[field], str):
+        kind = type(value[field]).__name__
+        raise BadRecord("field is not text", f"{where}: field {field!r} is of type {kind}, not text")
+    return value[field]
+
+
+def named(fields: Iterable[str]) -> str:
+    """Returns the first names of fields for a message."""
+    return ", ".join(repr(name[:40]) for name in itertools.islice(fields, 8)) or "none"
+
+
+def object_of(data: bytes, where: str) -> dict[str, Any]:
+    """Returns a JSON object.
+
+    Raises:
+      BadRecord: if it is none.
+    """
     try:
         value = json.loads(decode(data, where))
     except (ValueError, RecursionError) as error:
         raise BadRecord("not JSON", f"{where}: not JSON ({' '.join(str(error).split())[:80]})") from None
     if not isinstance(value, dict):
         raise BadRecord("not an object", f"{where}: a JSON {type(value).__name__}, not an object")
-    if field not in value:
-        names = ", ".join(repr(name[:40]) for name in list(value)[:8]) or "none"
-        raise BadRecord("no such field", f"{where}: no field {field!r} (fields: {names})")
-    if not isinstance(value[field], str):
-        kind = type(value[field]).__name__
-        raise BadRecord("field is not text", f"{where}: field {field!r} is of type {kind}, not text")
-    return value[field]
+    return value

@@ -1,4 +1,4 @@
-"""What every format gives: numbered records, each the text of one document."""
+"""What every format gives: numbered records, each the text of one document or a row of named fields."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import abc
 import functools
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,10 @@ class BadRecord(Exception):
     Attributes:
       reason: what is wrong, in words that many records share: they are counted by it.
       message: where, and what in particular.
+      placed: whether the message says where: that may take reading the file.
     """
+
+    placed = True
 
     def __init__(self, reason: str, message: str):
         super().__init__(reason, message)
@@ -66,6 +70,29 @@ class Records(abc.ABC):
           BadRecord: if the record cannot be used.
           DataError: if its file cannot be read.
         """
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Returns all fields of a record.
+
+        Raises:
+          BadRecord: if the record cannot be used; its message begins with where it is.
+          DataError: if its file cannot be read.
+        """
+        return {"text": self.text(index)}
+
+    def where(self, index: int) -> str:
+        """Returns where a record is, for people."""
+        file, record = self.locate(index)
+        return f"{self.files[file].path}, record {record}"
+
+
+class TooLongRecord(BadRecord):
+    """A record of more tokens than a row holds."""
+
+
+def refusal(message: str) -> str:
+    """Returns what to say of a bad record that stops the run."""
+    return f'{message}; mend it, or set data.bad_records = "skip"'
 
 
 def keys(names: Sequence[str], counts: np.ndarray) -> np.ndarray:

@@ -146,8 +146,8 @@ def open_source(config: SourceConfig, encode: Encoder) -> Source:
     return TextSource(open_records(config), config.field, encode)
 
 
-def open_records(config: SourceConfig) -> Records:
-    """Opens one source's text.
+def open_records(config: SourceConfig, *, rows: bool = False) -> Records:
+    """Opens one source's text, or, where `rows`, its records with all their fields.
 
     Raises:
       DataError: if there are no files, they cannot be read, or they hold token ids.
@@ -159,7 +159,7 @@ def open_records(config: SourceConfig) -> Records:
         case "jsonl":
             return JsonLines(found, config.field)
         case "parquet":
-            return Parquet(found, config.field)
+            return Parquet(found, None if rows else config.field)
         case "arrayrecord":
             return ArrayRecord(found, config.field)
         case _:

@@ -12,7 +12,7 @@ import numpy as np
 
 from llama_jax.errors import DataError
 from train.data.files import File, sampled_digest
-from train.data.lines import field_of
+from train.data.lines import field_of, object_of
 from train.data.records import MAX_RECORD, BadRecord, Records, decode
 
 _CACHED_GROUPS = 8  # the rows of a batch read about the same place of the shuffled order
@@ -20,10 +20,16 @@ _OPEN_FILES = 64
 
 
 class Parquet(Records):
-    """One text column of Parquet files, read a row group at a time."""
+    """Parquet files, read a row group at a time: one column of text, or rows.
 
-    def __init__(self, files: Sequence[File], field: str):
+    Attributes:
+      columns: those that are read, None for all of them.
+    """
+
+    def __init__(self, files: Sequence[File], field: str | None):
+        """Opens the files; `field` names the text column, None is for rows."""
         self.files = files
+        self.columns: list[str] | None = None if field is None else [field]
         self._field = field
         self._open: _Cache = _Cache(_OPEN_FILES)
         self._groups: _Cache = _Cache(_CACHED_GROUPS)
@@ -32,12 +38,16 @@ class Parquet(Records):
         nbytes = 0
         self._first_block = []
         for i in range(len(files)):
-            metadata, column = self._file(i).metadata, self._column(i)
+            metadata = self._file(i).metadata
+            column = None if field is None else self._column(i, field)
             groups = [metadata.row_group(j) for j in range(metadata.num_row_groups)]
             counts.append(metadata.num_rows)
             self._first_block.append(len(blocks))
             blocks.extend(group.num_rows for group in groups)
-            nbytes += sum(group.column(column).total_uncompressed_size for group in groups)
+            nbytes += sum(
+                group.total_byte_size if column is None else group.column(column).total_uncompressed_size
+                for group in groups
+            )
         self.counts = np.array(counts, np.int64)
         self.blocks = np.array(blocks, np.int64)
         self._block_ends = np.cumsum(self.blocks)
@@ -45,14 +55,9 @@ class Parquet(Records):
         self.digest = _digest(files)
 
     def text(self, index: int) -> str:
-        i, row = self.locate(index)
-        file = self.files[i]
-        file.check()
-        block = int(np.searchsorted(self._block_ends, index, side="right"))
-        with self._open.lock:
-            rows = self._groups.get(block, lambda: self._read_group(i, block - self._first_block[i]))
-        value = rows[index - int(self._block_ends[block]) + len(rows)]
-        where = f"{file.path}, row {row}"
+        table, row = self._group(index)
+        value = table.column(0)[row]
+        where = self.where(index)
         if not value.is_valid:
             raise BadRecord("field is not text", f"{where}: field {self._field!r} is null")
         data = value.as_buffer()
@@ -60,36 +65,60 @@ class Parquet(Records):
             raise BadRecord("too long", f"{where}: {data.size} bytes, more than {MAX_RECORD}")
         return decode(data.to_pybytes(), where)
 
+    def row(self, index: int) -> dict[str, Any]:
+        table, row = self._group(index)
+        one, where = table.slice(row, 1), self.where(index)
+        if one.nbytes > MAX_RECORD:
+            raise BadRecord("too long", f"{where}: {one.nbytes} bytes, more than {MAX_RECORD}")
+        try:
+            (fields,) = one.to_pylist()
+        except UnicodeDecodeError:
+            raise BadRecord("not UTF-8", f"{where}: not UTF-8") from None
+        return fields
+
+    def where(self, index: int) -> str:
+        file, row = self.locate(index)
+        return f"{self.files[file].path}, row {row}"
+
+    def _group(self, index: int) -> tuple[Any, int]:
+        """Returns the row group of a record, and its place in it."""
+        i, _ = self.locate(index)
+        self.files[i].check()
+        block = int(np.searchsorted(self._block_ends, index, side="right"))
+        with self._open.lock:
+            rows = self._groups.get(block, lambda: self._read_group(i, block - self._first_block[i]))
+        return rows, index - int(self._block_ends[block]) + len(rows)
+
     def _file(self, i: int) -> Any:
         import pyarrow.parquet
 
         return self._open.get(i, lambda: _guard(self.files[i], pyarrow.parquet.ParquetFile))
 
-    def _column(self, i: int) -> int:
+    def _column(self, i: int, field: str) -> int:
         """Returns the number of the text column, checked."""
         import pyarrow as pa
 
         schema = _guard(self.files[i], lambda _: self._file(i).schema_arrow)
-        if self._field not in schema.names:
+        if field not in schema.names:
             names = ", ".join(repr(name) for name in schema.names[:8])
             raise DataError(
-                f"{self.files[i].path} has no column {self._field!r} (columns: {names}); set data.field"
+                f"{self.files[i].path} has no column {field!r} (columns: {names}); set data.field"
             )
-        kind = schema.field(self._field).type
+        kind = schema.field(field).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise DataError(
-                f"{self.files[i].path}: column {self._field!r} is of type {kind}, not string; set data.field"
+                f"{self.files[i].path}: column {field!r} is of type {kind}, not string; set data.field"
             )
         metadata = self._file(i).metadata
         paths = [metadata.schema.column(j).path for j in range(metadata.num_columns)]
-        return paths.index(self._field)
+        return paths.index(field)
 
     def _read_group(self, i: int, group: int) -> Any:
         table = _guard(
             self.files[i],
-            lambda _: self._file(i).read_row_group(group, columns=[self._field], use_threads=False),
+            lambda _: self._file(i).read_row_group(group, columns=self.columns, use_threads=False),
         )
-        return table.column(0).combine_chunks()
+        return table.combine_chunks()
 
 
 class ArrayRecord(Records):
@@ -120,6 +149,13 @@ class ArrayRecord(Records):
         if len(data) > MAX_RECORD:
             raise BadRecord("too long", f"{where}: {len(data)} bytes, more than {MAX_RECORD}")
         return field_of(data, self._field, where) if self._json else decode(data, where)
+
+    def row(self, index: int) -> dict[str, Any]:
+        i, record = self.locate(index)
+        data, where = self.readers.read(i, record), self.where(index)
+        if len(data) > MAX_RECORD:
+            raise BadRecord("too long", f"{where}: {len(data)} bytes, more than {MAX_RECORD}")
+        return object_of(data, where)
 
 
 class Readers:

@@ -17,8 +17,7 @@ from llama_jax.errors import DataError
 from train.data.config import BadRecords, SourceConfig
 from train.data.encode import Encoder
 from train.data.files import INDEX, File
-from train.data.lanes import refusal
-from train.data.records import BadRecord
+from train.data.records import BadRecord, refusal
 from train.data.source import HEADER, VERSION, Document, TextSource, open_records
 from train.data.tables import Readers
 
@@ -61,7 +60,7 @@ def write_tokens(
                 document = source.document(i)
             except BadRecord as bad:
                 if bad_records == "fail":
-                    raise DataError(refusal(bad)) from None
+                    raise DataError(refusal(bad.message)) from None
                 skipped[bad.reason] += 1
                 document = Document(np.zeros(0, np.int32), 0)  # keeps its number, and counts as none
             shards.write(document.nbytes.to_bytes(HEADER, "little") + document.ids.astype(dtype).tobytes())

@@ -95,7 +95,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> dict[
 def opened(tokenizer: Tokenizer) -> Open:
     """Opens data with small sizes: `files` and any of DataConfig's and open_data's arguments."""
     defaults = {"seq_len": 64, "batch_size": 4, "seed": 0}
-    names = (*defaults, "process_index", "process_count")
+    names = (*defaults, "process_index", "process_count", "objective")
 
     def open_(files: str = "", **settings: object) -> Data:
         sizes = {name: settings.pop(name) for name in names if name in settings}

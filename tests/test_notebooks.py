@@ -1,0 +1,48 @@
+"""The notebooks' runner tells a good notebook from a bad one, and says where the bad one stopped."""
+
+from __future__ import annotations
+
+import pytest
+
+from notebooks import run
+
+pytest.importorskip("jupytext")
+pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
+
+HEADER = "# %% [markdown]\n# # A story\n\n"
+
+
+def test_there_are_notebooks_and_each_begins_with_a_title():
+    assert run.names()
+    for name in run.names():
+        text = (run.FOLDER / f"{name}.py").read_text(encoding="utf-8")
+        first = text.partition("# %% [markdown]\n")[2]
+        assert first.startswith("# # "), name
+        assert max(map(len, text.splitlines())) <= 110, name
+
+
+@pytest.mark.slow
+def test_what_a_notebook_came_to(tmp_path):
+    good = tmp_path / "good.py"
+    good.write_text(f"{HEADER}# %%\nimport matplotlib.pyplot as plt\nplt.plot([1, 2])\n\n# %%\nprint(1)\n")
+    report = run.run(good, tmp_path / "out")
+    assert (report.error, report.cells, report.figures, report.remarks) == ("", 2, 1, "ok")
+    assert '"image/png"' in (tmp_path / "out" / "good.ipynb").read_text()
+
+    bad = tmp_path / "bad.py"
+    bad.write_text(
+        f"{HEADER}# %%\nx = 1\n\n# %%\n# a cell\nassert x == 2, 'not two'\n\n# %%\nprint('never')\n"
+    )
+    report = run.run(bad, None)
+    assert report.error.startswith("bad.py, the cell at line 8:\n    # a cell\n    assert x == 2")
+    assert "AssertionError: not two" in report.error and "\x1b" not in report.error
+    assert report.remarks == "failed, no figure"
+
+
+def test_an_unknown_name_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["run", "99"])
+    assert run.main() == 2
+    assert capsys.readouterr().err.startswith(
+        "error: there is no notebook '99'; there are 01_the_llama_block"
+    )

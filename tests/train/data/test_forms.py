@@ -1,0 +1,274 @@
+"""The forms of finetuning records: what each says, and what is wrong with those that are refused."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from llama_jax.errors import ConfigError, DataError
+from train.data import DataConfig
+from train.data.forms import Example, Forms, Plain, Turns
+from train.data.records import BadRecord
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+HI = [said("user", "hi"), said("assistant", "Hello!")]
+ASK = [said("user", "hi")]
+YES, NO = [said("assistant", "Yes")], [said("assistant", "No")]
+
+
+def read(objective: str, row: dict, **settings) -> Example:
+    forms = Forms(objective, "text", **{"templated": True, **settings})  # type: ignore[arg-type]
+    return forms.read(forms.detect(row), row)
+
+
+@pytest.mark.parametrize(
+    ("row", "side"),
+    [
+        ({"messages": HI, "id": 3}, Turns(HI)),
+        ({"messages": [{**m, "tool_calls": None} for m in HI]}, Turns(HI)),  # as Parquet gives them
+        (
+            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "Hello!"}]},
+            Turns(HI),
+        ),
+        ({"prompt": "2 + 2 =", "completion": " 4"}, Plain("2 + 2 =", " 4")),
+        ({"prompt": ASK, "completion": YES}, Turns(ASK + YES, 1)),
+        ({"prompt": ASK, "completion": ASK + YES}, Turns(ASK + YES, 1)),
+        ({"prompt": HI + ASK, "completion": YES}, Turns(HI + ASK + YES, 3)),
+        ({"instruction": "hi", "input": "", "output": "Hello!"}, Turns(HI)),
+        ({"instruction": "hi", "output": "Hello!"}, Turns(HI)),
+        (
+            {"instruction": "Add.", "input": "1, 2", "output": "3"},
+            Turns([said("user", "Add.\n\n1, 2"), said("assistant", "3")]),
+        ),
+        ({"text": "A story."}, Plain("", "A story.")),
+    ],
+)
+def test_what_is_learned(row, side):
+    assert read("sft", row) == Example((side,))
+
+
+@pytest.mark.parametrize("given", ["", "1, 2"])
+def test_alpaca_without_a_template_has_its_own_prompts(given):
+    row = {"instruction": "Add.", "input": given, "output": "3"}
+    (side,) = read("sft", row, templated=False).sides
+    assert isinstance(side, Plain)
+    assert side.answer == "3"
+    assert side.prompt.startswith("Below is an instruction that describes a task")
+    part = "\n\n### Input:\n1, 2" if given else ""
+    assert side.prompt.endswith(f"\n\n### Instruction:\nAdd.{part}\n\n### Response:")
+
+
+@pytest.mark.parametrize(
+    ("row", "sides"),
+    [
+        ({"prompt": ASK, "chosen": YES, "rejected": NO}, (Turns(ASK + YES, 1), Turns(ASK + NO, 1))),
+        ({"chosen": ASK + YES, "rejected": ASK + NO}, (Turns(ASK + YES, 1), Turns(ASK + NO, 1))),
+        # UltraFeedback's: the prompt as text, beside whole conversations
+        (
+            {"prompt": "hi", "chosen": ASK + YES, "rejected": ASK + NO},
+            (Turns(ASK + YES, 1), Turns(ASK + NO, 1)),
+        ),
+        ({"prompt": "Q:", "chosen": " y", "rejected": " n"}, (Plain("Q:", " y"), Plain("Q:", " n"))),
+        ({"chosen": "A: B: un x", "rejected": "A: B: up"}, (Plain("A: B:", " un x"), Plain("A: B:", " up"))),
+        # The one goes on where the other ends, or in the middle of a word
+        ({"chosen": "Q: yes", "rejected": "Q: yes sir"}, (Plain("Q:", " yes"), Plain("Q:", " yes sir"))),
+        (
+            {"chosen": "Q: yes it", "rejected": "Q: yesterday"},
+            (Plain("Q:", " yes it"), Plain("Q:", " yesterday")),
+        ),
+    ],
+)
+@pytest.mark.parametrize("objective", ["dpo", "reward"])
+def test_pairs(objective, row, sides):
+    assert read(objective, row) == Example(sides)
+    assert read(objective, {**row, "margin": 2}) == Example(sides, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("label", "settings", "value"),
+    [
+        (0, {"labels": ("bad", "good")}, 0.0),
+        (True, {"labels": ("bad", "good")}, 1.0),
+        (2.0, {"labels": ("a", "b", "c")}, 2.0),
+        ("good", {"labels": ("bad", "good")}, 1.0),
+        (1, {"labels": ("bad", "good")}, 1.0),
+    ],
+)
+def test_classes(label, settings, value):
+    assert read("classify", {"text": "t", "label": label}, **settings) == Example((Plain("", "t"),), value)
+    assert read("classify", {"messages": HI, "label": label}, **settings) == Example((Turns(HI),), value)
+
+
+def test_numbers():
+    assert read("regress", {"text": "t", "label": -1.5}) == Example((Plain("", "t"),), -1.5)
+
+
+# What is wrong
+
+
+MESSAGES = [
+    ([], "no messages", "field 'messages' is empty"),
+    ("hi", "no messages", "of type str, not a list"),
+    (
+        [said("tool", "a"), *HI],
+        "unknown role",
+        r"messages\[0\]: role is 'tool'; it must be system, user, assis",
+    ),
+    ([said("user", "a"), said("user", "b")], "no assistant turn", "no turn of the assistant to learn from"),
+    ([*HI, said("user", "a"), said("assistant", " \n")], "empty answer", "an empty turn of the assistant"),
+    ([*HI, "a"], "malformed message", r"messages\[2\] is str; it must have a role and a content"),
+    ([*HI, {"role": "user"}], "malformed message", r"messages\[2\] is \['role'\]; it must have"),
+    ([*HI, {**HI[0], "name": "x"}], "malformed message", r"messages\[2\] is \['role', 'content', 'name'\]"),
+    ([*HI, said("user", 3)], "malformed message", r"messages\[2\]: content is of type int"),  # type: ignore[arg-type]
+    ([said("user", "\ud800"), *YES], "lone surrogate", r"messages\[0\]: content has a lone surrogate"),
+]
+PAIRS = [
+    ({"chosen": "a b", "rejected": "a b"}, "identical answers", "chosen and rejected are the same"),
+    ({"chosen": ASK + YES, "rejected": ASK + YES}, "identical answers", "are the same"),
+    ({"prompt": "a", "chosen": "b", "rejected": YES}, "malformed message", "one is text"),
+    (
+        {"prompt": ASK, "chosen": "b", "rejected": "c"},
+        "malformed message",
+        "'prompt' is a list and the answers",
+    ),
+    (
+        {"chosen": ASK + YES, "rejected": [said("user", "ho"), *NO]},
+        "prompts differ",
+        "the same messages up to",
+    ),
+    ({"chosen": HI + ASK + YES, "rejected": HI}, "prompts differ", "the same messages up to"),
+    ({"chosen": YES, "rejected": NO}, "prompts differ", "the same messages up to an answer"),
+    ({"chosen": "yes", "rejected": "no"}, "prompts differ", "do not begin with the same words"),
+    ({"prompt": "a", "chosen": "b", "rejected": " "}, "empty answer", "field 'rejected' is empty"),
+    ({"prompt": ASK, "chosen": YES, "rejected": ASK}, "no assistant turn", "field 'rejected' has no turn"),
+    (
+        {"chosen": "a b", "rejected": "a c", "margin": float("nan")},
+        "margin is no number",
+        "margin is nan; it must",
+    ),
+    (
+        {"chosen": "a b", "rejected": "a c", "margin": "2"},
+        "margin is no number",
+        "margin is '2'; it must be a fin",
+    ),
+]
+LABELS = [
+    ("classify", 2, "label out of range", "label is 2; classes are whole numbers 0 to 1"),
+    ("classify", -1, "label out of range", "label is -1; classes are"),
+    ("classify", 0.5, "label out of range", r"label is 0\.5; classes are"),
+    ("classify", float("nan"), "label is no number", "label is nan"),
+    ("classify", "fine", "unknown label", "label is 'fine', and data.labels has 'bad', 'good'"),
+    ("classify", [1], "label is no number", r"label is \[1\]; it must be a finite number"),
+    ("regress", float("inf"), "label is no number", "label is inf; it must be a finite number"),
+    ("regress", 1e300, "label is no number", r"label is 1e\+300"),
+    ("regress", 10**400, "label is no number", "label is 1000"),
+    ("regress", "3", "label is no number", "label is '3'"),
+    ("regress", True, "label is no number", "label is True"),
+]
+BAD = [
+    *(("sft", {"messages": messages}, reason, said) for messages, reason, said in MESSAGES),
+    ("sft", {"prompt": "a", "completion": " "}, "empty answer", "field 'completion' is empty"),
+    (
+        "sft",
+        {"prompt": "a", "completion": YES},
+        "malformed message",
+        "of 'prompt' and 'completion' one is text",
+    ),
+    ("sft", {"prompt": 3, "completion": "b"}, "malformed message", "one is text"),
+    ("sft", {"prompt": "\ud800", "completion": "b"}, "lone surrogate", "field 'prompt' has a lone surrogate"),
+    ("sft", {"instruction": "a", "output": ""}, "empty answer", "field 'output' is empty"),
+    (
+        "sft",
+        {"instruction": ["a"], "output": "b"},
+        "field is not text",
+        "field 'instruction' is of type list",
+    ),
+    (
+        "sft",
+        {"conversations": [{"from": "bing", "value": "a"}]},
+        "unknown role",
+        r"conversations\[0\]: role is 'bing'",
+    ),
+    ("sft", {"text": " "}, "empty text", "field 'text' is empty"),
+    *(("dpo", row, reason, said) for row, reason, said in PAIRS),
+    *((kind, {"text": "t", "label": label}, reason, said) for kind, label, reason, said in LABELS),
+    ("classify", {"messages": [], "label": 1}, "no messages", "field 'messages' is empty"),
+    (
+        "sft",
+        {"txt": "a"},
+        "no known form",
+        "its fields are 'txt', .* for sft has: messages; conversations; prompt and",
+    ),
+    (
+        "dpo",
+        {"messages": HI},
+        "no known form",
+        "its fields are 'messages', and a record for dpo has: chosen and rej",
+    ),
+    (
+        "regress",
+        {"text": "a"},
+        "no known form",
+        "has: messages and label; conversations and label; text and label",
+    ),
+]
+
+
+@pytest.mark.parametrize(("objective", "row", "reason", "message"), BAD)
+def test_what_cannot_be_learned_from(objective, row, reason, message):
+    settings = {"labels": ("bad", "good")} if objective == "classify" else {}
+    with pytest.raises(BadRecord) as raised:
+        read(objective, row, **settings)
+    assert raised.value.reason == reason
+    assert "\n" not in raised.value.message
+    assert re.search(message, raised.value.message)
+
+
+def test_another_form_further_down_names_the_line(opened, tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [*({"messages": HI} for _ in range(5)), {"prompt": "a", "completion": "b"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    settings = {"objective": "sft", "held_out": 0, "template": "llama-2", "batch_size": 1}
+    message = (
+        r"a\.jsonl:6: no field 'messages' \(fields: 'prompt', 'completion'\); mend it, or set data\.bad_rec"
+    )
+    with pytest.raises(DataError, match=message):
+        opened(str(path), **settings).describe()
+    sample = opened(str(path), **settings, bad_records="skip").describe()["sample"]
+    assert (sample["examples"], sample["skipped"]) == (5, {"no such field": 1})
+
+
+def test_no_form_at_all_is_no_matter_of_one_record(opened, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('\n{"txt": "a"}\n')
+    message = r"a\.jsonl:2: its fields are 'txt', and a record for sft has: messages; .*; text$"
+    for bad_records in ("fail", "skip"):
+        with pytest.raises(DataError, match=message):
+            opened(str(path), objective="sft", bad_records=bad_records)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"too_long": "cut"}, r"data\.too_long is 'cut'; .*must be one of drop, truncate, fail"),
+        ({"labels": ["a"]}, r"data\.labels is \['a'\]; give a list of the names of two classes"),
+        ({"labels": ["a", "a"]}, r"data\.labels is \['a', 'a'\]; give a list"),
+        ({"labels": "ab"}, r"data\.labels is 'ab'; give a list"),
+        ({"template": None}, r"data\.template is None; it must be a string"),
+        ({"held_out_files": 3}, r"data\.held_out_files is 3; it must be a string"),
+    ],
+)
+def test_settings_that_cannot_work(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        DataConfig(files="a", **settings)
+
+
+def test_a_classifier_without_classes(opened):
+    with pytest.raises(ConfigError, match=r"data\.labels is empty; name the classes there, in the order of"):
+        opened("a", objective="classify")

@@ -1,0 +1,400 @@
+"""Finetuning's batches: whole examples, each once an epoch, the same ones whoever makes them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_jax.errors import ConfigError, DataError
+from tests.train.data.test_batches import take
+from train.data import SourceConfig
+from train.data.packing import OPEN, Bins
+
+NAMES = {"tokens", "segment_ids", "positions", "mask", "value"}
+OBJECTIVES = {"sft": "sft", "chat": "sft", "dpo": "dpo", "regress": "regress"}
+KINDS = tuple(OBJECTIVES)
+
+
+def conversation(random: Random, i: int) -> list[dict[str, str]]:
+    turns = random.choice((1, 1, 2))
+    return [
+        {"role": role, "content": f"{role} {i} {t} " + "fox " * random.choice((0, 3, 9))}
+        for t in range(turns)
+        for role in ("user", "assistant")
+    ]
+
+
+def records(kind: str, count: int = 40) -> list[dict]:
+    random = Random(kind)
+    rows = []
+    for i in range(count):
+        messages = conversation(random, i)
+        said = " ".join(message["content"] for message in messages)
+        row = {
+            "sft": {"prompt": messages[0]["content"], "completion": f" {said}"},
+            "chat": {"messages": messages},
+            "dpo": {"prompt": f"ask {i}", "chosen": f" {said}", "rejected": f" no {i}", "margin": i + 1},
+            "regress": {"text": said, "label": i + 1},
+        }[kind]
+        rows.append(row)
+    return rows
+
+
+def write(path, rows):
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(
+            pa.Table.from_pylist([{"id": i, **row} for i, row in enumerate(rows)]), path, row_group_size=7
+        )
+    elif path.suffix == ".arrayrecord":
+        from array_record.python import array_record_module
+
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+        for row in rows:
+            writer.write(json.dumps(row).encode())
+        writer.close()
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("examples")
+    return {
+        (kind, suffix): write(folder / f"{kind}.{suffix}", records(kind))
+        for kind in KINDS
+        for suffix in ("jsonl", "parquet", "arrayrecord")
+    }
+
+
+@pytest.fixture
+def tuned(opened, files):
+    """Opens a finetuning run's data over one of `files`."""
+
+    def open_(kind="sft", suffix="jsonl", **settings):
+        defaults = {"template": "llama-2", "seq_len": 256, "objective": OBJECTIVES[kind]}
+        chosen = settings.pop("files", files[kind, suffix])
+        return opened(chosen, **{**defaults, **settings})
+
+    return open_
+
+
+def assert_same(first, second):
+    assert len(first) == len(second) > 0
+    for one, other in zip(first, second, strict=True):
+        assert set(one) == set(other) == NAMES
+        for name in NAMES:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+def joined(parts):
+    return [
+        {name: np.concatenate([part[name] for part in step]) for name in NAMES}
+        for step in zip(*parts, strict=True)
+    ]
+
+
+def segments(batches):
+    """(ids, mask, value of the last token) of every segment, by row."""
+    for batch in batches:
+        for row in range(len(batch["tokens"])):
+            tokens, numbers, mask, value = (
+                batch[name][row] for name in ("tokens", "segment_ids", "mask", "value")
+            )
+            for number in range(1, int(numbers.max()) + 1):
+                at = np.flatnonzero(numbers == number)
+                assert (value[at[:-1]] == 0).all()
+                yield tuple(tokens[at].tolist()), tuple(mask[at].tolist()), float(value[at[-1]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_whole_segments_and_padding_at_its_end(tuned, kind):
+    for batch in take(tuned(kind).train(), 10):
+        assert set(batch) == NAMES
+        for name in NAMES:
+            assert batch[name].shape == (4, 256)
+            assert batch[name].dtype == (np.float32 if name == "value" else np.int32)
+        for tokens, numbers, positions, mask, value in zip(
+            *(batch[name] for name in ("tokens", "segment_ids", "positions", "mask", "value")), strict=True
+        ):
+            length = int((numbers > 0).sum())
+            begins = np.diff(numbers[:length], prepend=0)
+            assert set(begins) <= {0, 1} and begins[0] == 1
+            np.testing.assert_array_equal(begins == 1, positions[:length] == 0)
+            assert (np.diff(positions[:length])[begins[1:] == 0] == 1).all()
+            assert not any(x[length:].any() for x in (tokens, numbers, positions, mask, value))
+            assert set(mask.tolist()) <= {0, 1}
+            assert not mask[:length][begins == 1].any() or kind == "regress"
+
+
+def key(unit):
+    return tuple((*s.ids.tolist(), *s.mask.tolist(), unit.value) for s in unit.segments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_epoch_has_every_example_once_and_uncut(tuned, kind):
+    """In the rows that are done and those that are open; of a pair both, neighbours, the chosen first."""
+    data = tuned(kind, batch_size=1, held_out=0)
+    known = {key(unit): i for i, unit in enumerate(map(data._parts[0].source.example, range(40)))}
+    assert len(known) == 40
+    batches = data.train()
+    per = 2 if kind == "dpo" else 1
+    done = [((*ids, *mask, value),) for ids, mask, value in segments(take(batches, 12))]
+    done = [sum(pair, ()) for pair in zip(*[iter(done)] * per, strict=True)]
+    (lane,) = batches.state()["lanes"].values()
+    order = data._mixture(0).orders[0]
+    waiting = [key(order[number]) for row in lane["open"] for _, number in row]
+    counts = np.bincount([known[unit] for unit in [*done, *waiting]], minlength=40)
+    (taken,) = lane["parent_state"]["taken"]
+    assert counts.sum() == taken > 40
+    assert set(counts.tolist()) <= {taken // 40, -(-taken // 40)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("suffix", ["parquet", "arrayrecord"])
+def test_every_format_says_the_same(tuned, kind, suffix):
+    settings = {"shuffle": False, "held_out": 0}
+    assert_same(take(tuned(kind, suffix, **settings).train(), 4), take(tuned(kind, **settings).train(), 4))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_global_batches_are_the_same_for_any_number_of_processes(tuned, count):
+    whole = take(tuned("dpo").train(), 6)
+    parts = [take(tuned("dpo", process_index=i, process_count=count).train(), 6) for i in range(count)]
+    assert_same(joined(parts), whole)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 5])
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 4), (2, 1)])
+def test_resuming_goes_on_exactly_on_any_number_of_processes(tuned, stop, before, after):
+    def runs(count):
+        return [tuned(process_index=i, process_count=count).train() for i in range(count)]
+
+    uninterrupted = take(tuned().train(), stop + 4)
+    first = runs(before)
+    for run in first:
+        take(run, stop)
+    time.sleep(0.02)  # prefetching goes on, and must not show
+    states = json.loads(json.dumps([run.state() for run in first]))
+    second = runs(after)
+    for run in second:
+        run.restore(states)
+    assert_same(joined([take(run, 4) for run in second]), uninterrupted[stop:])
+
+
+@pytest.mark.slow
+def test_the_batches_are_the_same_with_worker_processes(tuned):
+    """Each of which renders in a process of its own."""
+    inside, batches = tuned("chat").train(), tuned("chat", workers=2).train()
+    try:
+        take(inside, 1)
+        batches.restore([json.loads(json.dumps(inside.state()))])
+        assert_same(take(batches, 4), take(inside, 4))
+        assert batches.state() == inside.state()
+    finally:
+        batches.close()
+
+
+def test_sources_are_mixed_by_their_tokens(tuned, files):
+    mixture = (SourceConfig(files["sft", "jsonl"], weight=3), SourceConfig(files["sft", "parquet"]))
+    batches = tuned(files="", mixture=mixture, batch_size=2).train()
+    take(batches, 30)
+    for lane in batches.state()["lanes"].values():
+        one, other = lane["parent_state"]["drawn"]
+        assert one / other == pytest.approx(3, rel=0.1)
+
+
+# Held out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_held_out_example_comes_once_and_is_never_trained_on(tuned, kind):
+    data = tuned(kind, held_out=0.3, batch_size=2)
+    part = data._parts[0]
+    held = [part.source.example(i) for i in part.held_out.tolist()]
+    assert len(held) > 5
+    batches = list(data.held_out())
+    sizes = [batch.pop("bytes") for batch in batches]
+    expected = sorted(tuple(s.ids.tolist()) for unit in held for s in unit.segments)
+    assert sorted(ids for ids, _, _ in segments(batches)) == expected
+    decode = data._encode.tokenizer.decode
+    assert sum(sizes) == sum(len(decode(s.ids[s.mask > 0]).encode()) for unit in held for s in unit.segments)
+    assert_same(
+        batches, [{n: b[n] for n in NAMES} for b in tuned(kind, held_out=0.3, batch_size=2).held_out()]
+    )
+    trained = {ids for ids, _, _ in segments(take(data.train(), 10))}
+    assert not trained & set(expected)
+
+
+def test_held_out_is_the_same_for_any_number_of_processes(tuned):
+    settings = {"held_out": 0.4, "seq_len": 64, "too_long": "truncate"}
+    whole = list(tuned(**settings).held_out())
+    parts = [list(tuned(**settings, process_index=i, process_count=2).held_out()) for i in range(2)]
+    assert [b["bytes"] for b in whole] == [b["bytes"] for b in parts[1]]
+    assert_same(joined(parts), [{name: batch[name] for name in NAMES} for batch in whole])
+
+
+@pytest.mark.parametrize("objective", ["sft", "pretrain"])
+def test_a_held_out_set_of_its_own(tuned, opened, files, tmp_path, corpora, objective):
+    if objective == "sft":
+        test = write(tmp_path / "test.jsonl", records("sft")[:5])
+        data = tuned(held_out_files=test)
+    else:
+        test = write(tmp_path / "test.jsonl", [{"text": f"held out {i}"} for i in range(5)])
+        data = opened(corpora["jsonl"], held_out_files=test)
+    described = data.describe()
+    assert described["held_out_documents"] == 5
+    assert not len(data._parts[0].held_out)
+    rows = [row for batch in data.held_out() for row in batch["segment_ids"]]
+    assert sum(int(row.max()) for row in rows) == 5
+
+
+def test_a_held_out_set_that_is_trained_on(tuned, files):
+    with pytest.raises(DataError, match=r"sft\.jsonl is in data\.held_out_files and trained on; exclude it"):
+        tuned(held_out_files=files["sft", "jsonl"])
+
+
+# Too long, and other bad records
+
+
+def test_too_long_examples_are_dropped_and_counted(tuned):
+    data = tuned(seq_len=40, held_out=0.3)
+    batches = data.train()
+    take(batches, 8)
+    assert batches.skipped["too long"] > 3
+    again = tuned(seq_len=40, held_out=0.3).train()
+    again.restore([json.loads(json.dumps(batches.state()))])
+    assert again.skipped == batches.skipped
+    sample = data.describe()["sample"]
+    assert sample["skipped"]["too long"] > 3
+    assert 0 < sample["learned"] < sample["tokens"]
+    assert sample["longest"] <= 40
+    list(data.held_out())
+    assert set(data.held_out_skipped) == {"too long"}
+
+
+def test_too_long_examples_stop_the_run_or_are_truncated(tuned):
+    message = (
+        r"sft\.jsonl:\d+: \d+ tokens, and train\.seq_len is 40; shorten it, raise train\.seq_len, or set"
+    )
+    with pytest.raises(DataError, match=message):
+        tuned(seq_len=40, held_out=0, too_long="fail", bad_records="skip").describe()
+    sample = tuned(seq_len=40, held_out=0, too_long="truncate").describe()["sample"]
+    assert sample["longest"] == 40
+
+
+def test_nothing_but_too_long_examples(tuned):
+    with pytest.raises(
+        DataError, match=r"none of the \d+ records of .* holds usable text \(skipped: \d+ too long\)"
+    ):
+        tuned(seq_len=8)
+
+
+def test_a_bad_example_stops_the_run_or_is_counted(tuned, tmp_path):
+    rows = [*records("chat")[:9], {"messages": [{"role": "robot", "content": "x"}]}]
+    path = write(tmp_path / "a.jsonl", rows)
+    message = (
+        r"a\.jsonl:10: messages\[0\]: role is 'robot'; .*; mend it, or set data\.bad_records = \"skip\"$"
+    )
+    with pytest.raises(DataError, match=message):
+        take(tuned("chat", files=path, held_out=0).train(), 20)
+    batches = tuned("chat", files=path, held_out=0, bad_records="skip").train()
+    take(batches, 20)
+    assert set(batches.skipped) == {"unknown role"}
+
+
+@pytest.mark.parametrize("depth", [10, 500, 900, 100_000])
+def test_values_nested_deep(tuned, tmp_path, depth):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "label": ' + "[" * depth + "]" * depth + "}")
+    with pytest.raises(DataError, match=r"a\.jsonl:1: .*; mend it, or set data\.bad_records"):
+        tuned("regress", files=str(path))
+
+
+def test_a_template_that_does_not_render_names_the_line(tuned, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages | nothing }}")
+    with pytest.raises(DataError, match=r"chat\.jsonl:\d+: the chat template .* does not render: "):
+        tuned("chat", template=str(template))
+
+
+def test_messages_where_there_is_no_template(tuned):
+    with pytest.raises(DataError, match=r"the model came with no chat template; set data\.template"):
+        tuned("chat", template="")
+
+
+def test_token_ids_hold_no_examples(tuned, corpora, tokenizer, tmp_path):
+    from train.data.encode import Encoder
+    from train.data.write import write_tokens
+
+    write_tokens(SourceConfig(corpora["text"]), Encoder(tokenizer), tmp_path / "ids")
+    with pytest.raises(DataError, match="holds token ids; this needs their text"):
+        tuned(files=str(tmp_path / "ids"))
+
+
+def test_examples_are_not_tokenized_beforehand(tmp_path):
+    from train.data.__main__ import main
+
+    (tmp_path / "run.toml").write_text('[train]\nobjective = "sft"\n')
+    with pytest.raises(
+        ConfigError, match=r'train\.objective is "sft", whose examples are tokenized as it trains'
+    ):
+        main([str(tmp_path / "run.toml"), str(tmp_path / "out")])
+
+
+def test_a_parquet_file_that_lacks_a_column_of_the_first(tuned, tmp_path):
+    write(tmp_path / "a.parquet", records("chat")[:5])
+    write(tmp_path / "b.parquet", [{"text": "x"}] * 5)
+    with pytest.raises(DataError, match=r"b\.parquet, row \d: no field 'messages'"):
+        take(tuned("chat", files=f"{tmp_path}/*.parquet", held_out=0).train(), 20)
+
+
+def test_the_fingerprint_tells_what_decides_the_batches(tuned):
+    known = tuned().fingerprint
+    assert tuned(workers=1, bad_records="skip", seed=3).fingerprint == known
+    different = [
+        tuned("chat").fingerprint,
+        tuned(too_long="truncate").fingerprint,
+        tuned(held_out=0.2).fingerprint,
+        tuned(suffix="parquet").fingerprint,
+        tuned("dpo").fingerprint,
+        tuned("dpo", objective="reward").fingerprint,
+    ]
+    assert len({known, *different}) == 7
+
+
+# The packer
+
+
+@given(st.lists(st.integers(1, 20), max_size=60))
+def test_bins_hold_everything_once_and_never_overflow(lengths):
+    bins: Bins[tuple[int, int]] = Bins(20)
+    rows = []
+    for i, length in enumerate(lengths):
+        done = bins.add(length, (i, length))
+        rows += [done] if done is not None else []
+        assert len(bins.rows) <= OPEN
+    rows += list(bins.rest())
+    assert sorted(itertools.chain(*rows)) == list(enumerate(lengths))
+    assert all(0 < sum(length for _, length in row) <= 20 for row in rows)
+    assert all(row == sorted(row) for row in rows)
+
+
+def test_an_item_goes_where_it_leaves_the_least_room():
+    bins: Bins[str] = Bins(10)
+    for length, name in ((6, "a"), (7, "b"), (5, "c"), (3, "d")):
+        done = bins.add(length, name)
+    assert done == ["b", "d"]
+    assert bins.rows == [["a"], ["c"]]
+    again: Bins[str] = Bins(10, [[(6, "a")], [(5, "c")]])
+    assert again.add(5, "e") == bins.add(5, "e") == ["c", "e"]

@@ -1,0 +1,113 @@
+"""Finetuning as a process: it learns, resumes bit for bit, and leaves an adapter that the library loads."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import llama_jax as lj
+from llama_jax.weights.peft import load_adapter
+from tests.train.processes import Workshop, assert_same, losses, records
+
+STEPS = 6
+PAIRS = [
+    ("cat", "meow"),
+    ("dog", "woof"),
+    ("cow", "moo"),
+    ("duck", "quack"),
+    ("owl", "hoot"),
+    ("pig", "oink"),
+]
+
+CONFIG = """\
+[model]
+init_from = "{model}"
+[tokenizer]
+path = "{model}"
+[data]
+files = "{files}"
+held_out = 0.2
+[train]
+objective = "{objective}"
+batch_size = 8
+seq_len = 64
+dtype = "float32"
+[optimizer]
+learning_rate = {rate}
+warmup_steps = 0
+schedule = "constant"
+[eval]
+every = 2
+max_new_tokens = 0
+[log]
+every = 1
+tensorboard = false
+plot = false
+"""
+LORA = '[adapter]\nkind = "lora"\nrank = 4\n'
+
+
+def set_up(workshop: Workshop, shared_data, objective: str, adapter: str = "", rate: float = 1e-2) -> str:
+    """Writes examples and a configuration; returns its name."""
+    rows = []
+    for number in range(40):
+        animal, sound = PAIRS[number % len(PAIRS)]
+        prompt = f"There were {number} of them. The {animal} said: "
+        if objective == "sft":
+            rows.append({"prompt": prompt, "completion": sound})
+        else:
+            rows.append({"prompt": prompt, "chosen": f"{sound}, please", "rejected": f"{sound}! {sound}!"})
+    files = workshop.folder / f"{objective}.jsonl"
+    files.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = shared_data / "stories260K" / "stories260K.bin"
+    config = workshop.folder / f"{objective}{len(adapter)}.toml"
+    config.write_text(CONFIG.format(model=model, files=files, objective=objective, rate=rate) + adapter)
+    return config.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("objective", "adapter", "rate"), [("sft", LORA, 2e-2), ("dpo", "", 1e-3)])
+def test_resumed_in_the_middle_it_is_the_run_in_one_go(workshop, shared_data, objective, adapter, rate):
+    config = set_up(workshop, shared_data, objective, adapter, rate)
+    for name, stops in (("whole", [STEPS]), ("halves", [STEPS // 2, STEPS])):
+        for stop in stops:
+            done = workshop.run(config, "--train.run_dir", f"{objective}_{name}", "--train.steps", stop)
+            assert done.status == 0, done.err
+    whole, halves = (workshop.folder / f"{objective}_{name}" for name in ("whole", "halves"))
+    assert_same(whole, halves, STEPS)
+    assert losses(whole) == losses(halves)
+    assert losses(whole)[STEPS] < losses(whole)[1]
+    told = records(whole, "evaluations.jsonl")[-1]
+    if objective == "dpo":
+        assert 0 <= told["accuracy"] <= 1 and "perplexity" not in told
+        return
+    made = [path.read_bytes() for path in sorted((whole / "adapter").iterdir())]
+    assert made == [path.read_bytes() for path in sorted((halves / "adapter").iterdir())]
+    settings, adapter = load_adapter(whole)
+    assert settings.rank == 4
+    base = shared_data / "stories260K" / "stories260K.bin"
+    plain, merged = lj.load(base), lj.load(base, adapter=whole)
+    tokens = np.array([plain.tokenizer.encode("There were 3 of them. The duck said: ", add_bos=True)])
+    attached = lj.lora.attach(settings, plain.params, adapter)
+    expected = lj.forward(plain.config, attached, tokens)
+    np.testing.assert_allclose(lj.forward(merged.config, merged.params, tokens), expected, atol=1e-4)
+    assert np.abs(expected - lj.forward(plain.config, plain.params, tokens)).max() > 0.1
+
+
+def test_show_batch_prints_what_is_learned_and_leaves_nothing(workshop, shared_data):
+    config = set_up(workshop, shared_data, "sft", LORA)
+    before = sorted(workshop.folder.iterdir())
+    done = workshop.run(config, "--show-batch", "--train.run_dir", "shown")
+    assert done.status == 0, done.err
+    assert "row 7: " in done.out and "⟦" in done.out
+    assert "examples:" in done.err and "are learned" in done.err
+    assert sorted(workshop.folder.iterdir()) == before
+
+
+def test_an_adapter_without_a_base_is_one_line(workshop, shared_data):
+    config = set_up(workshop, shared_data, "sft", LORA)
+    done = workshop.run(config, "--model.init_from", "", "--train.run_dir", "none")
+    assert done.status == 2
+    assert done.err.count("\n") == 1 and "an adapter needs the weights of a model" in done.err
