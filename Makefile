@@ -1,5 +1,6 @@
 # Every target makes the environment it needs: .venv, from the python3 on the PATH.
-# Another Python or place: make test PYTHON=python3.12 VENV=.venv312. Only the fast tests: make test FAST=1.
+# Another Python or place: make test PYTHON=python3.12 VENV=.venv312. Only the fast tests: make test FAST=1; some of
+# them: make test TESTS=tests/test_decode.py.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,8 +8,10 @@ PROMPT ?= Once upon a time, there was a little girl named Lily. She loved to pla
 PYTEST = $(VENV)/bin/python -m pytest -q -rs --durations=10
 
 RUN ?= runs/tiny_cpu
+TESTS ?= tests
+NOTEBOOKS ?=
 
-.PHONY: help demo test parity pods lint clean
+.PHONY: help demo test parity pods notebooks lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -16,6 +19,7 @@ help:
 	@echo "make test     the test suite, on 8 simulated devices (FAST=1: only the quick ones)"
 	@echo "make parity   live comparison with Hugging Face transformers (installs torch)"
 	@echo "make pods     compile the 7B and 70B training steps for TPU slices (installs libtpu; Python 3.12)"
+	@echo "make notebooks  run every notebook top to bottom; pictures and pages go to build/notebooks"
 	@echo "make lint     ruff and mypy"
 	@echo "make clean    remove $(VENV) and every cache in this folder"
 
@@ -28,13 +32,16 @@ demo: $(VENV)/demo.stamp
 	@$(VENV)/bin/llama-jax generate $(RUN) --prompt "def read(self" --max-new-tokens 120 --temperature 0.5 --seed 1
 
 test: $(VENV)/test.stamp
-	$(PYTEST) -n 2 --dist loadfile -m "not parity and not pods$(if $(FAST), and not slow)"
+	$(PYTEST) -n 2 --dist loadfile -m "not parity and not pods$(if $(FAST), and not slow)" $(TESTS)
 
 parity: $(VENV)/parity.stamp
 	$(PYTEST) -m parity
 
 pods: $(VENV)/pods.stamp
 	$(PYTEST) -n 2 -m pods
+
+notebooks: $(VENV)/notebooks.stamp
+	$(VENV)/bin/python -m notebooks.run $(NOTEBOOKS) --out build/notebooks
 
 lint: $(VENV)/lint.stamp
 	$(VENV)/bin/ruff check .

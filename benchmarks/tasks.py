@@ -16,12 +16,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+# fmt: off
 NOUNS = (
-    "apples boats books bottles boxes buttons cars chairs clocks coats cups doors flags hats keys kites lamps "
-    "leaves pens plates ribbons rings shirts shoes spoons stones tables tents umbrellas wheels"
-).split()
-COLOURS = "black blue brown green grey orange pink purple red white yellow".split()
-NUMBERS = "two three four five six seven eight nine ten twelve".split()
+    "apples", "boats", "books", "bottles", "boxes", "buttons", "cars", "chairs", "clocks", "coats", "cups",
+    "doors", "flags", "hats", "keys", "kites", "lamps", "leaves", "pens", "plates", "ribbons", "rings",
+    "shirts", "shoes", "spoons", "stones", "tables", "tents", "umbrellas", "wheels",
+)
+COLOURS = (
+    "black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow",
+)
+NUMBERS = (
+    "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "twelve",
+)
+# fmt: on
 SENTENCES = (
     "There are {number} {colour} {noun} in the room.",
     "I counted {number} {noun}, and all of them were {colour}.",
@@ -32,10 +39,12 @@ SENTENCES = (
 )
 DIGITS = dict(zip(NUMBERS, (2, 3, 4, 5, 6, 7, 8, 9, 10, 12), strict=True))
 
+# fmt: off
 PLACES = (
-    "the library the station the museum the park the bakery the post office the school the harbour the theatre "
-    "the market the hospital the bank"
+    "the library", "the station", "the museum", "the park", "the bakery", "the post office", "the school",
+    "the harbour", "the theatre", "the market", "the hospital", "the bank",
 )
+# fmt: on
 QUESTIONS = (
     ("Where is {place}?", "it is on the left, just after the bridge"),
     ("When does {place} open?", "it opens at nine in the morning"),
@@ -70,7 +79,6 @@ def extract(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 def manner(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Pairs of answers: 240 to train on, and 48 about places that the others do not name."""
-    places = [f"the {name.strip()}" for name in PLACES.split("the ") if name.strip()]
     draw = random.Random(seed)
 
     def pairs(places: Iterable[str]) -> list[dict[str, Any]]:
@@ -87,7 +95,7 @@ def manner(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         draw.shuffle(made)
         return made
 
-    return pairs(places[:-2]), pairs(places[-2:])
+    return pairs(PLACES[:-2]), pairs(PLACES[-2:])
 
 
 def write(folder: Path) -> list[Path]:

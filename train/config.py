@@ -191,6 +191,9 @@ class OptimizerConfig:
       b1, b2, eps: Adam's; b1 and b2 are Lion's and Muon's too.
       weight_decay: decoupled; not on norm scales.
       clip_norm: global norm that gradients are clipped to; 0 is off.
+      freeze: patterns of parameters that stay as they are, such as `embed.*`, `layers.attention.*`, `*norm*`.
+      layer_decay: each layer learns at this share of the rate of the layer above it, the embedding at that
+        of the first layer's (ULMFiT's discriminative rates, arXiv 1801.06146); 1 is one rate for all.
     """
 
     name: Optimizer = "adamw"
@@ -205,8 +208,13 @@ class OptimizerConfig:
     eps: float = 1e-5
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    freeze: tuple[str, ...] = ()
+    layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "freeze", tuple(self.freeze))
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"optimizer.layer_decay is {self.layer_decay}; it must be above 0, at most 1")
         one_of("optimizer.name", self.name, get_args(Optimizer))
         one_of("optimizer.schedule", self.schedule, get_args(Schedule))
         at_least(
@@ -264,6 +272,9 @@ class EvalConfig:
       batches: the most batches that one evaluation reads.
       sample_every: steps between sampled texts; 0 is at the end only.
       prompt, max_new_tokens, temperature: of the sampled text.
+      patience: the run ends early after so many evaluations in a row without a held-out loss lower than the
+        lowest by `min_improvement`; 0 is never.
+      min_improvement: what counts as lower, nats.
     """
 
     every: int = 500
@@ -272,9 +283,16 @@ class EvalConfig:
     prompt: str = ""
     max_new_tokens: int = 64
     temperature: float = 0.0
+    patience: int = 0
+    min_improvement: float = 0.0
 
     def __post_init__(self) -> None:
         at_least("eval", self, every=0, batches=1, sample_every=0, max_new_tokens=0, temperature=0)
+        at_least("eval", self, patience=0, min_improvement=0)
+        if self.patience and not self.every:
+            raise ConfigError(
+                f"eval.patience is {self.patience} and eval.every is 0: set the steps between evaluations"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

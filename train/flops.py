@@ -26,18 +26,29 @@ _PEAKS = {
 }
 
 
-def flops_per_token(model: LlamaConfig, seq_len: int, *, causal: bool) -> float:
+def flops_per_token(
+    model: LlamaConfig, seq_len: int, *, causal: bool, frozen: bool = False, reference: bool = False
+) -> float:
     """Operations of a forward and backward pass for each token, rematerialisation not counted.
 
     6 for every weight of a matrix product (the output projection included, the embedding look-up not), and
     12 L N H T for attention's two products (PaLM, arXiv 2204.02311, appendix B), half of it if `causal`: a
     token sees half of the row on average. Both conventions are in use; compare like with like.
+
+    Weights that are `frozen` under an adapter have no gradient, 4 in place of 6, and the adapter's own are
+    not counted; a `reference` model's forward pass beside the policy's is 2 more, and 4 more of attention.
     """
     embedding = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
     norms = (2 * model.num_hidden_layers + 1) * model.hidden_size
     weights = model.num_params - embedding - norms
-    attention = 12 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * seq_len
-    return 6 * weights + attention * (0.5 if causal else 1.0)
+    attention = (
+        (16 if reference else 12)
+        * model.num_hidden_layers
+        * model.num_attention_heads
+        * model.head_dim
+        * seq_len
+    )
+    return (6 - 2 * frozen + 2 * reference) * weights + attention * (0.5 if causal else 1.0)
 
 
 def peak_flops(dtype: jnp.dtype) -> float:

@@ -34,7 +34,7 @@ from train.evaluate import make_held_out_loss, make_sampler
 from train.feed import Feed
 from train.flops import flops_per_token, peak_flops
 from train.lock import run_lock
-from train.loop import Loop
+from train.loop import MEASURED, Loop
 from train.objectives import make_objective
 from train.optimizer import make_optimizer, make_schedule
 from train.plot import plot_losses
@@ -87,7 +87,7 @@ def train(run: RunConfig) -> int:
         batches = data.train()
         stack.callback(batches.close)
         step, abstract, abstract_batch, abstract_frozen = build_step(run, model, mesh, platform, tuning)
-        restored = checkpoints.restore(abstract)
+        restored, measured = checkpoints.restore(abstract), []
         if restored is None:
             (state, frozen), done = _begin(run, model, mesh, tuning), 0
         else:
@@ -95,6 +95,7 @@ def train(run: RunConfig) -> int:
             state, done = restored.state, restored.step
             frozen = None if abstract_frozen is None else _begin(run, model, mesh, tuning)[1]
             batches.restore(restored.data_states)
+            measured = restored.data_states[0].get(MEASURED, [])
             say(f"resuming {run_dir} after step {done}")
         if first:
             _write_whole(run_dir / CONFIG, to_toml(run))
@@ -129,10 +130,17 @@ def train(run: RunConfig) -> int:
             sample=make_sampler(run, model, platform, tokenizer, mesh, tuning, frozen),
             diagnose=_diagnosis(run, model, platform, tuning, frozen),
             flops={
-                kind: flops_per_token(model, run.train.seq_len, causal=kind == "causal")
+                kind: flops_per_token(
+                    model,
+                    run.train.seq_len,
+                    causal=kind == "causal",
+                    frozen=tuning.adapter is not None,
+                    reference=tuning.reference,
+                )
                 for kind in ("causal", "full")
             },
             peak=peak_flops(compute_dtype(run.train, platform)),
+            measured=list(measured),
         )
         stopped = loop.train()
         if stopped:

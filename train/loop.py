@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from llama_jax.errors import LlamaJaxError
 from train.checkpoint import Checkpoints
-from train.config import RunConfig
+from train.config import EvalConfig, RunConfig
 from train.data import Batches
 from train.feed import Feed
 from train.report import Report
@@ -23,9 +23,19 @@ from train.signals import Interrupts
 from train.state import TrainState
 from train.step import StepMetrics
 
+MEASURED = "held_out_losses"  # in a checkpoint, beside the data's own state
+
 
 class Diverged(LlamaJaxError):
     """The loss or its gradient was not finite for too many steps in a row."""
+
+
+def out_of_patience(losses: Sequence[float], config: EvalConfig) -> bool:
+    """Whether the last `config.patience` losses are none of them lower than the lowest before."""
+    if not config.patience or len(losses) <= config.patience:
+        return False
+    before, since = losses[: -config.patience], losses[-config.patience :]
+    return min(since) > min(before) - max(config.min_improvement, 1e-12)
 
 
 @dataclasses.dataclass
@@ -68,6 +78,7 @@ class Loop:
       diagnose: parameters and a batch to what is wrong with their gradient.
       flops: operations a token: `causal` and `full`.
       peak: FLOP/s of all devices.
+      measured: the held-out losses of the run so far, for `eval.patience`.
     """
 
     run: RunConfig
@@ -85,6 +96,7 @@ class Loop:
     diagnose: Callable[[Any, Any], dict[str, Any]]
     flops: Mapping[str, float]
     peak: float
+    measured: list[float] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._began = time.perf_counter()
@@ -108,6 +120,12 @@ class Loop:
         """
         stopped = 0
         while self.done < self.run.train.steps and not (stopped := self.interrupts.agreed_stop()):
+            if out_of_patience(self.measured, self.run.eval):
+                self.report.say(
+                    f"the held-out loss has not fallen in {self.run.eval.patience} evaluations: stopped "
+                    f"after step {self.done}; eval.patience 0 goes on"
+                )
+                break
             self._one()
         self._check(self._latest)
         if not stopped:
@@ -212,6 +230,7 @@ class Loop:
             if measure:
                 self._numbers = self.held_out(self.state.params)
                 record |= self._numbers
+                self.measured += [self._numbers["held_out_loss"]] if self._numbers else []
             if write:
                 key = jax.random.fold_in(self.state.key, self.done)
                 record["text"] = self.sample(self.state.params, key)
@@ -221,7 +240,8 @@ class Loop:
     def _save(self) -> None:
         if self.done:
             with self._clock.count("checkpoint"):
-                self.checkpoints.save(self.done, self.state, self.batches.state(), self._numbers)
+                kept = {**self.batches.state(), MEASURED: self.measured}
+                self.checkpoints.save(self.done, self.state, kept, self._numbers)
 
     def _profile(self) -> None:
         """Starts a trace when it is asked for, and ends it so many steps later."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fnmatch
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from llama_jax.errors import ConfigError
 from train.config import OptimizerConfig
 
 
@@ -35,7 +38,66 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The update rule without clipping, which the step does together with averaging."""
+    """The update rule without clipping, which the step does together with averaging.
+
+    Frozen parameters have no moments and get no update.
+
+    Raises:
+      ConfigError: when it is first handed parameters none of which a pattern of `freeze` matches.
+    """
+    rule = _rule(config, schedule)
+    if config.layer_decay != 1:
+        rule = optax.chain(rule, _scale_by_layer(config.layer_decay))
+    if not config.freeze:
+        return rule
+
+    def kinds(params: Any) -> Any:
+        return jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "trained", frozen(config, params))
+
+    return optax.partition({"trained": rule, "frozen": optax.set_to_zero()}, kinds)
+
+
+def frozen(config: OptimizerConfig, params: Any) -> Any:
+    """Which leaves `config.freeze` keeps as they are: bool for each.
+
+    Raises:
+      ConfigError: for a pattern that matches none, naming them, or patterns that match all.
+    """
+    names = jax.tree_util.tree_map_with_path(
+        lambda path, _: jax.tree_util.keystr(path, simple=True, separator="."), params
+    )
+    every = jax.tree.leaves(names)
+    for pattern in config.freeze:
+        if not fnmatch.filter(every, pattern):
+            known = ", ".join(dict.fromkeys(every))
+            raise ConfigError(f"optimizer.freeze: {pattern!r} matches no parameter (they are {known})")
+    chosen = jax.tree.map(lambda name: any(fnmatch.fnmatch(name, p) for p in config.freeze), names)
+    if all(jax.tree.leaves(chosen)):
+        raise ConfigError(f"optimizer.freeze {list(config.freeze)} leaves nothing to train; freeze less")
+    return chosen
+
+
+def _scale_by_layer(decay: float) -> optax.GradientTransformation:
+    """Updates of layer l of L times decay^(L - 1 - l), of the embedding times decay^L."""
+
+    def scale(updates: Any, params: Any = None) -> Any:
+        del params
+        count = jax.tree.leaves(updates["layers"])[0].shape[0]
+
+        def one(path: Any, update: jax.Array) -> jax.Array:
+            if path[0].key == "embed":
+                return update * decay**count
+            if path[0].key != "layers":
+                return update
+            rates = decay ** jnp.arange(count - 1, -1, -1, dtype=jnp.float32)
+            return update * rates.reshape(-1, *(1,) * (update.ndim - 1))
+
+        return jax.tree_util.tree_map_with_path(one, updates)
+
+    return optax.stateless(scale)
+
+
+def _rule(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     c = config
     if c.name == "adamw":
         return optax.adamw(schedule, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay, mask=decayed)

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 
 from llama_jax import lora, quantize, sharding
 from llama_jax.quantization import Quantized
-from train.config import RunConfig
+from train.config import OptimizerConfig, RunConfig
 from train.devices import compute_dtype
 from train.finetune_config import HEADS
+from train.optimizer import frozen as frozen_by_name
 
 Params = Any
 Trainable = Any  # what the optimizer sees and a checkpoint holds
@@ -29,12 +30,14 @@ class Tuning:
       base: `float32`, `bfloat16`, `int8` or `nf4`: what the frozen weights under an adapter are held in.
       reference: whether steps need the model that training began with, to compare with.
       outputs: how many numbers the head gives that is trained along; 0 is none.
+      optimizer: its section, which says what is frozen by name; None freezes nothing.
     """
 
     adapter: lora.Lora | None = None
     base: str = "float32"
     reference: bool = False
     outputs: int = 0
+    optimizer: OptimizerConfig | None = None
 
     @staticmethod
     def of(run: RunConfig, platform: str, outputs: int = 1) -> Tuning:
@@ -51,6 +54,7 @@ class Tuning:
             base=compute_dtype(run.train, platform).name if base == "auto" else base,
             reference=run.train.objective == "dpo",
             outputs=outputs if run.train.objective in HEADS else 0,
+            optimizer=run.optimizer,
         )
 
     def begin(self, params: Params, key: jax.Array) -> tuple[Trainable, Frozen]:
@@ -77,7 +81,13 @@ class Tuning:
         return trainable, frozen or None
 
     def model(self, trainable: Trainable, frozen: Frozen) -> Params:
-        """The parameters as a model's functions take them."""
+        """The parameters as a model's functions take them; what is frozen by name has no gradient."""
+        if self.optimizer is not None and self.optimizer.freeze:
+            trainable = jax.tree.map(
+                lambda x, keep: jax.lax.stop_gradient(x) if keep else x,
+                trainable,
+                frozen_by_name(self.optimizer, trainable),
+            )
         if self.adapter is None:
             return trainable
         assert frozen is not None

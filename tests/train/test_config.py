@@ -10,8 +10,9 @@ import pytest
 import llama_jax as lj
 from llama_jax.cli.parser import UsageError
 from llama_jax.errors import ConfigError, LlamaJaxError
-from train.config import ModelConfig, RunConfig
+from train.config import EvalConfig, ModelConfig, RunConfig
 from train.data.config import SourceConfig
+from train.loop import out_of_patience
 from train.read_config import keys, load_config, to_toml
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
@@ -204,3 +205,14 @@ def test_a_model_that_cannot_be_says_so():
         ModelConfig(vocab_size=100).build(300)
     with pytest.raises(ConfigError, match="model: hidden_size 10 is not a multiple of num_attention_heads 4"):
         ModelConfig(hidden_size=10, num_attention_heads=4).build()
+
+
+def test_patience_counts_evaluations_without_a_lower_loss():
+    ends = lambda losses, **c: out_of_patience(losses, EvalConfig(patience=2, every=1, **c))  # noqa: E731
+    assert not ends([3.0, 3.0])
+    assert ends([3.0, 3.0, 3.0]) and ends([3.0, 2.0, 2.5, 2.1])
+    assert not ends([3.0, 2.0, 2.5, 1.9]) and not ends([3.0, 2.9, 2.8])
+    assert ends([3.0, 2.95, 2.9], min_improvement=0.2)
+    assert not out_of_patience([3.0] * 9, EvalConfig())
+    with pytest.raises(ConfigError, match=r"eval\.every is 0"):
+        EvalConfig(patience=2, every=0)

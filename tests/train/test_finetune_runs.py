@@ -111,3 +111,15 @@ def test_an_adapter_without_a_base_is_one_line(workshop, shared_data):
     done = workshop.run(config, "--model.init_from", "", "--train.run_dir", "none")
     assert done.status == 2
     assert done.err.count("\n") == 1 and "an adapter needs the weights of a model" in done.err
+
+
+@pytest.mark.slow
+def test_a_run_that_no_longer_gets_better_ends_and_says_so(workshop, shared_data):
+    config = set_up(workshop, shared_data, "sft", LORA)
+    words = ("--train.run_dir", "patient", "--eval.every", 1, "--eval.patience", 2, "--train.steps", 50)
+    done = workshop.run(config, *words, "--optimizer.learning_rate", 0)
+    assert done.status == 0, done.err
+    assert "has not fallen in 2 evaluations: stopped after step 3" in done.err
+    assert (workshop.folder / "patient" / "adapter").is_dir()
+    again = workshop.run(config, *words, "--optimizer.learning_rate", 0)
+    assert "stopped after step 3" in again.err and len(losses(workshop.folder / "patient")) == 3

@@ -31,6 +31,11 @@ def test_is_what_a_count_by_hand_gives(name):
         weights, attention = by_hand(model, length)
         assert flops.flops_per_token(model, length, causal=False) == weights + attention
         assert flops.flops_per_token(model, length, causal=True) == weights + attention / 2
+        # Without the weights' gradients; and with another model's forward pass.
+        without = flops.flops_per_token(model, length, causal=False, frozen=True)
+        assert without == weights * 2 // 3 + attention
+        beside = flops.flops_per_token(model, length, causal=False, reference=True)
+        assert beside == (weights + attention) * 4 // 3
 
 
 def test_llama_2_7b_in_numbers():

@@ -13,8 +13,9 @@ import optax
 import pytest
 
 import llama_jax as lj
+from llama_jax.errors import ConfigError
 from train.config import OptimizerConfig
-from train.optimizer import decayed, make_optimizer, make_schedule
+from train.optimizer import decayed, frozen, make_optimizer, make_schedule
 
 MODEL = lj.LlamaConfig(
     vocab_size=24, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, head_dim=4
@@ -191,3 +192,53 @@ def test_every_rule_fits_a_toy(name):
     assert losses[0] > 3 and losses[-1] < losses[0] - 1
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), params, PARAMS)
     assert all(jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frozen_parameters_stay_and_have_no_moments(name):
+    freeze = ("embed.*", "layers.attention.w[kv]", "*norm*")
+    config = OptimizerConfig(name=name, learning_rate=0.1, warmup_steps=0, freeze=freeze)
+    rule = make_optimizer(config, make_schedule(config, 10))
+    state = jax.jit(rule.init)(PARAMS)
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    updates, _ = jax.jit(rule.update)(grads, state, PARAMS)
+    still = frozen(config, PARAMS)
+    assert sum(jax.tree.leaves(still)) == 6
+    jax.tree.map(lambda u, keep: np.testing.assert_equal(bool((u == 0).all()), keep), updates, still)
+    whole = make_optimizer(dataclasses.replace(config, freeze=()), make_schedule(config, 10))
+    size = lambda state: sum(x.size for x in jax.tree.leaves(state))  # noqa: E731
+    assert size(state) < size(jax.jit(whole.init)(PARAMS))
+
+
+def test_layers_learn_at_rates_that_fall_towards_the_input():
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, layer_decay=0.5, weight_decay=0.0)
+    flat = dataclasses.replace(config, layer_decay=1.0)
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    moved, even = (
+        rule.update(grads, rule.init(PARAMS), PARAMS)[0]
+        for rule in (make_optimizer(c, make_schedule(c, 10)) for c in (config, flat))
+    )
+    ratio = jax.tree.map(lambda a, b: np.asarray(a / b), moved, even)
+    np.testing.assert_allclose(ratio["embed"]["embedding"], 0.25)
+    for leaf in jax.tree.leaves(ratio["layers"]):
+        np.testing.assert_allclose(leaf[0], 0.5)
+        np.testing.assert_allclose(leaf[1], 1.0)
+    np.testing.assert_allclose(ratio["final_norm"]["scale"], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"freeze": ("embed.*", "layers.wq")},
+            r"'layers\.wq' matches no parameter \(they are embed\.embedding",
+        ),
+        ({"freeze": ("*",)}, "leaves nothing to train"),
+    ],
+)
+def test_patterns_that_cannot_be_meant(settings, message):
+    config = OptimizerConfig(**settings)
+    with pytest.raises(ConfigError, match=message):
+        make_optimizer(config, make_schedule(config, 10)).init(PARAMS)
+    with pytest.raises(ConfigError, match=r"layer_decay is 0"):
+        OptimizerConfig(layer_decay=0)
