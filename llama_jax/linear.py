@@ -238,8 +238,15 @@ _swiglu_down.defvjp(_swiglu_down_forward, _swiglu_down_backward)
 
 
 def row_major(x: jax.Array) -> jax.Array:
-    """x as it is, last dimension fastest in memory: XLA on a TPU would transpose it in every layer."""
-    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+    """x as it is, last dimension fastest in memory: XLA on a TPU would transpose it in every layer.
+
+    Elsewhere nothing is asked for: the request is not partitioned there, and would gather x from all devices.
+    """
+
+    def constrained(x: jax.Array) -> jax.Array:
+        return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+    return jax.lax.platform_dependent(x, tpu=constrained, default=lambda x: x)
 
 
 @jax.custom_vjp

@@ -55,6 +55,7 @@ def next_token_loss(
     backward: Backward = "autodiff",
     num_chunks: int = 8,
     z_loss: float | jax.Array = 0.0,
+    embedding_noise: jax.Array | None = None,
 ) -> Loss:
     """-log p(tokens[t+1] | tokens[..t]), summed over the predictions that count.
 
@@ -74,6 +75,7 @@ def next_token_loss(
       num_chunks: in how many pieces the logits are formed.
       z_loss: weight of log^2 of the softmax's normaliser, which keeps logits from drifting (PaLM, arXiv
         2204.02311, section 5). It is in `total`.
+      embedding_noise: [B, T, D], added to the embeddings (NEFTune, arXiv 2310.05914).
 
     Returns:
       A `Loss`; divide `total` by `count` for the mean.
@@ -95,6 +97,7 @@ def next_token_loss(
         attention_backend=attention_backend,
         remat=remat,
         backward=backward,
+        embedding_noise=embedding_noise,
     )
     z_loss = jnp.asarray(z_loss, jnp.float32)
     if backward == "fast" and not isinstance(output_matrix(params), Quantized):

@@ -146,8 +146,12 @@ def hidden_states(
     attention_backend: Backend = "xla",
     remat: Remat = "none",
     backward: Backward = "autodiff",
+    embedding_noise: jax.Array | None = None,
 ) -> jax.Array:
-    """`forward` without its last product: normalised hidden states [B, T, D] in the compute dtype."""
+    """`forward` without its last product: normalised hidden states [B, T, D] in the compute dtype.
+
+    `embedding_noise` [B, T, D] is added to the embeddings, as NEFTune does in training (arXiv 2310.05914).
+    """
     if remat not in get_args(Remat):
         raise ConfigError(f"remat policy {remat!r} is unknown; use one of {', '.join(get_args(Remat))}")
     _check(config, params, tokens)
@@ -168,6 +172,8 @@ def hidden_states(
 
     look_up = embed_fast if backward == "fast" else embed
     x = look_up(params["embed"]["embedding"], tokens, dtype=dtype or compute_dtype(params))
+    if embedding_noise is not None:
+        x = x + sharding.constrain(embedding_noise, sharding.ACT_BTD).astype(x.dtype)
     x, _ = _run_layers(
         config,
         params,

@@ -20,7 +20,7 @@ from llama_jax.text_model import Model
 from llama_jax.tokenizer import load_tokenizer
 from llama_jax.weights import load_params, open_source
 from llama_jax.weights.load import load_tensors
-from llama_jax.weights.peft import merged
+from llama_jax.weights.peft import base_of_run, merged
 from llama_jax.weights.tensors import StoredTensors
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -47,8 +47,10 @@ def load(
       dtype: the type to hold the weights in and to compute in: float32, bfloat16 or float16.
       mesh: lay the parameters out over these devices (`llama_jax.sharding.make_mesh`).
       adapter: the directory of a LoRA, rsLoRA or DoRA adapter in PEFT's format, or of the training run that
-        made one; it is merged into the weights, in f32, as they are read.
-      bits: hold the matrices in 8 or 4 bits, or NF4, instead, see `quantize`; the original parameters are let go.
+        made one; it is merged into the weights, in f32, as they are read. Such a run as `name_or_path` is
+        its adapter on the base that it was trained on.
+      bits: hold the matrices in 8 or 4 bits or in NF4 instead, see `quantize`; the original parameters are
+        let go.
       stacked: hold each layer leaf as one [L, ...] array, as `init` does. Otherwise `params["layers"]` is a
         tuple with one tree a layer, which every function here takes as well, and which generation reads
         where it lies: with stacked leaves each call of `generate` makes a second copy of the weights.
@@ -69,6 +71,8 @@ def load(
     if bits not in (None, *get_args(Bits)):
         raise InputError(f"bits is {bits!r}; it must be 8 or 4, 'nf4', or None for {dtype}")
     path = resolve(name_or_path, progress)
+    if adapter is None and (base := base_of_run(path)) is not None:
+        path, adapter = resolve(base, progress), path
     source = open_source(path)
     tokenizer = load_tokenizer(source.home or path)
     if tokenizer.vocab_size != source.config.vocab_size:

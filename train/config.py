@@ -128,6 +128,8 @@ class TrainConfig:
       remat: what the backward pass keeps of each layer, see `llama_jax.forward`.
       loss_chunks: in how many pieces of a sequence the logits are formed.
       z_loss: weight of log^2 Z, 0 for none (PaLM used 1e-4).
+      neftune_alpha: noise on the embeddings in training, uniform within alpha / sqrt(seq_len x hidden_size)
+        (NEFTune, arXiv 2310.05914, which used 5 to 15); 0 for none.
       max_bad_steps: consecutive steps with a non-finite loss or gradient before the run aborts; such a
         step changes nothing.
       profile_at, profile_steps: the step at which a profiler trace of so many steps is taken; 0 for none.
@@ -145,13 +147,14 @@ class TrainConfig:
     remat: Remat = "full"
     loss_chunks: int = 8
     z_loss: float = 0.0
+    neftune_alpha: float = 0.0
     max_bad_steps: int = 5
     profile_at: int = 0
     profile_steps: int = 3
 
     def __post_init__(self) -> None:
         at_least("train", self, steps=1, batch_size=1, seq_len=2, accumulate=1, loss_chunks=1)
-        at_least("train", self, max_bad_steps=1, profile_at=0, profile_steps=1, z_loss=0)
+        at_least("train", self, max_bad_steps=1, profile_at=0, profile_steps=1, z_loss=0, neftune_alpha=0)
         one_of("train.objective", self.objective, get_args(Objective))
         one_of("train.dtype", self.dtype, get_args(Dtype))
         one_of("train.attention", self.attention, ("auto", *get_args(Backend)))
@@ -368,6 +371,11 @@ class RunConfig:
             raise ConfigError(
                 f'adapter.kind is "{self.adapter.kind}" and model.init_from is not given: an adapter needs '
                 "the weights of a model to sit on"
+            )
+        if self.train.neftune_alpha and self.train.objective not in ("pretrain", "sft"):
+            raise ConfigError(
+                f"train.neftune_alpha is {self.train.neftune_alpha} and train.objective "
+                f'"{self.train.objective}"; the noise is for "sft"'
             )
         if self.train.objective == "classify" and not self.data.labels:
             raise ConfigError(

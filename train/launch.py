@@ -283,13 +283,9 @@ def _finish(run: RunConfig, run_dir: Path, data: Data, loop: Loop, report: Repor
     if run.log.plot:
         drawn = plot_losses(run_dir, unigram)
         report.say(f"loss plot: {drawn}" if drawn else "loss plot: needs pip install 'llama-jax[plot]'")
-    if run.adapter.kind == "none":
-        report.say(f"the model is in {run_dir}; try: llama-jax generate {run_dir} --prompt ...")
-    else:
-        report.say(
-            f"the adapter is in {run_dir / IN_RUN}; try: llama-jax generate {run.model.init_from} "
-            f"--adapter {run_dir} --prompt ..."
-        )
+    if run.adapter.kind != "none":
+        report.say(f"the adapter is in {run_dir / IN_RUN}, in PEFT's format")
+    report.say(f"the model is in {run_dir}; try: llama-jax generate {run_dir} --prompt ...")
 
 
 def _diagnosis(

@@ -27,7 +27,7 @@ from train.segments import last, running_sums
 # prediction counts, and f32 value, a segment's own number at its last token.
 Batch = Mapping[str, jax.Array]
 Numbers = dict[str, jax.Array]  # f32 [], each a sum over what `Loss.count` counts
-# (parameters, batch, reference=parameters where it is needed) -> the loss, and what else is told of it
+# (parameters, batch, and where needed reference=parameters, key=a random key) -> the loss, and other numbers
 Measure = Callable[..., tuple[Loss, Numbers]]
 Objective = Callable[..., Loss]
 
@@ -43,7 +43,7 @@ def make_measure(run: RunConfig, model: LlamaConfig, platform: str) -> Measure:
     match run.train.objective:
         case "pretrain" | "sft":
             plain = pretraining(model, run.train, platform)
-            return lambda params, batch: (plain(params, batch), {})
+            return lambda params, batch, **extras: (plain(params, batch, **extras), {})
         case "dpo":
             return direct_preference(model, run.train, platform, run.preference)
         case "reward":
@@ -63,6 +63,8 @@ def make_objective(run: RunConfig, model: LlamaConfig, platform: str) -> Objecti
 def pretraining(model: LlamaConfig, config: TrainConfig, platform: str) -> Objective:
     """Next-token prediction on packed documents; where a batch has a mask, of the tokens that it marks.
 
+    Handed a key, as in training with `neftune_alpha`, it adds noise to the embeddings.
+
     Args:
       model: the model.
       config: the `train` section, which says how to compute.
@@ -70,7 +72,13 @@ def pretraining(model: LlamaConfig, config: TrainConfig, platform: str) -> Objec
     """
     compute = _compute(config, platform)
 
-    def objective(params: Any, batch: Batch) -> Loss:
+    def noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        bound = config.neftune_alpha / (shape[1] * model.hidden_size) ** 0.5
+        where = sharding.out_sharding(sharding.ACT_BTD)
+        whole = (*shape, model.hidden_size)
+        return jax.random.uniform(key, whole, jnp.float32, -bound, bound, out_sharding=where)
+
+    def objective(params: Any, batch: Batch, *, key: jax.Array | None = None) -> Loss:
         return next_token_loss(
             model,
             params,
@@ -80,6 +88,7 @@ def pretraining(model: LlamaConfig, config: TrainConfig, platform: str) -> Objec
             segment_ids=batch["segment_ids"],
             num_chunks=config.loss_chunks,
             z_loss=jnp.float32(config.z_loss),
+            embedding_noise=None if key is None else noise(key, batch["tokens"].shape),
             **compute,
         )
 

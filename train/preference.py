@@ -44,18 +44,16 @@ def dpo_loss(
       f32 [P] each.
     """
     chosen, rejected = policy_chosen - reference_chosen, policy_rejected - reference_rejected
+    rewards = (jax.lax.stop_gradient(beta * chosen), jax.lax.stop_gradient(beta * rejected))
     if kind == "ipo":
         if lengths is not None:
-            chosen, rejected = (
-                r / jnp.maximum(n, 1.0) for r, n in zip((chosen, rejected), lengths, strict=True)
-            )
-        losses = (chosen - rejected - 1 / (2 * beta)) ** 2
-    else:
-        margin = beta * (chosen - rejected)
-        losses = -(1 - label_smoothing) * jax.nn.log_sigmoid(margin) - label_smoothing * jax.nn.log_sigmoid(
-            -margin
-        )
-    return losses, jax.lax.stop_gradient(beta * chosen), jax.lax.stop_gradient(beta * rejected)
+            chosen, rejected = chosen / jnp.maximum(lengths[0], 1.0), rejected / jnp.maximum(lengths[1], 1.0)
+        return (chosen - rejected - 1 / (2 * beta)) ** 2, *rewards
+    margin = beta * (chosen - rejected)
+    losses = -(1 - label_smoothing) * jax.nn.log_sigmoid(margin) - label_smoothing * jax.nn.log_sigmoid(
+        -margin
+    )
+    return losses, *rewards
 
 
 def ranking_loss(chosen: jax.Array, rejected: jax.Array, margin: jax.Array | float = 0.0) -> jax.Array:

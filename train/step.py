@@ -57,6 +57,7 @@ def make_step(
     clip_norm: float = 1.0,
     automatic: bool = False,
     tuning: Tuning = FULL,
+    noisy: bool = False,
 ) -> Step:
     """Makes the (not yet jitted) step.
 
@@ -71,33 +72,37 @@ def make_step(
       clip_norm: global norm to clip to; 0 is off.
       automatic: leave the layout of the optimizer's own products to the compiler (Muon, Adafactor).
       tuning: what of the model the state's parameters are.
+      noisy: whether the objective is handed a key, another one each step.
     """
 
-    def gradient(params: Any, batch: Batch, frozen: Frozen) -> tuple[Loss, Any]:
+    def gradient(params: Any, batch: Batch, frozen: Frozen, key: jax.Array) -> tuple[Loss, Any]:
+        extras = tuning.extras(frozen) | ({"key": key} if noisy else {})
+
         def total(params: Any) -> tuple[jax.Array, Loss]:
-            loss = objective(tuning.model(params, frozen), batch, **tuning.extras(frozen))
+            loss = objective(tuning.model(params, frozen), batch, **extras)
             return loss.total, loss
 
         (_, loss), grads = jax.value_and_grad(total, has_aux=True)(params)
         return loss, grads
 
-    def accumulated(params: Any, batch: Batch, frozen: Frozen) -> tuple[Loss, Any]:
+    def accumulated(params: Any, batch: Batch, frozen: Frozen, key: jax.Array) -> tuple[Loss, Any]:
         if accumulate == 1:
-            return gradient(params, batch, frozen)
+            return gradient(params, batch, frozen, key)
 
-        def one(sums: Any, microbatch: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, gradient(params, microbatch, frozen)), None
+        def one(sums: Any, turn: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, gradient(params, turn[0], frozen, turn[1])), None
 
         zero = jnp.zeros((), jnp.float32)
         start = (Loss(total=zero, count=zero), jax.tree.map(jnp.zeros_like, params))
-        return jax.lax.scan(one, start, {name: _microbatches(x, accumulate) for name, x in batch.items()})[0]
+        cut = {name: _microbatches(x, accumulate) for name, x in batch.items()}
+        return jax.lax.scan(one, start, (cut, jax.random.split(key, accumulate)))[0]
 
     def apply(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
     def step(state: TrainState, batch: Batch, frozen: Frozen = None) -> tuple[TrainState, StepMetrics]:
-        loss, grads = accumulated(state.params, batch, frozen)
+        loss, grads = accumulated(state.params, batch, frozen, jax.random.fold_in(state.key, state.step))
         count = jnp.maximum(loss.count, 1.0)
         norm = optax.tree.norm(grads) / count
         scale = 1 / count
@@ -174,6 +179,7 @@ def build_step(
         clip_norm=run.optimizer.clip_norm,
         automatic=run.optimizer.name in ("muon", "adafactor"),
         tuning=tuning,
+        noisy=run.train.neftune_alpha > 0,
     )
     shape = (run.train.batch_size, run.train.seq_len)
     layout = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, TOKENS_BT)

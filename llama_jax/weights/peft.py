@@ -44,6 +44,7 @@ _READ |= {"rank_pattern", "alpha_pattern", "init_lora_weights", "bias"}
 _HARMLESS = {"auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode"}
 _HARMLESS |= {"lora_dropout", "exclude_modules", "layers_pattern", "eva_config", "megatron_config"}
 _HARMLESS |= {"megatron_core", "qalora_group_size", "runtime_config"}
+_MOST_PADDING = 64  # how many times its own size an adapter may take, for all modules to have one rank
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # that leave the base as it is
 
 
@@ -71,9 +72,15 @@ def load_adapter(path: str | Path) -> tuple[Lora, dict[str, Any]]:
     stored = read_safetensors_header(file)
     modules, layers = _modules(file, stored, fields)
     rank = max(module.rank for module in modules)
-    # In the order of PROJECTIONS.
     names = [name for name in PROJECTIONS if any(module.leaf.path[-1] == name for module in modules)]
     settings = fields.settings(rank, names)
+    stated = sum(info.nbytes for info in stored.values())
+    padded = sum(4 * rank * (module.inputs + module.outputs) for module in modules)
+    if padded > _MOST_PADDING * stated:
+        raise CheckpointError(
+            f"{file}: {stated:,} bytes become {padded:,} when every module is padded to the largest rank, "
+            f"{rank}; keep the ranks of rank_pattern closer together"
+        )
     made: dict[str, Any] = {}
     for name in names:
         own = sorted((m for m in modules if m.leaf.path[-1] == name), key=lambda module: module.layer)
@@ -148,6 +155,23 @@ def adapter_files(path: str | Path) -> tuple[Path, Path]:
         f"{folder}: {what}; give a directory with {CONFIG} and {WEIGHTS}, as PEFT's save_pretrained writes "
         f"it, or a training run that has one in {IN_RUN}/"
     )
+
+
+def base_of_run(path: Path) -> str | None:
+    """Returns the base that a training run's adapter is for, or None where `path` is no run with an adapter.
+
+    Raises:
+      CheckpointError: if its description cannot be read, or names none.
+    """
+    file = path / IN_RUN / CONFIG
+    if not file.is_file():
+        return None
+    base = read_json(file).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(
+            f"{file}: names no base_model_name_or_path; load the base, and this as its adapter"
+        )
+    return base
 
 
 def _modules(file: Path, stored: Mapping[str, TensorInfo], fields: _Fields) -> tuple[list[_Module], int]:

@@ -28,7 +28,7 @@ from tests.parity import hf  # noqa: E402  (needs torch)
 pytestmark = pytest.mark.parity
 
 TOLERANCE = 2e-5  # relative to the largest logit
-NEW_TOKENS = 32
+NEW_TOKENS = 16
 TOKENS = Draw(3).integers(0, MODEL.vocab_size, 48).reshape(2, 24)
 THEIRS = {
     "every matrix": {"target_modules": "all-linear"},
@@ -118,7 +118,7 @@ def test_smollm2_with_our_adapter_writes_the_same_in_peft(
     smollm2: lj.Model, smollm2_path: Path, tmp_path: Path
 ) -> None:
     config, settings = smollm2.config, lora.Lora(rank=8, alpha=16)
-    adapter = away(lora.init(settings, smollm2.params, jax.random.key(1)), by=0.01)
+    adapter = away(lora.init(settings, smollm2.params, jax.random.key(1)), by=0.02)
     save_adapter(tmp_path / "a", settings, adapter, config)
     model = lj.load(smollm2_path, adapter=tmp_path / "a", stacked=False)
     reference = peft.PeftModel.from_pretrained(hf.load_gguf(smollm2_path, config), tmp_path / "a").eval()

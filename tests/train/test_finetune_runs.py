@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -93,6 +94,8 @@ def test_resumed_in_the_middle_it_is_the_run_in_one_go(workshop, shared_data, ob
     attached = lj.lora.attach(settings, plain.params, adapter)
     expected = lj.forward(plain.config, attached, tokens)
     np.testing.assert_allclose(lj.forward(merged.config, merged.params, tokens), expected, atol=1e-4)
+    run = lj.load(whole)  # the run is its adapter on its base
+    jax.tree.map(np.testing.assert_array_equal, run.params, merged.params)
     assert np.abs(expected - lj.forward(plain.config, plain.params, tokens)).max() > 0.1
 
 

@@ -244,6 +244,22 @@ def test_the_curve_on_a_mesh_is_that_of_one_device(objective, adapter, params):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), there.params, state.params)
 
 
+@pytest.mark.slow
+def test_noise_on_embeddings_is_of_the_step_and_none_of_it_is_in_evaluation(params):
+    """Two runs have the same noise; it is not that of no noise, nor of another seed's; on a mesh the same."""
+    run = run_of("sft")
+    noisy = dataclasses.replace(run, train=dataclasses.replace(run.train, neftune_alpha=50.0))
+    quiet, loud = (curve(r, None, params, steps=2)[0] for r in (run, noisy))
+    assert np.abs(loud - quiet).min() > 1e-4
+    np.testing.assert_array_equal(curve(noisy, None, params, steps=2)[0], loud)
+    np.testing.assert_allclose(curve(noisy, "fsdp=4,tensor=2", params, steps=2)[0], loud, rtol=1e-4)
+    batch = examples()
+    measure = jax.jit(make_measure(noisy, MODEL, "cpu"))
+    np.testing.assert_array_equal(
+        measure(params, batch)[0].total, jax.jit(make_measure(run, MODEL, "cpu"))(params, batch)[0].total
+    )
+
+
 def test_the_optimizer_sees_the_adapter_alone(params):
     run = run_of("sft", ADAPTERS["lora"])
     _, state, _, frozen = build_step(run, MODEL, None, "cpu")

@@ -1,16 +1,15 @@
-"""Adapters in PEFT's format: read as written, merged on the way as in memory, and refused in one line."""
+"""Adapters in PEFT's format: read as written, and merged on the way to memory or disk as in memory."""
 
 from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import llama_jax as lj
 from llama_jax import lora
@@ -24,20 +23,9 @@ from llama_jax.weights.peft import load_adapter
 from llama_jax.weights.write.peft import save_adapter
 from tests import tiny
 from tests.random_models import random_model
+from tests.weights.adapters import SIZES, tensors, write
 
 CONFIG = tiny.CONFIG.replace(tie_word_embeddings=False)
-# Hugging Face's modules, with their inputs and outputs.
-WIDTH, KV, FF = 16, 8, 24
-SIZES = {
-    "self_attn.q_proj": (WIDTH, WIDTH),
-    "self_attn.k_proj": (WIDTH, KV),
-    "self_attn.v_proj": (WIDTH, KV),
-    "self_attn.o_proj": (WIDTH, WIDTH),
-    "mlp.gate_proj": (WIDTH, FF),
-    "mlp.up_proj": (WIDTH, FF),
-    "mlp.down_proj": (FF, WIDTH),
-}
-FIELDS = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6, "bias": "none"}
 KINDS = {
     "lora": lora.Lora(rank=4, alpha=6),
     "rslora": lora.Lora(rank=3, alpha=5.5, rslora=True, targets=("wq", "w_down")),
@@ -63,27 +51,6 @@ def trained(settings, params, seed=2):
     adapter = lora.init(settings, params, jax.random.key(seed))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), adapter)
-
-
-def tensors(modules=SIZES, rank=4, layers=2, seed=0):
-    """What PEFT stores of an adapter, written down from its documentation."""
-    rng = np.random.default_rng(seed)
-    made = {}
-    for layer in range(layers):
-        for module in modules:
-            inputs, outputs = SIZES[module]
-            name = f"base_model.model.model.layers.{layer}.{module}"
-            made[f"{name}.lora_A.weight"] = rng.standard_normal((rank, inputs)).astype(np.float32)
-            made[f"{name}.lora_B.weight"] = rng.standard_normal((outputs, rank)).astype(np.float32)
-    return made
-
-
-def write(folder: Path, stored=None, **fields) -> Path:
-    folder.mkdir(parents=True)
-    stored = tensors() if stored is None else stored
-    save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(FIELDS | fields))
-    return folder
 
 
 def same(a, b):
@@ -262,134 +229,6 @@ def test_both_forms_of_the_magnitudes_name(params, tmp_path):
     renamed = {name.replace("_vector", "_vector.weight"): array for name, array in stored.items()}
     fields = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert same(load_adapter(write(tmp_path / "b", renamed, **fields))[1], adapter)
-
-
-def without(name):
-    return {key: array for key, array in tensors().items() if name not in key}
-
-
-LAYER = "base_model.model.model.layers.0"
-EXTRA = np.zeros((4, 16), np.float32)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"peft_type": "PREFIX_TUNING"}, "peft_type is 'PREFIX_TUNING'; only LORA adapters can be read"),
-        ({"peft_type": None}, "peft_type is 'None'"),
-        ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'; only CAUSAL_LM"),
-        ({"bias": "all"}, "bias is 'all'; Llama has no biases"),
-        (
-            {"init_lora_weights": "pissa_niter_4"},
-            "init_lora_weights is 'pissa_niter_4', which changes the base",
-        ),
-        ({"modules_to_save": ["lm_head"]}, "'modules_to_save' is \"['lm_head']\", which llama_jax does not"),
-        ({"layers_to_transform": [0]}, "'layers_to_transform' is '[0]', which"),
-        ({"fan_in_fan_out": True}, "'fan_in_fan_out' is 'True', which"),
-        ({"use_invention": True}, "'use_invention' is 'True', which"),
-        ({"use_dora": "yes"}, "use_dora is 'yes'; it must be true or false"),
-        ({"r": 8}, ".lora_A.weight [4, 16] should be [8, 16]"),
-        ({"r": "4"}, "r is '4'; it must be a whole number"),
-        ({"r": 0}, "r is '0'; it must be a whole number"),
-        ({"lora_alpha": 0}, "lora_alpha is '0'; it must be a finite number above 0"),
-        ({"lora_alpha": float("nan")}, "lora_alpha is 'nan'"),
-        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern has 'x'; it must be a number"),
-        ({"alpha_pattern": {"q_proj": -1}}, "lora_alpha is '-1'"),
-        ({"alpha_pattern": {"(a+)+$": 1}}, "alpha_pattern has '(a+)+$'; only names of modules"),
-        ({"rank_pattern": [1]}, "rank_pattern is '[1]'; it must be an object"),
-        (
-            {"use_dora": True},
-            "missing tensors: base_model.model.model.layers.0.*.down_proj.lora_magnitude_vector",
-        ),
-    ],
-    ids=str,
-)
-def test_descriptions_that_are_refused(fields, message, tmp_path):
-    folder = write(tmp_path / "a", **fields)
-    with pytest.raises(CheckpointError) as error:
-        load_adapter(folder)
-    assert message in str(error.value)
-    assert str(folder) in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("stored", "fields", "message"),
-    [
-        (dict, {}, "missing tensors: it has none at all"),
-        (
-            lambda: without("layers.1.mlp.up_proj.lora_B"),
-            {},
-            "missing tensors: base_model.model.model.layers.1.*.up",
-        ),
-        (
-            lambda: without("layers.0."),
-            {},
-            "missing tensors: base_model.model.model.layers.0.*.down_proj.lora_A",
-        ),
-        (
-            lambda: without("v_proj"),
-            {"target_modules": ["q_proj", "v_proj"]},
-            "layers.0.*.v_proj.lora_A.weight",
-        ),
-        (
-            lambda: tensors() | {f"{LAYER}.mlp.gate.lora_A.weight": EXTRA},
-            {},
-            "unexpected tensors: 'base_model",
-        ),
-        (
-            lambda: tensors() | {"base_model.model.lm_head.lora_A.weight": EXTRA},
-            {},
-            "lm_head.lora_A.weight'; an",
-        ),
-        (
-            lambda: tensors() | {f"{LAYER}.self_attn.q_proj.lora_magnitude_vector": EXTRA[0]},
-            {},
-            "magnitude_vector'",
-        ),
-        (
-            lambda: tensors() | {f"{LAYER}.mlp.q_proj.lora_A.weight": EXTRA},
-            {},
-            "unexpected tensors: 'base_model.model.model.layers.0.mlp.q_proj.lora_A.weight'",
-        ),
-        (
-            lambda: tensors() | {"base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight": EXTRA},
-            {},
-            "layers.1.self_attn.q_proj.lora_B.weight [4, 16] should be [16, 4]",
-        ),
-        (
-            lambda: tensors() | {f"{LAYER}.self_attn.q_proj.lora_A.weight": EXTRA[0]},
-            {},
-            "layers.0.self_attn.q_proj.lora_A.weight [16] should be [4, 0]",
-        ),
-    ],
-)
-def test_tensors_that_are_refused(stored, fields, message, tmp_path):
-    folder = write(tmp_path / "a", stored(), **fields)
-    with pytest.raises(CheckpointError) as error:
-        load_adapter(folder)
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_places_without_an_adapter(base, tmp_path):
-    with pytest.raises(
-        CheckpointError, match=r"nowhere: is not there; give a directory with adapter_config\.json"
-    ):
-        load_adapter(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"hf: holds no adapter; give a directory"):
-        load_adapter(base)
-    folder = write(tmp_path / "a")
-    with pytest.raises(CheckpointError, match="is a file; give the directory"):
-        load_adapter(folder / "adapter_config.json")
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(
-        CheckpointError, match=r"only adapter_model\.bin, a pickle; save it with safe_serialization"
-    ):
-        load_adapter(folder)
-    (folder / "adapter_model.bin").unlink()
-    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: no such file"):
-        load_adapter(folder)
 
 
 def test_the_commands_take_an_adapter(params, base, tmp_path, capsys):

@@ -1,0 +1,122 @@
+"""Runs the notebooks from top to bottom: `python -m notebooks.run [NAME ...] [--out FOLDER]`.
+
+Each is a text file of cells (jupytext's percent format), made a notebook in memory and run in a kernel of its
+own. The first cell that fails ends its notebook, with the cell and its error, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+SLOW = 180  # seconds; a notebook is to be a short story
+HANGS = 900  # seconds a cell
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What running one notebook came to; `error` is empty where it ended well."""
+
+    name: str
+    seconds: float
+    cells: int
+    figures: int
+    error: str
+
+    @property
+    def remarks(self) -> str:
+        """What is worth a second look, in words."""
+        found = [
+            ("failed", bool(self.error)),
+            ("no figure", not self.figures),
+            ("over three minutes", self.seconds > SLOW),
+        ]
+        return ", ".join(words for words, true in found if true) or "ok"
+
+
+def names() -> list[str]:
+    """The notebooks there are, in order."""
+    return sorted(path.stem for path in FOLDER.glob("[0-9]*.py"))
+
+
+def run(path: Path, out: Path | None) -> Report:
+    """Runs one notebook in its own folder, as Jupyter would, and writes it with its outputs to `out`."""
+    import jupytext
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+    notebook = jupytext.read(path)
+    client = NotebookClient(
+        notebook,
+        timeout=HANGS,
+        kernel_name="python3",
+        extra_arguments=["--IPKernelApp.log_level=40"],
+        resources={"metadata": {"path": str(path.parent)}},
+    )
+    start, error = time.perf_counter(), ""
+    try:
+        client.execute()
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as raised:
+        error = failure(path, notebook, raised)
+    seconds = time.perf_counter() - start
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, out / f"{path.stem}.ipynb")
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    figures = sum("image/png" in o.get("data", {}) for cell in code for o in cell.outputs)
+    return Report(path.stem, seconds, len(code), figures, error)
+
+
+def failure(path: Path, notebook: Any, raised: Exception) -> str:
+    """Where a notebook stopped: its file and line, the cell, and the error as Python would show it."""
+    begun = [c for c in notebook.cells if c.cell_type == "code" and "iopub.status.busy" in _times(c)]
+    cell = begun[-1] if begun else None
+    source = cell.source if cell else ""
+    before = path.read_text(encoding="utf-8").partition(source)[0] if source else ""
+    shown = [o for o in (cell.outputs if cell else []) if o.output_type == "error"]
+    trace = "\n".join(shown[0].traceback) if shown else f"{type(raised).__name__}: {raised}"
+    numbered = "\n".join(f"    {line}" for line in source.splitlines())
+    return f"{path.name}, the cell at line {before.count(chr(10)) + 1}:\n{numbered}\n\n{ANSI.sub('', trace)}"
+
+
+def _times(cell: Any) -> Any:
+    return cell.metadata.get("execution", {})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="or its beginning, such as 03; all by default"
+    )
+    parser.add_argument("--out", type=Path, help="write the notebooks with their outputs (.ipynb) here")
+    args = parser.parse_args()
+    wanted = [name for name in names() if not args.names or any(map(name.startswith, args.names))]
+    for given in args.names:
+        if not any(name.startswith(given) for name in names()):
+            print(f"error: there is no notebook {given!r}; there are {', '.join(names())}", file=sys.stderr)
+            return 2
+    reports = []
+    for name in wanted:
+        print(f"{name} ...", flush=True)
+        report = run(FOLDER / f"{name}.py", args.out)
+        reports.append(report)
+        if report.error:
+            print(report.error, file=sys.stderr)
+    print(f"\n{'notebook':<32}{'seconds':>8}{'cells':>7}{'figures':>9}  ")
+    for report in reports:
+        print(
+            f"{report.name:<32}{report.seconds:>8.0f}{report.cells:>7}{report.figures:>9}  {report.remarks}"
+        )
+    return int(any(report.error for report in reports))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

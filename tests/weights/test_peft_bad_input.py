@@ -1,0 +1,178 @@
+"""Adapters that cannot be represented, are not whole, or are not there: refused in one line that says why."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_jax.errors import CheckpointError
+from llama_jax.weights.peft import load_adapter
+from tests.weights.adapters import FIELDS, tensors, write
+
+
+def without(name):
+    return {key: array for key, array in tensors().items() if name not in key}
+
+
+LAYER = "base_model.model.model.layers.0"
+EXTRA = np.zeros((4, 16), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"peft_type": "PREFIX_TUNING"}, "peft_type is 'PREFIX_TUNING'; only LORA adapters can be read"),
+        ({"peft_type": None}, "peft_type is 'None'"),
+        ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'; only CAUSAL_LM"),
+        ({"bias": "all"}, "bias is 'all'; Llama has no biases"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights is 'pissa_niter_4', which changes the base",
+        ),
+        ({"modules_to_save": ["lm_head"]}, "'modules_to_save' is \"['lm_head']\", which llama_jax does not"),
+        ({"layers_to_transform": [0]}, "'layers_to_transform' is '[0]', which"),
+        ({"fan_in_fan_out": True}, "'fan_in_fan_out' is 'True', which"),
+        ({"use_invention": True}, "'use_invention' is 'True', which"),
+        ({"use_dora": "yes"}, "use_dora is 'yes'; it must be true or false"),
+        ({"r": 8}, ".lora_A.weight [4, 16] should be [8, 16]"),
+        ({"r": "4"}, "r is '4'; it must be a whole number"),
+        ({"r": 0}, "r is '0'; it must be a whole number"),
+        ({"lora_alpha": 0}, "lora_alpha is '0'; it must be a finite number above 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is 'nan'"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern has 'x'; it must be a number"),
+        ({"alpha_pattern": {"q_proj": -1}}, "lora_alpha is '-1'"),
+        ({"alpha_pattern": {"(a+)+$": 1}}, "alpha_pattern has '(a+)+$'; only names of modules"),
+        ({"rank_pattern": [1]}, "rank_pattern is '[1]'; it must be an object"),
+        (
+            {"use_dora": True},
+            "missing tensors: base_model.model.model.layers.0.*.down_proj.lora_magnitude_vector",
+        ),
+    ],
+    ids=str,
+)
+def test_descriptions_that_are_refused(fields, message, tmp_path):
+    folder = write(tmp_path / "a", **fields)
+    with pytest.raises(CheckpointError) as error:
+        load_adapter(folder)
+    assert message in str(error.value)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stored", "fields", "message"),
+    [
+        (dict, {}, "missing tensors: it has none at all"),
+        (
+            lambda: without("layers.1.mlp.up_proj.lora_B"),
+            {},
+            "missing tensors: base_model.model.model.layers.1.*.up",
+        ),
+        (
+            lambda: without("layers.0."),
+            {},
+            "missing tensors: base_model.model.model.layers.0.*.down_proj.lora_A",
+        ),
+        (
+            lambda: without("v_proj"),
+            {"target_modules": ["q_proj", "v_proj"]},
+            "layers.0.*.v_proj.lora_A.weight",
+        ),
+        (
+            lambda: tensors() | {f"{LAYER}.mlp.gate.lora_A.weight": EXTRA},
+            {},
+            "unexpected tensors: 'base_model",
+        ),
+        (
+            lambda: tensors() | {"base_model.model.lm_head.lora_A.weight": EXTRA},
+            {},
+            "lm_head.lora_A.weight'; an",
+        ),
+        (
+            lambda: tensors() | {f"{LAYER}.self_attn.q_proj.lora_magnitude_vector": EXTRA[0]},
+            {},
+            "magnitude_vector'",
+        ),
+        (
+            lambda: tensors() | {f"{LAYER}.mlp.q_proj.lora_A.weight": EXTRA},
+            {},
+            "unexpected tensors: 'base_model.model.model.layers.0.mlp.q_proj.lora_A.weight'",
+        ),
+        (
+            lambda: tensors() | {"base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight": EXTRA},
+            {},
+            "layers.1.self_attn.q_proj.lora_B.weight [4, 16] should be [16, 4]",
+        ),
+        (
+            lambda: tensors() | {f"{LAYER}.self_attn.q_proj.lora_A.weight": EXTRA[0]},
+            {},
+            "layers.0.self_attn.q_proj.lora_A.weight [16] should be [4, 0]",
+        ),
+    ],
+)
+def test_tensors_that_are_refused(stored, fields, message, tmp_path):
+    folder = write(tmp_path / "a", stored(), **fields)
+    with pytest.raises(CheckpointError) as error:
+        load_adapter(folder)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_places_without_an_adapter(tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"nowhere: is not there; give a directory with adapter_config\.json"
+    ):
+        load_adapter(tmp_path / "nowhere")
+    (tmp_path / "model").mkdir()
+    with pytest.raises(CheckpointError, match=r"model: holds no adapter; give a directory"):
+        load_adapter(tmp_path / "model")
+    folder = write(tmp_path / "a")
+    with pytest.raises(CheckpointError, match="is a file; give the directory"):
+        load_adapter(folder / "adapter_config.json")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(
+        CheckpointError, match=r"only adapter_model\.bin, a pickle; save it with safe_serialization"
+    ):
+        load_adapter(folder)
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: no such file"):
+        load_adapter(folder)
+
+
+def test_one_large_rank_does_not_fill_memory(tmp_path):
+    stored = tensors(["mlp.up_proj"], rank=1, layers=200) | tensors(["mlp.up_proj"], rank=1000, layers=1)
+    pattern = {"layers.0.mlp.up_proj": 1000}
+    with pytest.raises(
+        CheckpointError, match=r"191,840 bytes become 32,000,000 .* the largest rank, 1000; keep"
+    ):
+        load_adapter(write(tmp_path / "a", stored, r=1, rank_pattern=pattern))
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+ANY = VALUES | st.lists(VALUES, max_size=3) | st.dictionaries(st.text(max_size=5), VALUES, max_size=3)
+KEYS = [
+    *FIELDS,
+    "use_rslora",
+    "use_dora",
+    "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "init_lora_weights",
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(fields=st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=5), ANY, max_size=4))
+def test_no_description_is_more_than_a_line(fields, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("a") / "a"
+    write(folder, tensors(["mlp.up_proj"], layers=1))
+    (folder / "adapter_config.json").write_text(json.dumps(FIELDS | fields))
+    try:
+        settings, _ = load_adapter(folder)
+        assert settings.rank == 4
+    except CheckpointError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000  # noqa: PT017
