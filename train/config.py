@@ -197,6 +197,9 @@ class OptimizerConfig:
       freeze: patterns of parameters that stay as they are, such as `embed.*`, `layers.attention.*`, `*norm*`.
       layer_decay: each layer learns at this share of the rate of the layer above it, the embedding at that
         of the first layer's (ULMFiT's discriminative rates, arXiv 1801.06146); 1 is one rate for all.
+      ema_decay: what is evaluated and saved is a running average of the weights, each step's counting
+        1 - ema_decay, more in the first steps: (1 + step) / (10 + step) is the decay while that is less; 0 is
+        the weights themselves.
     """
 
     name: Optimizer = "adamw"
@@ -213,6 +216,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     freeze: tuple[str, ...] = ()
     layer_decay: float = 1.0
+    ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "freeze", tuple(self.freeze))
@@ -230,10 +234,10 @@ class OptimizerConfig:
             clip_norm=0,
             learning_rate=0,
         )
-        for name in ("b1", "b2", "final_fraction", "decay_fraction"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1 or (name in ("b1", "b2") and value == 1):
-                most = "below 1" if name in ("b1", "b2") else "at most 1"
+        for name in ("b1", "b2", "ema_decay", "final_fraction", "decay_fraction"):
+            value, below = getattr(self, name), name in ("b1", "b2", "ema_decay")
+            if not 0 <= value <= 1 or (below and value == 1):
+                most = "below 1" if below else "at most 1"
                 raise ConfigError(f"optimizer.{name} is {value}; it must be at least 0 and {most}")
 
 

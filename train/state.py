@@ -29,6 +29,7 @@ class TrainState:
       key: the run's random key; each use folds in the step.
       skipped: int32 [], steps that were skipped as not finite.
       bad_run: int32 [], how many of them are the latest in a row.
+      moved: where `params` is a running average, the weights that the optimizer moves; else None.
     """
 
     step: jax.Array
@@ -37,6 +38,7 @@ class TrainState:
     key: jax.Array
     skipped: jax.Array
     bad_run: jax.Array
+    moved: Any = None
 
 
 def create_state(
@@ -76,6 +78,7 @@ def begin(
         key=jax.random.fold_in(key, 1),
         skipped=jnp.zeros((), jnp.int32),
         bad_run=jnp.zeros((), jnp.int32),
+        moved=jax.tree.map(jnp.copy, trainable) if tuning.averaged else None,
     )
     return state, frozen
 

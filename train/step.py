@@ -58,6 +58,7 @@ def make_step(
     automatic: bool = False,
     tuning: Tuning = FULL,
     noisy: bool = False,
+    ema_decay: float = 0.0,
 ) -> Step:
     """Makes the (not yet jitted) step.
 
@@ -73,6 +74,7 @@ def make_step(
       automatic: leave the layout of the optimizer's own products to the compiler (Muon, Adafactor).
       tuning: what of the model the state's parameters are.
       noisy: whether the objective is handed a key, another one each step.
+      ema_decay: of the running average, where the state has one.
     """
 
     def gradient(params: Any, batch: Batch, frozen: Frozen, key: jax.Array) -> tuple[Loss, Any]:
@@ -101,8 +103,15 @@ def make_step(
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
+    def averaged(params: Any, state: TrainState) -> Any:
+        """The running average with one step more."""
+        taken = (state.step - state.skipped).astype(jnp.float32)
+        decay = jnp.minimum(ema_decay, (1 + taken) / (10 + taken))
+        return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.params, params)
+
     def step(state: TrainState, batch: Batch, frozen: Frozen = None) -> tuple[TrainState, StepMetrics]:
-        loss, grads = accumulated(state.params, batch, frozen, jax.random.fold_in(state.key, state.step))
+        moved = state.params if state.moved is None else state.moved
+        loss, grads = accumulated(moved, batch, frozen, jax.random.fold_in(state.key, state.step))
         count = jnp.maximum(loss.count, 1.0)
         norm = optax.tree.norm(grads) / count
         scale = 1 / count
@@ -110,16 +119,19 @@ def make_step(
             scale *= jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
         grads = jax.tree.map(lambda g: g * scale, grads)
         update = _in_automatic_mode(apply, state) if automatic and explicit_axes() else apply
-        params, opt_state = update(grads, state.opt_state, state.params)
+        params, opt_state = update(grads, state.opt_state, moved)
         good = jnp.isfinite(loss.total) & jnp.isfinite(norm)
         choose = lambda new, old: jnp.where(good, new, old)  # noqa: E731
         new = TrainState(
             step=state.step + 1,
-            params=jax.tree.map(choose, params, state.params),
+            params=jax.tree.map(
+                choose, params if state.moved is None else averaged(params, state), state.params
+            ),
             opt_state=jax.tree.map(choose, opt_state, state.opt_state),
             key=state.key,
             skipped=state.skipped + ~good,
             bad_run=jnp.where(good, 0, state.bad_run + 1),
+            moved=None if state.moved is None else jax.tree.map(choose, params, moved),
         )
         metrics = StepMetrics(
             loss=loss.mean,
@@ -180,6 +192,7 @@ def build_step(
         automatic=run.optimizer.name in ("muon", "adafactor"),
         tuning=tuning,
         noisy=run.train.neftune_alpha > 0,
+        ema_decay=run.optimizer.ema_decay,
     )
     shape = (run.train.batch_size, run.train.seq_len)
     layout = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, TOKENS_BT)

@@ -39,6 +39,11 @@ class Tuning:
     outputs: int = 0
     optimizer: OptimizerConfig | None = None
 
+    @property
+    def averaged(self) -> bool:
+        """Whether what is evaluated and saved is a running average of what is trained."""
+        return self.optimizer is not None and self.optimizer.ema_decay > 0
+
     @staticmethod
     def of(run: RunConfig, platform: str, outputs: int = 1) -> Tuning:
         """What a run's configuration says.

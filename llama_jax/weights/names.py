@@ -217,7 +217,7 @@ _HARMLESS: dict[Format, re.Pattern[str]] = {
     "meta": re.compile(r"rope\.freqs"),
     "gguf": re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd(\.weight)?"),
     "llama2c": re.compile(r"freq_cis_(real|imag)"),
-    "orbax": re.compile(r"(?!)"),  # nothing: only llama_jax writes these leaves
+    "orbax": re.compile(r"score\.kernel"),  # the head of a reward model or classifier
 }
 
 

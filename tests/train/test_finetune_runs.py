@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 import llama_jax as lj
+from llama_jax.errors import DataError, InputError
 from llama_jax.weights.peft import load_adapter
 from tests.train.processes import Workshop, assert_same, losses, records
+from train import rejection
+from train.score import Scorer
 
 STEPS = 6
 PAIRS = [
@@ -56,7 +59,9 @@ def set_up(workshop: Workshop, shared_data, objective: str, adapter: str = "", r
     for number in range(40):
         animal, sound = PAIRS[number % len(PAIRS)]
         prompt = f"There were {number} of them. The {animal} said: "
-        if objective == "sft":
+        if objective == "classify":
+            rows.append({"text": prompt, "label": "bird" if animal in ("duck", "owl") else "beast"})
+        elif objective == "sft":
             rows.append({"prompt": prompt, "completion": sound})
         else:
             rows.append({"prompt": prompt, "chosen": f"{sound}, please", "rejected": f"{sound}! {sound}!"})
@@ -114,6 +119,78 @@ def test_an_adapter_without_a_base_is_one_line(workshop, shared_data):
     done = workshop.run(config, "--model.init_from", "", "--train.run_dir", "none")
     assert done.status == 2
     assert done.err.count("\n") == 1 and "an adapter needs the weights of a model" in done.err
+
+
+@pytest.fixture(scope="module")
+def reward_run(workshop, shared_data):
+    """A reward model that has learned to like answers that say please."""
+    config = set_up(workshop, shared_data, "reward", LORA, rate=2e-2)
+    words = (
+        "--train.run_dir",
+        "reward",
+        "--train.steps",
+        12,
+        "--eval.every",
+        12,
+        "--data.template",
+        "llama-2",
+    )
+    done = workshop.run(config, *words)
+    assert done.status == 0, done.err
+    assert records(workshop.folder / "reward", "evaluations.jsonl")[-1]["accuracy"] > 0.9
+    return workshop.folder / "reward"
+
+
+@pytest.mark.slow
+def test_a_reward_model_scores_as_in_training_and_picks_the_best_of_several(
+    workshop, reward_run, shared_data
+):
+    scorer = Scorer.load(reward_run)
+    prompt = "There were 7 of them. The owl said: "
+    rewards = scorer.scores([(prompt, "hoot, please"), (prompt, "hoot! hoot!"), (prompt, "moo, please")])
+    assert rewards.shape == (3, 1) and min(rewards[0], rewards[2]) > rewards[1]
+    one = scorer.scores([(prompt, "hoot! hoot!")], batch_size=1)
+    np.testing.assert_allclose(one[0], rewards[1], atol=1e-4)
+
+    prompts, out = workshop.folder / "prompts.jsonl", workshop.folder / "best.jsonl"
+    prompts.write_text(
+        '{"prompt": "The cow said"}\n{"messages": [{"role": "user", "content": "The pig said"}]}\n'
+    )
+    base = str(shared_data / "stories260K" / "stories260K.bin")
+    words = (base, str(reward_run), str(prompts), str(out), "--template", "llama-2", "--max-new-tokens", "8")
+    with pytest.raises(InputError, match="samples is 0"):
+        rejection.main([*words, "--samples", "0"])
+    rejection.main([*words, "--samples", "3"])
+    made = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["messages"][0]["content"] for record in made] == ["The cow said", "The pig said"]
+    for record in made:
+        assert record["reward"] == max(record["rewards"]) and len(record["rewards"]) > 1
+        assert record["messages"][-1]["role"] == "assistant" and record["messages"][-1]["content"]
+    with pytest.raises(InputError, match="is there already"):
+        rejection.main([*words])
+    prompts.write_text('{"prompt": "a"}\n{"messages": [{"role": "bot", "content": "b"}]}\n')
+    with pytest.raises(DataError, match=r"prompts\.jsonl:2: messages\[0\]: role is 'bot'"):
+        rejection.main([*words[:3], str(workshop.folder / "other.jsonl")])
+    assert not (workshop.folder / "other.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_classifier_of_all_the_weights_names_its_classes(workshop, shared_data):
+    config = set_up(workshop, shared_data, "classify", rate=2e-3)
+    text = (workshop.folder / config).read_text()
+    (workshop.folder / config).write_text(text.replace("held_out", 'labels = ["beast", "bird"]\nheld_out'))
+    done = workshop.run(config, "--train.run_dir", "classes", "--train.steps", 25, "--eval.every", 25)
+    assert done.status == 0, done.err
+    assert "accuracy" in done.err
+    scorer = Scorer.load(workshop.folder / "classes")
+    asked = [f"There were 5 of them. The {animal} said: " for animal, _ in PAIRS]
+    right = ["bird" if animal in ("duck", "owl") else "beast" for animal, _ in PAIRS]
+    assert scorer.classes(asked) == right
+
+
+def test_what_has_no_head_cannot_be_asked(tmp_path):
+    with pytest.raises(InputError, match="is no training run"):
+        Scorer.load(tmp_path)
 
 
 @pytest.mark.slow

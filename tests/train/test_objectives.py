@@ -260,6 +260,23 @@ def test_noise_on_embeddings_is_of_the_step_and_none_of_it_is_in_evaluation(para
     )
 
 
+@pytest.mark.slow
+def test_what_is_saved_may_be_the_average_of_the_weights_so_far(params):
+    run = run_of("sft")
+    averaged = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, ema_decay=0.9))
+    plain = [curve(run, None, params, steps=n)[1].params for n in (1, 2, 3)]
+    losses, state = curve(averaged, None, params, steps=3)
+    np.testing.assert_array_equal(losses, curve(run, None, params, steps=3)[0])
+    jax.tree.map(np.testing.assert_array_equal, state.moved, plain[-1])
+    expected = params
+    for taken, weights in enumerate(plain):
+        decay = min(0.9, (1 + taken) / (10 + taken))
+        expected = jax.tree.map(lambda a, b, d=decay: d * a + (1 - d) * b, expected, weights)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, expected)
+    on_mesh = curve(averaged, "fsdp=8", params, steps=3)[1].params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), on_mesh, state.params)
+
+
 def test_the_optimizer_sees_the_adapter_alone(params):
     run = run_of("sft", ADAPTERS["lora"])
     _, state, _, frozen = build_step(run, MODEL, None, "cpu")
