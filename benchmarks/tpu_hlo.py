@@ -218,16 +218,23 @@ def collectives(module: Module) -> list[Collective]:
             # The TPU compiler writes a reduce-scatter as an all-reduce fused with the slice of it.
             if kind == "all-reduce" and any("all-reduce-scatter" in n for n in instruction.called("calls")):
                 kind = "reduce-scatter"
-            dtype, size = _largest(one)
+            dtype, size = _moved(one)
             found.append(
                 Collective(kind, dtype, size, _group_size(one.rest), times, overlapped, instruction.name)
             )
     return found
 
 
-def _largest(instruction: Instruction) -> tuple[str, int]:
+def _moved(instruction: Instruction) -> tuple[str, int]:
+    """The type and the bytes of what a collective gives.
+
+    Several arrays of one instruction are that many collectives combined; but the start of an asynchronous one
+    lists its operands, too, and its result is the largest.
+    """
     sizes = [(math.prod(dims) * ITEM_BYTES.get(dtype, 1), dtype) for dtype, dims in instruction.arrays]
     size, dtype = max(sizes, default=(0, "?"))
+    if not instruction.opcode.endswith("-start"):
+        size = sum(each for each, _ in sizes)
     if instruction.opcode == "reduce-scatter" and (group := _group_size(instruction.rest)):
         size *= group
     return dtype, int(size)

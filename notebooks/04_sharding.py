@@ -202,19 +202,13 @@ _ = right.set(xlabel="step", ylabel="relative (10⁻⁹ stands for 0)")
 # %%
 def traffic(compiled):
     """By kind of exchange: how often it runs in a step, and the bytes that each device sends."""
-    program = tpu_hlo.parse(compiled.as_text())
-    by_name = {instruction.name: instruction for instruction, _ in tpu_hlo.executed(program)}
     times, sent = collections.Counter(), collections.Counter()
-    for one in tpu_hlo.collectives(program):
-        arrays = by_name[one.name].arrays  # the compiler may exchange several in one go
-        size = sum(np.prod(dims, dtype=int) * tpu_hlo.ITEM_BYTES[dtype] for dtype, dims in arrays)
-        if one.group in (1, None) or size < 1024:  # a device with itself, or a few scalars
+    for one in tpu_hlo.collectives(tpu_hlo.parse(compiled.as_text())):
+        if one.group in (1, None) or one.bytes < 1024:  # a device with itself, or a few scalars
             continue
-        size *= one.group if one.kind == "reduce-scatter" else 1  # of which the result is a part
         times[one.kind] += one.times
-        sent[one.kind] += (
-            one.times * size * (one.group - 1) / one.group * (2 if one.kind == "all-reduce" else 1)
-        )
+        turns = 2 if one.kind == "all-reduce" else 1
+        sent[one.kind] += one.times * one.bytes * turns * (one.group - 1) / one.group
     return times, sent
 
 

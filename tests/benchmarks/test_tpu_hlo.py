@@ -154,6 +154,16 @@ def test_every_way_to_write_a_group(groups, size):
     assert (one.kind, one.bytes, one.group) == ("all-reduce", 8, size)
 
 
+def test_combined_collectives_count_whole_and_an_asynchronous_ones_operands_not():
+    def moved(shape, opcode):
+        line = f"  %r = {shape} {opcode}(%a), replica_groups={{{{0,1}}}}"
+        text = f"HloModule m\n\nENTRY %main (a: f32[2]) -> f32[2] {{\n{line}\n}}\n"
+        return tpu_hlo.collectives(tpu_hlo.parse(text))[0].bytes
+
+    assert moved("(f32[2]{0}, f32[6]{0})", "all-reduce") == 4 * 8
+    assert moved("(f32[2]{0}, f32[4]{0})", "all-gather-start") == 4 * 4
+
+
 def test_a_loop_s_count_is_the_compiler_s_where_it_says_so(module):
     (loop,) = tpu_hlo.parse(
         "HloModule m\n\nENTRY %main (a: s32[]) -> s32[] {\n  %w = s32[] while(%a), condition=%c, body=%b, "
