@@ -10,28 +10,13 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.chat import BUILT_IN, ChatTemplate, chat_template, encode_chat, render_chat
+from llama_jax.chat import BUILT_IN, chat_template, encode_chat, render_chat
 from llama_jax.errors import InputError, TokenizerError
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
+from tests.messages import assistant, jinja, system, user
 from tests.tokenizer import vocabularies
 
 KINDS = ("sentencepiece", "llama2c", "gguf-bpe", "json-bpe", "json-llama")
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
-
-
-def system(text: str) -> dict[str, str]:
-    return {"role": "system", "content": text}
-
-
-def jinja(source: str, **tokens: str) -> ChatTemplate:
-    return ChatTemplate(source, "the chat template", tokens)
 
 
 @pytest.fixture(scope="module")

@@ -11,22 +11,7 @@ from hypothesis import strategies as st
 from llama_jax.chat import ChatTemplate, chat_template, encode_chat, encode_turns
 from llama_jax.errors import InputError, TokenizerError
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
-
-
-def system(text: str) -> dict[str, str]:
-    return {"role": "system", "content": text}
-
-
-def jinja(source: str, **tokens: str) -> ChatTemplate:
-    return ChatTemplate(source, "the chat template", tokens)
+from tests.messages import assistant, jinja, system, user
 
 
 @pytest.fixture(scope="module")

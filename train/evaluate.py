@@ -17,13 +17,12 @@ from jax.sharding import Mesh
 
 from llama_jax import LlamaConfig, Sampling, generate
 from llama_jax.errors import ConfigError
-from llama_jax.loss import Loss
 from llama_jax.tokenizer import Tokenizer
 from train.config import EvalConfig, RunConfig
 from train.data import Data
 from train.devices import compute_dtype
 from train.feed import Feed
-from train.objectives import Batch, make_measure
+from train.objectives import Measure, make_measure
 from train.state import FULL
 from train.tuning import Frozen, Tuning, cast
 
@@ -44,17 +43,13 @@ def make_held_out_loss(
     empty dict where nothing is held out. The z-loss is left out: these numbers compare with everybody's.
     """
     plain = dataclasses.replace(run, train=dataclasses.replace(run.train, z_loss=0.0))
-    told = make_measure(plain, model, platform)
-
-    @jax.jit
-    def batch_numbers(params: Any, frozen: Frozen, batch: Batch) -> tuple[Loss, dict[str, jax.Array]]:
-        return told(tuning.model(params, frozen), batch, **tuning.extras(frozen))
+    told: Measure = jax.jit(tuning.over(make_measure(plain, model, platform)))
 
     def measure(params: Any) -> dict[str, float]:
         count = nbytes = 0.0
         totals: collections.Counter[str] = collections.Counter()
         for batch in itertools.islice(data.held_out(), run.eval.batches):
-            loss, numbers = batch_numbers(params, frozen, feed.put(batch))
+            loss, numbers = told(params, frozen, feed.put(batch))
             totals.update({"held_out_loss": float(loss.total)} | {k: float(v) for k, v in numbers.items()})
             count += float(loss.count)
             nbytes += batch["bytes"]

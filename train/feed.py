@@ -21,6 +21,11 @@ def batch_arrays(objective: str) -> dict[str, np.dtype]:
     return arrays if objective == "pretrain" else {**arrays, "mask": whole, "value": number}
 
 
+def arrays_of(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """A batch without what else is said of it, such as how many bytes of text it spells."""
+    return {name: x for name, x in batch.items() if isinstance(x, np.ndarray)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Feed:
     """Which share of every global batch this process reads, and where it goes.
@@ -77,7 +82,7 @@ class Feed:
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """The global arrays of a batch of which this process has read its share, [rows, T] each."""
-        arrays = {name: x for name, x in batch.items() if isinstance(x, np.ndarray)}
+        arrays = arrays_of(batch)
         if self._layout is None:
             return {name: jax.device_put(x) for name, x in arrays.items()}
         return {name: self._array(x) for name, x in arrays.items()}

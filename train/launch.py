@@ -41,7 +41,7 @@ from train.plot import plot_losses
 from train.read_config import to_toml
 from train.report import Report
 from train.signals import Interrupts
-from train.state import TrainState, begin, on
+from train.state import begin, on, take_apart
 from train.step import build_step
 from train.tuning import Frozen, Tuning
 from train.vocabulary import run_tokenizer
@@ -89,11 +89,15 @@ def train(run: RunConfig) -> int:
         step, abstract, abstract_batch, abstract_frozen = build_step(run, model, mesh, platform, tuning)
         restored, measured = checkpoints.restore(abstract), []
         if restored is None:
-            (state, frozen), done = _begin(run, model, mesh, tuning), 0
+            optimizer = make_optimizer(run.optimizer, make_schedule(run.optimizer, run.train.steps))
+            params, done = _weights(run, mesh, tuning), 0
+            state, frozen = begin(model, optimizer, run.train.seed, params, tuning)
         else:
             _check_same(restored.run, notes, run_dir)
             state, done = restored.state, restored.step
-            frozen = None if abstract_frozen is None else _begin(run, model, mesh, tuning)[1]
+            frozen = None
+            if abstract_frozen is not None:  # no checkpoint holds it
+                frozen = take_apart(model, run.train.seed, _weights(run, mesh, tuning), tuning)[1]
             batches.restore(restored.data_states)
             measured = restored.data_states[0].get(MEASURED, [])
             say(f"resuming {run_dir} after step {done}")
@@ -199,18 +203,15 @@ def _model(run: RunConfig, tokenizer: Tokenizer) -> LlamaConfig:
     return open_source(pretrained.resolve(run.model.init_from)).config
 
 
-def _begin(
-    run: RunConfig, model: LlamaConfig, mesh: Mesh | None, tuning: Tuning
-) -> tuple[TrainState, Frozen]:
-    schedule = make_schedule(run.optimizer, run.train.steps)
-    params = None
-    if run.model.init_from:
-        source = open_source(pretrained.resolve(run.model.init_from))
-        # What is frozen is not read in more precision than it is kept in.
-        dtype = jnp.float32 if tuning.adapter is None or tuning.base == "float32" else jnp.bfloat16
-        with output.progress_bar("loading weights") as progress:
-            params = load_params(source, dtype=dtype, mesh=mesh, stacked=True, progress=progress)
-    return begin(model, make_optimizer(run.optimizer, schedule), run.train.seed, params, tuning)
+def _weights(run: RunConfig, mesh: Mesh | None, tuning: Tuning) -> Any:
+    """The weights that the run starts from, or None where they are random."""
+    if not run.model.init_from:
+        return None
+    source = open_source(pretrained.resolve(run.model.init_from))
+    # What is frozen is not read in more precision than it is kept in.
+    dtype = jnp.float32 if tuning.adapter is None or tuning.base == "float32" else jnp.bfloat16
+    with output.progress_bar("loading weights") as progress:
+        return load_params(source, dtype=dtype, mesh=mesh, stacked=True, progress=progress)
 
 
 def _save_adapter(run: RunConfig, run_dir: Path, model: LlamaConfig, settings: Lora, trained: Any) -> None:
@@ -291,10 +292,10 @@ def _finish(run: RunConfig, run_dir: Path, data: Data, loop: Loop, report: Repor
 def _diagnosis(
     run: RunConfig, model: LlamaConfig, platform: str, tuning: Tuning, frozen: Frozen
 ) -> Callable[[Any, Any], dict[str, Any]]:
-    objective = make_objective(run, model, platform)
+    objective = tuning.over(make_objective(run, model, platform))
 
     def total(params: Any, frozen: Frozen, batch: Any) -> jax.Array:
-        return objective(tuning.model(params, frozen), batch, **tuning.extras(frozen)).total
+        return objective(params, frozen, batch).total
 
     def diagnose(params: Any, batch: Any) -> dict[str, Any]:
         """Which tensors of the parameters, and of their gradient on this batch, hold what is not finite."""

@@ -17,7 +17,7 @@ from llama_jax.errors import LlamaJaxError
 from train.checkpoint import Checkpoints
 from train.config import EvalConfig, RunConfig
 from train.data import Batches
-from train.feed import Feed
+from train.feed import Feed, arrays_of
 from train.report import Report
 from train.signals import Interrupts
 from train.state import TrainState
@@ -183,7 +183,7 @@ class Loop:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "report.json").write_text(json.dumps(report, indent=1))
             if batch is not None:
-                arrays: Any = {name: x for name, x in batch.items() if isinstance(x, np.ndarray)}
+                arrays: dict[str, Any] = {**arrays_of(batch)}
                 np.savez(folder / "batch.npz", **arrays)
         return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from llama_jax.weights import open_source
 from train.data.encode import Encoder
 from train.data.examples import ExampleEncoder, Segment
 from train.data.forms import Example, Objective, Plain, Turns
+from train.data.records import BadRecord
 from train.finetune_config import HEADS
 from train.read_config import load_config
 
@@ -111,22 +113,13 @@ class Scorer:
             side = Turns([dict(message) for message in one], last)
         try:
             return self.encode(Example((side,))).segments[0]
-        except Exception as error:
-            if type(error).__name__ not in ("BadRecord", "TooLongRecord"):
-                raise
-            raise InputError(f"number {number}: {getattr(error, 'message', error)}") from None
+        except BadRecord as bad:
+            raise InputError(f"number {number}: {bad.message}") from None
 
 
-@jax.jit
-def _last(x: jax.Array, ends: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(x, ends[:, None, None], axis=1)[:, 0]
-
-
+@functools.partial(jax.jit, static_argnums=0)
 def _at_ends(
-    config: lj.LlamaConfig, params: Any, kernel: jax.Array, tokens: np.ndarray, ends: np.ndarray
+    config: lj.LlamaConfig, params: Any, kernel: jax.Array, tokens: jax.Array, ends: jax.Array
 ) -> jax.Array:
-    x = _hidden(config, params, jnp.asarray(tokens))
-    return _last(x, jnp.asarray(ends)).astype(jnp.float32) @ kernel
-
-
-_hidden = jax.jit(hidden_states, static_argnums=0)
+    x = hidden_states(config, params, tokens)
+    return jnp.take_along_axis(x, ends[:, None, None], axis=1)[:, 0].astype(jnp.float32) @ kernel

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax import LlamaConfig, init
-from train.tuning import Frozen, Tuning
+from train.tuning import Frozen, Trainable, Tuning
 
 FULL = Tuning()  # every weight is trained
 
@@ -46,10 +46,15 @@ def create_state(
     optimizer: optax.GradientTransformation,
     seed: int,
     params: Any = None,
-    tuning: Tuning = FULL,
 ) -> TrainState:
-    """The state before the first step; see `begin`."""
-    return begin(model, optimizer, seed, params, tuning)[0]
+    """The state before the first step where every weight is trained; see `begin`."""
+    return begin(model, optimizer, seed, params)[0]
+
+
+def take_apart(model: LlamaConfig, seed: int, params: Any, tuning: Tuning) -> tuple[Trainable, Frozen]:
+    """What is trained and what is frozen at the beginning of a run; as `begin`, without an optimizer."""
+    key = jax.random.key(seed)
+    return tuning.begin(init(model, key) if params is None else params, jax.random.fold_in(key, 2))
 
 
 def begin(
@@ -68,14 +73,12 @@ def begin(
       params: weights to start from instead, f32, laid out already.
       tuning: what of them is trained.
     """
-    key = jax.random.key(seed)
-    params = init(model, key) if params is None else params
-    trainable, frozen = tuning.begin(params, jax.random.fold_in(key, 2))
+    trainable, frozen = take_apart(model, seed, params, tuning)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=trainable,
         opt_state=jax.jit(optimizer.init)(trainable),
-        key=jax.random.fold_in(key, 1),
+        key=jax.random.fold_in(jax.random.key(seed), 1),
         skipped=jnp.zeros((), jnp.int32),
         bad_run=jnp.zeros((), jnp.int32),
         moved=jax.tree.map(jnp.copy, trainable) if tuning.averaged else None,

@@ -76,12 +76,13 @@ def make_step(
       noisy: whether the objective is handed a key, another one each step.
       ema_decay: of the running average, where the state has one.
     """
+    whole = tuning.over(objective)
 
     def gradient(params: Any, batch: Batch, frozen: Frozen, key: jax.Array) -> tuple[Loss, Any]:
-        extras = tuning.extras(frozen) | ({"key": key} if noisy else {})
+        extras = {"key": key} if noisy else {}
 
         def total(params: Any) -> tuple[jax.Array, Loss]:
-            loss = objective(tuning.model(params, frozen), batch, **extras)
+            loss = whole(params, frozen, batch, **extras)
             return loss.total, loss
 
         (_, loss), grads = jax.value_and_grad(total, has_aux=True)(params)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -98,6 +98,14 @@ class Tuning:
         assert frozen is not None
         attached = lora.attach(self.adapter, frozen["base"], {"layers": trainable["layers"]})
         return {**attached, **{name: tree for name, tree in trainable.items() if name != "layers"}}
+
+    def over(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """An objective, or its like, of (trainable, frozen, batch) in place of (parameters, batch)."""
+
+        def applied(trainable: Trainable, frozen: Frozen, batch: Any, **more: Any) -> Any:
+            return function(self.model(trainable, frozen), batch, **self.extras(frozen), **more)
+
+        return applied
 
     def extras(self, frozen: Frozen) -> dict[str, Any]:
         """What an objective is handed beside parameters and batch."""
