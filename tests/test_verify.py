@@ -513,8 +513,9 @@ def test_memory_holds_a_layer_of_each_at_most(tmp_path, outputs):
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    # What is formed from the tensors to compare them is of their size here.
-    assert peak < (2 * layer if outputs else 0) + 8 * tensor < 12 * layer
+    # A layer of each; what is formed of a tensor to compare it is of its size here. JAX may let go of the
+    # layer before a little late, from a thread of its own. All of both would be 24 layers.
+    assert peak < (4 * layer if outputs else 0) + 8 * tensor < 12 * layer
 
 
 @pytest.mark.parametrize("outputs", [True, False])
