@@ -53,7 +53,9 @@ _HOMES = {
     "speculative": ("Speculation", "speculative_generate"),
     "text_model": ("Model",),
 }
-_ROOMS = ("attention", "cache", "known", "layers", "lora", "rope", "tokenizer", "verify", "weights")
+_ROOMS = (
+    """adapters attention bottleneck cache known layers lora prefix rope tokenizer verify weights""".split()
+)
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [

@@ -8,6 +8,7 @@ them in [block, block] tiles, forwards and backwards, and keeps one number a que
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -16,13 +17,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from llama_jax import sharding
-from llama_jax.blockwise import MASKED, blockwise_attention
+from llama_jax.blockwise import EVERY_SEGMENT, MASKED, blockwise_attention
 from llama_jax.cache import Int8, Layer
 from llama_jax.errors import ConfigError
 from llama_jax.linear import dot
 from llama_jax.splash import splash_attention
 
 Backend = Literal["xla", "blockwise", "splash"]
+# Keys `k` and values `v` [K, P, H] that stand before every row's own, and that every query sees: what prefix
+# tuning learns (arXiv 2101.00190).
+KeyValues = Mapping[str, jax.Array]
 
 
 class Where(NamedTuple):
@@ -56,7 +60,14 @@ class Where(NamedTuple):
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, where: Where, *, backend: Backend = "xla", block_size: int = 512
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    where: Where,
+    prefix: KeyValues | None = None,
+    *,
+    backend: Backend = "xla",
+    block_size: int = 512,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H) + mask) v, query head n reading key/value head n // (N / K).
 
@@ -68,6 +79,7 @@ def attention(
       k: [B, K, S, H], head-major as in the cache; K divides N.
       v: [B, K, S, H].
       where: positions and segments of queries and keys.
+      prefix: more keys and values, for all queries; not with `splash`.
       backend: `xla`; `blockwise`, whose memory does not grow with T x S; or `splash`, the same on a TPU,
         for queries and keys of the same rows in order (not against a cache).
       block_size: the side of a `blockwise` tile.
@@ -76,26 +88,35 @@ def attention(
       [B, T, N, H] in q's dtype.
 
     Raises:
-      ConfigError: for an unknown backend.
+      ConfigError: for an unknown backend, or a prefix with `splash`.
     """
     if backend not in get_args(Backend):
         raise ConfigError(
             f"attention backend {backend!r} is unknown; use one of {', '.join(get_args(Backend))}"
         )
     if backend == "splash":
+        if prefix is not None:
+            raise ConfigError("attention backend 'splash' takes no prefix; use 'blockwise'")
         return splash_attention(q, k, v, where.q_segments)
     grouped = _grouped(q, k.shape[1])
     k_segments = None if where.k_segments is None else _whole(where.k_segments)
     where = where._replace(k_positions=_whole(where.k_positions), k_segments=k_segments)
     if backend == "blockwise":
-        out = _blockwise(grouped, k, v, where, block_size)
+        out = _blockwise(grouped, k, v, where, prefix, block_size)
     else:
-        out = checkpoint_name(_xla(grouped, k, v, where), "attention_out")
+        out = checkpoint_name(_xla(grouped, k, v, where, prefix), "attention_out")
     return _ungrouped(out, q)
 
 
 def cached_attention(
-    q: jax.Array, k: Layer, v: Layer, where: Where, *, used: jax.Array | None = None, block_size: int = 256
+    q: jax.Array,
+    k: Layer,
+    v: Layer,
+    where: Where,
+    prefix: KeyValues | None = None,
+    *,
+    used: jax.Array | None = None,
+    block_size: int = 256,
 ) -> jax.Array:
     """`attention` against one layer of a key/value cache, of any dtype that a cache may have.
 
@@ -104,6 +125,7 @@ def cached_attention(
       k: [B, K, S, H], or int8 with its scales.
       v: likewise.
       where: positions of queries and slots, or which slots each query is allowed.
+      prefix: keys and values outside the cache, for all queries.
       used: int [], how many of the first slots hold anything. Given it, the cache is visited in blocks
         and what lies beyond is not read: for many queries at once. Without it all scores are formed at
         once, which for a few queries is quicker.
@@ -116,8 +138,8 @@ def cached_attention(
     where = where._replace(k_positions=_whole(where.k_positions))
     slots = where.k_positions.shape[1]
     if used is None or slots <= block_size:
-        return _ungrouped(_xla(grouped, k, v, where), q)
-    return _ungrouped(_in_blocks(grouped, k, v, where, used, block_size), q)
+        return _ungrouped(_xla(grouped, k, v, where, prefix), q)
+    return _ungrouped(_in_blocks(grouped, k, v, where, prefix, used, block_size), q)
 
 
 def _grouped(q: jax.Array, kv_heads: int) -> jax.Array:
@@ -132,10 +154,31 @@ def _ungrouped(out: jax.Array, like: jax.Array) -> jax.Array:
     return out.transpose(0, 3, 1, 2, 4).reshape(like.shape).astype(like.dtype)
 
 
-def _xla(q: jax.Array, k: Layer, v: Layer, where: Where) -> jax.Array:
+def _xla(q: jax.Array, k: Layer, v: Layer, where: Where, prefix: KeyValues | None) -> jax.Array:
     """[B, K, G, T, H] by [B, K, S, H] -> [B, K, G, T, H], all scores at once."""
-    weights = jax.nn.softmax(_scores(q, k, where.mask()), axis=-1)
-    return _weighted(weights, v, q.dtype).astype(q.dtype)
+    scores = _scores(q, k, where.mask())
+    if prefix is None:
+        return _weighted(jax.nn.softmax(scores, axis=-1), v, q.dtype).astype(q.dtype)
+    # Joined as scores, of which there are few: joining the keys would copy the cache at every token.
+    first = _prefix_scores(q, prefix)
+    weights = jax.nn.softmax(jnp.concatenate([first, scores], axis=-1), axis=-1)
+    length = first.shape[-1]
+    out = _weighted(weights[..., length:], v, q.dtype) + _prefix_weighted(
+        weights[..., :length], prefix, q.dtype
+    )
+    return out.astype(q.dtype)
+
+
+def _prefix_scores(q: jax.Array, prefix: KeyValues) -> jax.Array:
+    """f32 [B, K, G, T, P], scaled."""
+    keys = sharding.constrain(prefix["k"].astype(q.dtype), sharding.PREFIX_KPH)
+    return dot("bkgth,kph->bkgtp", q, keys) / math.sqrt(q.shape[-1])
+
+
+def _prefix_weighted(weights: jax.Array, prefix: KeyValues, dtype: jnp.dtype) -> jax.Array:
+    """Sums of the prefix's values f32 [B, K, G, T, H] by weights f32 [B, K, G, T, P]."""
+    values = sharding.constrain(prefix["v"].astype(dtype), sharding.PREFIX_KPH)
+    return dot("bkgtp,kph->bkgth", weights.astype(dtype), values)
 
 
 def _scores(q: jax.Array, k: Layer, mask: jax.Array) -> jax.Array:
@@ -154,7 +197,15 @@ def _weighted(weights: jax.Array, v: Layer, dtype: jnp.dtype) -> jax.Array:
     return dot("bkgts,bksh->bkgth", weights.astype(dtype), v.astype(dtype))
 
 
-def _in_blocks(q: jax.Array, k: Layer, v: Layer, where: Where, used: jax.Array, block_size: int) -> jax.Array:
+def _in_blocks(
+    q: jax.Array,
+    k: Layer,
+    v: Layer,
+    where: Where,
+    prefix: KeyValues | None,
+    used: jax.Array,
+    block_size: int,
+) -> jax.Array:
     """`_xla` over the first `used` slots, a block at a time (FlashAttention's running softmax)."""
     slots = where.k_positions.shape[1]
 
@@ -178,19 +229,29 @@ def _in_blocks(q: jax.Array, k: Layer, v: Layer, where: Where, used: jax.Array, 
 
     # Derived from q, to be laid out over a mesh as it is.
     out = jnp.zeros_like(q, jnp.float32)
-    state = sharding.vary_alike((jnp.full_like(out[..., 0], MASKED), out[..., 0], out), (q, k, v, where))
+    state = (jnp.full_like(out[..., 0], MASKED), out[..., 0], out)
+    if prefix is not None:
+        first = _prefix_scores(q, prefix)
+        top = first.max(-1)
+        weights = jnp.exp(first - top[..., None])
+        state = (top, weights.sum(-1), _prefix_weighted(weights, prefix, q.dtype))
+    state = sharding.vary_alike(state, (q, k, v, where))
     blocks = -(-used // block_size)
     _, total, out = jax.lax.fori_loop(0, blocks, lambda index, state: block(state, index), state)
     return (out / total[..., None]).astype(q.dtype)
 
 
-def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, block_size: int) -> jax.Array:
+def _blockwise(
+    q: jax.Array, k: jax.Array, v: jax.Array, where: Where, prefix: KeyValues | None, block_size: int
+) -> jax.Array:
     """The same in tiles, each device its own rows, heads and queries."""
     q_segments, k_segments = where.q_segments, where.k_segments
     if q_segments is None or k_segments is None:
         q_segments, k_segments = jnp.zeros_like(where.q_positions), jnp.zeros_like(where.k_positions)
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, q_at: Any, k_at: Any) -> jax.Array:
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, q_at: Any, k_at: Any, prefix: Any) -> jax.Array:
+        if prefix is not None:
+            k, v, k_at = _behind(prefix, k, v, k_at)
         kv_heads = k.shape[1]
         merge = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731  # rows and heads are one dimension
         q_at, k_at = jax.tree.map(lambda x: jnp.repeat(x, kv_heads, axis=0), (q_at, k_at))
@@ -199,8 +260,24 @@ def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, block_siz
 
     queries, keys = sharding.QUERIES_BKGTH, sharding.CACHE_BKSH
     at = (sharding.TOKENS_BT,) * 2, (P(sharding.BATCH, None),) * 2
-    run = sharding.per_device(local, (queries, keys, keys, *at), queries)
-    return run(q, k, v, (where.q_positions, q_segments), (where.k_positions, k_segments))
+    laid = None if prefix is None else dict.fromkeys(prefix, sharding.PREFIX_KPH)
+    run = sharding.per_device(local, (queries, keys, keys, *at, laid), queries)
+    return run(q, k, v, (where.q_positions, q_segments), (where.k_positions, k_segments), prefix)
+
+
+def _behind(prefix: KeyValues, k: jax.Array, v: jax.Array, k_at: Any) -> tuple[jax.Array, jax.Array, Any]:
+    """Keys and values [B, K, S, H] with a prefix before them, whose keys are of every segment."""
+
+    def joined(first: jax.Array, rest: jax.Array) -> jax.Array:
+        first = jnp.broadcast_to(first.astype(rest.dtype), (rest.shape[0], *first.shape))
+        return jnp.concatenate(sharding.vary_each_alike(first, rest), axis=2)
+
+    before = jnp.zeros((k.shape[0], prefix["k"].shape[1]), jnp.int32)
+    widened = [
+        jnp.concatenate(sharding.vary_each_alike(jnp.full_like(before, fill), at), axis=1)
+        for fill, at in zip((-1, EVERY_SEGMENT), k_at, strict=True)
+    ]
+    return joined(prefix["k"], k), joined(prefix["v"], v), tuple(widened)
 
 
 def _whole(x: jax.Array) -> jax.Array:

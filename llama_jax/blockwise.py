@@ -20,6 +20,7 @@ from llama_jax import sharding
 from llama_jax.linear import dot, weight_gradient
 
 MASKED = -1e30  # finite: a tile whose keys are all masked must not make a NaN
+EVERY_SEGMENT = -(2**31)  # the segment of keys that queries of every segment see
 
 
 def blockwise_attention(
@@ -68,8 +69,8 @@ def _cut(x: jax.Array, axis: int, block: int, fill: int = 0) -> jax.Array:
 
 def _mask(q_at: Any, k_at: Any) -> jax.Array:
     """bool [M, 1, t, s]: which scores of a tile count."""
-    allowed = (k_at[0][:, None, :] <= q_at[0][:, :, None]) & (k_at[1][:, None, :] == q_at[1][:, :, None])
-    return allowed[:, None]
+    causal, segments = k_at[0][:, None, :] <= q_at[0][:, :, None], k_at[1][:, None, :]
+    return (causal & ((segments == q_at[1][:, :, None]) | (segments == EVERY_SEGMENT)))[:, None]
 
 
 def _scores(q: jax.Array, k: jax.Array, q_at: Any, k_at: Any) -> tuple[jax.Array, jax.Array]:

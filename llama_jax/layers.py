@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from llama_jax import rope, sharding
+from llama_jax.bottleneck import through
 from llama_jax.config import LlamaConfig
 from llama_jax.linear import (
     Backward,
@@ -30,8 +31,9 @@ from llama_jax.linear import (
 from llama_jax.lora import Adapted
 from llama_jax.quantization import Quantized
 
-# (q [B,T,N,H], k [B,K,T,H], v [B,K,T,H]) -> (out [B,T,N,H], whatever the caller wants back)
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# (q [B,T,N,H], k [B,K,T,H], v [B,K,T,H]) -> (out [B,T,N,H], whatever the caller wants back); with a prefix
+# on the layer, an `attention.KeyValues` is the fourth argument.
+Attend = Callable[..., tuple[jax.Array, Any]]
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
@@ -161,7 +163,8 @@ class Attention(nn.Module):
         keys, values = (
             sharding.constrain(kv.transpose(0, 2, 1, 3), sharding.CACHE_BKSH) for kv in (keys, values)
         )
-        out, kept = attend(q, keys, values)
+        prefix: Any = self.get_variable("params", "prefix")
+        out, kept = attend(q, keys, values, *(() if prefix is None else (prefix,)))
         if self.backward == "fast":  # TPU: the kernel's [B, N, T, H] is not turned into [B, T, N*H]
             return linear("btnh,nhd->btd", out, wo, stored=sharding.WO_NHD, out=sharding.ACT_BTD), kept
         # As one matrix [N*H, D]: contracting two axes of wo makes XLA:CPU transpose it at every token.
@@ -206,8 +209,14 @@ class Block(nn.Module):
         x = row_major(x) if fast else x
         hand = write_gradient if fast else lambda y: y
         y, kept = attention(hand(norm(name="attention_norm")(x)), table, attend)
-        x = x + y
-        return x + feed_forward(hand(norm(name="ffn_norm")(x))), kept
+        x = x + self._adapted(attention, y)
+        y = feed_forward(hand(norm(name="ffn_norm")(x)))
+        return x + self._adapted(feed_forward, y), kept
+
+    def _adapted(self, part: nn.Module, y: jax.Array) -> jax.Array:
+        """What a part gives, through the bottleneck adapter that may stand behind it."""
+        network: Any = part.get_variable("params", "bottleneck")
+        return y if network is None else through(network, y, backward=self.backward)
 
 
 def _matrix(

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from llama_jax import sharding
+from llama_jax import layer_trees, sharding
 from llama_jax.errors import ConfigError, InputError
 from llama_jax.quantization import SUMMED, Quantized
 
@@ -169,8 +169,7 @@ def init(settings: Lora, params: Any, key: jax.Array) -> Any:
     Raises:
       InputError: if layers are not stacked.
     """
-    if not isinstance(params["layers"], Mapping):
-        raise InputError("adapters begin on parameters whose layers are stacked; lj.load(..., stacked=True)")
+    layer_trees.require_stacked(params)
     made: dict[str, Any] = {}
     for name in settings.matrices:
         part = PROJECTIONS[name][0]
@@ -211,23 +210,18 @@ def attach(settings: Lora, params: Any, adapter: Any) -> Any:
     Raises:
       ConfigError: if the adapter's shapes are not those of this base.
     """
-    scale = jnp.float32(settings.scale)
-    layers = params["layers"]
     check(params, adapter)
-    if isinstance(layers, Mapping):
-        count = jax.tree.leaves(layers)[0].shape[0]
-        return {**params, "layers": _attached(layers, adapter["layers"], jnp.full(count, scale))}
-    each = (jax.tree.map(lambda x, i=i: x[i], adapter["layers"]) for i in range(len(layers)))
-    return {**params, "layers": tuple(_attached(*pair, scale) for pair in zip(layers, each, strict=True))}
 
+    def put(layer: Any, own: Any) -> Any:
+        made = dict(layer)
+        for part, matrices in own.items():
+            made[part] = dict(layer[part])
+            for name, leaf in matrices.items():
+                scale = jnp.full(leaf["a"].shape[:-2], settings.scale, jnp.float32)
+                made[part][name] = Adapted(layer[part][name], **leaf, scale=scale, name=name)
+        return made
 
-def _attached(layer: Any, adapter: Any, scale: jax.Array) -> Any:
-    made = dict(layer)
-    for part, matrices in adapter.items():
-        made[part] = dict(layer[part])
-        for name, leaf in matrices.items():
-            made[part][name] = Adapted(layer[part][name], **leaf, scale=scale, name=name)
-    return made
+    return layer_trees.put(params, adapter, put)
 
 
 def split(params: Any) -> tuple[Any, Any]:
@@ -242,9 +236,7 @@ def split(params: Any) -> tuple[Any, Any]:
                 parts[part] = held
         return parts
 
-    layers = params["layers"]
-    one = taken(layers) if isinstance(layers, Mapping) else tuple(map(taken, layers))
-    return base, {"layers": one}
+    return base, layer_trees.take(params, lambda layer: (None, taken(layer)))[1]
 
 
 def merge(params: Any) -> Any:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from llama_jax import cache as kv
 from llama_jax import rope, sharding
-from llama_jax.attention import Backend, Where, attention, cached_attention
+from llama_jax.attention import Backend, KeyValues, Where, attention, cached_attention
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError, InputError
 from llama_jax.layers import Attend, Block, embed, embed_fast, rms_norm, unembed
@@ -167,8 +167,10 @@ def hidden_states(
     # positions restart.
     where = Where(order, order, segment_ids, segment_ids)
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-        return attention(q, k, v, where, backend=attention_backend), None
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, prefix: KeyValues | None = None
+    ) -> tuple[jax.Array, None]:
+        return attention(q, k, v, where, prefix, backend=attention_backend), None
 
     look_up = embed_fast if backward == "fast" else embed
     x = look_up(params["embed"]["embedding"], tokens, dtype=dtype or compute_dtype(params))
@@ -178,7 +180,7 @@ def hidden_states(
         config,
         params,
         x,
-        rope.rotary(config, positions),
+        rope.rotary(config, positions + _prefix_length(params)),
         lambda layer: attend,
         remat=remat,
         backward=backward,
@@ -228,14 +230,17 @@ def forward_cached(
     positions = order if positions is None else sharding.constrain(positions, sharding.TOKENS_BT)
 
     def attend_at(layer: int) -> Attend:
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+        def attend(
+            q: jax.Array, k: jax.Array, v: jax.Array, prefix: KeyValues | None = None
+        ) -> tuple[jax.Array, Any]:
             keys, values = kv.write(cache.k[layer], k, start), kv.write(cache.v[layer], v, start)
-            return cached_attention(q, keys, values, where, used=used), (keys, values)
+            return cached_attention(q, keys, values, where, prefix, used=used), (keys, values)
 
         return attend
 
     x = embed(params["embed"]["embedding"], tokens, dtype=compute_dtype(params))
-    x, kept = _run_layers(config, unstack(params), x, rope.rotary(config, positions), attend_at)
+    table = rope.rotary(config, positions + _prefix_length(params))
+    x, kept = _run_layers(config, unstack(params), x, table, attend_at)
     keys, values = zip(*kept, strict=True)
     x = rms_norm(x, params["final_norm"]["scale"], eps=config.rms_norm_eps)
     return unembed(x, params), kv.KVCache(k=keys, v=values)
@@ -279,6 +284,13 @@ def _check(config: LlamaConfig, params: Params, tokens: jax.Array) -> None:
     if sharding.explicit_axes():
         sharding.check_mesh(config, jax.sharding.get_abstract_mesh())
         sharding.check_batch(tokens.shape[0])
+
+
+def _prefix_length(params: Params) -> int:
+    """How many positions a learned prefix takes before the first token's."""
+    layers = params["layers"]
+    prefix = (layers if isinstance(layers, Mapping) else layers[0])["attention"].get("prefix")
+    return 0 if prefix is None else prefix["k"].shape[-2]
 
 
 def _sequence_positions(tokens: jax.Array) -> jax.Array:

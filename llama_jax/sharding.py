@@ -34,6 +34,10 @@ WKV_DKH = P("fsdp", "tensor", None)
 WO_NHD = P("tensor", None, "fsdp")
 GATE_UP_DF = P("fsdp", "tensor")
 DOWN_FD = P("tensor", "fsdp")
+# Of adapters; those of LoRA follow the matrices that they are on.
+BOTTLENECK_DOWN_DM = P("fsdp", None)
+BOTTLENECK_UP_MD = P(None, "fsdp")
+PREFIX_KPH = P("tensor", None, None)
 
 # Activations.
 TOKENS_BT = P(BATCH, "context")

@@ -15,13 +15,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors", "config", "sharding"),
-    ("quantization", "rope", "cache"),
+    ("quantization", "rope", "cache", "layer_trees"),
     ("lora",),
     ("linear",),
-    ("blockwise", "splash"),
+    ("blockwise", "splash", "bottleneck"),
     ("attention",),
     ("layers",),
     ("model",),
+    ("prefix",),
+    ("adapters",),
     ("fused_loss", "loss", "rules", "sampling", "arguments"),
     ("decode",),
     ("generation", "beam", "drafts", "speculative", "session"),

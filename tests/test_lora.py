@@ -10,16 +10,8 @@ import pytest
 import llama_jax as lj
 from llama_jax import lora
 from llama_jax.errors import ConfigError, InputError
+from tests.adapted import CONFIG, base, check_gradients_on_a_mesh, some_tokens, trained
 
-CONFIG = lj.LlamaConfig(
-    vocab_size=128,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-)
 KINDS = {
     "lora": lora.Lora(rank=4, alpha=8),
     "rslora": lora.Lora(rank=4, alpha=3, rslora=True, targets=("q_proj", "attention.wo", "w_*")),
@@ -29,22 +21,12 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def params():
-    return lj.init(CONFIG, jax.random.key(0))
+    return base()
 
 
 @pytest.fixture(scope="module")
 def tokens():
-    return jax.random.randint(jax.random.key(1), (8, 12), 0, CONFIG.vocab_size)
-
-
-def trained(settings, params, seed=2):
-    """An adapter whose every leaf is away from where it began."""
-    adapter = lora.init(settings, params, jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(adapter)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    return tree.unflatten(
-        [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    )
+    return some_tokens()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -67,8 +49,8 @@ def test_merged_is_attached(kind, backward, params, tokens):
 @pytest.mark.parametrize("kind", KINDS)
 def test_split_takes_apart_what_attach_put_together(kind, params):
     adapter = trained(KINDS[kind], params)
-    base, found = lora.split(lora.attach(KINDS[kind], params, adapter))
-    jax.tree.map(np.testing.assert_array_equal, (base, found), (params, adapter))
+    plain, found = lora.split(lora.attach(KINDS[kind], params, adapter))
+    jax.tree.map(np.testing.assert_array_equal, (plain, found), (params, adapter))
 
 
 def test_unstacked_is_stacked(params, tokens):
@@ -84,9 +66,7 @@ def test_unstacked_is_stacked(params, tokens):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mesh", [None, "fsdp=4,tensor=2"])
-def test_gradients_are_those_of_the_merged_weights(kind, mesh, params, tokens):
-    """The fast backward pass on a mesh, against autodiff through W + scale a b on one device."""
+def test_gradients_are_those_of_the_merged_weights(kind, params, tokens):
     adapter = trained(KINDS[kind], params)
 
     def loss(adapter, merged, **how):
@@ -94,27 +74,17 @@ def test_gradients_are_those_of_the_merged_weights(kind, mesh, params, tokens):
         weights = lora.merge(attached) if merged else attached
         return lj.next_token_loss(CONFIG, weights, tokens, **how).total
 
-    if kind == "dora":  # merging lets the gradient through the norm, which DoRA holds constant
-        expected = jax.grad(lambda a: loss(a, merged=False))(adapter)
-    else:
-        expected = jax.grad(lambda a: loss(a, merged=True))(adapter)
-    if mesh is None:
-        found = jax.jit(jax.grad(lambda a: loss(a, merged=False, backward="fast")))(adapter)
-    else:
-        with jax.set_mesh(lj.make_mesh(mesh)):
-            laid = lj.shard_params(params, jax.sharding.get_mesh(), CONFIG)
-            like = lora.init(KINDS[kind], laid, jax.random.key(0))
-            own = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), adapter, like)
-
-            def loss_on_mesh(adapter):
-                weights = lora.attach(KINDS[kind], laid, adapter)
-                return lj.next_token_loss(CONFIG, weights, tokens, backward="fast").total
-
-            found = jax.jit(jax.grad(loss_on_mesh))(own)
-            assert all(jax.tree.leaves(jax.tree.map(lambda g, x: g.sharding == x.sharding, found, own)))
+    # Merging lets the gradient through the norm, which DoRA holds constant.
+    expected = jax.grad(lambda a: loss(a, merged=kind != "dora"))(adapter)
+    found = jax.jit(jax.grad(lambda a: loss(a, merged=False, backward="fast")))(adapter)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4 * np.abs(y).max() + 1e-6), found, expected
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_on_a_mesh_are_those_of_one_device(kind, params):
+    check_gradients_on_a_mesh(KINDS[kind], params, "fsdp=4,tensor=2")
 
 
 @pytest.mark.parametrize("bits", [8, "nf4"])
