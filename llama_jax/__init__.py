@@ -54,7 +54,18 @@ _HOMES = {
     "text_model": ("Model",),
 }
 _ROOMS = (
-    """adapters attention bottleneck cache known layers lora prefix rope tokenizer verify weights""".split()
+    "adapters",
+    "attention",
+    "bottleneck",
+    "cache",
+    "known",
+    "layers",
+    "lora",
+    "prefix",
+    "rope",
+    "tokenizer",
+    "verify",
+    "weights",
 )
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
