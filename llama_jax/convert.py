@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax import adapters
 from llama_jax.errors import CheckpointError, InputError, MissingTokenizerError, TokenizerError
 from llama_jax.pretrained import DTYPES, Progress, resolve
 from llama_jax.quantization import Quantized
@@ -18,9 +21,9 @@ from llama_jax.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.tokenizer.export import vocabulary_of
 from llama_jax.tokenizer.pad import pad
 from llama_jax.weights import manifest, open_source
+from llama_jax.weights.adapters import adapter_folder, merged
 from llama_jax.weights.derived import Averaged, PooledHeads, ResizedVocabulary
 from llama_jax.weights.names import Format
-from llama_jax.weights.peft import adapter_files, merged
 from llama_jax.weights.source import Source
 from llama_jax.weights.tensors import ParamsTensors, StoredTensors, Tensors
 from llama_jax.weights.write.gguf import plan_gguf
@@ -108,7 +111,7 @@ def convert(
     options = (dtype, kv_heads, weights, vocab_size)
     origin = repr([*map(_identity, sources), options])
     if adapter is not None:
-        origin += repr(_stats(sorted(adapter_files(adapter))))
+        origin += repr(_stats(sorted(adapter_folder(adapter).glob("adapter*"))))
     write(plan, tensors, target, origin=origin, progress=progress)
     return target
 
@@ -126,6 +129,7 @@ def save(
 
     Args:
       model: its parameters may lie on one device or on a mesh; they are fetched one tensor at a time.
+        Low-rank adapters that are attached to them are merged.
       path: where to write; nothing may be there.
       format: as for `convert`.
       dtype: of the tensors; by default the parameters'.
@@ -137,13 +141,15 @@ def save(
 
     Raises:
       CheckpointError: if something is at `path`, the format cannot hold the model, or the disk is full.
-      InputError: for a format or dtype that there is not, or quantised parameters.
+      InputError: for a format or dtype that there is not, quantised parameters, or an attached adapter that
+        is no change of weights.
     """
     target = _target(path)
     format = _format(format, target)
     if isinstance(model.params["embed"]["embedding"], Quantized):
         raise InputError("the parameters are quantised; load the model without bits to save it")
-    tensors = ParamsTensors(model.config, model.params)
+    with contextlib.nullcontext() if model.mesh is None else jax.set_mesh(model.mesh):
+        tensors = ParamsTensors(model.config, adapters.merge(model.params))
     write(_plan(tensors, format, dtype, shards, model.tokenizer), tensors, target, progress=progress)
     return target
 

@@ -14,13 +14,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax import hub, known
+from llama_jax.adapters import attach
 from llama_jax.errors import CheckpointError, InputError, TokenizerError
 from llama_jax.quantization import Bits, quantize
 from llama_jax.text_model import Model
 from llama_jax.tokenizer import load_tokenizer
 from llama_jax.weights import load_params, open_source
+from llama_jax.weights.adapters import base_of_run, is_mergeable, load_adapter, merged
 from llama_jax.weights.load import load_tensors
-from llama_jax.weights.peft import base_of_run, merged
 from llama_jax.weights.tensors import StoredTensors
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -46,9 +47,10 @@ def load(
         the Hugging Face hub.
       dtype: the type to hold the weights in and to compute in: float32, bfloat16 or float16.
       mesh: lay the parameters out over these devices (`llama_jax.sharding.make_mesh`).
-      adapter: the directory of a LoRA, rsLoRA or DoRA adapter in PEFT's format, or of the training run that
-        made one; it is merged into the weights, in f32, as they are read. Such a run as `name_or_path` is
-        its adapter on the base that it was trained on.
+      adapter: the directory of an adapter, or of the training run that made one. LoRA, rsLoRA and DoRA in
+        PEFT's format are merged into the weights, in f32, as they are read; a prefix in PEFT's format, or a
+        bottleneck in AdapterHub's, is attached beside them. Such a run as `name_or_path` is its adapter on
+        the base that it was trained on.
       bits: hold the matrices in 8 or 4 bits or in NF4 instead, see `quantize`; the original parameters are
         let go.
       stacked: hold each layer leaf as one [L, ...] array, as `init` does. Otherwise `params["layers"]` is a
@@ -80,14 +82,19 @@ def load(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {source.config.vocab_size}; "
             "put the tokenizer that the model was trained with beside it"
         )
+    beside = None
+    if adapter is not None and not is_mergeable(adapter):
+        beside, adapter = load_adapter(adapter), None
     if adapter is None:
         params = load_params(source, dtype=jnp.dtype(dtype), mesh=mesh, stacked=stacked, progress=progress)
     else:
         tensors = merged(StoredTensors(source), adapter, into=np.dtype(np.float32))
         params = load_tensors(tensors, dtype=dtype, mesh=mesh, stacked=stacked, progress=progress)
-    if bits is not None:
-        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        if bits is not None:
             params = quantize(params, bits)
+        if beside is not None:
+            params = attach(beside[0], params, beside[1])
     return Model(source.config, params, tokenizer, path, mesh)
 
 

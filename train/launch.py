@@ -24,8 +24,8 @@ from llama_jax.lora import Lora
 from llama_jax.sharding import check_mesh
 from llama_jax.tokenizer import Tokenizer
 from llama_jax.weights import load_params, open_source
-from llama_jax.weights.peft import IN_RUN
-from llama_jax.weights.write.peft import save_adapter
+from llama_jax.weights.adapters import IN_RUN
+from llama_jax.weights.write.adapters import save_adapter
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.data import Data, open_data, show_batch

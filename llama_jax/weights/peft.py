@@ -1,4 +1,4 @@
-"""Reads adapters in the format of Hugging Face's PEFT: adapter_config.json and adapter_model.safetensors.
+"""Reads LoRA adapters in the format of Hugging Face's PEFT: adapter_config.json, adapter_model.safetensors.
 
 What PEFT's `save_pretrained` writes of a LoRA, rsLoRA or DoRA adapter for a Llama becomes the settings and
 the tree of `llama_jax.lora`. Fields that change what an adapter computes, and that cannot be honoured, are
@@ -20,14 +20,11 @@ import numpy as np
 
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.lora import PROJECTIONS, Lora
-from llama_jax.weights.derived import Merged
 from llama_jax.weights.names import LEAVES, Leaf
-from llama_jax.weights.safetensors import read_json, read_safetensors_header
+from llama_jax.weights.safetensors import read_safetensors_header
 from llama_jax.weights.source import TensorInfo, brief, decode_floats, quote, read_bytes
-from llama_jax.weights.tensors import Tensors
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-IN_RUN = "adapter"  # the folder of a training run's directory that holds its adapter
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's wrappers around the model
 # What PEFT calls the leaves of an adapter; the magnitude's name has had either form.
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
@@ -48,27 +45,24 @@ _MOST_PADDING = 64  # how many times its own size an adapter may take, for all m
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # that leave the base as it is
 
 
-def load_adapter(path: str | Path) -> tuple[Lora, dict[str, Any]]:
-    """Reads an adapter that PEFT, `save_adapter` or a training run has written.
+def read_lora(description: Path, found: Mapping[str, Any]) -> tuple[Lora, dict[str, Any]]:
+    """Reads an adapter.
 
     Args:
-      path: the adapter's directory, or that of a training run.
+      description: its adapter_config.json; the tensors lie beside it.
+      found: what that holds.
 
     Returns:
       Its settings, and its tree as `lora.attach` takes it: f32, layers stacked. Modules of other ranks than
       the rest (rank_pattern) are padded to the largest, and what they count (alpha_pattern) is put into `b`.
 
     Raises:
-      CheckpointError: if a file is missing or malformed, if the adapter is of another kind or does what
-        llama_jax does not, or if tensors are missing, unexpected or of the wrong shape.
+      CheckpointError: if a file is missing or malformed, if the adapter does what llama_jax does not, or if
+        tensors are missing, unexpected or of the wrong shape.
     """
-    description, file = adapter_files(path)
-    fields = _Fields(description, read_json(description))
+    fields = _Fields(description, found)
     fields.check()
-    if not file.exists() and file.with_suffix(".bin").exists():
-        raise CheckpointError(
-            f"{file}: is not there, only adapter_model.bin, a pickle; save it with safe_serialization"
-        )
+    file = tensors_file(description)
     stored = read_safetensors_header(file)
     modules, layers = _modules(file, stored, fields)
     rank = max(module.rank for module in modules)
@@ -91,7 +85,7 @@ def load_adapter(path: str | Path) -> tuple[Lora, dict[str, Any]]:
         if settings.dora:
             leaf["magnitude"] = np.zeros((layers, own[0].outputs), np.float32)
         for module in own:
-            arrays = {kind: _read(name, stored[name]) for kind, name in module.names.items()}
+            arrays = {kind: read_f32(name, stored[name]) for kind, name in module.names.items()}
             leaf["a"][module.layer, :, : module.rank] = arrays[A].T
             leaf["b"][module.layer, : module.rank] = arrays[B].T * np.float32(module.scale / settings.scale)
             if settings.dora:
@@ -100,18 +94,18 @@ def load_adapter(path: str | Path) -> tuple[Lora, dict[str, Any]]:
     return settings, jax.tree.map(jnp.asarray, {"layers": made})
 
 
-def merged(base: Tensors, path: str | Path, into: np.dtype[Any] | None = None) -> Merged:
-    """A model with the adapter at `path` merged into it, see `Merged`.
+def tensors_file(description: Path) -> Path:
+    """Where an adapter's tensors are.
 
     Raises:
-      CheckpointError: as `load_adapter`.
-      ConfigError: if the adapter is for another model.
+      CheckpointError: if they are there as a pickle alone.
     """
-    settings, adapter = load_adapter(path)
-    try:
-        return Merged(base, settings, adapter, into)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    file = description.parent / WEIGHTS
+    if not file.exists() and file.with_suffix(".bin").exists():
+        raise CheckpointError(
+            f"{file}: is not there, only adapter_model.bin, a pickle; save it with safe_serialization"
+        )
+    return file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,45 +127,6 @@ class _Module:
     inputs: int
     outputs: int
     scale: float
-
-
-def adapter_files(path: str | Path) -> tuple[Path, Path]:
-    """Returns where an adapter's description and its tensors are.
-
-    Raises:
-      CheckpointError: if `path` is neither an adapter nor a training run that has one.
-    """
-    try:
-        folder = Path(path).expanduser()
-        for place in (folder, folder / IN_RUN):
-            if (place / CONFIG).is_file():
-                return place / CONFIG, place / WEIGHTS
-    except (OSError, RuntimeError) as error:  # not to be read, a name too long, no such user's home
-        raise CheckpointError(f"{str(path)[:200]}: cannot be read: {error}"[:400]) from None
-    if folder.is_file():
-        raise CheckpointError(f"{folder}: is a file; give the directory with {CONFIG} and {WEIGHTS}")
-    what = "holds no adapter" if folder.is_dir() else "is not there"
-    raise CheckpointError(
-        f"{folder}: {what}; give a directory with {CONFIG} and {WEIGHTS}, as PEFT's save_pretrained writes "
-        f"it, or a training run that has one in {IN_RUN}/"
-    )
-
-
-def base_of_run(path: Path) -> str | None:
-    """Returns the base that a training run's adapter is for, or None where `path` is no run with an adapter.
-
-    Raises:
-      CheckpointError: if its description cannot be read, or names none.
-    """
-    file = path / IN_RUN / CONFIG
-    if not file.is_file():
-        return None
-    base = read_json(file).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise CheckpointError(
-            f"{file}: names no base_model_name_or_path; load the base, and this as its adapter"
-        )
-    return base
 
 
 def _modules(file: Path, stored: Mapping[str, TensorInfo], fields: _Fields) -> tuple[list[_Module], int]:
@@ -230,12 +185,13 @@ def _modules(file: Path, stored: Mapping[str, TensorInfo], fields: _Fields) -> t
         modules.append(_Module(leaf, layer, names, rank, inputs, outputs, scale))
     if wrong:
         raise CheckpointError(
-            f"{file}: wrong shapes by {CONFIG}: {brief(wrong, 3)}; use those saved together"
+            f"{file}: wrong shapes by {fields.path.name}: {brief(wrong, 3)}; use those saved together"
         )
     return modules, layers
 
 
-def _read(name: str, info: TensorInfo) -> np.ndarray:
+def read_f32(name: str, info: TensorInfo) -> np.ndarray:
+    """A stored tensor of any float type, f32."""
     return decode_floats(name, info, read_bytes(name, info)).astype(np.float32)
 
 
@@ -248,9 +204,6 @@ class _Fields:
 
     def check(self) -> None:
         """Refuses what cannot be represented."""
-        kind = self.fields.get("peft_type")
-        if kind != "LORA":
-            raise self.error(f"peft_type is {quote(str(kind))}; only LORA adapters can be read")
         if self.fields.get("task_type") not in (None, "CAUSAL_LM"):
             raise self.error(
                 f"task_type is {quote(str(self.fields['task_type']))}; only CAUSAL_LM adapters can be read"

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import llama_jax as lj
-from llama_jax import lora
+from llama_jax import lora, prefix
 from llama_jax.text_model import pad_right
-from llama_jax.weights.peft import load_adapter
-from llama_jax.weights.write.peft import save_adapter
+from llama_jax.weights.adapters import load_adapter
+from llama_jax.weights.write.adapters import save_adapter
 from tests.golden import text
 from tests.golden.cases import Draw, relative_error
 from tests.golden.training import MODEL, params
@@ -111,6 +111,37 @@ def test_what_peft_writes_of_what_it_read_is_the_same(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "b")
     found, again = load_adapter(tmp_path / "b")
     assert (found.scale, found.matrices, found.dora) == (settings.scale, settings.matrices, settings.dora)
+    jax.tree.map(np.testing.assert_array_equal, again, adapter)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("projected", [False, True])
+def test_prefixes_that_peft_made(dtype: Any, projected: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    more = {"prefix_projection": True, "encoder_hidden_size": 12} if projected else {}
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, **more)
+    model = peft.get_peft_model(hf.model(MODEL, params()), config).eval()
+    model.to(dtype).save_pretrained(tmp_path)
+    settings, adapter = load_adapter(tmp_path)
+    model = peft.PeftModel.from_pretrained(hf.model(MODEL, params()), tmp_path).eval()
+    expected = their_logits(model)
+    assert relative_error(our_logits(params()), expected) > 0.01
+    assert relative_error(our_logits(prefix.attach(settings, params(), adapter)), expected) <= TOLERANCE
+
+
+def test_prefixes_that_peft_reads(tmp_path: Path) -> None:
+    settings, base = prefix.Prefix(7), params()
+    adapter = away(prefix.init(settings, MODEL, base, jax.random.key(0)))
+    save_adapter(tmp_path / "a", settings, adapter, MODEL)
+    model = peft.PeftModel.from_pretrained(hf.model(MODEL, base), tmp_path / "a").eval()
+    attached = prefix.attach(settings, base, adapter)
+    assert relative_error(their_logits(model), our_logits(attached)) <= TOLERANCE
+    asked = (TOKENS, np.full(2, 24), jax.random.key(0), lj.Sampling(temperature=0.0))
+    out = lj.generate(MODEL, lj.unstack(attached), *asked, max_new_tokens=8)
+    for row, found in zip(TOKENS.tolist(), np.asarray(out.tokens).tolist(), strict=True):
+        assert found == hf.generate(model, row, 8)
+    model.save_pretrained(tmp_path / "b")
+    _, again = load_adapter(tmp_path / "b")
     jax.tree.map(np.testing.assert_array_equal, again, adapter)
 
 

@@ -19,7 +19,7 @@ import pytest
 import llama_jax as lj
 from llama_jax import lora
 from llama_jax.loss import token_logprobs
-from llama_jax.weights.peft import load_adapter
+from llama_jax.weights.adapters import load_adapter
 from tests.golden.cases import Draw
 from tests.golden.training import MODEL, params
 from train.preference import dpo_loss

@@ -10,7 +10,7 @@ import pytest
 
 import llama_jax as lj
 from llama_jax.errors import DataError, InputError
-from llama_jax.weights.peft import load_adapter
+from llama_jax.weights.adapters import load_adapter
 from tests.train.processes import Workshop, assert_same, losses, records
 from train import rejection
 from train.score import Scorer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 
@@ -19,8 +20,8 @@ from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.text_model import Model
 from llama_jax.tokenizer import load_tokenizer
 from llama_jax.weights import load_params, open_source
-from llama_jax.weights.peft import load_adapter
-from llama_jax.weights.write.peft import save_adapter
+from llama_jax.weights.adapters import load_adapter
+from llama_jax.weights.write.adapters import save_adapter
 from tests import tiny
 from tests.random_models import random_model
 from tests.weights.adapters import SIZES, tensors, write
@@ -139,6 +140,15 @@ def test_converted_with_an_adapter_is_loaded_with_it_to_the_bit(kind, format, pa
     assert same(lj.load(source, adapter=tmp_path / "a").params, expected)
     target = convert(base, tmp_path / "out", format, adapter=tmp_path / "a")
     assert same(load_params(open_source(target)), expected)
+
+
+def test_a_model_with_one_attached_is_saved_merged(params, base, tmp_path):
+    settings, adapter = KINDS["dora"], trained(KINDS["dora"], params)
+    model = lj.load(base)
+    attached = dataclasses.replace(model, params=lora.attach(settings, model.params, adapter))
+    save(attached, tmp_path / "out")
+    expected = lora.merge(attached.params)
+    assert same(load_params(open_source(tmp_path / "out"), dtype=jnp.float32), expected)
 
 
 def test_a_bf16_base_is_merged_in_f32_and_rounded_once(params, base, tmp_path):

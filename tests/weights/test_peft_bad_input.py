@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.errors import CheckpointError
-from llama_jax.weights.peft import load_adapter
+from llama_jax.weights.adapters import load_adapter
 from tests.weights.adapters import FIELDS, tensors, write
 
 
@@ -25,7 +25,7 @@ EXTRA = np.zeros((4, 16), np.float32)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"peft_type": "PREFIX_TUNING"}, "peft_type is 'PREFIX_TUNING'; only LORA adapters can be read"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; what can be read is LORA and PREFIX_TUNING of PEFT"),
         ({"peft_type": None}, "peft_type is 'None'"),
         ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'; only CAUSAL_LM"),
         ({"bias": "all"}, "bias is 'all'; Llama has no biases"),

@@ -1,77 +1,21 @@
-"""Writes adapters in the format of Hugging Face's PEFT: which its `PeftModel.from_pretrained` reads."""
+"""What Hugging Face's PEFT stores of low-rank adapters and of prefixes: its `from_pretrained` reads them."""
 
 from __future__ import annotations
 
-import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from llama_jax import lora
 from llama_jax.config import LlamaConfig
-from llama_jax.errors import CheckpointError
-from llama_jax.model import init
+from llama_jax.lora import PROJECTIONS, Lora
+from llama_jax.prefix import Prefix
 from llama_jax.weights.names import LEAVES
-from llama_jax.weights.peft import CONFIG, MAGNITUDE, PREFIX, WEIGHTS, A, B
-from llama_jax.weights.source import reason
-from llama_jax.weights.write.staging import sync_path
+from llama_jax.weights.peft import MAGNITUDE, PREFIX, A, B
+from llama_jax.weights.peft_prefix import TENSOR
 
 
-def save_adapter(
-    path: str | Path,
-    settings: lora.Lora,
-    adapter: Any,
-    config: LlamaConfig,
-    *,
-    base_model: str | None = None,
-    replace: bool = False,
-) -> Path:
-    """Writes an adapter as PEFT's `save_pretrained` does; the directory appears when it is whole.
-
-    Args:
-      path: the directory to write.
-      settings: what the adapter was made with.
-      adapter: its tree as `lora.init` makes it, layers stacked; on one device or on a mesh.
-      config: the base it is for.
-      base_model: where the base is to be had, for people and for PEFT's `AutoPeftModel`.
-      replace: put it in the place of an adapter that is there.
-
-    Returns:
-      `path`.
-
-    Raises:
-      CheckpointError: if something (with `replace`, something that is no adapter) is at `path`, or the
-        file system refuses.
-      ConfigError: if the adapter is not of this base.
-    """
-    target = Path(path)
-    lora.check(jax.eval_shape(lambda: init(config, jax.random.key(0))), adapter)
-    if target.exists() and not (replace and (target / CONFIG).is_file()):
-        raise CheckpointError(f"{target}: is there already; remove it, or give another path to write to")
-    fields = json.dumps(_fields(settings, adapter, base_model), indent=2) + "\n"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as beside:
-            made = Path(beside) / "made"
-            made.mkdir()
-            (made / WEIGHTS).write_bytes(_safetensors(_tensors(adapter)))
-            (made / CONFIG).write_text(fields, encoding="utf-8")
-            for written in (made / WEIGHTS, made / CONFIG, made):
-                sync_path(written)
-            if target.exists():
-                target.rename(Path(beside) / "replaced")
-            made.rename(target)
-            sync_path(target.parent)
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written: {reason(error)}; write elsewhere") from error
-    return target
-
-
-def _fields(settings: lora.Lora, adapter: Any, base_model: str | None) -> dict[str, Any]:
-    """The fields of an adapter_config.json that say something; PEFT has its defaults for the others."""
+def lora_fields(settings: Lora, adapter: Any, base_model: str | None) -> dict[str, Any]:
+    """The fields of its adapter_config.json that say something; PEFT has its defaults for the others."""
     names = [name for matrices in adapter["layers"].values() for name in matrices]
     return {
         "peft_type": "LORA",
@@ -82,7 +26,7 @@ def _fields(settings: lora.Lora, adapter: Any, base_model: str | None) -> dict[s
         "lora_alpha": settings.alpha,
         "use_rslora": settings.rslora,
         "use_dora": settings.dora,
-        "target_modules": [hf for name, (_, hf) in lora.PROJECTIONS.items() if name in names],
+        "target_modules": [hf for name, (_, hf) in PROJECTIONS.items() if name in names],
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -90,8 +34,8 @@ def _fields(settings: lora.Lora, adapter: Any, base_model: str | None) -> dict[s
     }
 
 
-def _tensors(adapter: Any) -> dict[str, np.ndarray]:
-    """Every tensor of the file: f32, matrices [out, in]."""
+def lora_tensors(adapter: Any) -> dict[str, np.ndarray]:
+    """Every tensor of its adapter_model.safetensors: f32, matrices [out, in]."""
     tensors = {}
     for leaf in LEAVES:
         own = adapter["layers"].get(leaf.path[1], {}).get(leaf.path[-1]) if leaf.per_layer else None
@@ -107,15 +51,24 @@ def _tensors(adapter: Any) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _safetensors(tensors: dict[str, np.ndarray]) -> bytes:
-    """A safetensors file of f32 tensors (the README of huggingface/safetensors, section Format)."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, array in tensors.items():
-        where = [offset, offset + array.nbytes]
-        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": where}
-        offset = where[1]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    start = len(text).to_bytes(8, "little") + text
-    return b"".join([start, *(array.astype("<f4").tobytes() for array in tensors.values())])
+def prefix_fields(settings: Prefix, config: LlamaConfig, base_model: str | None) -> dict[str, Any]:
+    """The fields of a prefix's adapter_config.json, its sizes those of the keys."""
+    return {
+        "peft_type": "PREFIX_TUNING",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "num_virtual_tokens": settings.length,
+        "num_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_key_value_heads,
+        "token_dim": config.num_key_value_heads * config.head_dim,
+        "num_transformer_submodules": 1,
+        "prefix_projection": False,
+    }
+
+
+def prefix_tensors(adapter: Any) -> dict[str, np.ndarray]:
+    """A prefix's one tensor f32 [P, L * 2 * K * H]."""
+    both = np.stack([np.asarray(adapter["layers"]["attention"][name], np.float32) for name in ("k", "v")])
+    by_token = both.transpose(3, 1, 0, 2, 4)  # [2, L, K, P, H] -> [P, L, 2, K, H]
+    return {TENSOR: by_token.reshape(len(by_token), -1)}

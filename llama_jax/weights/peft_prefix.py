@@ -1,0 +1,75 @@
+"""Reads prefixes in the format of Hugging Face's PEFT: its PREFIX_TUNING, keys and values in one matrix.
+
+`prompt_embeddings` is [P, L * 2 * K * H]: of each virtual token the keys and then the values of each layer,
+as they stand in a cache. A prefix that PEFT trained through an MLP (prefix_projection) is stored without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from llama_jax.errors import CheckpointError
+from llama_jax.prefix import Prefix
+from llama_jax.weights.peft import read_f32, tensors_file
+from llama_jax.weights.safetensors import read_safetensors_header
+from llama_jax.weights.source import brief, quote
+
+TENSOR = "prompt_embeddings"
+
+_SIZES = ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")
+_HARMLESS = {"auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode"}
+_HARMLESS |= {"encoder_hidden_size", "prefix_projection", "init_weights", "peft_type", "task_type", *_SIZES}
+_HARMLESS |= {"num_transformer_submodules"}
+
+
+def read_prefix(description: Path, fields: Mapping[str, Any]) -> tuple[Prefix, dict[str, Any]]:
+    """Reads a prefix.
+
+    Args:
+      description: its adapter_config.json; the tensor lies beside it.
+      fields: what that holds.
+
+    Returns:
+      Its settings, and its tree as `prefix.attach` takes it: f32, layers stacked.
+
+    Raises:
+      CheckpointError: if a file is missing or malformed, if a field says what cannot be done, or if the
+        tensor is missing, not alone or of the wrong shape.
+    """
+
+    def error(what: str) -> CheckpointError:
+        return CheckpointError(f"{description}: {what}")
+
+    if fields.get("task_type") not in (None, "CAUSAL_LM"):
+        raise error(f"task_type is {quote(str(fields['task_type']))}; only prefixes of CAUSAL_LM can be read")
+    if fields.get("num_transformer_submodules") not in (None, 1):
+        raise error(
+            f"num_transformer_submodules is {quote(str(fields['num_transformer_submodules']))}; a Llama has 1"
+        )
+    for key, value in fields.items():
+        if key not in _HARMLESS and value not in (None, False, "", [], {}):
+            raise error(f"{quote(key)} is {quote(str(value))}, which llama_jax does not know or do")
+    for key in _SIZES:
+        if type(fields.get(key)) is not int or not 0 < fields[key] < 1 << 31:
+            raise error(f"{key} is {quote(str(fields.get(key)))}; it must be a whole number, at least 1")
+    length, layers, heads, width = (fields[key] for key in _SIZES)
+    if width % heads:
+        raise error(f"token_dim is {width}, which {heads} num_attention_heads do not divide")
+    file = tensors_file(description)
+    stored = read_safetensors_header(file)
+    if set(stored) != {TENSOR}:
+        held = brief([quote(name) for name in stored], 4) or "nothing"
+        raise CheckpointError(f"{file}: holds {held}; a prefix is one tensor, {TENSOR}")
+    want = (length, layers * 2 * width)
+    if stored[TENSOR].shape != want:
+        raise CheckpointError(
+            f"{file}: {TENSOR} {list(stored[TENSOR].shape)} should be {list(want)} by {description.name}; "
+            "use those saved together"
+        )
+    both = read_f32(TENSOR, stored[TENSOR]).reshape(length, layers, 2, heads, width // heads)
+    keys, values = (jnp.asarray(both[:, :, i].transpose(1, 2, 0, 3)) for i in (0, 1))
+    return Prefix(length), {"layers": {"attention": {"k": keys, "v": values}}}

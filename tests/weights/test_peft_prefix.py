@@ -1,0 +1,182 @@
+"""Prefixes in PEFT's format, and adapters that are no change of weights in every command that takes one."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import llama_jax as lj
+from llama_jax import adapters, bottleneck, prefix
+from llama_jax.cli import main
+from llama_jax.convert import convert, save
+from llama_jax.errors import CheckpointError, ConfigError, InputError
+from llama_jax.text_model import Model
+from llama_jax.tokenizer import load_tokenizer
+from llama_jax.weights.adapters import load_adapter
+from llama_jax.weights.write.adapters import save_adapter
+from tests import tiny
+from tests.random_models import random_model
+
+CONFIG = tiny.CONFIG.replace(tie_word_embeddings=False)
+KINDS = {"prefix": prefix.Prefix(3), "bottleneck": bottleneck.Bottleneck(4)}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_model(5, CONFIG)[1]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, params):
+    """The model in a Hugging Face directory."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny.write_model(folder)
+    return save(Model(CONFIG, params, load_tokenizer(folder / "tok.bin"), folder), folder / "hf")
+
+
+def away(settings, params, seed=2):
+    rng = np.random.default_rng(seed)
+    adapter = adapters.init(settings, CONFIG, params, jax.random.key(seed))
+    return jax.tree.map(lambda x: x + 0.3 * rng.standard_normal(x.shape).astype(np.float32), adapter)
+
+
+@pytest.fixture(params=KINDS)
+def written(request, params, tmp_path):
+    settings = KINDS[request.param]
+    adapter = away(settings, params)
+    return request.param, save_adapter(tmp_path / "a", settings, adapter, CONFIG, base_model="x"), adapter
+
+
+def test_written_and_read_is_the_same_to_the_bit(written):
+    kind, folder, adapter = written
+    settings, again = load_adapter(folder)
+    assert type(settings) is type(KINDS[kind])
+    jax.tree.map(np.testing.assert_array_equal, again, adapter)
+
+
+def test_a_matrix_of_peft_holds_each_tokens_keys_and_values_by_layer(params, tmp_path):
+    layers, heads, width = CONFIG.num_hidden_layers, CONFIG.num_key_value_heads, CONFIG.head_dim
+    shape = (3, layers, 2, heads, width)
+    stored = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    folder = write(tmp_path / "a", stored.reshape(3, -1))
+    _, found = load_adapter(folder)
+    for layer in range(layers):
+        for token in range(3):
+            for which, name in enumerate("kv"):
+                own = found["layers"]["attention"][name][layer, :, token]
+                np.testing.assert_array_equal(own, stored[token, layer, which])
+
+
+@pytest.mark.parametrize(("mesh", "bits"), [(None, None), (None, 8), ("fsdp=2,tensor=2", None)])
+def test_given_to_load_it_is_attached(mesh, bits, written, home, params):
+    kind, folder, adapter = written
+    mesh = None if mesh is None else lj.make_mesh(mesh, devices=jax.devices()[:4])
+    model = lj.load(home, adapter=folder, bits=bits, mesh=mesh, stacked=False)
+    held = params if bits is None else lj.quantize(params, bits)
+    tokens = np.array([[5, 6, 7, 8], [4, 9, 3, 2]])
+    expected = lj.forward(CONFIG, adapters.attach(KINDS[kind], held, adapter), tokens)
+    assert np.abs(expected - lj.forward(CONFIG, held, tokens)).max() > 1e-3
+    if mesh is None:
+        found = lj.forward(CONFIG, model.params, tokens)
+    else:
+        with jax.set_mesh(mesh):
+            found = lj.forward(CONFIG, model.params, tokens)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert model.generate(["ab", "ba"], max_new_tokens=3) == model.generate(["ab", "ba"], max_new_tokens=3)
+
+
+def test_the_commands_that_take_one_and_that_cannot(written, home, tmp_path, capsys):
+    kind, folder, _ = written
+    asked = ["generate", str(home), "--prompt", "ab", "--max-new-tokens", "5", "--json"]
+    assert main(asked) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert main([*asked, "--adapter", str(folder)]) == 0
+    assert json.loads(capsys.readouterr().out) != plain
+    assert main(["convert", str(home), str(tmp_path / "out.gguf"), "--adapter", str(folder)]) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("error:") and f"a {kind} cannot be merged into weights" in told
+    assert not (tmp_path / "out.gguf").exists()
+    with pytest.raises(InputError, match=f"a {kind} cannot be merged into weights"):
+        convert(home, tmp_path / "out", adapter=folder)
+    with pytest.raises(InputError, match=f"a {kind} cannot be merged into weights"):
+        save(lj.load(home, adapter=folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_for_another_model(params, home, tmp_path, capsys):
+    other = CONFIG.replace(num_hidden_layers=CONFIG.num_hidden_layers + 1)
+    adapter = prefix.init(KINDS["prefix"], other, lj.init(other, jax.random.key(0)), jax.random.key(0))
+    with pytest.raises(ConfigError, match="another model"):
+        save_adapter(tmp_path / "a", KINDS["prefix"], adapter, CONFIG)
+    assert not (tmp_path / "a").exists()
+    save_adapter(tmp_path / "a", KINDS["prefix"], adapter, other)
+    assert main(["generate", str(home), "--prompt", "a", "--adapter", str(tmp_path / "a")]) == 2
+    assert "the prefix is for another model" in capsys.readouterr().err
+
+
+def write(folder, stored=None, **fields):
+    """A prefix as PEFT stores it, from its documentation and not from `llama_jax.weights`."""
+    width = CONFIG.num_key_value_heads * CONFIG.head_dim
+    sizes = {
+        "peft_type": "PREFIX_TUNING",
+        "task_type": "CAUSAL_LM",
+        "num_virtual_tokens": 3,
+        "num_layers": CONFIG.num_hidden_layers,
+        "num_attention_heads": CONFIG.num_key_value_heads,
+        "token_dim": width,
+    }
+    folder.mkdir()
+    if stored is None:
+        stored = np.zeros((3, CONFIG.num_hidden_layers * 2 * width), np.float32)
+    tensors = stored if isinstance(stored, dict) else {"prompt_embeddings": stored}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(sizes | fields))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'; only prefixes of CAUSAL_LM"),
+        ({"num_transformer_submodules": 2}, "num_transformer_submodules is '2'; a Llama has 1"),
+        ({"modules_to_save": ["lm_head"]}, "'modules_to_save' is \"['lm_head']\", which llama_jax does not"),
+        ({"num_layers": None}, "num_layers is 'None'; it must be a whole number"),
+        ({"num_virtual_tokens": 0}, "num_virtual_tokens is '0'"),
+        ({"token_dim": True}, "token_dim is 'True'"),
+        ({"num_attention_heads": 3}, "which 3 num_attention_heads do not divide"),
+        ({"num_virtual_tokens": 4}, "prompt_embeddings [3, "),
+        ({"num_virtual_tokens": 1 << 30}, "should be [1073741824, "),
+    ],
+    ids=str,
+)
+def test_descriptions_that_are_refused(fields, message, tmp_path):
+    with pytest.raises(CheckpointError) as error:
+        load_adapter(write(tmp_path / "a", **fields))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_tensors_that_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="holds 'x'; a prefix is one tensor, prompt_embeddings"):
+        load_adapter(write(tmp_path / "a", {"x": np.zeros(3, np.float32)}))
+    with pytest.raises(CheckpointError, match="holds nothing"):
+        load_adapter(write(tmp_path / "b", {}))
+    folder = write(tmp_path / "c")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match=r"only adapter_model\.bin, a pickle"):
+        load_adapter(folder)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_other_types_are_read_as_f32(dtype, tmp_path):
+    width = CONFIG.num_hidden_layers * 2 * CONFIG.num_key_value_heads * CONFIG.head_dim
+    stored = np.random.default_rng(0).standard_normal((3, width)).astype(dtype)
+    _, found = load_adapter(write(tmp_path / "a", stored))
+    keys = found["layers"]["attention"]["k"]
+    assert keys.dtype == jnp.float32
+    assert keys.ravel()[0] == np.float32(stored[0, 0])
