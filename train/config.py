@@ -376,6 +376,10 @@ class RunConfig:
                 f'adapter.kind is "{self.adapter.kind}" and model.init_from is not given: an adapter needs '
                 "the weights of a model to sit on"
             )
+        if self.adapter.kind == "prefix" and self.train.attention == "splash":
+            raise ConfigError(
+                'train.attention is "splash", which takes no prefix (adapter.kind); use "auto" or "blockwise"'
+            )
         if self.train.neftune_alpha and self.train.objective not in ("pretrain", "sft"):
             raise ConfigError(
                 f"train.neftune_alpha is {self.train.neftune_alpha} and train.objective "

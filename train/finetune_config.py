@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal, get_args
 
+from llama_jax.adapters import Settings
+from llama_jax.bottleneck import Bottleneck
 from llama_jax.errors import ConfigError
 from llama_jax.lora import Lora
+from llama_jax.prefix import Prefix
 from train.choices import at_least, one_of
 from train.data.forms import Objective
 from train.preference import Kind
 
-AdapterKind = Literal["none", "lora"]
+AdapterKind = Literal["none", "lora", "bottleneck", "prefix"]
 Base = Literal["auto", "float32", "bfloat16", "int8", "nf4"]
 
 # The objectives that end in a number or class a segment, which a head of their own gives.
 HEADS: tuple[Objective, ...] = ("reward", "classify", "regress")
+# What is said of each kind of adapter, beside `kind` and `base`.
+_OWN: Mapping[AdapterKind, tuple[str, ...]] = {
+    "none": (),
+    "lora": ("rank", "alpha", "targets", "rslora", "dora"),
+    "bottleneck": ("bottleneck_size", "targets"),
+    "prefix": ("prefix_length",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +34,11 @@ class AdapterConfig:
     """Whether an adapter is trained in place of the weights, and what the frozen base is held in.
 
     Attributes:
-      kind: `none` trains all weights; `lora` low-rank adapters (`rslora` and `dora` vary them).
-      rank, alpha, targets, rslora, dora: as in `llama_jax.lora.Lora`.
+      kind: `none` trains all weights; `lora` low-rank adapters (`rslora` and `dora` vary them); `bottleneck`
+        small networks behind attention and feed-forward; `prefix` keys and values before those of the text.
+      rank, alpha, targets, rslora, dora: as in `llama_jax.lora.Lora`; `targets` of a bottleneck, as there.
+      bottleneck_size: as `size` in `llama_jax.bottleneck.Bottleneck`.
+      prefix_length: as `length` in `llama_jax.prefix.Prefix`.
       base: what the frozen weights are held in: `auto` is the compute dtype; `int8`, or `nf4` for QLoRA.
     """
 
@@ -34,27 +48,37 @@ class AdapterConfig:
     targets: tuple[str, ...] = ("*",)
     rslora: bool = False
     dora: bool = False
+    bottleneck_size: int = 64
+    prefix_length: int = 16
     base: Base = "auto"
 
     def __post_init__(self) -> None:
         one_of("adapter.kind", self.kind, get_args(AdapterKind))
         one_of("adapter.base", self.base, get_args(Base))
         object.__setattr__(self, "targets", tuple(self.targets))
-        _ = self.lora
-        changed = [
-            f.name
-            for f in dataclasses.fields(self)
-            if f.name != "kind" and getattr(self, f.name) != f.default
-        ]
-        if self.kind == "none" and changed:
+        fits = {"kind", *_OWN[self.kind], *(() if self.kind == "none" else ("base",))}
+        for field in dataclasses.fields(self):
+            if field.name in fits or getattr(self, field.name) == field.default:
+                continue
+            kinds = [kind for kind, own in _OWN.items() if kind != "none" and field.name in (*own, "base")]
             raise ConfigError(
-                f'adapter.{changed[0]} is given and adapter.kind is "none"; set it to "lora", or leave it out'
+                f'adapter.{field.name} is given and adapter.kind is "{self.kind}"; it is for '
+                f"{' or '.join(kinds)}: set that, or leave it out"
             )
+        _ = self.settings
 
     @property
-    def lora(self) -> Lora:
-        """The adapter's settings."""
-        return Lora(self.rank, self.alpha, self.targets, self.rslora, self.dora)
+    def settings(self) -> Settings | None:
+        """The adapter's settings; None where all weights are trained."""
+        match self.kind:
+            case "none":
+                return None
+            case "lora":
+                return Lora(self.rank, self.alpha, self.targets, self.rslora, self.dora)
+            case "bottleneck":
+                return Bottleneck(self.bottleneck_size, self.targets)
+            case "prefix":
+                return Prefix(self.prefix_length)
 
 
 @dataclasses.dataclass(frozen=True)

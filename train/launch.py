@@ -16,11 +16,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 
-from llama_jax import LlamaConfig, pretrained
+from llama_jax import LlamaConfig, adapters, pretrained
 from llama_jax.cli import output
 from llama_jax.cli.compiled import keep_compiled_programs
 from llama_jax.errors import ConfigError, DataError, InputError
-from llama_jax.lora import Lora
 from llama_jax.sharding import check_mesh
 from llama_jax.tokenizer import Tokenizer
 from llama_jax.weights import load_params, open_source
@@ -214,8 +213,10 @@ def _weights(run: RunConfig, mesh: Mesh | None, tuning: Tuning) -> Any:
         return load_params(source, dtype=dtype, mesh=mesh, stacked=True, progress=progress)
 
 
-def _save_adapter(run: RunConfig, run_dir: Path, model: LlamaConfig, settings: Lora, trained: Any) -> None:
-    """Writes the adapter, of all processes' parts, in PEFT's format."""
+def _save_adapter(
+    run: RunConfig, run_dir: Path, model: LlamaConfig, settings: adapters.Settings, trained: Any
+) -> None:
+    """Writes the adapter, of all processes' parts."""
     adapter = {"layers": trained["layers"]}
     if jax.process_count() > 1:
         adapter = multihost_utils.process_allgather(adapter, tiled=True)
@@ -228,10 +229,7 @@ def _adapter_sizes(run: RunConfig, trained: Any, frozen: Frozen) -> str:
     assert frozen is not None
     count = sum(leaf.size for leaf in jax.tree.leaves(trained))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(frozen["base"]))
-    return (
-        f"{run.adapter.kind} of rank {run.adapter.rank} on {', '.join(run.adapter.lora.matrices)}: "
-        f"{count / 1e6:,.2f}M parameters are trained, over a frozen base of {output.size(size)}"
-    )
+    return f"{run.adapter.settings}: {count / 1e6:,.2f}M parameters are trained, over a frozen base of {output.size(size)}"
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:
@@ -285,7 +283,8 @@ def _finish(run: RunConfig, run_dir: Path, data: Data, loop: Loop, report: Repor
         drawn = plot_losses(run_dir, unigram)
         report.say(f"loss plot: {drawn}" if drawn else "loss plot: needs pip install 'llama-jax[plot]'")
     if run.adapter.kind != "none":
-        report.say(f"the adapter is in {run_dir / IN_RUN}, in PEFT's format")
+        whose = "AdapterHub" if run.adapter.kind == "bottleneck" else "PEFT"
+        report.say(f"the adapter is in {run_dir / IN_RUN}, in {whose}'s format")
     report.say(f"the model is in {run_dir}; try: llama-jax generate {run_dir} --prompt ...")
 
 

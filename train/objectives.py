@@ -7,6 +7,7 @@ token, and the losses are sums over tokens of which those alone count.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,18 +41,21 @@ def make_measure(run: RunConfig, model: LlamaConfig, platform: str) -> Measure:
       model: the model.
       platform: what it is compiled for, such as `tpu`.
     """
-    match run.train.objective:
+    how = run.train
+    if run.adapter.kind == "prefix" and how.attention == "auto":  # which TPU's kernel has no place for
+        how = dataclasses.replace(how, attention="blockwise")
+    match how.objective:
         case "pretrain" | "sft":
-            plain = pretraining(model, run.train, platform)
+            plain = pretraining(model, how, platform)
             return lambda params, batch, **extras: (plain(params, batch, **extras), {})
         case "dpo":
-            return direct_preference(model, run.train, platform, run.preference)
+            return direct_preference(model, how, platform, run.preference)
         case "reward":
-            return reward(model, run.train, platform)
+            return reward(model, how, platform)
         case "classify":
-            return classification(model, run.train, platform)
+            return classification(model, how, platform)
         case "regress":
-            return regression(model, run.train, platform)
+            return regression(model, how, platform)
 
 
 def make_objective(run: RunConfig, model: LlamaConfig, platform: str) -> Objective:

@@ -127,8 +127,13 @@ def _rule(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTr
 
 
 def decayed(params: Any) -> Any:
-    """Which leaves weight decay is for: all but norm scales."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
+    """Which leaves weight decay is for: all but norm scales and biases."""
+
+    def one(path: Any, _: jax.Array) -> bool:
+        name = jax.tree_util.keystr(path)
+        return "norm" not in name and "bias" not in name
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def _matrices(params: Any) -> Any:

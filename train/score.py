@@ -32,7 +32,7 @@ class Scorer:
     """A run of `train.objective` reward, classify or regress, ready to be asked.
 
     Attributes:
-      model: its model, adapters merged.
+      model: its model, with its adapter.
       kernel: f32 [D, C], the head.
       objective: of the run.
       labels: the classes' names, where there are any.

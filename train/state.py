@@ -54,7 +54,8 @@ def create_state(
 def take_apart(model: LlamaConfig, seed: int, params: Any, tuning: Tuning) -> tuple[Trainable, Frozen]:
     """What is trained and what is frozen at the beginning of a run; as `begin`, without an optimizer."""
     key = jax.random.key(seed)
-    return tuning.begin(init(model, key) if params is None else params, jax.random.fold_in(key, 2))
+    params = init(model, key) if params is None else params
+    return tuning.begin(model, params, jax.random.fold_in(key, 2))
 
 
 def begin(

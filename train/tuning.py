@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax import lora, quantize, sharding
+from llama_jax import LlamaConfig, adapters, quantize, sharding
 from llama_jax.quantization import Quantized
 from train.config import OptimizerConfig, RunConfig
 from train.devices import compute_dtype
@@ -33,7 +33,7 @@ class Tuning:
       optimizer: its section, which says what is frozen by name; None freezes nothing.
     """
 
-    adapter: lora.Lora | None = None
+    adapter: adapters.Settings | None = None
     base: str = "float32"
     reference: bool = False
     outputs: int = 0
@@ -55,17 +55,18 @@ class Tuning:
         """
         base = run.adapter.base
         return Tuning(
-            adapter=run.adapter.lora if run.adapter.kind == "lora" else None,
+            adapter=run.adapter.settings,
             base=compute_dtype(run.train, platform).name if base == "auto" else base,
             reference=run.train.objective == "dpo",
             outputs=outputs if run.train.objective in HEADS else 0,
             optimizer=run.optimizer,
         )
 
-    def begin(self, params: Params, key: jax.Array) -> tuple[Trainable, Frozen]:
+    def begin(self, model: LlamaConfig, params: Params, key: jax.Array) -> tuple[Trainable, Frozen]:
         """Takes a model's f32 weights apart into what is trained and what is frozen.
 
         Args:
+          model: the model.
           params: stacked, laid out over the current mesh, if there is one.
           key: for what begins at random.
         """
@@ -74,7 +75,7 @@ class Tuning:
         frozen: dict[str, Any] = {}
         if self.adapter is not None:
             frozen["base"] = held_in(params, self.base)
-            trainable = lora.init(self.adapter, frozen["base"], adapter_key)
+            trainable = adapters.init(self.adapter, model, frozen["base"], adapter_key)
         elif self.reference:
             # A copy, since a step gives away the buffers of what it trains.
             frozen["reference"] = jax.tree.map(jnp.copy, params)
@@ -96,7 +97,7 @@ class Tuning:
         if self.adapter is None:
             return trainable
         assert frozen is not None
-        attached = lora.attach(self.adapter, frozen["base"], {"layers": trainable["layers"]})
+        attached = adapters.attach(self.adapter, frozen["base"], {"layers": trainable["layers"]})
         return {**attached, **{name: tree for name, tree in trainable.items() if name != "layers"}}
 
     def over(self, function: Callable[..., Any]) -> Callable[..., Any]:

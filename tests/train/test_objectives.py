@@ -224,6 +224,8 @@ ADAPTERS = {
     "dora": AdapterConfig(kind="lora", rank=4, dora=True, base="float32", targets=("wq", "w_down")),
     "int8": AdapterConfig(kind="lora", rank=4, base="int8"),
     "qlora": AdapterConfig(kind="lora", rank=4, base="nf4"),
+    "bottleneck": AdapterConfig(kind="bottleneck", bottleneck_size=8, base="float32"),
+    "prefix": AdapterConfig(kind="prefix", prefix_length=4, base="float32"),
 }
 CASES = [("dpo", None), ("reward", None), ("dpo", "lora"), *(("sft", name) for name in ADAPTERS)]
 
@@ -291,11 +293,11 @@ def test_a_base_that_is_frozen_gives_the_adapters_gradient_in_full(params):
     """The step through a bf16 base is LoRA's on that base in f32, to bf16's rounding."""
     adapter = AdapterConfig(kind="lora", rank=4, base="bfloat16")
     tuning = Tuning.of(run_of("sft", adapter), "cpu")
-    trainable, frozen = tuning.begin(params, jax.random.key(1))
+    trainable, frozen = tuning.begin(MODEL, params, jax.random.key(1))
     assert {leaf.dtype for leaf in jax.tree.leaves(frozen["base"])} == {jnp.dtype("bfloat16")}
     rounded = jax.tree.map(lambda x: x.astype(jnp.float32), frozen["base"])
     trainable = jax.tree.map(lambda x: x + 0.05, trainable)
-    expected = lora.attach(adapter.lora, rounded, trainable)
+    expected = lora.attach(adapter.settings, rounded, trainable)
     found = tuning.model(trainable, frozen)
     tokens = jnp.asarray(examples()["tokens"])
     np.testing.assert_allclose(
@@ -307,7 +309,20 @@ def test_a_base_that_is_frozen_gives_the_adapters_gradient_in_full(params):
     ("make", "message"),
     [
         (lambda: AdapterConfig(kind="lroa"), r"adapter\.kind is 'lroa'.*did you mean.*lora"),
-        (lambda: AdapterConfig(rank=4), 'adapter.rank is given and adapter.kind is "none"'),
+        (lambda: AdapterConfig(rank=4), 'adapter.rank is given and adapter.kind is "none"; it is for lora:'),
+        (lambda: AdapterConfig(base="nf4"), "it is for lora or bottleneck or prefix"),
+        (lambda: AdapterConfig(kind="prefix", targets=("wq",)), "it is for lora or bottleneck: set that"),
+        (lambda: AdapterConfig(kind="lora", prefix_length=4), "it is for prefix: set that"),
+        (lambda: AdapterConfig(kind="prefix", prefix_length=0), r"adapter\.prefix_length is 0"),
+        (lambda: AdapterConfig(kind="bottleneck", targets=("wq",)), "'wq' matches no part of a layer"),
+        (
+            lambda: RunConfig(
+                model=ModelConfig(init_from="x"),
+                adapter=AdapterConfig(kind="prefix"),
+                train=TrainConfig(attention="splash"),
+            ),
+            r'train\.attention is "splash", which takes no prefix',
+        ),
         (lambda: AdapterConfig(kind="lora", targets=("wx",)), r"'wx' matches no projection"),
         (lambda: AdapterConfig(kind="lora", base="int3"), r"adapter\.base is 'int3'"),
         (lambda: PreferenceConfig(beta=0), r"preference\.beta is 0"),
