@@ -385,6 +385,11 @@ class RunConfig:
                 f"train.neftune_alpha is {self.train.neftune_alpha} and train.objective "
                 f'"{self.train.objective}"; the noise is for "sft"'
             )
+        if self.preference.reference == "precomputed" and self.train.objective != "dpo":
+            raise ConfigError(
+                f'preference.reference is "precomputed" and train.objective "{self.train.objective}", which '
+                'has no reference model; it is for "dpo": leave it out'
+            )
         if self.train.objective == "classify" and not self.data.labels:
             raise ConfigError(
                 'train.objective is "classify" and data.labels is not given; list the names of the classes'

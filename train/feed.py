@@ -14,11 +14,16 @@ from llama_jax.errors import ConfigError
 from llama_jax.sharding import TOKENS_BT, named
 
 
-def batch_arrays(objective: str) -> dict[str, np.dtype]:
-    """The arrays [B, T] of an objective's batches, and their dtypes; see `objectives.Batch`."""
+def batch_arrays(objective: str, *, reference: bool = False) -> dict[str, np.dtype]:
+    """The arrays [B, T] of an objective's batches, and their dtypes; see `objectives.Batch`.
+
+    Pairs whose `reference` log-probabilities were computed beforehand carry them.
+    """
     whole, number = np.dtype(np.int32), np.dtype(np.float32)
     arrays = dict.fromkeys(("tokens", "segment_ids", "positions"), whole)
-    return arrays if objective == "pretrain" else {**arrays, "mask": whole, "value": number}
+    if objective == "pretrain":
+        return arrays
+    return {**arrays, "mask": whole, "value": number, **({"reference": number} if reference else {})}
 
 
 def arrays_of(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:

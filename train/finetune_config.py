@@ -16,6 +16,7 @@ from train.data.forms import Objective
 from train.preference import Kind
 
 AdapterKind = Literal["none", "lora", "bottleneck", "prefix"]
+Reference = Literal["on_the_fly", "precomputed"]
 Base = Literal["auto", "float32", "bfloat16", "int8", "nf4"]
 
 # The objectives that end in a number or class a segment, which a head of their own gives.
@@ -89,14 +90,18 @@ class PreferenceConfig:
       kind: `sigmoid` is DPO (arXiv 2305.18290), `ipo` is IPO (arXiv 2310.12036).
       beta: how strongly the policy is held to the model that training began with.
       label_smoothing: the share of pairs thought to be labelled the wrong way round: conservative DPO.
+      reference: whether each step runs the model that training began with beside the policy, or its
+        log-probabilities are `precomputed`: once, of every pair, before the first step.
     """
 
     kind: Kind = "sigmoid"
     beta: float = 0.1
     label_smoothing: float = 0.0
+    reference: Reference = "on_the_fly"
 
     def __post_init__(self) -> None:
         one_of("preference.kind", self.kind, get_args(Kind))
+        one_of("preference.reference", self.reference, get_args(Reference))
         at_least("preference", self, beta=0, label_smoothing=0)
         if self.beta == 0:
             raise ConfigError("preference.beta is 0; it must be above 0, such as 0.1")

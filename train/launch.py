@@ -31,6 +31,7 @@ from train.data import Data, open_data, show_batch
 from train.devices import compute_dtype, join_processes, run_mesh
 from train.evaluate import make_held_out_loss, make_sampler
 from train.feed import Feed
+from train.files import write_whole
 from train.flops import flops_per_token, peak_flops
 from train.lock import run_lock
 from train.loop import MEASURED, Loop
@@ -38,6 +39,7 @@ from train.objectives import make_objective
 from train.optimizer import make_optimizer, make_schedule
 from train.plot import plot_losses
 from train.read_config import to_toml
+from train.reference import reference_logprobs
 from train.report import Report
 from train.signals import Interrupts
 from train.state import begin, on, take_apart
@@ -83,8 +85,6 @@ def train(run: RunConfig) -> int:
             Checkpoints(run_dir, run.checkpoint, model=model, run=notes, warn=say)
         )
         stack.enter_context(on(mesh))
-        batches = data.train()
-        stack.callback(batches.close)
         step, abstract, abstract_batch, abstract_frozen = build_step(run, model, mesh, platform, tuning)
         restored, measured = checkpoints.restore(abstract), []
         if restored is None:
@@ -97,17 +97,43 @@ def train(run: RunConfig) -> int:
             frozen = None
             if abstract_frozen is not None:  # no checkpoint holds it
                 frozen = take_apart(model, run.train.seed, _weights(run, mesh, tuning), tuning)[1]
-            batches.restore(restored.data_states)
             measured = restored.data_states[0].get(MEASURED, [])
             say(f"resuming {run_dir} after step {done}")
         if first:
-            _write_whole(run_dir / CONFIG, to_toml(run))
+            write_whole(run_dir / CONFIG, to_toml(run).encode())
         _introduce(run, model, data, mesh, say)
         if run.adapter.kind != "none":
             say(_adapter_sizes(run, state.params, frozen))
         if done >= run.train.steps:
             say(f"{run_dir} has had its {done} steps; train.steps makes it go on")
             return 0
+        if run.preference.reference == "precomputed":
+
+            def beginning() -> Any:
+                if restored is None or frozen is not None:
+                    return tuning.beginning(state.params, frozen)
+                return take_apart(model, run.train.seed, _weights(run, mesh, tuning), tuning)[0]
+
+            logprobs = reference_logprobs(
+                run,
+                run_dir,
+                model,
+                platform,
+                data,
+                feed,
+                tuning,
+                beginning=beginning,
+                stop=interrupts.agreed_stop,
+                say=say,
+            )
+            if logprobs is None:
+                say("stopped before the first batch; nothing is saved")
+                return interrupts.agreed_stop()
+            data = data.with_reference(logprobs)
+        batches = data.train()
+        stack.callback(batches.close)
+        if restored is not None:
+            batches.restore(restored.data_states)
         with output.spinner("compiling the step ..."):
             compiled = step.lower(abstract, abstract_batch, abstract_frozen).compile()
         report = Report(
@@ -229,7 +255,10 @@ def _adapter_sizes(run: RunConfig, trained: Any, frozen: Frozen) -> str:
     assert frozen is not None
     count = sum(leaf.size for leaf in jax.tree.leaves(trained))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(frozen["base"]))
-    return f"{run.adapter.settings}: {count / 1e6:,.2f}M parameters are trained, over a frozen base of {output.size(size)}"
+    return (
+        f"{run.adapter.settings}: {count / 1e6:,.2f}M parameters are trained, over a frozen base of "
+        f"{output.size(size)}"
+    )
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:
@@ -309,14 +338,3 @@ def _diagnosis(
         return report
 
     return diagnose
-
-
-def _write_whole(path: Path, text: str) -> None:
-    try:
-        partial = path.with_suffix(".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written: {error.strerror}; make room, or choose another"
-        ) from None

@@ -25,7 +25,8 @@ from train.preference import dpo_loss, ranking_loss
 from train.segments import last, running_sums
 
 # int32 [B, T] tokens, segment_ids (0 is padding), positions; in finetuning also mask, 1 where a token's
-# prediction counts, and f32 value, a segment's own number at its last token.
+# prediction counts, and f32 value, a segment's own number at its last token; where they were computed
+# beforehand also f32 reference, log p_ref of an answer at its last token, elsewhere 0.
 Batch = Mapping[str, jax.Array]
 Numbers = dict[str, jax.Array]  # f32 [], each a sum over what `Loss.count` counts
 # (parameters, batch, and where needed reference=parameters, key=a random key) -> the loss, and other numbers
@@ -102,28 +103,21 @@ def pretraining(model: LlamaConfig, config: TrainConfig, platform: str) -> Objec
 def direct_preference(
     model: LlamaConfig, config: TrainConfig, platform: str, preference: PreferenceConfig
 ) -> Measure:
-    """`preference.dpo_loss` over a batch's pairs, its count the pairs; needs `reference`, parameters.
+    """`preference.dpo_loss` over a batch's pairs, its count the pairs.
+
+    It needs `reference`, parameters, unless the batch carries what they give.
 
     It tells `accuracy`, the share of pairs whose chosen answer has the larger implicit reward (equal ones
     count half), and `reward_margin`.
     """
-    compute = _compute(config, platform)
+    learned = _learned(model, config, platform)
 
-    def answers(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        logprobs = token_logprobs(
-            model,
-            params,
-            batch["tokens"],
-            batch["positions"],
-            batch["segment_ids"],
-            num_chunks=config.loss_chunks,
-            **compute,
-        )
-        return _of_pairs(logprobs * _rows(batch["mask"]), batch)
-
-    def measure(params: Any, batch: Batch, *, reference: Any) -> tuple[Loss, Numbers]:
-        policy = answers(params, batch)
-        kept = jax.lax.stop_gradient(answers(reference, batch))
+    def measure(params: Any, batch: Batch, *, reference: Any = None) -> tuple[Loss, Numbers]:
+        policy = _of_pairs(learned(params, batch), batch)
+        if reference is None:
+            kept = _of_pairs(_rows(batch["reference"]), batch)
+        else:
+            kept = jax.lax.stop_gradient(_of_pairs(learned(reference, batch), batch))
         losses, chosen, rejected = dpo_loss(
             *policy,
             *kept,
@@ -135,6 +129,19 @@ def direct_preference(
         return _over(_pair_ends(batch), losses, **_compared(chosen, rejected))
 
     return measure
+
+
+def answer_logprobs(
+    model: LlamaConfig, config: TrainConfig, platform: str
+) -> Callable[[Any, Batch], jax.Array]:
+    """The function of parameters and a batch that gives what `Batch` says of `reference`, f32 [B, T]."""
+    learned = _learned(model, config, platform)
+
+    def answers(params: Any, batch: Batch) -> jax.Array:
+        segments = _rows(batch["segment_ids"])
+        return jnp.where(last(segments), running_sums(learned(params, batch), segments), 0.0)
+
+    return answers
 
 
 def reward(model: LlamaConfig, config: TrainConfig, platform: str) -> Measure:
@@ -184,6 +191,18 @@ def _compute(config: TrainConfig, platform: str) -> dict[str, Any]:
         "remat": config.remat,
         "backward": "fast",
     }
+
+
+def _learned(model: LlamaConfig, config: TrainConfig, platform: str) -> Callable[[Any, Batch], jax.Array]:
+    """The log-probability of every token that is learned, f32 [B, T]; 0 elsewhere."""
+    compute = _compute(config, platform)
+
+    def logprobs(params: Any, batch: Batch) -> jax.Array:
+        where = (batch["tokens"], batch["positions"], batch["segment_ids"])
+        each = token_logprobs(model, params, *where, num_chunks=config.loss_chunks, **compute)
+        return each * _rows(batch["mask"])
+
+    return logprobs
 
 
 def _scores(model: LlamaConfig, config: TrainConfig, platform: str) -> Callable[[Any, Batch], jax.Array]:

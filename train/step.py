@@ -197,10 +197,8 @@ def build_step(
     )
     shape = (run.train.batch_size, run.train.seq_len)
     layout = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, TOKENS_BT)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
-        for name, dtype in batch_arrays(run.train.objective).items()
-    }
+    arrays = batch_arrays(run.train.objective, reference=run.preference.reference == "precomputed")
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in arrays.items()}
     state, frozen = abstract_begin(model, optimizer, mesh, tuning)
     return jax.jit(step, donate_argnums=0), state, batch, frozen
 

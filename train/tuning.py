@@ -57,7 +57,7 @@ class Tuning:
         return Tuning(
             adapter=run.adapter.settings,
             base=compute_dtype(run.train, platform).name if base == "auto" else base,
-            reference=run.train.objective == "dpo",
+            reference=run.train.objective == "dpo" and run.preference.reference == "on_the_fly",
             outputs=outputs if run.train.objective in HEADS else 0,
             optimizer=run.optimizer,
         )
@@ -99,6 +99,13 @@ class Tuning:
         assert frozen is not None
         attached = adapters.attach(self.adapter, frozen["base"], {"layers": trainable["layers"]})
         return {**attached, **{name: tree for name, tree in trainable.items() if name != "layers"}}
+
+    def beginning(self, trainable: Trainable, frozen: Frozen) -> Params:
+        """The model that training began with, of what it began with."""
+        if self.adapter is None:
+            return trainable
+        assert frozen is not None
+        return frozen["base"]
 
     def over(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """An objective, or its like, of (trainable, frozen, batch) in place of (parameters, batch)."""

@@ -20,6 +20,8 @@ from tests.train.processes import (
     steps,
     wait_for,
 )
+from tests.train.test_finetune_runs import ASKED_BEFORE, set_up
+from train.reference import NAME as REFERENCE
 
 pytestmark = pytest.mark.slow
 STEPS = 20
@@ -31,11 +33,11 @@ def words_for(axis: str) -> tuple[object, ...]:
     return (*mesh, "--checkpoint.keep", 100, "--eval.max_new_tokens", 4, "--eval.sample_every", 10)
 
 
-def start_two(workshop: Workshop, run_dir: str, *words: object):
+def start_two(workshop: Workshop, run_dir: str, *words: object, config: object = None):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         where = f"localhost:{free.getsockname()[1]}"
-    shared = (workshop.config, "--train.run_dir", run_dir, *words)
+    shared = (config or workshop.config, "--train.run_dir", run_dir, *words)
     shared = (*shared, "--distributed.coordinator", where, "--distributed.processes", 2)
     return [workshop.start(*shared, "--distributed.process", i) for i in range(2)]
 
@@ -73,6 +75,23 @@ def test_one_process_goes_on_from_what_two_saved(workshop, pair):
     workshop.train(two, "--train.steps", STEPS + 2)  # on one device
     assert losses(two)[STEPS + 1] < 4
     assert all(np.isfinite(x).all() for x in everything(two, STEPS + 2)[0].values())
+
+
+def test_two_processes_ask_their_reference_together_and_read_it_again(workshop, shared_data):
+    """Bit for bit as one of two devices does, which goes on with what they wrote."""
+    config = set_up(workshop, shared_data, "dpo", ASKED_BEFORE, 1e-3)
+    one, two = workshop.folder / "asked-one", workshop.folder / "asked-two"
+    for steps_, asks in ((2, True), (4, False)):
+        words = ("--train.steps", steps_, *words_for("fsdp"), "--eval.max_new_tokens", 0)
+        done = [finish(process) for process in start_two(workshop, "asked-two", *words, config=config)]
+        assert [each.status for each in done] == [0, 0], done
+        assert ("reference: the log-probabilities of 40 pairs" in done[0].err) == asks
+    alone = workshop.run(config, "--train.run_dir", "asked-one", *words, devices=2)
+    assert alone.status == 0, alone.err
+    assert (one / REFERENCE).read_bytes() == (two / REFERENCE).read_bytes()
+    assert_same(one, two, 4)
+    assert losses(one) == losses(two)
+    assert records(one, "evaluations.jsonl")[-1] == records(two, "evaluations.jsonl")[-1]
 
 
 def test_a_signal_to_one_stops_both_with_everything_saved(workshop):

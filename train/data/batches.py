@@ -70,7 +70,8 @@ class Batches(Iterator[Batch]):
     def __next__(self) -> Batch:
         """Returns int32 [rows, seq_len] `tokens`, `segment_ids` (0 is padding) and `positions`.
 
-        For every objective but pretraining also int32 `mask` and f32 `value`, as packing.py says.
+        For every objective but pretraining also int32 `mask` and f32 `value`, and of pairs perhaps f32
+        `reference`, as packing.py says.
 
         Raises:
           DataError: if a record or file cannot be read.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+import copy
+import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from train.data.encode import Encoder
 from train.data.examples import Examples, ExampleSource, Unit
 from train.data.forms import Objective
 from train.data.lanes import LaneBatches, LaneDocuments, Mixture, State, TrainDocuments, endless
-from train.data.packing import packed_rows
+from train.data.packing import ends, grouped, packed_row, packed_rows
 from train.data.parts import Part, empty
 from train.data.records import BadRecord, refusal
 from train.data.source import Document
@@ -95,6 +97,67 @@ class Data:
             rows = packed_rows(map(self._with_bytes, self._held_out_examples()), self._seq_len)
         return evaluation.batches(rows, self._batch_size, self._mine)
 
+    @property
+    def records(self) -> int:
+        """How many records all sources have, those held out too."""
+        return sum(len(part.source.key) for part in self._all)
+
+    @property
+    def pairs_fingerprint(self) -> str:
+        """A hash of all that decides what `pairs` yields but for its order."""
+        sources = [part.source.fingerprint for part in self._all]
+        said = json.dumps([self._encode.fingerprint, self._seq_len, self._objective, sources])
+        return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+
+    def pairs(self) -> Iterator[dict[str, Any]]:
+        """Yields this process's rows of batches that hold every usable example of all records once.
+
+        Yields:
+          The arrays of a training batch, and int32 `place`: 1 + 2 r + s at the last token of segment s of
+          record r, numbered through all sources; elsewhere 0.
+        """
+
+        def usable() -> Iterator[tuple[Unit, int]]:
+            indices = (self._usable(part, np.arange(len(part.source.key))) for part in self._all)
+            for record, item in enumerate(itertools.chain.from_iterable(indices)):
+                if isinstance(item, Unit):
+                    yield item, record
+
+        def row(items: Sequence[tuple[Unit, int]]) -> dict[str, Any]:
+            units = [unit for unit, _ in items]
+            place = np.zeros(self._seq_len, np.int32)
+            place[ends(units)] = [1 + 2 * record + side for _, record in items for side in (0, 1)]
+            return {**packed_row(units, self._seq_len), "place": place, "bytes": 0}
+
+        return evaluation.batches(map(row, grouped(usable(), self._seq_len)), self._batch_size, self._mine)
+
+    def with_reference(self, logprobs: np.ndarray) -> Data:
+        """Returns the same data, of pairs, whose batches carry `reference` as well; see `packed_row`.
+
+        Args:
+          logprobs: f32 [records, 2], of each record's chosen and rejected answer; NaN leaves a record out.
+        """
+        cuts = np.cumsum([len(part.source.key) for part in self._all])[:-1]
+        made = copy.copy(self)
+        parts = [
+            dataclasses.replace(part, reference=numbers)
+            for part, numbers in zip(self._all, np.split(logprobs, cuts), strict=True)
+        ]
+        made._parts, made._apart = parts[: len(self._parts)], parts[len(self._parts) :]
+        return made
+
+    def where(self, record: int) -> str:
+        """Returns where a record is, numbered through all sources; for people."""
+        for part in self._all:
+            if isinstance(part.source, ExampleSource) and record < len(part.source.key):
+                return part.source.records.where(record)
+            record -= len(part.source.key)
+        raise IndexError(record)
+
+    @property
+    def _all(self) -> list[Part]:
+        return [*self._parts, *self._apart]
+
     def _with_bytes(self, unit: Unit) -> tuple[Unit, int]:
         learned = (segment.ids[segment.mask > 0] for segment in unit.segments)
         return unit, sum(len(self._encode.tokenizer.decode(ids).encode()) for ids in learned)
@@ -132,7 +195,7 @@ class Data:
                 "bytes": part.source.nbytes,
                 "weight": part.config.weight,
             }
-            for part in [*self._parts, *self._apart]
+            for part in self._all
         ]
         totals = {
             name: sum(source[name] for source in sources)
@@ -167,7 +230,7 @@ class Data:
     def _documents(self, part: Part, index: np.ndarray) -> TrainDocuments | Examples:
         skip = self._config.bad_records == "skip"
         if isinstance(part.source, ExampleSource):
-            return Examples(part.source, index, skip, self._config.too_long)
+            return Examples(part.source, index, skip, self._config.too_long, part.reference)
         return TrainDocuments(part.source, index, skip)
 
     def _mixture(self, seed: int) -> Mixture:
@@ -183,7 +246,7 @@ class Data:
         return Mixture(orders, [part.config.weight for part in self._parts], patience)
 
     def _held_out_documents(self) -> Iterator[Document]:
-        for part in [*self._parts, *self._apart]:
+        for part in self._all:
             if isinstance(part.source, ExampleSource):
                 continue
             for index in part.held_out.tolist():
@@ -195,7 +258,7 @@ class Data:
 
     def _held_out_examples(self) -> Iterator[Unit]:
         self.held_out_skipped.clear()
-        for part in [*self._parts, *self._apart]:
+        for part in self._all:
             for item in self._usable(part, part.held_out):
                 if isinstance(item, Unit):
                     yield item

@@ -52,10 +52,13 @@ class Unit:
     Attributes:
       segments: in their order; of a pair, the chosen answer's first.
       value: the label or margin, which stands at the last token of each segment.
+      reference: of each segment the log-probability that the reference model gives what of it is learned;
+        empty where that was not computed beforehand.
     """
 
     segments: tuple[Segment, ...]
     value: float = 0.0
+    reference: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return sum(map(len, self.segments))
@@ -245,7 +248,16 @@ class ExampleSource:
 class Examples:
     """Random access to some of a source's examples, or the reasons why there are none."""
 
-    def __init__(self, source: ExampleSource, index: np.ndarray, skip_bad: bool, too_long: TooLong):
+    def __init__(
+        self,
+        source: ExampleSource,
+        index: np.ndarray,
+        skip_bad: bool,
+        too_long: TooLong,
+        reference: np.ndarray | None = None,
+    ):
+        """`reference` is, f32 [records, 2], `Unit.reference` of each, NaN where there is no such example."""
+        self._reference = reference
         self._source = source
         self._index = index
         self._skip_bad = skip_bad
@@ -257,7 +269,7 @@ class Examples:
     def __getitem__(self, i: int) -> Unit | str:
         index = int(self._index[i])
         try:
-            return self._source.example(index)
+            unit = self._source.example(index)
         except TooLongRecord as bad:
             if self._too_long != "fail":
                 return bad.reason
@@ -269,6 +281,11 @@ class Examples:
             if self._skip_bad:
                 return bad.reason
             raise DataError(refusal(self._source.what(bad, index))) from None
+        if self._reference is None:
+            return unit
+        if np.isnan(self._reference[index]).any():
+            return "no reference"
+        return dataclasses.replace(unit, reference=tuple(self._reference[index].tolist()))
 
     def __repr__(self) -> str:
         return f"Examples({len(self)})"

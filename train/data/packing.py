@@ -65,7 +65,8 @@ def packed_row(units: Sequence[Unit], seq_len: int) -> dict[str, np.ndarray]:
       [seq_len] arrays. int32 `tokens`; `segment_ids`, counted from 1, 0 is padding: of pair p the chosen
       answer's is 2p + 1 and the rejected one's 2p + 2; `positions`, which restart in each segment; `mask`,
       entry t of which weighs the prediction OF token t, or says that token t has a label; f32 `value`, at the
-      last token of a segment its label, or its pair's margin, elsewhere 0.
+      last token of a segment its label, or its pair's margin, elsewhere 0; and, where units have it, f32
+      `reference`, at the last token of a segment its number, elsewhere 0.
     """
     names = ("tokens", "segment_ids", "positions", "mask")
     row = {name: np.zeros(seq_len, np.int32) for name in names}
@@ -80,7 +81,24 @@ def packed_row(units: Sequence[Unit], seq_len: int) -> dict[str, np.ndarray]:
         row["mask"][at:end] = segment.mask
         row["value"][end - 1] = value
         at = end
+    if units[0].reference:
+        row["reference"] = np.zeros(seq_len, np.float32)
+        row["reference"][ends(units)] = [number for unit in units for number in unit.reference]
     return row
+
+
+def ends(units: Sequence[Unit]) -> np.ndarray:
+    """Returns where in a row each of its segments has its last token."""
+    return np.cumsum([len(segment) for unit in units for segment in unit.segments]) - 1
+
+
+def grouped(items: Iterable[tuple[Unit, T]], seq_len: int) -> Iterator[Sequence[tuple[Unit, T]]]:
+    """Yields rows of a finite number of examples, each once, with what goes along with them."""
+    bins: Bins[tuple[Unit, T]] = Bins(seq_len)
+    for item in items:
+        if done := bins.add(len(item[0]), item):
+            yield done
+    yield from bins.rest()
 
 
 def packed_rows(units: Iterable[tuple[Unit, int]], seq_len: int) -> Iterator[dict[str, Any]]:
@@ -89,16 +107,8 @@ def packed_rows(units: Iterable[tuple[Unit, int]], seq_len: int) -> Iterator[dic
     Yields:
       What `packed_row` returns, and `bytes`, the sum of the row's.
     """
-    bins: Bins[tuple[Unit, int]] = Bins(seq_len)
-
-    def made(row: Sequence[tuple[Unit, int]]) -> dict[str, Any]:
-        return {**packed_row([unit for unit, _ in row], seq_len), "bytes": sum(nbytes for _, nbytes in row)}
-
-    for item in units:
-        if done := bins.add(len(item[0]), item):
-            yield made(done)
-    for row in bins.rest():
-        yield made(row)
+    for row in grouped(units, seq_len):
+        yield {**packed_row([unit for unit, _ in row], seq_len), "bytes": sum(nbytes for _, nbytes in row)}
 
 
 class _Examples(Protocol):

@@ -18,13 +18,14 @@ from train.data.source import Source
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One source, split."""
+    """One source, split; with what of its records was computed beforehand, as `Examples` takes it."""
 
     config: SourceConfig
     source: Source | ExampleSource
     train: np.ndarray
     held_out: np.ndarray
     blocks: np.ndarray | None
+    reference: np.ndarray | None = None
 
 
 def split(config: SourceConfig, data: DataConfig, source: Source | ExampleSource) -> Part:
