@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--adapter",
             metavar="PATH",
-            help="merge a LoRA adapter in PEFT's format: its directory, or that of the run that made it",
+            help="put an adapter on the model: its directory, or that of the run that made it",
         )
 
     def add_dtype(self) -> None:
