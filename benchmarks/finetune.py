@@ -1,9 +1,9 @@
 """Finetuning SmolLM2-135M on the made tasks: `python -m benchmarks.finetune [NAMES] [--steps N]`.
 
 Each way of training runs in a process of its own, one after another, on the same batches: all the weights,
-LoRA, QLoRA on `extract`; DPO with LoRA on `manner`. It tells how many held-out answers are exactly right
-before and after, what training takes, and, for preferences, the perplexity of ordinary text before and
-after.
+LoRA, QLoRA, bottlenecks and a prefix on `extract`; DPO with LoRA on `manner`, its reference asked at every
+step or beforehand. It tells how many held-out answers are exactly right before and after, what training
+takes, and, for preferences, the perplexity of ordinary text before and after.
 """
 
 from __future__ import annotations
@@ -57,12 +57,15 @@ every = 1
 tensorboard = false
 plot = false
 """
-# What is trained, on which task, to which objective, at which rate.
+# On which task, to which objective, at which rate; and what is trained, in the configuration's words.
 WAYS = {
     "full": ("extract", "sft", 5e-5, ""),
     "lora": ("extract", "sft", 1e-3, 'kind = "lora"'),
     "qlora": ("extract", "sft", 1e-3, 'kind = "lora"\nbase = "nf4"'),
+    "bottleneck": ("extract", "sft", 1e-3, 'kind = "bottleneck"'),
+    "prefix": ("extract", "sft", 2e-2, 'kind = "prefix"'),
     "dpo": ("manner", "dpo", 5e-5, 'kind = "lora"'),
+    "dpo-precomputed": ("manner", "dpo", 5e-5, 'kind = "lora"\n[preference]\nreference = "precomputed"'),
 }
 
 
@@ -159,12 +162,7 @@ def measure(ways: list[str], steps: int, folder: Path, text: str | None, most: i
     if text is not None:
         before["perplexity"] = perplexity(base, text)
     for one in found:
-        adapted = "lora" in WAYS[one["way"]][3]
-        model = (
-            lj.load(MODEL, adapter=one["run_dir"], stacked=False)
-            if adapted
-            else lj.load(one["run_dir"], stacked=False)
-        )
+        model = lj.load(one["run_dir"], stacked=False)
         if WAYS[one["way"]][0] == "extract":
             one["accuracy"] = accuracy(model, test, most)
         if text is not None:

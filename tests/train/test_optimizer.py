@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import llama_jax as lj
+from llama_jax import bottleneck
 from llama_jax.errors import ConfigError
 from train.config import OptimizerConfig
 from train.optimizer import decayed, frozen, make_optimizer, make_schedule
@@ -27,6 +28,11 @@ NAMES = ("adamw", "muon", "lion", "adafactor")
 def rates(steps: int, **config) -> np.ndarray:
     schedule = make_schedule(OptimizerConfig(learning_rate=2.0, **config), steps)
     return np.array([schedule(step) for step in range(steps + 1)])
+
+
+def test_no_biases_decay():
+    adapter = bottleneck.init(bottleneck.Bottleneck(4), PARAMS, jax.random.key(0))["layers"]["attention"]
+    assert decayed(adapter) == {"down": True, "down_bias": False, "up": True, "up_bias": False}
 
 
 def test_warm_up_is_linear_from_the_first_step_to_the_peak():
