@@ -164,7 +164,9 @@ def quantize(params: Any, bits: Bits = 8) -> Any:
         if isinstance(tree, tuple):
             return tuple(walk(layer, False) for layer in tree)
         return {
-            name: walk(leaf, stacked or name == "layers")
+            name: leaf
+            if name == "score"  # a classifier's head is small
+            else walk(leaf, stacked or name == "layers")
             if isinstance(leaf, Mapping | tuple)
             else _quantized(name, leaf, bits, stacked)
             for name, leaf in tree.items()

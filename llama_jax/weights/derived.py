@@ -14,7 +14,7 @@ from llama_jax import lora
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.model import init
-from llama_jax.weights.names import Leaf
+from llama_jax.weights.names import SCORE, Leaf
 from llama_jax.weights.tensors import Tensors
 from llama_jax.weights.write.cast import cast
 
@@ -174,6 +174,14 @@ class ResizedVocabulary(_Derived):
 
 
 @dataclasses.dataclass(frozen=True)
+class Head:
+    """A classifier's head apart from its model: weight [C, D], and the names of its numbers."""
+
+    weight: np.ndarray
+    labels: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Merged(_Derived):
     """A model with an adapter merged into its matrices, in f32: W + scale a b, DoRA's at their magnitudes.
 
@@ -182,6 +190,7 @@ class Merged(_Derived):
       settings: what the adapter was made with.
       adapter: its tree, layers stacked, as `lora.attach` takes it.
       into: the type of the merged matrices; None: what each was, so that theirs rounds what was learned.
+      head: the head that was trained along, in place of the base's output; None leaves that.
 
     Raises:
       ConfigError: if the adapter is for another model.
@@ -190,15 +199,31 @@ class Merged(_Derived):
     settings: lora.Lora
     adapter: Any
     into: np.dtype[Any] | None = None
+    head: Head | None = None
 
     def __post_init__(self) -> None:
         lora.check(jax.eval_shape(lambda: init(self.config, jax.random.key(0))), self.adapter)
         object.__setattr__(self, "adapter", jax.tree.map(np.asarray, self.adapter))
+        width = self.base.config.hidden_size
+        if self.head is not None and self.head.weight.shape[1] != width:
+            raise ConfigError(
+                f"the adapter is for another model: its head takes {self.head.weight.shape[1]} numbers, the "
+                f"base has {width}; give its own base"
+            )
+
+    @property
+    def config(self) -> LlamaConfig:
+        config = self.base.config
+        return config if self.head is None else config.replace(labels=self.head.labels)
 
     def dtype(self, leaf: Leaf, layer: int | None) -> np.dtype[Any]:
+        if leaf is SCORE and self.head is not None:
+            return self.head.weight.dtype
         return self.into if self.into is not None and self._own(leaf) else self.base.dtype(leaf, layer)
 
     def read(self, leaf: Leaf, layer: int | None) -> np.ndarray:
+        if leaf is SCORE and self.head is not None:
+            return self.head.weight
         array, own = self.base.read(leaf, layer), self._own(leaf)
         if own is None:
             return array

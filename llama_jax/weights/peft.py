@@ -8,6 +8,7 @@ refused by name; the tensors have to be all there, no others, and of shapes that
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -20,9 +21,10 @@ import numpy as np
 
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.lora import PROJECTIONS, Lora
-from llama_jax.weights.derived import Merged
-from llama_jax.weights.names import LEAVES, Leaf
-from llama_jax.weights.safetensors import read_json, read_safetensors_header
+from llama_jax.weights.derived import Head, Merged
+from llama_jax.weights.hf import MOST_LABELS, unnamed
+from llama_jax.weights.names import LEAVES, SCORE, Leaf
+from llama_jax.weights.safetensors import read_json, read_metadata, read_safetensors_header
 from llama_jax.weights.source import TensorInfo, brief, decode_floats, quote, read_bytes
 from llama_jax.weights.tensors import Tensors
 
@@ -31,6 +33,9 @@ IN_RUN = "adapter"  # the folder of a training run's directory that holds its ad
 PREFIX = "base_model.model."  # PEFT's wrappers around the model
 # What PEFT calls the leaves of an adapter; the magnitude's name has had either form.
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+HEAD = PREFIX + SCORE.hf
+LABELS = "labels"  # the key of the file's metadata under which a head's are listed
+_HEADS = {"score", "classifier"}
 
 _LEAF_OF = {leaf.hf.split(".")[-2]: leaf for leaf in LEAVES if leaf.path[-1] in PROJECTIONS}
 _NAME = re.compile(
@@ -40,7 +45,7 @@ _NAME = re.compile(
 # Fields that are read below, or that change nothing of what a finished adapter computes. Of any other, only
 # a value that means "not used" is taken: PEFT's next invention must not be left out in silence.
 _READ = {"peft_type", "task_type", "r", "lora_alpha", "use_rslora", "use_dora", "target_modules"}
-_READ |= {"rank_pattern", "alpha_pattern", "init_lora_weights", "bias"}
+_READ |= {"rank_pattern", "alpha_pattern", "init_lora_weights", "bias", "modules_to_save"}
 _HARMLESS = {"auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode"}
 _HARMLESS |= {"lora_dropout", "exclude_modules", "layers_pattern", "eva_config", "megatron_config"}
 _HARMLESS |= {"megatron_core", "qalora_group_size", "runtime_config"}
@@ -69,7 +74,9 @@ def load_adapter(path: str | Path) -> tuple[Lora, dict[str, Any]]:
         raise CheckpointError(
             f"{file}: is not there, only adapter_model.bin, a pickle; save it with safe_serialization"
         )
-    stored = read_safetensors_header(file)
+    stored = dict(read_safetensors_header(file))
+    if fields.has_head:
+        stored.pop(HEAD, None)
     modules, layers = _modules(file, stored, fields)
     rank = max(module.rank for module in modules)
     names = [name for name in PROJECTIONS if any(module.leaf.path[-1] == name for module in modules)]
@@ -100,6 +107,34 @@ def load_adapter(path: str | Path) -> tuple[Lora, dict[str, Any]]:
     return settings, jax.tree.map(jnp.asarray, {"layers": made})
 
 
+def load_head(path: str | Path) -> Head | None:
+    """Reads the head that was trained along with an adapter, as PEFT has it of SEQ_CLS; None without one.
+
+    Raises:
+      CheckpointError: as `load_adapter`, or if it is missing or of no shape for a head.
+    """
+    description, file = adapter_files(path)
+    if not _Fields(description, read_json(description)).has_head:
+        return None
+    info = read_safetensors_header(file).get(HEAD)
+    if info is None:
+        raise CheckpointError(f"{file}: missing tensors: {HEAD}, the head that task_type SEQ_CLS is for")
+    if len(info.shape) != 2 or not 0 < info.shape[0] <= MOST_LABELS:
+        raise CheckpointError(f"{file}: {HEAD} is {list(info.shape)}; it must be [classes, hidden_size]")
+    return Head(_read(HEAD, info), _labels(file, info.shape[0]))
+
+
+def _labels(file: Path, count: int) -> tuple[str, ...]:
+    """The classes' names, which our own files have beside their tensors; PEFT has no place for them."""
+    try:
+        names = json.loads(read_metadata(file).get(LABELS, ""))
+        if len(names) == count and all(isinstance(name, str) for name in names):
+            return tuple(names)
+    except (ValueError, TypeError, RecursionError):
+        pass
+    return unnamed(count)
+
+
 def merged(base: Tensors, path: str | Path, into: np.dtype[Any] | None = None) -> Merged:
     """A model with the adapter at `path` merged into it, see `Merged`.
 
@@ -109,7 +144,7 @@ def merged(base: Tensors, path: str | Path, into: np.dtype[Any] | None = None) -
     """
     settings, adapter = load_adapter(path)
     try:
-        return Merged(base, settings, adapter, into)
+        return Merged(base, settings, adapter, into, load_head(path))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -251,9 +286,16 @@ class _Fields:
         kind = self.fields.get("peft_type")
         if kind != "LORA":
             raise self.error(f"peft_type is {quote(str(kind))}; only LORA adapters can be read")
-        if self.fields.get("task_type") not in (None, "CAUSAL_LM"):
+        if self.fields.get("task_type") not in (None, "CAUSAL_LM", "SEQ_CLS"):
             raise self.error(
-                f"task_type is {quote(str(self.fields['task_type']))}; only CAUSAL_LM adapters can be read"
+                f"task_type is {quote(str(self.fields['task_type']))}; only CAUSAL_LM and SEQ_CLS adapters "
+                "can be read"
+            )
+        saved = self.fields.get("modules_to_save") or []
+        # PEFT names both of the places where a head may be.
+        if not isinstance(saved, list) or set(map(str, saved)) - (_HEADS if self.has_head else set()):
+            raise self.error(
+                f"'modules_to_save' is {quote(str(saved))}; only a classifier's 'score' can be read"
             )
         if self.fields.get("bias", "none") != "none":
             raise self.error(
@@ -268,6 +310,10 @@ class _Fields:
         for key, value in self.fields.items():
             if key not in _READ | _HARMLESS and value not in (None, False, "", [], {}):
                 raise self.error(f"{quote(key)} is {quote(str(value))}, which llama_jax does not know or do")
+
+    @property
+    def has_head(self) -> bool:
+        return self.fields.get("task_type") == "SEQ_CLS"
 
     def settings(self, rank: int, names: list[str]) -> Lora:
         return Lora(

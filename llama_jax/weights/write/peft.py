@@ -14,8 +14,9 @@ from llama_jax import lora
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError
 from llama_jax.model import init
+from llama_jax.weights.derived import Head
 from llama_jax.weights.names import LEAVES
-from llama_jax.weights.peft import CONFIG, MAGNITUDE, PREFIX, WEIGHTS, A, B
+from llama_jax.weights.peft import CONFIG, HEAD, LABELS, MAGNITUDE, PREFIX, WEIGHTS, A, B
 from llama_jax.weights.source import reason
 from llama_jax.weights.write.staging import sync_path
 
@@ -28,6 +29,7 @@ def save_adapter(
     *,
     base_model: str | None = None,
     replace: bool = False,
+    head: Head | None = None,
 ) -> Path:
     """Writes an adapter as PEFT's `save_pretrained` does; the directory appears when it is whole.
 
@@ -38,6 +40,7 @@ def save_adapter(
       config: the base it is for.
       base_model: where the base is to be had, for people and for PEFT's `AutoPeftModel`.
       replace: put it in the place of an adapter that is there.
+      head: a classifier's or reward model's, that was trained along.
 
     Returns:
       `path`.
@@ -51,13 +54,17 @@ def save_adapter(
     lora.check(jax.eval_shape(lambda: init(config, jax.random.key(0))), adapter)
     if target.exists() and not (replace and (target / CONFIG).is_file()):
         raise CheckpointError(f"{target}: is there already; remove it, or give another path to write to")
-    fields = json.dumps(_fields(settings, adapter, base_model), indent=2) + "\n"
+    fields = json.dumps(_fields(settings, adapter, base_model, head), indent=2) + "\n"
+    tensors, metadata = _tensors(adapter), {"format": "pt"}
+    if head is not None:
+        tensors[HEAD] = np.ascontiguousarray(head.weight, np.float32)
+        metadata[LABELS] = json.dumps(head.labels)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as beside:
             made = Path(beside) / "made"
             made.mkdir()
-            (made / WEIGHTS).write_bytes(_safetensors(_tensors(adapter)))
+            (made / WEIGHTS).write_bytes(_safetensors(tensors, metadata))
             (made / CONFIG).write_text(fields, encoding="utf-8")
             for written in (made / WEIGHTS, made / CONFIG, made):
                 sync_path(written)
@@ -70,12 +77,13 @@ def save_adapter(
     return target
 
 
-def _fields(settings: lora.Lora, adapter: Any, base_model: str | None) -> dict[str, Any]:
+def _fields(settings: lora.Lora, adapter: Any, base_model: str | None, head: Head | None) -> dict[str, Any]:
     """The fields of an adapter_config.json that say something; PEFT has its defaults for the others."""
     names = [name for matrices in adapter["layers"].values() for name in matrices]
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS",
+        **({} if head is None else {"modules_to_save": ["score"]}),
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "r": settings.rank,
@@ -107,9 +115,9 @@ def _tensors(adapter: Any) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _safetensors(tensors: dict[str, np.ndarray]) -> bytes:
+def _safetensors(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
     """A safetensors file of f32 tensors (the README of huggingface/safetensors, section Format)."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for name, array in tensors.items():
         where = [offset, offset + array.nbytes]
