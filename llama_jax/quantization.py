@@ -203,10 +203,12 @@ def _check_groups(
     entry: Any = None if layout is None else layout[summed[0] + stacked]
     for mesh_axis in entry if isinstance(entry, tuple) else filter(None, (entry,)):
         size = sharding.explicit_axes()[mesh_axis]
-        if (inputs // group) % size:
+        groups = inputs // group
+        if groups % size:
+            fits = [str(n) for n in range(1, max(sharding.explicit_axes().values()) + 1) if groups % n == 0]
             raise InputError(
-                f"{name} has {inputs // group} groups of {group} inputs, which do not divide over mesh axis "
-                f"{mesh_axis} of size {size}; quantise to 8 bits instead"
+                f"{name}: its {inputs} inputs are {groups} groups of {group}, which do not divide over mesh "
+                f"axis {mesh_axis} of size {size} (sizes that would: {', '.join(fits)}); or take 8 bits"
             )
 
 

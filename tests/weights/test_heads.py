@@ -161,7 +161,7 @@ def test_labels_that_have_no_names_are_hugging_faces(copy):
         ({"id2label": {"0": 1}}, "id2label does not name each"),
         ({"id2label": ["a"]}, "id2label is no object of 1 to 65536 names"),
         ({"id2label": None, "num_labels": 1 << 30}, "num_labels is 1073741824; it must be from 1 to 65536"),
-        ({"problem_type": "multi_label_classification"}, "a head of 3 can only be single_label_classification"),
+        ({"problem_type": "multi_label_classification"}, "a head of 3 can only be single_label"),
         ({"architectures": 5}, "missing tensors: lm_head"),
         ({"pad_token_id": 10_000}, "pad_token_id is '10000'; it must be an id below"),
         (
