@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -284,6 +285,11 @@ def test_a_run_begins_from_the_adapter_of_another_and_resumes(workshop, shared_d
         np.abs(one.params["layers"]["attention"]["wq"] - plain.params["layers"]["attention"]["wq"]).max()
         > 0.01
     )
+
+    unfinished = workshop.folder / "unfinished"
+    shutil.copytree(stage1, unfinished, ignore=shutil.ignore_patterns("adapter"))
+    with pytest.raises(CheckpointError, match="a run that trains an adapter and is not done; finish it"):
+        lj.load(unfinished)
 
     second = set_up(workshop, shared_data, "dpo", LORA, rate=1e-2)
     for name, stops in (("stage2", [4]), ("stage2_halves", [2, 4])):

@@ -22,7 +22,7 @@ from train.objectives import make_measure
 from train.optimizer import make_optimizer, make_schedule
 from train.preference import dpo_loss, ranking_loss
 from train.segments import last, running_sums
-from train.state import begin, on
+from train.state import abstract_begin, begin, on
 from train.step import build_step
 from train.tuning import Tuning
 
@@ -293,6 +293,22 @@ def test_what_is_saved_may_be_the_average_of_the_weights_so_far(params):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, expected)
     on_mesh = curve(averaged, "fsdp=8", params, steps=3)[1].params
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), on_mesh, state.params)
+
+
+@pytest.mark.parametrize("adapter", [None, "lora"])
+def test_a_head_takes_the_outputs_place_or_goes_on_where_it_was(adapter, params, score):
+    """What is trained has the form that a run expects, from a language model and from a classifier."""
+    run, labelled = run_of("classify", adapter and ADAPTERS[adapter]), MODEL.replace(labels=("a", "b", "c"))
+    tuning = Tuning.of(run, "cpu", outputs=3)
+    optimizer = make_optimizer(run.optimizer, make_schedule(run.optimizer, 8))
+    expected = jax.tree.structure(abstract_begin(labelled, optimizer, None, tuning))
+    classifier = {name: tree for name, tree in params.items() if name != "lm_head"} | {"score": score}
+    for weights in (params, classifier, None):
+        state, frozen = begin(labelled, optimizer, 0, weights, tuning)
+        assert jax.tree.structure((state, frozen)) == expected
+        assert "lm_head" not in tuning.model(state.params, frozen)
+        if weights is classifier:
+            np.testing.assert_array_equal(state.params["score"]["kernel"], score["kernel"])
 
 
 def test_the_optimizer_sees_the_adapter_alone(params):
