@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from llama_jax import bottleneck, layer_trees, lora, prefix
+from llama_jax import bottleneck, layer_trees, lora, model, prefix
 from llama_jax.bottleneck import Bottleneck
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
@@ -45,6 +45,16 @@ def attach(settings: Settings, params: Any, adapter: Any) -> Any:
             return bottleneck.attach(settings, params, adapter)
         case Prefix():
             return prefix.attach(settings, params, adapter)
+
+
+def check(settings: Settings, config: LlamaConfig, adapter: Any) -> None:
+    """Checks by shapes alone that an adapter belongs to a model.
+
+    Raises:
+      ConfigError: if it does not.
+    """
+    base = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
+    jax.eval_shape(lambda base, adapter: attach(settings, base, adapter), base, adapter)
 
 
 def merge(params: Any) -> Any:

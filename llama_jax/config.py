@@ -98,6 +98,8 @@ class LlamaConfig:
       rope_theta: base of the rotary frequencies (arXiv 2104.09864).
       rope_scaling: how the frequencies are stretched, or None.
       tie_word_embeddings: whether the output projection is the embedding table.
+      labels: of a classifier or reward model, the names of the C numbers that a head [D, C] on the last token
+        gives in place of the output projection; empty for a language model.
 
     Raises:
       ConfigError: for a value that cannot work, naming field and value.
@@ -115,6 +117,7 @@ class LlamaConfig:
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
+    labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_key_value_heads is None:
@@ -140,12 +143,20 @@ class LlamaConfig:
                 f"num_key_value_heads {self.num_key_value_heads}; query heads share key/value heads "
                 "in equal groups"
             )
+        object.__setattr__(self, "labels", tuple(self.labels))
+        if not all(isinstance(label, str) for label in self.labels):
+            raise ConfigError(f"labels are {self.labels!r}; each must be text")
         for field, least in (("rms_norm_eps", 0), ("rope_theta", 1)):
             value = getattr(self, field)
             if not least < value < math.inf:
                 raise ConfigError(f"{field} is {value!r}; it must be a finite number above {least}")
         if self.head_dim == 2 and self.rope_scaling is not None and self.rope_scaling.kind == "ntk":
             raise ConfigError("head_dim is 2; ntk scaling needs more than one pair: choose linear instead")
+
+    @property
+    def has_output(self) -> bool:
+        """Whether there is an output projection of its own: neither tied nor replaced by a head."""
+        return not (self.tie_word_embeddings or self.labels)
 
     @property
     def num_params(self) -> int:
@@ -155,7 +166,7 @@ class LlamaConfig:
         )
         feed_forward = 3 * self.hidden_size * self.intermediate_size
         layer = attention + feed_forward + 2 * self.hidden_size
-        tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        tables = self.hidden_size * (self.vocab_size * (1 + self.has_output) + len(self.labels))
         return self.num_hidden_layers * layer + tables + self.hidden_size
 
     def replace(self, **changes: Any) -> LlamaConfig:

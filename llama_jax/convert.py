@@ -14,18 +14,18 @@ import numpy as np
 
 from llama_jax import adapters
 from llama_jax.errors import CheckpointError, InputError, MissingTokenizerError, TokenizerError
-from llama_jax.pretrained import DTYPES, Progress, resolve
+from llama_jax.pretrained import DTYPES, Progress, open_model, resolve
 from llama_jax.quantization import Quantized
 from llama_jax.text_model import Model
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
-from llama_jax.tokenizer.export import vocabulary_of
+from llama_jax.tokenizer.export import classifier_pad, vocabulary_of
 from llama_jax.tokenizer.pad import pad
-from llama_jax.weights import manifest, open_source
-from llama_jax.weights.adapters import adapter_folder, merged
+from llama_jax.weights import manifest
+from llama_jax.weights.adapters import adapter_folder
 from llama_jax.weights.derived import Averaged, PooledHeads, ResizedVocabulary
 from llama_jax.weights.names import Format
 from llama_jax.weights.source import Source
-from llama_jax.weights.tensors import ParamsTensors, StoredTensors, Tensors
+from llama_jax.weights.tensors import ParamsTensors, Tensors
 from llama_jax.weights.write.gguf import plan_gguf
 from llama_jax.weights.write.hf import plan_hf
 from llama_jax.weights.write.llama2c import plan_llama2c
@@ -61,7 +61,7 @@ def convert(
     it is whole; what an interrupted conversion has left in `<target>.partial` is gone on with.
 
     Args:
-      source: a known name or a path, as `load` takes them.
+      source: a known name or a path, as `load` takes them; a run with an adapter is that on its base.
       target: where to write; nothing may be there. A file for `gguf`, a directory otherwise.
       format: hf, meta, gguf, llama2c or orbax; by default gguf where `target` ends so, and hf otherwise.
       dtype: of the tensors: float32, bfloat16, float16, or q8_0 (gguf), int8 (llama2c). By default as in
@@ -88,14 +88,13 @@ def convert(
     """
     target = _target(target)
     format = _format(format, target)
-    sources = [open_source(resolve(path, progress)) for path in (source, *average)]
-    stored = [StoredTensors(each) for each in sources]
-    tensors: Tensors = stored[0]
-    if adapter is not None:
-        tensors = merged(tensors, adapter, into=None if dtype is None else _merged_dtype(dtype))
+    into = None if dtype is None else _merged_dtype(dtype)
+    opened = [open_model(source, adapter, into=into, progress=progress)]
+    opened += [open_model(path, into=into, progress=progress) for path in average]
+    sources, tensors = [each.source for each in opened], opened[0].weights_alone()
     if average:
-        share = [1 / len(stored)] * len(stored) if weights is None else list(weights)
-        tensors = Averaged(tensors, stored[1:], share)
+        share = [1 / len(opened)] * len(opened) if weights is None else list(weights)
+        tensors = Averaged(tensors, [each.weights_alone() for each in opened[1:]], share)
     elif weights is not None:
         raise InputError("weights are given but no checkpoints to average; name them with average")
     if kv_heads is not None:
@@ -107,11 +106,11 @@ def convert(
     vocabulary = _vocabulary(tokenizer, sources[0], progress)
     if vocab_size is not None and tokenizer is None:
         vocabulary = pad(vocabulary, vocab_size)
-    plan = _plan(tensors, format, dtype, shards, vocabulary)
+    plan = _plan(tensors, format, dtype, shards, vocabulary, sources[0].metadata.get("pad_token_id"))
     options = (dtype, kv_heads, weights, vocab_size)
     origin = repr([*map(_identity, sources), options])
-    if adapter is not None:
-        origin += repr(_stats(sorted(adapter_folder(adapter).glob("adapter*"))))
+    if put_on := [path for each in opened for path in each.adapters]:
+        origin += repr([_stats(sorted(adapter_folder(path).glob("*.*"))) for path in put_on])
     write(plan, tensors, target, origin=origin, progress=progress)
     return target
 
@@ -195,7 +194,12 @@ def _format(format: Format | None, target: Path) -> Format:
 
 
 def _plan(
-    tensors: Tensors, format: Format, dtype: str | None, shards: int | None, tokenizer: Tokenizer
+    tensors: Tensors,
+    format: Format,
+    dtype: str | None,
+    shards: int | None,
+    tokenizer: Tokenizer,
+    pad_id: int | None = None,
 ) -> Plan:
     size = tensors.config.vocab_size
     if tokenizer.vocab_size != size:
@@ -209,7 +213,13 @@ def _plan(
         raise InputError(f"dtype is {dtype!r}; {format} can be written in {', '.join(known)}")
     if shards is not None and (shards < 1 or format not in ("hf", "meta")):
         raise InputError(f"shards is {shards}; it is for hf and meta, and at least 1")
-    vocabulary = vocabulary_of(tokenizer, format)
+    if tensors.config.labels and format not in ("hf", "orbax"):
+        raise InputError(
+            f"the model is a classifier or reward model, and {format} cannot hold its head; give hf or orbax"
+        )
+    if tensors.config.labels and pad_id is None:
+        pad_id = classifier_pad(tokenizer)
+    vocabulary = vocabulary_of(tokenizer, format, pad_id=pad_id)
     if format == "gguf":
         return plan_gguf(tensors, dtype, vocabulary)
     if format == "llama2c":

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from llama_jax import rope, sharding
 from llama_jax.bottleneck import through
 from llama_jax.config import LlamaConfig
+from llama_jax.errors import ConfigError
 from llama_jax.linear import (
     Backward,
     contract,
@@ -114,7 +115,17 @@ def _local_ids(vocabulary: int, tokens: jax.Array, axes: Mapping[str, int]) -> j
 
 
 def output_matrix(params: Any) -> jax.Array | Quantized:
-    """The output projection [D, V], or the tied embedding table [V, D]."""
+    """The output projection [D, V], or the tied embedding table [V, D].
+
+    Raises:
+      ConfigError: if the parameters are a classifier's, which has neither.
+    """
+    if "score" in params:
+        raise ConfigError(
+            f"the model is a classifier or reward model, with a head of {params['score']['kernel'].shape[1]} "
+            "numbers and no output projection, so it predicts no tokens; ask train.score.Scorer for its "
+            "numbers, or give a language model"
+        )
     return params["lm_head"]["kernel"] if "lm_head" in params else params["embed"]["embedding"]
 
 

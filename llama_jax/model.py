@@ -70,8 +70,11 @@ def init(config: LlamaConfig, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.
             "layers": jax.vmap(layer)(jax.random.split(layers_key, config.num_hidden_layers)),
             "final_norm": {"scale": jnp.ones((d,), jnp.float32)},
         }
-        if not config.tie_word_embeddings:
+        if config.has_output:
             params["lm_head"] = {"kernel": 0.02 * jax.random.normal(head_key, (d, v), jnp.float32)}
+        if config.labels:
+            shape = (d, len(config.labels))
+            params["score"] = {"kernel": 0.02 * jax.random.normal(head_key, shape, jnp.float32)}
         return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
     if not sharding.explicit_axes():

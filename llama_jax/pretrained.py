@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax import hub, known
-from llama_jax.adapters import attach
+from llama_jax.adapters import Settings, attach
+from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, InputError, TokenizerError
 from llama_jax.quantization import Bits, quantize
 from llama_jax.text_model import Model
 from llama_jax.tokenizer import load_tokenizer
 from llama_jax.weights import load_params, open_source
-from llama_jax.weights.adapters import base_of_run, is_mergeable, load_adapter, merged
+from llama_jax.weights.adapters import base_of_run, put_on
 from llama_jax.weights.load import load_tensors
-from llama_jax.weights.tensors import StoredTensors
+from llama_jax.weights.source import Source
+from llama_jax.weights.tensors import StoredTensors, Tensors
 
 DTYPES = ("float32", "bfloat16", "float16")
+_F32: np.dtype[Any] = np.dtype(np.float32)
+_MOST_ADAPTERS = 16
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being read
 
 
@@ -72,30 +76,110 @@ def load(
         raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     if bits not in (None, *get_args(Bits)):
         raise InputError(f"bits is {bits!r}; it must be 8 or 4, 'nf4', or None for {dtype}")
-    path = resolve(name_or_path, progress)
-    if adapter is None and (base := base_of_run(path)) is not None:
-        path, adapter = resolve(base, progress), path
-    source = open_source(path)
-    tokenizer = load_tokenizer(source.home or path)
-    if tokenizer.vocab_size != source.config.vocab_size:
+    opened = open_model(name_or_path, adapter, progress=progress)
+    path, config = opened.source.path, opened.config
+    tokenizer = load_tokenizer(opened.source.home or path)
+    if tokenizer.vocab_size != config.vocab_size:
         raise TokenizerError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {source.config.vocab_size}; "
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}; "
             "put the tokenizer that the model was trained with beside it"
         )
-    beside = None
-    if adapter is not None and not is_mergeable(adapter):
-        beside, adapter = load_adapter(adapter), None
-    if adapter is None:
-        params = load_params(source, dtype=jnp.dtype(dtype), mesh=mesh, stacked=stacked, progress=progress)
-    else:
-        tensors = merged(StoredTensors(source), adapter, into=np.dtype(np.float32))
-        params = load_tensors(tensors, dtype=dtype, mesh=mesh, stacked=stacked, progress=progress)
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        if bits is not None:
-            params = quantize(params, bits)
-        if beside is not None:
-            params = attach(beside[0], params, beside[1])
-    return Model(source.config, params, tokenizer, path, mesh)
+    params = opened.params(dtype=dtype, bits=bits, mesh=mesh, stacked=stacked, progress=progress)
+    return Model(config, params, tokenizer, path, mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model that has been found, and none of its weights read.
+
+    Attributes:
+      source: its checkpoint.
+      adapters: the directories of the adapters that are put on it, in their order.
+      tensors: its tensors, low-rank adapters merged.
+      beside: settings and tree of an adapter that is no change of weights, the last one put on; or None.
+    """
+
+    source: Source
+    adapters: tuple[Path, ...]
+    tensors: Tensors
+    beside: tuple[Settings, Any] | None = None
+
+    @property
+    def config(self) -> LlamaConfig:
+        return self.tensors.config
+
+    def weights_alone(self) -> Tensors:
+        """Its tensors, where they are all of it.
+
+        Raises:
+          InputError: if there is an adapter beside them.
+        """
+        if self.beside is not None:
+            kind = type(self.beside[0]).__name__.lower()
+            raise InputError(
+                f"{self.adapters[-1]}: a {kind} cannot be merged into weights; give it to generate or chat, "
+                "or train LoRA instead"
+            )
+        return self.tensors
+
+    def params(
+        self,
+        *,
+        dtype: jax.typing.DTypeLike,
+        bits: Bits | None = None,
+        mesh: Mesh | None = None,
+        stacked: bool = True,
+        progress: Progress | None = None,
+    ) -> dict[str, Any]:
+        """Reads the parameters, as `load` does."""
+        how: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "stacked": stacked, "progress": progress}
+        read = load_tensors(self.tensors, **how) if self.adapters else load_params(self.source, **how)
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            if bits is not None:
+                read = quantize(read, bits)
+            return read if self.beside is None else attach(self.beside[0], read, self.beside[1])
+
+
+def open_model(
+    name_or_path: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    into: np.dtype[Any] | None = _F32,
+    progress: Progress | None = None,
+) -> Opened:
+    """Finds a model as `load` does, with all its adapters: a run may have trained one on another run's.
+
+    Args:
+      name_or_path, adapter, progress: as for `load`.
+      into: what matrices are merged into, see `Merged`.
+
+    Raises:
+      CheckpointError, ConfigError: as `load`.
+    """
+    path, adapters = resolve(name_or_path, progress), [] if adapter is None else [Path(adapter)]
+    while (base := base_of_run(path)) is not None:
+        adapters.insert(0, path)
+        if len(adapters) > _MOST_ADAPTERS:
+            raise CheckpointError(
+                f"{path}: more than {_MOST_ADAPTERS} adapters on one another, if they end at all; convert "
+                "one of them to a model of its own first"
+            )
+        path = resolve(base, progress)
+    source = open_source(path)
+    _refuse_unfinished(path, source)
+    opened = Opened(source, (), StoredTensors(source))
+    for each in adapters:
+        put = put_on(opened.weights_alone(), each, into=into)
+        opened = Opened(source, (*opened.adapters, each), put.tensors, put.beside)
+    return opened
+
+
+def _refuse_unfinished(path: Path, source: Source) -> None:
+    """Refuses a run whose checkpoints hold an adapter that it has not written out yet."""
+    if "step" in source.metadata and "embed.embedding" not in source.tensors:
+        raise CheckpointError(
+            f"{path}: a run that trains an adapter and is not done; finish it, and give the run's directory"
+        )
 
 
 def resolve(name_or_path: str | Path, progress: Progress | None = None) -> Path:

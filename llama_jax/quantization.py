@@ -164,7 +164,9 @@ def quantize(params: Any, bits: Bits = 8) -> Any:
         if isinstance(tree, tuple):
             return tuple(walk(layer, False) for layer in tree)
         return {
-            name: walk(leaf, stacked or name == "layers")
+            name: leaf
+            if name == "score"  # a classifier's head is small
+            else walk(leaf, stacked or name == "layers")
             if isinstance(leaf, Mapping | tuple)
             else _quantized(name, leaf, bits, stacked)
             for name, leaf in tree.items()
@@ -201,10 +203,12 @@ def _check_groups(
     entry: Any = None if layout is None else layout[summed[0] + stacked]
     for mesh_axis in entry if isinstance(entry, tuple) else filter(None, (entry,)):
         size = sharding.explicit_axes()[mesh_axis]
-        if (inputs // group) % size:
+        groups = inputs // group
+        if groups % size:
+            fits = [str(n) for n in range(1, max(sharding.explicit_axes().values()) + 1) if groups % n == 0]
             raise InputError(
-                f"{name} has {inputs // group} groups of {group} inputs, which do not divide over mesh axis "
-                f"{mesh_axis} of size {size}; quantise to 8 bits instead"
+                f"{name}: its {inputs} inputs are {groups} groups of {group}, which do not divide over mesh "
+                f"axis {mesh_axis} of size {size} (sizes that would: {', '.join(fits)}); or take 8 bits"
             )
 
 

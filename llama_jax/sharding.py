@@ -28,6 +28,7 @@ BATCH = ("data", "fsdp")
 # Parameters as they are stored. `fsdp` is the axis they are gathered over just before use.
 EMBEDDING_VD = P("tensor", "fsdp")
 HEAD_DV = P("fsdp", "tensor")
+SCORE_DC = P(None, None)
 NORM_D = P(None)
 WQ_DNH = P("fsdp", "tensor", None)
 WKV_DKH = P("fsdp", "tensor", None)
@@ -62,7 +63,7 @@ def param_specs(config: LlamaConfig, *, stacked: bool = True) -> dict[str, Any]:
     """Partition specs of the whole parameter tree.
 
     Args:
-      config: the model; tied embeddings have no `lm_head`.
+      config: the model; tied embeddings have no `lm_head`, classifiers a `score` instead.
       stacked: whether layer leaves carry a leading layer axis, which is never sharded; otherwise
         `layers` is a tuple of one tree a layer.
 
@@ -75,8 +76,10 @@ def param_specs(config: LlamaConfig, *, stacked: bool = True) -> dict[str, Any]:
         "layers": layers or (LAYER_SPECS,) * config.num_hidden_layers,
         "final_norm": {"scale": NORM_D},
     }
-    if not config.tie_word_embeddings:
+    if config.has_output:
         specs["lm_head"] = {"kernel": HEAD_DV}
+    if config.labels:
+        specs["score"] = {"kernel": SCORE_DC}
     return specs
 
 

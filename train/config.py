@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from llama_jax.attention import Backend
-from llama_jax.config import LlamaConfig, presets
 from llama_jax.errors import ConfigError
 from llama_jax.model import Remat
 from train.checkpoint import CheckpointConfig
@@ -17,96 +16,26 @@ from train.choices import at_least, one_of
 from train.data.config import DataConfig
 from train.data.forms import Objective
 from train.finetune_config import AdapterConfig, PreferenceConfig
+from train.model_config import ModelConfig, TokenizerConfig
+from train.optimizer_config import OptimizerConfig
 
-Optimizer = Literal["adamw", "muon", "lion", "adafactor"]
-Schedule = Literal["cosine", "wsd", "constant"]
+__all__ = [
+    "AdapterConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "DistributedConfig",
+    "EvalConfig",
+    "LogConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PreferenceConfig",
+    "RunConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+]
+
 Dtype = Literal["auto", "float32", "bfloat16"]
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Which model is trained.
-
-    Attributes:
-      preset: a name of `llama_jax.presets`, in any case; the fields below change it.
-      init_from: a checkpoint (a path or a known name) whose weights and shape training starts from.
-      vocab_size and the rest: as in `LlamaConfig`. The vocabulary is the tokenizer's unless given.
-    """
-
-    preset: str = ""
-    init_from: str = ""
-    vocab_size: int | None = None
-    hidden_size: int | None = None
-    intermediate_size: int | None = None
-    num_hidden_layers: int | None = None
-    num_attention_heads: int | None = None
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    max_position_embeddings: int | None = None
-    rms_norm_eps: float | None = None
-    rope_theta: float | None = None
-    tie_word_embeddings: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.preset:
-            one_of("model.preset", self.preset.lower(), [name.lower() for name in vars(presets)])
-        if self.init_from and (self.preset or self.changes):
-            raise ConfigError(
-                f"model.init_from is {self.init_from!r}, which decides the shape: drop "
-                f"model.{next(iter(self.changes), 'preset')}"
-            )
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        """The fields that were given."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {k: v for k, v in fields.items() if v is not None and k not in ("preset", "init_from")}
-
-    def build(self, vocab_size: int | None = None) -> LlamaConfig:
-        """The model's configuration; `vocab_size` is the tokenizer's, where there is one by now.
-
-        Raises:
-          ConfigError: for a shape that cannot work, or a vocabulary smaller than the tokenizer's.
-        """
-        by_name = {name.lower(): value for name, value in vars(presets).items()}
-        changes = dict(self.changes)
-        if vocab_size is not None:
-            changes.setdefault("vocab_size", vocab_size)
-            if changes["vocab_size"] != vocab_size:
-                raise ConfigError(
-                    f"model.vocab_size is {changes['vocab_size']}; the tokenizer has {vocab_size} tokens: "
-                    "leave it out, or give that"
-                )
-        try:
-            if self.preset:
-                return by_name[self.preset.lower()].replace(**changes)
-            return LlamaConfig(**changes)
-        except ConfigError as error:
-            raise ConfigError(f"model: {error}") from None
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
-    """Which vocabulary.
-
-    Attributes:
-      path: a tokenizer file, a model's folder, or a known model's name.
-      vocab_size: without `path`, a SentencePiece BPE of this size is trained on the run's own text.
-      max_bytes: how much of the text it is trained on.
-    """
-
-    path: str = ""
-    vocab_size: int = 0
-    max_bytes: int = 20_000_000
-
-    def __post_init__(self) -> None:
-        if bool(self.path) == bool(self.vocab_size):
-            raise ConfigError(
-                "tokenizer: give either tokenizer.path (a file, a folder or a known model) or "
-                "tokenizer.vocab_size (to train one on the run's text)"
-            )
-        if self.vocab_size < 0 or self.max_bytes < 1:
-            raise ConfigError("tokenizer.vocab_size and tokenizer.max_bytes must be above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,69 +105,6 @@ class TrainConfig:
                 f"train.batch_size {self.batch_size} is not a multiple of train.accumulate "
                 f"{self.accumulate}; the microbatches of a step are of one size"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """The update rule; the defaults are Llama 2's (arXiv 2307.09288, section 2.2).
-
-    Attributes:
-      name: `adamw`, `muon` (matrices by Muon, the rest by AdamW with Nesterov momentum), `lion`, or
-        `adafactor`.
-      learning_rate: the peak; Adafactor's is a fraction of each tensor's root mean square.
-      schedule: `cosine` down to `final_fraction` of the peak; `wsd` (warm-up, stable, decay: linear over
-        the last `decay_fraction` of the steps, arXiv 2405.18392); or `constant`.
-      schedule_steps: what the schedule is laid out over, whenever the run ends; 0 is `train.steps`. Set it
-        where a run is to be lengthened later: the rates of the steps before then stay what they were.
-      warmup_steps: linear from 0; never more than the schedule has.
-      b1, b2, eps: Adam's; b1 and b2 are Lion's and Muon's too.
-      weight_decay: decoupled; not on norm scales.
-      clip_norm: global norm that gradients are clipped to; 0 is off.
-      freeze: patterns of parameters that stay as they are, such as `embed.*`, `layers.attention.*`, `*norm*`.
-      layer_decay: each layer learns at this share of the rate of the layer above it, the embedding at that
-        of the first layer's (ULMFiT's discriminative rates, arXiv 1801.06146); 1 is one rate for all.
-      ema_decay: what is evaluated and saved is a running average of the weights, each step's counting
-        1 - ema_decay, more in the first steps: (1 + step) / (10 + step) is the decay while that is less; 0 is
-        the weights themselves.
-    """
-
-    name: Optimizer = "adamw"
-    learning_rate: float = 3e-4
-    schedule: Schedule = "cosine"
-    schedule_steps: int = 0
-    warmup_steps: int = 2000
-    final_fraction: float = 0.1
-    decay_fraction: float = 0.2
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-5
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    freeze: tuple[str, ...] = ()
-    layer_decay: float = 1.0
-    ema_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "freeze", tuple(self.freeze))
-        if not 0 < self.layer_decay <= 1:
-            raise ConfigError(f"optimizer.layer_decay is {self.layer_decay}; it must be above 0, at most 1")
-        one_of("optimizer.name", self.name, get_args(Optimizer))
-        one_of("optimizer.schedule", self.schedule, get_args(Schedule))
-        at_least(
-            "optimizer",
-            self,
-            schedule_steps=0,
-            warmup_steps=0,
-            eps=0,
-            weight_decay=0,
-            clip_norm=0,
-            learning_rate=0,
-        )
-        for name in ("b1", "b2", "ema_decay", "final_fraction", "decay_fraction"):
-            value, below = getattr(self, name), name in ("b1", "b2", "ema_decay")
-            if not 0 <= value <= 1 or (below and value == 1):
-                most = "below 1" if below else "at most 1"
-                raise ConfigError(f"optimizer.{name} is {value}; it must be at least 0 and {most}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,11 +223,11 @@ class DistributedConfig:
 class RunConfig:
     """A whole run, one attribute a section of the TOML file."""
 
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=lambda: TokenizerConfig(vocab_size=4096))
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = TrainConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     preference: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
     mesh: MeshConfig = MeshConfig()

@@ -38,7 +38,8 @@ def flops_per_token(
     Weights that are `frozen` under an adapter have no gradient, 4 in place of 6, and the adapter's own are
     not counted; a `reference` model's forward pass beside the policy's is 2 more, and 4 more of attention.
     """
-    embedding = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
+    looked_up = model.has_output or model.labels  # alone: a tied table is the output projection too
+    embedding = model.vocab_size * model.hidden_size if looked_up else 0
     norms = (2 * model.num_hidden_layers + 1) * model.hidden_size
     weights = model.num_params - embedding - norms
     attention = (

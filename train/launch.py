@@ -12,18 +12,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 
-from llama_jax import LlamaConfig, adapters, pretrained
+from llama_jax import LlamaConfig, adapters
 from llama_jax.cli import output
 from llama_jax.cli.compiled import keep_compiled_programs
 from llama_jax.errors import ConfigError, DataError, InputError
 from llama_jax.sharding import check_mesh
 from llama_jax.tokenizer import Tokenizer
-from llama_jax.weights import load_params, open_source
 from llama_jax.weights.adapters import IN_RUN
+from llama_jax.weights.derived import Head
 from llama_jax.weights.write.adapters import save_adapter
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
@@ -32,6 +33,7 @@ from train.devices import compute_dtype, join_processes, run_mesh
 from train.evaluate import make_held_out_loss, make_sampler
 from train.feed import Feed
 from train.files import write_whole
+from train.finetune_config import HEADS
 from train.flops import flops_per_token, peak_flops
 from train.lock import run_lock
 from train.loop import MEASURED, Loop
@@ -42,6 +44,7 @@ from train.read_config import to_toml
 from train.reference import reference_logprobs
 from train.report import Report
 from train.signals import Interrupts
+from train.starting import starting_model, starting_weights
 from train.state import begin, on, take_apart
 from train.step import build_step
 from train.tuning import Frozen, Tuning
@@ -74,9 +77,9 @@ def train(run: RunConfig) -> int:
         if first:
             stack.enter_context(run_lock(run_dir, warn=say))
         tokenizer = run_tokenizer(run, run_dir)
-        model = _model(run, tokenizer)
+        model = starting_model(run, tokenizer)
         platform = jax.devices()[0].platform
-        tuning = Tuning.of(run, platform, outputs=len(run.data.labels) or 1)
+        tuning = Tuning.of(run, platform, outputs=len(model.labels))
         if mesh is not None:
             check_mesh(model, mesh)
         data = _open_data(run, tokenizer, feed.share, feed.shares)
@@ -89,14 +92,14 @@ def train(run: RunConfig) -> int:
         restored, measured = checkpoints.restore(abstract), []
         if restored is None:
             optimizer = make_optimizer(run.optimizer, make_schedule(run.optimizer, run.train.steps))
-            params, done = _weights(run, mesh, tuning), 0
+            params, done = starting_weights(run, mesh, tuning), 0
             state, frozen = begin(model, optimizer, run.train.seed, params, tuning)
         else:
             _check_same(restored.run, notes, run_dir)
             state, done = restored.state, restored.step
             frozen = None
             if abstract_frozen is not None:  # no checkpoint holds it
-                frozen = take_apart(model, run.train.seed, _weights(run, mesh, tuning), tuning)[1]
+                frozen = take_apart(model, run.train.seed, starting_weights(run, mesh, tuning), tuning)[1]
             measured = restored.data_states[0].get(MEASURED, [])
             say(f"resuming {run_dir} after step {done}")
         if first:
@@ -112,7 +115,7 @@ def train(run: RunConfig) -> int:
             def beginning() -> Any:
                 if restored is None or frozen is not None:
                     return tuning.beginning(state.params, frozen)
-                return take_apart(model, run.train.seed, _weights(run, mesh, tuning), tuning)[0]
+                return take_apart(model, run.train.seed, starting_weights(run, mesh, tuning), tuning)[0]
 
             logprobs = reference_logprobs(
                 run,
@@ -222,32 +225,18 @@ def _tell_examples(data: Data, say: Callable[[str], None]) -> None:
     )
 
 
-def _model(run: RunConfig, tokenizer: Tokenizer) -> LlamaConfig:
-    if not run.model.init_from:
-        return run.model.build(tokenizer.vocab_size)
-    return open_source(pretrained.resolve(run.model.init_from)).config
-
-
-def _weights(run: RunConfig, mesh: Mesh | None, tuning: Tuning) -> Any:
-    """The weights that the run starts from, or None where they are random."""
-    if not run.model.init_from:
-        return None
-    source = open_source(pretrained.resolve(run.model.init_from))
-    # What is frozen is not read in more precision than it is kept in.
-    dtype = jnp.float32 if tuning.adapter is None or tuning.base == "float32" else jnp.bfloat16
-    with output.progress_bar("loading weights") as progress:
-        return load_params(source, dtype=dtype, mesh=mesh, stacked=True, progress=progress)
-
-
 def _save_adapter(
     run: RunConfig, run_dir: Path, model: LlamaConfig, settings: adapters.Settings, trained: Any
 ) -> None:
     """Writes the adapter, of all processes' parts."""
-    adapter = {"layers": trained["layers"]}
     if jax.process_count() > 1:
-        adapter = multihost_utils.process_allgather(adapter, tiled=True)
+        trained = multihost_utils.process_allgather(trained, tiled=True)
     if jax.process_index() == 0:
-        save_adapter(run_dir / IN_RUN, settings, adapter, model, base_model=run.model.init_from, replace=True)
+        adapter, head = {"layers": trained["layers"]}, None
+        if model.labels:
+            head = Head(np.asarray(trained["score"]["kernel"]).T, model.labels)
+        where, base = run_dir / IN_RUN, run.model.init_from
+        save_adapter(where, settings, adapter, model, base_model=base, replace=True, head=head)
 
 
 def _adapter_sizes(run: RunConfig, trained: Any, frozen: Frozen) -> str:
@@ -314,7 +303,10 @@ def _finish(run: RunConfig, run_dir: Path, data: Data, loop: Loop, report: Repor
     if run.adapter.kind != "none":
         whose = "AdapterHub" if run.adapter.kind == "bottleneck" else "PEFT"
         report.say(f"the adapter is in {run_dir / IN_RUN}, in {whose}'s format")
-    report.say(f"the model is in {run_dir}; try: llama-jax generate {run_dir} --prompt ...")
+    if run.train.objective in HEADS:
+        report.say(f"the model is in {run_dir}; try: llama-jax convert {run_dir} OUT --to hf")
+    else:
+        report.say(f"the model is in {run_dir}; try: llama-jax generate {run_dir} --prompt ...")
 
 
 def _diagnosis(

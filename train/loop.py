@@ -18,6 +18,7 @@ from train.checkpoint import Checkpoints
 from train.config import EvalConfig, RunConfig
 from train.data import Batches
 from train.feed import Feed, arrays_of
+from train.finetune_config import HEADS
 from train.report import Report
 from train.signals import Interrupts
 from train.state import TrainState
@@ -222,6 +223,7 @@ class Loop:
         every, sample = self.run.eval.every, self.run.eval.sample_every
         measure = final or (every and self.done % every == 0)
         write = self.run.eval.max_new_tokens and (final or (sample and self.done % sample == 0))
+        write = write and self.run.train.objective not in HEADS  # which predict no tokens
         record: dict[str, Any] = {"step": self.done}
         self._numbers = {}
         if measure or write:  # the steps' own time ends before the evaluation's begins

@@ -20,9 +20,10 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.progress import Progress
 
-from llama_jax import LlamaConfig, pretrained, sharding
+from llama_jax import LlamaConfig, sharding
 from llama_jax.errors import DataError
-from llama_jax.weights import open_source
+from llama_jax.pretrained import open_model
+from llama_jax.weights.adapters import adapter_folder
 from train.config import RunConfig
 from train.data import Data
 from train.data.files import File, sampled_digest
@@ -130,8 +131,9 @@ def _fingerprint(run: RunConfig, model: LlamaConfig, platform: str, data: Data, 
     said = [data.pairs_fingerprint, dataclasses.asdict(model), computed, run.train.seed]
     digest.update(json.dumps(said[:3] if run.model.init_from else said).encode())
     if run.model.init_from:
-        tensors = open_source(pretrained.resolve(run.model.init_from)).tensors
-        for file in sorted({info.file for info in tensors.values()}):
+        opened = open_model(run.model.init_from)
+        held = {info.file for info in opened.source.tensors.values()}
+        for file in [*sorted(held), *map(adapter_folder, opened.adapters)]:
             for part in sorted(file.rglob("*")) if file.is_dir() else [file]:
                 if part.is_file():
                     info = part.stat()

@@ -1,4 +1,4 @@
-"""Rejection sampling: `python -m train.rejection POLICY REWARD_RUN PROMPTS OUT`.
+"""Rejection sampling: `python -m train.rejection POLICY REWARD PROMPTS OUT`.
 
 New data for supervised finetuning, as Llama 2 made it: for each prompt the policy writes several answers, and
 the one that the reward model likes best is kept (arXiv 2307.09288, section 3.2.3). OUT is JSONL of
@@ -137,7 +137,8 @@ def main(argv: Sequence[str]) -> None:
         EXAMPLES,
     )
     parser.add_argument("policy", metavar="MODEL", help="who answers: a path or a known name")
-    parser.add_argument("reward", metavar="REWARD_RUN", help='a run with train.objective = "reward"')
+    judge = 'a run with train.objective = "reward", or a Hugging Face directory of a reward model'
+    parser.add_argument("reward", metavar="REWARD", help=judge)
     parser.add_argument("prompts", metavar="PROMPTS", help="JSONL with messages or prompt")
     parser.add_argument("out", metavar="OUT", help="the JSONL file to write; it appears when it is whole")
     parser.add_argument("--samples", type=int, default=4, help="answers a prompt (default: 4)")
@@ -145,7 +146,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="of the draws (default: 1)")
     parser.add_argument("--top-p", type=float, default=0.95, help="of the draws (default: 0.95)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
-    parser.add_argument("--template", default="", help="the model's chat template, where it came with none")
+    parser.add_argument("--template", default="", help="the chat template of models that come with none")
     args = parser.parse(argv)
     if args.samples < 1:
         raise InputError(f"--samples is {args.samples}; it must be at least 1")
@@ -153,9 +154,9 @@ def main(argv: Sequence[str]) -> None:
     if out.exists():
         raise InputError(f"{out}: is there already; remove it, or give another file to write to")
     prompts = prompts_of(Path(args.prompts))
-    scorer = Scorer.load(args.reward)
+    scorer = Scorer.load(args.reward, template=args.template)
     if scorer.objective != "reward":
-        raise InputError(f"{args.reward}: is a {scorer.objective} run; give a reward model's")
+        raise InputError(f"{args.reward}: is for {scorer.objective}, no reward model; give one that is")
     model = lj.load(args.policy, stacked=False)
     made = best_of(
         model,

@@ -71,6 +71,9 @@ class Tuning:
           key: for what begins at random.
         """
         adapter_key, head_key = jax.random.split(key)
+        head = params.get("score")
+        if self.outputs:  # a head is in the place of the output projection
+            params = {name: tree for name, tree in params.items() if name not in ("lm_head", "score")}
         trainable: Any = params
         frozen: dict[str, Any] = {}
         if self.adapter is not None:
@@ -80,10 +83,11 @@ class Tuning:
             # A copy, since a step gives away the buffers of what it trains.
             frozen["reference"] = jax.tree.map(jnp.copy, params)
         if self.outputs:
-            width = params["embed"]["embedding"].shape[1]
-            kernel = 0.02 * jax.random.normal(head_key, (width, self.outputs), jnp.float32)
-            kernel = sharding.constrain(kernel, jax.sharding.PartitionSpec(None, None))
-            trainable = {**trainable, "score": {"kernel": kernel}}
+            if head is None:
+                width = params["embed"]["embedding"].shape[1]
+                kernel = 0.02 * jax.random.normal(head_key, (width, self.outputs), jnp.float32)
+                head = {"kernel": sharding.constrain(kernel, sharding.SCORE_DC)}
+            trainable = {**trainable, "score": head}
         return trainable, frozen or None
 
     def model(self, trainable: Trainable, frozen: Frozen) -> Params:

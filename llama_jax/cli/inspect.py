@@ -73,7 +73,7 @@ def run(argv: Sequence[str]) -> None:
         return
     size = output.size
     print(f"{source.path}\n{source.format}: {source.why}\n")
-    rows = [[name, _show(value)] for name, value in dataclasses.asdict(config).items()]
+    rows = [[name, _show(value)] for name, value in dataclasses.asdict(config).items() if value != ()]
     output.print_table(rows, ("config", ""))
     if steps:
         output.print_table(*_steps_table(steps), right=(0, 1))
@@ -143,11 +143,14 @@ def parameters_by_part(config: LlamaConfig) -> dict[str, int]:
         "attention": layers * 2 * width * config.head_dim * heads,
         "feed-forward": layers * 3 * width * config.intermediate_size,
         "norms": (2 * layers + 1) * width,
-        "output": 0 if config.tie_word_embeddings else config.vocab_size * width,
+        "output": config.vocab_size * width if config.has_output else 0,
+        **({"head": len(config.labels) * width} if config.labels else {}),
     }
 
 
 def _show(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name}={inner}" for name, inner in value.items() if inner is not None)
+    if isinstance(value, tuple):
+        return ", ".join(value[:8]) + (f" and {len(value) - 8} more" if len(value) > 8 else "")
     return f"{value:g}" if isinstance(value, float) else str(value)

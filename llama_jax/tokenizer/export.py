@@ -29,8 +29,10 @@ from llama_jax.weights.names import Format
 from llama_jax.weights.write.vocabulary import Vocabulary
 
 
-def vocabulary_of(tokenizer: Tokenizer, format: Format) -> Vocabulary:
+def vocabulary_of(tokenizer: Tokenizer, format: Format, *, pad_id: int | None = None) -> Vocabulary:
     """Returns what a checkpoint of one format says of its tokenizer.
+
+    `pad_id` is the token to pad with, where it is not the tokenizer's own.
 
     - hf: `tokenizer.json`, `tokenizer_config.json`, and the `tokenizer.model` if there is one. transformers
       5 takes `tokenizer.json` as it is, but reads a `tokenizer.model` with rules that differ from
@@ -53,11 +55,21 @@ def vocabulary_of(tokenizer: Tokenizer, format: Format) -> Vocabulary:
     elif format == "llama2c":
         files = {"tokenizer.bin": _llama2c(tokenizer)}
     else:
-        files = _files(tokenizer, format)
-    return Vocabulary(files, fields, tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id)
+        files = _files(tokenizer, format, pad_id)
+    pad_id = tokenizer.pad_id if pad_id is None else pad_id
+    return Vocabulary(files, fields, tokenizer.bos_id, tokenizer.eos_ids, pad_id)
 
 
-def _files(tokenizer: TableTokenizer, format: Format) -> dict[str, bytes]:
+def classifier_pad(tokenizer: Tokenizer) -> int | None:
+    """Returns a token to pad a classifier's texts with, or None where there is none.
+
+    transformers reads the head at the last token that is another, so it must be none that a text ends with.
+    """
+    candidates = (tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id)
+    return next((id for id in candidates if id is not None and id not in tokenizer.eos_ids), None)
+
+
+def _files(tokenizer: TableTokenizer, format: Format, pad_id: int | None) -> dict[str, bytes]:
     files = {}
     library = tokenizer.library() if isinstance(tokenizer, LibraryTokenizer) else None
     model = tokenizer.proto if isinstance(tokenizer, SentencePieceTokenizer) else None
@@ -75,6 +87,8 @@ def _files(tokenizer: TableTokenizer, format: Format) -> dict[str, bytes]:
     else:  # legacy: a prefix space after control tokens too, as Meta's code has it
         config = {"tokenizer_class": "LlamaTokenizer", "legacy": True}
     config |= _settings(tokenizer)
+    if pad_id is not None:
+        config["pad_token"] = tokenizer.spelling(pad_id)
     files["tokenizer_config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     return files
 

@@ -29,7 +29,7 @@ from llama_jax.verify.stream import Run, Stream
 from llama_jax.verify.text import choose_text
 from llama_jax.weights import open_source
 from llama_jax.weights.compare import TensorDifference, compare_configs, compare_tensor, stored_type
-from llama_jax.weights.names import LEAVES, Leaf
+from llama_jax.weights.names import LEAVES, SCORE, Leaf
 from llama_jax.weights.tensors import StoredTensors, Tensors
 
 Program = Literal["llama_jax", "transformers"]
@@ -78,8 +78,21 @@ def compare(
         if value not in known:
             raise InputError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
     two_programs = b_runs_in != "llama_jax"
-    models = _open(a, dtype), _open_in_transformers(b, dtype) if two_programs else _open(b, dtype)
+    first = _open(a, dtype)
+    if two_programs and first.tensors.config.labels:
+        raise InputError(
+            f"{a} is a classifier or reward model; transformers is asked of language models alone"
+        )
+    models = first, _open_in_transformers(b, dtype) if two_programs else _open(b, dtype)
     configs = models[0].tensors.config, models[1].tensors.config
+    if any(config.labels for config in configs):
+        for one, other in (models, models[::-1]):
+            if not other.tensors.config.labels:
+                raise InputError(
+                    f"{one.side.path} is a classifier or reward model and {other.side.path} a language "
+                    "model; compare two of a kind"
+                )
+        outputs = False  # they predict no tokens
     homes = models[0].home, models[1].home
     chosen = choose_text(text, homes, configs) if outputs else None
     runs = None
@@ -151,6 +164,8 @@ class _Walk:
         # Two tied outputs are the embeddings again, needed only to run.
         both_tied = all(model.config.tie_word_embeddings for model in models)
         self._leaves = LEAVES[:-1] if both_tied and runs is None else LEAVES
+        if all(model.config.labels for model in models):
+            self._leaves = (*LEAVES[:-1], SCORE)
         self._done, self._total = 0, sum(_nbytes(model, self._leaves) for model in models)
         # Runs go layer by layer.
         self._readers = [_LeafByLeaf(model) if runs and model.stacked else model for model in models]

@@ -6,17 +6,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llama_jax import adapters
 from llama_jax.adapters import Settings
-from llama_jax.errors import CheckpointError, ConfigError, InputError
+from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.lora import Lora
 from llama_jax.weights import adapterhub, peft, peft_prefix
-from llama_jax.weights.derived import Merged
+from llama_jax.weights.adapter_head import read_head
+from llama_jax.weights.derived import Head, Merged, WithHead
 from llama_jax.weights.safetensors import read_json
 from llama_jax.weights.source import quote
 from llama_jax.weights.tensors import Tensors
@@ -54,33 +57,54 @@ def load_adapter(path: str | Path) -> tuple[Settings, dict[str, Any]]:
     return reader(description, fields)
 
 
-def merged(base: Tensors, path: str | Path, into: np.dtype[Any] | None = None) -> Merged:
-    """A model with the adapter at `path` merged into it, see `Merged`.
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A model's tensors with an adapter put on: merged into them, or to be attached when they are read.
+
+    Attributes:
+      tensors: the model's, with the head that was trained along in place of the base's output.
+      beside: settings and tree of an adapter that is no change of weights, or None.
+    """
+
+    tensors: Tensors
+    beside: tuple[Settings, Any] | None = None
+
+
+def put_on(base: Tensors, path: str | Path, into: np.dtype[Any] | None = None) -> Adapted:
+    """Puts the adapter at `path` on a model, without reading any of that.
+
+    Args:
+      base: the model's tensors.
+      path: as for `load_adapter`.
+      into: what matrices are merged into, see `Merged`.
 
     Raises:
       CheckpointError: as `load_adapter`.
       ConfigError: if the adapter is for another model.
-      InputError: for an adapter that is no change of weights.
     """
     settings, adapter = load_adapter(path)
-    if not isinstance(settings, Lora):
-        raise InputError(
-            f"{path}: a {type(settings).__name__.lower()} cannot be merged into weights; give it to generate "
-            "or chat with --adapter"
-        )
+    head = load_head(path)
     try:
-        return Merged(base, settings, adapter, into)
+        tensors: Tensors = base
+        if isinstance(settings, Lora):
+            tensors = Merged(tensors, settings, adapter, into)
+        else:
+            adapters.check(settings, base.config, adapter)
+        if head is not None:
+            tensors = WithHead(tensors, head)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    return Adapted(tensors, None if isinstance(settings, Lora) else (settings, adapter))
 
 
-def is_mergeable(path: str | Path) -> bool:
-    """Whether an adapter is a change of weights, by its description alone.
+def load_head(path: str | Path) -> Head | None:
+    """Reads the head that was trained along with an adapter; None where there is none.
 
     Raises:
-      CheckpointError: if there is none, or it cannot be read.
+      CheckpointError: as `load_adapter`, or if it is missing or of no shape for a head.
     """
-    return read_json(adapter_folder(path) / CONFIG).get("peft_type") == "LORA"
+    folder = adapter_folder(path)
+    return read_head(folder / CONFIG, read_json(folder / CONFIG), folder / peft.WEIGHTS)
 
 
 def adapter_folder(path: str | Path) -> Path:

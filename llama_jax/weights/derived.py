@@ -14,7 +14,7 @@ from llama_jax import lora
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.model import init
-from llama_jax.weights.names import Leaf
+from llama_jax.weights.names import SCORE, Leaf
 from llama_jax.weights.tensors import Tensors
 from llama_jax.weights.write.cast import cast
 
@@ -171,6 +171,47 @@ class ResizedVocabulary(_Derived):
             return array[: self.vocab_size]
         mean = cast(array.mean(axis=0, dtype=np.float64), array.dtype)
         return np.concatenate([array, np.broadcast_to(mean, (added, len(mean)))])
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A classifier's head apart from its model: weight [C, D], and the names of its numbers."""
+
+    weight: np.ndarray
+    labels: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class WithHead(_Derived):
+    """A model with a head in place of its output projection, or of the head that it had.
+
+    Attributes:
+      base: the model.
+      head: what it gets.
+
+    Raises:
+      ConfigError: if the head is for another model.
+    """
+
+    head: Head
+
+    def __post_init__(self) -> None:
+        found, width = self.head.weight.shape[1], self.base.config.hidden_size
+        if found != width:
+            raise ConfigError(
+                f"the adapter is for another model: its head takes {found} numbers, the base has {width}; "
+                "give its own base"
+            )
+
+    @property
+    def config(self) -> LlamaConfig:
+        return self.base.config.replace(labels=self.head.labels)
+
+    def dtype(self, leaf: Leaf, layer: int | None) -> np.dtype[Any]:
+        return self.head.weight.dtype if leaf is SCORE else self.base.dtype(leaf, layer)
+
+    def read(self, leaf: Leaf, layer: int | None) -> np.ndarray:
+        return self.head.weight if leaf is SCORE else self.base.read(leaf, layer)
 
 
 @dataclasses.dataclass(frozen=True)

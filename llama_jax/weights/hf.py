@@ -12,7 +12,9 @@ from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.weights.safetensors import read_json, read_safetensors_header
 from llama_jax.weights.source import Source, TensorInfo, brief, decode_floats, quote
 
+CLASSIFIER = "LlamaForSequenceClassification"  # the architecture with a head on the last token
 _SINGLE = "model.safetensors"
+MOST_LABELS = 1 << 16
 _INDEX = "model.safetensors.index.json"
 
 
@@ -22,8 +24,8 @@ def open_hf(path: Path, why: str) -> Source:
     Raises:
       CheckpointError: if a file is missing or malformed, or it holds no Llama that llama_jax can run.
     """
-    config = read_config(path / "config.json")
-    return Source("hf", path, why, config, _read_tensors(path), decode_floats)
+    config, metadata = read_model(path / "config.json")
+    return Source("hf", path, why, config, _read_tensors(path), decode_floats, metadata)
 
 
 def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
@@ -77,7 +79,24 @@ def read_config(path: Path) -> LlamaConfig:
     Raises:
       CheckpointError: if it is missing or malformed, or describes a model that llama_jax does not run.
     """
-    return _Fields(path, read_json(path)).config()
+    return read_model(path)[0]
+
+
+def read_model(path: Path) -> tuple[LlamaConfig, dict[str, Any]]:
+    """`read_config`, with a classifier's `pad_token_id`: its numbers are read at the last other token."""
+    fields = _Fields(path, read_json(path))
+    config = fields.config()
+    return config, {"pad_token_id": fields.pad_token_id(config.vocab_size)} if config.labels else {}
+
+
+def unnamed(count: int) -> tuple[str, ...]:
+    """What Hugging Face calls classes without names."""
+    return tuple(f"LABEL_{i}" for i in range(count))
+
+
+def problem_type(count: int) -> str:
+    """What transformers takes a head of so many numbers to be for."""
+    return "regression" if count == 1 else "single_label_classification"
 
 
 class _Fields:
@@ -117,9 +136,41 @@ class _Fields:
                 rope_theta=rope.number("rope_theta", self.number("rope_theta", 10_000.0)),
                 rope_scaling=rope.rope_scaling(context),
                 tie_word_embeddings=tied,
+                labels=self.labels(),
             )
         except ConfigError as error:
             raise self.error(str(error)) from error
+
+    def labels(self) -> tuple[str, ...]:
+        """Reads the names of a classifier's classes; none of a language model."""
+        kinds = self.fields.get("architectures")
+        if not isinstance(kinds, list) or CLASSIFIER not in kinds:
+            return ()
+        names = self.fields.get("id2label")
+        if names is None:  # transformers writes no id2label of two that have no names
+            count = self.size("num_labels", 2)
+            if not 1 <= count <= MOST_LABELS:
+                raise self.error(f"num_labels is {count}; it must be from 1 to {MOST_LABELS}")
+            names = {str(i): name for i, name in enumerate(unnamed(count))}
+        if not isinstance(names, dict) or not names or len(names) > MOST_LABELS:
+            raise self.error(f"id2label is no object of 1 to {MOST_LABELS} names; give every class one")
+        found = [names.get(str(i)) for i in range(len(names))]
+        labels = tuple(name for name in found if isinstance(name, str))
+        if len(labels) < len(found):
+            raise self.error(f"id2label does not name each of the classes 0 to {len(found) - 1}")
+        kind = problem_type(len(labels))
+        if self.fields.get("problem_type") not in (None, kind):
+            raise self.error(
+                f"problem_type is {quote(str(self.fields['problem_type']))}; a head of {len(labels)} can "
+                f"only be {kind}"
+            )
+        return labels
+
+    def pad_token_id(self, vocab_size: int) -> int | None:
+        value = self.fields.get("pad_token_id")
+        if value is None or (type(value) is int and 0 <= value < vocab_size):
+            return value
+        raise self.error(f"pad_token_id is {quote(str(value))}; it must be an id below {vocab_size}")
 
     def rope_scaling(self, context: int) -> RopeScaling | None:
         """Reads the scaling as `transformers.modeling_rope_utils` does."""

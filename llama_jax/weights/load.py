@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.sharding import check_mesh, named, param_specs
-from llama_jax.weights.names import STACKED, Entry, entries, is_harmless
+from llama_jax.weights.names import HEAD_DTYPE, SCORE, STACKED, Entry, entries, is_harmless
 from llama_jax.weights.orbax import OrbaxSource
 from llama_jax.weights.source import Source, brief, quote
 
@@ -42,7 +42,7 @@ def load_params(
 
     Args:
       source: an open checkpoint.
-      dtype: what every leaf becomes: float32, bfloat16 or float16.
+      dtype: what every leaf becomes: float32, bfloat16 or float16. A classifier's head is float32 always.
       mesh: lay the leaves out over this mesh by `sharding.param_specs`; None is the default device.
       stacked: layer leaves have a leading layer axis; otherwise `params["layers"]` is a tuple of one
         tree for each layer, as the decode loop wants it.
@@ -204,9 +204,10 @@ class _Tree:
         leaf, layer = entry.leaf, entry.layer
         spec = _parent(self.specs, leaf.path)[leaf.path[-1]]
         if layer is None:
-            _parent(self.params, leaf.path)[leaf.path[-1]] = self.move(array, spec)
+            dtype = HEAD_DTYPE if leaf is SCORE else self.dtype
+            _parent(self.params, leaf.path)[leaf.path[-1]] = self.move(array, spec, dtype)
             return
-        value = self.move(array, P(*spec[1:]))
+        value = self.move(array, P(*spec[1:]), self.dtype)
         if self.layers is not None:
             _parent(self.layers[layer], leaf.path[1:])[leaf.path[-1]] = value
             return
@@ -216,10 +217,10 @@ class _Tree:
             parent[leaf.path[-1]] = jnp.zeros(shape, self.dtype, device=self.sharding(spec))
         parent[leaf.path[-1]] = _write_layer(parent[leaf.path[-1]], value, layer)
 
-    def move(self, array: np.ndarray, spec: P) -> jax.Array:
+    def move(self, array: np.ndarray, spec: P, dtype: np.dtype[Any]) -> jax.Array:
         # Wait for the tensor before, so that no queue of them builds up in host memory.
         jax.block_until_ready(self.last)
-        array = array.astype(self.dtype, copy=False)
+        array = array.astype(dtype, copy=False)
         sharding = self.sharding(spec)
         if sharding is None:
             self.last = jnp.asarray(array)

@@ -148,6 +148,7 @@ def _sizes(letters: str, config: LlamaConfig) -> tuple[int, ...]:
         "N": config.num_attention_heads,
         "K": config.num_key_value_heads,
         "H": config.head_dim,
+        "C": len(config.labels),
     }
     return tuple(sizes[letter] for letter in letters)
 
@@ -176,6 +177,11 @@ _LM_HEAD = Leaf(
     gguf="output.weight",
     llama2c="wcls",
 )
+
+# In place of the output projection in a classifier or reward model; C is the number of its labels. Formats
+# that hold none have no name for it.
+SCORE = Leaf(("score", "kernel"), "D->C", hf="score.weight", meta="", gguf="", llama2c="")
+HEAD_DTYPE = np.dtype(np.float32)  # in memory, whatever the rest is held in: it is small
 
 # The leaves of one layer, under params["layers"]. A star marks rotary ones.
 _LAYER_TABLE = """
@@ -217,7 +223,6 @@ _HARMLESS: dict[Format, re.Pattern[str]] = {
     "meta": re.compile(r"rope\.freqs"),
     "gguf": re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd(\.weight)?"),
     "llama2c": re.compile(r"freq_cis_(real|imag)"),
-    "orbax": re.compile(r"score\.kernel"),  # the head of a reward model or classifier
 }
 
 
@@ -230,8 +235,9 @@ class Entry(NamedTuple):
 
 
 def leaves(config: LlamaConfig) -> tuple[Leaf, ...]:
-    """Returns the leaves of `config`'s params: without the output projection where it is tied."""
-    return tuple(leaf for leaf in LEAVES if leaf is not _LM_HEAD or not config.tie_word_embeddings)
+    """Returns the leaves of `config`'s params: without an output projection where it is tied, or a head."""
+    stem = tuple(leaf for leaf in LEAVES if leaf is not _LM_HEAD or config.has_output)
+    return (*stem, SCORE) if config.labels else stem
 
 
 def entries(config: LlamaConfig, format: Format) -> Iterator[Entry]:
@@ -246,4 +252,5 @@ def entries(config: LlamaConfig, format: Format) -> Iterator[Entry]:
 def is_harmless(name: str, config: LlamaConfig, format: Format) -> bool:
     """Whether a checkpoint of `config` may hold a tensor `name` that no leaf reads."""
     tied_copy = config.tie_word_embeddings and name == _LM_HEAD.name(format)
-    return tied_copy or _HARMLESS[format].fullmatch(name) is not None
+    harmless = _HARMLESS.get(format)
+    return tied_copy or (harmless is not None and harmless.fullmatch(name) is not None)

@@ -25,8 +25,8 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError
 from llama_jax.sharding import named, param_specs
 from llama_jax.weights import manifest
-from llama_jax.weights.hf import read_config
-from llama_jax.weights.names import leaves
+from llama_jax.weights.hf import read_model
+from llama_jax.weights.names import HEAD_DTYPE, SCORE, Leaf, leaves
 from llama_jax.weights.runs import CHECKPOINTS, PARAMS, RECORD, RUN, read_record, step_folders
 from llama_jax.weights.safetensors import read_json
 from llama_jax.weights.source import FLOAT_DTYPES, Source, TensorInfo, decode_floats, quote
@@ -186,7 +186,7 @@ def open_orbax(path: Path, why: str) -> OrbaxSource:
       CheckpointError: if a file is missing or damaged, or nothing says which model it is.
     """
     folder = path / PARAMS if (path / PARAMS / _METADATA).is_file() else path
-    home, metadata = path, {}
+    home = path
     if (record_path := path / RUN / RECORD).parent.is_dir():
         manifest.verify(path, quick=True)
         record = read_record(path)
@@ -200,7 +200,7 @@ def open_orbax(path: Path, why: str) -> OrbaxSource:
                 f"{path}: Orbax parameters without a model's description: neither {record_path} nor "
                 f"{path / 'config.json'} is there; put the model's config.json there"
             )
-        config, home = read_config(found[0] / "config.json"), found[0]
+        (config, metadata), home = read_model(found[0] / "config.json"), found[0]
     tensors = {name: _info(folder, name, leaf) for name, leaf in describe_tree(folder).items()}
     return OrbaxSource("orbax", path, why, config, tensors, decode_floats, metadata, home, folder)
 
@@ -216,19 +216,18 @@ def abstract_params(config: LlamaConfig, dtype: Any, mesh: Mesh | None) -> dict[
     """Returns the stacked parameter tree of `config` with shapes, dtype and shardings in place of arrays."""
     specs = param_specs(config)
 
-    def leaf_of(path: tuple[str, ...], shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    def leaf_of(leaf: Leaf) -> jax.ShapeDtypeStruct:
         if mesh is None:
             sharding: Any = jnp.zeros(()).sharding
         else:
             spec: Any = specs
-            for key in path:
+            for key in leaf.path:
                 spec = spec[key]
             sharding = named(mesh, spec)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        shape, own = leaf.stored_shape(config, "orbax"), HEAD_DTYPE if leaf is SCORE else dtype
+        return jax.ShapeDtypeStruct(shape, own, sharding=sharding)
 
-    return nest(
-        {leaf.orbax: leaf_of(leaf.path, leaf.stored_shape(config, "orbax")) for leaf in leaves(config)}
-    )
+    return nest({leaf.orbax: leaf_of(leaf) for leaf in leaves(config)})
 
 
 def describe_tree(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:

@@ -20,6 +20,7 @@ import numpy as np
 
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.lora import PROJECTIONS, Lora
+from llama_jax.weights import adapter_head
 from llama_jax.weights.names import LEAVES, Leaf
 from llama_jax.weights.safetensors import read_safetensors_header
 from llama_jax.weights.source import TensorInfo, brief, decode_floats, quote, read_bytes
@@ -37,7 +38,7 @@ _NAME = re.compile(
 # Fields that are read below, or that change nothing of what a finished adapter computes. Of any other, only
 # a value that means "not used" is taken: PEFT's next invention must not be left out in silence.
 _READ = {"peft_type", "task_type", "r", "lora_alpha", "use_rslora", "use_dora", "target_modules"}
-_READ |= {"rank_pattern", "alpha_pattern", "init_lora_weights", "bias"}
+_READ |= {"rank_pattern", "alpha_pattern", "init_lora_weights", "bias", "modules_to_save"}
 _HARMLESS = {"auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode"}
 _HARMLESS |= {"lora_dropout", "exclude_modules", "layers_pattern", "eva_config", "megatron_config"}
 _HARMLESS |= {"megatron_core", "qalora_group_size", "runtime_config"}
@@ -63,7 +64,7 @@ def read_lora(description: Path, found: Mapping[str, Any]) -> tuple[Lora, dict[s
     fields = _Fields(description, found)
     fields.check()
     file = tensors_file(description)
-    stored = read_safetensors_header(file)
+    stored = adapter_head.without_head(found, read_safetensors_header(file))
     modules, layers = _modules(file, stored, fields)
     rank = max(module.rank for module in modules)
     names = [name for name in PROJECTIONS if any(module.leaf.path[-1] == name for module in modules)]
@@ -204,10 +205,7 @@ class _Fields:
 
     def check(self) -> None:
         """Refuses what cannot be represented."""
-        if self.fields.get("task_type") not in (None, "CAUSAL_LM"):
-            raise self.error(
-                f"task_type is {quote(str(self.fields['task_type']))}; only CAUSAL_LM adapters can be read"
-            )
+        adapter_head.check_task(self.path, self.fields)
         if self.fields.get("bias", "none") != "none":
             raise self.error(
                 f"bias is {quote(str(self.fields['bias']))}; Llama has no biases, only 'none' can be read"

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from llama_jax.errors import CheckpointError
 from llama_jax.prefix import Prefix
+from llama_jax.weights import adapter_head
 from llama_jax.weights.peft import read_f32, tensors_file
 from llama_jax.weights.safetensors import read_safetensors_header
 from llama_jax.weights.source import brief, quote
@@ -23,7 +24,7 @@ TENSOR = "prompt_embeddings"
 _SIZES = ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")
 _HARMLESS = {"auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode"}
 _HARMLESS |= {"encoder_hidden_size", "prefix_projection", "init_weights", "peft_type", "task_type", *_SIZES}
-_HARMLESS |= {"num_transformer_submodules"}
+_HARMLESS |= {"num_transformer_submodules", "modules_to_save"}
 
 
 def read_prefix(description: Path, fields: Mapping[str, Any]) -> tuple[Prefix, dict[str, Any]]:
@@ -44,8 +45,7 @@ def read_prefix(description: Path, fields: Mapping[str, Any]) -> tuple[Prefix, d
     def error(what: str) -> CheckpointError:
         return CheckpointError(f"{description}: {what}")
 
-    if fields.get("task_type") not in (None, "CAUSAL_LM"):
-        raise error(f"task_type is {quote(str(fields['task_type']))}; only prefixes of CAUSAL_LM can be read")
+    adapter_head.check_task(description, fields)
     if fields.get("num_transformer_submodules") not in (None, 1):
         raise error(
             f"num_transformer_submodules is {quote(str(fields['num_transformer_submodules']))}; a Llama has 1"
@@ -60,7 +60,7 @@ def read_prefix(description: Path, fields: Mapping[str, Any]) -> tuple[Prefix, d
     if width % heads:
         raise error(f"token_dim is {width}, which {heads} num_attention_heads do not divide")
     file = tensors_file(description)
-    stored = read_safetensors_header(file)
+    stored = adapter_head.without_head(fields, read_safetensors_header(file))
     if set(stored) != {TENSOR}:
         held = brief([quote(name) for name in stored], 4) or "nothing"
         raise CheckpointError(f"{file}: holds {held}; a prefix is one tensor, {TENSOR}")

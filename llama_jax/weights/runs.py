@@ -102,6 +102,7 @@ def read_model(path: Path, fields: Any) -> LlamaConfig:
         fields = dict(fields)
         if fields.get("rope_scaling") is not None:
             fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+        fields["labels"] = tuple(fields.get("labels", ()))
         return LlamaConfig(**fields)
     except (TypeError, ValueError, ConfigError) as error:
         what = " ".join(str(error).split())[:200]

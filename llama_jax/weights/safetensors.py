@@ -24,17 +24,7 @@ def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
       CheckpointError: if the file is missing, truncated or malformed, or a tensor has a type that
         cannot be read.
     """
-    with open_file(path) as (file, size):
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > size - 8:
-            raise CheckpointError(
-                f"{path}: truncated or malformed: its header claims {length} bytes but the file has "
-                f"{size}; get it again"
-            )
-        if length > MAX_HEADER:
-            raise CheckpointError(f"{path}: a header of {length} bytes; at most {MAX_HEADER} are read")
-        header = parse_json(path, file.read(length))
+    header, length, size = _header(path)
     header.pop("__metadata__", None)
     tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
     end = max((t.offset + t.nbytes for t in tensors.values()), default=8 + length)
@@ -45,6 +35,32 @@ def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
         )
     check_overlaps(path, ((t.offset, t.offset + t.nbytes, name) for name, t in tensors.items()))
     return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Reads what a safetensors file says beside its tensors.
+
+    Raises:
+      CheckpointError: as `read_safetensors_header`.
+    """
+    found = _header(path)[0].get("__metadata__")
+    held = found.items() if isinstance(found, dict) else ()
+    return {key: value for key, value in held if isinstance(value, str)}
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """A file's header, its length, and the file's size."""
+    with open_file(path) as (file, size):
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > size - 8:
+            raise CheckpointError(
+                f"{path}: truncated or malformed: its header claims {length} bytes but the file has "
+                f"{size}; get it again"
+            )
+        if length > MAX_HEADER:
+            raise CheckpointError(f"{path}: a header of {length} bytes; at most {MAX_HEADER} are read")
+        return parse_json(path, file.read(length)), length, size
 
 
 def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 import llama_jax as lj
-from llama_jax.errors import DataError, InputError
+from llama_jax.convert import convert
+from llama_jax.errors import CheckpointError, ConfigError, DataError, InputError
+from llama_jax.tokenizer import load_tokenizer
 from llama_jax.weights.adapters import load_adapter
+from tests import tiny
+from tests.random_models import random_model
 from tests.train.processes import Workshop, assert_same, losses, records
+from tests.weights import adapters
 from train import rejection
+from train.config import ModelConfig, RunConfig, TrainConfig
+from train.data.config import DataConfig
 from train.reference import NAME as REFERENCE
 from train.score import Scorer
+from train.starting import starting_model
 
 STEPS = 6
 PAIRS = [
@@ -65,6 +74,8 @@ def set_up(workshop: Workshop, shared_data, objective: str, adapter: str = "", r
         prompt = f"There were {number} of them. The {animal} said: "
         if objective == "classify":
             rows.append({"text": prompt, "label": "bird" if animal in ("duck", "owl") else "beast"})
+        elif objective == "regress":
+            rows.append({"text": prompt, "label": number / 10})
         elif objective == "sft":
             rows.append({"prompt": prompt, "completion": sound})
         else:
@@ -179,9 +190,20 @@ def test_a_reward_model_scores_as_in_training_and_picks_the_best_of_several(
     )
     base = str(shared_data / "stories260K" / "stories260K.bin")
     words = (base, str(reward_run), str(prompts), str(out), "--template", "llama-2", "--max-new-tokens", "8")
+    whole = convert(reward_run, workshop.folder / "reward_hf")
+    again = Scorer.load(whole)
+    asked = [(prompt, "hoot, please"), (prompt, "hoot! hoot!")]
+    np.testing.assert_allclose(again.scores(asked), rewards[:2], atol=1e-5)
+    with pytest.raises(ConfigError, match="a classifier or reward model"):
+        again.model.generate("The cow", max_new_tokens=2)
     with pytest.raises(InputError, match="samples is 0"):
         rejection.main([*words, "--samples", "0"])
     rejection.main([*words, "--samples", "3"])
+    by_other = workshop.folder / "best_hf.jsonl"
+    rejection.main([base, str(whole), str(prompts), str(by_other), *words[4:], "--samples", "3"])
+    assert [json.loads(line)["messages"] for line in by_other.read_text().splitlines()] == [
+        json.loads(line)["messages"] for line in out.read_text().splitlines()
+    ]
     made = [json.loads(line) for line in out.read_text().splitlines()]
     assert [record["messages"][0]["content"] for record in made] == ["The cow said", "The pig said"]
     for record in made:
@@ -208,10 +230,110 @@ def test_a_classifier_of_all_the_weights_names_its_classes(workshop, shared_data
     right = ["bird" if animal in ("duck", "owl") else "beast" for animal, _ in PAIRS]
     assert scorer.classes(asked) == right
 
+    # Out to Hugging Face, and in again as where the next run begins; at a rate of 0 it ends there too.
+    out = convert(workshop.folder / "classes", workshop.folder / "classes_hf")
+    np.testing.assert_allclose(Scorer.load(out).scores(asked), scorer.scores(asked), atol=1e-6)
+    words = ("--model.init_from", out, "--optimizer.learning_rate", 0, "--train.steps", 1)
+    done = workshop.run(config, "--train.run_dir", "again", *words)
+    assert done.status == 0, done.err
+    again = lj.load(convert(workshop.folder / "again", workshop.folder / "again_hf"))
+    assert again.config == scorer.model.config and again.config.labels == ("beast", "bird")
+    jax.tree.map(np.testing.assert_array_equal, again.params, scorer.model.params)
+    done = workshop.run(config, "--train.run_dir", "swapped", *words, "--data.labels", '["bird", "beast"]')
+    assert done.status == 2 and "list them in its order" in done.error
 
-def test_what_has_no_head_cannot_be_asked(tmp_path):
-    with pytest.raises(InputError, match="is no training run"):
+
+@pytest.mark.slow
+def test_a_head_is_in_the_place_of_the_output_projection(workshop, shared_data):
+    """Of a model whose output is its own, and which begins at random: it trains, resumes and is written."""
+    config = set_up(workshop, shared_data, "regress")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    words = ["--model.init_from", "", *(f"--model.{name}={size}" for name, size in sizes.items())]
+    for name, stops in (("regress_whole", [4]), ("regress_halves", [2, 4])):
+        for stop in stops:
+            done = workshop.run(config, *words, "--train.run_dir", name, "--train.steps", stop)
+            assert done.status == 0, done.err
+    whole, halves = (workshop.folder / f"regress_{name}" for name in ("whole", "halves"))
+    assert_same(whole, halves, 4)
+    model = lj.load(convert(whole, workshop.folder / "regress_hf"))
+    assert not model.config.tie_word_embeddings and "lm_head" not in model.params
+    jax.tree.map(np.testing.assert_array_equal, model.params, lj.load(whole).params)
+
+
+def test_what_has_no_head_cannot_be_asked(tmp_path, shared_data):
+    with pytest.raises(CheckpointError, match="holds no model"):
         Scorer.load(tmp_path)
+    with pytest.raises(InputError, match="is a language model, which has no head"):
+        Scorer.load(shared_data / "stories260K" / "stories260K.bin")
+
+
+@pytest.mark.parametrize(
+    ("labels", "objective", "own", "message"),
+    [
+        (("a", "b"), "sft", (), 'train.objective "sft" needs a language model; give the one'),
+        (("a", "b"), "reward", (), r'has a head of 2 \(a, b\), and train.objective "reward" needs one'),
+        (("a", "b"), "classify", ("a", "b", "c"), r'"classify" with 3 data.labels; make them fit'),
+        (("a", "b"), "classify", ("b", "a"), "data.labels are b, a, and the head of .* has them as a, b"),
+    ],
+)
+def test_a_head_that_does_not_fit_what_is_trained_is_one_line(labels, objective, own, message, tmp_path):
+    tiny.write_vocabulary(tmp_path / "tok.bin", tiny.PIECES)
+    config, tokenizer = tiny.CONFIG.replace(labels=labels), load_tokenizer(tmp_path / "tok.bin")
+    path = lj.save(lj.Model(config, random_model(3, config)[1], tokenizer, tmp_path), tmp_path / "model")
+    run = RunConfig(
+        model=ModelConfig(init_from=str(path)),
+        train=TrainConfig(objective=objective),
+        data=DataConfig(labels=own),
+    )
+    with pytest.raises(ConfigError, match=message):
+        starting_model(run, tokenizer)
+
+
+@pytest.mark.slow
+def test_a_run_begins_from_the_adapter_of_another_and_resumes(workshop, shared_data):
+    """Finetuned by one adapter and then by another: the second holds to base and first merged."""
+    first = set_up(workshop, shared_data, "sft", LORA, rate=2e-2)
+    done = workshop.run(first, "--train.run_dir", "stage1", "--train.steps", 4)
+    assert done.status == 0, done.err
+    stage1, base = workshop.folder / "stage1", shared_data / "stories260K" / "stories260K.bin"
+    words = ("--model.init_from", stage1, "--train.steps")
+    still = workshop.run(first, "--train.run_dir", "still", *words, 1, "--optimizer.learning_rate", 0)
+    assert still.status == 0, still.err
+    one, two = lj.load(stage1), lj.load(workshop.folder / "still")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), two.params, one.params)
+    plain = lj.load(base)
+    assert (
+        np.abs(one.params["layers"]["attention"]["wq"] - plain.params["layers"]["attention"]["wq"]).max()
+        > 0.01
+    )
+
+    unfinished = workshop.folder / "unfinished"
+    shutil.copytree(stage1, unfinished, ignore=shutil.ignore_patterns("adapter"))
+    with pytest.raises(CheckpointError, match="a run that trains an adapter and is not done; finish it"):
+        lj.load(unfinished)
+
+    second = set_up(workshop, shared_data, "dpo", LORA, rate=1e-2)
+    for name, stops in (("stage2", [4]), ("stage2_halves", [2, 4])):
+        for stop in stops:
+            done = workshop.run(second, "--train.run_dir", name, *words, stop)
+            assert done.status == 0, done.err
+    stage2, halves = workshop.folder / "stage2", workshop.folder / "stage2_halves"
+    assert_same(stage2, halves, 4)
+    np.testing.assert_allclose(losses(stage2)[1], np.log(2), rtol=1e-5)  # the policy is its reference
+    # What is loaded is all three, and what is converted is that.
+    settings, adapter = load_adapter(stage2)
+    expected = lj.lora.merge(lj.lora.attach(settings, one.params, adapter))
+    found = lj.load(stage2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found.params, expected)
+    whole = lj.load(convert(stage2, workshop.folder / "stage2_hf"))
+    jax.tree.map(np.testing.assert_array_equal, whole.params, found.params)
+
+
+def test_adapters_that_go_round_in_a_circle_are_one_line(tmp_path):
+    for name, base in (("a", "b"), ("b", "a")):
+        adapters.write(tmp_path / name / "adapter", base_model_name_or_path=str(tmp_path / base))
+    with pytest.raises(CheckpointError, match="more than 16 adapters on one another, if they end at all"):
+        lj.load(tmp_path / "a")
 
 
 @pytest.mark.slow

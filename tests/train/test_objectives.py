@@ -12,7 +12,7 @@ import pytest
 
 import llama_jax as lj
 from llama_jax import lora
-from llama_jax.errors import ConfigError
+from llama_jax.errors import ConfigError, InputError
 from llama_jax.sharding import make_mesh
 from train.config import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.data.config import DataConfig
@@ -22,7 +22,7 @@ from train.objectives import make_measure
 from train.optimizer import make_optimizer, make_schedule
 from train.preference import dpo_loss, ranking_loss
 from train.segments import last, running_sums
-from train.state import begin, on
+from train.state import abstract_begin, begin, on
 from train.step import build_step
 from train.tuning import Tuning
 
@@ -35,6 +35,8 @@ MODEL = lj.LlamaConfig(
     num_key_value_heads=2,
     max_position_embeddings=64,
 )
+# Several of NF4's blocks of 64 inputs a device, over either axis of four and two.
+WIDE = MODEL.replace(hidden_size=512, intermediate_size=256, head_dim=64)
 BATCH, LENGTH = 8, 32
 COMPUTE = {"dtype": "float32", "remat": "none", "attention": "xla", "loss_chunks": 2}
 
@@ -104,7 +106,11 @@ def alone(params: Any, batch: dict[str, np.ndarray]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def params():
-    made = lj.init(MODEL, jax.random.key(0))
+    return weights_of(MODEL)
+
+
+def weights_of(model: lj.LlamaConfig) -> Any:
+    made = lj.init(model, jax.random.key(0))
     return jax.tree.map(lambda x: 3 * x if x.ndim > 2 else x, made)
 
 
@@ -202,16 +208,18 @@ def test_heads_read_the_last_token_of_each_example(params, score):
     np.testing.assert_allclose(others["mean_absolute_error"], np.abs(logits[:, 0] - values).sum(), rtol=1e-5)
 
 
-def curve(run: RunConfig, spec: str | None, params: Any, steps: int = 4) -> tuple[np.ndarray, Any]:
+def curve(
+    run: RunConfig, spec: str | None, params: Any, steps: int = 4, model: lj.LlamaConfig = MODEL
+) -> tuple[np.ndarray, Any]:
     mesh = spec and make_mesh(spec)
     tuning = Tuning.of(run, "cpu", outputs=3)
     feed = Feed.over(mesh, BATCH, LENGTH)
     optimizer = make_optimizer(run.optimizer, make_schedule(run.optimizer, run.train.steps))
     with on(mesh):
-        step, *abstract = build_step(run, MODEL, mesh, "cpu", tuning)
+        step, *abstract = build_step(run, model, mesh, "cpu", tuning)
         compiled = step.lower(*abstract).compile()
-        laid = params if mesh is None else lj.shard_params(params, mesh, MODEL)
-        state, frozen = begin(MODEL, optimizer, 0, jax.tree.map(jnp.copy, laid), tuning)
+        laid = params if mesh is None else lj.shard_params(params, mesh, model)
+        state, frozen = begin(model, optimizer, 0, jax.tree.map(jnp.copy, laid), tuning)
         losses = []
         for seed in range(steps):
             state, metrics = compiled(state, feed.put(examples(seed % 2)), frozen)
@@ -227,23 +235,33 @@ ADAPTERS = {
     "bottleneck": AdapterConfig(kind="bottleneck", bottleneck_size=8, base="float32"),
     "prefix": AdapterConfig(kind="prefix", prefix_length=4, base="float32"),
 }
-CASES = [("dpo", None), ("reward", None), ("dpo", "lora"), *(("sft", name) for name in ADAPTERS)]
+HEADS = [("reward", None), ("classify", None), ("regress", None)]
+CASES = [("dpo", None), *HEADS, ("dpo", "lora"), *(("sft", name) for name in ADAPTERS)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("objective", "adapter"), CASES)
 def test_the_curve_on_a_mesh_is_that_of_one_device(objective, adapter, params):
-    run = run_of(objective, adapter and ADAPTERS[adapter])
-    # NF4's blocks of 64 inputs are not cut: one block is all these matrices have.
-    spec = "data=4,tensor=2" if adapter == "qlora" else "fsdp=4,tensor=2"
-    if adapter == "qlora":
-        run = dataclasses.replace(run, adapter=dataclasses.replace(run.adapter, targets=("wq", "w_gate")))
-        spec = "data=8"
-    one, state = curve(run, None, params)
-    many, there = curve(run, spec, params)
+    run, model = run_of(objective, adapter and ADAPTERS[adapter]), MODEL
+    if adapter in ("int8", "qlora"):
+        model, params = WIDE, weights_of(WIDE)
+    one, state = curve(run, None, params, model=model)
+    many, there = curve(run, "fsdp=4,tensor=2", params, model=model)
     np.testing.assert_allclose(many, one, rtol=1e-4 if adapter not in ("int8", "qlora") else 1e-3)
     assert one[-2:].mean() < one[:2].mean()  # the same two batches again
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), there.params, state.params)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("fsdp=4,tensor=2", r"its 64 inputs are 1 groups of 64, .* of size \d \(sizes that would: 1\)"),
+        ("data=4,tensor=2", "wo: its 64 inputs .* mesh axis tensor of size 2"),
+    ],
+)
+def test_blocks_that_a_mesh_would_cut_are_named(spec, message, params):
+    with pytest.raises(InputError, match=message):
+        curve(run_of("sft", ADAPTERS["qlora"]), spec, params)
 
 
 @pytest.mark.slow
@@ -277,6 +295,22 @@ def test_what_is_saved_may_be_the_average_of_the_weights_so_far(params):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, expected)
     on_mesh = curve(averaged, "fsdp=8", params, steps=3)[1].params
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), on_mesh, state.params)
+
+
+@pytest.mark.parametrize("adapter", [None, "lora"])
+def test_a_head_takes_the_outputs_place_or_goes_on_where_it_was(adapter, params, score):
+    """What is trained has the form that a run expects, from a language model and from a classifier."""
+    run, labelled = run_of("classify", adapter and ADAPTERS[adapter]), MODEL.replace(labels=("a", "b", "c"))
+    tuning = Tuning.of(run, "cpu", outputs=3)
+    optimizer = make_optimizer(run.optimizer, make_schedule(run.optimizer, 8))
+    expected = jax.tree.structure(abstract_begin(labelled, optimizer, None, tuning))
+    classifier = {name: tree for name, tree in params.items() if name != "lm_head"} | {"score": score}
+    for weights in (params, classifier, None):
+        state, frozen = begin(labelled, optimizer, 0, weights, tuning)
+        assert jax.tree.structure((state, frozen)) == expected
+        assert "lm_head" not in tuning.model(state.params, frozen)
+        if weights is classifier:
+            np.testing.assert_array_equal(state.params["score"]["kernel"], score["kernel"])
 
 
 def test_the_optimizer_sees_the_adapter_alone(params):

@@ -27,13 +27,13 @@ EXTRA = np.zeros((4, 16), np.float32)
     [
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; what can be read is LORA and PREFIX_TUNING of PEFT"),
         ({"peft_type": None}, "peft_type is 'None'"),
-        ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'; only CAUSAL_LM"),
+        ({"task_type": "TOKEN_CLS"}, "task_type is 'TOKEN_CLS'; only CAUSAL_LM and SEQ_CLS"),
         ({"bias": "all"}, "bias is 'all'; Llama has no biases"),
         (
             {"init_lora_weights": "pissa_niter_4"},
             "init_lora_weights is 'pissa_niter_4', which changes the base",
         ),
-        ({"modules_to_save": ["lm_head"]}, "'modules_to_save' is \"['lm_head']\", which llama_jax does not"),
+        ({"modules_to_save": ["lm_head"]}, "'modules_to_save' is \"['lm_head']\"; only a classifier's"),
         ({"layers_to_transform": [0]}, "'layers_to_transform' is '[0]', which"),
         ({"fan_in_fan_out": True}, "'fan_in_fan_out' is 'True', which"),
         ({"use_invention": True}, "'use_invention' is 'True', which"),

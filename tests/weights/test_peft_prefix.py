@@ -142,9 +142,9 @@ def write(folder, stored=None, **fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'; only prefixes of CAUSAL_LM"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "task_type is 'SEQ_2_SEQ_LM'; only CAUSAL_LM and SEQ_CLS"),
         ({"num_transformer_submodules": 2}, "num_transformer_submodules is '2'; a Llama has 1"),
-        ({"modules_to_save": ["lm_head"]}, "'modules_to_save' is \"['lm_head']\", which llama_jax does not"),
+        ({"modules_to_save": ["lm_head"]}, "'modules_to_save' is \"['lm_head']\"; only a classifier's"),
         ({"num_layers": None}, "num_layers is 'None'; it must be a whole number"),
         ({"num_virtual_tokens": 0}, "num_virtual_tokens is '0'"),
         ({"token_dim": True}, "token_dim is 'True'"),

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from llama_jax import adapters
 from llama_jax.bottleneck import Bottleneck
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError
 from llama_jax.lora import Lora
-from llama_jax.model import init
 from llama_jax.prefix import Prefix
-from llama_jax.weights import adapterhub, peft
 from llama_jax.weights.adapters import CONFIG
+from llama_jax.weights.derived import Head
 from llama_jax.weights.source import reason
-from llama_jax.weights.write import adapterhub as write_adapterhub
-from llama_jax.weights.write import peft as write_peft
-from llama_jax.weights.write.safetensors import safetensors_file
+from llama_jax.weights.write import adapterhub, peft
 from llama_jax.weights.write.staging import sync_path
 
 
@@ -33,6 +27,7 @@ def save_adapter(
     *,
     base_model: str | None = None,
     replace: bool = False,
+    head: Head | None = None,
 ) -> Path:
     """Writes an adapter: low-rank ones and prefixes as PEFT does, bottlenecks as AdapterHub does.
 
@@ -43,6 +38,7 @@ def save_adapter(
       config: the base it is for.
       base_model: where the base is to be had, for people and for PEFT's `AutoPeftModel`.
       replace: put it in the place of an adapter that is there.
+      head: a classifier's or reward model's, that was trained along.
 
     Returns:
       `path`.
@@ -53,29 +49,25 @@ def save_adapter(
       ConfigError: if the adapter is not of this base.
     """
     target = Path(path)
-    base = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    jax.eval_shape(lambda base, adapter: adapters.attach(settings, base, adapter), base, adapter)
+    adapters.check(settings, config, adapter)
     if target.exists() and not (replace and (target / CONFIG).is_file()):
         raise CheckpointError(f"{target}: is there already; remove it, or give another path to write to")
     match settings:
         case Lora():
-            name, fields = peft.WEIGHTS, write_peft.lora_fields(settings, adapter, base_model)
-            tensors = write_peft.lora_tensors(adapter)
+            files = peft.lora_files(settings, adapter, base_model, head)
         case Prefix():
-            name, fields = peft.WEIGHTS, write_peft.prefix_fields(settings, config, base_model)
-            tensors = write_peft.prefix_tensors(adapter)
+            files = peft.prefix_files(settings, adapter, config, base_model, head)
         case Bottleneck():
-            name, fields = adapterhub.WEIGHTS, write_adapterhub.fields(settings, config, base_model)
-            tensors = write_adapterhub.tensors(adapter)
+            files = adapterhub.bottleneck_files(settings, adapter, config, base_model, head)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as beside:
             made = Path(beside) / "made"
             made.mkdir()
-            (made / name).write_bytes(safetensors_file(tensors))
-            (made / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-            for written in (made / name, made / CONFIG, made):
-                sync_path(written)
+            for name, content in files.items():
+                (made / name).write_bytes(content)
+                sync_path(made / name)
+            sync_path(made)
             if target.exists():
                 target.rename(Path(beside) / "replaced")
             made.rename(target)

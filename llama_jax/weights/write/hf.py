@@ -12,6 +12,7 @@ import numpy as np
 
 from llama_jax.config import LlamaConfig
 from llama_jax.rope import effective_theta
+from llama_jax.weights.hf import CLASSIFIER, problem_type
 from llama_jax.weights.names import Entry, entries
 from llama_jax.weights.source import FLOAT_DTYPES
 from llama_jax.weights.tensors import Tensors
@@ -63,7 +64,8 @@ def plan_hf(
     extras = dict(vocabulary.files)
     main = dtype or dtypes[next(iter(dtypes))]
     extras["config.json"] = _json(config_fields(config, vocabulary) | {"torch_dtype": main.name})
-    extras["generation_config.json"] = _json({"_from_model_config": True} | _ids(vocabulary))
+    if not config.labels:
+        extras["generation_config.json"] = _json({"_from_model_config": True} | _ids(vocabulary))
     if len(parts) > 1:
         total = sum(region.nbytes for region in regions)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
@@ -82,7 +84,7 @@ def layer_by_layer(config: LlamaConfig) -> list[Entry]:
 def config_fields(config: LlamaConfig, vocabulary: Vocabulary) -> dict[str, Any]:
     """The fields of a config.json, those that `read_config` reads and those that other programs want."""
     fields = {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [CLASSIFIER if config.labels else "LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -103,7 +105,18 @@ def config_fields(config: LlamaConfig, vocabulary: Vocabulary) -> dict[str, Any]
         "pretraining_tp": 1,
         "use_cache": True,
     }
-    return fields | _ids(vocabulary)
+    return fields | _head(config) | _ids(vocabulary)
+
+
+def _head(config: LlamaConfig) -> dict[str, Any]:
+    """What a classifier's configuration says of its classes."""
+    if not config.labels:
+        return {}
+    return {
+        "id2label": {str(i): name for i, name in enumerate(config.labels)},
+        "label2id": {name: i for i, name in enumerate(config.labels)},
+        "problem_type": problem_type(len(config.labels)),
+    }
 
 
 def _rope(config: LlamaConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,43 @@ import numpy as np
 from llama_jax.config import LlamaConfig
 from llama_jax.lora import PROJECTIONS, Lora
 from llama_jax.prefix import Prefix
+from llama_jax.weights import adapter_head
+from llama_jax.weights.adapters import CONFIG
+from llama_jax.weights.derived import Head
 from llama_jax.weights.names import LEAVES
-from llama_jax.weights.peft import MAGNITUDE, PREFIX, A, B
+from llama_jax.weights.peft import MAGNITUDE, PREFIX, WEIGHTS, A, B
 from llama_jax.weights.peft_prefix import TENSOR
+from llama_jax.weights.write.small_files import json_file, safetensors_file
 
 
-def lora_fields(settings: Lora, adapter: Any, base_model: str | None) -> dict[str, Any]:
-    """The fields of its adapter_config.json that say something; PEFT has its defaults for the others."""
+def lora_files(settings: Lora, adapter: Any, base_model: str | None, head: Head | None) -> dict[str, bytes]:
+    """The files of a low-rank adapter."""
+    return _files(
+        _lora_fields(settings, adapter, base_model), _lora_tensors(adapter), head, adapter_head.TENSORS[0]
+    )
+
+
+def prefix_files(
+    settings: Prefix, adapter: Any, config: LlamaConfig, base_model: str | None, head: Head | None
+) -> dict[str, bytes]:
+    """The files of a prefix."""
+    fields = _prefix_fields(settings, config, base_model)
+    return _files(fields, {TENSOR: _prefix_matrix(adapter)}, head, adapter_head.TENSORS[1])
+
+
+def _files(
+    fields: dict[str, Any], tensors: dict[str, np.ndarray], head: Head | None, head_name: str
+) -> dict[str, bytes]:
+    metadata = {}
+    if head is not None:
+        fields |= {"task_type": adapter_head.CLASSIFIES, "modules_to_save": ["score"]}
+        tensors[head_name] = np.ascontiguousarray(head.weight, np.float32)
+        metadata[adapter_head.LABELS] = json.dumps(head.labels)
+    return {WEIGHTS: safetensors_file(tensors, metadata), CONFIG: json_file(fields)}
+
+
+def _lora_fields(settings: Lora, adapter: Any, base_model: str | None) -> dict[str, Any]:
+    """The fields that say something; PEFT has its defaults for the others."""
     names = [name for matrices in adapter["layers"].values() for name in matrices]
     return {
         "peft_type": "LORA",
@@ -34,8 +65,8 @@ def lora_fields(settings: Lora, adapter: Any, base_model: str | None) -> dict[st
     }
 
 
-def lora_tensors(adapter: Any) -> dict[str, np.ndarray]:
-    """Every tensor of its adapter_model.safetensors: f32, matrices [out, in]."""
+def _lora_tensors(adapter: Any) -> dict[str, np.ndarray]:
+    """Every tensor of the adapter: f32, matrices [out, in]."""
     tensors = {}
     for leaf in LEAVES:
         own = adapter["layers"].get(leaf.path[1], {}).get(leaf.path[-1]) if leaf.per_layer else None
@@ -51,8 +82,8 @@ def lora_tensors(adapter: Any) -> dict[str, np.ndarray]:
     return tensors
 
 
-def prefix_fields(settings: Prefix, config: LlamaConfig, base_model: str | None) -> dict[str, Any]:
-    """The fields of a prefix's adapter_config.json, its sizes those of the keys."""
+def _prefix_fields(settings: Prefix, config: LlamaConfig, base_model: str | None) -> dict[str, Any]:
+    """The sizes are those of the keys, of which there are fewer than queries."""
     return {
         "peft_type": "PREFIX_TUNING",
         "task_type": "CAUSAL_LM",
@@ -67,8 +98,8 @@ def prefix_fields(settings: Prefix, config: LlamaConfig, base_model: str | None)
     }
 
 
-def prefix_tensors(adapter: Any) -> dict[str, np.ndarray]:
-    """A prefix's one tensor f32 [P, L * 2 * K * H]."""
+def _prefix_matrix(adapter: Any) -> np.ndarray:
+    """f32 [P, L * 2 * K * H]."""
     both = np.stack([np.asarray(adapter["layers"]["attention"][name], np.float32) for name in ("k", "v")])
     by_token = both.transpose(3, 1, 0, 2, 4)  # [2, L, K, P, H] -> [P, L, 2, K, H]
-    return {TENSOR: by_token.reshape(len(by_token), -1)}
+    return by_token.reshape(len(by_token), -1)
