@@ -62,7 +62,7 @@ WAYS = {
     "full": ("extract", "sft", 5e-5, ""),
     "lora": ("extract", "sft", 1e-3, 'kind = "lora"'),
     "qlora": ("extract", "sft", 1e-3, 'kind = "lora"\nbase = "nf4"'),
-    "bottleneck": ("extract", "sft", 1e-3, 'kind = "bottleneck"'),
+    "bottleneck": ("extract", "sft", 3e-4, 'kind = "bottleneck"'),
     "prefix": ("extract", "sft", 2e-2, 'kind = "prefix"'),
     "dpo": ("manner", "dpo", 5e-5, 'kind = "lora"'),
     "dpo-precomputed": ("manner", "dpo", 5e-5, 'kind = "lora"\n[preference]\nreference = "precomputed"'),

@@ -169,8 +169,8 @@ def open_model(
     _refuse_unfinished(path, source)
     opened = Opened(source, (), StoredTensors(source))
     for each in adapters:
-        put = put_on(opened.weights_alone(), each, into=into)
-        opened = Opened(source, (*opened.adapters, each), put.tensors, put.beside)
+        tensors, beside = put_on(opened.weights_alone(), each, into=into)
+        opened = Opened(source, (*opened.adapters, each), tensors, beside)
     return opened
 
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,26 +56,19 @@ def load_adapter(path: str | Path) -> tuple[Settings, dict[str, Any]]:
     return reader(description, fields)
 
 
-@dataclasses.dataclass(frozen=True)
-class Adapted:
-    """A model's tensors with an adapter put on: merged into them, or to be attached when they are read.
-
-    Attributes:
-      tensors: the model's, with the head that was trained along in place of the base's output.
-      beside: settings and tree of an adapter that is no change of weights, or None.
-    """
-
-    tensors: Tensors
-    beside: tuple[Settings, Any] | None = None
-
-
-def put_on(base: Tensors, path: str | Path, into: np.dtype[Any] | None = None) -> Adapted:
+def put_on(
+    base: Tensors, path: str | Path, into: np.dtype[Any] | None = None
+) -> tuple[Tensors, tuple[Settings, Any] | None]:
     """Puts the adapter at `path` on a model, without reading any of that.
 
     Args:
       base: the model's tensors.
       path: as for `load_adapter`.
       into: what matrices are merged into, see `Merged`.
+
+    Returns:
+      The model's tensors with the adapter merged, and the head that was trained along in place of the base's
+      output; and, of an adapter that is no change of weights, its settings and tree, to be attached.
 
     Raises:
       CheckpointError: as `load_adapter`.
@@ -94,7 +86,7 @@ def put_on(base: Tensors, path: str | Path, into: np.dtype[Any] | None = None) -
             tensors = WithHead(tensors, head)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    return Adapted(tensors, None if isinstance(settings, Lora) else (settings, adapter))
+    return tensors, None if isinstance(settings, Lora) else (settings, adapter)
 
 
 def load_head(path: str | Path) -> Head | None:

@@ -17,13 +17,18 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 
 import llama_jax as lj
+from llama_jax import adapters, bottleneck, lora, prefix
 from llama_jax.errors import LlamaJaxError
 from llama_jax.weights import open_source
+from llama_jax.weights.adapters import load_adapter, load_head
+from llama_jax.weights.derived import Head
 from llama_jax.weights.names import STACKED
 from llama_jax.weights.tensors import ParamsTensors, StoredTensors
+from llama_jax.weights.write.adapters import save_adapter
 from llama_jax.weights.write.gguf import plan_gguf
 from llama_jax.weights.write.hf import plan_hf
 from llama_jax.weights.write.llama2c import plan_llama2c
@@ -58,12 +63,14 @@ class Target:
       wrap: makes the file of the fuzzer's bytes, where it should not have to find out a container's
         checksums.
       seed: the fuzzer's bytes in a valid checkpoint, given the file's.
+      read: reads all of it; None is `read_whole`.
     """
 
     make: Callable[[Path], None]
     file: str
     wrap: Callable[[bytes], bytes] = bytes
     seed: Callable[[bytes], bytes] = bytes
+    read: Callable[[Path], None] | None = None
 
 
 def _write(path: Path, plan: Callable[..., object], *args: object, **options: object) -> None:
@@ -100,7 +107,31 @@ def _pickle_of(data: bytes) -> bytes:
         return archive.read(name)
 
 
+def _adapter(path: Path, settings: adapters.Settings) -> None:
+    """An adapter with a head."""
+    adapter = adapters.init(settings, CONFIG, random_model(0, CONFIG)[1], jax.random.key(0))
+    head = Head(np.zeros((2, CONFIG.hidden_size), np.float32), ("a", "b"))
+    save_adapter(path, settings, adapter, CONFIG, head=head)
+
+
+def _read_adapter(path: Path) -> None:
+    settings, adapter = load_adapter(path)
+    assert load_head(path) is not None or settings
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(adapter))
+
+
+_LORA, _PREFIX, _BOTTLENECK = (
+    functools.partial(_adapter, settings=settings)
+    for settings in (lora.Lora(2, targets=("wq", "w_up")), prefix.Prefix(2), bottleneck.Bottleneck(2))
+)
 TARGETS = {
+    "lora-config": Target(_LORA, "adapter_config.json", read=_read_adapter),
+    "lora-tensors": Target(_LORA, "adapter_model.safetensors", read=_read_adapter),
+    "prefix-config": Target(_PREFIX, "adapter_config.json", read=_read_adapter),
+    "prefix-tensors": Target(_PREFIX, "adapter_model.safetensors", read=_read_adapter),
+    "bottleneck-config": Target(_BOTTLENECK, "adapter_config.json", read=_read_adapter),
+    "bottleneck-tensors": Target(_BOTTLENECK, "adapter.safetensors", read=_read_adapter),
+    "bottleneck-head": Target(_BOTTLENECK, "head_config.json", read=_read_adapter),
     "safetensors": Target(_hf, "model.safetensors"),
     "hf-config": Target(_hf, "config.json"),
     "hf-index": Target(functools.partial(_hf, shard_bytes=1000), "model.safetensors.index.json"),
@@ -145,7 +176,7 @@ def attempt(name: str, path: Path, data: bytes) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            read_whole(path)
+            (TARGETS[name].read or read_whole)(path)
     except LlamaJaxError as error:
         assert "\n" not in str(error), error  # noqa: PT017
         return False
