@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from rich.console import Console
 
 from llama_jax import LlamaConfig, adapters
@@ -33,13 +32,11 @@ from train.devices import compute_dtype, join_processes, run_mesh
 from train.evaluate import make_held_out_loss, make_sampler
 from train.feed import Feed
 from train.files import write_whole
-from train.finetune_config import HEADS
 from train.flops import flops_per_token, peak_flops
 from train.lock import run_lock
 from train.loop import MEASURED, Loop
 from train.objectives import make_objective
 from train.optimizer import make_optimizer, make_schedule
-from train.plot import plot_losses
 from train.read_config import to_toml
 from train.reference import reference_logprobs
 from train.report import Report
@@ -49,6 +46,7 @@ from train.state import begin, on, take_apart
 from train.step import build_step
 from train.tuning import Frozen, Tuning
 from train.vocabulary import run_tokenizer
+from train.words import finish, introduce, tell_adapter, tell_examples
 
 CONFIG = "config.toml"
 
@@ -104,9 +102,8 @@ def train(run: RunConfig) -> int:
             say(f"resuming {run_dir} after step {done}")
         if first:
             write_whole(run_dir / CONFIG, to_toml(run).encode())
-        _introduce(run, model, data, mesh, say)
-        if run.adapter.kind != "none":
-            say(_adapter_sizes(run, state.params, frozen))
+        introduce(run, model, data, mesh, say)
+        tell_adapter(run, state.params, frozen, say)
         if done >= run.train.steps:
             say(f"{run_dir} has had its {done} steps; train.steps makes it go on")
             return 0
@@ -181,7 +178,7 @@ def train(run: RunConfig) -> int:
         if tuning.adapter is not None:
             _save_adapter(run, run_dir, model, tuning.adapter, loop.state.params)
         if first:
-            _finish(run, run_dir, data, loop, report)
+            finish(run, run_dir, data, report.say)
         return stopped
 
 
@@ -196,7 +193,7 @@ def first_batch(run: RunConfig) -> None:
         data = _open_data(run, tokenizer, 0, 1)
         with contextlib.closing(data.train()) as batches:
             show_batch(next(batches), tokenizer, Console(highlight=False))
-    _tell_examples(data, output.note)
+    tell_examples(data, output.note)
 
 
 def _open_data(run: RunConfig, tokenizer: Tokenizer, share: int, shares: int) -> Data:
@@ -209,19 +206,6 @@ def _open_data(run: RunConfig, tokenizer: Tokenizer, share: int, shares: int) ->
         seed=run.train.seed,
         process_index=share,
         process_count=shares,
-    )
-
-
-def _tell_examples(data: Data, say: Callable[[str], None]) -> None:
-    """Says of finetuning's examples how long they are, and what of them is learned or was left out."""
-    sample = data.describe().get("sample")
-    if not sample or not sample["examples"]:
-        return
-    skipped = ", ".join(f"{count} {reason}" for reason, count in sample["skipped"].items())
-    say(
-        f"of the first {sample['examples']} examples: {sample['tokens'] / sample['examples']:.0f} tokens "
-        f"each, the longest {sample['longest']}; {sample['learned'] / sample['tokens']:.0%} are learned"
-        + (f"; left out: {skipped}" if skipped else "")
     )
 
 
@@ -239,17 +223,6 @@ def _save_adapter(
         save_adapter(where, settings, adapter, model, base_model=base, replace=True, head=head)
 
 
-def _adapter_sizes(run: RunConfig, trained: Any, frozen: Frozen) -> str:
-    """How much is trained, and what the base takes."""
-    assert frozen is not None
-    count = sum(leaf.size for leaf in jax.tree.leaves(trained))
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(frozen["base"]))
-    return (
-        f"{run.adapter.settings}: {count / 1e6:,.2f}M parameters are trained, over a frozen base of "
-        f"{output.size(size)}"
-    )
-
-
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:
     """Checks that a resumed run reads the data that it began with, in the same order."""
     if before.get("data") != now["data"]:
@@ -263,50 +236,6 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path
                 f"train.{name} is {now[name]} and the run in {run_dir} began with {before.get(name)}; its "
                 "batches follow from it: give the same, or another train.run_dir"
             )
-
-
-def _introduce(
-    run: RunConfig, model: LlamaConfig, data: Data, mesh: Mesh | None, say: Callable[[str], None]
-) -> None:
-    facts = data.describe()
-    sizes = "" if mesh is None else " x ".join(f"{n} {s}" for n, s in mesh.shape.items() if s > 1)
-    platform = jax.devices()[0].platform
-    say(
-        f"model: {model.num_params / 1e6:,.1f}M parameters, {model.num_hidden_layers} layers; vocabulary "
-        f"{model.vocab_size}"
-    )
-    say(
-        f"data: {facts['documents']} documents, {facts['held_out_documents']} of them held out, "
-        f"{output.size(facts['bytes'])}"
-    )
-    _tell_examples(data, say)
-    if 0 < run.optimizer.schedule_steps < run.train.steps and run.optimizer.schedule != "constant":
-        say(
-            f"the learning rate's schedule ends after step {run.optimizer.schedule_steps} of "
-            f"{run.train.steps}: optimizer.schedule_steps"
-        )
-    say(
-        f"step: {run.train.batch_size} x {run.train.seq_len} tokens in "
-        f"{compute_dtype(run.train, platform).name} on {jax.device_count()} {jax.devices()[0].device_kind} "
-        f"device{'s' * (jax.device_count() > 1)}{f' ({sizes})' if sizes else ''}"
-    )
-
-
-def _finish(run: RunConfig, run_dir: Path, data: Data, loop: Loop, report: Report) -> None:
-    """The last words: how good the model is beside counting words, the plot, and what to do next."""
-    unigram = data.unigram_loss()
-    if unigram == unigram:  # not NaN: something is held out
-        report.say(f"held-out loss of a unigram model of the same tokens: {unigram:.4f}")
-    if run.log.plot:
-        drawn = plot_losses(run_dir, unigram)
-        report.say(f"loss plot: {drawn}" if drawn else "loss plot: needs pip install 'llama-jax[plot]'")
-    if run.adapter.kind != "none":
-        whose = "AdapterHub" if run.adapter.kind == "bottleneck" else "PEFT"
-        report.say(f"the adapter is in {run_dir / IN_RUN}, in {whose}'s format")
-    if run.train.objective in HEADS:
-        report.say(f"the model is in {run_dir}; try: llama-jax convert {run_dir} OUT --to hf")
-    else:
-        report.say(f"the model is in {run_dir}; try: llama-jax generate {run_dir} --prompt ...")
 
 
 def _diagnosis(
