@@ -1,7 +1,8 @@
 """Compiles a config's training step for a TPU slice that is not here: memory, cycles, collectives.
 
 `python -m benchmarks.tpu_compile configs/llama2_7b.toml --topology v5p:2x2x1 [--json] [--section.key VALUE]`
-needs `libtpu` and no TPU: every array is abstract, and the compiler is the one that a TPU runs.
+needs `libtpu` and no TPU: every array is abstract, and the compiler is the one that a TPU runs. A run that
+begins from weights which are not here is told their shape: `--shape llama2_70b`.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 KERNEL_SHARE_OF_PEAK = 0.5
 
 
-def compile_step(run: Any, topology: Topology) -> tuple[Any, int, float]:
-    """Compiles the step of a `RunConfig`.
+def compile_step(run: Any, model: Any, topology: Topology) -> tuple[Any, int, float]:
+    """Compiles the step of a `RunConfig` that trains a `LlamaConfig`.
 
     Returns:
       The compiled step, how many arrays its state has, and the seconds it took.
@@ -54,16 +55,15 @@ def compile_step(run: Any, topology: Topology) -> tuple[Any, int, float]:
     from train.step import build_step, on
 
     devices = topology.devices()
-    model = _model(run)
     mesh = run_mesh(run.mesh, devices) or make_mesh(dict.fromkeys(AXES, 1), devices=devices)
     check_mesh(model, mesh)
     with on(mesh):
         check_batch(run.train.batch_size // run.train.accumulate)
     start = time.perf_counter()
-    step, state, batch, _ = build_step(run, model, mesh, "tpu")
+    step, state, batch, frozen = build_step(run, model, mesh, "tpu")
     try:
         with on(mesh):
-            compiled = step.lower(state, batch).compile()
+            compiled = step.lower(state, batch, frozen).compile()
     except jax.errors.JaxRuntimeError as error:
         raise InputError(_explain(str(error), run)) from None
     return compiled, len(jax.tree.leaves(state)), time.perf_counter() - start
@@ -87,28 +87,42 @@ def with_the_same_rows_a_chip(run: Any, topology: Topology) -> Any:
     return dataclasses.replace(run, train=dataclasses.replace(run.train, batch_size=batch_size))
 
 
-def _model(run: Any) -> Any:
-    if run.model.init_from:
-        raise ConfigError(
-            f"model.init_from is {run.model.init_from!r}: give the model's shape instead (model.preset)"
-        )
-    return run.model.build(run.tokenizer.vocab_size or None)
+def model_of(run: Any, shape: str | None) -> Any:
+    """The model that a run trains: of a preset's shape, where it begins from weights that are not here.
+
+    Raises:
+      ConfigError: for an unknown shape, or one given where the configuration says it.
+      CheckpointError: if the weights are not here, and no shape is given.
+    """
+    from train.config import ModelConfig
+    from train.starting import with_labels
+
+    if shape is None and run.model.init_from:
+        from llama_jax.pretrained import open_model
+
+        return with_labels(run, open_model(run.model.init_from).config)
+    if shape is not None and not run.model.init_from:
+        raise ConfigError(f"--shape is {shape!r} and the run begins from no weights: set model.preset")
+    wanted = run.model if shape is None else ModelConfig(preset=shape)
+    return with_labels(run, wanted.build(run.tokenizer.vocab_size or None))
 
 
 def _explain(message: str, run: Any) -> str:
     """One line of a compiler's error."""
-    if found := re.search(
-        r"Used ([\d.]+\w) of ([\d.]+\w) hbm\. Exceeded hbm capacity by ([\d.]+\w)", message
-    ):
-        return (
-            f"the step needs {found[1]} of HBM a chip, which has {found[2]}: {found[3]} too much; try "
-            f"--train.accumulate {2 * run.train.accumulate}, --train.remat full, or a larger slice"
-        )
+    what_to_try = f"try --train.accumulate {2 * run.train.accumulate}, --train.remat full, or a larger slice"
+    whole = r"Used ([\d.]+\w) of ([\d.]+\w) hbm\. Exceeded hbm capacity by ([\d.]+\w)"
+    if found := re.search(whole, message):
+        needs = f"{found[1]} of HBM a chip, which has {found[2]}: {found[3]} too much"
+        return f"the step needs {needs}; {what_to_try}"
+    beside = r"temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)"
+    if found := re.search(beside, message):
+        needs = f"{found[1]} of HBM a chip beside its state, and a chip has {found[2]}"
+        return f"the step needs {needs}; {what_to_try}"
     lines = message.strip().splitlines()
     return f"the TPU compiler refused the step: {lines[0][:300] if lines else 'it does not say why'}"
 
 
-def report(compiled: Any, leaves: int, run: Any, topology: Topology) -> dict[str, Any]:
+def report(compiled: Any, leaves: int, run: Any, model: Any, topology: Topology) -> dict[str, Any]:
     """What the compiled step will cost; bytes, cycles, seconds.
 
     `seconds` is the compiler's cycles at the chip's clock, and attention's kernels, of which it knows
@@ -116,8 +130,9 @@ def report(compiled: Any, leaves: int, run: Any, topology: Topology) -> dict[str
     links are busy at best, which is hidden as far as it overlaps.
     """
     from train.flops import flops_per_token
+    from train.tuning import Tuning
 
-    model = _model(run)
+    tuning = Tuning.of(run, "tpu")
     module = tpu_hlo.parse(compiled.as_text())
     memory = compiled.memory_analysis()
     found = tpu_hlo.summed(tpu_hlo.collectives(module))
@@ -141,7 +156,10 @@ def report(compiled: Any, leaves: int, run: Any, topology: Topology) -> dict[str
     }
     square = rows * model.num_attention_heads * run.train.seq_len**2 * model.head_dim  # causal: half of 2 x
     kernels = square * _kernel_products(module)
-    per_token = {kind: flops_per_token(model, run.train.seq_len, causal=kind) for kind in (True, False)}
+    which = {"frozen": tuning.adapter is not None, "reference": tuning.reference}
+    per_token = {
+        kind: flops_per_token(model, run.train.seq_len, causal=kind, **which) for kind in (True, False)
+    }
     result |= {
         "model_flops": per_token[True] * tokens,
         "model_flops_full_attention": per_token[False] * tokens,
@@ -251,6 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--topology", metavar="NAME", help="such as v5p:4x4x4 or v5p-128; mesh.topology otherwise"
     )
+    parser.add_argument("--shape", metavar="PRESET", help="of the weights of model.init_from, not here")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, nothing else")
     args, overrides = parser.parse_known_args(argv)
     try:
@@ -265,11 +284,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         topology = Topology.parse(name)
         if not any(word.startswith("--train.batch_size") for word in overrides):
             run = with_the_same_rows_a_chip(run, topology)
+        model = model_of(run, args.shape)
         with output.spinner(f"compiling for {topology.name} ..."):
-            compiled, leaves, seconds = compile_step(run, topology)
+            compiled, leaves, seconds = compile_step(run, model, topology)
             result = {
                 "config": args.config,
-                **report(compiled, leaves, run, topology),
+                **report(compiled, leaves, run, model, topology),
                 "compile_seconds": seconds,
             }
     except LlamaJaxError as error:

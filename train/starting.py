@@ -26,15 +26,21 @@ def starting_model(run: RunConfig, tokenizer: Tokenizer) -> LlamaConfig:
       ConfigError: for a shape that cannot work, or a model of another kind than the objective needs.
       CheckpointError: if `model.init_from` cannot be read.
     """
+    if not run.model.init_from:
+        return with_labels(run, run.model.build(tokenizer.vocab_size))
+    found = open_model(run.model.init_from).weights_alone().config
+    model = with_labels(run, found)
+    if found.labels:
+        _check_head(run, found.labels, model.labels)
+    return model
+
+
+def with_labels(run: RunConfig, model: LlamaConfig) -> LlamaConfig:
+    """The model with the labels of the head that the run's objective trains; without any if it has none."""
     labels: tuple[str, ...] = ()
     if run.train.objective in HEADS:
         labels = run.data.labels if run.train.objective == "classify" else unnamed(1)
-    if not run.model.init_from:
-        return run.model.build(tokenizer.vocab_size).replace(labels=labels)
-    found = open_model(run.model.init_from).weights_alone().config
-    if found.labels:
-        _check_head(run, found.labels, labels)
-    return found.replace(labels=labels)
+    return model.replace(labels=labels)
 
 
 def starting_weights(run: RunConfig, mesh: Mesh | None, tuning: Tuning) -> Any:

@@ -12,8 +12,9 @@ import pytest
 
 from benchmarks import tpu_compile
 from benchmarks.tpu_topology import Topology
-from llama_jax.errors import ConfigError
-from train.config import RunConfig
+from llama_jax.config import presets
+from llama_jax.errors import ConfigError, LlamaJaxError
+from train.config import DataConfig, ModelConfig, RunConfig, TokenizerConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
 TINY = """\
@@ -77,6 +78,36 @@ def test_too_little_memory_says_how_much_and_what_to_try():
         "the step needs 101.37G of HBM a chip, which has 95.74G: 5.63G too much; try --train.accumulate 2, "
         "--train.remat full, or a larger slice"
     )
+    message = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required "
+        "for HLO temporaries (216.89G) exceeds available HBM (95.73G). HLO module: jit_step."
+    )
+    assert tpu_compile._explain(message, RunConfig()).startswith(
+        "the step needs 216.89G of HBM a chip beside its state, and a chip has 95.73G; try --train.accumulate"
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "message"),
+    [
+        (ModelConfig(preset="tiny"), "llama2_7b", "begins from no weights: set model.preset"),
+        (ModelConfig(init_from="gone"), None, "'gone' is neither a file nor a known model"),
+        (ModelConfig(init_from="gone"), "lama2_70b", r"'lama2_70b'.*did you mean.*llama2_70b"),
+    ],
+)
+def test_a_shape_is_for_weights_that_are_not_here(model, shape, message):
+    with pytest.raises(LlamaJaxError, match=message):
+        tpu_compile.model_of(RunConfig(model=model), shape)
+
+
+def test_the_shape_of_what_is_finetuned_has_the_objectives_head():
+    run = RunConfig(
+        model=ModelConfig(init_from="gone"),
+        tokenizer=TokenizerConfig(vocab_size=32_000),
+        train=TrainConfig(objective="classify"),
+        data=DataConfig(labels=("a", "b")),
+    )
+    assert tpu_compile.model_of(run, "LLAMA2_7B") == presets.LLAMA2_7B.replace(labels=("a", "b"))
 
 
 def run(tmp_path, *words):
