@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import itertools
 import math
@@ -47,23 +46,38 @@ def make_held_out_loss(
 
     def measure(params: Any) -> dict[str, float]:
         count = nbytes = 0.0
-        totals: collections.Counter[str] = collections.Counter()
+        totals: dict[str, np.ndarray] = {}
         for batch in itertools.islice(data.held_out(), run.eval.batches):
             loss, numbers = told(params, frozen, feed.put(batch))
-            totals.update({"held_out_loss": float(loss.total)} | {k: float(v) for k, v in numbers.items()})
+            for name, number in {"held_out_loss": loss.total, **numbers}.items():
+                totals[name] = totals.get(name, 0.0) + np.asarray(number, np.float64)
             count += float(loss.count)
             nbytes += batch["bytes"]
         if not count:
             return {}
-        means = {name: total / count for name, total in totals.items()}
+        confusion = totals.pop("confusion", None)
+        means = {name: float(total) / count for name, total in totals.items()}
+        if confusion is not None:
+            means["macro_f1"] = macro_f1(confusion)
         if run.train.objective not in ("pretrain", "sft"):
             return means
         return means | {
             "perplexity": math.exp(min(means["held_out_loss"], 700)),
-            "bits_per_byte": totals["held_out_loss"] / math.log(2) / nbytes if nbytes else math.nan,
+            "bits_per_byte": float(totals["held_out_loss"]) / math.log(2) / nbytes if nbytes else math.nan,
         }
 
     return measure
+
+
+def macro_f1(confusion: np.ndarray) -> float:
+    """The mean over classes of the harmonic mean of precision and recall, 2 hits / (true + taken).
+
+    Args:
+      confusion: [C, C], how often each class, by row, was taken for each. Classes that neither occur nor are
+        found do not count.
+    """
+    seen = confusion.sum(0) + confusion.sum(1)
+    return float(np.mean(2 * np.diag(confusion)[seen > 0] / seen[seen > 0]))
 
 
 def make_sampler(

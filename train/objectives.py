@@ -28,7 +28,7 @@ from train.segments import last, running_sums
 # prediction counts, and f32 value, a segment's own number at its last token; where they were computed
 # beforehand also f32 reference, log p_ref of an answer at its last token, elsewhere 0.
 Batch = Mapping[str, jax.Array]
-Numbers = dict[str, jax.Array]  # f32 [], each a sum over what `Loss.count` counts
+Numbers = dict[str, jax.Array]  # f32, each a sum over what `Loss.count` counts
 # (parameters, batch, and where needed reference=parameters, key=a random key) -> the loss, and other numbers
 Measure = Callable[..., tuple[Loss, Numbers]]
 Objective = Callable[..., Loss]
@@ -159,7 +159,10 @@ def reward(model: LlamaConfig, config: TrainConfig, platform: str) -> Measure:
 
 
 def classification(model: LlamaConfig, config: TrainConfig, platform: str) -> Measure:
-    """Cross-entropy of the head's classes at each example's last token, with `value` there its label."""
+    """Cross-entropy of the head's classes at each example's last token, with `value` there its label.
+
+    It tells `accuracy`, and `confusion` [C, C]: how often each class, by row, was taken for each.
+    """
     scores = _scores(model, config, platform)
 
     def measure(params: Any, batch: Batch) -> tuple[Loss, Numbers]:
@@ -167,8 +170,14 @@ def classification(model: LlamaConfig, config: TrainConfig, platform: str) -> Me
         labels = _rows(batch["value"]).astype(jnp.int32)
         picked = jnp.where(jnp.arange(logits.shape[-1]) == labels[..., None], logits, 0.0).sum(-1)
         losses = jax.nn.logsumexp(logits, axis=-1) - picked
-        right = jnp.argmax(logits, axis=-1) == labels
-        return _over(last(_rows(batch["segment_ids"])), losses, accuracy=right)
+        taken = jnp.argmax(logits, axis=-1)
+        ends = last(_rows(batch["segment_ids"]))
+        loss, numbers = _over(ends, losses, accuracy=taken == labels)
+        classes = jnp.arange(logits.shape[-1])
+        true = (labels[..., None] == classes) & ends[..., None]
+        pairs = [x.astype(jnp.float32) for x in (true, taken[..., None] == classes)]
+        confusion = jnp.einsum("btc,btd->cd", *pairs, out_sharding=sharding.out_sharding(P(None, None)))
+        return loss, numbers | {"confusion": confusion}
 
     return measure
 

@@ -25,6 +25,7 @@ _SHOWN = {
     "perplexity": ".2f",
     "bits_per_byte": ".3f",
     "accuracy": ".1%",
+    "macro_f1": ".3f",
     "reward_margin": ".3f",
     "mean_absolute_error": ".4f",
 }

@@ -224,7 +224,7 @@ def test_a_classifier_of_all_the_weights_names_its_classes(workshop, shared_data
     (workshop.folder / config).write_text(text.replace("held_out", 'labels = ["beast", "bird"]\nheld_out'))
     done = workshop.run(config, "--train.run_dir", "classes", "--train.steps", 25, "--eval.every", 25)
     assert done.status == 0, done.err
-    assert "accuracy" in done.err
+    assert "accuracy" in done.err and "macro f1" in done.err
     scorer = Scorer.load(workshop.folder / "classes")
     asked = [f"There were 5 of them. The {animal} said: " for animal, _ in PAIRS]
     right = ["bird" if animal in ("duck", "owl") else "beast" for animal, _ in PAIRS]

@@ -16,6 +16,7 @@ from llama_jax.errors import ConfigError, InputError
 from llama_jax.sharding import make_mesh
 from train.config import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.data.config import DataConfig
+from train.evaluate import macro_f1
 from train.feed import Feed
 from train.finetune_config import AdapterConfig, PreferenceConfig
 from train.objectives import make_measure
@@ -119,10 +120,10 @@ def score():
     return {"kernel": jax.random.normal(jax.random.key(5), (64, 3))}
 
 
-def told(objective: str, params: Any, batch: Any, **extras: Any) -> tuple[float, float, dict[str, float]]:
+def told(objective: str, params: Any, batch: Any, **extras: Any) -> tuple[float, float, dict[str, Any]]:
     run = run_of(objective, **extras.pop("preference", {}))
     loss, numbers = jax.jit(make_measure(run, MODEL, "cpu"))(params, batch, **extras)
-    return float(loss.total), float(loss.count), {name: float(x) for name, x in numbers.items()}
+    return float(loss.total), float(loss.count), {name: np.asarray(x) for name, x in numbers.items()}
 
 
 def test_sums_are_over_each_run_of_equal_ids():
@@ -202,10 +203,32 @@ def test_heads_read_the_last_token_of_each_example(params, score):
     picked = jax.nn.log_softmax(logits)[np.arange(len(values)), values.astype(int)]
     np.testing.assert_allclose(total, -picked.sum(), rtol=1e-5)
     assert count == len(values)
-    assert others["accuracy"] == (logits.argmax(-1) == values).sum()
+    taken = logits.argmax(-1)
+    assert others["accuracy"] == (taken == values).sum()
+    confusion = [[((values == i) & (taken == j)).sum() for j in range(3)] for i in range(3)]
+    np.testing.assert_array_equal(others["confusion"], confusion)
+    mesh = make_mesh("fsdp=4,tensor=2")
+    with jax.set_mesh(mesh):
+        laid = {**lj.shard_params(params, mesh, MODEL), "score": score}
+        spread = Feed.over(mesh, BATCH, LENGTH).put(batch)
+        _, on_mesh = jax.jit(make_measure(run_of("classify"), MODEL, "cpu"))(laid, spread)
+    np.testing.assert_array_equal(on_mesh["confusion"], confusion)
     total, _, others = told("regress", {**params, "score": score}, batch)
     np.testing.assert_allclose(total, ((logits[:, 0] - values) ** 2).sum(), rtol=1e-5)
     np.testing.assert_allclose(others["mean_absolute_error"], np.abs(logits[:, 0] - values).sum(), rtol=1e-5)
+
+
+def test_macro_f1_is_the_mean_of_the_classes_f1():
+    found = [[5, 1, 0, 0], [2, 3, 0, 1], [0, 0, 0, 2], [0, 0, 0, 0]]
+    by_hand = []
+    for i in range(4):
+        hits, true, taken = found[i][i], sum(found[i]), sum(row[i] for row in found)
+        if hits:
+            by_hand.append(2 / (true / hits + taken / hits))  # of precision and recall
+        elif true or taken:
+            by_hand.append(0.0)
+    assert macro_f1(np.array(found)) == pytest.approx(np.mean(by_hand))
+    assert macro_f1(np.diag([3, 0, 1])) == 1.0  # what neither occurs nor is found does not count
 
 
 def curve(
