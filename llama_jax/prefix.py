@@ -1,8 +1,8 @@
 """Prefix tuning as tree functions: init / attach / split (Li and Liang, arXiv 2101.00190).
 
 In each layer P learned keys and values stand before those of the text, as if it had begun with P more tokens:
-the text's own positions begin at P. They belong to no row of a key/value cache, and cannot be merged into
-weights. See `lora` for how adapters and parameters go together.
+the text's own positions begin at P, and P fewer of the model's context are left. They belong to no row of a
+key/value cache, and cannot be merged into weights. See `lora` for how adapters and parameters go together.
 """
 
 from __future__ import annotations
