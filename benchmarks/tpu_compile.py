@@ -50,9 +50,9 @@ def compile_step(run: Any, model: Any, topology: Topology) -> tuple[Any, int, fl
     """
     import jax
 
-    from llama_jax.sharding import AXES, check_batch, check_mesh, make_mesh
+    from llama_jax.sharding import AXES, check_batch, check_mesh, make_mesh, on
     from train.devices import run_mesh
-    from train.step import build_step, on
+    from train.step import build_step
 
     devices = topology.devices()
     mesh = run_mesh(run.mesh, devices) or make_mesh(dict.fromkeys(AXES, 1), devices=devices)

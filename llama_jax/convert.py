@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -147,7 +145,7 @@ def save(
     format = _format(format, target)
     if isinstance(model.params["embed"]["embedding"], Quantized):
         raise InputError("the parameters are quantised; load the model without bits to save it")
-    with contextlib.nullcontext() if model.mesh is None else jax.set_mesh(model.mesh):
+    with model.on_mesh():
         tensors = ParamsTensors(model.config, adapters.merge(model.params))
     write(_plan(tensors, format, dtype, shards, model.tokenizer), tensors, target, progress=progress)
     return target

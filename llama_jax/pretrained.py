@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax import hub, known
+from llama_jax import hub, known, sharding
 from llama_jax.adapters import Settings, attach
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, InputError, TokenizerError
@@ -134,7 +133,7 @@ class Opened:
         """Reads the parameters, as `load` does."""
         how: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "stacked": stacked, "progress": progress}
         read = load_tensors(self.tensors, **how) if self.adapters else load_params(self.source, **how)
-        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        with sharding.on(mesh):
             if bits is not None:
                 read = quantize(read, bits)
             return read if self.beside is None else attach(self.beside[0], read, self.beside[1])

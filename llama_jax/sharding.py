@@ -10,6 +10,7 @@ type carries its layout. Each name below ends in the letters of its dimensions (
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -209,6 +210,11 @@ def explicit_axes() -> dict[str, int]:
         for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
         if kind == AxisType.Explicit
     }
+
+
+def on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """The context in which a program runs on `mesh`; nothing where there is none."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def out_sharding(spec: P, shape: tuple[int, ...] | None = None) -> P | None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from llama_jax import sharding
 from llama_jax.beam import EarlyStopping, beam_search
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
@@ -261,7 +262,7 @@ class Model:
 
     def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which functions on this model's parameters run: its mesh, if it has one."""
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+        return sharding.on(self.mesh)
 
     def _until_stopped(
         self,

@@ -20,7 +20,7 @@ from llama_jax import LlamaConfig, adapters
 from llama_jax.cli import output
 from llama_jax.cli.compiled import keep_compiled_programs
 from llama_jax.errors import ConfigError, DataError, InputError
-from llama_jax.sharding import check_mesh
+from llama_jax.sharding import check_mesh, on
 from llama_jax.tokenizer import Tokenizer
 from llama_jax.weights.adapters import IN_RUN
 from llama_jax.weights.derived import Head
@@ -42,7 +42,7 @@ from train.reference import reference_logprobs
 from train.report import Report
 from train.signals import Interrupts
 from train.starting import starting_model, starting_weights
-from train.state import begin, on, take_apart
+from train.state import begin, take_apart
 from train.step import build_step
 from train.tuning import Frozen, Tuning
 from train.vocabulary import run_tokenizer

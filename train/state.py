@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import chex
@@ -13,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax import LlamaConfig, init
+from llama_jax.sharding import on
 from train.tuning import Frozen, Trainable, Tuning
 
 FULL = Tuning()  # every weight is trained
@@ -104,8 +104,3 @@ def _layout(x: Any, mesh: Mesh | None) -> jax.sharding.Sharding:
         return SingleDeviceSharding(jax.devices()[0])
     spec = getattr(x.sharding, "spec", None)  # eval_shape knows the abstract mesh alone
     return NamedSharding(mesh, P() if spec is None else spec)
-
-
-def on(mesh: Mesh | None) -> Any:
-    """The context in which a step runs: `mesh` if there is one."""
-    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)

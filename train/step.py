@@ -14,12 +14,12 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from llama_jax import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.loss import Loss
-from llama_jax.sharding import TOKENS_BT, explicit_axes
+from llama_jax.sharding import TOKENS_BT, explicit_axes, on
 from train.config import RunConfig
 from train.feed import batch_arrays
 from train.objectives import Batch, Objective, make_objective
 from train.optimizer import make_optimizer, make_schedule
-from train.state import FULL, TrainState, abstract_begin, on
+from train.state import FULL, TrainState, abstract_begin
 from train.tuning import Frozen, Tuning
 
 

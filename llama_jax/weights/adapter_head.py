@@ -16,7 +16,7 @@ from llama_jax.weights.derived import Head
 from llama_jax.weights.hf import MOST_LABELS, unnamed
 from llama_jax.weights.names import SCORE
 from llama_jax.weights.safetensors import read_json, read_metadata, read_safetensors_header
-from llama_jax.weights.source import TensorInfo, decode_floats, quote, read_bytes
+from llama_jax.weights.source import TensorInfo, quote, read_f32
 
 # What PEFT calls it, within its wrapper of the model's matrices and without one.
 TENSORS = (f"base_model.model.{SCORE.hf}", f"base_model.{SCORE.hf}")
@@ -86,7 +86,7 @@ def read_head(description: Path, fields: Mapping[str, Any], tensors: Path) -> He
             f"{file}: {name} is of {info.shape[0]} classes, and {HUB_CONFIG} names {len(labels)}; "
             "use those saved together"
         )
-    return Head(decode_floats(name, info, read_bytes(name, info)).astype("<f4"), labels)
+    return Head(read_f32(name, info), labels)
 
 
 def _by_number(path: Path, names: Any) -> tuple[str, ...]:

@@ -18,9 +18,8 @@ import numpy as np
 
 from llama_jax.bottleneck import Activation, Bottleneck
 from llama_jax.errors import CheckpointError
-from llama_jax.weights.peft import read_f32
 from llama_jax.weights.safetensors import read_safetensors_header
-from llama_jax.weights.source import TensorInfo, brief, quote
+from llama_jax.weights.source import TensorInfo, brief, quote, read_f32
 
 WEIGHTS = "adapter.safetensors"
 # Where AdapterHub puts them, the field that says whether they are there, and what it calls their leaves.

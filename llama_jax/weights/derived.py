@@ -10,10 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from llama_jax import lora
+from llama_jax import adapters, lora
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
-from llama_jax.model import init
 from llama_jax.weights.names import SCORE, Leaf
 from llama_jax.weights.tensors import Tensors
 from llama_jax.weights.write.cast import cast
@@ -233,7 +232,7 @@ class Merged(_Derived):
     into: np.dtype[Any] | None = None
 
     def __post_init__(self) -> None:
-        lora.check(jax.eval_shape(lambda: init(self.config, jax.random.key(0))), self.adapter)
+        adapters.check(self.settings, self.config, self.adapter)
         object.__setattr__(self, "adapter", jax.tree.map(np.asarray, self.adapter))
 
     def dtype(self, leaf: Leaf, layer: int | None) -> np.dtype[Any]:

@@ -23,7 +23,7 @@ from llama_jax.lora import PROJECTIONS, Lora
 from llama_jax.weights import adapter_head
 from llama_jax.weights.names import LEAVES, Leaf
 from llama_jax.weights.safetensors import read_safetensors_header
-from llama_jax.weights.source import TensorInfo, brief, decode_floats, quote, read_bytes
+from llama_jax.weights.source import TensorInfo, brief, quote, read_f32
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's wrappers around the model
@@ -35,13 +35,12 @@ _NAME = re.compile(
     rf"{re.escape(PREFIX)}(?P<module>model\.layers\.(?P<layer>\d{{1,4}})\.(?:self_attn|mlp)\.(?P<hf>\w+))"
     rf"\.(?P<kind>{re.escape(A)}|{re.escape(B)}|{MAGNITUDE})(?:(?<=vector)\.weight)?"
 )
-# Fields that are read below, or that change nothing of what a finished adapter computes. Of any other, only
-# a value that means "not used" is taken: PEFT's next invention must not be left out in silence.
-_READ = {"peft_type", "task_type", "r", "lora_alpha", "use_rslora", "use_dora", "target_modules"}
-_READ |= {"rank_pattern", "alpha_pattern", "init_lora_weights", "bias", "modules_to_save"}
-_HARMLESS = {"auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode"}
-_HARMLESS |= {"lora_dropout", "exclude_modules", "layers_pattern", "eva_config", "megatron_config"}
-_HARMLESS |= {"megatron_core", "qalora_group_size", "runtime_config"}
+# Fields that are read below, or that change nothing of what a finished adapter computes.
+_KNOWN = {"r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "rank_pattern", "alpha_pattern"}
+_KNOWN |= {"init_lora_weights", "bias", "lora_dropout", "exclude_modules", "layers_pattern", "eva_config"}
+_KNOWN |= {"megatron_config", "megatron_core", "qalora_group_size", "runtime_config"}
+_OF_ANY_KIND = {"peft_type", "task_type", "modules_to_save", "auto_mapping", "base_model_name_or_path"}
+_OF_ANY_KIND |= {"revision", "peft_version", "inference_mode"}
 _MOST_PADDING = 64  # how many times its own size an adapter may take, for all modules to have one rank
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # that leave the base as it is
 
@@ -93,6 +92,27 @@ def read_lora(description: Path, found: Mapping[str, Any]) -> tuple[Lora, dict[s
                 leaf["magnitude"][module.layer] = arrays[MAGNITUDE]
         made.setdefault(own[0].leaf.path[1], {})[name] = leaf
     return settings, jax.tree.map(jnp.asarray, {"layers": made})
+
+
+def check_known(path: Path, fields: Mapping[str, Any], known: set[str]) -> None:
+    """Checks that a description says nothing but what is known.
+
+    Of any other field, only a value that means "not used" is taken: PEFT's next invention must not be left
+    out in silence.
+
+    Args:
+      path: the description.
+      fields: what it holds.
+      known: the fields of its kind; those of every kind are known.
+
+    Raises:
+      CheckpointError: for the first field that is not.
+    """
+    for key, value in fields.items():
+        if key not in known | _OF_ANY_KIND and value not in (None, False, "", [], {}):
+            raise CheckpointError(
+                f"{path}: {quote(key)} is {quote(str(value))}, which llama_jax does not know or do"
+            )
 
 
 def tensors_file(description: Path) -> Path:
@@ -191,11 +211,6 @@ def _modules(file: Path, stored: Mapping[str, TensorInfo], fields: _Fields) -> t
     return modules, layers
 
 
-def read_f32(name: str, info: TensorInfo) -> np.ndarray:
-    """A stored tensor of any float type, f32."""
-    return decode_floats(name, info, read_bytes(name, info)).astype(np.float32)
-
-
 class _Fields:
     """The fields of an adapter_config.json, each checked for its type."""
 
@@ -216,9 +231,7 @@ class _Fields:
                 f"init_lora_weights is {quote(str(start))}, which changes the base's weights too; convert "
                 "the adapter with PEFT's path_initial_model_for_weight_conversion"
             )
-        for key, value in self.fields.items():
-            if key not in _READ | _HARMLESS and value not in (None, False, "", [], {}):
-                raise self.error(f"{quote(key)} is {quote(str(value))}, which llama_jax does not know or do")
+        check_known(self.path, self.fields, _KNOWN)
 
     def settings(self, rank: int, names: list[str]) -> Lora:
         return Lora(

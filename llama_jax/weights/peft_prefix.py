@@ -15,16 +15,14 @@ import jax.numpy as jnp
 from llama_jax.errors import CheckpointError
 from llama_jax.prefix import Prefix
 from llama_jax.weights import adapter_head
-from llama_jax.weights.peft import read_f32, tensors_file
+from llama_jax.weights.peft import check_known, tensors_file
 from llama_jax.weights.safetensors import read_safetensors_header
-from llama_jax.weights.source import brief, quote
+from llama_jax.weights.source import brief, quote, read_f32
 
 TENSOR = "prompt_embeddings"
 
 _SIZES = ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")
-_HARMLESS = {"auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode"}
-_HARMLESS |= {"encoder_hidden_size", "prefix_projection", "init_weights", "peft_type", "task_type", *_SIZES}
-_HARMLESS |= {"num_transformer_submodules", "modules_to_save"}
+_KNOWN = {*_SIZES, "num_transformer_submodules", "encoder_hidden_size", "prefix_projection", "init_weights"}
 
 
 def read_prefix(description: Path, fields: Mapping[str, Any]) -> tuple[Prefix, dict[str, Any]]:
@@ -50,9 +48,7 @@ def read_prefix(description: Path, fields: Mapping[str, Any]) -> tuple[Prefix, d
         raise error(
             f"num_transformer_submodules is {quote(str(fields['num_transformer_submodules']))}; a Llama has 1"
         )
-    for key, value in fields.items():
-        if key not in _HARMLESS and value not in (None, False, "", [], {}):
-            raise error(f"{quote(key)} is {quote(str(value))}, which llama_jax does not know or do")
+    check_known(description, fields, _KNOWN)
     for key in _SIZES:
         if type(fields.get(key)) is not int or not 0 < fields[key] < 1 << 31:
             raise error(f"{key} is {quote(str(fields.get(key)))}; it must be a whole number, at least 1")

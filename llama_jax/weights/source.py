@@ -103,6 +103,11 @@ def decode_floats(name: str, info: TensorInfo, raw: np.ndarray) -> np.ndarray:
     return raw.view(FLOAT_DTYPES[info.dtype]).reshape(info.shape)
 
 
+def read_f32(name: str, info: TensorInfo) -> np.ndarray:
+    """Reads a plain tensor of any floating-point type as f32."""
+    return decode_floats(name, info, read_bytes(name, info)).astype(np.float32)
+
+
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """Opens a regular file for reading, and says how many bytes it has.

@@ -13,7 +13,7 @@ import pytest
 import llama_jax as lj
 from llama_jax import lora
 from llama_jax.errors import ConfigError, InputError
-from llama_jax.sharding import make_mesh
+from llama_jax.sharding import make_mesh, on
 from train.config import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.data.config import DataConfig
 from train.evaluate import macro_f1
@@ -23,7 +23,7 @@ from train.objectives import make_measure
 from train.optimizer import make_optimizer, make_schedule
 from train.preference import dpo_loss, ranking_loss
 from train.segments import last, running_sums
-from train.state import abstract_begin, begin, on
+from train.state import abstract_begin, begin
 from train.step import build_step
 from train.tuning import Tuning
 

@@ -13,7 +13,7 @@ import pytest
 
 import llama_jax as lj
 from llama_jax.errors import ConfigError, DataError, InputError
-from llama_jax.sharding import make_mesh
+from llama_jax.sharding import make_mesh, on
 from llama_jax.tokenizer import load_tokenizer
 from tests.tiny import PIECES, write_model
 from train.config import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -23,7 +23,7 @@ from train.feed import Feed
 from train.finetune_config import AdapterConfig, PreferenceConfig
 from train.optimizer import make_optimizer, make_schedule
 from train.reference import NAME, reference_logprobs
-from train.state import begin, on
+from train.state import begin
 from train.step import build_step
 from train.tuning import Tuning
 

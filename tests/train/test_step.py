@@ -16,12 +16,12 @@ import pytest
 import llama_jax as lj
 from llama_jax.errors import ConfigError
 from llama_jax.loss import Loss
-from llama_jax.sharding import make_mesh, param_specs
+from llama_jax.sharding import make_mesh, on, param_specs
 from train.config import OptimizerConfig, RunConfig, TrainConfig
 from train.feed import Feed
 from train.objectives import pretraining
 from train.optimizer import make_optimizer, make_schedule
-from train.state import TrainState, create_state, on
+from train.state import TrainState, create_state
 from train.step import build_step, make_step
 
 MODEL = lj.LlamaConfig(
