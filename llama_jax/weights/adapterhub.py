@@ -39,8 +39,8 @@ _NAME = re.compile(
     r"(?:model\.)?layers\.(?P<layer>\d{1,4})\.(?P<place>attention_adapters|output_adapters)\.adapters\."
     r"(?P<adapter>[^.]+)\.(?P<leaf>adapter_(?:down\.0|up)\.(?:weight|bias))"
 )
-# What makes an adapter another one than the paper's, and the value that does not.
-_PLAIN: Mapping[str, Any] = {
+# What an adapter of the paper's is by; and what makes one another, with the value that does not.
+PLAIN: Mapping[str, Any] = {
     "original_ln_before": False,
     "original_ln_after": True,
     "residual_before_ln": True,
@@ -48,6 +48,8 @@ _PLAIN: Mapping[str, Any] = {
     "ln_before": False,
     "ln_after": False,
     "is_parallel": False,
+}
+_UNUSED: Mapping[str, Any] = {
     "phm_layer": False,
     "use_gating": False,
     "cross_adapter": False,
@@ -142,7 +144,7 @@ def _check(path: Path, config: Mapping[str, Any]) -> None:
         raise error("architecture", "of AdapterHub's adapters only bottlenecks can be read")
     if str(config.get("non_linearity")).lower() not in ACTIVATIONS:
         raise error("non_linearity", f"it must be one of {', '.join(ACTIVATIONS)}")
-    for key, plain in _PLAIN.items():
+    for key, plain in {**PLAIN, **_UNUSED}.items():
         if config.get(key, plain) not in (plain, None):
             raise error(key, f"only {plain!r}, as in double_seq_bn, can be read")
     scaling = config.get("scaling", 1.0)

@@ -9,7 +9,7 @@ import numpy as np
 from llama_jax.bottleneck import Bottleneck
 from llama_jax.config import LlamaConfig
 from llama_jax.weights.adapter_head import HUB_CONFIG, HUB_WEIGHTS
-from llama_jax.weights.adapterhub import ACTIVATIONS, LEAVES, PLACES, WEIGHTS
+from llama_jax.weights.adapterhub import ACTIVATIONS, LEAVES, PLACES, PLAIN, WEIGHTS
 from llama_jax.weights.adapters import CONFIG
 from llama_jax.weights.derived import Head
 from llama_jax.weights.hf import CLASSIFIER
@@ -53,13 +53,7 @@ def _config(settings: Bottleneck, config: LlamaConfig) -> dict[str, Any]:
         **{field: part in settings.parts for part, (_, field) in PLACES.items()},
         "reduction_factor": factor,
         "non_linearity": next(name for name, ours in ACTIVATIONS.items() if ours == settings.activation),
-        "original_ln_before": False,
-        "original_ln_after": True,
-        "residual_before_ln": True,
-        "adapter_residual_before_ln": False,
-        "ln_before": False,
-        "ln_after": False,
-        "is_parallel": False,
+        **PLAIN,
         "scaling": 1.0,
     }
 
