@@ -158,7 +158,9 @@ def _xla(q: jax.Array, k: Layer, v: Layer, where: Where, prefix: KeyValues | Non
     """[B, K, G, T, H] by [B, K, S, H] -> [B, K, G, T, H], all scores at once."""
     scores = _scores(q, k, where.mask())
     if prefix is None:
-        return _weighted(jax.nn.softmax(scores, axis=-1), v, q.dtype).astype(q.dtype)
+        # Divided when they are summed up, [T, H] numbers in the place of [T, S].
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        return (_weighted(weights, v, q.dtype) / weights.sum(-1, keepdims=True)).astype(q.dtype)
     # Joined as scores, of which there are few: joining the keys would copy the cache at every token.
     first = _prefix_scores(q, prefix)
     weights = jax.nn.softmax(jnp.concatenate([first, scores], axis=-1), axis=-1)
@@ -183,10 +185,15 @@ def _prefix_weighted(weights: jax.Array, prefix: KeyValues, dtype: jnp.dtype) ->
 
 def _scores(q: jax.Array, k: Layer, mask: jax.Array) -> jax.Array:
     """f32 [B, K, G, T, S], scaled and masked."""
-    if isinstance(k, Int8):
-        scores = dot("bkgth,bksh->bkgts", q, k.values.astype(q.dtype)) * k.scale[:, :, None, None]
+    keys = (k.values if isinstance(k, Int8) else k).astype(q.dtype)
+    if q.shape[3] == 1:
+        # Of one query it is the scores that are transposed. XLA:CPU copies the right side of a product over
+        # its last dimension, which is the whole cache.
+        scores = dot("bksh,bkgth->bksgt", keys, q).transpose(0, 1, 3, 4, 2)
     else:
-        scores = dot("bkgth,bksh->bkgts", q, k.astype(q.dtype))
+        scores = dot("bkgth,bksh->bkgts", q, keys)
+    if isinstance(k, Int8):
+        scores = scores * k.scale[:, :, None, None]
     return jnp.where(mask, scores / math.sqrt(q.shape[-1]), MASKED)
 
 

@@ -22,6 +22,9 @@ from llama_jax.quantization import Quantized
 
 Backward = Literal["autodiff", "fast"]
 
+# How many parts `_one_row` reads a matrix in: the best or as good as any from [288, 288] to [11008, 4096].
+PARTS = 4
+
 
 def contract(equation: str, x: jax.Array, weight: jax.Array | Quantized, *, stored: P, out: P) -> jax.Array:
     """einsum of an activation [B, T, ...] with a weight, computed in x's dtype, accumulated in f32.
@@ -43,12 +46,26 @@ def contract(equation: str, x: jax.Array, weight: jax.Array | Quantized, *, stor
         outputs = [size for axis, size in enumerate(weight.shape) if axis not in weight.summed]
         return result.reshape(*x.shape[:2], *outputs)
     weight = sharding.gather(weight.astype(x.dtype), stored)
-    rows = x.shape[0] * x.shape[1]
-    if rows == 1 and x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        # XLA:CPU has a bf16 matmul but no bf16 matvec worth the name: two rows are 2-10x faster than one.
-        x = jnp.concatenate([x, x], axis=1)
-    result = dot(equation, x, weight, layout)
-    return result[:, :1] if rows == 1 else result
+    if x.shape[0] * x.shape[1] == 1 and jax.default_backend() == "cpu":
+        return _one_row(equation, x, weight, layout)
+    return dot(equation, x, weight, layout)
+
+
+def _one_row(equation: str, x: jax.Array, weight: jax.Array, layout: P | None) -> jax.Array:
+    """`dot` of a single row, which is decoding a text, in the forms that XLA:CPU is quick at."""
+    if x.dtype == jnp.bfloat16:
+        # There is a bf16 matmul but no bf16 matvec worth the name: two rows are 2-10x faster than one.
+        return dot(equation, jnp.concatenate([x, x], axis=1), weight, layout)[:, :1]
+    operands, result = equation.split("->")
+    left, right = operands.split(",")
+    whole = right[0] != left[-1] or weight.shape[0] % PARTS
+    if whole or x.dtype != jnp.float32 or sharding.explicit_axes():
+        return dot(equation, x, weight, layout)
+    # As so many products side by side, each of some rows of the matrix: several whole streams out of memory
+    # in the place of one of slices of rows, up to a third faster.
+    x = x.reshape(*x.shape[:-1], PARTS, -1)
+    weight = weight.reshape(PARTS, -1, *weight.shape[1:])
+    return dot(f"{left[:-1]}p{left[-1]},p{right}->p{result}", x, weight).sum(0)
 
 
 def project(

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 import llama_jax as lj
 from llama_jax import rope, sharding
 from llama_jax.layers import embed, embed_fast
-from llama_jax.linear import project, swiglu, swiglu_down, weight_gradient
+from llama_jax.linear import contract, project, swiglu, swiglu_down, weight_gradient
 from llama_jax.sharding import make_mesh
 from tests.random_models import random_model
 
@@ -50,6 +50,34 @@ def test_weight_gradient_is_einsum(dims, dtype):
     expected = jnp.einsum(f"{x_dims},{y_dims}->{out_dims}", x.astype(F32), y.astype(F32))
     assert got.dtype == F32
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("width", [64, 36, 18, 3], ids=lambda width: f"D{width}")
+@pytest.mark.parametrize(
+    ("equation", "shape"),
+    [("btd,df->btf", "df"), ("btd,dnh->btnh", "dnh"), ("btd,vd->btv", "vd"), ("btnh,nhd->btd", "nhd")],
+)
+def test_one_row_is_a_row_among_others_however_it_is_read(equation, shape, width, dtype):
+    """`contract` reads the matrix of a single row in parts, where it can be divided."""
+    sizes = SIZES | {"d": width}
+    x = draw(0, *(sizes[d] for d in equation.split(",")[0]), dtype=dtype)
+    weight = draw(1, *(sizes[d] for d in shape), dtype=dtype)
+    nowhere = {"stored": P(*(None,) * len(shape)), "out": P(*(None,) * len(equation.split("->")[1]))}
+    run = jax.jit(lambda x: contract(equation, x, weight, **nowhere))
+    whole, row = run(x), run(x[:1, :1])
+    assert row.dtype == F32 and row.shape == whole[:1, :1].shape
+    np.testing.assert_allclose(row, whole[:1, :1], rtol=1e-5, atol=1e-5)
+    # Under vmap the rows have a dimension of their own.
+    rows = jax.vmap(run)(x[:, :1][:, None])
+    np.testing.assert_allclose(rows[:, 0], whole[:, :1], rtol=1e-5, atol=1e-5)
+    slope = jax.grad(lambda x: (run(x) ** 2).sum())
+    np.testing.assert_allclose(
+        slope(x[:1, :1].astype(F32)),
+        slope(x.astype(F32))[:1, :1],
+        rtol=2e-2 if dtype == BF16 else 1e-4,
+        atol=1e-3,
+    )
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
