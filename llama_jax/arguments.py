@@ -1,10 +1,12 @@
 """What `generate` and its kin are handed: checked, padded and given one form before anything is traced.
 
-What is known at the call is handled in numpy: an operation of JAX would be compiled anew for each length.
+What is known at the call is handled in numpy, and moved by `device_put`: an operation of JAX, `jnp.asarray`
+too, would be compiled anew for each length.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -90,8 +92,8 @@ def check(
         # Clipped, since padding may be any number, which int32 may not hold.
         ids = np.clip(ids, -1, 2**31 - 1).astype(np.int32)
         ids = ids if room is None else np.pad(ids[:, :longest], ((0, 0), (0, room - (longest or 0))))
-        tokens = jnp.asarray(ids)
-    counts = lengths if counts is None else counts.astype(np.int32)
+        tokens = jax.device_put(ids)
+    counts = lengths if counts is None else jax.device_put(counts.astype(np.int32))
     return Request(
         tokens=jnp.asarray(tokens, jnp.int32),
         lengths=jnp.asarray(counts, jnp.int32),
@@ -133,7 +135,7 @@ def end_ids(eos_id: EosId) -> jax.Array:
         raise InputError(f"eos_id is {eos_id!r}; it must be a token id, a sequence of them, or None")
     padded = np.full(max(8, -(-known.size // 8) * 8), -1, np.int32)
     padded[: known.size] = known
-    return jnp.asarray(padded)
+    return jax.device_put(padded)
 
 
 def row_keys(key: jax.Array, batch: int) -> jax.Array:
@@ -183,3 +185,37 @@ def _check_ids(config: LlamaConfig, ids: np.ndarray, lengths: np.ndarray) -> Non
             f"token id {ids[row, at]} in row {row}, position {at} is outside the vocabulary of "
             f"{config.vocab_size}; does the tokenizer belong to this model?"
         )
+
+
+def random_key(seed: int) -> jax.Array:
+    """A key from a seed of at most 64 bits.
+
+    Raises:
+      InputError: if it is none.
+    """
+    try:
+        return jax.random.key(np.int64(operator.index(seed)))
+    except (TypeError, OverflowError):
+        what = "a whole number of at most 64 bits"
+        raise InputError(f"seed is {str(seed)[:40]}; it must be {what}") from None
+
+
+def pad_right(rows: Sequence[Sequence[int]]) -> tuple[jax.Array, jax.Array]:
+    """Lays ragged rows of ids side by side.
+
+    Returns:
+      tokens [B, T] int32, right-padded with 0, and their lengths [B] int32.
+
+    Raises:
+      InputError: for an id that no vocabulary has.
+    """
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.zeros((len(rows), max(lengths)), np.int32)
+    for row, ids in enumerate(rows):
+        try:
+            tokens[row, : len(ids)] = ids
+        except OverflowError:
+            raise InputError(
+                f"row {row} has the token id {max(ids, key=abs)}, beyond any vocabulary; ids are below 2^31"
+            ) from None
+    return jax.device_put(tokens), jax.device_put(lengths)

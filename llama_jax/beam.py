@@ -164,11 +164,11 @@ def beam_search(
         prompts, slots = request.tokens, arguments.capacity(longest + num_beams * max_new_tokens)
     search = _Search(
         lengths=request.lengths,
-        longest=jnp.asarray(longest, jnp.int32),
-        limit=jnp.asarray(max_new_tokens, jnp.int32),
+        longest=jax.device_put(np.int32(longest)),
+        limit=jax.device_put(np.int32(max_new_tokens)),
         eos_ids=request.eos_ids,
         length_penalty=_penalties(length_penalty, batch),
-        early_stopping=jnp.asarray(_when_to_stop(early_stopping, num_beams), jnp.int32),
+        early_stopping=jax.device_put(np.int32(_when_to_stop(early_stopping, num_beams))),
         sampling=request.sampling,
     )
     dtype = kv.dtype_name(cache_dtype)
@@ -391,7 +391,7 @@ def _penalties(length_penalty: Any, batch: int) -> jax.Array:
     number = jnp.issubdtype(values.dtype, np.floating) or jnp.issubdtype(values.dtype, np.integer)
     if not number or not np.isfinite(values.astype(np.float32)).all():
         raise InputError(f"length_penalty is {length_penalty!r}; it must be a finite number, or one a row")
-    return jnp.asarray(np.broadcast_to(values.astype(np.float32), (batch,)))
+    return jax.device_put(np.broadcast_to(values.astype(np.float32), (batch,)))
 
 
 def _when_to_stop(early_stopping: EarlyStopping, num_beams: int) -> int:

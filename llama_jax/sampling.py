@@ -102,7 +102,8 @@ class Sampling:
         def row(value: jax.typing.ArrayLike, dtype: jax.typing.DTypeLike) -> jax.Array:
             if isinstance(value, jax.Array):
                 return jnp.broadcast_to(value.astype(dtype), (batch,))
-            return jnp.asarray(np.broadcast_to(np.asarray(value, dtype), (batch,)))
+            # Not by `jnp.asarray`, which compiles a program for each shape.
+            return jax.device_put(np.broadcast_to(np.asarray(value, dtype), (batch,)))
 
         return Sampling(
             temperature=row(self.temperature, jnp.float32),
@@ -192,7 +193,7 @@ def _id_rows(value: Any, batch: int) -> jax.Array:
     ids = ids[None] if ids.ndim == 0 else ids
     ids = lib.broadcast_to(ids, (batch, ids.shape[-1]))
     padding = max(_IDS_AT_ONCE - ids.shape[-1], -ids.shape[-1] % _IDS_AT_ONCE)
-    return jnp.asarray(lib.pad(ids, ((0, 0), (0, padding)), constant_values=-1))
+    return jax.device_put(lib.pad(ids, ((0, 0), (0, padding)), constant_values=-1))
 
 
 def temperature(logits: jax.Array, value: jax.Array) -> jax.Array:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax import sharding
+from llama_jax import arguments, sharding
+from llama_jax.arguments import pad_right, random_key
 from llama_jax.beam import EarlyStopping, beam_search
 from llama_jax.config import LlamaConfig
+from llama_jax.drafts import Draft, DraftModel
 from llama_jax.errors import InputError
 from llama_jax.generation import generate, stream
 from llama_jax.sampling import Sampling
+from llama_jax.speculative import Speculation, speculative_generate
 from llama_jax.stop_strings import StopStrings
 from llama_jax.tokenizer import StreamDecoder, Tokenizer
 
@@ -73,6 +74,8 @@ class Model:
         num_beams: int = ...,
         length_penalty: float = ...,
         early_stopping: EarlyStopping = ...,
+        draft: Draft | Model | None = ...,
+        num_draft_tokens: int = ...,
         cache_dtype: str | None = ...,
         **settings: Unpack[Settings],
     ) -> str: ...
@@ -86,6 +89,8 @@ class Model:
         num_beams: int = ...,
         length_penalty: float = ...,
         early_stopping: EarlyStopping = ...,
+        draft: Draft | Model | None = ...,
+        num_draft_tokens: int = ...,
         cache_dtype: str | None = ...,
         **settings: Unpack[Settings],
     ) -> list[str]: ...
@@ -103,6 +108,8 @@ class Model:
         num_beams: int = 1,
         length_penalty: float = 1.0,
         early_stopping: EarlyStopping = False,
+        draft: Draft | Model | None = None,
+        num_draft_tokens: int = 8,
         cache_dtype: str | None = None,
         **settings: Any,
     ) -> Any:
@@ -116,6 +123,9 @@ class Model:
           num_beams: follow so many texts and give the best: beam search, which leaves nothing to chance.
           length_penalty: for beams, see `beam_search`; above 0 favours long texts.
           early_stopping: for beams, likewise.
+          draft: judge several drafted tokens in each run of the model, see `speculate`: the same text
+            sooner. `PromptLookup()` where the text repeats what it has said; or a smaller model.
+          num_draft_tokens: how many at a time.
           cache_dtype: hold keys and values in float32, bfloat16, float16 or int8.
           **settings: how to choose each token, see `Settings`: `temperature=0.8, top_p=0.95, seed=1`.
 
@@ -135,16 +145,14 @@ class Model:
         sampling, key = self.settings(**settings)
         stops = StopStrings(stop_strings)
         count = 1 if num_return_sequences is None else num_return_sequences
-        shared: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "eos_id": self.tokenizer.eos_ids,
-            "num_return_sequences": count,
-            "cache_dtype": cache_dtype,
-        }
+        owners = [row for row in rows for _ in range(arguments.whole_number("num_return_sequences", count))]
+        shared: dict[str, Any] = {"max_new_tokens": max_new_tokens, "cache_dtype": cache_dtype}
+        whole = {**shared, "eos_id": self.tokenizer.eos_ids, "num_return_sequences": count}
         prompts_b = (self.config, self.params, tokens, lengths)
         if num_beams != 1:
-            if stops.any:
-                raise InputError("stop_strings and num_beams do not go together; leave one of them out")
+            for name, given in (("stop_strings", stops.any), ("draft", draft is not None)):
+                if given:
+                    raise InputError(f"{name} and num_beams do not go together; leave one of them out")
             with self.on_mesh():
                 found = beam_search(
                     *prompts_b,
@@ -152,19 +160,67 @@ class Model:
                     length_penalty=length_penalty,
                     early_stopping=early_stopping,
                     sampling=sampling,
-                    **shared,
+                    **whole,
                 )
             new, counts = (np.asarray(x).reshape(-1, *x.shape[2:]) for x in (found.tokens, found.lengths))
+        elif draft is not None:
+            out = self.speculate(
+                owners, sampling, key, draft=draft, num_draft_tokens=num_draft_tokens, **shared
+            ).generation
+            new, counts = np.asarray(out.tokens), np.asarray(out.lengths)
         elif stops.any:
-            texts = self._until_stopped(prompts_b, key, sampling, stop_strings, shared, rows)
+            texts = self._until_stopped(prompts_b, key, sampling, stop_strings, whole, owners)
             return _nested(texts, count, prompt, num_return_sequences)
         else:
             with self.on_mesh():
-                out = generate(*prompts_b, key, sampling, **shared)
+                out = generate(*prompts_b, key, sampling, **whole)
             new, counts = np.asarray(out.tokens), np.asarray(out.lengths)
-        owners = [row for row in rows for _ in range(count)]
-        texts = [self._continuation(ids, new[at, : counts[at]]) for at, ids in enumerate(owners)]
+        texts = [self.continuation(ids, new[at, : counts[at]], stop_strings) for at, ids in enumerate(owners)]
         return _nested(texts, count, prompt, num_return_sequences)
+
+    def speculate(
+        self,
+        rows: Sequence[Sequence[int]],
+        sampling: Sampling,
+        key: jax.Array | None = None,
+        *,
+        draft: Draft | Model,
+        num_draft_tokens: int = 8,
+        max_new_tokens: int,
+        cache_dtype: str | None = None,
+    ) -> Speculation:
+        """Continues rows of ids by `speculative_generate`, which says what comes out.
+
+        Args:
+          rows: the ids of each prompt.
+          sampling: settings, as from `settings`.
+          key: likewise; of seed 0 if None.
+          draft: `PromptLookup`, `DraftModel`, or a smaller `Model` of the same vocabulary.
+          num_draft_tokens: how many drafts a run of the model judges.
+          max_new_tokens: at most so many a row.
+          cache_dtype: as for `generate`.
+
+        Raises:
+          InputError: as `speculative_generate`; for a model whose ids stand for other texts.
+        """
+        if isinstance(draft, Model):
+            self._check_vocabulary(draft)
+            draft = DraftModel(draft.config, draft.params)
+        tokens, lengths = pad_right(rows)
+        with self.on_mesh():
+            return speculative_generate(
+                self.config,
+                self.params,
+                tokens,
+                lengths,
+                random_key(0) if key is None else key,
+                sampling,
+                draft=draft,
+                num_draft_tokens=num_draft_tokens,
+                max_new_tokens=max_new_tokens,
+                eos_id=self.tokenizer.eos_ids,
+                cache_dtype=cache_dtype,
+            )
 
     def stream(
         self,
@@ -271,10 +327,9 @@ class Model:
         sampling: Sampling,
         stop_strings: str | Sequence[str],
         shared: dict[str, Any],
-        rows: list[list[int]],
+        owners: list[list[int]],
     ) -> list[str]:
         """`generate` a token at a time, each text until its first stop string."""
-        owners = [row for row in rows for _ in range(shared["num_return_sequences"])]
         decoders = [self._decoder_after(ids) for ids in owners]
         stops = [StopStrings(stop_strings) for _ in owners]
         texts: list[list[str]] = [[] for _ in owners]
@@ -288,9 +343,21 @@ class Model:
             text.append(stop.push(decoder.flush())[0] + stop.flush())
         return ["".join(text) for text in texts]
 
-    def _continuation(self, prompt: Sequence[int], new: np.ndarray) -> str:
-        text = self._decoder_after(prompt)
-        return text.extend(new) + text.flush()
+    def continuation(
+        self, prompt: Sequence[int], new: Iterable[int], stop_strings: str | Sequence[str] = ()
+    ) -> str:
+        """The text of new ids after a prompt's, as far as the first of the stop strings."""
+        text, stop = self._decoder_after(prompt), StopStrings(stop_strings)
+        return stop.push(text.extend(new) + text.flush())[0] + stop.flush()
+
+    def _check_vocabulary(self, draft: Model) -> None:
+        ours, theirs = self.tokenizer, draft.tokenizer
+        for id in range(min(ours.vocab_size, theirs.vocab_size)):
+            if ours.piece(id) != theirs.piece(id):
+                raise InputError(
+                    f"the draft model {draft.path} has another vocabulary: its token {id} is "
+                    f"{theirs.piece(id)!r}, and {ours.piece(id)!r} in {self.path}"
+                )
 
     def _decoder_after(self, prompt: Sequence[int]) -> StreamDecoder:
         # SentencePiece drops the space before a text's first piece; a continuation's first piece keeps it.
@@ -305,37 +372,3 @@ def _nested(texts: list[str], count: int, prompt: str | list[str], asked: int | 
     if asked is None:
         groups = texts
     return groups[0] if isinstance(prompt, str) else groups
-
-
-def random_key(seed: int) -> jax.Array:
-    """A key from a seed of at most 64 bits.
-
-    Raises:
-      InputError: if it is none.
-    """
-    try:
-        return jax.random.key(np.int64(operator.index(seed)))
-    except (TypeError, OverflowError):
-        what = "a whole number of at most 64 bits"
-        raise InputError(f"seed is {str(seed)[:40]}; it must be {what}") from None
-
-
-def pad_right(rows: Sequence[Sequence[int]]) -> tuple[jax.Array, jax.Array]:
-    """Lays ragged rows of ids side by side.
-
-    Returns:
-      tokens [B, T] int32, right-padded with 0, and their lengths [B] int32.
-
-    Raises:
-      InputError: for an id that no vocabulary has.
-    """
-    lengths = np.array([len(row) for row in rows], np.int32)
-    tokens = np.zeros((len(rows), max(lengths)), np.int32)
-    for row, ids in enumerate(rows):
-        try:
-            tokens[row, : len(ids)] = ids
-        except OverflowError:
-            raise InputError(
-                f"row {row} has the token id {max(ids, key=abs)}, beyond any vocabulary; ids are below 2^31"
-            ) from None
-    return jnp.asarray(tokens), jnp.asarray(lengths)

@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 import llama_jax as lj
 from llama_jax import arguments, beam, sharding
+from llama_jax.arguments import pad_right
 from llama_jax.beam import beam_search
 from llama_jax.errors import InputError
-from llama_jax.text_model import pad_right
 from tests.golden import beams, cases
 from tests.random_models import random_model, random_prompts
 from tests.test_decode import counting_compiles, loop_body

@@ -8,9 +8,9 @@ import pytest
 
 import llama_jax as lj
 from llama_jax import known, sharding
+from llama_jax.arguments import pad_right
 from llama_jax.errors import CheckpointError, InputError, TokenizerError
 from llama_jax.pretrained import resolve
-from llama_jax.text_model import pad_right
 from tests import tiny
 
 NEW = 6  # the same everywhere, so that few programs are compiled

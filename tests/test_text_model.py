@@ -66,6 +66,35 @@ def test_beams_are_those_of_beam_search(model):
     assert model.generate("ab", max_new_tokens=NEW, num_beams=3) == got[0]
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.9, "seed": 5}], ids=["greedy", "random"])
+def test_drafts_copied_from_the_text_change_nothing_but_the_number_of_runs(model, settings):
+    asked = {"max_new_tokens": 2 * NEW, "num_return_sequences": 2, **settings}
+    prompts = ["abcabcab", "ab ab ab ab"]
+    whole = model.generate(prompts, **asked)
+    drafted = {"draft": lj.PromptLookup(), "num_draft_tokens": 4}
+    assert model.generate(prompts, **asked, **drafted) == whole
+    stop = whole[1][0][3:5]
+    cut = model.generate(prompts, **asked, **drafted, stop_strings=stop)
+    assert cut == model.generate(prompts, **asked, stop_strings=stop) != whole
+
+
+def test_a_smaller_model_drafts_for_one_of_the_same_vocabulary(model, tmp_path):
+    ids = [model.encode_prompt(text) for text in PROMPTS]
+    out = model.speculate(ids, *model.settings(), draft=model, num_draft_tokens=3, max_new_tokens=NEW)
+    assert int(out.rounds) < NEW and (out.accepted == out.drafted).all()
+    texts = [
+        model.continuation(row, new[:count])
+        for row, new, count in zip(ids, out.generation.tokens, out.generation.lengths, strict=True)
+    ]
+    assert texts == model.generate(PROMPTS, max_new_tokens=NEW)
+    assert texts == model.generate(PROMPTS, max_new_tokens=NEW, draft=model)
+
+    other = tiny.write_model(tmp_path)
+    tiny.write_vocabulary(tmp_path / "tok.bin", [*tiny.PIECES[:-1], "ba"])
+    with pytest.raises(InputError, match=r"another vocabulary: its token 287 is 'ba', and 'ab' in"):
+        model.generate("ab", max_new_tokens=NEW, draft=lj.load(other))
+
+
 @pytest.mark.parametrize("bits", [8])
 def test_smaller_weights_and_a_smaller_cache_write_text_of_the_model(path, model, bits):
     small = lj.load(path, stacked=False, bits=bits)
@@ -93,6 +122,11 @@ def test_rules_reach_the_text(model):
         ({"xyz": 1.0}, "setting 'xyz' is unknown; there are temperature, top_k"),
         ({"num_beams": 3, "temperature": 0.5}, "temperature"),
         ({"num_beams": 3, "stop_strings": "a"}, "stop_strings and num_beams do not go together"),
+        ({"num_beams": 3, "draft": lj.PromptLookup()}, "draft and num_beams do not go together"),
+        ({"draft": "prompt"}, "draft is a str; it must be"),
+        ({"draft": lj.PromptLookup(), "num_draft_tokens": 0}, "num_draft_tokens is 0"),
+        ({"num_return_sequences": 0}, "num_return_sequences is 0"),
+        ({"num_return_sequences": 1.5}, "num_return_sequences is 1.5"),
         ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences is 3"),
         ({"num_beams": 0}, "num_beams is 0"),
         ({"stop_strings": [""]}, "stop_strings[0] is empty"),

@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 import llama_jax as lj
+from llama_jax.arguments import pad_right
 from llama_jax.chat import chat_template, checked_messages, encode_chat
 from llama_jax.cli import output
 from llama_jax.cli.parser import Parser
 from llama_jax.errors import DataError, InputError, LlamaJaxError
-from llama_jax.text_model import pad_right
 from train.score import Scorer
 
 EXAMPLES = """

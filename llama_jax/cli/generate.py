@@ -14,6 +14,7 @@ from llama_jax.cli.settings import add_settings, check_settings, settings_of
 from llama_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from llama_jax.drafts import Draft
     from llama_jax.text_model import Model
 
 EXAMPLES = """
@@ -21,6 +22,7 @@ llama-jax generate smollm2-135m --prompt "The capital of France is"
 llama-jax generate smollm2-135m --prompt "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 7
 llama-jax generate smollm2-135m --prompt "The best way to learn is" --num-beams 4 --max-new-tokens 16
 llama-jax generate smollm2-135m --prompt "Once upon a time" --bits 8 --cache-dtype int8
+llama-jax generate smollm2-135m --draft prompt --prompt "one two three four five six, one two three"
 llama-jax generate smollm2-135m --adapter runs/lora --prompt "Once upon a time"
 llama-jax generate smollm2-135m --prompt - --json < question.txt
 """
@@ -31,11 +33,16 @@ def run(argv: Sequence[str]) -> None:
     args = _parser().parse(argv)
     prompt = read_stdin() if args.prompt == "-" else args.prompt
     check_settings(args)
-    several = args.num_beams > 1 or args.num_return_sequences > 1
+    several = args.num_beams > 1 or args.num_return_sequences > 1 or args.draft is not None
     if args.num_beams > 1 and args.temperature > 0:
         raise InputError(
             f"--num-beams {args.num_beams} leaves nothing to chance and --temperature {args.temperature} "
             "does; leave one of them out"
+        )
+    if args.num_beams > 1 and args.draft is not None:
+        raise InputError(
+            f"--num-beams {args.num_beams} follows several texts and --draft {args.draft} drafts one; "
+            "leave one of them out"
         )
     if args.num_beams > 1 and args.num_return_sequences > args.num_beams:
         raise InputError(
@@ -98,19 +105,25 @@ def _one(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]) ->
 
 
 def _several(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]) -> None:
-    """Prints several continuations, or the best of several, when they are whole."""
+    """Prints what comes whole: several continuations, the best of several, one that was drafted."""
+    draft = None if args.draft is None else _draft(args)
+    texts: Any
+    counts: dict[str, int] = {}
     start = time.perf_counter()
     with output.spinner("writing ..."):
-        texts: list[Any] = model.generate(
-            prompt,
-            num_return_sequences=args.num_return_sequences,
-            max_new_tokens=args.max_new_tokens,
-            stop_strings=args.stop_string,
-            num_beams=args.num_beams,
-            length_penalty=args.length_penalty,
-            cache_dtype=args.cache_dtype,
-            **settings_of(args),
-        )
+        if draft is not None:
+            texts, counts = _drafted(args, model, ids, draft)
+        else:
+            texts = model.generate(
+                prompt,
+                num_return_sequences=args.num_return_sequences,
+                max_new_tokens=args.max_new_tokens,
+                stop_strings=args.stop_string,
+                num_beams=args.num_beams,
+                length_penalty=args.length_penalty,
+                cache_dtype=args.cache_dtype,
+                **settings_of(args),
+            )
     seconds = time.perf_counter() - start
     if args.json:
         output.print_json(
@@ -121,12 +134,53 @@ def _several(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
                 "texts": texts,
                 "prompt_tokens": len(ids),
                 "seconds": seconds,
+                **counts,
             }
         )
         return
     for index, text in enumerate(texts, 1):
         print(f"[{index}] {prompt}{text}" if len(texts) > 1 else prompt + text)
     output.note(f"{seconds:.1f} s, compiling included; {_numbers(args)}")
+    if counts:
+        output.note(
+            "{new_tokens} tokens in {rounds} runs of the model; of {drafted} drafts {accepted} were "
+            "accepted".format(**counts)
+        )
+
+
+def _draft(args: argparse.Namespace) -> Draft | Model:
+    from llama_jax.drafts import PromptLookup
+
+    return PromptLookup() if args.draft == "prompt" else output.load(args.draft, args.dtype, args.bits)
+
+
+def _drafted(
+    args: argparse.Namespace, model: Model, ids: list[int], draft: Draft | Model
+) -> tuple[list[str], dict[str, int]]:
+    """Texts that were drafted, and how many runs of the model they took."""
+    import numpy as np
+
+    sampling, key = model.settings(**settings_of(args))
+    out = model.speculate(
+        [ids] * args.num_return_sequences,
+        sampling,
+        key,
+        draft=draft,
+        num_draft_tokens=args.num_draft_tokens,
+        max_new_tokens=args.max_new_tokens,
+        cache_dtype=args.cache_dtype,
+    )
+    tokens, lengths = np.asarray(out.generation.tokens), np.asarray(out.generation.lengths)
+    texts = [
+        model.continuation(ids, row[:length], args.stop_string)
+        for row, length in zip(tokens, lengths, strict=True)
+    ]
+    return texts, {
+        "new_tokens": int(lengths.sum()),
+        "rounds": int(out.rounds),
+        "drafted": int(out.drafted.sum()),
+        "accepted": int(out.accepted.sum()),
+    }
 
 
 def _numbers(args: argparse.Namespace) -> str:
@@ -170,6 +224,14 @@ def _parser() -> Parser:
     option(
         "--length-penalty", type=number, default=1.0, metavar="X", help="of beams; above 0 favours long texts"
     )
+    option = parser.add_argument_group("how fast").add_argument
+    option(
+        "--draft",
+        metavar="MODEL",
+        help="the same text in fewer runs of the model, by judging drafts of it: 'prompt' copies them from "
+        "the text so far, MODEL is a smaller model of the same vocabulary",
+    )
+    option("--num-draft-tokens", type=positive, default=8, metavar="N", help="drafts a run (default: 8)")
     parser.add_adapter()
     parser.add_dtype()
     parser.add_cache_dtype()

@@ -75,6 +75,19 @@ def test_generate_reads_stdin_and_text_that_begins_with_a_dash(run, tiny_path):
     assert json.loads(run("generate", tiny_path, "--prompt", "--ab", *rest).out)["prompt"] == "--ab"
 
 
+@pytest.mark.parametrize("draft", ["prompt", "itself"])
+def test_generate_drafts_the_same_text_in_fewer_runs(run, tiny_path, draft):
+    words = ("generate", tiny_path, "--prompt", "abcabcabc", "--max-new-tokens", NEW, "--json")
+    draft = tiny_path if draft == "itself" else draft
+    plain = json.loads(run(*words).out)
+    done = json.loads(run(*words, "--draft", draft, "--num-draft-tokens", 3).out)
+    assert done["text"] == plain["text"] and done["new_tokens"] == len(plain["tokens"])
+    assert done["rounds"] + done["accepted"] >= done["new_tokens"] and done["accepted"] <= done["drafted"]
+    assert draft == "prompt" or done["rounds"] < done["new_tokens"]
+    told = run(*words[:-1], "--draft", draft, "--num-draft-tokens", 3).err
+    assert f"{done['new_tokens']} tokens in {done['rounds']} runs of the model" in told
+
+
 def test_generate_one_token_has_no_decoding_speed(run, tiny_path):
     done = run("generate", tiny_path, "--prompt", "ab", "--max-new-tokens", 1, "--json")
     assert json.loads(done.out)["decode_tokens_per_second"] is None
@@ -276,6 +289,8 @@ def test_no_such_model(run, tmp_path, verb):
         (["--repetition-penalty", "0"], ["repetition_penalty", "0"]),
         (["--max-new-tokens", "1000"], ["1000", tiny.CONFIG.max_position_embeddings]),
         (["--prompt", "a" * 40], ["41", tiny.CONFIG.max_position_embeddings]),
+        (["--num-beams", "2", "--draft", "prompt"], ["--num-beams 2", "--draft prompt", "leave one"]),
+        (["--draft", "nowhere"], ["nowhere"]),
         (["--prompt", "lone \udc80 surrogate"], ["surrogate"]),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 
 import llama_jax as lj
 from llama_jax import lora, prefix
-from llama_jax.text_model import pad_right
+from llama_jax.arguments import pad_right
 from llama_jax.weights.adapters import load_adapter
 from llama_jax.weights.write.adapters import save_adapter
 from tests.golden import text
