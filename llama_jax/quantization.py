@@ -129,10 +129,11 @@ class Quantized:
 
     def product(self, x: jax.Array, layout: P | None) -> jax.Array:
         """x [B, T, I] by the matrix, f32 [B, T, O]."""
-        many = functools.partial(_dense_product, layout=layout)
-        if self.form != 8 or layout is not None or x.shape[0] * x.shape[1] > _FEW_ROWS:
-            return many(x, self)
-        return jax.lax.platform_dependent(x, self, cpu=_int8_product, default=many)
+        product, few = functools.partial(_dense_product, layout=layout), x.shape[0] * x.shape[1] <= _FEW_ROWS
+        if layout is not None or (few and self.form != 8):
+            return product(x, self)
+        cpu = _int8_product if few else _late_product
+        return jax.lax.platform_dependent(x, self, cpu=cpu, default=product)
 
 
 def quantize(params: Any, bits: Bits = 8) -> Any:
@@ -278,6 +279,32 @@ def _dense_product(x: jax.Array, weight: Quantized, *, layout: P | None) -> jax.
     matrix = weight.values.astype(x.dtype) if eight else weight.dense().astype(x.dtype)
     out = jnp.einsum("bti,oi->bto", x, matrix, preferred_element_type=jnp.float32, out_sharding=layout)
     return out * weight.scale[:, 0] if eight else out
+
+
+def _late_product(x: jax.Array, weight: Quantized) -> jax.Array:
+    """`_dense_product` of a matrix that is not widened before x is known.
+
+    XLA:CPU would widen the matrices of all layers as soon as it can, and hold the whole model in f32.
+    """
+    values = _after(weight.values, jax.lax.stop_gradient(x[(0,) * x.ndim]))
+    return _dense_product(x, dataclasses.replace(weight, values=values), layout=None)
+
+
+@jax.custom_batching.custom_vmap
+def _after(values: jax.Array, number: jax.Array) -> jax.Array:
+    """`values`, as they are, but computed from a number: a dependence that XLA does not see through."""
+    no_sign = jax.lax.bitcast_convert_type(number.astype(jnp.float32), jnp.uint32) & 0x7FFFFFFF
+    return values ^ (no_sign >> 31).astype(values.dtype)
+
+
+@_after.def_vmap
+def _after_any(size: int, batched: Any, values: jax.Array, number: jax.Array) -> tuple[jax.Array, bool]:
+    """Under `vmap` over x alone there is still one matrix."""
+    values_batched, number_batched = batched
+    if values_batched:
+        number = number if number_batched else jnp.broadcast_to(number, (size,))
+        return jax.vmap(_after.fun)(values, number), True
+    return _after(values, number[0]), False
 
 
 def _int8_product(x: jax.Array, weight: Quantized) -> jax.Array:

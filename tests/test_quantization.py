@@ -10,7 +10,9 @@ import pytest
 import llama_jax as lj
 from llama_jax import quantization as q
 from llama_jax import sharding
+from llama_jax.cache import init_cache
 from llama_jax.errors import InputError
+from llama_jax.model import forward_cached
 from tests.random_models import random_model, random_prompts
 
 CONFIG, PARAMS = random_model(0, lj.presets.TINY)
@@ -79,6 +81,51 @@ def test_products_are_those_of_the_matrix_it_stands_for(bits, rows):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(1, rows, 96)), jnp.float32)
     wanted = np.asarray(x, np.float64) @ np.asarray(got.dense(), np.float64).T
     np.testing.assert_allclose(got.product(x, None), wanted, atol=3e-4 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_many_rows_widen_a_matrix_when_it_is_needed_and_no_sooner(bits):
+    """Reading a prompt holds a matrix or two in the compute dtype, not the model."""
+    config, params = random_model(0, CONFIG.replace(num_hidden_layers=12))
+    weights = lj.unstack(lj.quantize(params, bits))
+    tokens, cache = jnp.zeros((1, 32), jnp.int32), init_cache(config, 1, 32, jnp.float32)
+    read = jax.jit(
+        lambda weights, cache: forward_cached(config, weights, tokens, jnp.zeros(1, int), cache)[1]
+    )
+    held = read.lower(weights, cache).compile().memory_analysis().temp_size_in_bytes
+    whole = sum(leaf.size for leaf in jax.tree.leaves(params["layers"])) * 4
+    assert held < whole / 3
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_widening_waits_for_has_no_part_in_the_product(bits):
+    weight = quantized("wq", matrix("wq")[0], bits)
+    x = jax.random.normal(KEY, (3, 20, MATRICES["wq"][0][0]))
+    run = jax.jit(lambda x: weight.product(x, None))
+    whole = run(x)
+    for number in (jnp.nan, -jnp.inf, -0.0):
+        other = run(x.at[0, 0, 0].set(number))
+        np.testing.assert_array_equal(other[:, 1:], whole[:, 1:])
+        np.testing.assert_array_equal(other[1:], whole[1:])
+
+    # Under `vmap` the matrix stays one; gradients go through x.
+    many = jax.make_jaxpr(jax.vmap(run))(jnp.stack([x] * 5))
+    held = [var.aval.shape for var in all_of(many.jaxpr)]
+    assert (5, *x.shape) in held and (5, *weight.values.shape) not in held
+    np.testing.assert_allclose(jax.vmap(run)(jnp.stack([x, 2 * x]))[1], 2 * whole, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.grad(lambda x: run(x).sum())(x)[0, 0], weight.dense().sum(0), rtol=1e-4, atol=1e-4
+    )
+
+
+def all_of(jaxpr):
+    """Every value computed in a program, in those it calls too."""
+    for equation in jaxpr.eqns:
+        yield from equation.outvars
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from all_of(inner)
 
 
 def test_a_row_of_zeros_and_a_matrix_of_zeros_stay_zero():
