@@ -129,11 +129,13 @@ class Quantized:
 
     def product(self, x: jax.Array, layout: P | None) -> jax.Array:
         """x [B, T, I] by the matrix, f32 [B, T, O]."""
-        product, few = functools.partial(_dense_product, layout=layout), x.shape[0] * x.shape[1] <= _FEW_ROWS
-        if layout is not None or (few and self.form != 8):
+        product = functools.partial(_dense_product, layout=layout)
+        if layout is not None:
             return product(x, self)
-        cpu = _int8_product if few else _late_product
-        return jax.lax.platform_dependent(x, self, cpu=cpu, default=product)
+        few = self.form == 8 and x.shape[0] * x.shape[1] <= _FEW_ROWS
+        return jax.lax.platform_dependent(
+            x, self, cpu=_int8_product if few else _late_product, default=product
+        )
 
 
 def quantize(params: Any, bits: Bits = 8) -> Any:
@@ -284,7 +286,8 @@ def _dense_product(x: jax.Array, weight: Quantized, *, layout: P | None) -> jax.
 def _late_product(x: jax.Array, weight: Quantized) -> jax.Array:
     """`_dense_product` of a matrix that is not widened before x is known.
 
-    XLA:CPU would widen the matrices of all layers as soon as it can, and hold the whole model in f32.
+    XLA:CPU would widen the matrices of all layers as soon as it can, before a loop over tokens too, and hold
+    the whole model in f32.
     """
     values = _after(weight.values, jax.lax.stop_gradient(x[(0,) * x.ndim]))
     return _dense_product(x, dataclasses.replace(weight, values=values), layout=None)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import llama_jax as lj
+from llama_jax import decode, sharding
 from llama_jax import quantization as q
-from llama_jax import sharding
 from llama_jax.cache import init_cache
 from llama_jax.errors import InputError
 from llama_jax.model import forward_cached
@@ -84,17 +84,20 @@ def test_products_are_those_of_the_matrix_it_stands_for(bits, rows):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_many_rows_widen_a_matrix_when_it_is_needed_and_no_sooner(bits):
-    """Reading a prompt holds a matrix or two in the compute dtype, not the model."""
+def test_a_matrix_is_widened_when_it_is_needed_and_no_sooner(bits):
+    """Reading a prompt, or writing, holds a matrix or two in the compute dtype, not the model."""
     config, params = random_model(0, CONFIG.replace(num_hidden_layers=12))
     weights = lj.unstack(lj.quantize(params, bits))
     tokens, cache = jnp.zeros((1, 32), jnp.int32), init_cache(config, 1, 32, jnp.float32)
     read = jax.jit(
         lambda weights, cache: forward_cached(config, weights, tokens, jnp.zeros(1, int), cache)[1]
     )
-    held = read.lower(weights, cache).compile().memory_analysis().temp_size_in_bytes
     whole = sum(leaf.size for leaf in jax.tree.leaves(params["layers"])) * 4
-    assert held < whole / 3
+    assert read.lower(weights, cache).compile().memory_analysis().temp_size_in_bytes < whole / 3
+    # Nor does a loop over tokens.
+    state = lj.prefill(config, weights, *(jnp.ones(n, int) for n in ((1, 1), 1)), KEY, max_new_tokens=8)
+    write = jax.jit(lambda weights, state: decode.advance(config, weights, state, 8))
+    assert write.lower(weights, state).compile().memory_analysis().temp_size_in_bytes < whole / 3
 
 
 @pytest.mark.parametrize("bits", [4, 8])
