@@ -192,9 +192,21 @@ def start(
 
 
 _STATIC = ("config", "num_return_sequences", "top_logprobs", "cache_dtype")
-advance_jit = jax.jit(advance, static_argnames=("config",), donate_argnames=("state",))
 _prefill = jax.jit(prefill, static_argnames=(*_STATIC, "max_new_tokens"))
 _unstack = jax.jit(unstack)
+
+
+def advance_jit(config: LlamaConfig, params: Params, state: DecodeState, steps: np.int32) -> DecodeState:
+    """`advance`, compiled; the state is used up."""
+    return advancing(jax.default_backend())(config, params, state, steps)
+
+
+@functools.cache
+def advancing(backend: str) -> Any:
+    """The program behind `advance_jit`, for a backend."""
+    # By itself XLA:CPU keeps to 256 bits where a processor has 512; weights then come out of memory slower.
+    options = {"xla_cpu_prefer_vector_width": 512} if backend == "cpu" else None
+    return jax.jit(advance, static_argnames=("config",), donate_argnames=("state",), compiler_options=options)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)

@@ -333,7 +333,7 @@ def test_the_compiled_loop_never_copies_the_cache_or_a_weight():
     request = arguments.check(config, tokens, lengths, GREEDY, None, 100)
     static = {"num_return_sequences": 1, "top_logprobs": 0, "cache_dtype": None}
     state = generation.start(config, weights, request, KEY, 100, **static)
-    compiled = generation.advance_jit.lower(config, weights, state, np.int32(100))
+    compiled = generation.advancing("cpu").lower(config, weights, state, np.int32(100))
     body = loop_body(compiled.compile().as_text())
     cache = (3, config.num_key_value_heads, 128, config.head_dim)
     assert "f32[" + ",".join(map(str, cache)) + "]" in body and "dot" in body
@@ -350,7 +350,9 @@ def test_the_compiled_loop_of_one_row_copies_no_cache_either():
     request = arguments.check(config, tokens, lengths, GREEDY, None, 100)
     static = {"num_return_sequences": 1, "top_logprobs": 0, "cache_dtype": None}
     state = generation.start(config, weights, request, KEY, 100, **static)
-    body = loop_body(generation.advance_jit.lower(config, weights, state, np.int32(100)).compile().as_text())
+    body = loop_body(
+        generation.advancing("cpu").lower(config, weights, state, np.int32(100)).compile().as_text()
+    )
     heads, width = config.num_key_value_heads, config.head_dim
     assert re.search(rf"f32\[(1,{heads}|{heads},1),128,{width}\]", body)
     # Nor turned around for the product with the query.
