@@ -23,7 +23,7 @@ from llama_jax.quantization import Quantized
 Backward = Literal["autodiff", "fast"]
 
 # How many parts `_one_row` reads a matrix in: the best or as good as any from [288, 288] to [11008, 4096].
-PARTS = 4
+_PARTS = 4
 
 
 def contract(equation: str, x: jax.Array, weight: jax.Array | Quantized, *, stored: P, out: P) -> jax.Array:
@@ -58,13 +58,13 @@ def _one_row(equation: str, x: jax.Array, weight: jax.Array, layout: P | None) -
         return dot(equation, jnp.concatenate([x, x], axis=1), weight, layout)[:, :1]
     operands, result = equation.split("->")
     left, right = operands.split(",")
-    whole = right[0] != left[-1] or weight.shape[0] % PARTS
+    whole = right[0] != left[-1] or weight.shape[0] % _PARTS
     if whole or x.dtype != jnp.float32 or sharding.explicit_axes():
         return dot(equation, x, weight, layout)
     # As so many products side by side, each of some rows of the matrix: several whole streams out of memory
     # in the place of one of slices of rows, up to a third faster.
-    x = x.reshape(*x.shape[:-1], PARTS, -1)
-    weight = weight.reshape(PARTS, -1, *weight.shape[1:])
+    x = x.reshape(*x.shape[:-1], _PARTS, -1)
+    weight = weight.reshape(_PARTS, -1, *weight.shape[1:])
     return dot(f"{left[:-1]}p{left[-1]},p{right}->p{result}", x, weight).sum(0)
 
 
