@@ -26,7 +26,7 @@ from rich.table import Table
 
 import llama_jax as lj
 from benchmarks.load import peak_bytes
-from llama_jax.convert import convert
+from llama_jax.text.convert import convert
 from llama_jax.tokenizer.sentencepiece_model import CONTROL, NORMAL, SPACE, UNKNOWN, Piece, build_model
 from llama_jax.weights.names import Leaf
 from llama_jax.weights.write.hf import plan_hf

@@ -32,12 +32,12 @@ init_from = "smollm2-135m"
 path = "smollm2-135m"
 [data]
 files = "{train}"
-held_out_files = "{test}"
+validation_files = "{test}"
 [train]
 objective = "{objective}"
 run_dir = "{run_dir}"
 steps = {steps}
-batch_size = 4
+global_batch_size = 4
 seq_len = 256
 loss_chunks = 4
 [optimizer]
@@ -156,13 +156,13 @@ def measure(ways: list[str], steps: int, folder: Path, text: str | None, most: i
 
     write(folder)
     found = [train(way, steps, folder) for way in ways]
-    base = lj.load(MODEL, stacked=False)
+    base = lj.load(MODEL, scan_layers=False)
     test = folder / "extract_test.jsonl"
     before = {"accuracy": accuracy(base, test, most)}
     if text is not None:
         before["perplexity"] = perplexity(base, text)
     for one in found:
-        model = lj.load(one["run_dir"], stacked=False)
+        model = lj.load(one["run_dir"], scan_layers=False)
         if WAYS[one["way"]][0] == "extract":
             one["accuracy"] = accuracy(model, test, most)
         if text is not None:

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from benchmarks.f32_gguf import write_f32
 from benchmarks.workers import Worker, pin
-from llama_jax import known
+from llama_jax.hub import known
 from tests.golden import cases
 
 NEW_TOKENS = 128

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from llama_jax import known
+from llama_jax.hub import known
 
 DTYPES = ("float32", "bfloat16")
 

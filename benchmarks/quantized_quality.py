@@ -21,7 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 import llama_jax as lj
-from llama_jax import cache as kv
+from llama_jax import kv_cache as kv
 from llama_jax.model import forward_cached
 
 PIECE = 256
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="windows at once (default: 2)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args()
-    model = lj.load(args.model, stacked=False)
+    model = lj.load(args.model, scan_layers=False)
     text = args.text.read_text(encoding="utf-8")
     results = measure(model, text, args.tokens, args.window, args.batch)
     if args.json:

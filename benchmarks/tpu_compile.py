@@ -24,6 +24,7 @@ if __package__ in (None, ""):  # run as a file
 from benchmarks import tpu_hlo
 from benchmarks.tpu_topology import CHIPS, Topology
 from llama_jax.cli import output
+from llama_jax.console import terminal
 from llama_jax.errors import ConfigError, InputError, LlamaJaxError
 
 ENVIRONMENT = {
@@ -50,19 +51,19 @@ def compile_step(run: Any, model: Any, topology: Topology) -> tuple[Any, int, fl
     """
     import jax
 
-    from llama_jax.sharding import AXES, check_batch, check_mesh, make_mesh, on
-    from train.devices import run_mesh
-    from train.step import build_step
+    from llama_jax.sharding import AXES, check_batch, check_mesh, make_mesh, use_mesh
+    from llama_jax.train.devices import run_mesh
+    from llama_jax.train.step import build_step
 
     devices = topology.devices()
     mesh = run_mesh(run.mesh, devices) or make_mesh(dict.fromkeys(AXES, 1), devices=devices)
     check_mesh(model, mesh)
-    with on(mesh):
-        check_batch(run.train.batch_size // run.train.accumulate)
+    with use_mesh(mesh):
+        check_batch(run.train.global_batch_size // run.train.gradient_accumulation_steps)
     start = time.perf_counter()
     step, state, batch, frozen = build_step(run, model, mesh, "tpu")
     try:
-        with on(mesh):
+        with use_mesh(mesh):
             compiled = step.lower(state, batch, frozen).compile()
     except jax.errors.JaxRuntimeError as error:
         raise InputError(_explain(str(error), run)) from None
@@ -77,14 +78,14 @@ def with_the_same_rows_a_chip(run: Any, topology: Topology) -> Any:
     if not run.mesh.topology:
         return run
     chips, written_for = math.prod(topology.sides), math.prod(Topology.parse(run.mesh.topology).sides)
-    batch_size = max(run.train.batch_size * chips // written_for, 1)
-    if batch_size == run.train.batch_size:
+    batch_size = max(run.train.global_batch_size * chips // written_for, 1)
+    if batch_size == run.train.global_batch_size:
         return run
-    output.note(
-        f"batch of {batch_size} sequences: as many a chip as {run.train.batch_size} on {run.mesh.topology}; "
-        "--train.batch_size says otherwise"
+    terminal.note(
+        f"batch of {batch_size} sequences: as many a chip as {run.train.global_batch_size} on {run.mesh.topology}; "
+        "--train.global_batch_size says otherwise"
     )
-    return dataclasses.replace(run, train=dataclasses.replace(run.train, batch_size=batch_size))
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, global_batch_size=batch_size))
 
 
 def model_of(run: Any, shape: str | None) -> Any:
@@ -94,11 +95,11 @@ def model_of(run: Any, shape: str | None) -> Any:
       ConfigError: for an unknown shape, or one given where the configuration says it.
       CheckpointError: if the weights are not here, and no shape is given.
     """
-    from train.config import ModelConfig
-    from train.starting import with_labels
+    from llama_jax.train.config.run import ModelConfig
+    from llama_jax.train.initialization import with_labels
 
     if shape is None and run.model.init_from:
-        from llama_jax.pretrained import open_model
+        from llama_jax.text.pretrained import open_model
 
         return with_labels(run, open_model(run.model.init_from).config)
     if shape is not None and not run.model.init_from:
@@ -109,7 +110,7 @@ def model_of(run: Any, shape: str | None) -> Any:
 
 def _explain(message: str, run: Any) -> str:
     """One line of a compiler's error."""
-    what_to_try = f"try --train.accumulate {2 * run.train.accumulate}, --train.remat full, or a larger slice"
+    what_to_try = f"try --train.gradient_accumulation_steps {2 * run.train.gradient_accumulation_steps}, --train.remat full, or a larger slice"
     whole = r"Used ([\d.]+\w) of ([\d.]+\w) hbm\. Exceeded hbm capacity by ([\d.]+\w)"
     if found := re.search(whole, message):
         needs = f"{found[1]} of HBM a chip, which has {found[2]}: {found[3]} too much"
@@ -129,16 +130,16 @@ def report(compiled: Any, leaves: int, run: Any, model: Any, topology: Topology)
     nothing, at half of peak. Waiting for collectives is not in it: `collective_seconds` is how long the
     links are busy at best, which is hidden as far as it overlaps.
     """
-    from train.flops import flops_per_token
-    from train.tuning import Tuning
+    from llama_jax.train.metrics.flops import flops_per_token
+    from llama_jax.train.trainable import Tuning
 
     tuning = Tuning.of(run, "tpu")
     module = tpu_hlo.parse(compiled.as_text())
     memory = compiled.memory_analysis()
     found = tpu_hlo.summed(tpu_hlo.collectives(module))
     chips, chip = math.prod(topology.sides), CHIPS.get(topology.kind)
-    tokens = run.train.batch_size * run.train.seq_len
-    rows = run.train.batch_size // run.train.accumulate / chips
+    tokens = run.train.global_batch_size * run.train.seq_len
+    rows = run.train.global_batch_size // run.train.gradient_accumulation_steps / chips
     result: dict[str, Any] = {
         "topology": topology.name,
         "chips": chips,
@@ -209,7 +210,7 @@ def _kernel_products(module: tpu_hlo.Module) -> int:
 
 def print_report(result: dict[str, Any]) -> None:
     """Prints the report as tables."""
-    size = output.size
+    size = terminal.human_bytes
     rows = [
         ("slice", f"{result['topology']}, {result['chips']} chips"),
         ("tokens a step", f"{result['tokens_per_step']:,}"),
@@ -273,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, nothing else")
     args, overrides = parser.parse_known_args(argv)
     try:
-        from train.read_config import load_config
+        from llama_jax.train.config.read import load_config
 
         run = load_config(args.config, overrides)
         name = args.topology or run.mesh.topology
@@ -282,10 +283,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "no slice to compile for: give --topology, as in v5p:4x4x4, or set mesh.topology"
             )
         topology = Topology.parse(name)
-        if not any(word.startswith("--train.batch_size") for word in overrides):
+        if not any(word.startswith("--train.global_batch_size") for word in overrides):
             run = with_the_same_rows_a_chip(run, topology)
         model = model_of(run, args.shape)
-        with output.spinner(f"compiling for {topology.name} ..."):
+        with terminal.spinner(f"compiling for {topology.name} ..."):
             compiled, leaves, seconds = compile_step(run, model, topology)
             result = {
                 "config": args.config,

@@ -25,16 +25,16 @@ def measure(length: int, layers: int, attention: str) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from llama_jax.bench import peak_host_memory
-    from train.config import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
-    from train.optimizer import make_optimizer, make_schedule
-    from train.state import create_state
-    from train.step import build_step
+    from llama_jax.eval.throughput import peak_host_memory
+    from llama_jax.train.config.run import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+    from llama_jax.train.optimizer import make_optimizer, make_schedule
+    from llama_jax.train.state import create_state
+    from llama_jax.train.step import build_step
 
     batch = max(TOKENS // length, 1)
     run = RunConfig(
         model=ModelConfig(vocab_size=8192, num_hidden_layers=layers, max_position_embeddings=length, **SHAPE),
-        train=TrainConfig(batch_size=batch, seq_len=length, attention=attention),  # type: ignore[arg-type]
+        train=TrainConfig(global_batch_size=batch, seq_len=length, attention=attention),  # type: ignore[arg-type]
         optimizer=OptimizerConfig(warmup_steps=0),
     )
     model = run.model.build()

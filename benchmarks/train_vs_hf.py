@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.workers import pin
-from llama_jax.bench import peak_host_memory
 from llama_jax.config import SMOLLM2_135M as CONFIG
+from llama_jax.eval.throughput import peak_host_memory
 
 BATCH, LENGTH = 4, 512
 PAUSE_S = 0.5  # an idle pool spins for some milliseconds after its last task
@@ -87,14 +87,16 @@ def llama_jax() -> Callable[[np.ndarray], float]:
     """The trainer's own step, by the trainer's own defaults."""
     import jax
 
-    from train.config import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
-    from train.optimizer import make_optimizer, make_schedule
-    from train.state import create_state
-    from train.step import build_step
+    from llama_jax.train.config.run import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+    from llama_jax.train.optimizer import make_optimizer, make_schedule
+    from llama_jax.train.state import create_state
+    from llama_jax.train.step import build_step
 
     run = RunConfig(
         model=ModelConfig(preset="smollm2_135m"),
-        train=TrainConfig(batch_size=BATCH, seq_len=LENGTH, **json.loads(os.environ.get("TRAIN", "{}"))),
+        train=TrainConfig(
+            global_batch_size=BATCH, seq_len=LENGTH, **json.loads(os.environ.get("TRAIN", "{}"))
+        ),
         optimizer=OptimizerConfig(learning_rate=1e-4, schedule="constant", warmup_steps=0),
     )
     compiled, *_ = build_step(run, CONFIG, None, "cpu")

@@ -92,7 +92,7 @@ class LlamaJax:
     def _request(self, tokens: np.ndarray, weights: str) -> tuple[Any, ...]:
         if weights not in self._models:
             form: Any = {"bits": int(weights[3:])} if weights.startswith("int") else {"dtype": weights}
-            self._models[weights] = self._lj.load(self._path, stacked=False, **form)
+            self._models[weights] = self._lj.load(self._path, scan_layers=False, **form)
         model = self._models[weights]
         return model.config, model.params, tokens, np.full(len(tokens), tokens.shape[1], np.int32)
 

@@ -15,66 +15,73 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama_jax.beam import Beams, beam_search
     from llama_jax.config import LlamaConfig, RopeScaling, presets
-    from llama_jax.conversation import Conversation
-    from llama_jax.convert import save
-    from llama_jax.decode import DecodeState, Generation, prefill, step
-    from llama_jax.drafts import DraftModel, PromptLookup
+    from llama_jax.decoding.beam_search import BeamSearchOutput, beam_search
+    from llama_jax.decoding.drafts import DraftModel, PromptLookup
+    from llama_jax.decoding.generation import generate, stream, warm_up
+    from llama_jax.decoding.sampling import Sampling
+    from llama_jax.decoding.session import Session
+    from llama_jax.decoding.speculative import SpeculativeOutput, speculative_generate
+    from llama_jax.decoding.state import DecodeState, GenerateOutput, decode_step, prefill
     from llama_jax.errors import LlamaJaxError
-    from llama_jax.generation import generate, stream, warm_up
     from llama_jax.loss import next_token_loss, token_logprobs
-    from llama_jax.model import forward, init, unstack
-    from llama_jax.pretrained import load
-    from llama_jax.quantization import quantize
-    from llama_jax.sampling import Sampling
-    from llama_jax.session import Session
+    from llama_jax.model import ForwardOptions, forward, init, unstack
+    from llama_jax.ops.quantization import quantize
     from llama_jax.sharding import make_mesh, shard_params
-    from llama_jax.speculative import Speculation, speculative_generate
-    from llama_jax.text_model import Model
+    from llama_jax.text.conversation import Conversation
+    from llama_jax.text.convert import save
+    from llama_jax.text.model import Model
+    from llama_jax.text.pretrained import load
 
 # Imported when first asked for: `llama-jax --help` and its error messages need no JAX.
 _HOMES = {
-    "beam": ("Beams", "beam_search"),
+    "decoding.beam_search": ("BeamSearchOutput", "beam_search"),
     "config": ("LlamaConfig", "RopeScaling", "presets"),
-    "conversation": ("Conversation",),
-    "convert": ("save",),
-    "decode": ("DecodeState", "Generation", "prefill", "step"),
-    "drafts": ("DraftModel", "PromptLookup"),
+    "text.conversation": ("Conversation",),
+    "text.convert": ("save",),
+    "decoding.state": ("DecodeState", "GenerateOutput", "decode_step", "prefill"),
+    "decoding.drafts": ("DraftModel", "PromptLookup"),
     "errors": ("LlamaJaxError",),
-    "generation": ("generate", "stream", "warm_up"),
+    "decoding.generation": ("generate", "stream", "warm_up"),
     "loss": ("next_token_loss", "token_logprobs"),
-    "model": ("forward", "init", "unstack"),
-    "pretrained": ("load",),
-    "quantization": ("quantize",),
-    "sampling": ("Sampling",),
-    "session": ("Session",),
+    "model": ("ForwardOptions", "forward", "init", "unstack"),
+    "text.pretrained": ("load",),
+    "ops.quantization": ("quantize",),
+    "decoding.sampling": ("Sampling",),
+    "decoding.session": ("Session",),
     "sharding": ("make_mesh", "shard_params"),
-    "speculative": ("Speculation", "speculative_generate"),
-    "text_model": ("Model",),
+    "decoding.speculative": ("SpeculativeOutput", "speculative_generate"),
+    "text.model": ("Model",),
 }
 _ROOMS = (
     "adapters",
     "attention",
-    "bottleneck",
-    "cache",
-    "known",
+    "chat",
+    "config",
+    "decoding",
+    "eval",
+    "hub",
+    "kv_cache",
     "layers",
-    "lora",
-    "prefix",
+    "loss",
+    "model",
+    "ops",
     "rope",
+    "sharding",
+    "text",
     "tokenizer",
-    "verify",
+    "train",
     "weights",
 )
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Beams",
+    "BeamSearchOutput",
     "Conversation",
     "DecodeState",
     "DraftModel",
-    "Generation",
+    "ForwardOptions",
+    "GenerateOutput",
     "LlamaConfig",
     "LlamaJaxError",
     "Model",
@@ -82,8 +89,9 @@ __all__ = [
     "RopeScaling",
     "Sampling",
     "Session",
-    "Speculation",
+    "SpeculativeOutput",
     "beam_search",
+    "decode_step",
     "forward",
     "generate",
     "init",
@@ -96,7 +104,6 @@ __all__ = [
     "save",
     "shard_params",
     "speculative_generate",
-    "step",
     "stream",
     "token_logprobs",
     "unstack",
@@ -107,7 +114,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.metadata.version("llama-jax")
-    if name in _HOMES or name in _ROOMS:
+    if name in _ROOMS:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

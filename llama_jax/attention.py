@@ -17,11 +17,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from llama_jax import sharding
-from llama_jax.blockwise import EVERY_SEGMENT, MASKED, blockwise_attention
-from llama_jax.cache import Int8, Layer
 from llama_jax.errors import ConfigError
-from llama_jax.linear import dot
-from llama_jax.splash import splash_attention
+from llama_jax.kv_cache import Int8, Layer
+from llama_jax.ops import spmd
+from llama_jax.ops.blockwise_attention import EVERY_SEGMENT, MASKED, blockwise_attention
+from llama_jax.ops.products import dot
+from llama_jax.ops.splash_attention import splash_attention
 
 Backend = Literal["xla", "blockwise", "splash"]
 # Keys `k` and values `v` [K, P, H] that stand before every row's own, and that every query sees: what prefix
@@ -29,7 +30,7 @@ Backend = Literal["xla", "blockwise", "splash"]
 KeyValues = Mapping[str, jax.Array]
 
 
-class Where(NamedTuple):
+class AttentionMask(NamedTuple):
     """Where queries and keys stand; together they say which key a query may look at.
 
     A query sees the keys of its own segment at its own position and before. A key that nobody may see
@@ -63,7 +64,7 @@ def attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    where: Where,
+    where: AttentionMask,
     prefix: KeyValues | None = None,
     *,
     backend: Backend = "xla",
@@ -112,7 +113,7 @@ def cached_attention(
     q: jax.Array,
     k: Layer,
     v: Layer,
-    where: Where,
+    where: AttentionMask,
     prefix: KeyValues | None = None,
     *,
     used: jax.Array | None = None,
@@ -154,7 +155,7 @@ def _ungrouped(out: jax.Array, like: jax.Array) -> jax.Array:
     return out.transpose(0, 3, 1, 2, 4).reshape(like.shape).astype(like.dtype)
 
 
-def _xla(q: jax.Array, k: Layer, v: Layer, where: Where, prefix: KeyValues | None) -> jax.Array:
+def _xla(q: jax.Array, k: Layer, v: Layer, where: AttentionMask, prefix: KeyValues | None) -> jax.Array:
     """[B, K, G, T, H] by [B, K, S, H] -> [B, K, G, T, H], all scores at once."""
     scores = _scores(q, k, where.mask())
     if prefix is None:
@@ -208,7 +209,7 @@ def _in_blocks(
     q: jax.Array,
     k: Layer,
     v: Layer,
-    where: Where,
+    where: AttentionMask,
     prefix: KeyValues | None,
     used: jax.Array,
     block_size: int,
@@ -242,14 +243,14 @@ def _in_blocks(
         top = first.max(-1)
         weights = jnp.exp(first - top[..., None])
         state = (top, weights.sum(-1), _prefix_weighted(weights, prefix, q.dtype))
-    state = sharding.vary_alike(state, (q, k, v, where))
+    state = spmd.pvary_like(state, (q, k, v, where))
     blocks = -(-used // block_size)
     _, total, out = jax.lax.fori_loop(0, blocks, lambda index, state: block(state, index), state)
     return (out / total[..., None]).astype(q.dtype)
 
 
 def _blockwise(
-    q: jax.Array, k: jax.Array, v: jax.Array, where: Where, prefix: KeyValues | None, block_size: int
+    q: jax.Array, k: jax.Array, v: jax.Array, where: AttentionMask, prefix: KeyValues | None, block_size: int
 ) -> jax.Array:
     """The same in tiles, each device its own rows, heads and queries."""
     q_segments, k_segments = where.q_segments, where.k_segments
@@ -268,7 +269,7 @@ def _blockwise(
     queries, keys = sharding.QUERIES_BKGTH, sharding.CACHE_BKSH
     at = (sharding.TOKENS_BT,) * 2, (P(sharding.BATCH, None),) * 2
     laid = None if prefix is None else dict.fromkeys(prefix, sharding.PREFIX_KPH)
-    run = sharding.per_device(local, (queries, keys, keys, *at, laid), queries)
+    run = spmd.shard_map_or_call(local, (queries, keys, keys, *at, laid), queries)
     return run(q, k, v, (where.q_positions, q_segments), (where.k_positions, k_segments), prefix)
 
 
@@ -277,11 +278,11 @@ def _behind(prefix: KeyValues, k: jax.Array, v: jax.Array, k_at: Any) -> tuple[j
 
     def joined(first: jax.Array, rest: jax.Array) -> jax.Array:
         first = jnp.broadcast_to(first.astype(rest.dtype), (rest.shape[0], *first.shape))
-        return jnp.concatenate(sharding.vary_each_alike(first, rest), axis=2)
+        return jnp.concatenate(spmd.pvary_all(first, rest), axis=2)
 
     before = jnp.zeros((k.shape[0], prefix["k"].shape[1]), jnp.int32)
     widened = [
-        jnp.concatenate(sharding.vary_each_alike(jnp.full_like(before, fill), at), axis=1)
+        jnp.concatenate(spmd.pvary_all(jnp.full_like(before, fill), at), axis=1)
         for fill, at in zip((-1, EVERY_SEGMENT), k_at, strict=True)
     ]
     return joined(prefix["k"], k), joined(prefix["v"], v), tuple(widened)

@@ -17,20 +17,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from llama_jax import rope, sharding
-from llama_jax.bottleneck import through
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
-from llama_jax.linear import (
-    Backward,
-    contract,
-    project,
-    row_major,
-    swiglu,
-    swiglu_down,
-    write_gradient,
-)
-from llama_jax.lora import Adapted
-from llama_jax.quantization import Quantized
+from llama_jax.ops import spmd
+from llama_jax.ops.adapted import Adapted
+from llama_jax.ops.linear import contract, project, swiglu, swiglu_down, through
+from llama_jax.ops.products import materialize_cotangent, row_major
+from llama_jax.ops.quantization import Quantized
 
 # (q [B,T,N,H], k [B,K,T,H], v [B,K,T,H]) -> (out [B,T,N,H], whatever the caller wants back); with a prefix
 # on the layer, an `attention.KeyValues` is the fourth argument.
@@ -61,11 +54,13 @@ def embed(table: jax.Array | Quantized, tokens: jax.Array, *, dtype: jax.typing.
     )
 
 
-def embed_fast(table: jax.Array | Quantized, tokens: jax.Array, *, dtype: jax.typing.DTypeLike) -> jax.Array:
+def embed_custom_vjp(
+    table: jax.Array | Quantized, tokens: jax.Array, *, dtype: jax.typing.DTypeLike
+) -> jax.Array:
     """`embed` for training: the table is gathered in `dtype`; its gradient is summed in f32."""
     if isinstance(table, Quantized):  # which is frozen
         return embed(table, tokens, dtype=dtype)
-    return _embed(jnp.dtype(dtype), *sharding.vary_each_alike(table, tokens))
+    return _embed(jnp.dtype(dtype), *spmd.pvary_all(table, tokens))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -81,7 +76,7 @@ def _embed(dtype: jnp.dtype, table: jax.Array, tokens: jax.Array) -> jax.Array:
     # One device reads the rows it needs and no more; several each need the whole of their part.
     table = sharding.gather(table.astype(dtype), sharding.EMBEDDING_VD) if axes else table
     whole = P("tensor", None)
-    return sharding.per_device(local, (whole, sharding.TOKENS_BT), sharding.ACT_BTD)(table, tokens).astype(
+    return spmd.shard_map_or_call(local, (whole, sharding.TOKENS_BT), sharding.ACT_BTD)(table, tokens).astype(
         dtype
     )
 
@@ -96,14 +91,16 @@ def _embed_backward(dtype: jnp.dtype, saved: Any, d_out: jax.Array) -> Any:
     vocabulary = table.shape[0] // axes.get("tensor", 1)
 
     def local(d_out: jax.Array, tokens: jax.Array) -> jax.Array:
-        d_out, tokens = sharding.vary_each_alike(d_out, tokens)
-        d_table = sharding.vary_alike(jnp.zeros((vocabulary, d_out.shape[-1]), jnp.float32), d_out)
+        d_out, tokens = spmd.pvary_all(d_out, tokens)
+        d_table = spmd.pvary_like(jnp.zeros((vocabulary, d_out.shape[-1]), jnp.float32), d_out)
         at = d_table.at[_local_ids(vocabulary, tokens, axes)]
         d_table = at.add(d_out.astype(jnp.float32), mode="drop", wrap_negative_indices=False)
-        return sharding.scatter_sum(d_table, 1, axes)
+        return spmd.reduce_scatter_grad(d_table, 1, axes)
 
     specs = (sharding.ACT_BTD, sharding.TOKENS_BT)
-    return sharding.per_device(local, specs, sharding.EMBEDDING_VD)(d_out, tokens).astype(table.dtype), None
+    return spmd.shard_map_or_call(local, specs, sharding.EMBEDDING_VD)(d_out, tokens).astype(
+        table.dtype
+    ), None
 
 
 _embed.defvjp(_embed_forward, _embed_backward)
@@ -123,7 +120,7 @@ def output_matrix(params: Any) -> jax.Array | Quantized:
     if "score" in params:
         raise ConfigError(
             f"the model is a classifier or reward model, with a head of {params['score']['kernel'].shape[1]} "
-            "numbers and no output projection, so it predicts no tokens; ask train.score.Scorer for its "
+            "numbers and no output projection, so it predicts no tokens; ask llama_jax.train.scorer.Scorer for its "
             "numbers, or give a language model"
         )
     return params["lm_head"]["kernel"] if "lm_head" in params else params["embed"]["embedding"]
@@ -153,11 +150,11 @@ class Attention(nn.Module):
     """Grouped-query attention with rotary positions: wq [D,N,H], wk and wv [D,K,H], wo [N,H,D]."""
 
     config: LlamaConfig
-    backward: Backward = "autodiff"
+    custom_vjp: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, table: rope.Rotary, attend: Attend) -> tuple[jax.Array, Any]:
-        c, linear = self.config, functools.partial(project, backward=self.backward)
+        c, linear = self.config, functools.partial(project, custom_vjp=self.custom_vjp)
         d, n, k, h = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
         wq = _matrix(self, "wq", _normal(), (d, n, h))
         wk = _matrix(self, "wk", _normal(), (d, k, h))
@@ -167,7 +164,7 @@ class Attention(nn.Module):
         q = linear("btd,dnh->btnh", x, wq, stored=sharding.WQ_DNH, out=sharding.ACT_BTNH)
         keys = linear("btd,dkh->btkh", x, wk, stored=sharding.WKV_DKH, out=sharding.ACT_BTNH)
         values = linear("btd,dkh->btkh", x, wv, stored=sharding.WKV_DKH, out=sharding.ACT_BTNH)
-        rotate = rope.rotate_fast if self.backward == "fast" else rope.rotate
+        rotate = rope.rotate_custom_vjp if self.custom_vjp else rope.rotate
         q, keys = rotate(q, table), rotate(keys, table)
         q, keys, values = checkpoint_name(q, "q"), checkpoint_name(keys, "k"), checkpoint_name(values, "v")
         # Every query needs every key before it, so `context` is gathered here and nowhere else.
@@ -176,7 +173,7 @@ class Attention(nn.Module):
         )
         prefix: Any = self.get_variable("params", "prefix")
         out, kept = attend(q, keys, values, *(() if prefix is None else (prefix,)))
-        if self.backward == "fast":  # TPU: the kernel's [B, N, T, H] is not turned into [B, T, N*H]
+        if self.custom_vjp:  # TPU: the kernel's [B, N, T, H] is not turned into [B, T, N*H]
             return linear("btnh,nhd->btd", out, wo, stored=sharding.WO_NHD, out=sharding.ACT_BTD), kept
         # As one matrix [N*H, D]: contracting two axes of wo makes XLA:CPU transpose it at every token.
         out, wo = out.reshape(*x.shape[:2], n * h), wo.reshape(n * h, d)
@@ -187,11 +184,11 @@ class FeedForward(nn.Module):
     """SwiGLU: w_down (silu(w_gate x) * w_up x), w_gate and w_up [D,F], w_down [F,D]."""
 
     config: LlamaConfig
-    backward: Backward = "autodiff"
+    custom_vjp: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        linear = functools.partial(project, backward=self.backward)
+        linear = functools.partial(project, custom_vjp=self.custom_vjp)
         d, f = self.config.hidden_size, self.config.intermediate_size
         w_gate = _matrix(self, "w_gate", _normal(), (d, f))
         w_up = _matrix(self, "w_up", _normal(), (d, f))
@@ -199,7 +196,7 @@ class FeedForward(nn.Module):
         gate = linear("btd,df->btf", x, w_gate, stored=sharding.GATE_UP_DF, out=sharding.ACT_BTF)
         up = linear("btd,df->btf", x, w_up, stored=sharding.GATE_UP_DF, out=sharding.ACT_BTF)
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-        if self.backward == "fast" and isinstance(w_down, jax.Array):
+        if self.custom_vjp and isinstance(w_down, jax.Array):
             return swiglu_down(gate, up, w_down)
         y = swiglu(gate, up)
         return linear("btf,fd->btd", y, w_down, stored=sharding.DOWN_FD, out=sharding.ACT_BTD)
@@ -209,16 +206,16 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     config: LlamaConfig
-    backward: Backward = "autodiff"
+    custom_vjp: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, table: rope.Rotary, attend: Attend) -> tuple[jax.Array, Any]:
         norm = functools.partial(RMSNorm, self.config.rms_norm_eps)
-        attention = Attention(self.config, self.backward, name="attention")
-        feed_forward = FeedForward(self.config, self.backward, name="feed_forward")
-        fast = self.backward == "fast"
+        attention = Attention(self.config, self.custom_vjp, name="attention")
+        feed_forward = FeedForward(self.config, self.custom_vjp, name="feed_forward")
+        fast = self.custom_vjp
         x = row_major(x) if fast else x
-        hand = write_gradient if fast else lambda y: y
+        hand = materialize_cotangent if fast else lambda y: y
         y, kept = attention(hand(norm(name="attention_norm")(x)), table, attend)
         x = x + self._adapted(attention, y)
         y = feed_forward(hand(norm(name="ffn_norm")(x)))
@@ -227,7 +224,7 @@ class Block(nn.Module):
     def _adapted(self, part: nn.Module, y: jax.Array) -> jax.Array:
         """What a part gives, through the bottleneck adapter that may stand behind it."""
         network: Any = part.get_variable("params", "bottleneck")
-        return y if network is None else through(network, y, backward=self.backward)
+        return y if network is None else through(network, y, custom_vjp=self.custom_vjp)
 
 
 def _matrix(

@@ -13,11 +13,10 @@ from jax.sharding import PartitionSpec as P
 from llama_jax import sharding
 from llama_jax.attention import Backend
 from llama_jax.config import LlamaConfig
-from llama_jax.fused_loss import fused_cross_entropy
 from llama_jax.layers import output_matrix, unembed
-from llama_jax.linear import Backward
-from llama_jax.model import Params, Remat, hidden_states
-from llama_jax.quantization import Quantized
+from llama_jax.model import ForwardOptions, Params, Remat, hidden_states
+from llama_jax.ops.fused_cross_entropy import fused_cross_entropy
+from llama_jax.ops.quantization import Quantized
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -39,7 +38,8 @@ class Loss:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "dtype", "attention_backend", "remat", "backward", "num_chunks")
+    jax.jit,
+    static_argnames=("config", "options", "dtype", "attention_backend", "remat", "custom_vjp", "num_chunks"),
 )
 def next_token_loss(
     config: LlamaConfig,
@@ -49,10 +49,11 @@ def next_token_loss(
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     *,
+    options: ForwardOptions = ForwardOptions(),
     dtype: jax.typing.DTypeLike | None = None,
-    attention_backend: Backend = "xla",
-    remat: Remat = "none",
-    backward: Backward = "autodiff",
+    attention_backend: Backend | None = None,
+    remat: Remat | None = None,
+    custom_vjp: bool | None = None,
     num_chunks: int = 8,
     z_loss: float | jax.Array = 0.0,
     embedding_noise: jax.Array | None = None,
@@ -67,11 +68,8 @@ def next_token_loss(
         counts all. A prediction across a segment boundary never counts.
       positions: as for `forward`.
       segment_ids: as for `forward`.
-      dtype: as for `forward`.
-      attention_backend: as for `forward`.
-      remat: as for `forward`.
-      backward: as for `forward`; `fast` also forms the loss's gradient in the forward pass, so that no
-        logits are computed twice.
+      options, dtype, attention_backend, remat, custom_vjp: as for `forward`; `custom_vjp` also forms the loss's
+        gradient in the forward pass, so that no logits are computed twice.
       num_chunks: in how many pieces the logits are formed.
       z_loss: weight of log^2 of the softmax's normaliser, which keeps logits from drifting (PaLM, arXiv
         2204.02311, section 5). It is in `total`.
@@ -87,28 +85,26 @@ def next_token_loss(
     weights = jnp.where(last, 0.0, weights)
     if segment_ids is not None:
         weights = jnp.where(_whole(segment_ids) == _next(segment_ids), weights, 0.0)
+    options = options.override(
+        dtype=dtype, attention_backend=attention_backend, remat=remat, custom_vjp=custom_vjp
+    )
     x = hidden_states(
         config,
         params,
         tokens,
         positions,
         segment_ids,
-        dtype=dtype,
-        attention_backend=attention_backend,
-        remat=remat,
-        backward=backward,
+        options=options,
         embedding_noise=embedding_noise,
     )
     z_loss = jnp.asarray(z_loss, jnp.float32)
-    if backward == "fast" and not isinstance(output_matrix(params), Quantized):
+    if options.custom_vjp and not isinstance(output_matrix(params), Quantized):
         total = fused_cross_entropy(x, params, targets, weights, z_loss, num_chunks=num_chunks)
         return Loss(total=total, count=weights.sum())
     return cross_entropy(x, params, targets, weights, z_loss, num_chunks=num_chunks)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "dtype", "attention_backend", "remat", "backward", "num_chunks")
-)
+@functools.partial(jax.jit, static_argnames=("config", "options", "num_chunks"))
 def token_logprobs(
     config: LlamaConfig,
     params: Params,
@@ -116,17 +112,13 @@ def token_logprobs(
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     *,
-    dtype: jax.typing.DTypeLike | None = None,
-    attention_backend: Backend = "xla",
-    remat: Remat = "none",
-    backward: Backward = "autodiff",
+    options: ForwardOptions = ForwardOptions(),
     num_chunks: int = 8,
 ) -> jax.Array:
     """log p(tokens[t] | tokens[..t-1]) of every token, without ever holding the logits of all of them.
 
     Args:
-      config, params, tokens, positions, segment_ids, dtype, attention_backend, remat, backward: as for
-        `forward`.
+      config, params, tokens, positions, segment_ids, options: as for `forward`.
       num_chunks: in how many pieces the logits are formed.
 
     Returns:
@@ -138,10 +130,7 @@ def token_logprobs(
         tokens,
         positions,
         segment_ids,
-        dtype=dtype,
-        attention_backend=attention_backend,
-        remat=remat,
-        backward=backward,
+        options=options,
     )
 
     def one(chunk: Any) -> jax.Array:

@@ -7,6 +7,7 @@ body whatever L is), unstacked ones are unrolled (no slice of a weight is ever c
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
@@ -14,22 +15,21 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from llama_jax import cache as kv
+from llama_jax import kv_cache as kv
 from llama_jax import rope, sharding
-from llama_jax.attention import Backend, KeyValues, Where, attention, cached_attention
+from llama_jax.attention import AttentionMask, Backend, KeyValues, attention, cached_attention
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError, InputError
-from llama_jax.layers import Attend, Block, embed, embed_fast, rms_norm, unembed
-from llama_jax.linear import Backward
+from llama_jax.layers import Attend, Block, embed, embed_custom_vjp, rms_norm, unembed
 
 Params = Any  # the nested dict of arrays that this module's docstring describes
-Remat = Literal["none", "dots", "attention", "full", "offload"]
+Remat = Literal["none", "save_projections", "attention", "full", "offload"]
 
 # What a backward pass reads again: the products' results, and attention's with its one number a query.
 _ATTENTION = ("attention_out", "splash_residuals")
 _NAMED = ("q", "k", *_ATTENTION, "gate", "up")
 _POLICIES: dict[str, Any] = {
-    "dots": jax.checkpoint_policies.save_only_these_names(*_NAMED),
+    "save_projections": jax.checkpoint_policies.save_only_these_names(*_NAMED),
     "attention": jax.checkpoint_policies.save_only_these_names(*_ATTENTION),
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -39,6 +39,46 @@ _POLICIES: dict[str, Any] = {
         offload_dst="pinned_host",
     ),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardOptions:
+    """How a forward pass is computed, apart from the model; hashable, so static under `jit`.
+
+    Attributes:
+      dtype: compute dtype; None is the parameters' own. Norms, rotary angles, softmax and logits are f32 in any
+        case.
+      attention_backend: `xla`, `blockwise` or `splash`; see `attention.attention`.
+      remat: what a layer keeps for its backward pass: `none` rematerialises nothing; `save_projections` keeps the
+        outputs of the matrix products and of attention; `attention` attention's output; `full` the layer's input
+        alone; `offload` keeps what `save_projections` does, in host memory. It saves memory with stacked layers.
+      custom_vjp: take the hand-written backward passes of `ops`, which stay in the compute dtype with f32
+        accumulation; what the trainer uses. They rule out forward-mode differentiation (`jax.jvp`).
+
+    Raises:
+      ConfigError: for an unknown backend, remat policy or dtype.
+    """
+
+    dtype: jax.typing.DTypeLike | None = None
+    attention_backend: Backend = "xla"
+    remat: Remat = "none"
+    custom_vjp: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        if self.attention_backend not in get_args(Backend):
+            raise ConfigError(
+                f"attention backend {self.attention_backend!r} is unknown; use one of {', '.join(get_args(Backend))}"
+            )
+        if self.remat not in get_args(Remat):
+            raise ConfigError(
+                f"remat policy {self.remat!r} is unknown; use one of {', '.join(get_args(Remat))}"
+            )
+
+    def override(self, **changes: Any) -> ForwardOptions:
+        """These options with those of `changes` that are not None."""
+        return dataclasses.replace(self, **{k: v for k, v in changes.items() if v is not None})
 
 
 def init(config: LlamaConfig, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> Params:
@@ -85,7 +125,9 @@ def init(config: LlamaConfig, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.
     return jax.jit(jax.sharding.auto_axes(make, out_sharding=specs))(key)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "attention_backend", "remat", "backward"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "options", "dtype", "attention_backend", "remat", "custom_vjp")
+)
 def forward(
     config: LlamaConfig,
     params: Params,
@@ -93,10 +135,11 @@ def forward(
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     *,
+    options: ForwardOptions = ForwardOptions(),
     dtype: jax.typing.DTypeLike | None = None,
-    attention_backend: Backend = "xla",
-    remat: Remat = "none",
-    backward: Backward = "autodiff",
+    attention_backend: Backend | None = None,
+    remat: Remat | None = None,
+    custom_vjp: bool | None = None,
 ) -> jax.Array:
     """Logits of every next token.
 
@@ -107,14 +150,8 @@ def forward(
       positions: int [B, T], each token's position in its document; 0..T-1 by default. With packed
         documents they restart, and `segment_ids` must keep the documents apart.
       segment_ids: int [B, T]; a token attends only within its own segment. None: each row is one.
-      dtype: compute dtype; the parameters' own by default. Norms, rotary angles, softmax and logits
-        are f32 in any case.
-      attention_backend: `xla` or `blockwise`, see `attention`.
-      remat: what the backward pass keeps of each layer: `none` (everything), `dots` (matmul outputs),
-        `attention` (attention's output), `full` (the layer's input alone). It is stacked layers that
-        save memory by it.
-      backward: `autodiff`, or `fast`: products whose backward pass stays in the compute dtype, at the
-        price of forward-mode differentiation (`jax.jvp`); what the trainer uses. See `linear`.
+      options: how it is computed.
+      dtype, attention_backend, remat, custom_vjp: fields of `options`, which they override where given.
 
     Returns:
       f32 [B, T, V].
@@ -124,17 +161,10 @@ def forward(
         batch that the mesh does not divide.
       InputError: for tokens, positions or segment_ids that are not [B, T].
     """
-    x = hidden_states(
-        config,
-        params,
-        tokens,
-        positions,
-        segment_ids,
-        dtype=dtype,
-        attention_backend=attention_backend,
-        remat=remat,
-        backward=backward,
+    options = options.override(
+        dtype=dtype, attention_backend=attention_backend, remat=remat, custom_vjp=custom_vjp
     )
+    x = hidden_states(config, params, tokens, positions, segment_ids, options=options)
     return unembed(x, params)
 
 
@@ -145,18 +175,13 @@ def hidden_states(
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     *,
-    dtype: jax.typing.DTypeLike | None = None,
-    attention_backend: Backend = "xla",
-    remat: Remat = "none",
-    backward: Backward = "autodiff",
+    options: ForwardOptions = ForwardOptions(),
     embedding_noise: jax.Array | None = None,
 ) -> jax.Array:
     """`forward` without its last product: normalised hidden states [B, T, D] in the compute dtype.
 
     `embedding_noise` [B, T, D] is added to the embeddings, as NEFTune does in training (arXiv 2310.05914).
     """
-    if remat not in get_args(Remat):
-        raise ConfigError(f"remat policy {remat!r} is unknown; use one of {', '.join(get_args(Remat))}")
     _check(config, params, tokens)
     for name, array in (("positions", positions), ("segment_ids", segment_ids)):
         if array is not None and jnp.shape(array) != jnp.shape(tokens):
@@ -168,15 +193,15 @@ def hidden_states(
         segment_ids = sharding.constrain(jnp.asarray(segment_ids), sharding.TOKENS_BT)
     # Causality goes by the place in the row, not by the position in the document: with packing,
     # positions restart.
-    where = Where(order, order, segment_ids, segment_ids)
+    where = AttentionMask(order, order, segment_ids, segment_ids)
 
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, prefix: KeyValues | None = None
     ) -> tuple[jax.Array, None]:
-        return attention(q, k, v, where, prefix, backend=attention_backend), None
+        return attention(q, k, v, where, prefix, backend=options.attention_backend), None
 
-    look_up = embed_fast if backward == "fast" else embed
-    x = look_up(params["embed"]["embedding"], tokens, dtype=dtype or compute_dtype(params))
+    look_up = embed_custom_vjp if options.custom_vjp else embed
+    x = look_up(params["embed"]["embedding"], tokens, dtype=options.dtype or compute_dtype(params))
     if embedding_noise is not None:
         x = x + sharding.constrain(embedding_noise, sharding.ACT_BTD).astype(x.dtype)
     x, _ = _run_layers(
@@ -185,8 +210,7 @@ def hidden_states(
         x,
         rope.rotary(config, positions + _prefix_length(params)),
         lambda layer: attend,
-        remat=remat,
-        backward=backward,
+        options=options,
     )
     return rms_norm(x, params["final_norm"]["scale"], eps=config.rms_norm_eps)
 
@@ -229,7 +253,7 @@ def forward_cached(
     start = sharding.constrain(start, sharding.ROWS_B)
     order = start[:, None] + jnp.arange(length, dtype=jnp.int32)
     slots = jnp.broadcast_to(jnp.arange(cache.length, dtype=jnp.int32), (batch, cache.length))
-    where = Where(order, slots, allowed=allowed)
+    where = AttentionMask(order, slots, allowed=allowed)
     positions = order if positions is None else sharding.constrain(positions, sharding.TOKENS_BT)
 
     def attend_at(layer: int) -> Attend:
@@ -308,21 +332,20 @@ def _run_layers(
     table: rope.Rotary,
     attend_at: Callable[[int], Attend],
     *,
-    remat: Remat = "none",
-    backward: Backward = "autodiff",
+    options: ForwardOptions = ForwardOptions(),
 ) -> tuple[jax.Array, Any]:
     """All blocks over x: scanned where they are stacked (one `attend` for all), unrolled where not."""
-    block = Block(config, backward)
+    block = Block(config, options.custom_vjp)
 
     def layer(x: jax.Array, weights: Any, attend: Attend) -> tuple[jax.Array, Any]:
         return block.apply({"params": weights}, x, table, attend)
 
     layers = params["layers"]
     if isinstance(layers, Mapping):
-        return jax.lax.scan(_remat(functools.partial(layer, attend=attend_at(0)), remat), x, layers)
+        return jax.lax.scan(_remat(functools.partial(layer, attend=attend_at(0)), options.remat), x, layers)
     kept = []
     for index, weights in enumerate(layers):
-        x, keep = _remat(functools.partial(layer, attend=attend_at(index)), remat)(x, weights)
+        x, keep = _remat(functools.partial(layer, attend=attend_at(index)), options.remat)(x, weights)
         kept.append(keep)
     return x, kept
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import sharding
 from llama_jax.config import LlamaConfig, RopeScaling
+from llama_jax.ops import spmd
 
 
 class Rotary(NamedTuple):
@@ -112,18 +112,18 @@ def rotate(x: jax.Array, table: Rotary) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def rotate_fast(x: jax.Array, table: Rotary) -> jax.Array:
+def rotate_custom_vjp(x: jax.Array, table: Rotary) -> jax.Array:
     """`rotate` for training: each pair's halves change places in a product with a signed permutation.
 
     The product is exact, and costs a TPU's matrix unit a thirtieth of what moving half a register's lanes
     costs its vector unit. Its result and its gradient are written out, so that the products before and
     after run alone.
     """
-    return _rotate_fast(*sharding.vary_each_alike(x, table.cos, table.sin))
+    return _rotate(*spmd.pvary_all(x, table.cos, table.sin))
 
 
 @jax.custom_vjp
-def _rotate_fast(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     half = x.shape[-1] // 2
     swap = np.zeros((2 * half, 2 * half), np.float32)
     swap[np.arange(half) + half, np.arange(half)] = -1
@@ -140,12 +140,12 @@ def _rotate_fast(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def _rotate_fast_forward(x: jax.Array, cos: jax.Array, sin: jax.Array) -> Any:
-    return _rotate_fast(jax.lax.optimization_barrier(x), cos, sin), (cos, sin)
+    return _rotate(jax.lax.optimization_barrier(x), cos, sin), (cos, sin)
 
 
 def _rotate_fast_backward(saved: Any, d_out: jax.Array) -> Any:
     cos, sin = saved
-    return jax.lax.optimization_barrier(_rotate_fast(d_out, cos, -sin)), None, None
+    return jax.lax.optimization_barrier(_rotate(d_out, cos, -sin)), None, None
 
 
-_rotate_fast.defvjp(_rotate_fast_forward, _rotate_fast_backward)
+_rotate.defvjp(_rotate_fast_forward, _rotate_fast_backward)

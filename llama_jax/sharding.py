@@ -11,9 +11,8 @@ type carries its layout. Each name below ends in the letters of its dimensions (
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -60,18 +59,18 @@ LAYER_SPECS = {
 }
 
 
-def param_specs(config: LlamaConfig, *, stacked: bool = True) -> dict[str, Any]:
+def param_specs(config: LlamaConfig, *, scan_layers: bool = True) -> dict[str, Any]:
     """Partition specs of the whole parameter tree.
 
     Args:
       config: the model; tied embeddings have no `lm_head`, classifiers a `score` instead.
-      stacked: whether layer leaves carry a leading layer axis, which is never sharded; otherwise
+      scan_layers: whether layer leaves carry a leading layer axis, which is never sharded; otherwise
         `layers` is a tuple of one tree a layer.
 
     Returns:
       A tree shaped like the parameters, with a `PartitionSpec` at each leaf.
     """
-    layers = jax.tree.map(lambda spec: P(None, *spec), LAYER_SPECS, is_leaf=is_spec) if stacked else None
+    layers = jax.tree.map(lambda spec: P(None, *spec), LAYER_SPECS, is_leaf=is_spec) if scan_layers else None
     specs: dict[str, Any] = {
         "embed": {"embedding": EMBEDDING_VD},
         "layers": layers or (LAYER_SPECS,) * config.num_hidden_layers,
@@ -196,7 +195,7 @@ def shard_params(params: Any, mesh: Mesh, config: LlamaConfig) -> Any:
       ConfigError: where a dimension does not divide its axis.
     """
     check_mesh(config, mesh)
-    specs = param_specs(config, stacked=isinstance(params["layers"], Mapping))
+    specs = param_specs(config, scan_layers=isinstance(params["layers"], Mapping))
     return jax.tree.map(lambda x, spec: jax.device_put(x, named(mesh, spec)), params, specs)
 
 
@@ -212,7 +211,7 @@ def explicit_axes() -> dict[str, int]:
     }
 
 
-def on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     """The context in which a program runs on `mesh`; nothing where there is none."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
@@ -253,71 +252,6 @@ def restrict(spec: P, names: Iterable[str]) -> P:
 def named(mesh: Mesh, spec: P) -> NamedSharding:
     """`spec` on `mesh`, without the axes that the mesh leaves out."""
     return NamedSharding(mesh, restrict(spec, mesh.axis_names))
-
-
-def vary_alike(tree: Any, *others: Any) -> Any:
-    """Inside `shard_map`, marks every leaf of `tree` as varying over what any leaf here varies over.
-
-    A loop's state must keep its type, and `shard_map` makes part of the type which mesh axes a value may
-    differ along: a state that starts as zeros does not yet differ along any. Elsewhere this does nothing.
-    """
-
-    def varying(leaf: Any) -> frozenset[str]:
-        manual = getattr(jax.typeof(leaf), "manual_axis_type", None)
-        return frozenset() if manual is None else manual.varying
-
-    union = frozenset().union(*map(varying, jax.tree.leaves((tree, others))))
-
-    def mark(leaf: jax.Array) -> jax.Array:
-        missing = tuple(sorted(union - varying(leaf)))
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(mark, tree) if union else tree
-
-
-def per_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`function` over each device's own part of its arguments (`shard_map`); itself where there is no mesh.
-
-    Inputs are laid out by `in_specs` first. An axis that the mesh leaves out is dropped from the specs.
-    """
-    axes = explicit_axes()
-    if not axes:
-        return function
-    into, out = jax.tree.map(lambda spec: restrict(spec, axes), (in_specs, out_specs), is_leaf=is_spec)
-    mapped = jax.shard_map(function, in_specs=into, out_specs=out)
-    return lambda *args: mapped(*jax.tree.map(jax.sharding.reshard, args, into))
-
-
-def scatter_sum(x: jax.Array, dimension: int | None, axes: Iterable[str]) -> jax.Array:
-    """Inside `per_device`: the sum of `x` over `data`, `context` and `fsdp`, this device's `fsdp` part of it.
-
-    Args:
-      x: a device's share of a weight's gradient.
-      dimension: the one that `fsdp` splits; None where it splits none, and each device gets the whole sum.
-      axes: the mesh's.
-    """
-    axes = set(axes)
-    whole = ("data", "context") if dimension is not None else ("data", "context", "fsdp")
-    if over := tuple(name for name in whole if name in axes):
-        x = jax.lax.psum(x, over)
-    if dimension is None or "fsdp" not in axes:
-        return x
-    scatter = functools.partial(
-        jax.lax.psum_scatter, axis_name="fsdp", scatter_dimension=dimension, tiled=True
-    )
-    size = jax.lax.axis_size("fsdp")
-    if size < 64 or size % 4:
-        return scatter(x)
-    # Over all three dimensions of a TPU torus, the compiler makes a reduce-scatter an all-reduce, which
-    # moves twice the bytes; over one of four and then over the other two it does not.
-    rest = size // 4
-    x = scatter(x, axis_index_groups=[[a * rest + b for a in range(4)] for b in range(rest)])
-    return scatter(x, axis_index_groups=[[a * rest + b for b in range(rest)] for a in range(4)])
-
-
-def vary_each_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """`vary_alike` of arrays among themselves: what a `custom_vjp` inside `shard_map` needs of its inputs."""
-    return vary_alike(arrays)
 
 
 def layout_of(x: jax.Array) -> P | None:

@@ -36,9 +36,9 @@ import style
 from matplotlib.patches import Rectangle
 
 import llama_jax as lj
-from llama_jax.attention import Where, attention
+from llama_jax.attention import AttentionMask, attention
 from llama_jax.layers import embed, rms_norm, unembed
-from llama_jax.linear import swiglu
+from llama_jax.ops.linear import swiglu
 from llama_jax.rope import rotary, rotary_frequencies, rotate
 
 style.use()
@@ -323,7 +323,7 @@ q, k, v = (
 )
 order = jnp.broadcast_to(jnp.arange(T), (B, T))
 copies = lambda x: jnp.repeat(x, N // K, axis=1)  # noqa: E731
-where = Where(order, order)
+where = AttentionMask(order, order)
 law(
     "grouped = multi-head with copied keys and values",
     attention(q, k, v, where),
@@ -332,7 +332,7 @@ law(
 
 
 def cache_bytes(config, tokens):
-    cache = jax.eval_shape(lambda: lj.cache.init_cache(config, 1, tokens, jnp.bfloat16))
+    cache = jax.eval_shape(lambda: lj.kv_cache.init_cache(config, 1, tokens, jnp.bfloat16))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 

@@ -35,8 +35,8 @@ import numpy as np
 import style
 
 import llama_jax as lj
-from llama_jax.attention import Where, attention
-from llama_jax.decode import take
+from llama_jax.attention import AttentionMask, attention
+from llama_jax.decoding.state import take
 from llama_jax.layers import Block, embed, rms_norm, unembed
 from llama_jax.model import forward_cached
 from llama_jax.rope import rotary
@@ -203,7 +203,7 @@ for b, text in enumerate(prompts):
 def streams(params, x):
     """The residual stream [L + 1, T, D] before each layer and after the last, from embeddings x [1, T, D]."""
     order = jnp.arange(x.shape[1])[None]
-    table, where = rotary(config, order), Where(order, order)
+    table, where = rotary(config, order), AttentionMask(order, order)
 
     def layer(x, weights):
         x, _ = Block(config).apply(
@@ -278,7 +278,7 @@ assert seen[-1, -1].argmax() == rome
 # with $c$ conditioned and $u$ not; $\gamma = 1$ is ordinary decoding, $\gamma = 0$ ignores the context. Both
 # prompts are two rows of one `DecodeState`; a step runs the model on both, mixes the logits, and lets both
 # rows take the same token.
-# `take` is the second half of `lj.step`: it applies the rules and settings, chooses, and appends.
+# `take` is the second half of `lj.decode_step`: it applies the rules and settings, chooses, and appends.
 
 
 # %%

@@ -39,8 +39,8 @@ from matplotlib.patches import Rectangle
 import llama_jax as lj
 from llama_jax.layers import Block, embed
 from llama_jax.rope import rotary
-from train.data import open_data
-from train.read_config import load_config
+from llama_jax.train.config.read import load_config
+from llama_jax.train.data import open_data
 
 style.use()
 folder = Path(tempfile.mkdtemp(prefix="small_llama_"))
@@ -65,12 +65,12 @@ exclude = [
     "*/_pydecimal.py", "*/statistics.py", "*/locale.py", "*/turtle.py", "*/mimetypes.py", "*/stringprep.py",
     "*/random.py", "*/fractions.py",
 ]
-held_out = 0.04
+validation_fraction = 0.04
 
 [train]
 run_dir = {json.dumps(str(folder / "run"))}
 steps = 200
-batch_size = 6
+global_batch_size = 6
 seq_len = 256
 remat = "none"
 loss_chunks = 1
@@ -121,11 +121,15 @@ def records(name):
 
 steps = records("metrics.jsonl")
 evaluations = records("evaluations.jsonl")
-measured = [record for record in evaluations if "held_out_loss" in record]
+measured = [record for record in evaluations if "eval_loss" in record]
 model = lj.load(run_dir)
 config, tokenizer = model.config, model.tokenizer
 data = open_data(
-    run.data, tokenizer, seq_len=run.train.seq_len, batch_size=run.train.batch_size, seed=run.train.seed
+    run.data,
+    tokenizer,
+    seq_len=run.train.seq_len,
+    batch_size=run.train.global_batch_size,
+    seed=run.train.seed,
 )
 even, unigram = math.log(config.vocab_size), data.unigram_loss()
 
@@ -135,7 +139,7 @@ left.plot(
 )
 left.plot(
     [r["step"] for r in measured],
-    [r["held_out_loss"] for r in measured],
+    [r["eval_loss"] for r in measured],
     "o-",
     color=style.BLUE,
     label="held out",
@@ -151,7 +155,7 @@ right.plot([r["step"] for r in steps], [r["learning_rate"] for r in steps], colo
 right.set(title="learning rate: warm-up, then a cosine", xlabel="step", ylabel="Muon's rate", ylim=(0, None))
 print(
     f"loss {steps[0]['loss']:.2f} in the first steps (ln V is {even:.2f}); "
-    f"{measured[-1]['held_out_loss']:.2f} held out at the end"
+    f"{measured[-1]['eval_loss']:.2f} held out at the end"
 )
 print(f"a unigram model: {unigram:.2f}; {measured[-1]['bits_per_byte']:.2f} bits a byte of text")
 assert (
@@ -161,7 +165,7 @@ assert (
     )
     < 0.5
 )
-assert measured[-1]["held_out_loss"] < unigram - 1.5
+assert measured[-1]["eval_loss"] < unigram - 1.5
 
 # %% [markdown]
 # ## What it writes on the way
@@ -172,7 +176,7 @@ assert measured[-1]["held_out_loss"] < unigram - 1.5
 # %%
 for record in evaluations:
     if record["step"] in (40, 80, 160, 200) and "text" in record:
-        print(f"----- step {record['step']}, held-out loss {record['held_out_loss']:.2f}\n{record['text']}\n")
+        print(f"----- step {record['step']}, held-out loss {record['eval_loss']:.2f}\n{record['text']}\n")
 
 # %% [markdown]
 # ## Where it is surprised

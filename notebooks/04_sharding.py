@@ -124,7 +124,7 @@ for row, spec in zip(grid, SPECS[1:], strict=True):
 # %% [markdown]
 # ## 2. The same step everywhere
 #
-# The step, whole: the loss, its gradient, AdamW. Nothing in it names a device. `backward="fast"` is the
+# The step, whole: the loss, its gradient, AdamW. Nothing in it names a device. `custom_vjp=True` is the
 # backward pass that the trainer uses, and `remat="full"` computes each layer again in it instead of keeping
 # its activations.
 
@@ -134,7 +134,7 @@ optimizer = optax.adamw(3e-3)
 
 def train_step(params, moments, tokens):
     def loss(params):
-        return lj.next_token_loss(config, params, tokens, backward="fast", remat="full", num_chunks=1).mean
+        return lj.next_token_loss(config, params, tokens, custom_vjp=True, remat="full", num_chunks=1).mean
 
     value, gradient = jax.value_and_grad(loss)(params)
     updates, moments = optimizer.update(gradient, moments, params)

@@ -39,9 +39,9 @@ import style
 
 import llama_jax as lj
 from benchmarks import tasks
-from llama_jax import lora
+from llama_jax.adapters import lora
 from llama_jax.chat import chat_template, encode_chat, encode_turns
-from train.preference import dpo_loss
+from llama_jax.train.objectives.preference import dpo_loss
 
 style.use()
 model = lj.load("smollm2-135m")
@@ -58,7 +58,7 @@ SYSTEM = {"role": "system", "content": "Answer."}  # the template's own is longe
 
 # %%
 train, held_out = ([[SYSTEM, *record["messages"]] for record in part] for part in tasks.extract())
-held_out = held_out[:24]
+validation_fraction = held_out[:24]
 
 
 def answers(params, conversations, most=12):
@@ -141,7 +141,7 @@ def batches(examples, rows, seed):
 
 settings = lora.Lora(rank=8, alpha=16)
 base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)  # frozen, so half of the bytes will do
-compute = {"dtype": jnp.bfloat16, "backward": "fast", "remat": "full"}
+compute = lj.ForwardOptions(dtype=jnp.bfloat16, custom_vjp=True, remat="full")
 optimizer = optax.adam(1e-3)
 
 
@@ -149,7 +149,7 @@ optimizer = optax.adam(1e-3)
 def step(adapter, moments, base, tokens, mask):
     def loss(adapter):
         attached = lora.attach(settings, base, adapter)
-        return lj.next_token_loss(config, attached, tokens, mask=mask, **compute).mean
+        return lj.next_token_loss(config, attached, tokens, mask=mask, options=compute).mean
 
     value, gradient = jax.value_and_grad(loss)(adapter)
     updates, moments = optimizer.update(gradient, moments)
@@ -253,7 +253,7 @@ def coded(records):
 def said(adapter, base, tokens, mask):
     """log p of each row's answer, f32 [2P]."""
     attached = lora.attach(settings, base, adapter)
-    return (lj.token_logprobs(config, attached, tokens, **compute) * mask).sum(1)
+    return (lj.token_logprobs(config, attached, tokens, options=compute) * mask).sum(1)
 
 
 def compared(policy, reference):

@@ -38,8 +38,8 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """The SmolLM2-135M GGUF file, fetched once into the cache folder."""
-    from llama_jax import known
     from llama_jax.errors import LlamaJaxError
+    from llama_jax.hub import known
 
     try:
         return known.fetch("smollm2-135m")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.attention import Where, attention
+from llama_jax.attention import AttentionMask, attention
 from llama_jax.errors import ConfigError
 
 
@@ -22,7 +22,7 @@ def inputs(seed, *, batch=2, length=13, keys=None, heads=6, kv_heads=3, head_dim
 
 def causal(batch, length, segments=None):
     at = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    return Where(at, at, segments, segments)
+    return AttentionMask(at, at, segments, segments)
 
 
 def by_hand(q, k, v, allowed):
@@ -72,7 +72,7 @@ def test_keys_beyond_the_query_do_not_matter(backend):
     """Cached keys: more of them than queries, the rest unwritten."""
     q, k, v = inputs(3, length=3, keys=20)
     at = jnp.array([[4, 5, 6], [9, 10, 11]])
-    where = Where(at, jnp.broadcast_to(jnp.arange(20), (2, 20)))
+    where = AttentionMask(at, jnp.broadcast_to(jnp.arange(20), (2, 20)))
     out = attention(q, k, v, where, backend=backend, block_size=8)
     again = attention(
         q, k.at[:, :, 12:].set(1e4), v.at[:, :, 12:].set(1e4), where, backend=backend, block_size=8

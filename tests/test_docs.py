@@ -17,10 +17,10 @@ import pytest
 import yaml
 
 from llama_jax import cli
-from train.config import RunConfig
-from train.data import SourceConfig
-from train.loop import Loop
-from train.read_config import keys, load_config
+from llama_jax.train.config.read import keys, load_config
+from llama_jax.train.config.run import RunConfig
+from llama_jax.train.data import SourceConfig
+from llama_jax.train.loop import Loop
 
 ROOT = Path(__file__).parents[1]
 TRAINING = ROOT / "docs" / "training.md"

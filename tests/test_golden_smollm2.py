@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import llama_jax as lj
-from llama_jax.arguments import pad_right
+from llama_jax.decoding.arguments import pad_right
 from tests.golden import cases
 
 pytestmark = pytest.mark.slow

@@ -6,14 +6,14 @@ import dataclasses
 
 import pytest
 
+from llama_jax.train import optimizer
 from tests.golden import training
-from train import optimizer
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_fifty_steps_have_the_losses_of_torch_and_transformers(accumulate: int) -> None:
+@pytest.mark.parametrize("gradient_accumulation_steps", [1, 2])
+def test_fifty_steps_have_the_losses_of_torch_and_transformers(gradient_accumulation_steps: int) -> None:
     """Full remat, blockwise attention, a loss in chunks: as a real run has it, but for f32."""
-    curve = training.our_curve(accumulate=accumulate)
+    curve = training.our_curve(gradient_accumulation_steps=gradient_accumulation_steps)
     assert training.difference(curve, training.golden_curve()) <= training.TOLERANCE
     assert curve["loss"][-5:].mean() < curve["loss"][:5].mean() - 2  # it learns
 

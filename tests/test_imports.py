@@ -13,85 +13,98 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = (
-    ("errors", "config", "sharding"),
-    ("quantization", "rope", "cache", "layer_trees"),
-    ("lora",),
-    ("linear",),
-    ("blockwise", "splash", "bottleneck"),
-    ("attention",),
-    ("layers",),
-    ("model",),
-    ("prefix",),
-    ("adapters",),
-    ("fused_loss", "loss", "rules", "sampling", "arguments"),
-    ("decode",),
-    ("generation", "beam", "drafts", "speculative", "session"),
-    ("tokenizer", "weights", "known", "hub", "chat", "stop_strings"),
-    ("text_model",),
-    ("pretrained", "bench"),
-    ("conversation", "convert", "verify"),
-    ("cli",),
-)
-FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-FILES = sorted((ROOT / "llama_jax").rglob("*.py"))
+PACKAGE = ROOT / "llama_jax"
+
+
+def rooms() -> list[str]:
+    """The rooms of `llama_jax`, in the order of the README's tree, which is the order of imports."""
+    tree = re.search(
+        r"^```\nllama_jax/(.*?)^train/", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert tree, "README.md has no tree of llama_jax"
+    return re.findall(r"^  (\w+)(?:\.py|/)", tree[1], re.MULTILINE)
+
+
+ORDER = {name: place for place, name in enumerate(rooms())}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if not path.is_relative_to(PACKAGE / "train"))
+TRAINER = sorted((ROOT / "train").rglob("*.py"))
 
 
 def imported_by(path: Path) -> set[str]:
     """Every module that a file imports, wherever in it; of a package, `from a.b import c` is a.b.c."""
     found = set()
+    folder = path.parent
+    package = [*(["llama_jax"] if ROOT / "train" in path.parents else []), *folder.relative_to(ROOT).parts]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: write imports in full"
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+            base = [*package[: len(package) - node.level + 1]] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found.update(f"{module}.{alias.name}" for alias in node.names)
     return found
 
 
-def room(module: str) -> str:
-    """The first-floor name of a module of llama_jax: `llama_jax.weights.gguf` is in `weights`."""
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 else ""
-
-
 def rooms_imported_by(path: Path) -> set[str]:
-    return {room(module) for module in imported_by(path) if module.split(".")[0] == "llama_jax"}
+    """The rooms that a file imports from: `llama_jax.weights.gguf` is in `weights`."""
+    modules = (module.split(".") for module in imported_by(path))
+    return {module[1] for module in modules if module[0] == "llama_jax" and len(module) > 1}
 
 
 def home(path: Path) -> str:
-    first = path.relative_to(ROOT / "llama_jax").parts[0]
-    return first.removesuffix(".py")
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_the_tree_names_every_room():
+    there = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix in ("", ".py")}
+    assert set(ORDER) == there - {"__init__", "__pycache__"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_one_way(path):
     if home(path) == "__init__":
-        return  # the public names, gathered from every floor
-    assert home(path) in FLOOR_OF, f"{path} has no floor yet: give it one in FLOORS"
-    for name in rooms_imported_by(path):
-        assert name in FLOOR_OF, (
-            f"{path} imports llama_jax.{name}, which is on no floor: import from its module"
-        )
-        assert FLOOR_OF[name] <= FLOOR_OF[home(path)], (
-            f"{path} imports llama_jax.{name} from a floor above it"
-        )
+        return  # the public names, gathered from every room
+    for name in rooms_imported_by(path) - {home(path)}:
+        assert name in ORDER, f"{path} imports llama_jax.{name}: import from the module that defines it"
+        assert ORDER[name] < ORDER[home(path)], f"{path} imports llama_jax.{name}, which comes after it"
 
 
-def test_no_two_rooms_import_each_other():
-    graph: dict[str, set[str]] = {}
-    for path in FILES:
-        graph.setdefault(home(path), set()).update(rooms_imported_by(path) - {home(path)})
-    del graph["__init__"]
+def test_no_two_files_import_each_other():
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
+    modules |= {
+        f"llama_jax.{'.'.join(path.relative_to(ROOT).with_suffix('').parts)}": path for path in TRAINER
+    }
+    graph = {}
+    for name, path in modules.items():
+        prefixes = {".".join(m.split(".")[:n]) for m in imported_by(path) for n in (-1, len(m.split(".")))}
+        graph[name] = {m for m in prefixes if m in modules} - {name}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(f"an import cycle: {' -> '.join(error.args[1])}")
 
 
-def test_the_library_never_imports_the_trainer():
-    importers = [path for path in FILES if any(name.split(".")[0] == "train" for name in imported_by(path))]
-    assert importers == [ROOT / "llama_jax" / "cli" / "train.py"]  # which hands the command over
+def test_the_library_reaches_the_trainer_from_one_verb_alone():
+    importers = [path for path in FILES if "train" in rooms_imported_by(path)]
+    assert importers == [PACKAGE / "cli" / "train.py"]
+
+
+def test_the_trainer_can_be_forked():
+    """A copy of the folder under another name is a trainer too: it names itself by relative imports alone."""
+    for path in TRAINER:
+        assert not re.search(r"^\s*(from|import) (llama_jax\.)?train\b", path.read_text(), re.MULTILINE), path
+        assert "cli" not in rooms_imported_by(path), f"{path} imports the command line"
+
+
+def test_nothing_imports_the_trainer_by_its_folder():
+    for path in [*FILES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+        names = {module.split(".")[0] for module in imported_by(path)}
+        assert "train" not in names, f"{path}: the trainer is llama_jax.train"
+
+
+def test_no_file_is_long():
+    for path in [*FILES, *TRAINER]:
+        assert len(path.read_text().splitlines()) <= 400, f"{path} is over 400 lines: give a part a file"
 
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -105,7 +118,7 @@ def declared(requirements):
 
 def third_party(files):
     names = {module.split(".")[0] for path in files for module in imported_by(path)}
-    return names - sys.stdlib_module_names - {"llama_jax", "train"}
+    return names - sys.stdlib_module_names - {"llama_jax"}
 
 
 def test_core_dependencies_are_those_imported():
@@ -115,7 +128,7 @@ def test_core_dependencies_are_those_imported():
 def test_training_dependencies_are_those_the_trainer_adds():
     extras = PROJECT["optional-dependencies"]
     optional = declared(extras["plot"]) | declared(extras["wandb"])
-    added = third_party((ROOT / "train").rglob("*.py")) - declared(PROJECT["dependencies"]) - optional
+    added = third_party(TRAINER) - declared(PROJECT["dependencies"]) - optional
     assert added == declared(extras["train"])
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import llama_jax as lj
-from llama_jax import cache as kv
+from llama_jax import kv_cache as kv
 from llama_jax.errors import ConfigError, InputError
 from llama_jax.layers import embed
 from llama_jax.model import forward_cached
@@ -63,7 +63,7 @@ def test_packed_documents_are_separate_documents(seed):
 
 
 @pytest.mark.parametrize("backend", ["xla", "blockwise"])
-@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
+@pytest.mark.parametrize("remat", ["none", "save_projections", "attention", "full"])
 def test_remat_backend_and_unstacking_change_nothing(remat, backend):
     config, params = random_model(3)
     tokens, _ = random_prompts(3, config, [12, 12])
@@ -130,7 +130,8 @@ def test_composes_with_vmap_for_per_example_gradients():
 def test_names_an_unknown_remat_policy():
     config, params = random_model(0)
     with pytest.raises(
-        ConfigError, match="remat policy 'some' is unknown; use one of none, dots, attention, full"
+        ConfigError,
+        match="remat policy 'some' is unknown; use one of none, save_projections, attention, full",
     ):
         lj.forward(config, params, np.zeros((1, 2), np.int32), remat="some")
 

@@ -1,7 +1,9 @@
-"""`python -m train CONFIG`, which is `llama-jax train CONFIG`."""
+"""`python -m llama_jax.train CONFIG`, which is `llama-jax train CONFIG`."""
 
 import sys
 
-from llama_jax.cli import main
+from llama_jax.console.exit_status import exit_status
 
-sys.exit(main(["train", *sys.argv[1:]]))
+from . import command
+
+sys.exit(exit_status(lambda: command.run(sys.argv[1:])))

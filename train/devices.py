@@ -15,7 +15,8 @@ from jax.sharding import AxisType, Mesh
 from llama_jax.attention import Backend
 from llama_jax.errors import ConfigError, InputError
 from llama_jax.sharding import AXES, make_mesh, mesh_sizes
-from train.config import DistributedConfig, MeshConfig, TrainConfig
+
+from .config.run import DistributedConfig, MeshConfig, TrainConfig
 
 
 def join_processes(config: DistributedConfig) -> None:
@@ -30,8 +31,8 @@ def join_processes(config: DistributedConfig) -> None:
         if config.coordinator:
             jax.distributed.initialize(
                 config.coordinator,
-                config.processes,
-                config.process,
+                config.num_processes,
+                config.process_id,
                 heartbeat_timeout_seconds=config.heartbeat_seconds,
             )
         elif _launched_with_others():

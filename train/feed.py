@@ -62,7 +62,7 @@ class Feed:
         parts = sizes["data"] * sizes["fsdp"]
         if batch_size % parts:
             raise ConfigError(
-                f"train.batch_size is {batch_size}, which mesh.data x mesh.fsdp = {parts} does not divide; "
+                f"train.global_batch_size is {batch_size}, which mesh.data x mesh.fsdp = {parts} does not divide; "
                 f"make it {-(-batch_size // parts) * parts}"
             )
         if seq_len % sizes["context"]:

@@ -17,36 +17,37 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from llama_jax import LlamaConfig, adapters
-from llama_jax.cli import output
-from llama_jax.cli.compiled import keep_compiled_programs
+from llama_jax.console import terminal
+from llama_jax.console.compilation_cache import keep_compiled_programs
 from llama_jax.errors import ConfigError, DataError, InputError
-from llama_jax.sharding import check_mesh, on
+from llama_jax.sharding import check_mesh, use_mesh
 from llama_jax.tokenizer import Tokenizer
 from llama_jax.weights.adapters import IN_RUN
 from llama_jax.weights.derived import Head
 from llama_jax.weights.write.adapters import save_adapter
-from train.checkpoint import Checkpoints
-from train.config import RunConfig
-from train.data import Data, open_data, show_batch
-from train.devices import compute_dtype, join_processes, run_mesh
-from train.evaluate import make_held_out_loss, make_sampler
-from train.feed import Feed
-from train.files import write_whole
-from train.flops import flops_per_token, peak_flops
-from train.lock import run_lock
-from train.loop import MEASURED, Loop
-from train.objectives import make_objective
-from train.optimizer import make_optimizer, make_schedule
-from train.read_config import to_toml
-from train.reference import reference_logprobs
-from train.report import Report
-from train.signals import Interrupts
-from train.starting import starting_model, starting_weights
-from train.state import begin, take_apart
-from train.step import build_step
-from train.tuning import Frozen, Tuning
-from train.vocabulary import run_tokenizer
-from train.words import finish, introduce, tell_adapter, tell_examples
+
+from .checkpoints.atomic_write import write_whole
+from .checkpoints.checkpoints import Checkpoints
+from .checkpoints.lock import run_lock
+from .config.read import to_toml
+from .config.run import RunConfig
+from .data import Data, open_data, show_batch
+from .devices import compute_dtype, join_processes, run_mesh
+from .feed import Feed
+from .initialization import starting_model, starting_weights
+from .loop import MEASURED, Loop
+from .metrics.evaluate import make_held_out_loss, make_sampler
+from .metrics.flops import flops_per_token, peak_flops
+from .metrics.report import Report
+from .metrics.run_log import finish, introduce, tell_adapter, tell_examples
+from .objectives.objective import make_objective
+from .objectives.reference import reference_logprobs
+from .optimizer import make_optimizer, make_schedule
+from .signals import Interrupts
+from .state import begin, take_apart
+from .step import build_step
+from .tokenizer import run_tokenizer
+from .trainable import Frozen, Tuning
 
 CONFIG = "config.toml"
 
@@ -67,10 +68,10 @@ def train(run: RunConfig) -> int:
     join_processes(run.distributed)  # where JAX takes SIGTERM for itself, so before Interrupts takes it back
     with Interrupts() as interrupts, contextlib.ExitStack() as stack:
         first = jax.process_index() == 0
-        say: Callable[[str], None] = output.note if first else lambda _: None
+        say: Callable[[str], None] = terminal.note if first else lambda _: None
         keep_compiled_programs()
         mesh = run_mesh(run.mesh)
-        feed = Feed.over(mesh, run.train.batch_size, run.train.seq_len)
+        feed = Feed.over(mesh, run.train.global_batch_size, run.train.seq_len)
         run_dir = Path(run.train.run_dir).expanduser()
         if first:
             stack.enter_context(run_lock(run_dir, warn=say))
@@ -85,7 +86,7 @@ def train(run: RunConfig) -> int:
         checkpoints = stack.enter_context(
             Checkpoints(run_dir, run.checkpoint, model=model, run=notes, warn=say)
         )
-        stack.enter_context(on(mesh))
+        stack.enter_context(use_mesh(mesh))
         step, abstract, abstract_batch, abstract_frozen = build_step(run, model, mesh, platform, tuning)
         restored, measured = checkpoints.restore(abstract), []
         if restored is None:
@@ -107,7 +108,7 @@ def train(run: RunConfig) -> int:
         if done >= run.train.steps:
             say(f"{run_dir} has had its {done} steps; train.steps makes it go on")
             return 0
-        if run.preference.reference == "precomputed":
+        if run.preference.precompute_ref_log_probs:
 
             def beginning() -> Any:
                 if restored is None or frozen is not None:
@@ -134,7 +135,7 @@ def train(run: RunConfig) -> int:
         stack.callback(batches.close)
         if restored is not None:
             batches.restore(restored.data_states)
-        with output.spinner("compiling the step ..."):
+        with terminal.spinner("compiling the step ..."):
             compiled = step.lower(abstract, abstract_batch, abstract_frozen).compile()
         report = Report(
             run_dir,
@@ -193,7 +194,7 @@ def first_batch(run: RunConfig) -> None:
         data = _open_data(run, tokenizer, 0, 1)
         with contextlib.closing(data.train()) as batches:
             show_batch(next(batches), tokenizer, Console(highlight=False))
-    tell_examples(data, output.note)
+    tell_examples(data, terminal.note)
 
 
 def _open_data(run: RunConfig, tokenizer: Tokenizer, share: int, shares: int) -> Data:
@@ -202,7 +203,7 @@ def _open_data(run: RunConfig, tokenizer: Tokenizer, share: int, shares: int) ->
         tokenizer,
         objective=run.train.objective,
         seq_len=run.train.seq_len,
-        batch_size=run.train.batch_size,
+        batch_size=run.train.global_batch_size,
         seed=run.train.seed,
         process_index=share,
         process_count=shares,

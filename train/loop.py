@@ -14,17 +14,18 @@ import jax
 import numpy as np
 
 from llama_jax.errors import LlamaJaxError
-from train.checkpoint import Checkpoints
-from train.config import EvalConfig, RunConfig
-from train.data import Batches
-from train.feed import Feed, arrays_of
-from train.finetune_config import HEADS
-from train.report import Report
-from train.signals import Interrupts
-from train.state import TrainState
-from train.step import StepMetrics
 
-MEASURED = "held_out_losses"  # in a checkpoint, beside the data's own state
+from .checkpoints.checkpoints import Checkpoints
+from .config.finetune import HEADS
+from .config.run import EvalConfig, RunConfig
+from .data import Batches
+from .feed import Feed, arrays_of
+from .metrics.report import Report
+from .signals import Interrupts
+from .state import TrainState
+from .step import StepMetrics
+
+MEASURED = "eval_losses"  # in a checkpoint, beside the data's own state
 
 
 class Diverged(LlamaJaxError):
@@ -195,7 +196,7 @@ class Loop:
         metrics = [jax.device_get(m) for _, m in self._since]
         seconds, clock, steps = self._clock.training, self._clock, len(metrics)
         counted = sum(float(m.tokens) for m in metrics)
-        read = self.run.train.batch_size * self.run.train.seq_len
+        read = self.run.train.global_batch_size * self.run.train.seq_len
         rate = steps * read / seconds
         losses = sum(float(m.loss) * float(m.tokens) for m in metrics)
         self.report.step(
@@ -232,7 +233,7 @@ class Loop:
             if measure:
                 self._numbers = self.held_out(self.state.params)
                 record |= self._numbers
-                self.measured += [self._numbers["held_out_loss"]] if self._numbers else []
+                self.measured += [self._numbers["eval_loss"]] if self._numbers else []
             if write:
                 key = jax.random.fold_in(self.state.key, self.done)
                 record["text"] = self.sample(self.state.params, key)

@@ -11,7 +11,8 @@ import optax
 from optax import contrib
 
 from llama_jax.errors import ConfigError
-from train.config import OptimizerConfig
+
+from .config.run import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -27,10 +28,10 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     ramp = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
     left = max(steps - warmup, 1)
     if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, left, alpha=config.final_fraction)
+        after = optax.cosine_decay_schedule(peak, left, alpha=config.min_lr_ratio)
     elif config.schedule == "wsd":
         decay = min(max(round(steps * config.decay_fraction), 1), left)
-        fall = optax.linear_schedule(peak, peak * config.final_fraction, decay)
+        fall = optax.linear_schedule(peak, peak * config.min_lr_ratio, decay)
         after = optax.join_schedules([optax.constant_schedule(peak), fall], [left - decay])
     else:
         after = optax.constant_schedule(peak)

@@ -12,8 +12,9 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax import LlamaConfig, init
-from llama_jax.sharding import on
-from train.tuning import Frozen, Trainable, Tuning
+from llama_jax.sharding import use_mesh
+
+from .trainable import Frozen, Trainable, Tuning
 
 FULL = Tuning()  # every weight is trained
 
@@ -94,7 +95,7 @@ def abstract_begin(
 
     The mesh may be of devices that are not here.
     """
-    with on(mesh):
+    with use_mesh(mesh):
         shapes = jax.eval_shape(lambda: begin(model, optimizer, 0, tuning=tuning))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_layout(x, mesh)), shapes)
 

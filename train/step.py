@@ -14,13 +14,14 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from llama_jax import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.loss import Loss
-from llama_jax.sharding import TOKENS_BT, explicit_axes, on
-from train.config import RunConfig
-from train.feed import batch_arrays
-from train.objectives import Batch, Objective, make_objective
-from train.optimizer import make_optimizer, make_schedule
-from train.state import FULL, TrainState, abstract_begin
-from train.tuning import Frozen, Tuning
+from llama_jax.sharding import TOKENS_BT, explicit_axes
+
+from .config.run import RunConfig
+from .feed import batch_arrays
+from .objectives.objective import Batch, Objective, make_objective
+from .optimizer import make_optimizer, make_schedule
+from .state import FULL, TrainState, abstract_begin
+from .trainable import Frozen, Tuning
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -53,8 +54,8 @@ def make_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
-    accumulate: int = 1,
-    clip_norm: float = 1.0,
+    gradient_accumulation_steps: int = 1,
+    max_grad_norm: float = 1.0,
     automatic: bool = False,
     tuning: Tuning = FULL,
     noisy: bool = False,
@@ -68,9 +69,9 @@ def make_step(
       objective: parameters and batch to a `Loss`.
       optimizer: the update rule.
       schedule: for the metrics; the optimizer holds it too.
-      accumulate: microbatches. Losses are summed over all of them before dividing, so that tokens weigh
+      gradient_accumulation_steps: microbatches. Losses are summed over all of them before dividing, so that tokens weigh
         the same wherever padding falls.
-      clip_norm: global norm to clip to; 0 is off.
+      max_grad_norm: global norm to clip to; 0 is off.
       automatic: leave the layout of the optimizer's own products to the compiler (Muon, Adafactor).
       tuning: what of the model the state's parameters are.
       noisy: whether the objective is handed a key, another one each step.
@@ -89,7 +90,7 @@ def make_step(
         return loss, grads
 
     def accumulated(params: Any, batch: Batch, frozen: Frozen, key: jax.Array) -> tuple[Loss, Any]:
-        if accumulate == 1:
+        if gradient_accumulation_steps == 1:
             return gradient(params, batch, frozen, key)
 
         def one(sums: Any, turn: tuple[Batch, jax.Array]) -> tuple[Any, None]:
@@ -97,8 +98,8 @@ def make_step(
 
         zero = jnp.zeros((), jnp.float32)
         start = (Loss(total=zero, count=zero), jax.tree.map(jnp.zeros_like, params))
-        cut = {name: _microbatches(x, accumulate) for name, x in batch.items()}
-        return jax.lax.scan(one, start, (cut, jax.random.split(key, accumulate)))[0]
+        cut = {name: _microbatches(x, gradient_accumulation_steps) for name, x in batch.items()}
+        return jax.lax.scan(one, start, (cut, jax.random.split(key, gradient_accumulation_steps)))[0]
 
     def apply(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
         updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -116,8 +117,8 @@ def make_step(
         count = jnp.maximum(loss.count, 1.0)
         norm = optax.tree.norm(grads) / count
         scale = 1 / count
-        if clip_norm:
-            scale *= jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
+        if max_grad_norm:
+            scale *= jnp.minimum(1.0, max_grad_norm / jnp.maximum(norm, 1e-12))
         grads = jax.tree.map(lambda g: g * scale, grads)
         update = _in_automatic_mode(apply, state) if automatic and explicit_axes() else apply
         params, opt_state = update(grads, state.opt_state, moved)
@@ -173,13 +174,13 @@ def build_step(
     Raises:
       ConfigError: if the mesh does not divide a microbatch.
     """
-    each = run.train.batch_size // run.train.accumulate
+    each = run.train.global_batch_size // run.train.gradient_accumulation_steps
     parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     if each % parts:
         raise ConfigError(
-            f"train.batch_size / train.accumulate is {run.train.batch_size} / {run.train.accumulate} = "
+            f"train.global_batch_size / train.gradient_accumulation_steps is {run.train.global_batch_size} / {run.train.gradient_accumulation_steps} = "
             f"{each}, which mesh.data x mesh.fsdp = {parts} does not divide; "
-            f"make train.batch_size {-(-each // parts) * parts * run.train.accumulate}"
+            f"make train.global_batch_size {-(-each // parts) * parts * run.train.gradient_accumulation_steps}"
         )
     schedule = make_schedule(run.optimizer, run.train.steps)
     optimizer = make_optimizer(run.optimizer, schedule)
@@ -188,19 +189,19 @@ def build_step(
         make_objective(run, model, platform),
         optimizer,
         schedule,
-        accumulate=run.train.accumulate,
-        clip_norm=run.optimizer.clip_norm,
+        gradient_accumulation_steps=run.train.gradient_accumulation_steps,
+        max_grad_norm=run.optimizer.max_grad_norm,
         automatic=run.optimizer.name in ("muon", "adafactor"),
         tuning=tuning,
         noisy=run.train.neftune_alpha > 0,
         ema_decay=run.optimizer.ema_decay,
     )
-    shape = (run.train.batch_size, run.train.seq_len)
+    shape = (run.train.global_batch_size, run.train.seq_len)
     layout = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, TOKENS_BT)
-    arrays = batch_arrays(run.train.objective, reference=run.preference.reference == "precomputed")
+    arrays = batch_arrays(run.train.objective, reference=run.preference.precompute_ref_log_probs)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in arrays.items()}
     state, frozen = abstract_begin(model, optimizer, mesh, tuning)
     return jax.jit(step, donate_argnums=0), state, batch, frozen
 
 
-__all__ = ["Step", "StepMetrics", "build_step", "make_step", "on"]
+__all__ = ["Step", "StepMetrics", "build_step", "make_step"]

@@ -38,7 +38,7 @@ class Refused(jinja2.TemplateError):
     """What a template raises about the messages it was given."""
 
 
-class Generation(jinja2.ext.Extension):
+class GenerateOutput(jinja2.ext.Extension):
     """`{% generation %}`, which marks for trainers what the assistant says, and changes no text."""
 
     tags = {"generation"}  # noqa: RUF012  # as jinja2 declares it
@@ -89,7 +89,7 @@ def _to_json(
 def environment() -> jinja2.Environment:
     """Returns what chat templates expect of jinja2: the settings of Hugging Face's transformers."""
     made = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerateOutput, jinja2.ext.loopcontrols]
     )
     made.filters["tojson"] = _to_json
     made.globals["raise_exception"] = _refuse

@@ -5,15 +5,12 @@ Only the chosen verb is imported, so help and usage errors do not wait for JAX.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from llama_jax.cli.parser import UsageError, suggestion
-from llama_jax.errors import LlamaJaxError
+from llama_jax.console.exit_status import exit_status
+from llama_jax.console.parser import UsageError, suggestion
 
 # Each verb's module has run(argv), which parses the rest of the command line and does the work.
 VERBS = {
@@ -45,9 +42,6 @@ examples:
 """
 
 
-LESS_MEMORY = "ask for less at once, or choose --dtype bfloat16"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line.
 
@@ -55,52 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the words after `llama-jax`; None means those of this process.
 
     Returns:
-      The exit status: 0, 2 for bad input (with one line `error: ...` on stderr), 130 when interrupted,
-      141 when the reader of stdout went away.
+      The exit status, as `exit_status` has it.
     """
-    if sys.stdout is None or sys.stderr is None:  # closed by the caller: to nowhere, as it asked
-        nowhere = Path(os.devnull).open("w")  # noqa: SIM115  # open as long as the process lives
-        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? instead of failing
-    try:
-        _run(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
-    except LlamaJaxError as error:
-        return report(str(error))
-    except SystemExit as stop:  # argparse, after printing help
-        return int(stop.code or 0)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        _drop_output()
-        return 141
-    except OSError as error:  # files that are read have errors of their own, so this is the output
-        _drop_output()
-        return report(f"cannot write the output: {error.strerror or error}; write it elsewhere")
-    except MemoryError as error:
-        return report(f"not enough memory: {error}; {LESS_MEMORY}")
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):  # as JAX calls it
-            raise
-        return report(f"not enough memory: {str(error)[:200]}; {LESS_MEMORY}")
-    return 0
-
-
-def report(reason: str) -> int:
-    """Prints one line `error: ...` on stderr, and returns the exit status for bad input."""
-    with contextlib.suppress(OSError):  # stderr may be full, too
-        line = " ".join(reason.split())
-        # Names in files and paths may hold anything, and a terminal would obey some of it.
-        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-        print("error:", line, file=sys.stderr)
-    return 2
-
-
-def _drop_output() -> None:
-    """Gives what stdout still holds somewhere to go: Python flushes it once more at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return exit_status(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
 
 
 def _run(argv: list[str]) -> None:

@@ -7,7 +7,9 @@ import time
 from collections.abc import Sequence
 
 from llama_jax.cli import output
-from llama_jax.cli.parser import Parser, positive
+from llama_jax.cli.arguments import ModelParser
+from llama_jax.console import loading, terminal
+from llama_jax.console.parser import positive
 
 EXAMPLES = """
 llama-jax bench smollm2-135m
@@ -21,15 +23,15 @@ def run(argv: Sequence[str]) -> None:
 
     import jax
 
-    from llama_jax import bench
+    from llama_jax.eval import throughput
 
-    path = output.resolve(args.model)
-    before, start = bench.peak_host_memory(), time.perf_counter()
-    model = output.load(str(path), args.dtype, args.bits)
-    seconds, peak = time.perf_counter() - start, bench.peak_host_memory()
+    path = loading.resolve(args.model)
+    before, start = throughput.peak_host_memory(), time.perf_counter()
+    model = loading.load(str(path), args.dtype, args.bits)
+    seconds, peak = time.perf_counter() - start, throughput.peak_host_memory()
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
-    with output.spinner("measuring ..."):
-        speed = bench.measure(
+    with terminal.spinner("measuring ..."):
+        speed = throughput.measure(
             model.config,
             model.params,
             batch=args.batch,
@@ -51,7 +53,7 @@ def run(argv: Sequence[str]) -> None:
     if args.json:
         output.print_json(result)
         return
-    size, numbers = output.size, args.dtype + (f", {args.bits}-bit weights" if args.bits else "")
+    size, numbers = terminal.human_bytes, args.dtype + (f", {args.bits}-bit weights" if args.bits else "")
     print(
         f"""\
 model      {args.model}, {numbers}, {size(weights)} of weights, on {result["device"]}
@@ -65,9 +67,9 @@ Medians of {args.repeats}. Memory: the fastest of 14 sums over a 537 MB array, h
     )
 
 
-def _parser() -> Parser:
+def _parser() -> ModelParser:
     summary = "Measure loading, prefill, decoding, and the share of memory bandwidth that decoding reaches."
-    parser = Parser("llama-jax bench", summary, EXAMPLES)
+    parser = ModelParser("llama-jax bench", summary, EXAMPLES)
     parser.add_model()
     option = parser.add_argument
     option("--batch", type=positive, default=1, metavar="B", help="rows at once (default: 1)")

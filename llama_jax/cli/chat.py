@@ -9,13 +9,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from llama_jax.cli import output, report
-from llama_jax.cli.parser import Parser, UsageError, suggestion
+from llama_jax.cli import output
+from llama_jax.cli.arguments import ModelParser
 from llama_jax.cli.settings import add_settings, check_settings, settings_of
+from llama_jax.console import loading, terminal
+from llama_jax.console.exit_status import report
+from llama_jax.console.parser import UsageError, suggestion
 from llama_jax.errors import InputError, LlamaJaxError
 
 if TYPE_CHECKING:
-    from llama_jax.conversation import Conversation
+    from llama_jax.text.conversation import Conversation
 
 EXAMPLES = """
 llama-jax chat smollm2-135m
@@ -43,10 +46,10 @@ def run(argv: Sequence[str]) -> None:
     if sys.stdin is None:
         raise InputError("stdin is closed; give the messages there, one a line")
 
-    from llama_jax.conversation import Conversation
+    from llama_jax.text.conversation import Conversation
 
     check_settings(args)
-    model = output.load(args.model, args.dtype, args.bits, args.adapter)
+    model = loading.load(args.model, args.dtype, args.bits, args.adapter)
     conversation = Conversation(model, args.system, args.template, cache_dtype=args.cache_dtype)
     _Chat(conversation, args).run()
 
@@ -65,7 +68,7 @@ class _Chat:
         if self.at_terminal:
             # A shell that starts a program in the background has it ignore Ctrl-C from then on.
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            output.note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
+            terminal.note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
         for line in self.typed_lines() if self.at_terminal else _piped_lines():
             try:
                 if line.startswith("/"):
@@ -111,7 +114,7 @@ class _Chat:
         else:
             print()
         if len(conversation.messages) == before:
-            output.note("(stopped before the answer began; the question is taken back)")
+            terminal.note("(stopped before the answer began; the question is taken back)")
 
     def obey(self, line: str) -> bool:
         """Does what a command says; returns whether to go on."""
@@ -119,7 +122,7 @@ class _Chat:
         if command == "/quit":
             return False
         if command == "/help":
-            output.note("\n".join(f"  {name:<14}{does}" for name, does in COMMANDS.items()) + "\n" + NOTES)
+            terminal.note("\n".join(f"  {name:<14}{does}" for name, does in COMMANDS.items()) + "\n" + NOTES)
         elif command == "/reset":
             self.conversation.reset()
         elif command == "/undo":
@@ -162,9 +165,9 @@ def _piped_lines() -> Iterator[str]:
             raise InputError(f"stdin is not UTF-8 text: {where}; convert it first") from None
 
 
-def _parser() -> Parser:
+def _parser() -> ModelParser:
     summary = "Talk with a model; each turn runs only what is new. /help at the prompt lists the commands."
-    parser = Parser("llama-jax chat", summary, EXAMPLES)
+    parser = ModelParser("llama-jax chat", summary, EXAMPLES)
     parser.add_model()
     option = parser.add_argument
     option("--system", metavar="TEXT", help="a system prompt")

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from llama_jax.cli import output
-from llama_jax.cli.parser import MODEL_HELP, Parser, UsageError, number, positive
+from llama_jax.cli.arguments import MODEL_HELP, ModelParser
+from llama_jax.console import loading, terminal
+from llama_jax.console.parser import UsageError, number, positive
 
 EXAMPLES = """
 llama-jax convert smollm2-135m smollm2-hf
@@ -30,7 +32,7 @@ def run(argv: Sequence[str]) -> None:
         "Write a checkpoint in another format, tensor by tensor: memory stays below 1 GB beside the largest\n"
         "tensor, whatever the model's size. An interrupted conversion goes on when it is run again."
     )
-    parser = Parser("llama-jax convert", summary, EXAMPLES)
+    parser = ModelParser("llama-jax convert", summary, EXAMPLES)
     option = parser.add_argument
     option("source", metavar="SRC", help="a known name or a path, as MODEL below")
     option("target", metavar="DST", help="where to write: a directory, or a file ending in .gguf")
@@ -58,12 +60,12 @@ def run(argv: Sequence[str]) -> None:
     if args.weights and not args.average:
         raise UsageError("--weights without --average; name the other checkpoints with --average")
 
-    from llama_jax import convert as library
+    from llama_jax.text import convert as library
     from llama_jax.weights import open_source
 
-    source, *average = (output.resolve(name) for name in (args.source, *args.average))
+    source, *average = (loading.resolve(name) for name in (args.source, *args.average))
     started = time.perf_counter()
-    with output.warnings_as_notes(), output.progress_bar("converting") as bar, _on_interrupt(args.target):
+    with terminal.warnings_as_notes(), terminal.progress_bar("converting") as bar, _on_interrupt(args.target):
         target = library.convert(
             source,
             args.target,
@@ -93,7 +95,7 @@ def run(argv: Sequence[str]) -> None:
             }
         )
         return
-    rate = f"{output.size(nbytes)} in {seconds:.1f} s, {output.size(nbytes / seconds)}/s"
+    rate = f"{terminal.human_bytes(nbytes)} in {seconds:.1f} s, {terminal.human_bytes(nbytes / seconds)}/s"
     print(f"{target}: {written.format}, {len(written.tensors)} tensors, {rate}")
 
 
@@ -105,7 +107,7 @@ def _on_interrupt(target: str) -> Iterator[None]:
     except KeyboardInterrupt:
         from llama_jax.weights.write.staging import SUFFIX
 
-        output.note(f"\ninterrupted; the same command goes on from what is in {target}{SUFFIX}")
+        terminal.note(f"\ninterrupted; the same command goes on from what is in {target}{SUFFIX}")
         raise
 
 
@@ -116,7 +118,7 @@ def _telling_of_resumption(progress: Progress) -> Progress:
     def report(done: int, total: int, name: str) -> None:
         nonlocal told
         if not told and done:
-            output.note(f"going on from {output.size(done)} of {output.size(total)}")
+            terminal.note(f"going on from {terminal.human_bytes(done)} of {terminal.human_bytes(total)}")
         told = True
         progress(done, total, name)
 

@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli import output
-from llama_jax.cli.parser import Parser, number, positive
+from llama_jax.cli.arguments import ModelParser
 from llama_jax.cli.settings import add_settings, check_settings, settings_of
+from llama_jax.console import loading, terminal
+from llama_jax.console.parser import number, positive
 from llama_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from llama_jax.drafts import Draft
-    from llama_jax.text_model import Model
+    from llama_jax.decoding.drafts import Draft
+    from llama_jax.text.model import Model
 
 EXAMPLES = """
 llama-jax generate smollm2-135m --prompt "The capital of France is"
@@ -48,15 +50,14 @@ def run(argv: Sequence[str]) -> None:
         raise InputError(
             f"--num-return-sequences {args.num_return_sequences} is more than --num-beams {args.num_beams}"
         )
-    model = output.load(args.model, args.dtype, args.bits, args.adapter)
+    model = loading.load(args.model, args.dtype, args.bits, args.adapter)
     ids = model.encode_prompt(prompt)
     (_several if several else _one)(args, model, prompt, ids)
 
 
 def _one(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]) -> None:
     """Streams one continuation."""
-    from llama_jax.cli.clock import TokenClock
-    from llama_jax.stop_strings import StopStrings
+    from llama_jax.text.stop_strings import StopStrings
 
     def show(text: str) -> None:
         if not args.json:
@@ -101,7 +102,7 @@ def _one(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]) ->
         speeds = [f"prefill {prefill:.0f} tokens/s ({len(ids)} tokens)"]
         if decode is not None:
             speeds.append(f"decode {decode:.1f} tokens/s ({len(tokens)} tokens)")
-        output.note(f"{', '.join(speeds)}, compiling {clock.compiling:.1f} s; {_numbers(args)}")
+        terminal.note(f"{', '.join(speeds)}, compiling {clock.compiling:.1f} s; {_numbers(args)}")
 
 
 def _several(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]) -> None:
@@ -110,7 +111,7 @@ def _several(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
     texts: Any
     counts: dict[str, int] = {}
     start = time.perf_counter()
-    with output.spinner("writing ..."):
+    with terminal.spinner("writing ..."):
         if draft is not None:
             texts, counts = _drafted(args, model, ids, draft)
         else:
@@ -140,18 +141,18 @@ def _several(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
         return
     for index, text in enumerate(texts, 1):
         print(f"[{index}] {prompt}{text}" if len(texts) > 1 else prompt + text)
-    output.note(f"{seconds:.1f} s, compiling included; {_numbers(args)}")
+    terminal.note(f"{seconds:.1f} s, compiling included; {_numbers(args)}")
     if counts:
-        output.note(
+        terminal.note(
             "{new_tokens} tokens in {rounds} runs of the model; of {drafted} drafts {accepted} were "
             "accepted".format(**counts)
         )
 
 
 def _draft(args: argparse.Namespace) -> Draft | Model:
-    from llama_jax.drafts import PromptLookup
+    from llama_jax.decoding.drafts import PromptLookup
 
-    return PromptLookup() if args.draft == "prompt" else output.load(args.draft, args.dtype, args.bits)
+    return PromptLookup() if args.draft == "prompt" else loading.load(args.draft, args.dtype, args.bits)
 
 
 def _drafted(
@@ -206,9 +207,9 @@ def read_stdin() -> str:
         raise InputError(f"stdin is not UTF-8 text: {where}; convert it first") from None
 
 
-def _parser() -> Parser:
+def _parser() -> ModelParser:
     summary = "Continue a text with a model, printing it as it is produced."
-    parser = Parser("llama-jax generate", summary, EXAMPLES)
+    parser = ModelParser("llama-jax generate", summary, EXAMPLES)
     parser.add_model()
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue; - reads stdin")
     add_settings(parser, max_new_tokens=64)
@@ -237,3 +238,37 @@ def _parser() -> Parser:
     parser.add_cache_dtype()
     parser.add_json()
     return parser
+
+
+class TokenClock:
+    """Times the first token and the later ones, without the time that JAX spends on tracing and compiling."""
+
+    def __init__(self) -> None:
+        self._compiling: list[tuple[float, float]] = []  # disjoint spans, in order
+        self._ticks: list[float] = []
+        import jax
+
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            end = time.perf_counter()
+            start = end - duration_secs
+            while self._compiling and self._compiling[-1][0] >= start:  # one program traced inside another
+                self._compiling.pop()
+            self._compiling.append((start, end))
+
+    @property
+    def compiling(self) -> float:
+        """Seconds spent on compiling so far."""
+        return sum(end - start for start, end in self._compiling)
+
+    def tick(self) -> None:
+        """Marks the beginning, and then each token."""
+        self._ticks.append(time.perf_counter() - self.compiling)
+
+    def rates(self, prompt_tokens: int) -> tuple[float, float | None]:
+        """Returns prefill and decode tokens/s; the latter is None where there was one token only."""
+        begin, first, *later = self._ticks
+        decode = len(later) / (later[-1] - first) if later else None
+        return prompt_tokens / (first - begin), decode

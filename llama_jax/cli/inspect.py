@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli import output
-from llama_jax.cli.parser import Parser, positive
+from llama_jax.cli.arguments import ModelParser
 from llama_jax.config import LlamaConfig
+from llama_jax.console import loading, terminal
+from llama_jax.console.parser import positive
 
 if TYPE_CHECKING:
     from llama_jax.weights import Source
@@ -30,7 +32,7 @@ def run(argv: Sequence[str]) -> None:
     summary = (
         "Show what a checkpoint or a training run holds and how much memory it needs; reads headers only."
     )
-    parser = Parser("llama-jax inspect", summary, EXAMPLES)
+    parser = ModelParser("llama-jax inspect", summary, EXAMPLES)
     parser.add_model()
     option = parser.add_argument
     option("--batch", type=positive, default=1, metavar="B", help="rows of the cache (default: 1)")
@@ -38,12 +40,12 @@ def run(argv: Sequence[str]) -> None:
     parser.add_json()
     args = parser.parse(argv)
 
-    from llama_jax.bench import kv_cache_bytes
+    from llama_jax.eval.throughput import kv_cache_bytes
     from llama_jax.weights import open_source
     from llama_jax.weights.runs import is_run, list_steps
 
-    path = output.resolve(args.model)
-    with output.warnings_as_notes():
+    path = loading.resolve(args.model)
+    with terminal.warnings_as_notes():
         source = open_source(path)
     steps = list_steps(source.path) if source.format == "orbax" and is_run(source.path) else []
     config = source.config
@@ -71,7 +73,7 @@ def run(argv: Sequence[str]) -> None:
             }
         )
         return
-    size = output.size
+    size = terminal.human_bytes
     print(f"{source.path}\n{source.format}: {source.why}\n")
     rows = [[name, _show(value)] for name, value in dataclasses.asdict(config).items() if value != ()]
     output.print_table(rows, ("config", ""))
@@ -116,7 +118,7 @@ def _steps_table(steps: Sequence[Step]) -> tuple[list[list[str]], tuple[str, ...
             ", ".join(f"{name} {_show(value)}" for name, value in record.metrics.items()) if record else ""
         )
         saved = f"{record.time.astimezone():%Y-%m-%d %H:%M}" if record else ""
-        rows.append([str(step.step), output.size(step.nbytes), saved, metrics, step.problem or kept])
+        rows.append([str(step.step), terminal.human_bytes(step.nbytes), saved, metrics, step.problem or kept])
     return rows, ("step", "on disk", "saved", "measured", "kept")
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llama_jax import known
 from llama_jax.cli import output
-from llama_jax.cli.parser import Parser
+from llama_jax.console import terminal
+from llama_jax.console.parser import Parser
+from llama_jax.hub import known
 
 EXAMPLES = """
 llama-jax models
@@ -28,7 +29,7 @@ def run(argv: Sequence[str]) -> None:
             f"{model.name}\n"
             f"  {model.summary}\n"
             f"  licence   {model.licence}\n"
-            f"  from      the wheel of {model.requirement}, {output.size(model.wheel_size)} to download\n"
+            f"  from      the wheel of {model.requirement}, {terminal.human_bytes(model.wheel_size)} to download\n"
             f"  {where}"
         )
 

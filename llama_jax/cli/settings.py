@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from llama_jax.cli.parser import Parser, number, positive, whole
+from llama_jax.console.parser import Parser, number, positive, whole
 
 
 def add_settings(parser: Parser, max_new_tokens: int) -> None:
@@ -49,7 +49,7 @@ def add_settings(parser: Parser, max_new_tokens: int) -> None:
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What `Model.settings` takes, from parsed flags."""
-    from llama_jax.text_model import Settings
+    from llama_jax.text.model import Settings
 
     return {name: getattr(args, name) for name in Settings.__annotations__}
 
@@ -60,8 +60,8 @@ def check_settings(args: argparse.Namespace) -> None:
     Raises:
       InputError: for a value out of range, or two that contradict each other.
     """
-    from llama_jax.sampling import Sampling
-    from llama_jax.stop_strings import StopStrings
+    from llama_jax.decoding.sampling import Sampling
+    from llama_jax.text.stop_strings import StopStrings
 
     settings = settings_of(args)
     del settings["seed"]

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_jax.cli import output
+from llama_jax.cli.arguments import ModelParser
 from llama_jax.cli.generate import read_stdin
-from llama_jax.cli.parser import Parser, UsageError, positive, suggestion, whole
+from llama_jax.console import loading, terminal
+from llama_jax.console.parser import UsageError, positive, suggestion, whole
 from llama_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _encode(argv: Sequence[str]) -> None:
-    parser = Parser("llama-jax tokenizer encode", "Print the token ids of a text.", ENCODE_EXAMPLES)
+    parser = ModelParser("llama-jax tokenizer encode", "Print the token ids of a text.", ENCODE_EXAMPLES)
     parser.add_model()
     parser.add_argument("text", metavar="TEXT", nargs="?", help="the text; absent or -: stdin")
     parser.add_argument(
@@ -73,7 +75,7 @@ def _encode(argv: Sequence[str]) -> None:
 
 
 def _decode(argv: Sequence[str]) -> None:
-    parser = Parser("llama-jax tokenizer decode", "Print the text of token ids.", DECODE_EXAMPLES)
+    parser = ModelParser("llama-jax tokenizer decode", "Print the text of token ids.", DECODE_EXAMPLES)
     parser.add_model()
     parser.add_argument("ids", metavar="ID", nargs="*", help="the ids; absent: from stdin")
     parser.add_argument("--special", action="store_true", help="spell control tokens, do not leave them out")
@@ -94,7 +96,7 @@ def _decode(argv: Sequence[str]) -> None:
 
 
 def _train(argv: Sequence[str]) -> None:
-    parser = Parser(
+    parser = ModelParser(
         "llama-jax tokenizer train",
         "Learn a SentencePiece vocabulary of Llama's kind from text.",
         TRAIN_EXAMPLES,
@@ -118,7 +120,7 @@ def _train(argv: Sequence[str]) -> None:
     from llama_jax.tokenizer.train import train_sentencepiece
 
     paths = find_files(args.files)
-    with output.spinner("learning the vocabulary"):
+    with terminal.spinner("learning the vocabulary"):
         train_sentencepiece(
             read_texts(paths, args.field), args.out, vocab_size=args.vocab_size, max_bytes=args.max_bytes
         )
@@ -131,4 +133,4 @@ def _train(argv: Sequence[str]) -> None:
 def _load(model: str) -> Tokenizer:
     from llama_jax.tokenizer import load_tokenizer
 
-    return load_tokenizer(output.resolve(model))
+    return load_tokenizer(loading.resolve(model))

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli import output
-from llama_jax.cli.parser import Parser, UsageError, number
+from llama_jax.cli.arguments import ModelParser
+from llama_jax.console import loading, terminal
+from llama_jax.console.parser import UsageError, number
 from llama_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from llama_jax.verify import Report, StreamDifference, Text
+    from llama_jax.eval.verify import Report, StreamDifference, Text
     from llama_jax.weights.compare import FieldDifference, TensorDifference
 
 EXAMPLES = """
@@ -51,12 +53,12 @@ def run(argv: Sequence[str]) -> None:
         raise UsageError("--prompt and --text are both given; leave one of them out")
     text = args.prompt if args.text is None else _read_text(args.text)
 
-    from llama_jax.verify import compare
+    from llama_jax.eval.verify import compare
 
-    output.start_jax()
-    a = output.resolve(args.model)
-    b = a if args.other is None else output.resolve(args.other)
-    with output.warnings_as_notes(), output.progress_bar("comparing") as progress:
+    loading.start_jax()
+    a = loading.resolve(args.model)
+    b = a if args.other is None else loading.resolve(args.other)
+    with terminal.warnings_as_notes(), terminal.progress_bar("comparing") as progress:
         report = compare(
             a,
             b,
@@ -77,9 +79,9 @@ def run(argv: Sequence[str]) -> None:
         sys.exit(1)
 
 
-def _parser() -> Parser:
+def _parser() -> ModelParser:
     summary = "Compare two checkpoints of any formats and types, tensor by tensor and in what they predict."
-    parser = Parser("llama-jax verify", summary, EXAMPLES)
+    parser = ModelParser("llama-jax verify", summary, EXAMPLES)
     parser.add_model()
     option = parser.add_argument
     option("other", metavar="OTHER", nargs="?", help="likewise (default, with --with: MODEL)")

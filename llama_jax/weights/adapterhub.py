@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.bottleneck import Activation, Bottleneck
+from llama_jax.adapters.bottleneck import Bottleneck
 from llama_jax.errors import CheckpointError
+from llama_jax.ops.adapted import Activation
 from llama_jax.weights.safetensors import read_safetensors_header
 from llama_jax.weights.source import TensorInfo, brief, quote, read_f32
 

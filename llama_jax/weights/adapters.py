@@ -14,8 +14,8 @@ import numpy as np
 
 from llama_jax import adapters
 from llama_jax.adapters import Settings
+from llama_jax.adapters.lora import Lora
 from llama_jax.errors import CheckpointError, ConfigError
-from llama_jax.lora import Lora
 from llama_jax.weights import adapterhub, peft, peft_prefix
 from llama_jax.weights.adapter_head import read_head
 from llama_jax.weights.derived import Head, Merged, WithHead

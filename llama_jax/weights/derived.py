@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from llama_jax import adapters, lora
+from llama_jax import adapters
+from llama_jax.adapters import lora
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.weights.names import SCORE, Leaf

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +14,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import LlamaConfig
-from llama_jax.errors import CheckpointError, ConfigError
+from llama_jax.errors import ConfigError
 from llama_jax.sharding import check_mesh, named, param_specs
-from llama_jax.weights.names import HEAD_DTYPE, SCORE, STACKED, Entry, entries, is_harmless
+from llama_jax.weights.check import check_tensors
+from llama_jax.weights.names import HEAD_DTYPE, SCORE, Entry, entries
 from llama_jax.weights.orbax import OrbaxSource
-from llama_jax.weights.source import Source, brief, quote
-
-if TYPE_CHECKING:
-    from llama_jax.weights.tensors import Tensors
+from llama_jax.weights.source import Source, quote
+from llama_jax.weights.tensors import Tensors
 
 Progress = Callable[[int, int, str], None]
 
@@ -33,7 +30,7 @@ def load_params(
     *,
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
-    stacked: bool = True,
+    scan_layers: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Reads a checkpoint into the parameter tree of `llama_jax`.
@@ -44,7 +41,7 @@ def load_params(
       source: an open checkpoint.
       dtype: what every leaf becomes: float32, bfloat16 or float16. A classifier's head is float32 always.
       mesh: lay the leaves out over this mesh by `sharding.param_specs`; None is the default device.
-      stacked: layer leaves have a leading layer axis; otherwise `params["layers"]` is a tuple of one
+      scan_layers: layer leaves have a leading layer axis; otherwise `params["layers"]` is a tuple of one
         tree for each layer, as the decode loop wants it.
       progress: called after each tensor with the checkpoint's bytes read so far, all of them, and the
         tensor's name.
@@ -62,8 +59,8 @@ def load_params(
     if mesh is not None:
         check_mesh(config, mesh)
     if isinstance(source, OrbaxSource):
-        return source.restore(_float_dtype(dtype), mesh, stacked=stacked, progress=progress)
-    tree = _Tree(config, _float_dtype(dtype), mesh, stacked)
+        return source.restore(_float_dtype(dtype), mesh, scan_layers=scan_layers, progress=progress)
+    tree = _Tree(config, _float_dtype(dtype), mesh, scan_layers)
     total = sum(source.tensors[entry.name].nbytes for entry in wanted)
     done = 0
     for entry in wanted:
@@ -80,14 +77,14 @@ def load_tensors(
     *,
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
-    stacked: bool = True,
+    scan_layers: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """`load_params` of a model that no checkpoint holds as it is, such as one with an adapter merged."""
     config = tensors.config
     if mesh is not None:
         check_mesh(config, mesh)
-    tree = _Tree(config, _float_dtype(dtype), mesh, stacked)
+    tree = _Tree(config, _float_dtype(dtype), mesh, scan_layers)
     sizes = {
         entry: math.prod(entry.leaf.shape(config)) * tensors.dtype(entry.leaf, entry.layer).itemsize
         for entry in entries(config, "hf")
@@ -111,73 +108,6 @@ def _float_dtype(dtype: Any) -> np.dtype[Any]:
     raise ConfigError(f"dtype is {quote(str(dtype))}; it must be one of {', '.join(names)}")
 
 
-def check_tensors(source: Source) -> list[Entry]:
-    """Compares a checkpoint's tensors with those its configuration asks for.
-
-    Raises:
-      CheckpointError: naming all that are missing, unexpected or of the wrong shape.
-    """
-    config, tensors = source.config, source.tensors
-    if config.num_hidden_layers > len(tensors) and source.format not in STACKED:
-        raise CheckpointError(
-            f"{source.path}: the configuration has {config.num_hidden_layers} layers but there are only "
-            f"{len(tensors)} tensors; the two do not belong together"
-        )
-    wanted = list(entries(config, source.format))
-    known = {entry.name for entry in wanted}
-    missing = [(getattr(leaf, source.format), layer) for name, leaf, layer in wanted if name not in tensors]
-    unexpected = [
-        _without_layer(name)
-        for name in tensors
-        if name not in known and not is_harmless(name, config, source.format)
-    ]
-    wrong = [
-        (f"{getattr(leaf, source.format)} {list(tensors[name].shape)} should be {list(shape)}", layer)
-        for name, leaf, layer in wanted
-        if name in tensors and tensors[name].shape != (shape := leaf.stored_shape(config, source.format))
-    ]
-    problems = []
-    if missing:
-        problems.append(f"missing tensors: {brief(_by_layers(missing))}")
-    if unexpected:
-        problems.append(f"unexpected tensors: {brief(map(quote, _by_layers(unexpected)))}")
-    if wrong:
-        problems.append(f"wrong shapes: {brief(_by_layers(wrong))}")
-    if problems:
-        raise CheckpointError(
-            f"{source.path}: the tensors are not those of its configuration: {'; '.join(problems)}; use the "
-            "configuration that was saved with them"
-        )
-    return wanted
-
-
-def _without_layer(name: str) -> tuple[str, int | None]:
-    """Takes a stored name apart as the table of names has it: a.{layer}.b, and the layer's number."""
-    found = re.search(r"(?<=\.)\d{1,4}(?=\.)", name)
-    if found is None:
-        return name, None
-    return name[: found.start()] + "{layer}" + name[found.end() :], int(found[0])
-
-
-def _by_layers(names: Iterable[tuple[str, int | None]]) -> list[str]:
-    """Writes names that differ in the layer alone as one: a.0-29.b, or a.{1, 3}.b if scattered."""
-    layers: defaultdict[str, list[int]] = defaultdict(list)
-    for template, layer in names:
-        layers[template] += [] if layer is None else [layer]
-    return [template.replace("{layer}", _ranges(sorted(numbers))) for template, numbers in layers.items()]
-
-
-def _ranges(numbers: list[int]) -> str:
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    parts = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
-    return parts[0] if len(parts) == 1 else "{" + brief(parts, 10) + "}"
-
-
 def _place(source: Source, entry: Entry) -> tuple[str, int]:
     info = source.tensors[entry.name]
     return str(info.file), info.offset
@@ -186,7 +116,9 @@ def _place(source: Source, entry: Entry) -> tuple[str, int]:
 class _Tree:
     """The parameters while they are being filled."""
 
-    def __init__(self, config: LlamaConfig, dtype: np.dtype[Any], mesh: Mesh | None, stacked: bool) -> None:
+    def __init__(
+        self, config: LlamaConfig, dtype: np.dtype[Any], mesh: Mesh | None, scan_layers: bool
+    ) -> None:
         self.config = config
         self.dtype = dtype
         self.mesh = mesh
@@ -194,7 +126,7 @@ class _Tree:
         self.params: dict[str, Any] = {}
         # Without a stack, each layer is a tree of its own.
         layers: tuple[dict[str, Any], ...] = tuple({} for _ in range(config.num_hidden_layers))
-        self.layers = None if stacked else layers
+        self.layers = None if scan_layers else layers
         if self.layers is not None:
             self.params["layers"] = self.layers
         self.last: jax.Array | None = None

@@ -108,7 +108,7 @@ class OrbaxSource(Source):
         dtype: Any,
         mesh: Mesh | None,
         *,
-        stacked: bool = True,
+        scan_layers: bool = True,
         progress: Callable[[int, int, str], None] | None = None,
     ) -> dict[str, Any]:
         """Reads the parameters, each device its own part of them, after comparing their checksums.
@@ -124,7 +124,7 @@ class OrbaxSource(Source):
         report(0, total, str(folder))
         params = read_tree(folder, abstract_params(self.config, dtype, mesh))
         report(total, total, str(folder))
-        return params if stacked else _unstack(params, self.config, mesh)
+        return params if scan_layers else _unstack(params, self.config, mesh)
 
     def _first_whole(self) -> Path:
         """Returns the newest tree whose checksums hold, with a warning if it is not the first."""

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.adapters.lora import Lora
 from llama_jax.errors import CheckpointError, ConfigError
-from llama_jax.lora import PROJECTIONS, Lora
+from llama_jax.ops.adapted import PROJECTIONS
 from llama_jax.weights import adapter_head
 from llama_jax.weights.names import LEAVES, Leaf
 from llama_jax.weights.safetensors import read_safetensors_header

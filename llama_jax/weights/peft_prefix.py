@@ -12,8 +12,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from llama_jax.adapters.prefix import Prefix
 from llama_jax.errors import CheckpointError
-from llama_jax.prefix import Prefix
 from llama_jax.weights import adapter_head
 from llama_jax.weights.peft import check_known, tensors_file
 from llama_jax.weights.safetensors import read_safetensors_header

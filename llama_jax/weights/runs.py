@@ -27,7 +27,7 @@ from llama_jax.weights.source import quote, reason
 CHECKPOINTS = "checkpoints"
 PARAMS, STATE, DATA, METRICS, RUN = "params", "state", "data", "metrics", "run"
 RECORD = "run.json"
-METRIC = "held_out_loss"  # the metric that the best steps have least of
+METRIC = "eval_loss"  # the metric that the best steps have least of
 DAMAGED = ".damaged"  # what is put behind the name of a step that is set aside
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from llama_jax.config import LlamaConfig
-from llama_jax.weights.load import check_tensors
+from llama_jax.weights.check import check_tensors
 from llama_jax.weights.names import STACKED, Leaf
 from llama_jax.weights.orbax import OrbaxSource
 from llama_jax.weights.source import FLOAT_DTYPES, Source

@@ -14,7 +14,7 @@ from benchmarks import tpu_compile
 from benchmarks.tpu_topology import Topology
 from llama_jax.config import presets
 from llama_jax.errors import ConfigError, LlamaJaxError
-from train.config import DataConfig, ModelConfig, RunConfig, TokenizerConfig, TrainConfig
+from llama_jax.train.config.run import DataConfig, ModelConfig, RunConfig, TokenizerConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
 TINY = """\
@@ -32,7 +32,7 @@ vocab_size = 1024
 [train]
 batch_size = 8
 seq_len = 256
-remat = "dots"
+remat = "save_projections"
 
 [mesh]
 fsdp = 4
@@ -75,7 +75,7 @@ def test_too_little_memory_says_how_much_and_what_to_try():
         "Exceeded hbm capacity by 5.63G.\n\nTotal hbm usage >= 101.63G:\n"
     )
     assert tpu_compile._explain(message, RunConfig()) == (
-        "the step needs 101.37G of HBM a chip, which has 95.74G: 5.63G too much; try --train.accumulate 2, "
+        "the step needs 101.37G of HBM a chip, which has 95.74G: 5.63G too much; try --train.gradient_accumulation_steps 2, "
         "--train.remat full, or a larger slice"
     )
     message = (
@@ -83,7 +83,7 @@ def test_too_little_memory_says_how_much_and_what_to_try():
         "for HLO temporaries (216.89G) exceeds available HBM (95.73G). HLO module: jit_step."
     )
     assert tpu_compile._explain(message, RunConfig()).startswith(
-        "the step needs 216.89G of HBM a chip beside its state, and a chip has 95.73G; try --train.accumulate"
+        "the step needs 216.89G of HBM a chip beside its state, and a chip has 95.73G; try --train.gradient_accumulation_steps"
     )
 
 
@@ -131,7 +131,7 @@ needs_libtpu = pytest.mark.skipif(
 @needs_libtpu
 @pytest.mark.slow
 def test_a_tiny_step_is_compiled_and_told_as_json(tmp_path):
-    done = run(tmp_path, "--json", "--train.accumulate", "2")
+    done = run(tmp_path, "--json", "--train.gradient_accumulation_steps", "2")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["topology"] == "v5p:2x2x1"
@@ -158,7 +158,10 @@ def test_a_tiny_step_is_compiled_and_told_as_json(tmp_path):
             ["--topology", "v5p-16"],
             "mesh data 1 x fsdp 4 x context 1 x tensor 1 needs 4 devices and there are 8",
         ),
-        (["--train.batch_size", "6"], "batch of 6 rows does not divide over mesh axes data x fsdp of size 4"),
+        (
+            ["--train.global_batch_size", "6"],
+            "batch of 6 rows does not divide over mesh axes data x fsdp of size 4",
+        ),
         (["--topology", "v9:2x2"], "topology v9:2x2 cannot be compiled for"),
         (["--train.remt", "full"], "did you mean train.remat"),
     ],

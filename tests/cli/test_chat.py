@@ -20,7 +20,7 @@ import pytest
 
 import llama_jax as lj
 from llama_jax import cli
-from llama_jax.conversation import Conversation
+from llama_jax.text.conversation import Conversation
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]

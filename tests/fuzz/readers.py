@@ -21,7 +21,8 @@ import jax
 import numpy as np
 
 import llama_jax as lj
-from llama_jax import adapters, bottleneck, lora, prefix
+from llama_jax import adapters
+from llama_jax.adapters import bottleneck, lora, prefix
 from llama_jax.errors import LlamaJaxError
 from llama_jax.weights import open_source
 from llama_jax.weights.adapters import load_adapter, load_head
@@ -122,7 +123,7 @@ def _read_adapter(path: Path) -> None:
 
 _LORA, _PREFIX, _BOTTLENECK = (
     functools.partial(_adapter, settings=settings)
-    for settings in (lora.Lora(2, targets=("wq", "w_up")), prefix.Prefix(2), bottleneck.Bottleneck(2))
+    for settings in (lora.Lora(2, target_modules=("wq", "w_up")), prefix.Prefix(2), bottleneck.Bottleneck(2))
 )
 TARGETS = {
     "lora-config": Target(_LORA, "adapter_config.json", read=_read_adapter),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import llama_jax as lj
-from llama_jax.beam import Beams, EarlyStopping, beam_search
+from llama_jax.decoding.beam_search import BeamSearchOutput, EarlyStopping, beam_search
 from tests.golden import cases
 
 BEAMS = cases.GOLDEN / "beams.npz"
@@ -93,7 +93,7 @@ def run(
     lengths: np.ndarray,
     setting: Setting,
     max_new_tokens: int,
-) -> Beams:
+) -> BeamSearchOutput:
     """Every text of `beam_search` under a setting, as numpy arrays."""
     found = beam_search(
         config,
@@ -108,7 +108,7 @@ def run(
         num_return_sequences=setting.num_beams,
         sampling=lj.Sampling(**setting.sampling),
     )
-    return Beams(
+    return BeamSearchOutput(
         tokens=np.asarray(found.tokens),
         lengths=np.asarray(found.lengths),
         scores=np.asarray(found.scores),

@@ -36,7 +36,7 @@ def reference_curve() -> dict[str, list[float]]:
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm)
         optimizer.step()
         schedule.step()
         curve["loss"].append(loss.item())
@@ -45,12 +45,12 @@ def reference_curve() -> dict[str, list[float]]:
 
 
 def _fraction_of_peak(step: int) -> float:
-    """Linear warm-up that begins at peak / warmup, then a cosine down to `final_fraction`."""
+    """Linear warm-up that begins at peak / warmup, then a cosine down to `min_lr_ratio`."""
     o, steps = training.OPTIMIZER, training.TRAIN.steps
     if step < o.warmup_steps:
         return (step + 1) / o.warmup_steps
     turn = math.pi * (step - o.warmup_steps) / (steps - o.warmup_steps)
-    return o.final_fraction + (1 - o.final_fraction) * (1 + math.cos(turn)) / 2
+    return o.min_lr_ratio + (1 - o.min_lr_ratio) * (1 + math.cos(turn)) / 2
 
 
 def main() -> None:

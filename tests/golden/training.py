@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax import LlamaConfig, init
+from llama_jax.train.config.run import OptimizerConfig, RunConfig, TrainConfig
+from llama_jax.train.optimizer import make_optimizer, make_schedule
+from llama_jax.train.state import create_state
+from llama_jax.train.step import build_step
 from tests.golden.cases import GOLDEN, Draw
-from train.config import OptimizerConfig, RunConfig, TrainConfig
-from train.optimizer import make_optimizer, make_schedule
-from train.state import create_state
-from train.step import build_step
 
 CURVE = GOLDEN / "training.json"
 # The largest difference of a step's loss, in nats, and of its gradient's norm, as a fraction: ten times
@@ -33,7 +33,13 @@ MODEL = LlamaConfig(
     max_position_embeddings=64,
 )
 TRAIN = TrainConfig(
-    steps=50, batch_size=4, seq_len=24, dtype="float32", attention="blockwise", remat="full", loss_chunks=5
+    steps=50,
+    global_batch_size=4,
+    seq_len=24,
+    dtype="float32",
+    attention="blockwise",
+    remat="full",
+    loss_chunks=5,
 )
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=10)
 
@@ -55,7 +61,7 @@ def batches() -> list[tuple[np.ndarray, np.ndarray]]:
     There is something to learn: most tokens follow from the one before by one of two affine rules. What
     is past a row's length is padding, unevenly, so that microbatches have different counts.
     """
-    draw, shape = Draw(8), (TRAIN.batch_size, TRAIN.seq_len)
+    draw, shape = Draw(8), (TRAIN.global_batch_size, TRAIN.seq_len)
     out = []
     for _ in range(TRAIN.steps):
         noise = draw.integers(0, MODEL.vocab_size, shape[0] * shape[1]).reshape(shape)

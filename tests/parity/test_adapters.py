@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import llama_jax as lj
-from llama_jax import lora, prefix
-from llama_jax.arguments import pad_right
+from llama_jax.adapters import lora, prefix
+from llama_jax.decoding.arguments import pad_right
 from llama_jax.weights.adapters import load_adapter
 from llama_jax.weights.write.adapters import save_adapter
 from tests.golden import text
@@ -47,8 +47,8 @@ THEIRS = {
 }
 OURS = {
     "lora": lora.Lora(rank=4, alpha=6.5),
-    "rslora": lora.Lora(rank=3, alpha=5, rslora=True, targets=("attention.*",)),
-    "dora": lora.Lora(rank=4, alpha=8, dora=True, targets=("wk", "w_*")),
+    "rslora": lora.Lora(rank=3, alpha=5, rslora=True, target_modules=("attention.*",)),
+    "dora": lora.Lora(rank=4, alpha=8, dora=True, target_modules=("wk", "w_*")),
 }
 
 
@@ -151,7 +151,7 @@ def test_smollm2_with_our_adapter_writes_the_same_in_peft(
     config, settings = smollm2.config, lora.Lora(rank=8, alpha=16)
     adapter = away(lora.init(settings, smollm2.params, jax.random.key(1)), by=0.02)
     save_adapter(tmp_path / "a", settings, adapter, config)
-    model = lj.load(smollm2_path, adapter=tmp_path / "a", stacked=False)
+    model = lj.load(smollm2_path, adapter=tmp_path / "a", scan_layers=False)
     reference = peft.PeftModel.from_pretrained(hf.load_gguf(smollm2_path, config), tmp_path / "a").eval()
     prompts = [model.encode_prompt(prompt) for prompt in text.PROMPTS[:2]]
     asked = (*pad_right(prompts), jax.random.key(0), lj.Sampling(temperature=0.0))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import llama_jax as lj
-from llama_jax.convert import convert
+from llama_jax.text.convert import convert
 from tests.golden import text
 
 torch = pytest.importorskip("torch")

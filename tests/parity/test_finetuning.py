@@ -17,12 +17,12 @@ import optax
 import pytest
 
 import llama_jax as lj
-from llama_jax import lora
+from llama_jax.adapters import lora
 from llama_jax.loss import token_logprobs
+from llama_jax.train.objectives.preference import dpo_loss
 from llama_jax.weights.adapters import load_adapter
 from tests.golden.cases import Draw
 from tests.golden.training import MODEL, params
-from train.preference import dpo_loss
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import llama_jax as lj
-from llama_jax.arguments import pad_right
 from llama_jax.config import RopeScaling
+from llama_jax.decoding.arguments import pad_right
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.tokenizer.export import vocabulary_of
 from llama_jax.weights.tensors import ParamsTensors

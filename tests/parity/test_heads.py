@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 import llama_jax as lj
-from llama_jax import lora, prefix
-from llama_jax.convert import convert
-from llama_jax.text_model import Model
+from llama_jax.adapters import lora, prefix
+from llama_jax.text.convert import convert
+from llama_jax.text.model import Model
 from llama_jax.tokenizer import load_tokenizer
+from llama_jax.train.scorer import Scorer
 from llama_jax.weights.derived import Head
 from llama_jax.weights.write.adapters import save_adapter
 from tests import tiny
 from tests.golden.cases import relative_error
 from tests.random_models import random_model
-from train.score import Scorer
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

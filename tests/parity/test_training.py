@@ -24,6 +24,10 @@ def test_the_golden_curve_is_what_torch_and_transformers_say(reference: dict[str
     assert training.difference(training.golden_curve(), reference) <= training.TOLERANCE / 4
 
 
-@pytest.mark.parametrize("changes", [{}, {"accumulate": 2}, {"remat": "dots", "attention": "xla"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"gradient_accumulation_steps": 2}, {"remat": "save_projections", "attention": "xla"}],
+    ids=str,
+)
 def test_fifty_steps(reference: dict[str, np.ndarray], changes: dict[str, object]) -> None:
     assert training.difference(training.our_curve(**changes), reference) <= training.TOLERANCE

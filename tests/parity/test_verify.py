@@ -13,7 +13,7 @@ import pytest
 
 from llama_jax import cli
 from llama_jax.errors import CheckpointError
-from llama_jax.verify import compare
+from llama_jax.eval.verify import compare
 from llama_jax.weights import open_source
 from llama_jax.weights.tensors import ParamsTensors, StoredTensors
 from llama_jax.weights.write.hf import plan_hf

@@ -1,4 +1,4 @@
-"""Real processes of `python -m train`: a tiny run's configuration, and what it left behind."""
+"""Real processes of `python -m llama_jax.train`: a tiny run's configuration, and what it left behind."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ max_position_embeddings = 64
 vocab_size = 300
 [data]
 files = "{files}"
-held_out = 0.2
+validation_fraction = 0.2
 [train]
-batch_size = 8
+global_batch_size = 8
 seq_len = 32
 dtype = "float32"
 [optimizer]
@@ -116,7 +116,7 @@ class Workshop:
         self, *words: object, devices: int = 1, verb: str = "train", **more: Any
     ) -> subprocess.Popen[str]:
         """Starts `llama-jax VERB words ...`."""
-        module = ["-m", "train"] if verb == "train" else ["-m", "llama_jax.cli", verb]
+        module = ["-m", "llama_jax.train"] if verb == "train" else ["-m", "llama_jax.cli", verb]
         return subprocess.Popen(
             [sys.executable, *module, *map(str, words)],
             env=os.environ | self.environment(devices) | more.pop("env", {}),

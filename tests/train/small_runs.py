@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 import llama_jax as lj
 from llama_jax.sharding import make_mesh, named, param_specs
+from llama_jax.train.checkpoints.checkpoints import Checkpoints
+from llama_jax.train.config.checkpoint import CheckpointConfig
 from tests.tiny import CONFIG, PIECES, write_vocabulary
-from train.checkpoint import CheckpointConfig, Checkpoints
 
 # Sizes that 8 divides, so that any mesh of the tests' devices takes it.
 MODEL = CONFIG.replace(
@@ -101,5 +102,5 @@ def save_run(folder: Path, *steps: int, config: CheckpointConfig | None = None, 
     with Checkpoints(folder, config, model=kind.get("config", MODEL), run={"data": "abc"}) as checkpoints:
         for step in steps:
             state = make_state(one_device(), step, **kind)
-            checkpoints.save(step, state, {"batch": step}, {"held_out_loss": 10 / step, "tokens": 1e3 * step})
+            checkpoints.save(step, state, {"batch": step}, {"eval_loss": 10 / step, "tokens": 1e3 * step})
     return folder

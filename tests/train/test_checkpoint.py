@@ -22,6 +22,8 @@ import pytest
 
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.sharding import make_mesh
+from llama_jax.train.checkpoints.checkpoints import Checkpoints, Restored
+from llama_jax.train.config.checkpoint import CheckpointConfig
 from llama_jax.weights.runs import list_steps
 from tests.train.small_runs import (
     MODEL,
@@ -33,7 +35,6 @@ from tests.train.small_runs import (
     same,
     save_run,
 )
-from train.checkpoint import CheckpointConfig, Checkpoints, Restored
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,7 +89,7 @@ def test_a_state_comes_back_bit_for_bit_on_any_mesh(mesh, tmp_path):
 def test_notes_and_metrics_come_back(tmp_path):
     restored = restore(save_run(tmp_path, 4))
     assert restored.run == {"data": "abc"}
-    assert restored.metrics == {"held_out_loss": 2.5, "tokens": 4000.0}
+    assert restored.metrics == {"eval_loss": 2.5, "tokens": 4000.0}
 
 
 def test_what_is_saved_is_what_was_there_when_save_was_called(tmp_path):
@@ -145,7 +146,7 @@ def test_steps_are_kept_by_number_by_metric_and_for_ever(tmp_path):
     losses = {1: 5.0, 2: 1.0, 3: 4.0, 4: float("nan"), 5: 3.0, 6: 3.0, 7: 2.0, 8: 3.0, 9: 4.0}
     with checkpoints_of(tmp_path, keep=2, keep_every=4, best=1) as checkpoints:
         for step, loss in losses.items():
-            checkpoints.save(step, make_state(one_device(), step), {}, {"held_out_loss": loss})
+            checkpoints.save(step, make_state(one_device(), step), {}, {"eval_loss": loss})
             checkpoints.wait()
             assert {step, max(1, step - 1)} <= set(checkpoints.steps())
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "8", "9"]

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 import llama_jax as lj
-from llama_jax.cli.parser import UsageError
+from llama_jax.console.parser import UsageError
 from llama_jax.errors import ConfigError, LlamaJaxError
-from train.config import EvalConfig, ModelConfig, RunConfig
-from train.data.config import SourceConfig
-from train.loop import out_of_patience
-from train.read_config import keys, load_config, to_toml
+from llama_jax.train.config.data import SourceConfig
+from llama_jax.train.config.read import keys, load_config, to_toml
+from llama_jax.train.config.run import EvalConfig, ModelConfig, RunConfig
+from llama_jax.train.loop import out_of_patience
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 
@@ -49,7 +49,7 @@ def test_a_mixture_survives_toml(write):
     """
     run = load_config(write(text))
     assert run.data.mixture[0] == SourceConfig("a/*.txt", weight=2.0)
-    assert run.data.held_out == 0.0 and type(run.data.held_out) is float
+    assert run.data.validation_fraction == 0.0 and type(run.data.validation_fraction) is float
     assert load_config(write(to_toml(run))) == run
 
 
@@ -59,7 +59,7 @@ def test_an_empty_file_is_the_defaults_and_they_are_llama_2s(write):
     assert run == RunConfig()
     o = run.optimizer
     assert (o.name, o.schedule, o.b1, o.b2, o.eps) == ("adamw", "cosine", 0.9, 0.95, 1e-5)
-    assert (o.weight_decay, o.clip_norm, o.warmup_steps, o.final_fraction) == (0.1, 1.0, 2000, 0.1)
+    assert (o.weight_decay, o.max_grad_norm, o.warmup_steps, o.min_lr_ratio) == (0.1, 1.0, 2000, 0.1)
     assert run.model.build() == lj.presets.LLAMA2_7B
 
 
@@ -119,14 +119,14 @@ def test_every_key_is_shown():
         ("[train]\nattention = 'flash'", "train.attention is 'flash'"),
         (
             "[train]\nbatch_size = 7\naccumulate = 2",
-            "train.batch_size 7 is not a multiple of train.accumulate 2",
+            "train.global_batch_size 7 is not a multiple of train.gradient_accumulation_steps 2",
         ),
         ("[optimizer]\nname = 'adam'", "optimizer.name is 'adam'; did you mean adamw?"),
         ("[optimizer]\nschedule = 'cosin'", "did you mean cosine?; it must be one of cosine, wsd, constant"),
         ("[optimizer]\nb2 = 1.0", "optimizer.b2 is 1.0; it must be at least 0 and below 1"),
         (
             "[optimizer]\nfinal_fraction = 1.5",
-            "optimizer.final_fraction is 1.5; it must be at least 0 and at most 1",
+            "optimizer.min_lr_ratio is 1.5; it must be at least 0 and at most 1",
         ),
         (
             "[optimizer]\nlearning_rate = -1",
@@ -146,10 +146,13 @@ def test_every_key_is_shown():
         ("[eval]\nbatches = 0", "eval.batches is 0"),
         ("[log]\nevery = 0", "log.every is 0"),
         ("[checkpoint]\nkeep = 0", "checkpoint.keep is 0"),
-        ("[distributed]\nprocesses = 2", "distributed.processes and distributed.process go together"),
+        (
+            "[distributed]\nnum_processes = 2",
+            "distributed.num_processes and distributed.process_id go together",
+        ),
         (
             "[distributed]\ncoordinator = 'a:1'\nprocesses = 2\nprocess = 2",
-            "distributed.process is 2; of 2 processes the last is 1",
+            "distributed.process_id is 2; of 2 processes the last is 1",
         ),
         ("steps = = 3", "run.toml: not TOML: Invalid value (at line 1, column 9)"),
         (b"\xff", "run.toml: not TOML: 'utf-8' codec"),
@@ -182,7 +185,10 @@ def test_a_bad_file_is_one_line_that_says_where(text, message, write):
             "--model.tie_word_embeddings is 'True'; it must be true or false",
         ),
         (["--data.exclude", "*/x"], "--data.exclude is '*/x'; it must be a list"),
-        (["--train.remat", "everything"], "train.remat is 'everything'; it must be one of none, dots"),
+        (
+            ["--train.remat", "everything"],
+            "train.remat is 'everything'; it must be one of none, save_projections",
+        ),
     ],
 )
 def test_a_bad_word_is_one_line_that_names_it(words, message, write):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from llama_jax.errors import ConfigError, InputError
-from train import devices
-from train.config import DistributedConfig, MeshConfig, TrainConfig
+from llama_jax.train import devices
+from llama_jax.train.config.run import DistributedConfig, MeshConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ def test_processes_are_joined_by_address_or_not_at_all(monkeypatch):
     devices.join_processes(DistributedConfig())
     assert calls == []
     devices.join_processes(
-        DistributedConfig(coordinator="here:1", processes=2, process=1, heartbeat_seconds=7)
+        DistributedConfig(coordinator="here:1", num_processes=2, process_id=1, heartbeat_seconds=7)
     )
     assert calls == [(("here:1", 2, 1), {"heartbeat_timeout_seconds": 7})]
 
@@ -110,7 +110,7 @@ def test_processes_that_cannot_be_reached_are_one_line(monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     with pytest.raises(InputError) as error:
-        devices.join_processes(DistributedConfig(coordinator="nowhere:1", processes=2, process=0))
+        devices.join_processes(DistributedConfig(coordinator="nowhere:1", num_processes=2, process_id=0))
     assert str(error.value).startswith(
         "cannot join the other processes at nowhere:1: DEADLINE_EXCEEDED: no answer;"
     )

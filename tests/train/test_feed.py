@@ -11,8 +11,8 @@ import pytest
 
 from llama_jax.errors import ConfigError
 from llama_jax.sharding import TOKENS_BT, make_mesh, named
-from train import feed as feed_module
-from train.feed import Feed
+from llama_jax.train import feed as feed_module
+from llama_jax.train.feed import Feed
 
 BATCH, LENGTH = 16, 8
 
@@ -120,7 +120,7 @@ def test_several_processes_put_every_row_once(spec, processes, monkeypatch):
             "data=2,fsdp=4",
             12,
             8,
-            "train.batch_size is 12, which mesh.data x mesh.fsdp = 8 does not divide; make it 16",
+            "train.global_batch_size is 12, which mesh.data x mesh.fsdp = 8 does not divide; make it 16",
         ),
         ("fsdp=2,context=4", 2, 10, "train.seq_len is 10, which mesh.context 4 does not divide; make it 12"),
     ],

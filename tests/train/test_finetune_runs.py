@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 
 import llama_jax as lj
-from llama_jax.convert import convert
 from llama_jax.errors import CheckpointError, ConfigError, DataError, InputError
+from llama_jax.text.convert import convert
 from llama_jax.tokenizer import load_tokenizer
+from llama_jax.train import rejection_sampling
+from llama_jax.train.config.data import DataConfig
+from llama_jax.train.config.run import ModelConfig, RunConfig, TrainConfig
+from llama_jax.train.initialization import starting_model
+from llama_jax.train.objectives.reference import NAME as REFERENCE
+from llama_jax.train.scorer import Scorer
 from llama_jax.weights.adapters import load_adapter
 from tests import tiny
 from tests.random_models import random_model
 from tests.train.processes import Workshop, assert_same, losses, records
 from tests.weights import adapters
-from train import rejection
-from train.config import ModelConfig, RunConfig, TrainConfig
-from train.data.config import DataConfig
-from train.reference import NAME as REFERENCE
-from train.score import Scorer
-from train.starting import starting_model
 
 STEPS = 6
 PAIRS = [
@@ -42,10 +42,10 @@ init_from = "{model}"
 path = "{model}"
 [data]
 files = "{files}"
-held_out = 0.2
+validation_fraction = 0.2
 [train]
 objective = "{objective}"
-batch_size = 8
+global_batch_size = 8
 seq_len = 64
 dtype = "float32"
 [optimizer]
@@ -197,10 +197,10 @@ def test_a_reward_model_scores_as_in_training_and_picks_the_best_of_several(
     with pytest.raises(ConfigError, match="a classifier or reward model"):
         again.model.generate("The cow", max_new_tokens=2)
     with pytest.raises(InputError, match="samples is 0"):
-        rejection.main([*words, "--samples", "0"])
-    rejection.main([*words, "--samples", "3"])
+        rejection_sampling.main([*words, "--samples", "0"])
+    rejection_sampling.main([*words, "--samples", "3"])
     by_other = workshop.folder / "best_hf.jsonl"
-    rejection.main([base, str(whole), str(prompts), str(by_other), *words[4:], "--samples", "3"])
+    rejection_sampling.main([base, str(whole), str(prompts), str(by_other), *words[4:], "--samples", "3"])
     assert [json.loads(line)["messages"] for line in by_other.read_text().splitlines()] == [
         json.loads(line)["messages"] for line in out.read_text().splitlines()
     ]
@@ -210,10 +210,10 @@ def test_a_reward_model_scores_as_in_training_and_picks_the_best_of_several(
         assert record["reward"] == max(record["rewards"]) and len(record["rewards"]) > 1
         assert record["messages"][-1]["role"] == "assistant" and record["messages"][-1]["content"]
     with pytest.raises(InputError, match="is there already"):
-        rejection.main([*words])
+        rejection_sampling.main([*words])
     prompts.write_text('{"prompt": "a"}\n{"messages": [{"role": "bot", "content": "b"}]}\n')
     with pytest.raises(DataError, match=r"prompts\.jsonl:2: messages\[0\]: role is 'bot'"):
-        rejection.main([*words[:3], str(workshop.folder / "other.jsonl")])
+        rejection_sampling.main([*words[:3], str(workshop.folder / "other.jsonl")])
     assert not (workshop.folder / "other.jsonl").exists()
 
 
@@ -322,7 +322,7 @@ def test_a_run_begins_from_the_adapter_of_another_and_resumes(workshop, shared_d
     np.testing.assert_allclose(losses(stage2)[1], np.log(2), rtol=1e-5)  # the policy is its reference
     # What is loaded is all three, and what is converted is that.
     settings, adapter = load_adapter(stage2)
-    expected = lj.lora.merge(lj.lora.attach(settings, one.params, adapter))
+    expected = lj.adapters.lora.merge(lj.adapters.lora.attach(settings, one.params, adapter))
     found = lj.load(stage2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found.params, expected)
     whole = lj.load(convert(stage2, workshop.folder / "stage2_hf"))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import llama_jax as lj
-from train import flops
+from llama_jax.train.metrics import flops
 
 
 def by_hand(model: lj.LlamaConfig, length: int) -> tuple[int, int]:

@@ -14,8 +14,8 @@ from jax._src import clusters
 from jax._src.clusters import cloud_tpu_cluster
 
 from llama_jax.errors import InputError
-from train import devices
-from train.config import DistributedConfig
+from llama_jax.train import devices
+from llama_jax.train.config.run import DistributedConfig
 
 ROOT = Path(__file__).parents[2]
 PREFIXES = ("SLURM_", "OMPI_", "PMIX_", "TPU_", "MEGASCALE_", "JOB_COMPLETION_", "KUBERNETES_")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llama_jax.errors import InputError
-from train.lock import run_lock
+from llama_jax.train.checkpoints.lock import run_lock
 
 ROOT = Path(__file__).parents[2]
 # Holds the lock, and starts a child without it (as data workers are) that outlives it.

@@ -11,21 +11,21 @@ import numpy as np
 import pytest
 
 import llama_jax as lj
-from llama_jax import lora
+from llama_jax.adapters import lora
 from llama_jax.errors import ConfigError, InputError
-from llama_jax.sharding import make_mesh, on
-from train.config import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
-from train.data.config import DataConfig
-from train.evaluate import macro_f1
-from train.feed import Feed
-from train.finetune_config import AdapterConfig, PreferenceConfig
-from train.objectives import make_measure
-from train.optimizer import make_optimizer, make_schedule
-from train.preference import dpo_loss, ranking_loss
-from train.segments import last, running_sums
-from train.state import abstract_begin, begin
-from train.step import build_step
-from train.tuning import Tuning
+from llama_jax.sharding import make_mesh, use_mesh
+from llama_jax.train.config.data import DataConfig
+from llama_jax.train.config.finetune import AdapterConfig, PreferenceConfig
+from llama_jax.train.config.run import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from llama_jax.train.feed import Feed
+from llama_jax.train.metrics.evaluate import macro_f1
+from llama_jax.train.objectives.objective import make_measure
+from llama_jax.train.objectives.preference import dpo_loss, ranking_loss
+from llama_jax.train.objectives.segments import last, running_sums
+from llama_jax.train.optimizer import make_optimizer, make_schedule
+from llama_jax.train.state import abstract_begin, begin
+from llama_jax.train.step import build_step
+from llama_jax.train.trainable import Tuning
 
 MODEL = lj.LlamaConfig(
     vocab_size=96,
@@ -46,7 +46,7 @@ def run_of(objective: str, adapter: AdapterConfig | None = None, **preference: A
     return RunConfig(
         model=ModelConfig(init_from="somewhere"),
         data=DataConfig(labels=("a", "b", "c")),
-        train=TrainConfig(objective=objective, steps=8, batch_size=BATCH, seq_len=LENGTH, **COMPUTE),
+        train=TrainConfig(objective=objective, steps=8, global_batch_size=BATCH, seq_len=LENGTH, **COMPUTE),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1, weight_decay=0.0),
         adapter=adapter or AdapterConfig(),
         preference=PreferenceConfig(**preference),
@@ -238,7 +238,7 @@ def curve(
     tuning = Tuning.of(run, "cpu", outputs=3)
     feed = Feed.over(mesh, BATCH, LENGTH)
     optimizer = make_optimizer(run.optimizer, make_schedule(run.optimizer, run.train.steps))
-    with on(mesh):
+    with use_mesh(mesh):
         step, *abstract = build_step(run, model, mesh, "cpu", tuning)
         compiled = step.lower(*abstract).compile()
         laid = params if mesh is None else lj.shard_params(params, mesh, model)
@@ -251,12 +251,12 @@ def curve(
 
 
 ADAPTERS = {
-    "lora": AdapterConfig(kind="lora", rank=4, base="float32"),
-    "dora": AdapterConfig(kind="lora", rank=4, dora=True, base="float32", targets=("wq", "w_down")),
-    "int8": AdapterConfig(kind="lora", rank=4, base="int8"),
-    "qlora": AdapterConfig(kind="lora", rank=4, base="nf4"),
-    "bottleneck": AdapterConfig(kind="bottleneck", bottleneck_size=8, base="float32"),
-    "prefix": AdapterConfig(kind="prefix", prefix_length=4, base="float32"),
+    "lora": AdapterConfig(type="lora", rank=4, base="float32"),
+    "dora": AdapterConfig(type="lora", rank=4, dora=True, base="float32", target_modules=("wq", "w_down")),
+    "int8": AdapterConfig(type="lora", rank=4, base="int8"),
+    "qlora": AdapterConfig(type="lora", rank=4, base="nf4"),
+    "bottleneck": AdapterConfig(type="bottleneck", bottleneck_size=8, base="float32"),
+    "prefix": AdapterConfig(type="prefix", prefix_length=4, base="float32"),
 }
 HEADS = [("reward", None), ("classify", None), ("regress", None)]
 CASES = [("dpo", None), *HEADS, ("dpo", "lora"), *(("sft", name) for name in ADAPTERS)]
@@ -348,7 +348,7 @@ def test_the_optimizer_sees_the_adapter_alone(params):
 
 def test_a_base_that_is_frozen_gives_the_adapters_gradient_in_full(params):
     """The step through a bf16 base is LoRA's on that base in f32, to bf16's rounding."""
-    adapter = AdapterConfig(kind="lora", rank=4, base="bfloat16")
+    adapter = AdapterConfig(type="lora", rank=4, base="bfloat16")
     tuning = Tuning.of(run_of("sft", adapter), "cpu")
     trainable, frozen = tuning.begin(MODEL, params, jax.random.key(1))
     assert {leaf.dtype for leaf in jax.tree.leaves(frozen["base"])} == {jnp.dtype("bfloat16")}
@@ -365,28 +365,31 @@ def test_a_base_that_is_frozen_gives_the_adapters_gradient_in_full(params):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: AdapterConfig(kind="lroa"), r"adapter\.kind is 'lroa'.*did you mean.*lora"),
-        (lambda: AdapterConfig(rank=4), 'adapter.rank is given and adapter.kind is "none"; it is for lora:'),
+        (lambda: AdapterConfig(type="lroa"), r"adapter\.kind is 'lroa'.*did you mean.*lora"),
+        (lambda: AdapterConfig(rank=4), 'adapter.rank is given and adapter.type is "none"; it is for lora:'),
         (lambda: AdapterConfig(base="nf4"), "it is for lora or bottleneck or prefix"),
-        (lambda: AdapterConfig(kind="prefix", targets=("wq",)), "it is for lora or bottleneck: set that"),
-        (lambda: AdapterConfig(kind="lora", prefix_length=4), "it is for prefix: set that"),
-        (lambda: AdapterConfig(kind="prefix", prefix_length=0), r"adapter\.prefix_length is 0"),
-        (lambda: AdapterConfig(kind="bottleneck", targets=("wq",)), "'wq' matches no part of a layer"),
+        (
+            lambda: AdapterConfig(type="prefix", target_modules=("wq",)),
+            "it is for lora or bottleneck: set that",
+        ),
+        (lambda: AdapterConfig(type="lora", prefix_length=4), "it is for prefix: set that"),
+        (lambda: AdapterConfig(type="prefix", prefix_length=0), r"adapter\.prefix_length is 0"),
+        (lambda: AdapterConfig(type="bottleneck", target_modules=("wq",)), "'wq' matches no part of a layer"),
         (
             lambda: RunConfig(
                 model=ModelConfig(init_from="x"),
-                adapter=AdapterConfig(kind="prefix"),
+                adapter=AdapterConfig(type="prefix"),
                 train=TrainConfig(attention="splash"),
             ),
             r'train\.attention is "splash", which takes no prefix',
         ),
-        (lambda: AdapterConfig(kind="lora", targets=("wx",)), r"'wx' matches no projection"),
-        (lambda: AdapterConfig(kind="lora", base="int3"), r"adapter\.base is 'int3'"),
+        (lambda: AdapterConfig(type="lora", target_modules=("wx",)), r"'wx' matches no projection"),
+        (lambda: AdapterConfig(type="lora", base="int3"), r"adapter\.base is 'int3'"),
         (lambda: PreferenceConfig(beta=0), r"preference\.beta is 0"),
         (lambda: PreferenceConfig(label_smoothing=0.5), "below 0.5"),
-        (lambda: PreferenceConfig(kind="ipo", label_smoothing=0.1), "leave it out"),
+        (lambda: PreferenceConfig(loss_type="ipo", label_smoothing=0.1), "leave it out"),
         (lambda: TrainConfig(objective="sfd"), r"train\.objective is 'sfd'"),
-        (lambda: RunConfig(adapter=AdapterConfig(kind="lora")), r"model\.init_from is not given"),
+        (lambda: RunConfig(adapter=AdapterConfig(type="lora")), r"model\.init_from is not given"),
         (lambda: RunConfig(train=TrainConfig(objective="classify")), r"data\.labels is not given"),
     ],
 )

@@ -13,10 +13,10 @@ import optax
 import pytest
 
 import llama_jax as lj
-from llama_jax import bottleneck
+from llama_jax.adapters import bottleneck
 from llama_jax.errors import ConfigError
-from train.config import OptimizerConfig
-from train.optimizer import decayed, frozen, make_optimizer, make_schedule
+from llama_jax.train.config.run import OptimizerConfig
+from llama_jax.train.optimizer import decayed, frozen, make_optimizer, make_schedule
 
 MODEL = lj.LlamaConfig(
     vocab_size=24, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, head_dim=4
@@ -61,7 +61,7 @@ def test_a_schedule_of_its_own_length_makes_a_short_run_the_beginning_of_a_long_
 
 
 def test_wsd_is_flat_and_then_falls_in_a_line():
-    values = rates(100, schedule="wsd", warmup_steps=10, decay_fraction=0.2, final_fraction=0.0)
+    values = rates(100, schedule="wsd", warmup_steps=10, decay_fraction=0.2, min_lr_ratio=0.0)
     assert (values[10:81] == 2.0).all()
     np.testing.assert_allclose(values[80:], 2.0 * np.arange(20, -1, -1) / 20, atol=1e-6)
 

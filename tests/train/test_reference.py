@@ -13,19 +13,19 @@ import pytest
 
 import llama_jax as lj
 from llama_jax.errors import ConfigError, DataError, InputError
-from llama_jax.sharding import make_mesh, on
+from llama_jax.sharding import make_mesh, use_mesh
 from llama_jax.tokenizer import load_tokenizer
+from llama_jax.train.config.finetune import AdapterConfig, PreferenceConfig
+from llama_jax.train.config.run import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from llama_jax.train.data import Data, DataConfig, open_data
+from llama_jax.train.feed import Feed
+from llama_jax.train.metrics.evaluate import make_held_out_loss
+from llama_jax.train.objectives.reference import NAME, reference_logprobs
+from llama_jax.train.optimizer import make_optimizer, make_schedule
+from llama_jax.train.state import begin
+from llama_jax.train.step import build_step
+from llama_jax.train.trainable import Tuning
 from tests.tiny import PIECES, write_model
-from train.config import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
-from train.data import Data, DataConfig, open_data
-from train.evaluate import make_held_out_loss
-from train.feed import Feed
-from train.finetune_config import AdapterConfig, PreferenceConfig
-from train.optimizer import make_optimizer, make_schedule
-from train.reference import NAME, reference_logprobs
-from train.state import begin
-from train.step import build_step
-from train.tuning import Tuning
 
 BATCH, LENGTH, COUNT = 8, 64, 40
 TOO_LONG = 5  # which record
@@ -38,7 +38,7 @@ MODEL = lj.LlamaConfig(
     num_key_value_heads=2,
     max_position_embeddings=LENGTH,
 )
-LORA = AdapterConfig(kind="lora", rank=4, base="float32")
+LORA = AdapterConfig(type="lora", rank=4, base="float32")
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +71,8 @@ def run_of(
     settings = {"dtype": "float32", "remat": "none", "attention": "xla", "loss_chunks": 2, "seq_len": LENGTH}
     return RunConfig(
         model=ModelConfig(init_from=f"{folder}/tiny.bin") if adapter else ModelConfig(),
-        data=DataConfig(files=f"{folder}/pairs.jsonl", held_out=0.2),
-        train=TrainConfig(objective="dpo", steps=8, batch_size=BATCH, **{**settings, **train}),
+        data=DataConfig(files=f"{folder}/pairs.jsonl", validation_fraction=0.2),
+        train=TrainConfig(objective="dpo", steps=8, global_batch_size=BATCH, **{**settings, **train}),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1, weight_decay=0.0),
         adapter=adapter or AdapterConfig(),
         preference=PreferenceConfig(reference=reference),
@@ -102,15 +102,15 @@ class Launch:
 
     def numbers(self, stop=lambda: 0) -> np.ndarray | None:
         what = (self.run, self.run_dir, MODEL, "cpu", self.data, self.feed, self.tuning)
-        with on(self.mesh):
+        with use_mesh(self.mesh):
             return reference_logprobs(*what, beginning=self.beginning, stop=stop, say=self.said.append)
 
     def train(self, steps: int = 8) -> tuple[np.ndarray, dict[str, float], Any]:
         """Losses, held-out numbers and what is frozen."""
         optimizer = make_optimizer(self.run.optimizer, make_schedule(self.run.optimizer, 8))
-        if self.run.preference.reference == "precomputed":
+        if self.run.preference.precompute_ref_log_probs:
             self.data = self.data.with_reference(self.numbers())
-        with on(self.mesh):
+        with use_mesh(self.mesh):
             step, *abstract = build_step(self.run, MODEL, self.mesh, "cpu", self.tuning)
             compiled = step.lower(*abstract).compile()
             state, frozen = begin(MODEL, optimizer, 0, jax.tree.map(jnp.copy, self.params), self.tuning)
@@ -259,5 +259,6 @@ def test_settings_that_make_no_sense_are_named():
     for objective in ("pretrain", "sft", "reward"):
         with pytest.raises(ConfigError, match=f'train.objective "{objective}", which has no reference model'):
             RunConfig(
-                train=TrainConfig(objective=objective), preference=PreferenceConfig(reference="precomputed")
+                train=TrainConfig(objective=objective),
+                preference=PreferenceConfig(precompute_ref_log_probs=True),
             )

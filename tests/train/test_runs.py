@@ -12,16 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.processes import (
-    Workshop,
-    assert_same,
-    finish,
-    losses,
-    records,
-    running,
-    steps,
-    wait_for,
-)
+from tests.train.processes import Workshop, assert_same, finish, losses, records, running, steps, wait_for
 
 STEPS = 40
 
@@ -61,11 +52,11 @@ def test_generate_and_inspect_read_the_run_by_the_name_that_was_given(workshop, 
     about = json_of("inspect")
     assert about["format"] == "orbax"
     assert about["training"]["step"] == STEPS
-    assert about["training"]["metrics"]["held_out_loss"] < 4
+    assert about["training"]["metrics"]["eval_loss"] < 4
     assert len(about["training"]["steps"]) == STEPS
     measured = [step["step"] for step in about["training"]["steps"] if step["metrics"]]
     assert measured == [10, 20, 30, 40]  # only where it was measured, eval.every
-    assert "held_out_loss" in workshop.run("whole", verb="inspect").out
+    assert "eval_loss" in workshop.run("whole", verb="inspect").out
 
 
 def test_fine_tuning_starts_from_what_is_known(workshop, shared_data):
@@ -82,8 +73,8 @@ def test_fine_tuning_starts_from_what_is_known(workshop, shared_data):
     done = workshop.run(config)
     assert done.status == 0, done.err
     evaluations = records(workshop.folder / "tuned", "evaluations.jsonl")
-    assert evaluations[0]["held_out_loss"] < 5.5
-    assert evaluations[-1]["held_out_loss"] < evaluations[0]["held_out_loss"]
+    assert evaluations[0]["eval_loss"] < 5.5
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
     assert evaluations[-1]["text"].startswith("Once upon")
     assert "has had its 5 steps" in workshop.run(config).err
 
@@ -120,7 +111,7 @@ def test_a_signal_saves_the_step_it_finds_and_the_same_command_goes_on(workshop,
 
 @pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once(workshop):
-    slow = ("--train.batch_size", 1024, "--checkpoint.every", 0)  # a step takes a second
+    slow = ("--train.global_batch_size", 1024, "--checkpoint.every", 0)  # a step takes a second
     run = workshop.folder / "twice"
     with running(workshop.start(workshop.config, "--train.run_dir", "twice", *slow)) as process:
         wait_for(lambda: len(records(run)) == 1, process)

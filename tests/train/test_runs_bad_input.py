@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from llama_jax.cli import main
+from llama_jax.train.checkpoints.lock import run_lock
 from tests.train.processes import (
     Workshop,
     assert_same,
@@ -26,7 +27,6 @@ from tests.train.processes import (
     steps,
     wait_for,
 )
-from train.lock import run_lock
 
 STEPS = 12
 
@@ -81,8 +81,8 @@ def fail(workshop: Workshop, tmp_path: Path, capsys, monkeypatch) -> Fail:
         (["--mesh.fsdp", 3], "mesh data 1 x fsdp 3 x context 1 x tensor 1 needs 3 devices and there are 8"),
         (["--mesh.tensor", 8], "num_attention_heads 4 does not divide over axis tensor of size 8"),
         (
-            ["--train.batch_size", 12],
-            "train.batch_size is 12, which mesh.data x mesh.fsdp = 8 does not divide",
+            ["--train.global_batch_size", 12],
+            "train.global_batch_size is 12, which mesh.data x mesh.fsdp = 8 does not divide",
         ),
         (["--data.files", "nowhere/*.txt"], "no file matches data.files = 'nowhere/*.txt' (relative to "),
         (["--tokenizer.vocab_size", 40], "vocab_size is 40; it must be above 259"),
@@ -95,8 +95,8 @@ def fail(workshop: Workshop, tmp_path: Path, capsys, monkeypatch) -> Fail:
         (["--model.init_from", "nothing"], "drop model.hidden_size"),
         (["--train.run_dir", "/dev/null/x"], "/dev/null/x: cannot be written: Not a directory"),
         (
-            ["--distributed.processes", 2],
-            "distributed.coordinator, distributed.processes and distributed.process",
+            ["--distributed.num_processes", 2],
+            "distributed.coordinator, distributed.num_processes and distributed.process_id",
         ),
     ],
     ids=lambda value: str(value)[:40],
@@ -167,12 +167,12 @@ def test_corpora(fail, tmp_path):
     (text / "a.txt").write_text("")
     assert f"no tokenizer of '{text}/*.*': there is no text to learn a vocabulary from" in fail(*files)
     (text / "a.txt").write_bytes(b"good\n" * 2000 + b"\xff\xfe bad \xff\n")
-    assert "a.txt:2001" in fail(*files, "--data.held_out", 0)
+    assert "a.txt:2001" in fail(*files, "--data.validation_fraction", 0)
     (text / "a.txt").unlink()
     lines = ['{"text": "the cat sat on the mat and ran in the rain"}'] * 200
     lines[77] = '{"text": "the cat'
     (text / "a.jsonl").write_text("\n".join(lines))
-    message = fail(*files, "--data.held_out", 0, "--tokenizer.vocab_size", 280)
+    message = fail(*files, "--data.validation_fraction", 0, "--tokenizer.vocab_size", 280)
     assert "a.jsonl:78: not JSON" in message
     assert "data.bad_records" in message
     assert "tomatoes" in fail(*files, "--data.field", "tomatoes")
@@ -190,7 +190,7 @@ def test_bad_records_are_skipped_and_counted(workshop, tmp_path):
         "--tokenizer.vocab_size",
         280,
     )
-    workshop.train(tmp_path / "skipping", *words, "--train.steps", 10, "--data.held_out", 0)
+    workshop.train(tmp_path / "skipping", *words, "--train.steps", 10, "--data.validation_fraction", 0)
     assert records(tmp_path / "skipping")[-1]["skipped_records"] >= 1
 
 
@@ -199,7 +199,7 @@ def test_what_a_run_began_with_it_keeps(fail, run, workshop, tmp_path):
     assert "train.seed is 7 and the run in run began with 0" in fail("--train.seed", 7, *more)
     assert "train.seq_len is 16 and the run in run began with 32" in fail("--train.seq_len", 16, *more)
     assert "the checkpoint's data state is of batch_size 8, and the run's is 16" in fail(
-        "--train.batch_size", 16, *more
+        "--train.global_batch_size", 16, *more
     )
     message = fail("--model.hidden_size", 64, *more)
     assert "layers.attention.wq is float32 [2, 32," in message and "[2, 64," in message
@@ -267,7 +267,7 @@ def test_a_full_disk(workshop, run, trained):
 
 
 def test_a_step_that_is_not_finite_aborts_with_a_dump_and_saves_nothing_of_it(workshop, tmp_path):
-    words = ("--optimizer.learning_rate", 1e30, "--optimizer.clip_norm", 0, "--train.max_bad_steps", 3)
+    words = ("--optimizer.learning_rate", 1e30, "--optimizer.max_grad_norm", 0, "--train.max_bad_steps", 3)
     done = workshop.train(tmp_path / "wild", *words, "--train.steps", 30, "--checkpoint.every", 1, status=3)
     assert "bad for 3 steps in a row, all of them skipped" in done.error
     (dump,) = (tmp_path / "wild" / "not_finite").iterdir()

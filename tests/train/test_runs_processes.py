@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llama_jax.train.objectives.reference import NAME as REFERENCE
 from tests.train.processes import (
     Workshop,
     assert_same,
@@ -21,7 +22,6 @@ from tests.train.processes import (
     wait_for,
 )
 from tests.train.test_finetune_runs import ASKED_BEFORE, set_up
-from train.reference import NAME as REFERENCE
 
 pytestmark = pytest.mark.slow
 STEPS = 20
@@ -38,8 +38,8 @@ def start_two(workshop: Workshop, run_dir: str, *words: object, config: object =
         free.bind(("localhost", 0))
         where = f"localhost:{free.getsockname()[1]}"
     shared = (config or workshop.config, "--train.run_dir", run_dir, *words)
-    shared = (*shared, "--distributed.coordinator", where, "--distributed.processes", 2)
-    return [workshop.start(*shared, "--distributed.process", i) for i in range(2)]
+    shared = (*shared, "--distributed.coordinator", where, "--distributed.num_processes", 2)
+    return [workshop.start(*shared, "--distributed.process_id", i) for i in range(2)]
 
 
 @pytest.fixture(scope="module", params=["data", "fsdp"])

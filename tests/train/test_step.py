@@ -16,13 +16,13 @@ import pytest
 import llama_jax as lj
 from llama_jax.errors import ConfigError
 from llama_jax.loss import Loss
-from llama_jax.sharding import make_mesh, on, param_specs
-from train.config import OptimizerConfig, RunConfig, TrainConfig
-from train.feed import Feed
-from train.objectives import pretraining
-from train.optimizer import make_optimizer, make_schedule
-from train.state import TrainState, create_state
-from train.step import build_step, make_step
+from llama_jax.sharding import make_mesh, param_specs, use_mesh
+from llama_jax.train.config.run import OptimizerConfig, RunConfig, TrainConfig
+from llama_jax.train.feed import Feed
+from llama_jax.train.objectives.objective import pretraining
+from llama_jax.train.optimizer import make_optimizer, make_schedule
+from llama_jax.train.state import TrainState, create_state
+from llama_jax.train.step import build_step, make_step
 
 MODEL = lj.LlamaConfig(
     vocab_size=96,
@@ -35,7 +35,7 @@ MODEL = lj.LlamaConfig(
 )
 BATCH, LENGTH = 8, 16
 RUN = RunConfig(
-    train=TrainConfig(steps=20, batch_size=BATCH, seq_len=LENGTH, dtype="float32", loss_chunks=3),
+    train=TrainConfig(steps=20, global_batch_size=BATCH, seq_len=LENGTH, dtype="float32", loss_chunks=3),
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=4),
 )
 # What compiles in the least time; the laws below say that nothing depends on it.
@@ -73,7 +73,7 @@ def begin(run: RunConfig = RUN) -> TrainState:
 @functools.cache
 def compiled(run: RunConfig, spec: str | None) -> Any:
     mesh = spec and make_mesh(spec)
-    with on(mesh):
+    with use_mesh(mesh):
         step, state, batch, _ = build_step(run, MODEL, mesh, "cpu")
         return step.lower(state, batch).compile()
 
@@ -82,7 +82,7 @@ def curve(run: RunConfig, spec: str | None, steps: int) -> tuple[np.ndarray, Tra
     """Losses and gradient norms [steps, 2], and the state at the end."""
     mesh = spec and make_mesh(spec)
     step, feed = compiled(run, spec), Feed.over(mesh, BATCH, LENGTH)
-    with on(mesh):
+    with use_mesh(mesh):
         state, told = begin(run), []
         for seed in range(steps):
             state, metrics = step(state, feed.put(packed(seed)))
@@ -116,7 +116,7 @@ def data(state: TrainState) -> list[np.ndarray]:
 def test_the_state_is_born_in_its_shards_with_the_bits_of_no_mesh(name):
     run = changed(optimizer={"name": name})
     mesh, without = make_mesh("fsdp=4,tensor=2"), begin(run)
-    with on(mesh):
+    with use_mesh(mesh):
         state = begin(run)
         abstract = build_step(run, MODEL, mesh, "cpu")[1]
     for ours, theirs in zip(data(state), data(without), strict=True):
@@ -142,9 +142,13 @@ def test_optimizers_whose_layout_is_the_compilers_have_one_curve_too(name):
     np.testing.assert_allclose(told, curve(run, None, 5)[0], rtol=1e-4)
 
 
-def one_step(*, accumulate: int = 1, batch: Any = None, **train: Any) -> Any:
+def one_step(*, gradient_accumulation_steps: int = 1, batch: Any = None, **train: Any) -> Any:
     """The metrics of one step of plain descent, and what it took from the parameters: the gradient."""
-    step = descent(dataclasses.replace(RUN.train, accumulate=accumulate, **{**CHEAP, **train}))
+    step = descent(
+        dataclasses.replace(
+            RUN.train, gradient_accumulation_steps=gradient_accumulation_steps, **{**CHEAP, **train}
+        )
+    )
     state = create_state(MODEL, optax.sgd(1.0), 0)
     new, metrics = step(state, jax.tree.map(jnp.asarray, packed(0) if batch is None else batch))
     return metrics, jax.tree.map(jnp.subtract, state.params, new.params)
@@ -153,7 +157,15 @@ def one_step(*, accumulate: int = 1, batch: Any = None, **train: Any) -> Any:
 @functools.cache
 def descent(config: TrainConfig) -> Any:
     objective, rate = pretraining(MODEL, config, "cpu"), optax.constant_schedule(1.0)
-    return jax.jit(make_step(objective, optax.sgd(1.0), rate, accumulate=config.accumulate, clip_norm=0.0))
+    return jax.jit(
+        make_step(
+            objective,
+            optax.sgd(1.0),
+            rate,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            max_grad_norm=0.0,
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -167,18 +179,19 @@ def assert_same(got, expected, atol=2e-7):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), got[1], expected[1])
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
-def test_microbatches_change_nothing_however_uneven_their_padding(plain, accumulate):
-    assert_same(one_step(accumulate=accumulate), plain)
+@pytest.mark.parametrize("gradient_accumulation_steps", [2, 4])
+def test_microbatches_change_nothing_however_uneven_their_padding(plain, gradient_accumulation_steps):
+    assert_same(one_step(gradient_accumulation_steps=gradient_accumulation_steps), plain)
 
 
 def test_microbatches_change_nothing_on_a_mesh(plain):
-    with on(make_mesh("fsdp=2,context=2,tensor=2")):
-        assert_same(one_step(accumulate=2), plain)
+    with use_mesh(make_mesh("fsdp=2,context=2,tensor=2")):
+        assert_same(one_step(gradient_accumulation_steps=2), plain)
 
 
 @pytest.mark.parametrize(
-    ("remat", "chunks"), [("none", 16), ("dots", 3), ("attention", 1), ("full", 5), ("offload", 3)]
+    ("remat", "chunks"),
+    [("none", 16), ("save_projections", 3), ("attention", 1), ("full", 5), ("offload", 3)],
 )
 def test_remat_blockwise_attention_and_chunks_change_nothing(plain, remat, chunks):
     assert_same(one_step(remat=remat, attention="blockwise", loss_chunks=chunks), plain)
@@ -224,7 +237,7 @@ def test_clipping_is_optaxs_of_the_mean_and_the_norm_is_told_before_it(clip):
     rate = optax.constant_schedule(1.0)
     objective = lambda p, batch: Loss(total=batch["tokens"].sum() * (p["w"] ** 2).sum(), count=jnp.float32(4))  # noqa: E731
     state = toy_state(optax.sgd(rate))
-    step = make_step(objective, optax.sgd(rate), rate, clip_norm=clip)
+    step = make_step(objective, optax.sgd(rate), rate, max_grad_norm=clip)
     new, metrics = jax.jit(step)(state, {"tokens": jnp.full((2, 2), 3.0)})
     mean = {"w": 12 / 4 * 2 * state.params["w"]}
     expected, _ = optax.clip_by_global_norm(clip).update(mean, optax.EmptyState())
@@ -243,12 +256,14 @@ def poisoned(params: Any, batch: Any) -> Loss:
     return Loss(total=loss, count=jnp.float32(1.0))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("gradient_accumulation_steps", [1, 2])
 @pytest.mark.parametrize("kind", [1, 2, 3])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(kind, accumulate):
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(kind, gradient_accumulation_steps):
     schedule = make_schedule(OptimizerConfig(warmup_steps=4), 10)
     optimizer = optax.adam(schedule)
-    step = jax.jit(make_step(poisoned, optimizer, schedule, accumulate=accumulate))
+    step = jax.jit(
+        make_step(poisoned, optimizer, schedule, gradient_accumulation_steps=gradient_accumulation_steps)
+    )
     state = toy_state(optimizer)
     good, bad = ({"tokens": jnp.full((2, 2), k)} for k in (0, kind))
     state, metrics = step(state, good)
@@ -293,7 +308,7 @@ def test_no_logits_of_a_whole_batch_exist():
     """Not in the program, and no room for them: the peak is below the size they would have."""
     model, run = (
         MODEL.replace(vocab_size=16_000),
-        changed(train={"batch_size": 4, "seq_len": 64, "loss_chunks": 8}),
+        changed(train={"global_batch_size": 4, "seq_len": 64, "loss_chunks": 8}),
     )
     step, state, batch, _ = build_step(run, model, None, "cpu")
     program = step.lower(state, batch).compile()
@@ -307,12 +322,10 @@ def test_no_logits_of_a_whole_batch_exist():
     assert not [shape for shape in shapes if 16_000 in shape and np.prod(shape) * 4 >= logits]
 
 
-MICROBATCHES = (
-    r"train.batch_size / train.accumulate is 8 / 2 = 4, which mesh.data x mesh.fsdp = 8 does not divide"
-)
+MICROBATCHES = r"train.global_batch_size / train.gradient_accumulation_steps is 8 / 2 = 4, which mesh.data x mesh.fsdp = 8 does not divide"
 
 
 def test_microbatches_that_the_mesh_does_not_divide_are_an_error():
-    run = changed(train={"accumulate": 2})
-    with on(mesh := make_mesh("fsdp=8")), pytest.raises(ConfigError, match=MICROBATCHES):
+    run = changed(train={"gradient_accumulation_steps": 2})
+    with use_mesh(mesh := make_mesh("fsdp=8")), pytest.raises(ConfigError, match=MICROBATCHES):
         build_step(run, MODEL, mesh, "cpu")

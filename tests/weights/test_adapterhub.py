@@ -12,17 +12,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import llama_jax as lj
-from llama_jax import bottleneck
+from llama_jax.adapters import bottleneck
 from llama_jax.errors import CheckpointError
 from llama_jax.weights import load_params, open_source
 from llama_jax.weights.adapters import load_adapter
 from llama_jax.weights.write.adapters import save_adapter
-from tests.adapted import CONFIG, base, trained
+from tests.adapters.adapted import CONFIG, base, trained
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bottleneck"
 KINDS = {
     "both": bottleneck.Bottleneck(8),
-    "one": bottleneck.Bottleneck(5, targets=("attention",), activation="relu"),
+    "one": bottleneck.Bottleneck(5, target_modules=("attention",), activation="relu"),
     "wide": bottleneck.Bottleneck(48, activation="gelu"),
 }
 

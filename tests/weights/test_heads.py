@@ -14,15 +14,16 @@ from safetensors.numpy import load_file, save_file
 
 import llama_jax as lj
 from llama_jax import adapters as any_adapter
-from llama_jax import bottleneck, lora, prefix
+from llama_jax.adapters import bottleneck, lora, prefix
 from llama_jax.cli import main
-from llama_jax.convert import convert
 from llama_jax.errors import CheckpointError, ConfigError, InputError, LlamaJaxError
+from llama_jax.eval.verify import compare
 from llama_jax.model import hidden_states
 from llama_jax.sharding import make_mesh
-from llama_jax.text_model import Model
+from llama_jax.text.convert import convert
+from llama_jax.text.model import Model
 from llama_jax.tokenizer import load_tokenizer
-from llama_jax.verify import compare
+from llama_jax.train.scorer import Scorer
 from llama_jax.weights import open_source
 from llama_jax.weights.adapters import load_head
 from llama_jax.weights.derived import Head
@@ -30,7 +31,6 @@ from llama_jax.weights.write.adapters import save_adapter
 from tests import tiny
 from tests.random_models import random_model
 from tests.weights import adapters
-from train.score import Scorer
 
 LABELS = ("bird", "beast", "füsch")
 BASE = tiny.CONFIG.replace(tie_word_embeddings=False)
@@ -106,7 +106,7 @@ def test_the_head_stays_in_f32_and_whole(format, classifier, tmp_path):
         {"dtype": "bfloat16"},
         {"bits": 8},
         {"mesh": make_mesh("fsdp=4,tensor=2")},
-        {"stacked": False},
+        {"scan_layers": False},
     ):
         found = lj.load(path, **how).params["score"]["kernel"]
         assert found.dtype == jnp.float32
@@ -204,7 +204,7 @@ def test_scores_are_read_where_hugging_face_reads_them(saved, copy):
 
 
 KINDS = {
-    "lora": lora.Lora(rank=2, targets=("wq",)),
+    "lora": lora.Lora(rank=2, target_modules=("wq",)),
     "prefix": prefix.Prefix(2),
     "bottleneck": bottleneck.Bottleneck(3),
 }

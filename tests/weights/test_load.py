@@ -102,7 +102,7 @@ def test_the_table_has_every_leaf_of_a_model_and_distinct_names() -> None:
 @pytest.mark.parametrize("writer", ["hf", "gguf", "llama2c-0"])
 def test_unstacked_is_stacked_taken_apart(writer: str, tmp_path: Path) -> None:
     source = open_source(WRITERS[writer](tmp_path, LLAMA2C, random_params(LLAMA2C)))
-    stacked, apart = load_params(source), load_params(source, stacked=False)
+    stacked, apart = load_params(source), load_params(source, scan_layers=False)
     assert isinstance(apart["layers"], tuple)
     assert_same(apart | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *apart["layers"])}, stacked)
 
@@ -122,19 +122,21 @@ def test_another_dtype_is_refused(dtype: str, tmp_path: Path) -> None:
     one_line(caught)
 
 
-@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("scan_layers", [True, False])
 @pytest.mark.parametrize("writer", ["hf", "gguf"])
-def test_mesh_holds_the_same_params_laid_out_by_the_table(writer: str, stacked: bool, tmp_path: Path) -> None:
+def test_mesh_holds_the_same_params_laid_out_by_the_table(
+    writer: str, scan_layers: bool, tmp_path: Path
+) -> None:
     params = random_params()
     source = open_source(WRITERS[writer](tmp_path, CONFIG, params))
     mesh = make_mesh("fsdp=4,tensor=2")
-    loaded = load_params(source, mesh=mesh, stacked=stacked)
-    specs = param_specs(CONFIG, stacked=stacked)
+    loaded = load_params(source, mesh=mesh, scan_layers=scan_layers)
+    specs = param_specs(CONFIG, scan_layers=scan_layers)
     is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
     wanted = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
     same = jax.tree.map(lambda x, sharding: x.sharding.is_equivalent_to(sharding, x.ndim), loaded, wanted)
     assert all(jax.tree.leaves(same))
-    assert_same(loaded, load_params(source, stacked=stacked))
+    assert_same(loaded, load_params(source, scan_layers=scan_layers))
 
 
 def test_mesh_that_does_not_divide_is_refused_before_reading(tmp_path: Path) -> None:

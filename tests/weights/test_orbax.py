@@ -19,6 +19,7 @@ import llama_jax as lj
 from llama_jax.cli import main
 from llama_jax.errors import CheckpointError
 from llama_jax.sharding import make_mesh, named, param_specs
+from llama_jax.train.config.checkpoint import CheckpointConfig
 from llama_jax.weights import load_params, manifest, open_source
 from llama_jax.weights.tensors import StoredTensors
 from llama_jax.weights.write.hf import plan_hf
@@ -27,7 +28,6 @@ from llama_jax.weights.write.vocabulary import Vocabulary
 from tests.train.small_runs import MODEL, make_state, one_device, save_run
 from tests.train.test_checkpoint import DAMAGE, flip, largest_file
 from tests.weights.test_load import one_line
-from train.checkpoint import CheckpointConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,7 +69,7 @@ def test_a_step_can_be_asked_for(run: Path) -> None:
     step = run / "checkpoints" / "2"
     model = lj.load(step)
     assert equal(model.params, trained(2)) and model.tokenizer.vocab_size == MODEL.vocab_size
-    assert open_source(step).metadata["metrics"] == {"held_out_loss": 5.0, "tokens": 2000.0}
+    assert open_source(step).metadata["metrics"] == {"eval_loss": 5.0, "tokens": 2000.0}
 
 
 def test_other_dtypes_are_the_cast_ones(run: Path) -> None:
@@ -89,7 +89,7 @@ def test_shards_and_layers_are_those_of_the_whole(spec: str, run: Path) -> None:
         strict=True,
     ):
         assert leaf.sharding == named(mesh, part)
-    split = load_params(open_source(run), mesh=mesh, stacked=False)
+    split = load_params(open_source(run), mesh=mesh, scan_layers=False)
     for index, layer in enumerate(split["layers"]):
         assert equal(layer, jax.tree.map(lambda x, index=index: x[index], trained(3)["layers"]))
 

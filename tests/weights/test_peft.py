@@ -13,11 +13,11 @@ import pytest
 from safetensors.numpy import load_file
 
 import llama_jax as lj
-from llama_jax import lora
+from llama_jax.adapters import lora
 from llama_jax.cli import main
-from llama_jax.convert import FORMATS, convert, save
 from llama_jax.errors import CheckpointError, ConfigError
-from llama_jax.text_model import Model
+from llama_jax.text.convert import FORMATS, convert, save
+from llama_jax.text.model import Model
 from llama_jax.tokenizer import load_tokenizer
 from llama_jax.weights import load_params, open_source
 from llama_jax.weights.adapters import load_adapter
@@ -29,8 +29,8 @@ from tests.weights.adapters import SIZES, tensors, write
 CONFIG = tiny.CONFIG.replace(tie_word_embeddings=False)
 KINDS = {
     "lora": lora.Lora(rank=4, alpha=6),
-    "rslora": lora.Lora(rank=3, alpha=5.5, rslora=True, targets=("wq", "w_down")),
-    "dora": lora.Lora(rank=4, alpha=6, dora=True, targets=("k_proj", "o_proj", "w_gate")),
+    "rslora": lora.Lora(rank=3, alpha=5.5, rslora=True, target_modules=("wq", "w_down")),
+    "dora": lora.Lora(rank=4, alpha=6, dora=True, target_modules=("k_proj", "o_proj", "w_gate")),
 }
 
 
@@ -115,7 +115,7 @@ def test_an_adapter_given_to_load_is_merged(kind, params, base, tmp_path):
         lj.load(base, adapter=tmp_path / "run", mesh=lj.make_mesh("fsdp=4,tensor=2")).params,
     ):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), found, expected)
-    unstacked = lj.load(base, adapter=tmp_path / "run", stacked=False)
+    unstacked = lj.load(base, adapter=tmp_path / "run", scan_layers=False)
     tokens = jnp.arange(12)[None]
     logits = lj.forward(CONFIG, lora.attach(settings, params, adapter), tokens)
     np.testing.assert_allclose(lj.forward(CONFIG, unstacked.params, tokens), logits, atol=1e-4)

@@ -11,11 +11,12 @@ import pytest
 from safetensors.numpy import save_file
 
 import llama_jax as lj
-from llama_jax import adapters, bottleneck, prefix
+from llama_jax import adapters
+from llama_jax.adapters import bottleneck, prefix
 from llama_jax.cli import main
-from llama_jax.convert import convert, save
 from llama_jax.errors import CheckpointError, ConfigError, InputError
-from llama_jax.text_model import Model
+from llama_jax.text.convert import convert, save
+from llama_jax.text.model import Model
 from llama_jax.tokenizer import load_tokenizer
 from llama_jax.weights.adapters import load_adapter
 from llama_jax.weights.write.adapters import save_adapter
@@ -76,7 +77,7 @@ def test_a_matrix_of_peft_holds_each_tokens_keys_and_values_by_layer(params, tmp
 def test_given_to_load_it_is_attached(mesh, bits, written, home, params):
     kind, folder, adapter = written
     mesh = None if mesh is None else lj.make_mesh(mesh, devices=jax.devices()[:4])
-    model = lj.load(home, adapter=folder, bits=bits, mesh=mesh, stacked=False)
+    model = lj.load(home, adapter=folder, bits=bits, mesh=mesh, scan_layers=False)
     held = params if bits is None else lj.quantize(params, bits)
     tokens = np.array([[5, 6, 7, 8], [4, 9, 3, 2]])
     expected = lj.forward(CONFIG, adapters.attach(KINDS[kind], held, adapter), tokens)

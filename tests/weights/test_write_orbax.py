@@ -35,7 +35,7 @@ def test_what_is_written_is_read_back_to_the_bit(tmp_path, seed, dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     source = open_source(written(ParamsTensors(config, params), tmp_path / "out"))
     assert same(load_params(source, dtype=dtype), params)
-    assert same(load_params(source, dtype=dtype, stacked=False), lj.unstack(params))
+    assert same(load_params(source, dtype=dtype, scan_layers=False), lj.unstack(params))
 
 
 def test_orbax_reads_it_without_us(tmp_path):

@@ -12,12 +12,12 @@ reads records into examples, examples.py encodes them, packing.py makes rows of 
 prints them. opening.py, parts.py and dataset.py put it all together.
 """
 
-from train.data.batches import Batches
-from train.data.config import DataConfig, SourceConfig
-from train.data.dataset import Data
-from train.data.forms import Objective
-from train.data.opening import open_data, train_texts
-from train.data.show import show_batch
+from ..config.data import DataConfig, SourceConfig
+from ..config.objective import Objective
+from .batches import Batches
+from .dataset import Data
+from .opening import open_data, train_texts
+from .show import show_batch
 
 __all__ = [
     "Batches",

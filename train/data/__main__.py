@@ -1,4 +1,4 @@
-"""`python -m train.data CONFIG OUT_DIR`: tokenizes a run's data beforehand."""
+"""`python -m llama_jax.train.data CONFIG OUT_DIR`: tokenizes a run's data beforehand."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from llama_jax.cli import output
-from llama_jax.cli.parser import Parser
-from llama_jax.errors import ConfigError, LlamaJaxError
+from llama_jax.console import loading, terminal
+from llama_jax.console.exit_status import exit_status
+from llama_jax.console.parser import Parser
+from llama_jax.errors import ConfigError
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
-from train.data.config import BadRecords, DataConfig, SourceConfig
-from train.data.encode import Encoder
-from train.data.lanes import counted
-from train.data.write import folder, write_tokens
-from train.read_config import load_config
+
+from ..config.data import BadRecords, DataConfig, SourceConfig
+from ..config.read import load_config
+from .encode import Encoder
+from .lanes import counted
+from .write import folder, write_tokens
 
 EXAMPLES = """
-python -m train.data configs/llama2_7b.toml tokens --tokenizer.path tokenizer.model
+python -m llama_jax.train.data configs/llama2_7b.toml tokens --tokenizer.path tokenizer.model
 llama-jax train configs/llama2_7b.toml --data.files tokens --tokenizer.path tokenizer.model
 """
 
@@ -32,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
       LlamaJaxError: for bad input, the data's or the command line's.
     """
     parser = Parser(
-        "python -m train.data",
+        "python -m llama_jax.train.data",
         "Tokenize the data of a run once, instead of as it trains. Settings are given as to llama-jax train.",
         EXAMPLES,
     )
@@ -50,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
             "tokenizer.path is not set; make a vocabulary with `llama-jax tokenizer train`, and give its "
             "path here and to the run"
         )
-    tokenize(config.data, load_tokenizer(output.resolve(config.tokenizer.path)), Path(args.out))
+    tokenize(config.data, load_tokenizer(loading.resolve(config.tokenizer.path)), Path(args.out))
 
 
 def tokenize(config: DataConfig, tokenizer: Tokenizer, out: Path) -> None:
@@ -62,13 +64,13 @@ def tokenize(config: DataConfig, tokenizer: Tokenizer, out: Path) -> None:
     encode = Encoder(tokenizer)
     if not config.mixture:
         _tokenize(config.sources[0], encode, out, config.bad_records)
-        output.note(f"train with data.files = {str(out)!r}")
+        terminal.note(f"train with data.files = {str(out)!r}")
         return
     with folder(out) as whole:
         for i, source in enumerate(config.mixture):
             _tokenize(source, encode, whole / str(i), config.bad_records)
     names = ", ".join(repr(str(out / str(i))) for i in range(len(config.mixture)))
-    output.note(f"train with the files of data.mixture, in this order: {names}")
+    terminal.note(f"train with the files of data.mixture, in this order: {names}")
 
 
 def _tokenize(source: SourceConfig, encode: Encoder, out: Path, bad_records: BadRecords) -> None:
@@ -83,15 +85,11 @@ def _tokenize(source: SourceConfig, encode: Encoder, out: Path, bad_records: Bad
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     skipped = f"; skipped: {counted(made['skipped'])}" if made["skipped"] else ""
-    output.note(
+    terminal.note(
         f"{source.files}: {made['documents']} documents, {made['tokens']} tokens, "
-        f"{output.size(made['bytes'])} of text{skipped}"
+        f"{terminal.human_bytes(made['bytes'])} of text{skipped}"
     )
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except LlamaJaxError as error:
-        output.note(f"error: {error}")
-        sys.exit(2)
+    sys.exit(exit_status(lambda: main(sys.argv[1:])))

@@ -19,7 +19,8 @@ from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset
 
 from llama_jax.errors import DataError
-from train.data.lanes import LaneBatches, State
+
+from .lanes import LaneBatches, State
 
 AHEAD = 4  # batches that wait ready
 Batch = dict[str, np.ndarray]

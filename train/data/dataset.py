@@ -14,17 +14,18 @@ from typing import Any
 import numpy as np
 
 from llama_jax.errors import DataError
-from train.data import evaluation
-from train.data.batches import Batches
-from train.data.config import DataConfig
-from train.data.encode import Encoder
-from train.data.examples import Examples, ExampleSource, Unit
-from train.data.forms import Objective
-from train.data.lanes import LaneBatches, LaneDocuments, Mixture, State, TrainDocuments, endless
-from train.data.packing import ends, grouped, packed_row, packed_rows
-from train.data.parts import Part, empty
-from train.data.records import BadRecord, refusal
-from train.data.source import Document
+
+from ..config.data import DataConfig
+from ..config.objective import Objective
+from . import evaluation
+from .batches import Batches
+from .encode import Encoder
+from .examples import Examples, ExampleSource, Unit
+from .lanes import LaneBatches, LaneDocuments, Mixture, State, TrainDocuments, endless
+from .packing import ends, grouped, packed_row, packed_rows
+from .parts import Part, empty
+from .records import BadRecord, refusal
+from .source import Document
 
 _SAMPLE = 200  # examples that `describe` looks at
 _SPARE_TURNS = 1000  # unusable records in a row, beyond as many as there are, before a lane gives up

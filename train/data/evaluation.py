@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from train.data.source import Document
+from .source import Document
 
 
 def pack(documents: Iterable[Document], seq_len: int) -> Iterator[dict[str, Any]]:

@@ -20,11 +20,13 @@ import numpy as np
 from llama_jax.chat import ChatTemplate, encode_chat, encode_turns
 from llama_jax.errors import DataError, InputError, TokenizerError
 from llama_jax.tokenizer import Tokenizer
-from train.data.config import SourceConfig, TooLong
-from train.data.encode import Encoder
-from train.data.forms import PAIRS, Example, Forms, Objective, Plain, Side
-from train.data.records import BadRecord, Records, TooLongRecord, keys, refusal
-from train.data.tables import Parquet
+
+from ..config.data import SourceConfig, TooLong
+from ..config.objective import PAIRS, Objective
+from .encode import Encoder
+from .forms import Example, Forms, Plain, Side
+from .records import BadRecord, Records, TooLongRecord, keys, refusal
+from .tables import Parquet
 
 _SEAM = "\ue000"  # no piece of a vocabulary merges with it
 

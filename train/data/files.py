@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from llama_jax.errors import DataError
-from train.data.config import Format, SourceConfig
+
+from ..config.data import Format, SourceConfig
 
 INDEX = "tokens.json"  # what a folder of token ids is known by
 _SUFFIXES: dict[str, Format] = {

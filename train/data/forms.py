@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from llama_jax.chat import checked_messages
 from llama_jax.chat.encode import ROLES
 from llama_jax.errors import InputError
-from train.data.lines import named
-from train.data.records import BadRecord
 
-Objective = Literal["pretrain", "sft", "dpo", "reward", "classify", "regress"]
-PAIRS: tuple[Objective, ...] = ("dpo", "reward")
+from ..config.objective import PAIRS, Objective
+from .lines import named
+from .records import BadRecord
 
 Row = Mapping[str, Any]
 Messages = list[dict[str, str]]

@@ -19,10 +19,11 @@ import numpy as np
 from grain.experimental import ConcatThenSplitIterDataset, index_shuffle
 
 from llama_jax.errors import DataError
-from train.data.examples import Examples, Unit
-from train.data.packing import PackedExamples
-from train.data.records import BadRecord, refusal
-from train.data.source import Source
+
+from .examples import Examples, Unit
+from .packing import PackedExamples
+from .records import BadRecord, refusal
+from .source import Source
 
 State = dict[str, Any]
 Usable = np.ndarray | Unit

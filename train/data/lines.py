@@ -11,8 +11,8 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from train.data.files import File, windows
-from train.data.records import MAX_RECORD, BadRecord, Records, decode
+from .files import File, windows
+from .records import MAX_RECORD, BadRecord, Records, decode
 
 T = TypeVar("T")
 PIECE_BYTES = 1 << 16  # text files are cut into documents of at most this

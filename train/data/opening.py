@@ -11,14 +11,16 @@ import numpy as np
 from llama_jax.chat import chat_template
 from llama_jax.errors import ConfigError, DataError, TokenizerError
 from llama_jax.tokenizer import Tokenizer
-from train.data.config import DataConfig, SourceConfig
-from train.data.dataset import Data
-from train.data.encode import Encoder
-from train.data.examples import ExampleEncoder, ExampleSource
-from train.data.forms import Forms, Objective
-from train.data.parts import all_held_out, split
-from train.data.records import BadRecord, held_out, keys, refusal
-from train.data.source import Source, open_records, open_source
+
+from ..config.data import DataConfig, SourceConfig
+from ..config.objective import Objective
+from .dataset import Data
+from .encode import Encoder
+from .examples import ExampleEncoder, ExampleSource
+from .forms import Forms
+from .parts import all_held_out, split
+from .records import BadRecord, held_out, keys, refusal
+from .source import Source, open_records, open_source
 
 
 def open_data(
@@ -55,7 +57,7 @@ def open_data(
             raise ConfigError(f"train.{name} is {value}; it must be at least {least}")
     if batch_size % process_count:
         raise ConfigError(
-            f"train.batch_size is {batch_size}, which {process_count} processes cannot share equally; "
+            f"train.global_batch_size is {batch_size}, which {process_count} processes cannot share equally; "
             "make it a multiple of that"
         )
     encode = Encoder(tokenizer)
@@ -66,8 +68,8 @@ def open_data(
     rows = batch_size // process_count
     parts = [split(source, config, opened(source)) for source in config.sources]
     apart = []
-    if config.held_out_files:
-        source = dataclasses.replace(config.sources[0], files=config.held_out_files, exclude=(), weight=1.0)
+    if config.validation_files:
+        source = dataclasses.replace(config.sources[0], files=config.validation_files, exclude=(), weight=1.0)
         apart = [all_held_out(source, opened(source), parts)]
     return Data(
         config,

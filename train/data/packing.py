@@ -9,7 +9,8 @@ import grain
 import numpy as np
 
 from llama_jax.errors import DataError
-from train.data.examples import Unit
+
+from .examples import Unit
 
 OPEN = 8  # rows that are filled at a time: more of them waste less, and mix epochs further
 T = TypeVar("T")

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from llama_jax.errors import DataError
-from train.data.config import DataConfig, SourceConfig
-from train.data.examples import ExampleSource
-from train.data.lanes import counted
-from train.data.records import held_out
-from train.data.source import Source
+
+from ..config.data import DataConfig, SourceConfig
+from .examples import ExampleSource
+from .lanes import counted
+from .records import held_out
+from .source import Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +61,11 @@ def all_held_out(config: SourceConfig, source: Source | ExampleSource, parts: Se
     """Returns a part of which nothing is trained on, and which shares no file with the others."""
     if not len(source.key):
         raise DataError(
-            f"the files that data.held_out_files = {config.files!r} matches hold no text; give others"
+            f"the files that data.validation_files = {config.files!r} matches hold no text; give others"
         )
     trained = {path for part in parts for path in _paths(part.source)}
     if both := sorted(_paths(source) & trained):
-        raise DataError(f"{both[0]} is in data.held_out_files and trained on; exclude it from one of them")
+        raise DataError(f"{both[0]} is in data.validation_files and trained on; exclude it from one of them")
     return Part(config, source, np.zeros(0, np.int64), np.arange(len(source.key)), None)
 
 

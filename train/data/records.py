@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from train.data.files import File
+from .files import File
 
 MAX_RECORD = 64 << 20  # bytes of one document; longer ones are bad records
 

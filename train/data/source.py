@@ -12,13 +12,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from llama_jax.errors import DataError, TokenizerError
-from train.data import files as finding
-from train.data.config import SourceConfig
-from train.data.encode import Encoder
-from train.data.files import INDEX, File
-from train.data.lines import JsonLines, Text
-from train.data.records import BadRecord, Records, keys
-from train.data.tables import ArrayRecord, Parquet, Readers
+
+from ..config.data import SourceConfig
+from . import files as finding
+from .encode import Encoder
+from .files import INDEX, File
+from .lines import JsonLines, Text
+from .records import BadRecord, Records, keys
+from .tables import ArrayRecord, Parquet, Readers
 
 VERSION = 1  # of the folder of token ids
 HEADER = 4  # bytes before a document's ids: the length of its text
@@ -171,7 +172,7 @@ def _read_index(path: Path) -> dict[str, Any]:
         index = json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read ({error.strerror}); give the folder that `python -m train.data` wrote"
+            f"{path} cannot be read ({error.strerror}); give the folder that `python -m llama_jax.train.data` wrote"
         ) from None
     except (ValueError, RecursionError):
         raise DataError(f"{path} is not JSON; write the folder again") from None
@@ -182,9 +183,13 @@ def _read_index(path: Path) -> dict[str, Any]:
     }
     whole = isinstance(index, dict) and index.get("version") == VERSION and "blocks" in index
     if not whole or not all(isinstance(index.get(name), kind) for name, kind in kinds.items()):
-        raise DataError(f"{path} is not what `python -m train.data` of this version writes; write it again")
+        raise DataError(
+            f"{path} is not what `python -m llama_jax.train.data` of this version writes; write it again"
+        )
     if index["dtype"] not in ("<u2", "<u4") or not _rows(index["files"], 2) or not _rows(index["shards"], 3):
-        raise DataError(f"{path} is not what `python -m train.data` of this version writes; write it again")
+        raise DataError(
+            f"{path} is not what `python -m llama_jax.train.data` of this version writes; write it again"
+        )
     return index
 
 

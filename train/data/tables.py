@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from llama_jax.errors import DataError
-from train.data.files import File, sampled_digest
-from train.data.lines import field_of, object_of
-from train.data.records import MAX_RECORD, BadRecord, Records, decode
+
+from .files import File, sampled_digest
+from .lines import field_of, object_of
+from .records import MAX_RECORD, BadRecord, Records, decode
 
 _CACHED_GROUPS = 8  # the rows of a batch read about the same place of the shuffled order
 _OPEN_FILES = 64

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from llama_jax.errors import DataError
-from train.data.config import BadRecords, SourceConfig
-from train.data.encode import Encoder
-from train.data.files import INDEX, File
-from train.data.records import BadRecord, refusal
-from train.data.source import HEADER, VERSION, Document, TextSource, open_records
-from train.data.tables import Readers
+
+from ..config.data import BadRecords, SourceConfig
+from .encode import Encoder
+from .files import INDEX, File
+from .records import BadRecord, refusal
+from .source import HEADER, VERSION, Document, TextSource, open_records
+from .tables import Readers
 
 SHARD_BYTES = 1 << 28
 

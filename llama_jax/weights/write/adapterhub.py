@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.bottleneck import Bottleneck
+from llama_jax.adapters.bottleneck import Bottleneck
 from llama_jax.config import LlamaConfig
 from llama_jax.weights.adapter_head import HUB_CONFIG, HUB_WEIGHTS
 from llama_jax.weights.adapterhub import ACTIVATIONS, LEAVES, PLACES, PLAIN, WEIGHTS

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax import adapters
-from llama_jax.bottleneck import Bottleneck
+from llama_jax.adapters.bottleneck import Bottleneck
+from llama_jax.adapters.lora import Lora
+from llama_jax.adapters.prefix import Prefix
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError
-from llama_jax.lora import Lora
-from llama_jax.prefix import Prefix
 from llama_jax.weights.adapters import CONFIG
 from llama_jax.weights.derived import Head
 from llama_jax.weights.source import reason

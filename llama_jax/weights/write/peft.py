@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.adapters.lora import Lora
+from llama_jax.adapters.prefix import Prefix
 from llama_jax.config import LlamaConfig
-from llama_jax.lora import PROJECTIONS, Lora
-from llama_jax.prefix import Prefix
+from llama_jax.ops.adapted import PROJECTIONS
 from llama_jax.weights import adapter_head
 from llama_jax.weights.adapters import CONFIG
 from llama_jax.weights.derived import Head

@@ -10,8 +10,8 @@ from random import Random
 import pytest
 
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.train.data import Data, DataConfig, open_data
 from tests.tokenizer import vocabularies
-from train.data import Data, DataConfig, open_data
 
 Open = Callable[..., Data]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from llama_jax.errors import ConfigError, DataError
+from llama_jax.train.data import DataConfig, SourceConfig, train_texts
 from tests.train.data.conftest import write_arrayrecord, write_jsonl, write_parquet, write_text
 from tests.train.data.test_batches import take
-from train.data import DataConfig, SourceConfig, train_texts
 
 GOOD = [f"a good document, number {i}, of some length " * 3 for i in range(20)]
 
@@ -34,9 +34,9 @@ def assert_refused(message, call, kind=DataError):
         ({"files": 3}, r"data\.files is 3; give a file, or a glob"),
         ({"field": ""}, r"data\.field is ''; give the name of the field"),
         ({"exclude": [1]}, r"data\.exclude is \[1\]; give a list of patterns"),
-        ({"held_out": 1.0}, r"data\.held_out is 1\.0; it must be at least 0 and below 1"),
-        ({"held_out": -0.1}, r"data\.held_out is -0\.1; it must be"),
-        ({"held_out": "half"}, r"data\.held_out is 'half'; it must be"),
+        ({"validation_fraction": 1.0}, r"data\.held_out is 1\.0; it must be at least 0 and below 1"),
+        ({"validation_fraction": -0.1}, r"data\.held_out is -0\.1; it must be"),
+        ({"validation_fraction": "half"}, r"data\.held_out is 'half'; it must be"),
         ({"bad_records": "skipp"}, r"data\.bad_records is 'skipp'; did you mean skip\?"),
         ({"shuffle": 1}, r"data\.shuffle is 1; it must be true or false"),
         ({"workers": -1}, r"data\.workers is -1; it must be a whole number, at least 0"),
@@ -123,8 +123,8 @@ def test_a_text_file_that_is_not_utf8(opened, tmp_path):
     (tmp_path / "t" / "000.txt").write_bytes(b"one\ntwo\nthr\xffee\n")
     files = f"{tmp_path}/t/*.txt"
     message = r"000\.txt:3: not UTF-8 \(byte 0xff, invalid start byte\); mend it, or set data\.bad_records"
-    assert_refused(message, lambda: take(opened(files, held_out=0).train(), 40))
-    batches = opened(files, held_out=0, bad_records="skip").train()
+    assert_refused(message, lambda: take(opened(files, validation_fraction=0).train(), 40))
+    batches = opened(files, validation_fraction=0, bad_records="skip").train()
     take(batches, 40)
     assert set(batches.skipped) == {"not UTF-8"}
 
@@ -147,14 +147,16 @@ def test_a_bad_json_line(opened, tmp_path, line, message, reason):
     path.write_bytes(b"\n\n".join([*lines[:7], line, *lines[7:]]))
     rest = r'; mend it, or set data\.bad_records = "skip"$'
     assert_refused(
-        rf"a\.jsonl:15: {message}.*{rest}", lambda: take(opened(str(path), held_out=0).train(), 50)
+        rf"a\.jsonl:15: {message}.*{rest}", lambda: take(opened(str(path), validation_fraction=0).train(), 50)
     )
-    assert_refused(message, lambda: list(train_texts(DataConfig(str(path), held_out=0))))
-    assert len(list(train_texts(DataConfig(str(path), held_out=0, bad_records="skip")))) == len(GOOD)
-    batches = opened(str(path), held_out=0, bad_records="skip").train()
+    assert_refused(message, lambda: list(train_texts(DataConfig(str(path), validation_fraction=0))))
+    assert len(list(train_texts(DataConfig(str(path), validation_fraction=0, bad_records="skip")))) == len(
+        GOOD
+    )
+    batches = opened(str(path), validation_fraction=0, bad_records="skip").train()
     take(batches, 50)
     assert batches.skipped[reason] >= 2  # one an epoch
-    again = opened(str(path), held_out=0, bad_records="skip").train()
+    again = opened(str(path), validation_fraction=0, bad_records="skip").train()
     again.restore([json.loads(json.dumps(batches.state()))])
     assert again.skipped == batches.skipped
 
@@ -163,15 +165,15 @@ def test_a_lone_surrogate(opened, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a\\ud800"}\n' + "\n".join(json.dumps({"text": text}) for text in GOOD))
     message = r"a\.jsonl, record 0: the text has a lone surrogate; mend it"
-    assert_refused(message, lambda: take(opened(str(path), held_out=0).train(), 50))
+    assert_refused(message, lambda: take(opened(str(path), validation_fraction=0).train(), 50))
 
 
 def test_a_line_beyond_all_bounds(opened, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.data.lines.MAX_RECORD", 1000)
+    monkeypatch.setattr("llama_jax.train.data.lines.MAX_RECORD", 1000)
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "x" * 3000}) + "\n" + json.dumps({"text": "y" * 500}))
     message = r"a\.jsonl:1: the line has 3013 bytes, more than 1000"
-    assert_refused(message, lambda: take(opened(str(path), held_out=0).train(), 50))
+    assert_refused(message, lambda: take(opened(str(path), validation_fraction=0).train(), 50))
 
 
 def test_nothing_but_bad_records(opened, tmp_path):
@@ -185,7 +187,9 @@ def test_nothing_but_bad_records(opened, tmp_path):
 def test_a_lane_of_nothing_but_bad_records(opened, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": GOOD[0]}) if i % 2 else "{" for i in range(10)))
-    batches = opened(str(path), held_out=0, bad_records="skip", shuffle=False, batch_size=2).train()
+    batches = opened(
+        str(path), validation_fraction=0, bad_records="skip", shuffle=False, batch_size=2
+    ).train()
     message = r"1010 records in a row hold no usable text \(skipped: 1010 not JSON\); check the data"
     assert_refused(message, lambda: next(batches))
 
@@ -200,8 +204,8 @@ def test_parquet_without_the_column(opened, tmp_path):
 def test_parquet_with_a_null(opened, tmp_path):
     files = write_parquet(tmp_path / "p", [*GOOD, None])
     message = r"b\.parquet, row 10: field 'text' is null; mend it"
-    assert_refused(message, lambda: take(opened(files, held_out=0).train(), 50))
-    take(opened(files, held_out=0, bad_records="skip").train(), 50)
+    assert_refused(message, lambda: take(opened(files, validation_fraction=0).train(), 50))
+    take(opened(files, validation_fraction=0, bad_records="skip").train(), 50)
 
 
 @pytest.mark.parametrize("name", ["parquet", "arrayrecord"])
@@ -224,14 +228,14 @@ def test_a_damaged_table(opened, tmp_path, name, damage):
     }
     path.write_bytes(damaged[damage])
     message = rf"a\.{name} cannot be read \(.*\); take a fresh copy"
-    assert_refused(message, lambda: take(opened(files, held_out=0).train(), 200))
+    assert_refused(message, lambda: take(opened(files, validation_fraction=0).train(), 200))
 
 
 @pytest.mark.parametrize("write", [write_text, write_jsonl, write_parquet, write_arrayrecord])
 @pytest.mark.parametrize("how", ["gone", "changed"])
 def test_a_file_that_goes_away_or_changes_under_the_run(opened, tmp_path, write, how):
     files = write(tmp_path / "t", GOOD)
-    batches = opened(files, held_out=0).train()
+    batches = opened(files, validation_fraction=0).train()
     next(batches)
     for path in Path(tmp_path / "t").iterdir():
         if how == "gone":
@@ -249,7 +253,7 @@ def test_a_file_that_goes_away_or_changes_under_the_run(opened, tmp_path, write,
 def test_a_worker_process_says_the_same(opened, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join([*(json.dumps({"text": text}) for text in GOOD), "{"]))
-    batches = opened(str(path), held_out=0, workers=1).train()
+    batches = opened(str(path), validation_fraction=0, workers=1).train()
     message = r'^\S*a\.jsonl:21: not JSON \(.*\); mend it, or set data\.bad_records = "skip"$'
     assert_refused(message, lambda: take(batches, 100))
     batches.close()
@@ -260,8 +264,8 @@ def test_held_out_records_are_checked_like_the_others(opened, tmp_path):
     good = json.dumps({"text": GOOD[0]})
     for bad in itertools.count():  # a record that is held out
         path.write_text("\n".join(good if i != bad else "{" for i in range(20)))
-        data = opened(str(path), held_out=0.5)
+        data = opened(str(path), validation_fraction=0.5)
         if bad in data._parts[0].held_out:
             break
     assert_refused(rf"a\.jsonl:{bad + 1}: not JSON", lambda: list(data.held_out()))
-    assert list(opened(str(path), held_out=0.5, bad_records="skip").held_out())
+    assert list(opened(str(path), validation_fraction=0.5, bad_records="skip").held_out())

@@ -11,7 +11,7 @@ import pytest
 from grain.experimental import LimitIterDataset, assert_equal_output_after_checkpoint
 
 from llama_jax.errors import DataError
-from train.data import Data, SourceConfig
+from llama_jax.train.data import Data, SourceConfig
 
 NAMES = ("tokens", "segment_ids", "positions")
 
@@ -71,14 +71,14 @@ def test_documents_in_a_row_are_numbered_and_positions_restart(opened, corpora):
 def test_unpacking_gives_back_exactly_the_documents(opened, corpora, tokenizer, texts, batch_size):
     """Also with more rows than documents (100 against 60)."""
     known = {(1, *tokenizer.encode(text, add_bos=False), 2) for text in texts}
-    batches = take(opened(corpora["text"], batch_size=batch_size, held_out=0).train(), 20)
+    batches = take(opened(corpora["text"], batch_size=batch_size, validation_fraction=0).train(), 20)
     for row in range(batch_size):
         *whole, _ = unpacked(lane(batches, row))
         assert {tuple(document) for document in whole} <= known
 
 
 def test_each_epoch_has_every_document_once_in_an_order_of_its_own(opened, corpora, tokenizer, texts):
-    data = opened(corpora["text"], batch_size=1, seq_len=512, held_out=0)
+    data = opened(corpora["text"], batch_size=1, seq_len=512, validation_fraction=0)
     documents = [tuple(ids) for ids in unpacked(lane(take(data.train(), 60), 0))]
     epochs = [documents[:60], documents[60:120]]
     for epoch in epochs:
@@ -93,7 +93,7 @@ def test_the_order_is_a_function_of_the_seed(opened, corpora):
 
 
 def test_without_shuffling_documents_come_as_they_lie(opened, corpora, tokenizer, texts):
-    data = opened(corpora["jsonl"], batch_size=1, held_out=0, shuffle=False)
+    data = opened(corpora["jsonl"], batch_size=1, validation_fraction=0, shuffle=False)
     *documents, _ = unpacked(lane(take(data.train(), 20), 0))
     expected = [[1, *tokenizer.encode(text, add_bos=False), 2] for text in texts]
     assert documents == expected[: len(documents)]
@@ -204,7 +204,7 @@ def test_the_fingerprint_tells_what_decides_the_batches(
     assert set(same) == {known}
     other = load_tokenizer(vocabulary_paths["json-llama"])
     different = [
-        opened(here, held_out=0.2).fingerprint,
+        opened(here, validation_fraction=0.2).fingerprint,
         opened(here, shuffle=False).fingerprint,
         opened(here, exclude=["*/007.txt"]).fingerprint,
         opened(here, tokenizer=other).fingerprint,
@@ -219,7 +219,7 @@ def test_the_fingerprint_tells_what_decides_the_batches(
 
 
 def test_the_description_counts_everything(opened, corpora, texts):
-    data: Data = opened(corpora["text"], held_out=0.1)
+    data: Data = opened(corpora["text"], validation_fraction=0.1)
     described = data.describe()
     assert described["documents"] == 60
     assert described["bytes"] == sum(len(text.encode()) for text in texts)

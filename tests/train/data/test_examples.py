@@ -10,10 +10,10 @@ import pytest
 from llama_jax.chat import chat_template, encode_chat, encode_turns
 from llama_jax.errors import DataError, TokenizerError
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
-from train.data.encode import Encoder
-from train.data.examples import ExampleEncoder, Unit
-from train.data.forms import Example, Forms
-from train.data.records import BadRecord, TooLongRecord
+from llama_jax.train.data.encode import Encoder
+from llama_jax.train.data.examples import ExampleEncoder, Unit
+from llama_jax.train.data.forms import Example, Forms
+from llama_jax.train.data.records import BadRecord, TooLongRecord
 
 HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello!"}]
 
@@ -146,7 +146,7 @@ def test_a_busy_machine_costs_no_record(llama2, monkeypatch):
         return encode_turns(*args, **settings)
 
     expected = spelled(llama2, encoded(llama2, "sft", {"messages": HI}))
-    monkeypatch.setattr("train.data.examples.encode_turns", encode)
+    monkeypatch.setattr("llama_jax.train.data.examples.encode_turns", encode)
     assert spelled(llama2, encoded(llama2, "sft", {"messages": HI})) == expected
     late += [TokenizerError("took more than 2 s")] * 2
     with pytest.raises(BadRecord, match="took more than 2 s"):

@@ -8,9 +8,9 @@ import re
 import pytest
 
 from llama_jax.errors import ConfigError, DataError
-from train.data import DataConfig
-from train.data.forms import Example, Forms, Plain, Turns
-from train.data.records import BadRecord
+from llama_jax.train.data import DataConfig
+from llama_jax.train.data.forms import Example, Forms, Plain, Turns
+from llama_jax.train.data.records import BadRecord
 
 
 def said(role: str, content: str) -> dict[str, str]:
@@ -234,7 +234,7 @@ def test_another_form_further_down_names_the_line(opened, tmp_path):
     path = tmp_path / "a.jsonl"
     rows = [*({"messages": HI} for _ in range(5)), {"prompt": "a", "completion": "b"}]
     path.write_text("\n".join(map(json.dumps, rows)))
-    settings = {"objective": "sft", "held_out": 0, "template": "llama-2", "batch_size": 1}
+    settings = {"objective": "sft", "validation_fraction": 0, "template": "llama-2", "batch_size": 1}
     message = (
         r"a\.jsonl:6: no field 'messages' \(fields: 'prompt', 'completion'\); mend it, or set data\.bad_rec"
     )
@@ -261,7 +261,7 @@ def test_no_form_at_all_is_no_matter_of_one_record(opened, tmp_path):
         ({"labels": ["a", "a"]}, r"data\.labels is \['a', 'a'\]; give a list"),
         ({"labels": "ab"}, r"data\.labels is 'ab'; give a list"),
         ({"template": None}, r"data\.template is None; it must be a string"),
-        ({"held_out_files": 3}, r"data\.held_out_files is 3; it must be a string"),
+        ({"validation_files": 3}, r"data\.validation_files is 3; it must be a string"),
     ],
 )
 def test_settings_that_cannot_work(settings, message):

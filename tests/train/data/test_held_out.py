@@ -8,9 +8,9 @@ import math
 import numpy as np
 import pytest
 
-from train.data import train_texts
-from train.data.config import DataConfig
-from train.data.records import held_out, keys
+from llama_jax.train.config.data import DataConfig
+from llama_jax.train.data import train_texts
+from llama_jax.train.data.records import held_out, keys
 
 
 def predictions(batches):
@@ -31,10 +31,10 @@ def held_texts(config, texts):
 def test_every_token_is_predicted_once_and_every_byte_counted_once(
     opened, corpora, tokenizer, texts, seq_len
 ):
-    config = DataConfig(files=corpora["text"], held_out=0.2)
+    config = DataConfig(files=corpora["text"], validation_fraction=0.2)
     held = held_texts(config, texts)
     assert len(held) > 3
-    batches = list(opened(corpora["text"], held_out=0.2, seq_len=seq_len).held_out())
+    batches = list(opened(corpora["text"], validation_fraction=0.2, seq_len=seq_len).held_out())
     documents = [[1, *tokenizer.encode(text, add_bos=False), 2] for text in held]
     expected = [pair for ids in documents for pair in itertools.pairwise(ids)]
     assert list(predictions(batches)) == expected
@@ -42,7 +42,7 @@ def test_every_token_is_predicted_once_and_every_byte_counted_once(
 
 
 def test_positions_restart_and_padding_is_segment_0(opened, corpora):
-    batches = list(opened(corpora["text"], held_out=0.2).held_out())
+    batches = list(opened(corpora["text"], validation_fraction=0.2).held_out())
     for batch in batches:
         for segments, positions in zip(batch["segment_ids"], batch["positions"], strict=True):
             begins = np.diff(segments, prepend=0)
@@ -53,9 +53,13 @@ def test_positions_restart_and_padding_is_segment_0(opened, corpora):
 
 
 def test_it_is_the_same_for_any_seed_and_number_of_processes(opened, corpora):
-    whole = list(opened(corpora["text"], held_out=0.2).held_out())
+    whole = list(opened(corpora["text"], validation_fraction=0.2).held_out())
     parts = [
-        list(opened(corpora["text"], held_out=0.2, seed=5, process_index=i, process_count=2).held_out())
+        list(
+            opened(
+                corpora["text"], validation_fraction=0.2, seed=5, process_index=i, process_count=2
+            ).held_out()
+        )
         for i in range(2)
     ]
     assert len(whole) == len(parts[0]) == len(parts[1]) > 1
@@ -66,9 +70,9 @@ def test_it_is_the_same_for_any_seed_and_number_of_processes(opened, corpora):
 
 
 def test_training_never_sees_it(opened, corpora, tokenizer, texts):
-    held = held_texts(DataConfig(files=corpora["text"], held_out=0.3), texts)
+    held = held_texts(DataConfig(files=corpora["text"], validation_fraction=0.3), texts)
     names = {text.split(":")[0] + ":" for text in held}
-    batches = opened(corpora["text"], held_out=0.3, batch_size=2, seq_len=4096).train()
+    batches = opened(corpora["text"], validation_fraction=0.3, batch_size=2, seq_len=4096).train()
     seen = "".join(
         tokenizer.decode(next(batches)["tokens"].ravel(), skip_special_tokens=False) for _ in range(8)
     )
@@ -103,16 +107,18 @@ def test_nothing_is_held_out_of_one_document_or_when_nothing_is_asked():
 
 
 def test_no_held_out_text_is_no_batches(opened, corpora):
-    data = opened(corpora["text"], held_out=0)
+    data = opened(corpora["text"], validation_fraction=0)
     assert list(data.held_out()) == []
     assert math.isnan(data.unigram_loss())
 
 
 def test_the_unigram_loss_is_that_of_counting_with_add_one_smoothing(opened, corpora, tokenizer, texts):
-    config = DataConfig(files=corpora["text"], held_out=0.2)
+    config = DataConfig(files=corpora["text"], validation_fraction=0.2)
     counts = np.ones(tokenizer.vocab_size)
     for text in train_texts(config):
         np.add.at(counts, [*tokenizer.encode(text, add_bos=False), 2], 1)
     test = [token for text in held_texts(config, texts) for token in [*tokenizer.encode(text)[1:], 2]]
     expected = -np.mean(np.log(counts / counts.sum())[test])
-    assert opened(corpora["text"], held_out=0.2).unigram_loss() == pytest.approx(expected, rel=1e-9)
+    assert opened(corpora["text"], validation_fraction=0.2).unigram_loss() == pytest.approx(
+        expected, rel=1e-9
+    )

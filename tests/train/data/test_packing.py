@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_jax.errors import ConfigError, DataError
+from llama_jax.train.data import SourceConfig
+from llama_jax.train.data.packing import OPEN, Bins
 from tests.train.data.test_batches import take
-from train.data import SourceConfig
-from train.data.packing import OPEN, Bins
 
 NAMES = {"tokens", "segment_ids", "positions", "mask", "value"}
 OBJECTIVES = {"sft": "sft", "chat": "sft", "dpo": "dpo", "regress": "regress"}
@@ -144,7 +144,7 @@ def key(unit):
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_epoch_has_every_example_once_and_uncut(tuned, kind):
     """In the rows that are done and those that are open; of a pair both, neighbours, the chosen first."""
-    data = tuned(kind, batch_size=1, held_out=0)
+    data = tuned(kind, batch_size=1, validation_fraction=0)
     known = {key(unit): i for i, unit in enumerate(map(data._parts[0].source.example, range(40)))}
     assert len(known) == 40
     batches = data.train()
@@ -163,7 +163,7 @@ def test_each_epoch_has_every_example_once_and_uncut(tuned, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("suffix", ["parquet", "arrayrecord"])
 def test_every_format_says_the_same(tuned, kind, suffix):
-    settings = {"shuffle": False, "held_out": 0}
+    settings = {"shuffle": False, "validation_fraction": 0}
     assert_same(take(tuned(kind, suffix, **settings).train(), 4), take(tuned(kind, **settings).train(), 4))
 
 
@@ -219,7 +219,7 @@ def test_sources_are_mixed_by_their_tokens(tuned, files):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_held_out_example_comes_once_and_is_never_trained_on(tuned, kind):
-    data = tuned(kind, held_out=0.3, batch_size=2)
+    data = tuned(kind, validation_fraction=0.3, batch_size=2)
     part = data._parts[0]
     held = [part.source.example(i) for i in part.held_out.tolist()]
     assert len(held) > 5
@@ -230,14 +230,15 @@ def test_every_held_out_example_comes_once_and_is_never_trained_on(tuned, kind):
     decode = data._encode.tokenizer.decode
     assert sum(sizes) == sum(len(decode(s.ids[s.mask > 0]).encode()) for unit in held for s in unit.segments)
     assert_same(
-        batches, [{n: b[n] for n in NAMES} for b in tuned(kind, held_out=0.3, batch_size=2).held_out()]
+        batches,
+        [{n: b[n] for n in NAMES} for b in tuned(kind, validation_fraction=0.3, batch_size=2).held_out()],
     )
     trained = {ids for ids, _, _ in segments(take(data.train(), 10))}
     assert not trained & set(expected)
 
 
 def test_held_out_is_the_same_for_any_number_of_processes(tuned):
-    settings = {"held_out": 0.4, "seq_len": 64, "too_long": "truncate"}
+    settings = {"validation_fraction": 0.4, "seq_len": 64, "too_long": "truncate"}
     whole = list(tuned(**settings).held_out())
     parts = [list(tuned(**settings, process_index=i, process_count=2).held_out()) for i in range(2)]
     assert [b["bytes"] for b in whole] == [b["bytes"] for b in parts[1]]
@@ -248,10 +249,10 @@ def test_held_out_is_the_same_for_any_number_of_processes(tuned):
 def test_a_held_out_set_of_its_own(tuned, opened, files, tmp_path, corpora, objective):
     if objective == "sft":
         test = write(tmp_path / "test.jsonl", records("sft")[:5])
-        data = tuned(held_out_files=test)
+        data = tuned(validation_files=test)
     else:
         test = write(tmp_path / "test.jsonl", [{"text": f"held out {i}"} for i in range(5)])
-        data = opened(corpora["jsonl"], held_out_files=test)
+        data = opened(corpora["jsonl"], validation_files=test)
     described = data.describe()
     assert described["held_out_documents"] == 5
     assert not len(data._parts[0].held_out)
@@ -260,19 +261,21 @@ def test_a_held_out_set_of_its_own(tuned, opened, files, tmp_path, corpora, obje
 
 
 def test_a_held_out_set_that_is_trained_on(tuned, files):
-    with pytest.raises(DataError, match=r"sft\.jsonl is in data\.held_out_files and trained on; exclude it"):
-        tuned(held_out_files=files["sft", "jsonl"])
+    with pytest.raises(
+        DataError, match=r"sft\.jsonl is in data\.validation_files and trained on; exclude it"
+    ):
+        tuned(validation_files=files["sft", "jsonl"])
 
 
 # Too long, and other bad records
 
 
 def test_too_long_examples_are_dropped_and_counted(tuned):
-    data = tuned(seq_len=40, held_out=0.3)
+    data = tuned(seq_len=40, validation_fraction=0.3)
     batches = data.train()
     take(batches, 8)
     assert batches.skipped["too long"] > 3
-    again = tuned(seq_len=40, held_out=0.3).train()
+    again = tuned(seq_len=40, validation_fraction=0.3).train()
     again.restore([json.loads(json.dumps(batches.state()))])
     assert again.skipped == batches.skipped
     sample = data.describe()["sample"]
@@ -288,8 +291,8 @@ def test_too_long_examples_stop_the_run_or_are_truncated(tuned):
         r"sft\.jsonl:\d+: \d+ tokens, and train\.seq_len is 40; shorten it, raise train\.seq_len, or set"
     )
     with pytest.raises(DataError, match=message):
-        tuned(seq_len=40, held_out=0, too_long="fail", bad_records="skip").describe()
-    sample = tuned(seq_len=40, held_out=0, too_long="truncate").describe()["sample"]
+        tuned(seq_len=40, validation_fraction=0, too_long="fail", bad_records="skip").describe()
+    sample = tuned(seq_len=40, validation_fraction=0, too_long="truncate").describe()["sample"]
     assert sample["longest"] == 40
 
 
@@ -307,8 +310,8 @@ def test_a_bad_example_stops_the_run_or_is_counted(tuned, tmp_path):
         r"a\.jsonl:10: messages\[0\]: role is 'robot'; .*; mend it, or set data\.bad_records = \"skip\"$"
     )
     with pytest.raises(DataError, match=message):
-        take(tuned("chat", files=path, held_out=0).train(), 20)
-    batches = tuned("chat", files=path, held_out=0, bad_records="skip").train()
+        take(tuned("chat", files=path, validation_fraction=0).train(), 20)
+    batches = tuned("chat", files=path, validation_fraction=0, bad_records="skip").train()
     take(batches, 20)
     assert set(batches.skipped) == {"unknown role"}
 
@@ -334,8 +337,8 @@ def test_messages_where_there_is_no_template(tuned):
 
 
 def test_token_ids_hold_no_examples(tuned, corpora, tokenizer, tmp_path):
-    from train.data.encode import Encoder
-    from train.data.write import write_tokens
+    from llama_jax.train.data.encode import Encoder
+    from llama_jax.train.data.write import write_tokens
 
     write_tokens(SourceConfig(corpora["text"]), Encoder(tokenizer), tmp_path / "ids")
     with pytest.raises(DataError, match="holds token ids; this needs their text"):
@@ -343,7 +346,7 @@ def test_token_ids_hold_no_examples(tuned, corpora, tokenizer, tmp_path):
 
 
 def test_examples_are_not_tokenized_beforehand(tmp_path):
-    from train.data.__main__ import main
+    from llama_jax.train.data.__main__ import main
 
     (tmp_path / "run.toml").write_text('[train]\nobjective = "sft"\n')
     with pytest.raises(
@@ -356,7 +359,7 @@ def test_a_parquet_file_that_lacks_a_column_of_the_first(tuned, tmp_path):
     write(tmp_path / "a.parquet", records("chat")[:5])
     write(tmp_path / "b.parquet", [{"text": "x"}] * 5)
     with pytest.raises(DataError, match=r"b\.parquet, row \d: no field 'messages'"):
-        take(tuned("chat", files=f"{tmp_path}/*.parquet", held_out=0).train(), 20)
+        take(tuned("chat", files=f"{tmp_path}/*.parquet", validation_fraction=0).train(), 20)
 
 
 def test_the_fingerprint_tells_what_decides_the_batches(tuned):
@@ -365,7 +368,7 @@ def test_the_fingerprint_tells_what_decides_the_batches(tuned):
     different = [
         tuned("chat").fingerprint,
         tuned(too_long="truncate").fingerprint,
-        tuned(held_out=0.2).fingerprint,
+        tuned(validation_fraction=0.2).fingerprint,
         tuned(suffix="parquet").fingerprint,
         tuned("dpo").fingerprint,
         tuned("dpo", objective="reward").fingerprint,

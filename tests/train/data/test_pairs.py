@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
+from llama_jax.train.data import SourceConfig
 from tests.train.data.test_batches import take
-from train.data import SourceConfig
 
 NAMES = ("tokens", "segment_ids", "positions", "mask", "value", "reference")
 BAD, TOO_LONG = 3, 7  # records of the first file
@@ -41,7 +41,12 @@ def pairs(opened, files):
 
     def open_(**settings):
         sources = tuple(SourceConfig(files[name], weight=w) for name, w in (("first", 2.0), ("more", 1.0)))
-        chosen = {"objective": "dpo", "seq_len": 128, "bad_records": "skip", "held_out_files": files["test"]}
+        chosen = {
+            "objective": "dpo",
+            "seq_len": 128,
+            "bad_records": "skip",
+            "validation_files": files["test"],
+        }
         return opened(**{"mixture": sources, **chosen, **settings})
 
     return open_
@@ -154,9 +159,10 @@ def test_numbers_come_with_worker_processes_too(pairs):
 def test_the_fingerprint_tells_what_decides_the_numbers(pairs, files):
     alike = [{}, {"seed": 3}, {"batch_size": 2}, {"workers": 1}, {"shuffle": False}]
     assert len({pairs(**settings).pairs_fingerprint for settings in alike}) == 1
-    other = [{"seq_len": 64}, {"too_long": "truncate"}, {"held_out_files": ""}, {"objective": "reward"}]
+    other = [{"seq_len": 64}, {"too_long": "truncate"}, {"validation_files": ""}, {"objective": "reward"}]
     other += [{"mixture": (SourceConfig(files["first"]),)}]
     assert len({pairs(**settings).pairs_fingerprint for settings in [{}, *other]}) == len(other) + 1
     assert (
-        pairs(held_out_files="", held_out=0.5).pairs_fingerprint == pairs(held_out_files="").pairs_fingerprint
+        pairs(validation_files="", validation_fraction=0.5).pairs_fingerprint
+        == pairs(validation_files="").pairs_fingerprint
     )

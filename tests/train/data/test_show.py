@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
-from train.data import show_batch
+from llama_jax.train.data import show_batch
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,15 @@ import pytest
 
 from llama_jax.errors import ConfigError, DataError
 from llama_jax.tokenizer import load_tokenizer
+from llama_jax.train.data import DataConfig, SourceConfig, train_texts
+from llama_jax.train.data.__main__ import main, tokenize
+from llama_jax.train.data.encode import Encoder
+from llama_jax.train.data.lines import PIECE_BYTES
+from llama_jax.train.data.source import open_records, open_source
+from llama_jax.train.data.write import write_tokens
 from tests.tokenizer.conftest import KINDS
 from tests.train.data.conftest import WRITERS, write_arrayrecord, write_parquet
 from tests.train.data.test_batches import assert_same, take
-from train.data import DataConfig, SourceConfig, train_texts
-from train.data.__main__ import main, tokenize
-from train.data.encode import Encoder
-from train.data.lines import PIECE_BYTES
-from train.data.source import open_records, open_source
-from train.data.write import write_tokens
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -38,7 +38,7 @@ def test_arrayrecords_of_json_objects(tmp_path, texts):
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_format_trains_and_evaluates(opened, corpora, texts, name):
-    data = opened(corpora[name], held_out=0.2)
+    data = opened(corpora[name], validation_fraction=0.2)
     batches = take(data.train(), 3)
     assert all((batch["segment_ids"] > 0).all() for batch in batches)
     assert data.describe()["documents"] == len(texts)
@@ -48,8 +48,8 @@ def test_every_format_trains_and_evaluates(opened, corpora, texts, name):
 @pytest.mark.parametrize("name", ["parquet", "arrayrecord"])
 def test_evaluation_may_read_while_training_reads_ahead(corpora, texts, name, monkeypatch):
     """Threads share open files and decoded row groups, of which only one is kept here."""
-    monkeypatch.setattr("train.data.tables._CACHED_GROUPS", 1)
-    monkeypatch.setattr("train.data.tables._OPEN_FILES", 1)
+    monkeypatch.setattr("llama_jax.train.data.tables._CACHED_GROUPS", 1)
+    monkeypatch.setattr("llama_jax.train.data.tables._OPEN_FILES", 1)
     records = open_records(SourceConfig(corpora[name]))
     with ThreadPoolExecutor(4) as pool:
         orders = [range(60), range(59, -1, -1)] * 6
@@ -92,7 +92,7 @@ def test_globs_reach_into_folders_and_exclude(tmp_path):
     for name in ("a.py", "sub/b.py", "sub/test/c.py", "sub/d.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    config = DataConfig(files=f"{tmp_path}/**/*.py", exclude=("*/test/*",), held_out=0)
+    config = DataConfig(files=f"{tmp_path}/**/*.py", exclude=("*/test/*",), validation_fraction=0)
     assert list(train_texts(config)) == ["a.py", "sub/b.py"]
 
 
@@ -122,7 +122,7 @@ def test_ids_written_beforehand_give_the_same_batches(tmp_path, corpora, opened,
     out = tmp_path / "tokens"
     made = write_tokens(SourceConfig(corpora[name]), Encoder(tokenizer), out)
     assert made["documents"] == 60
-    text, tokens = (opened(files, held_out=0.2) for files in (corpora[name], str(out)))
+    text, tokens = (opened(files, validation_fraction=0.2) for files in (corpora[name], str(out)))
     assert tokens.fingerprint == text.fingerprint
     assert_same(take(tokens.train(), 12), take(text.train(), 12))
     for one, other in zip(text.held_out(), tokens.held_out(), strict=True):
@@ -154,7 +154,7 @@ def test_the_command_reads_a_runs_configuration(tmp_path, corpora, vocabulary_pa
 
 
 def test_several_files_of_ids(tmp_path, corpora, tokenizer, monkeypatch):
-    monkeypatch.setattr("train.data.write.SHARD_BYTES", 1000)
+    monkeypatch.setattr("llama_jax.train.data.write.SHARD_BYTES", 1000)
     write_tokens(SourceConfig(corpora["jsonl"]), Encoder(tokenizer), tmp_path / "tokens")
     assert len(list((tmp_path / "tokens").glob("*.arrayrecord"))) > 3
     encode = Encoder(tokenizer)
@@ -179,7 +179,7 @@ def test_skipped_records_stay_skipped_beforehand(tmp_path, opened, tokenizer, te
 
 
 def test_shuffled_parquet_reads_few_row_groups_at_a_time(tmp_path, texts, opened):
-    data = opened(write_parquet(tmp_path / "p", texts), held_out=0, batch_size=1)
+    data = opened(write_parquet(tmp_path / "p", texts), validation_fraction=0, batch_size=1)
     (order,) = data._mixture(3).orders
     assert len({tuple(order[i]) for i in range(60)}) == 60
     groups = []

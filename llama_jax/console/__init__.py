@@ -1,0 +1,1 @@
+"""What a command-line program needs: arguments, notes, progress bars, errors as one line."""

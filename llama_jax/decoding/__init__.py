@@ -1,0 +1,1 @@
+"""From a request to tokens: sampling, logits processors, generation, beam search, speculative decoding."""

@@ -1,0 +1,7 @@
+"""Two checkpoints side by side: their tensors, their predictions, and where the two part."""
+
+from llama_jax.eval.verify.report import Outputs, Report, Side, StreamDifference
+from llama_jax.eval.verify.run import compare
+from llama_jax.eval.verify.text import Text
+
+__all__ = ["Outputs", "Report", "Side", "StreamDifference", "Text", "compare"]

@@ -1,0 +1,1 @@
+"""Models by name: the known ones, and repositories on the Hugging Face hub."""

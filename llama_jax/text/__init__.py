@@ -1,0 +1,1 @@
+"""Text in, text out: `load`, `Model`, `Conversation`, and conversion between checkpoint formats."""

@@ -1,7 +1,0 @@
-"""Two checkpoints side by side: their tensors, their predictions, and where the two part."""
-
-from llama_jax.verify.report import Outputs, Report, Side, StreamDifference
-from llama_jax.verify.run import compare
-from llama_jax.verify.text import Text
-
-__all__ = ["Outputs", "Report", "Side", "StreamDifference", "Text", "compare"]

@@ -1,0 +1,340 @@
+"""Beam search: Hugging Face's choices and scores, by golden file, and the laws that any search obeys."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import llama_jax as lj
+from llama_jax import sharding
+from llama_jax.decoding import arguments
+from llama_jax.decoding import beam_search as module
+from llama_jax.decoding.arguments import pad_right
+from llama_jax.decoding.beam_search import beam_search
+from llama_jax.errors import InputError
+from tests.decoding.test_generation import counting_compiles, loop_body
+from tests.golden import beams, cases
+from tests.random_models import random_model, random_prompts
+
+KEY = jax.random.key(0)
+CONFIG, STACKED = random_model(0, lj.presets.TINY.replace(num_hidden_layers=1))
+PARAMS = lj.unstack(STACKED)
+# One shape for all laws, so that they share a compiled program.
+PROMPTS, LENGTHS = random_prompts(0, CONFIG, [3, 17, 1, 9])
+RULED = {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "suppress_tokens": (5, 6)}
+END = [7, 30]
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(beams.BEAMS) as file:
+        return {name: x if x.dtype == np.float32 else x.astype(np.int32) for name, x in file.items()}
+
+
+def assert_found(out, golden, name, index):
+    np.testing.assert_array_equal(out.tokens, golden[f"tokens_{name}"][index])
+    np.testing.assert_array_equal(out.lengths, golden[f"lengths_{name}"][index])
+    np.testing.assert_allclose(out.scores, golden[f"scores_{name}"][index], rtol=beams.TOLERANCE)
+
+
+@pytest.mark.parametrize("number", beams.MODELS)
+def test_equals_hugging_face(golden, number):
+    config, params, tokens = beams.small_model(number)
+    ends, common = (tuple(golden[f"{name}_{number}"].tolist()) for name in ("ends", "common"))
+    for index, setting in enumerate(beams.settings(number, ends, common)):
+        out = beams.run(config, params, tokens, beams.PROMPT_LENGTHS, setting, beams.NEW_TOKENS)
+        assert_found(out, golden, number, index)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(beams.SMOLLM2_SETTINGS)))
+def test_smollm2_equals_hugging_face(smollm2, golden, number):
+    with np.load(cases.SMOLLM2) as file:
+        prompts = [file[f"prompt_{i}"].tolist() for i in beams.SMOLLM2_PROMPTS]
+    out = beams.run(
+        smollm2.config,
+        smollm2.params,
+        *pad_right(prompts),
+        beams.SMOLLM2_SETTINGS[number],
+        beams.SMOLLM2_NEW_TOKENS,
+    )
+    assert_found(out, golden, f"smollm2_{number}", 0)
+
+
+def test_the_golden_tells_the_settings_apart(golden):
+    """Guards the golden itself: settings that change nothing would prove nothing."""
+    pairs = dict.fromkeys(itertools.combinations(range(7), 2), 0)
+    for number in beams.MODELS:
+        found = golden[f"tokens_{number}"]
+        for a, b in pairs:
+            pairs[a, b] += not np.array_equal(found[a], found[b])
+    assert min(pairs.values()) >= 5
+    penalties = {beams.settings(number, (), ())[3].length_penalty for number in beams.MODELS}
+    assert penalties == {-0.5, 0.0, 1.0, 2.0}
+    assert {beams.num_beams(number) for number in beams.MODELS} == {2, 3, 4, 5}
+
+
+def search(tokens=PROMPTS, lengths=LENGTHS, beams=4, *, params=PARAMS, **settings):
+    return beam_search(CONFIG, params, tokens, lengths, beams, **{"max_new_tokens": 20, **settings})
+
+
+@pytest.mark.parametrize("stop", [False, True, "never"])
+@pytest.mark.parametrize("sampling", [{}, RULED], ids=["plain", "ruled"])
+def test_one_beam_is_greedy_decoding(sampling, stop):
+    greedy = lj.Sampling(temperature=0.0, **sampling)
+    generate = functools.partial(
+        lj.generate, CONFIG, PARAMS, PROMPTS, LENGTHS, KEY, greedy, max_new_tokens=20
+    )
+    free = generate().tokens
+    ends = [int(free[0, 3]), int(free[1, 9])]
+    expected = generate(eos_id=ends)
+    out = search(beams=1, eos_id=ends, early_stopping=stop, sampling=lj.Sampling(**sampling))
+    np.testing.assert_array_equal(out.tokens[:, 0], expected.tokens)
+    np.testing.assert_array_equal(out.lengths[:, 0], expected.lengths)
+    np.testing.assert_allclose(out.logprobs[:, 0], expected.logprobs, atol=1e-5)
+    assert len(set(expected.lengths.tolist())) > 1
+
+
+def test_a_row_in_a_ragged_batch_is_the_row_alone():
+    settings = {"eos_id": END, "num_return_sequences": 3, "sampling": lj.Sampling(**RULED)}
+    together = search(length_penalty=np.arange(4.0), **settings)
+    for row in range(4):
+        prompt, length = PROMPTS[row : row + 1, : LENGTHS[row]], LENGTHS[row : row + 1]
+        alone = search(prompt, length, length_penalty=row, **settings)
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+        np.testing.assert_array_equal(alone.lengths[0], together.lengths[row])
+        np.testing.assert_allclose(alone.scores[0], together.scores[row], rtol=1e-5)
+
+
+def test_padding_does_not_matter():
+    more = np.concatenate([PROMPTS, np.full((4, 30), -5, np.int32)], axis=1)
+    unpadded, padded = search(), search(more)
+    np.testing.assert_array_equal(padded.tokens, unpadded.tokens)
+    np.testing.assert_allclose(padded.scores, unpadded.scores, rtol=1e-5)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 0.0, -1.5, np.array([2.0, 0.3, 1.0, 0.0])], ids=str)
+def test_scores_are_those_of_forward(penalty):
+    out = search(eos_id=END, length_penalty=penalty, num_return_sequences=4)
+    assert (np.diff(out.scores, axis=1) <= 0).all()
+    whole = np.zeros((4, 4, PROMPTS.shape[1] + 20), np.int32)
+    for row, text in itertools.product(range(4), range(4)):
+        prompt = PROMPTS[row, : LENGTHS[row]]
+        whole[row, text, : len(prompt) + 20] = [*prompt, *out.tokens[row, text].tolist()]
+    logprobs = jax.nn.log_softmax(lj.forward(CONFIG, PARAMS, whole.reshape(16, -1))).reshape(*whole.shape, -1)
+    for row, text in itertools.product(range(4), range(4)):
+        new, length = np.asarray(out.tokens[row, text]), int(out.lengths[row, text])
+        picked = logprobs[row, text, LENGTHS[row] - 1 + np.arange(20), new]
+        picked = np.where(np.arange(20) < length, picked, 0)
+        np.testing.assert_allclose(out.logprobs[row, text], picked, atol=5e-5)
+        score = picked.sum() / length ** np.broadcast_to(penalty, 4)[row]
+        np.testing.assert_allclose(out.scores[row, text], score, rtol=1e-5)
+
+
+def test_texts_are_distinct_and_only_their_last_token_ends_them():
+    out = search(eos_id=list(range(40)), num_return_sequences=4)
+    early = 0
+    for row in range(4):
+        texts = [out.tokens[row, i, : out.lengths[row, i]].tolist() for i in range(4)]
+        assert len(set(map(tuple, texts))) == 4
+        for i, text in enumerate(texts):
+            assert text[-1] < 40 or len(text) == 20
+            assert all(token >= 40 for token in text[:-1])
+            assert not out.tokens[row, i, len(text) :].any() and not out.logprobs[row, i, len(text) :].any()
+            early += len(text) < 20
+    assert early > 4
+
+
+@pytest.mark.parametrize("penalty", [1.0, 0.0, -0.7])
+@pytest.mark.parametrize("ends", [None, 2, [2, 2, 4]], ids=str)
+def test_as_many_beams_as_tokens_find_the_best_of_all_texts_of_two(ends, penalty):
+    vocabulary = 7
+    config, params = random_model(11, CONFIG.replace(vocab_size=vocabulary))
+    tokens, lengths = random_prompts(3, config, [4])
+    out = beam_search(
+        config, params, tokens, lengths, vocabulary,
+        max_new_tokens=2, eos_id=ends, length_penalty=penalty,
+        early_stopping="never", num_return_sequences=vocabulary,
+    )  # fmt: skip
+    follow = np.concatenate([np.repeat(tokens, vocabulary, 0), np.arange(vocabulary)[:, None]], axis=1)
+    logprobs = np.asarray(jax.nn.log_softmax(lj.forward(config, params, follow)))
+    texts = []
+    for a in range(vocabulary):
+        first, second = logprobs[a, -2, a], logprobs[a, -1]
+        if a in np.atleast_1d([] if ends is None else ends):
+            texts.append((first, [a, 0]))
+        else:
+            texts += [((first + second[b]) / 2**penalty, [a, b]) for b in range(vocabulary)]
+    texts.sort(reverse=True)
+    assert out.tokens[0].tolist() == [text for _, text in texts[:vocabulary]]
+    np.testing.assert_allclose(out.scores[0], [score for score, _ in texts[:vocabulary]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("penalty", [2.0, 1.0, 0.0, -1.0])
+def test_who_stops_later_finds_nothing_worse(penalty):
+    settings = {"eos_id": list(range(100)), "length_penalty": penalty, "num_return_sequences": 4}
+    once, now, never = (search(early_stopping=stop, **settings).scores for stop in (True, False, "never"))
+    assert (once <= now).all() and (now <= never).all()
+    if penalty > 0:
+        assert (once < now).any() and (now < never).any()
+    else:
+        np.testing.assert_array_equal(now, never)
+
+
+def test_rules_hold_for_every_text():
+    sampling = lj.Sampling(
+        no_repeat_ngram_size=2, min_new_tokens=6, suppress_tokens=range(10, 90), forced_tokens=[100, -1, 101]
+    )
+    out = search(eos_id=list(range(10)), num_return_sequences=4, sampling=sampling)
+    for row, i in itertools.product(range(4), range(4)):
+        text = out.tokens[row, i, : out.lengths[row, i]].tolist()
+        assert len(text) >= 6 and text[0] == 100 and text[2] == 101
+        assert not set(range(10, 90)) & set(text)
+        pairs = list(itertools.pairwise(PROMPTS[row, : LENGTHS[row]].tolist() + text))
+        new = range(LENGTHS[row] - 1, len(pairs))
+        # The second token is forced, whatever pair it makes.
+        assert not [at for at in new if pairs[at] in pairs[:at] and at - LENGTHS[row] + 1 not in (0, 2)]
+
+
+def test_texts_that_do_not_exist_are_empty():
+    forced = lj.Sampling(forced_tokens=[8, 9])
+    out = search(max_new_tokens=2, num_return_sequences=3, length_penalty=300.0, sampling=forced)
+    for row in range(4):
+        assert out.tokens[row].tolist() == [[8, 9], [0, 0], [0, 0]]
+        assert out.lengths[row].tolist() == [2, 0, 0]
+        assert out.scores[row].tolist() == [0, -math.inf, -math.inf]
+
+
+def test_works_inside_jit_and_under_vmap():
+    penalties = jnp.array([0.0, 1.0, 3.0])
+    settings = {"eos_id": END, "num_return_sequences": 2, "early_stopping": "never"}
+
+    @jax.jit
+    def program(params, tokens, penalties):
+        return jax.vmap(lambda penalty: search(tokens, params=params, length_penalty=penalty, **settings))(
+            penalties
+        )
+
+    out = program(STACKED, PROMPTS, penalties)
+    assert out.tokens.shape == (3, 4, 2, 20)
+    for i, penalty in enumerate(penalties):
+        alone = search(length_penalty=penalty, **settings)
+        np.testing.assert_array_equal(out.tokens[i], alone.tokens)
+        np.testing.assert_allclose(out.scores[i], alone.scores, rtol=1e-5)
+
+
+def test_works_inside_shard_map():
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    rows = lambda *args: search(args[1], args[2], params=args[0], eos_id=END).tokens  # noqa: E731
+    split = jax.shard_map(rows, mesh=mesh, in_specs=(P(), P("rows"), P("rows")), out_specs=P("rows"))
+    expected = search(eos_id=END).tokens
+    np.testing.assert_array_equal(jax.jit(split)(PARAMS, PROMPTS, LENGTHS), expected)
+
+
+def test_on_a_mesh_it_is_what_it_is_without_one():
+    settings = {"eos_id": END, "num_return_sequences": 4, "sampling": lj.Sampling(**RULED)}
+    expected = search(**settings)
+    mesh = sharding.make_mesh("fsdp=2,context=2,tensor=2")
+    with jax.set_mesh(mesh):
+        out = search(params=lj.shard_params(PARAMS, mesh, CONFIG), **settings)
+    np.testing.assert_array_equal(out.tokens, expected.tokens)
+    np.testing.assert_allclose(out.scores, expected.scores, rtol=1e-5)
+
+
+def test_works_with_64_bit_types_enabled():
+    expected = search(eos_id=3)
+    with jax.enable_x64(True):
+        out = search(eos_id=3)
+    np.testing.assert_array_equal(out.tokens, expected.tokens)
+    assert jax.tree.map(lambda x: x.dtype, out) == jax.tree.map(lambda x: x.dtype, expected)
+
+
+def test_an_int8_cache_changes_little():
+    exact, rounded = search(), search(cache_dtype="int8")
+    np.testing.assert_allclose(rounded.scores, exact.scores, rtol=0.05)
+    assert np.any(rounded.scores != exact.scores)
+
+
+def test_no_setting_and_no_length_of_a_size_compiles_anything():
+    forms = [
+        {"length_penalty": 0},
+        {"length_penalty": np.float64(1.5), "early_stopping": True},
+        {"early_stopping": "never", "eos_id": [3, 4]},
+        {"eos_id": 7, "sampling": lj.Sampling(temperature=0, repetition_penalty=1.3)},
+        {"num_return_sequences": 3, "length_penalty": np.array([0.5])},
+        {"sampling": lj.Sampling(no_repeat_ngram_size=2, suppress_tokens=[1, 2])},
+    ]
+    search(np.ones((1, 7), int), np.array([7]))
+    with counting_compiles() as compiled:
+        for n in range(12):
+            tokens, lengths = random_prompts(n, CONFIG, [n + 1])
+            search(tokens, lengths, max_new_tokens=1 + n, **forms[n % len(forms)])
+    assert not compiled
+
+
+def test_the_compiled_loop_never_copies_or_reorders_the_cache():
+    request = arguments.check(CONFIG, PROMPTS[:3], LENGTHS[:3], None, None, 20)
+    fixed = module._Search(
+        lengths=request.lengths,
+        longest=jnp.int32(17),
+        limit=jnp.int32(20),
+        eos_ids=request.eos_ids,
+        length_penalty=jnp.ones(3),
+        early_stopping=jnp.int32(0),
+        sampling=request.sampling,
+    )
+    compiled = module._beams.lower(CONFIG, PARAMS, request.tokens, fixed, 4, 144, None).compile()
+    body = loop_body(compiled.as_text())
+    cache = (3, CONFIG.num_key_value_heads, 144, CONFIG.head_dim)
+    assert "f32[" + ",".join(map(str, cache)) + "]" in body and "dot" in body
+    large = {math.prod(cache)} | {leaf.size for leaf in jax.tree.leaves(PARAMS) if leaf.ndim > 1}
+    moves = "copy|transpose|convert|gather|concatenate|slice|dynamic-slice"
+    moved = re.findall(rf"= \w+\[([\d,]+)\]\S* (?:{moves})\(", body)
+    sizes = {shape: math.prod(map(int, shape.split(","))) for shape in moved}
+    assert f"3,4,{cache[2]}" in sizes  # the mask is what is reordered
+    assert not [shape for shape, size in sizes.items() if size in large]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_beams": 0}, "num_beams is 0; it must be a whole number, at least 1"),
+        ({"num_beams": 2.0}, "num_beams is 2.0; it must be a whole number"),
+        ({"num_beams": 257}, "num_beams is 257; the vocabulary has only 256 tokens"),
+        ({"num_return_sequences": 4}, "num_return_sequences is 4; it must be at most num_beams, which is 3"),
+        ({"num_return_sequences": 0}, "num_return_sequences is 0"),
+        ({"length_penalty": math.nan}, "length_penalty is nan; it must be a finite number"),
+        ({"length_penalty": "1"}, "length_penalty is '1'; it must be a finite number"),
+        ({"length_penalty": [1.0, 2.0, 3.0]}, "length_penalty has shape (3,); it must be a scalar or"),
+        ({"early_stopping": "always"}, "early_stopping is 'always'; it must be True, False or \"never\""),
+        ({"early_stopping": None}, "early_stopping is None"),
+        ({"early_stopping": 1}, "early_stopping is 1"),
+        ({"sampling": lj.Sampling(temperature=0.7)}, "temperature is 0.7, but beam search leaves nothing to"),
+        ({"sampling": lj.Sampling(top_k=[0, 5])}, "top_k is 5, but beam search leaves nothing to chance"),
+        ({"sampling": lj.Sampling(top_p=0.9)}, "top_p is 0.9, but"),
+        ({"sampling": lj.Sampling(min_p=0.1)}, "min_p is 0.1, but"),
+        ({"sampling": lj.Sampling(temperature=-1)}, "temperature is -1"),
+        ({"sampling": lj.Sampling(repetition_penalty=0)}, "repetition_penalty is 0"),
+        ({"cache_dtype": "int4"}, "cache_dtype is 'int4'"),
+        ({"eos_id": 2.5}, "eos_id is 2.5"),
+        ({"lengths": [0, 3]}, "lengths is 0 in row 0: an empty prompt"),
+        ({"tokens": [[1, 2, 3, 4], [1, 256, 3, 4]]}, "token id 256 in row 1, position 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": 254}, "max_new_tokens 254 need 257 positions; the model's context has 256"),
+    ],
+)  # fmt: skip
+def test_says_what_cannot_work(given, message):
+    prompts = {"tokens": [[1, 2, 3, 4], [5, 6, 7, 8]], "lengths": [3, 3]}
+    settings = {**prompts, "num_beams": 3, "max_new_tokens": 4, **given}
+    tokens, lengths = (np.array(settings.pop(name)) for name in prompts)
+    with pytest.raises(InputError) as error:
+        beam_search(CONFIG, PARAMS, tokens, lengths, **settings)
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,361 @@
+"""Speculation's laws: the same tokens, or the same distribution, in fewer runs of the model."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+import llama_jax as lj
+from llama_jax import sharding
+from llama_jax.decoding import arguments, drafts, logits_processors, sampling, speculative
+from llama_jax.decoding.drafts import DraftModel, PromptLookup
+from llama_jax.decoding.logits_processors import TokenHistory
+from llama_jax.decoding.speculative import speculative_generate
+from llama_jax.errors import InputError
+from tests.decoding.test_generation import counting_compiles, loop_body
+from tests.random_models import random_model
+
+KEY = jax.random.key(0)
+ROWS, NEW, K = 4, 40, 4
+CONFIG = lj.LlamaConfig(
+    vocab_size=12,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=20 + NEW,  # to its very end go the longest prompt and what follows it
+)
+GREEDY = lj.Sampling(temperature=0.0)
+# A greedy row, a random one, and two under rules.
+MIXED = lj.Sampling(
+    temperature=np.array([0.0, 0.5, 0.0, 0.5]),
+    top_k=np.array([0, 5, 0, 0]),
+    top_p=np.array([1.0, 0.9, 1.0, 0.95]),
+    repetition_penalty=np.array([1.0, 1.0, 1.3, 1.05]),
+    presence_penalty=np.array([0.0, 0.0, 0.0, 0.3]),
+    no_repeat_ngram_size=np.array([0, 0, 6, 0]),
+    min_new_tokens=np.array([0, 0, 20, 12]),
+    forced_tokens=np.array([[-1, -1], [-1, -1], [2, 3], [-1, 1]]),
+)
+
+
+def prompts(seed):
+    """Prompts of 1 to 20 tokens that repeat themselves."""
+    rng = np.random.default_rng(seed)
+    rows = [np.resize(rng.integers(0, CONFIG.vocab_size, period), 20) for period in (3, 4, 7, 1)]
+    return np.stack(rows), np.array([20, 9, 14, 1])
+
+
+def params_of(seed, config=CONFIG):
+    return random_model(seed, config)[1]
+
+
+def draft_of(seed, config=CONFIG):
+    return DraftModel(config, params_of(seed, config))
+
+
+def run(seed, settings=GREEDY, draft=None, key=KEY, **more):
+    """Model and prompts number `seed`: `generate`, or its speculation where there is a draft."""
+    given = CONFIG, params_of(seed), *prompts(seed), key, settings
+    more = {"max_new_tokens": NEW} | more
+    if draft is None:
+        return lj.generate(*given, **more)
+    return speculative_generate(*given, draft=draft, **{"num_draft_tokens": K} | more)
+
+
+def rows_of(tree, *rows):
+    return jax.tree.map(lambda x: x[np.array(rows)], tree)
+
+
+def same(ours, theirs):
+    np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+    np.testing.assert_array_equal(ours.lengths, theirs.lengths)
+    np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=3e-5)
+
+
+SOURCES = {"lookup": PromptLookup(), "model": draft_of(10)}
+sources = pytest.mark.parametrize("draft", SOURCES.values(), ids=SOURCES)
+
+
+@pytest.mark.parametrize("settings", [GREEDY, MIXED], ids=["greedy", "mixed"])
+def test_lookup_gives_the_tokens_of_generate(settings):
+    accepted = rounds = steps = 0
+    for seed in range(6):
+        free = run(seed, settings)
+        for eos_id in (None, [int(free.tokens[0, 17]), int(free.tokens[1, 29])]):
+            wanted = run(seed, settings, eos_id=eos_id)
+            got = run(seed, settings, PromptLookup(), eos_id=eos_id)
+            same(got.generation, wanted)
+            assert (got.accepted <= got.drafted).all()
+            accepted += got.accepted.sum()
+            rounds, steps = rounds + got.rounds, steps + wanted.lengths.max()
+        assert ROWS < wanted.lengths.sum() < free.lengths.sum()
+    assert accepted > 100 and rounds < steps
+
+
+def test_greedy_rows_of_a_draft_model_are_those_of_generate_beside_random_ones():
+    accepted = 0
+    for seed in range(6):
+        free = run(seed, MIXED)
+        for eos_id in (None, [int(free.tokens[0, 17]), int(free.tokens[1, 29])]):
+            wanted = run(seed, MIXED, eos_id=eos_id)
+            got = run(seed, MIXED, draft_of(seed + 10), eos_id=eos_id)
+            same(rows_of(got.generation, 0, 2), rows_of(wanted, 0, 2))
+            accepted += rows_of(got.accepted, 0, 2).sum()
+    assert accepted > 20
+
+
+def test_a_model_accepts_all_of_its_own_drafts_and_ends_where_it_should():
+    for seed in range(6):
+        got = run(seed, MIXED, draft_of(seed))
+        assert got.rounds == NEW // (K + 1)
+        assert got.accepted.tolist() == got.drafted.tolist() == [NEW // (K + 1) * K] * ROWS
+        ends = [int(got.generation.tokens[0, 17]), int(got.generation.tokens[2, 30])]
+        same(run(seed, GREEDY, draft_of(seed), eos_id=ends).generation, run(seed, eos_id=ends))
+
+
+@sources
+def test_a_row_in_a_batch_is_the_row_alone_and_every_round_gives_one_token_more_than_it_accepts(draft):
+    tokens, lengths = prompts(2)
+    keys = jax.random.split(KEY, ROWS)
+    together = run(2, MIXED, draft, keys)
+    for row in range(ROWS):
+        alone = speculative_generate(
+            CONFIG, params_of(2), *rows_of((tokens, lengths, keys, MIXED.rows(ROWS)), row),
+            draft=draft, num_draft_tokens=K, max_new_tokens=NEW,
+        )  # fmt: skip
+        same(alone.generation, rows_of(together.generation, row))
+        assert (alone.drafted, alone.accepted) == (together.drafted[row], together.accepted[row])
+        assert alone.rounds + alone.accepted[0] == NEW
+
+
+# The distribution of the first three tokens, enumerated.
+
+SMALL = CONFIG.replace(vocab_size=5, hidden_size=16, num_attention_heads=2, num_key_value_heads=1)
+PROMPT = [1, 3, 3, 0]
+FILTERED = lj.Sampling(
+    temperature=0.8, top_k=4, top_p=0.97, min_p=0.02, repetition_penalty=1.2, frequency_penalty=0.2,
+    no_repeat_ngram_size=3, min_new_tokens=2,
+)  # fmt: skip
+
+
+def joint(params, settings, eos_id):
+    """Every continuation by up to three tokens, ended by `eos_id` or not: {text: probability}."""
+    eos_ids = arguments.end_ids(eos_id)
+
+    @jax.jit
+    def following(tokens):
+        lengths = jnp.full(len(tokens), tokens.shape[1])
+        rows = settings.rows(len(tokens))
+        text = TokenHistory(tokens, lengths, jnp.full(len(tokens), len(PROMPT)))
+        logits = logits_processors.apply(
+            lj.forward(SMALL, params, tokens)[:, -1], rows.processors(), text, eos_ids
+        )
+        return jax.nn.softmax(sampling.transform(logits, rows))
+
+    found = {(): 1.0}
+    for length in range(3):
+        texts = [text for text in found if len(text) == length and (not text or text[-1] != eos_id)]
+        tokens = np.array([[*PROMPT, *text] for text in texts])
+        for text, row in zip(texts, np.asarray(following(tokens), np.float64), strict=True):
+            share = found.pop(text)
+            found |= {(*text, token): share * p for token, p in enumerate(row)}
+    return found
+
+
+def deviation(counts, wanted):
+    """Chi-square of {text: count}, rare texts taken together, in standard deviations from its mean."""
+    total = sum(counts.values())
+    assert not [text for text in counts if wanted.get(text, 0) <= 0], "an impossible text"
+    common = [text for text, p in wanted.items() if p * total >= 8]
+    cells = [(counts.get(text, 0), wanted[text] * total) for text in common]
+    rest = total - sum(n for n, _ in cells), total - sum(p for _, p in cells)
+    cells += [rest] if rest[1] >= 8 else []
+    freedom = len(cells) - 1
+    return (sum((n - p) ** 2 / p for n, p in cells) - freedom) / math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize(
+    ("settings", "eos_id", "count"),
+    [(lj.Sampling(), -1, 2), pytest.param(FILTERED, 2, 3, marks=pytest.mark.slow)],
+    ids=["plain", "rules"],
+)
+def test_a_draft_model_leaves_the_distribution_as_it_is(settings, eos_id, count):
+    """Chi-square of many rows' first three tokens with the product of `forward`'s distributions."""
+    # Flatter logits, so that every text comes up and both verdicts are common.
+    flat = lambda p: {**p, "final_norm": {"scale": 0.4 * p["final_norm"]["scale"]}}  # noqa: E731
+    params, smaller = flat(params_of(3, SMALL)), flat(params_of(13, SMALL))
+    rows = 5000
+
+    @jax.jit
+    def sample(params, smaller):
+        tokens = jnp.tile(jnp.array(PROMPT), (rows, 1)), jnp.full(rows, len(PROMPT))
+        return speculative_generate(
+            SMALL, params, *tokens, KEY, settings,
+            draft=DraftModel(SMALL, smaller), num_draft_tokens=count, max_new_tokens=3, eos_id=eos_id,
+        )  # fmt: skip
+
+    out = sample(params, smaller)
+    counts = {}
+    for row, length in zip(out.generation.tokens.tolist(), out.generation.lengths.tolist(), strict=True):
+        text = tuple(row[:length])
+        counts[text] = counts.get(text, 0) + 1
+    assert len(counts) > 30 and abs(deviation(counts, joint(params, settings, eos_id))) < 5
+    accepted = out.accepted.sum() / out.drafted.sum()
+    assert 0.2 < accepted < 0.9, "or this says nothing about one of the verdicts"
+    if settings is not FILTERED:
+        assert deviation(counts, joint(smaller, settings, eos_id)) > 50, "the models are not told apart"
+
+
+texts = st.lists(st.integers(0, 3), min_size=1, max_size=14)
+looked_up = jax.jit(drafts.look_up, static_argnums=(1, 2))
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts, st.sampled_from([(1, 1), (2, 1), (3, 2), (9, 3)]))
+def test_lookup_copies_what_followed_the_latest_of_the_longest_matches(row, sizes):
+    tokens = np.full((1, 16), 3, np.int32)  # what stands after the text must not count
+    tokens[0, : len(row)] = row
+    text = TokenHistory(jnp.asarray(tokens), jnp.array([len(row)]), jnp.array([1]))
+    got = looked_up(text, PromptLookup(*sizes), 5)[0].tolist()
+    wanted = [-1] * 5
+    for n in range(min(sizes[0], len(row)), sizes[1] - 1, -1):
+        ends = [e for e in range(n, len(row)) if row[e - n : e] == row[len(row) - n :]]
+        if ends:
+            copy = list(row)
+            for i in range(5):
+                copy.append(copy[ends[-1] + i])
+            wanted = copy[len(row) :]
+            break
+    assert got == wanted
+
+
+@sources
+def test_works_inside_jit_and_under_vmap_over_keys(draft):
+    # While tracing, the cache is as short as it may be: the longest row fills it.
+    def sample(params, key, temperature, draft):
+        return speculative_generate(
+            CONFIG, params, *prompts(0), key, lj.Sampling(temperature=temperature),
+            draft=draft, num_draft_tokens=K, max_new_tokens=NEW,
+        ).generation.tokens  # fmt: skip
+
+    keys = jax.random.split(KEY, 12)
+    program = jax.jit(jax.vmap(sample, (None, 0, None, None)))
+    out = program(params_of(0), keys, 0.7, draft)
+    for i, key in enumerate(keys):
+        np.testing.assert_array_equal(out[i], sample(params_of(0), key, 0.7, draft))
+
+
+@pytest.mark.slow
+@sources
+def test_works_inside_shard_map(draft):
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    keys = jax.random.split(KEY, ROWS)
+    settings = lj.Sampling(temperature=0.6)
+
+    def rows(params, draft, tokens, lengths, keys):
+        more = {"draft": draft, "num_draft_tokens": K, "max_new_tokens": NEW}
+        return speculative_generate(CONFIG, params, tokens, lengths, keys, settings, **more).generation.tokens
+
+    lay = (P(), P(), P("rows"), P("rows"), P("rows"))
+    split = jax.jit(jax.shard_map(rows, mesh=mesh, in_specs=lay, out_specs=P("rows")))
+    out = split(params_of(0), draft, *prompts(0), keys)
+    np.testing.assert_array_equal(out, run(0, settings, draft, keys).generation.tokens)
+
+
+@sources
+@pytest.mark.parametrize(
+    ("spec", "rows"), [("tensor=2", 1), pytest.param("fsdp=2", ROWS, marks=pytest.mark.slow)]
+)
+def test_on_a_mesh_it_is_what_it_is_without_one(spec, rows, draft):
+    given = rows_of((*prompts(1), jax.random.split(KEY, ROWS), MIXED.rows(ROWS)), *range(ROWS)[-rows:])
+    mesh = sharding.make_mesh(spec, devices=jax.devices()[:2])
+    more = {"num_draft_tokens": K, "max_new_tokens": NEW}
+    expected = speculative_generate(CONFIG, params_of(1), *given, draft=draft, **more)
+    with jax.set_mesh(mesh):
+        if isinstance(draft, DraftModel):
+            draft = DraftModel(CONFIG, lj.shard_params(draft.params, mesh, CONFIG))
+        params = lj.shard_params(params_of(1), mesh, CONFIG)
+        out = speculative_generate(CONFIG, params, *given, draft=draft, **more)
+    same(out.generation, expected.generation)
+    np.testing.assert_array_equal(out.accepted, expected.accepted)
+
+
+@pytest.mark.slow
+def test_the_cache_may_hold_int8():
+    got = run(0, GREEDY, draft_of(0), cache_dtype="int8")
+    np.testing.assert_array_equal(got.generation.tokens, run(0, cache_dtype="int8").tokens)
+    assert got.accepted.sum() > 0
+
+
+@sources
+def test_no_setting_and_no_length_within_a_bucket_compiles_anything(draft):
+    weights, (tokens, lengths) = lj.unstack(params_of(0)), prompts(0)
+    if isinstance(draft, DraftModel):
+        draft = DraftModel(CONFIG, lj.unstack(draft.params))
+    go = functools.partial(speculative_generate, CONFIG, weights, draft=draft, num_draft_tokens=K)
+    go(tokens, lengths, KEY, GREEDY, max_new_tokens=3)
+    with counting_compiles() as compiled:
+        for n, settings in enumerate((GREEDY, MIXED, lj.Sampling(top_p=0.5), FILTERED)):
+            short = np.minimum(lengths, 5 + n)
+            go(tokens[:, : 5 + n], short, KEY, settings, max_new_tokens=4 + n, eos_id=[n, n + 1])
+    assert not compiled
+
+
+@sources
+def test_the_compiled_rounds_never_copy_a_cache_or_a_weight(draft):
+    request = arguments.check(CONFIG, *prompts(0), GREEDY, None, NEW)
+    weights = lj.unstack(params_of(0))
+    if isinstance(draft, DraftModel):
+        draft = DraftModel(CONFIG, lj.unstack(draft.params))
+    compiled = speculative._speculate.lower(
+        CONFIG, weights, draft, request.tokens, request.lengths, np.int32(19), KEY, request.sampling,
+        request.eos_ids, np.int32(NEW), num_draft_tokens=K, new_tokens=128, cache_dtype=None,
+    ).compile()  # fmt: skip
+    body = loop_body(compiled.as_text())
+    cache = ROWS, CONFIG.num_key_value_heads, 128 + K, CONFIG.head_dim
+    assert "f32[" + ",".join(map(str, cache)) + "]" in body and "dot" in body
+    large = {math.prod(cache)} | {leaf.size for leaf in jax.tree.leaves(weights) if leaf.ndim > 1}
+    moved = re.findall(r"= (f32\[[\d,]+\])\S* (?:copy|transpose|convert)\(", body)
+    sizes = {shape: math.prod(map(int, shape[4:-1].split(","))) for shape in moved}
+    assert not [shape for shape, size in sizes.items() if size in large]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_draft_tokens": 0}, "num_draft_tokens is 0; it must be a whole number, at least 1"),
+        ({"num_draft_tokens": 10**9}, "num_draft_tokens is 1000000000; the model's context has 60 positions"),
+        ({"draft": PromptLookup(max_ngram=0)}, "max_ngram is 0; it must be a whole number, at least 1"),
+        ({"draft": PromptLookup(min_ngram=0)}, "min_ngram is 0; it must be a whole number, at least 1"),
+        ({"draft": PromptLookup(1, 2)}, "max_ngram is 1 and min_ngram 2; the first must not be smaller"),
+        ({"draft": "lookup"}, "draft is a str; it must be a PromptLookup or a DraftModel"),
+        ({"draft": 3}, "draft is a int"),
+        (
+            {"draft": draft_of(0, SMALL)},
+            "the draft model has a vocabulary of 5 and the model one of 12; they must be the same",
+        ),
+        (
+            {"draft": DraftModel(CONFIG.replace(max_position_embeddings=23), params_of(0))},
+            "the prompt's 20 tokens and max_new_tokens 4 need 24 positions; the draft model's context has 23",
+        ),
+        ({"max_new_tokens": 41}, "need 61 positions; the model's context has 60"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"cache_dtype": "int4"}, "cache_dtype is 'int4'"),
+        ({"sampling": lj.Sampling(temperature=-1.0)}, "temperature is -1.0"),
+    ],
+)
+def test_says_what_cannot_work(given, message):
+    with pytest.raises(InputError) as error:
+        speculative_generate(CONFIG, params_of(0), *prompts(0), KEY, **{"max_new_tokens": 4} | given)
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,217 @@
+"""Models of the hub: the real client library against a server on this machine that speaks its protocol."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from llama_jax.errors import CheckpointError
+from llama_jax.hub import huggingface
+from llama_jax.weights.tensors import ParamsTensors
+from llama_jax.weights.write.hf import plan_hf
+from llama_jax.weights.write.run import write
+from llama_jax.weights.write.vocabulary import Vocabulary
+from tests.random_models import random_model
+
+ROOT = Path(__file__).parents[2]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    target = tmp_path_factory.mktemp("hub") / "model"
+    tensors = ParamsTensors(*random_model(2))
+    write(plan_hf(tensors, None, Vocabulary(), shard_bytes=40_000), tensors, target)
+    return target
+
+
+@contextlib.contextmanager
+def serving(repositories):
+    """A hub of these repositories, each a mapping of file names to bytes, or an error's (status, code)."""
+    requests = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.do_GET()
+
+        def do_GET(self):
+            requests.append(self.path)
+            path = self.path.partition("?")[0].strip("/").split("/")
+            if path[:2] == ["api", "models"]:
+                self.describe("/".join(path[2:4]), path[4:])
+            elif len(path) < 5:
+                self.fail(404, "EntryNotFound")
+            else:
+                self.send_file("/".join(path[:2]), path[3], "/".join(path[4:]))
+
+        def describe(self, repo, rest):
+            held = repositories.get(repo, (401, "RepoNotFound"))
+            if isinstance(held, tuple):
+                self.fail(*held)
+            elif rest[:1] == ["tree"]:
+                rows = [
+                    {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
+                    for name, data in held.items()
+                ]
+                self.reply(json.dumps(rows).encode())
+            elif rest[1:2] not in ([], ["main"], [COMMIT]):
+                self.fail(404, "RevisionNotFound")
+            else:
+                files = [{"rfilename": name} for name in held]
+                self.reply(json.dumps({"id": repo, "sha": COMMIT, "siblings": files}).encode())
+
+        def send_file(self, repo, revision, name):
+            data = repositories[repo][name]
+            headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
+            self.reply(data, headers)
+
+        def fail(self, status, code):
+            self.reply(b"{}", {"X-Error-Code": code}, status)
+
+        def reply(self, data, headers=(), status=200):
+            self.send_response(status)
+            for key, value in {"Content-Length": str(len(data)), **dict(headers)}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", requests
+        server.shutdown()
+
+
+def inspect(name, endpoint, home):
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-m", "llama_jax.cli", "inspect", name, "--json"]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home)
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_repository_is_downloaded_once_without_what_is_not_the_model(model, tmp_path):
+    extra = {"pytorch_model.bin": b"x" * 1000, "onnx/model.onnx": b"y" * 1000, "README.md": b"hello"}
+    with serving({"someone/tiny": files_of(model) | extra}) as (endpoint, requests):
+        first = inspect("someone/tiny", endpoint, tmp_path)
+        assert first.returncode == 0, first.stderr
+        report = json.loads(first.stdout)
+        assert report["format"] == "hf"
+        assert report["parameters"] == random_model(2)[0].num_params
+        assert not [
+            path for path in requests if "pytorch_model" in path or "onnx" in path or "README" in path
+        ]
+        files = len([path for path in requests if "/resolve/" in path])
+        again = inspect("someone/tiny@main", endpoint, tmp_path)
+        assert json.loads(again.stdout) == report
+        # What is here is asked after, at most, and not fetched.
+        assert len([path for path in requests if "/resolve/" in path]) < 2 * files
+    offline = inspect("someone/tiny", "http://127.0.0.1:9", tmp_path)
+    assert offline.returncode == 0, offline.stderr
+    assert json.loads(offline.stdout) == report
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("someone/nothing", "neither a file here nor a repository that can be read"),
+        ("someone/gated", "its owner asks for an agreement"),
+        ("someone/tiny@other", "there is no such revision"),
+        ("someone/pickles", "holds no weights that can be read"),
+        ("someone/many", "holds several models: a.gguf, b.gguf; add the file: someone/many:a.gguf"),
+        ("someone/many:c.gguf", "there is no such file; it has a.gguf, b.gguf"),
+    ],
+)
+def test_what_cannot_be_had_is_one_line(model, monkeypatch, name, message):
+    repositories = {
+        "someone/tiny": files_of(model),
+        "someone/gated": (403, "GatedRepo"),
+        "someone/pickles": {"config.json": b"{}", "pytorch_model.bin": b"x"},
+        "someone/many": {"a.gguf": b"GGUF", "b.gguf": b"GGUF"},
+    }
+    with serving(repositories) as (endpoint, _):
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        with pytest.raises(CheckpointError, match=re.escape(message)) as raised:
+            huggingface.fetch(name)
+    assert "\n" not in str(raised.value)
+
+
+def test_without_a_network_and_a_cache_it_says_so(tmp_path):
+    done = inspect("someone/tiny", "http://127.0.0.1:9", tmp_path)
+    assert done.returncode == 2
+    assert "is no file here, and the hub cannot be reached" in done.stderr
+
+
+def test_without_the_library_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(CheckpointError, match=r"to load it from the hub: pip install 'llama-jax\[hub\]'"):
+        huggingface.fetch("someone/tiny")
+
+
+@pytest.mark.parametrize(
+    ("files", "taken", "model"),
+    [
+        (
+            ["config.json", "model.safetensors", "original/params.json"],
+            ["config.json", "model.safetensors"],
+            "",
+        ),
+        (
+            ["original/params.json", "original/consolidated.00.pth", "original/tokenizer.model", "LICENSE"],
+            ["original/consolidated.00.pth", "original/params.json", "original/tokenizer.model"],
+            "original/",
+        ),
+        (["a.gguf", "README.md"], ["a.gguf"], "a.gguf"),
+        (
+            [
+                "config.json",
+                "model.safetensors",
+                "model-00001-of-00002.safetensors",
+                "consolidated.safetensors",
+            ],
+            ["config.json", "model-00001-of-00002.safetensors", "model.safetensors"],
+            "",
+        ),
+    ],
+)
+def test_one_form_of_the_model_is_chosen(files, taken, model):
+    choice = huggingface._choose("a/b", files, None)
+    assert (sorted(choice.files), choice.model) == (taken, model)
+
+
+def test_what_lies_in_a_folder_here_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert huggingface.is_repository("runs/tiny")
+    (tmp_path / "runs").mkdir()
+    assert not huggingface.is_repository("runs/tiny")
+
+
+@pytest.mark.parametrize(
+    "name", ["../up", "/root/x", "a", "a/b/c", "a/b.gguf/", "-a/b", "a/b:model.bin", "a//b"]
+)
+def test_other_names_are_no_repositories(name):
+    assert not huggingface.is_repository(name)

@@ -1,0 +1,177 @@
+"""The loss whose gradient comes with it: equal to autodiff's, in any chunks, on any mesh."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llama_jax as lj
+from llama_jax import sharding
+from llama_jax.loss import cross_entropy
+from llama_jax.ops.fused_cross_entropy import fused_cross_entropy
+from llama_jax.sharding import make_mesh
+from tests.random_models import random_model
+
+B, T, D, V = 8, 12, 16, 24
+
+
+def inputs(*, tied, dtype=jnp.float32):
+    """Hidden states, the tree with the output projection, targets and uneven weights, some of them 0."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (B, T, D)).astype(dtype)
+    weight = jax.random.normal(keys[1], (V, D) if tied else (D, V))
+    params = {"embed": {"embedding": weight}} if tied else {"lm_head": {"kernel": weight}}
+    targets = jax.random.randint(keys[2], (B, T), 0, V)
+    weights = jnp.maximum(jax.random.normal(keys[3], (B, T)), 0)
+    return x, params, targets, weights
+
+
+def by_autodiff(x, params, *rest, chunks=1):
+    return cross_entropy(x, params, *rest, num_chunks=chunks).total
+
+
+def by_fused(x, params, *rest, chunks=1):
+    return fused_cross_entropy(x, params, *rest, num_chunks=chunks)
+
+
+def gradient(loss, arguments, z_loss, chunks=1):
+    """(value, (d_x, d_params)) of 3 loss, so that the cotangent is not one."""
+    x, params, *rest = arguments
+    run = lambda x, params: 3 * loss(x, params, *rest, jnp.float32(z_loss), chunks=chunks)  # noqa: E731
+    return jax.jit(jax.value_and_grad(run, (0, 1)))(x, params)
+
+
+def distance(a, b):
+    """|a - b| / |b| over a whole tree."""
+    a, b = (np.concatenate([np.float64(leaf).ravel() for leaf in jax.tree.leaves(x)]) for x in (a, b))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("chunks", "z_loss"), [(1, 0.0), (5, 0.1), (12, 0.0), (100, 1e-4)])
+def test_value_and_gradients_are_autodiffs(tied, chunks, z_loss):
+    arguments = inputs(tied=tied)
+    value, grads = gradient(by_autodiff, arguments, z_loss)
+    got_value, got = gradient(by_fused, arguments, z_loss, chunks)
+    np.testing.assert_allclose(got_value, value, rtol=1e-6)
+    assert distance(got, grads) < 1e-6
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_bf16_is_as_near_to_the_truth_as_autodiff(tied):
+    truth_value, truth = gradient(by_autodiff, inputs(tied=tied), 0.01)
+    half = inputs(tied=tied, dtype=jnp.bfloat16)
+    _, plain = gradient(by_autodiff, half, 0.01)
+    value, got = gradient(by_fused, half, 0.01, 5)
+    assert got[0].dtype == jnp.bfloat16 and jax.tree.leaves(got[1])[0].dtype == jnp.float32
+    np.testing.assert_allclose(value, truth_value, rtol=5e-3)
+    assert distance(got, truth) < 1.5 * distance(plain, truth) < 0.02
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("spec", ["fsdp=8", "fsdp=4,tensor=2", "data=2,context=2,tensor=2"])
+def test_a_mesh_has_the_numbers_of_none_and_leaves_gradients_in_their_shards(spec, tied):
+    arguments = inputs(tied=tied)
+    value, grads = gradient(by_fused, arguments, 0.1, 5)
+    mesh = make_mesh(spec)
+    stored = sharding.EMBEDDING_VD if tied else sharding.HEAD_DV
+    specs = (sharding.ACT_BTD, stored, sharding.TOKENS_BT, sharding.TOKENS_BT)
+    with jax.set_mesh(mesh):
+        leaves, tree = jax.tree.flatten(arguments)
+        laid = [jax.device_put(leaf, sharding.named(mesh, s)) for leaf, s in zip(leaves, specs, strict=True)]
+        got_value, got = gradient(by_fused, jax.tree.unflatten(tree, laid), 0.1, 5)
+    np.testing.assert_allclose(got_value, value, rtol=1e-6)
+    assert [g.sharding.spec for g in jax.tree.leaves(got)] == list(specs[:2])
+    assert distance(jax.device_get(got), grads) < 1e-6
+
+
+def test_nothing_that_weighs_nothing_shows():
+    """Weight 0 hides a foreign target, and all 0 is a loss and a gradient of 0."""
+    x, params, targets, weights = inputs(tied=False)
+    hidden = jnp.where(weights == 0, V + 5, targets)
+    for a, b in zip(
+        jax.tree.leaves(gradient(by_fused, (x, params, hidden, weights), 0.1)),
+        jax.tree.leaves(gradient(by_fused, (x, params, targets, weights), 0.1)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert not any(
+        leaf.any() for leaf in jax.tree.leaves(gradient(by_fused, (x, params, targets, 0 * weights), 0.1))
+    )
+
+
+def test_far_logits_do_not_overflow():
+    x, params, targets, weights = inputs(tied=False)
+    value, grads = gradient(by_fused, (300 * x, params, targets, weights), 0.0)
+    expected, theirs = gradient(by_autodiff, (300 * x, params, targets, weights), 0.0)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    assert distance(grads, theirs) < 1e-5
+
+
+def test_logits_are_formed_once_for_a_gradient_and_a_chunk_at_a_time():
+    x, params, *rest = inputs(tied=False)
+
+    def program(loss):
+        run = jax.value_and_grad(lambda x, p: loss(x, p, *rest, jnp.float32(0), chunks=4), (0, 1))
+        return jax.jit(run).lower(x, params).compile().as_text()
+
+    fused, plain = program(by_fused), program(by_autodiff)
+    products = [len(re.findall(r" dot\(", text)) for text in (fused, plain)]
+    assert products[0] == 3 < products[1]  # logits, and two gradients
+    assert f"f32[{B},{T},{V}]" not in fused
+
+
+CASES = [
+    (None, "xla", False),
+    (None, "blockwise", True),
+    ("fsdp=4,tensor=2", "blockwise", False),
+    ("fsdp=2,context=2,tensor=2", "xla", True),
+]
+
+
+@pytest.mark.parametrize(("spec", "backend", "tied"), CASES)
+def test_a_whole_models_fast_gradient_is_autodiffs(spec, backend, tied):
+    """Packed documents, padding and all; in f32 to rounding, in bf16 as near to the truth as autodiff."""
+    config, params = random_model(
+        0, lj.presets.TINY.replace(vocab_size=96, hidden_size=32, tie_word_embeddings=tied, head_dim=4)
+    )
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 96, (8, 12)).astype(np.int32)
+    segments = np.where(np.arange(12) < rng.integers(3, 9, (8, 1)), 1, 2) * (np.arange(12) < 11)
+    positions = np.where(segments == 2, np.arange(12) - 3, np.arange(12))
+
+    def run(custom_vjp, dtype):
+        def mean(params):
+            return lj.next_token_loss(
+                config,
+                params,
+                tokens,
+                segments > 0,
+                positions,
+                segments,
+                dtype=dtype,
+                attention_backend=backend,
+                custom_vjp=custom_vjp,
+                num_chunks=3,
+                z_loss=1e-3,
+            ).mean
+
+        return jax.jit(jax.value_and_grad(mean))(params)
+
+    value, truth = run("autodiff", jnp.float32)
+    if spec is not None:
+        mesh = make_mesh(spec)
+        with jax.set_mesh(mesh):
+            params = lj.shard_params(params, mesh, config)
+            got_value, got = run("fast", jnp.float32)
+        got = jax.device_get(got)
+    else:
+        got_value, got = run("fast", jnp.float32)
+        plain, fast = (run(custom_vjp, jnp.bfloat16)[1] for custom_vjp in (False, True))
+        assert distance(fast, truth) < 1.3 * distance(plain, truth)
+    np.testing.assert_allclose(got_value, value, rtol=2e-6)
+    assert distance(got, truth) < 5e-6

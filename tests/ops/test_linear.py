@@ -1,0 +1,286 @@
+"""What `custom_vjp=True` swaps in: equal to autodiff, in value and gradient, under every transformation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import llama_jax as lj
+from llama_jax import rope, sharding
+from llama_jax.layers import embed, embed_custom_vjp
+from llama_jax.ops.linear import contract, project, swiglu, swiglu_down
+from llama_jax.ops.products import weight_gradient
+from llama_jax.sharding import make_mesh
+from tests.random_models import random_model
+
+F32, BF16 = jnp.float32, jnp.bfloat16
+
+
+def draw(seed, *shape, dtype=F32):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+# (x, y, out): letters as in the model, and some that only a caller of tomorrow would write.
+PRODUCTS = [
+    ("btd", "btf", "df"),
+    ("btd", "btnh", "dnh"),
+    ("btf", "btd", "fd"),
+    ("btd", "btv", "dv"),
+    ("btd", "btv", "vd"),
+    ("mgts", "mgth", "msh"),
+    ("td", "tf", "df"),
+    ("tbd", "btf", "fd"),
+    ("dbt", "btf", "df"),
+    ("btd", "ftb", "df"),
+    ("gbtd", "bgtf", "gfd"),
+    ("bt", "btf", "f"),
+    ("btd", "bt", "d"),
+]
+SIZES = {"b": 2, "t": 7, "d": 4, "f": 5, "n": 3, "h": 6, "v": 9, "m": 2, "g": 3, "s": 8}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("dims", PRODUCTS, ids="-".join)
+def test_weight_gradient_is_einsum(dims, dtype):
+    x_dims, y_dims, out_dims = dims
+    x, y = (draw(i, *(SIZES[d] for d in letters), dtype=dtype) for i, letters in enumerate(dims[:2]))
+    got = jax.jit(lambda x, y: weight_gradient(x_dims, x, y_dims, y, out_dims))(x, y)
+    expected = jnp.einsum(f"{x_dims},{y_dims}->{out_dims}", x.astype(F32), y.astype(F32))
+    assert got.dtype == F32
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("width", [64, 36, 18, 3], ids=lambda width: f"D{width}")
+@pytest.mark.parametrize(
+    ("equation", "shape"),
+    [("btd,df->btf", "df"), ("btd,dnh->btnh", "dnh"), ("btd,vd->btv", "vd"), ("btnh,nhd->btd", "nhd")],
+)
+def test_one_row_is_a_row_among_others_however_it_is_read(equation, shape, width, dtype):
+    """`contract` reads the matrix of a single row in parts, where it can be divided."""
+    sizes = SIZES | {"d": width}
+    x = draw(0, *(sizes[d] for d in equation.split(",")[0]), dtype=dtype)
+    weight = draw(1, *(sizes[d] for d in shape), dtype=dtype)
+    nowhere = {"stored": P(*(None,) * len(shape)), "out": P(*(None,) * len(equation.split("->")[1]))}
+    run = jax.jit(lambda x: contract(equation, x, weight, **nowhere))
+    whole, row = run(x), run(x[:1, :1])
+    assert row.dtype == F32 and row.shape == whole[:1, :1].shape
+    np.testing.assert_allclose(row, whole[:1, :1], rtol=1e-5, atol=1e-5)
+    # Under vmap the rows have a dimension of their own.
+    rows = jax.vmap(run)(x[:, :1][:, None])
+    np.testing.assert_allclose(rows[:, 0], whole[:, :1], rtol=1e-5, atol=1e-5)
+    slope = jax.grad(lambda x: (run(x) ** 2).sum())
+    np.testing.assert_allclose(
+        slope(x[:1, :1].astype(F32)),
+        slope(x.astype(F32))[:1, :1],
+        rtol=2e-2 if dtype == BF16 else 1e-4,
+        atol=1e-3,
+    )
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("at", [(0, 0, 0), (1, 3, 2)])
+def test_a_nan_anywhere_spoils_what_it_should_and_nothing_else(dtype, at):
+    """The transposition is chosen by a number that may itself be a NaN."""
+    x, y = draw(0, 2, 7, 4, dtype=dtype), draw(1, 2, 7, 5, dtype=dtype).at[at].set(jnp.nan)
+    got = weight_gradient("btd", x, "btf", y, "df")
+    expected = jnp.einsum("btd,btf->df", x.astype(F32), y.astype(F32))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    assert jnp.isnan(got).sum() == 4
+
+
+def test_the_cpus_bf16_product_is_of_a_really_transposed_left_side():
+    """What the conditional is for: without it XLA contracts the leading dimension, in f32 code."""
+    x, y = draw(0, 64, 32, dtype=BF16), draw(1, 64, 48, dtype=BF16)
+    text = jax.jit(lambda x, y: weight_gradient("td", x, "tf", y, "df")).lower(x, y).compile().as_text()
+    products = [line for line in text.splitlines() if " dot(" in line]
+    assert products and all("lhs_contracting_dims={1}" in line for line in products)
+    assert "bf16[32,64]" in text
+
+
+def both(run, *args):
+    """(value, gradients) of the sum of `run`, weighed at random, by autodiff and by the fast way."""
+    out = []
+    for custom_vjp in (False, True):
+
+        def total(*args, custom_vjp=custom_vjp):
+            result = run(*args, custom_vjp=custom_vjp)
+            return (result.astype(F32) * draw(9, *result.shape)).sum()
+
+        out.append(jax.jit(jax.value_and_grad(total, tuple(range(len(args)))))(*args))
+    return out
+
+
+def distance(a, b):
+    """|a - b| / |b| over a whole tree."""
+    a, b = (np.concatenate([np.float64(leaf).ravel() for leaf in jax.tree.leaves(x)]) for x in (a, b))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+EQUATIONS = [
+    ("btd,df->btf", (2, 7, 4), (4, 5), sharding.GATE_UP_DF, sharding.ACT_BTF),
+    ("btf,fd->btd", (2, 7, 5), (5, 4), sharding.DOWN_FD, sharding.ACT_BTD),
+    ("btd,dnh->btnh", (2, 7, 4), (4, 3, 6), sharding.WQ_DNH, sharding.ACT_BTNH),
+    ("btd,df->btf", (1, 1, 4), (4, 5), sharding.GATE_UP_DF, sharding.ACT_BTF),
+]
+
+
+@pytest.mark.parametrize("case", EQUATIONS, ids=lambda case: f"{case[0]} {case[1]}")
+def test_project_has_the_gradient_of_autodiff(case):
+    equation, x_shape, w_shape, stored, out = case
+
+    def run(x, w, custom_vjp):
+        return project(equation, x, w, stored=stored, out=out, custom_vjp=custom_vjp)
+
+    x, w = draw(0, *x_shape), draw(1, *w_shape)
+    (value, grads), (fast_value, fast) = both(run, x, w)
+    np.testing.assert_allclose(fast_value, value, rtol=1e-5)
+    assert distance(fast, grads) < 1e-6
+    # In bf16 with f32 parameters: no further from the truth than autodiff is.
+    (_, plain), (_, fast) = both(run, x.astype(BF16), w)
+    assert [leaf.dtype for leaf in fast] == [BF16, F32]
+    assert distance(fast, grads) < max(1.2 * distance(plain, grads), 1e-3)
+
+
+def test_swiglu_down_has_the_gradient_of_autodiff():
+    def run(gate, up, w_down, custom_vjp):
+        if custom_vjp:
+            return swiglu_down(gate, up, w_down)
+        y = swiglu(gate, up)
+        return project("btf,fd->btd", y, w_down, stored=sharding.DOWN_FD, out=sharding.ACT_BTD)
+
+    gate, up, w_down = 3 * draw(0, 2, 7, 5), draw(1, 2, 7, 5), draw(2, 5, 4)
+    (value, grads), (fast_value, fast) = both(run, gate, up, w_down)
+    np.testing.assert_allclose(fast_value, value, rtol=1e-6)
+    assert distance(fast, grads) < 1e-6
+    (_, plain), (_, fast) = both(run, gate.astype(BF16), up.astype(BF16), w_down)
+    assert [leaf.dtype for leaf in fast] == [BF16, BF16, F32]
+    assert distance(fast, grads) < max(1.2 * distance(plain, grads), 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_rotate_fast_has_the_values_and_gradient_of_rotate(dtype):
+    table = rope.rotary(lj.presets.TINY, jnp.arange(14).reshape(2, 7))
+    x, weight = draw(0, 2, 7, 3, 8, dtype=dtype), draw(1, 2, 7, 3, 8, dtype=dtype)
+
+    def run(rotate):
+        out, back = jax.vjp(lambda x: rotate(x, table), x)
+        return out, *back(weight)
+
+    for ours, theirs in zip(run(rope.rotate_custom_vjp), run(rope.rotate), strict=True):
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(ours.astype(F32), theirs.astype(F32), atol=1e-6 if dtype == F32 else 0.02)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_embed_fast_sums_its_gradient_in_f32_and_drops_foreign_ids(dtype):
+    table, tokens = draw(0, 9, 4), jnp.array([[0, 3, 3, 8], [3, 1, 3, 3]])
+    run = lambda look_up: lambda table: (look_up(table, tokens, dtype=dtype) * draw(1, 2, 4, 4)).sum()  # noqa: E731
+    np.testing.assert_array_equal(
+        embed_custom_vjp(table, tokens, dtype=dtype), embed(table, tokens, dtype=dtype)
+    )
+    expected = jax.grad(run(embed))(table)
+    np.testing.assert_allclose(
+        jax.grad(run(embed_custom_vjp))(table), expected, atol=1e-6 if dtype == F32 else 0.05
+    )
+    for foreign in (-1, 9, -9):
+        rows = embed_custom_vjp(table, jnp.array([[2, foreign]]), dtype=dtype)
+        assert jnp.isnan(rows[0, 1]).all() and not jnp.isnan(rows[0, 0]).any()
+        grads = jax.grad(
+            lambda t, at=foreign: embed_custom_vjp(t, jnp.array([[2, at]]), dtype=dtype)[0, 0].sum()
+        )(table)
+        np.testing.assert_array_equal(grads, jnp.zeros((9, 4)).at[2].set(1.0))
+
+
+def test_per_example_gradients_by_vmap():
+    config, params = random_model(5)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (3, 10)).astype(np.int32)
+
+    def loss(params, row, custom_vjp=True):
+        return lj.next_token_loss(
+            config, params, row[None], attention_backend="blockwise", custom_vjp=custom_vjp
+        ).mean
+
+    each = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, tokens)
+    for i in range(3):
+        alone = jax.grad(loss)(params, tokens[i], "autodiff")
+        assert distance(jax.tree.map(lambda leaf, i=i: leaf[i], each), alone) < 1e-5
+
+
+def test_data_parallelism_by_hand_in_shard_map():
+    """Somebody else's mesh and collectives around the library's loss."""
+    config, params = random_model(5)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (4, 10)).astype(np.int32)
+    mesh = jax.make_mesh((4,), ("mine",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+
+    def loss(params, tokens, custom_vjp=True):
+        return lj.next_token_loss(
+            config, params, tokens, attention_backend="blockwise", custom_vjp=custom_vjp
+        ).total
+
+    @jax.jit
+    @jax.shard_map(mesh=mesh, in_specs=(P(), P("mine")), out_specs=(P(), P()))
+    def step(params, tokens):
+        value, grads = jax.value_and_grad(loss)(jax.lax.pcast(params, "mine", to="varying"), tokens)
+        return jax.lax.psum((value, grads), "mine")
+
+    value, grads = step(params, tokens)
+    expected, expected_grads = jax.value_and_grad(loss)(params, tokens, "autodiff")
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert distance(grads, expected_grads) < 1e-5
+    # And with the collective that `shard_map` itself inserts for replicated parameters.
+    inside = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=(P(), P("mine")), out_specs=P())
+    assert distance(jax.jit(inside)(params, tokens), expected_grads) < 1e-5
+
+
+def test_forward_mode_is_autodiffs_alone():
+    config, params = random_model(5)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, 6)).astype(np.int32)
+
+    def run(custom_vjp):
+        loss = lambda p: lj.next_token_loss(config, p, tokens, custom_vjp=custom_vjp).mean  # noqa: E731
+        return jax.jvp(loss, (params,), (jax.tree.map(jnp.ones_like, params),))
+
+    _, slope = run("autodiff")
+    grads = jax.grad(lambda p: lj.next_token_loss(config, p, tokens, custom_vjp=True).mean)(params)
+    np.testing.assert_allclose(slope, sum(leaf.sum() for leaf in jax.tree.leaves(grads)), rtol=1e-3)
+    with pytest.raises(TypeError, match=r"forward-mode autodiff .* custom_vjp"):
+        run("fast")
+
+
+@pytest.mark.parametrize("spec", ["fsdp=4,tensor=2", "data=2,context=2,tensor=2"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_mesh_has_the_gradients_of_none(spec, dtype):
+    """The layers' own shapes, laid out as the table says."""
+    x, w, v = draw(0, 8, 4, 8, dtype=dtype), draw(1, 8, 16), draw(2, 16, 8)
+    table, tokens = draw(3, 16, 8), jnp.arange(32).reshape(8, 4) % 16
+
+    def total(x, w, v, table, tokens):
+        x = x + embed_custom_vjp(table, tokens, dtype=dtype)
+        up = project("btd,df->btf", x, w, stored=sharding.GATE_UP_DF, out=sharding.ACT_BTF, custom_vjp=True)
+        out = swiglu_down(up, up, v)
+        return (out.astype(F32) ** 2).mean()
+
+    run = jax.jit(jax.value_and_grad(total, (0, 1, 2, 3)))
+    value, grads = run(x, w, v, table, tokens)
+    mesh = make_mesh(spec)
+    specs = (
+        sharding.ACT_BTD,
+        sharding.GATE_UP_DF,
+        sharding.DOWN_FD,
+        sharding.EMBEDDING_VD,
+        sharding.TOKENS_BT,
+    )
+    with jax.set_mesh(mesh):
+        laid = [
+            jax.device_put(a, sharding.named(mesh, s))
+            for a, s in zip((x, w, v, table, tokens), specs, strict=True)
+        ]
+        got_value, got = run(*laid)
+    np.testing.assert_allclose(got_value, value, rtol=1e-5 if dtype == F32 else 1e-2)
+    for ours, theirs, spec_of in zip(got, grads, specs, strict=False):
+        assert ours.sharding.spec == sharding.restrict(spec_of, mesh.axis_names)
+        assert distance(jax.device_get(ours), theirs) < (1e-5 if dtype == F32 else 1e-2)

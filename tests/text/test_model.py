@@ -1,0 +1,171 @@
+"""What a `Model` is asked for in text: beams, several sequences, stop strings, smaller weights and caches."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+import llama_jax as lj
+from llama_jax.errors import InputError
+from tests import tiny
+
+NEW = 8
+PROMPTS = ["ab", "a b c"]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tiny.write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    return lj.load(path, scan_layers=False)
+
+
+def test_stop_strings_end_each_text_before_the_first_of_them(model):
+    whole = model.generate(PROMPTS, max_new_tokens=NEW)
+    stop = whole[0][2:4]
+    assert model.generate(PROMPTS, max_new_tokens=NEW, stop_strings=stop) == [
+        text[: text.find(stop)] if stop in text else text for text in whole
+    ]
+    cut = model.generate(PROMPTS[0], max_new_tokens=NEW, stop_strings=["never there", stop])
+    assert cut == whole[0][: whole[0].find(stop)] != whole[0]
+    assert "".join(model.stream(PROMPTS[0], max_new_tokens=NEW, stop_strings=stop)) == cut
+
+
+def test_a_stop_string_that_never_comes_changes_nothing(model):
+    settings = {"max_new_tokens": NEW, "temperature": 0.8, "seed": 3, "num_return_sequences": 2}
+    assert model.generate(PROMPTS, stop_strings=["~~~"], **settings) == model.generate(PROMPTS, **settings)
+
+
+def test_several_sequences_come_as_lists_in_the_place_of_each_text(model):
+    settings = {"max_new_tokens": NEW, "temperature": 1.0, "num_return_sequences": 3}
+    lists = model.generate(PROMPTS, **settings)
+    assert [len(texts) for texts in lists] == [3, 3] and len({*lists[0], *lists[1]}) > 1
+    assert model.generate(PROMPTS[0], **settings) == lists[0]
+    assert model.generate(PROMPTS[0], max_new_tokens=NEW, num_return_sequences=1) == [
+        model.generate(PROMPTS[0], max_new_tokens=NEW)
+    ]
+
+
+def test_beams_are_those_of_beam_search(model):
+    ids = model.encode_prompt("ab")
+    found = lj.beam_search(
+        model.config, model.params, np.array([ids]), np.array([len(ids)]), 3,
+        max_new_tokens=NEW, eos_id=model.tokenizer.eos_ids, num_return_sequences=2,
+    )  # fmt: skip
+    prompt = model.tokenizer.decode(ids)
+    wanted = [
+        model.tokenizer.decode([*ids, *np.asarray(found.tokens[0, text, : found.lengths[0, text]]).tolist()])
+        for text in range(2)
+    ]
+    got = model.generate("ab", max_new_tokens=NEW, num_beams=3, num_return_sequences=2)
+    assert [prompt + text for text in got] == wanted
+    assert model.generate("ab", max_new_tokens=NEW, num_beams=3) == got[0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.9, "seed": 5}], ids=["greedy", "random"])
+def test_drafts_copied_from_the_text_change_nothing_but_the_number_of_runs(model, settings):
+    asked = {"max_new_tokens": 2 * NEW, "num_return_sequences": 2, **settings}
+    prompts = ["abcabcab", "ab ab ab ab"]
+    whole = model.generate(prompts, **asked)
+    drafted = {"draft": lj.PromptLookup(), "num_draft_tokens": 4}
+    assert model.generate(prompts, **asked, **drafted) == whole
+    stop = whole[1][0][3:5]
+    cut = model.generate(prompts, **asked, **drafted, stop_strings=stop)
+    assert cut == model.generate(prompts, **asked, stop_strings=stop) != whole
+
+
+def test_a_smaller_model_drafts_for_one_of_the_same_vocabulary(model, tmp_path):
+    ids = [model.encode_prompt(text) for text in PROMPTS]
+    out = model.speculate(ids, *model.settings(), draft=model, num_draft_tokens=3, max_new_tokens=NEW)
+    assert int(out.rounds) < NEW and (out.accepted == out.drafted).all()
+    texts = [
+        model.continuation(row, new[:count])
+        for row, new, count in zip(ids, out.generation.tokens, out.generation.lengths, strict=True)
+    ]
+    assert texts == model.generate(PROMPTS, max_new_tokens=NEW)
+    assert texts == model.generate(PROMPTS, max_new_tokens=NEW, draft=model)
+
+    other = tiny.write_model(tmp_path)
+    tiny.write_vocabulary(tmp_path / "tok.bin", [*tiny.PIECES[:-1], "ba"])
+    with pytest.raises(InputError, match=r"another vocabulary: its token 287 is 'ba', and 'ab' in"):
+        model.generate("ab", max_new_tokens=NEW, draft=lj.load(other))
+
+
+@pytest.mark.parametrize("bits", [8])
+def test_smaller_weights_and_a_smaller_cache_write_text_of_the_model(path, model, bits):
+    small = lj.load(path, scan_layers=False, bits=bits)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(small.params))
+    assert held < sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) / 2
+    assert isinstance(small.generate("ab", max_new_tokens=NEW, cache_dtype="int8"), str)
+
+
+def test_rules_reach_the_text(model):
+    plain = model.generate("ab", max_new_tokens=NEW)
+    ids = [
+        token
+        for token, _ in model.stream_tokens(model.encode_prompt("ab"), *model.settings(), max_new_tokens=NEW)
+    ]
+    other = model.generate("ab", max_new_tokens=NEW, suppress_tokens=ids[:1])
+    assert other != plain
+    first = model.tokenizer.encode("q", add_bos=False)[-1]
+    assert model.generate("ab", max_new_tokens=NEW, forced_tokens=[first]).lstrip().startswith("q")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temprature": 1.0}, "setting 'temprature' is unknown; did you mean temperature?"),
+        ({"xyz": 1.0}, "setting 'xyz' is unknown; there are temperature, top_k"),
+        ({"num_beams": 3, "temperature": 0.5}, "temperature"),
+        ({"num_beams": 3, "stop_strings": "a"}, "stop_strings and num_beams do not go together"),
+        ({"num_beams": 3, "draft": lj.PromptLookup()}, "draft and num_beams do not go together"),
+        ({"draft": "prompt"}, "draft is a str; it must be"),
+        ({"draft": lj.PromptLookup(), "num_draft_tokens": 0}, "num_draft_tokens is 0"),
+        ({"num_return_sequences": 0}, "num_return_sequences is 0"),
+        ({"num_return_sequences": 1.5}, "num_return_sequences is 1.5"),
+        ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences is 3"),
+        ({"num_beams": 0}, "num_beams is 0"),
+        ({"stop_strings": [""]}, "stop_strings[0] is empty"),
+        ({"presence_penalty": 3.0}, "presence_penalty is 3.0"),
+        ({"suppress_tokens": [10**6]}, "suppress_tokens holds 1000000"),
+        ({"cache_dtype": "int2"}, "cache_dtype is 'int2'"),
+        ({"max_new_tokens": 10**6}, "the model's context has 32"),
+    ],
+)
+def test_says_what_cannot_work(model, settings, message):
+    with pytest.raises(InputError) as error:
+        model.generate("ab", **{"max_new_tokens": NEW, **settings})
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\x00", "a b\x7f"])
+def test_nul_and_control_characters_are_ordinary_text(model, text):
+    assert isinstance(model.generate(text, max_new_tokens=2), str)
+
+
+def test_a_lone_surrogate_is_refused_by_name(model):
+    with pytest.raises(lj.LlamaJaxError) as error:
+        model.generate("ab\ud800", max_new_tokens=2)
+    assert "surrogate" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_interrupted_stream_leaves_a_model_that_works(model):
+    """Closed in the middle, and broken off by an exception thrown in."""
+    whole = model.generate("ab", max_new_tokens=NEW)
+    stream = model.stream("ab", max_new_tokens=NEW)
+    begun = next(stream)
+    stream.close()
+    stream = model.stream("ab", max_new_tokens=NEW)
+    next(stream)
+    with pytest.raises(KeyboardInterrupt):
+        stream.throw(KeyboardInterrupt)
+    assert whole.startswith(begun) and model.generate("ab", max_new_tokens=NEW) == whole
+
+
+def test_load_refuses_other_numbers_of_bits(path):
+    with pytest.raises(InputError, match="bits is 3; it must be 8 or 4"):
+        lj.load(path, bits=3)

@@ -1,0 +1,1 @@
+"""Saving and restoring runs: Orbax behind one class, every file sealed by a checksum."""

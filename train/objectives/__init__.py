@@ -1,0 +1,1 @@
+"""From a batch to a loss: pretraining, SFT, preferences, reward models, heads."""
