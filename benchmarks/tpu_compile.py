@@ -39,15 +39,14 @@ KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 KERNEL_SHARE_OF_PEAK = 0.5
 
 
-def compile_step(run: Any, model: Any, topology: Topology) -> tuple[Any, int, float]:
-    """Compiles the step of a `RunConfig` that trains a `LlamaConfig`.
+def lower_step(run: Any, model: Any, topology: Topology) -> tuple[Any, int]:
+    """Lowers the step of a `RunConfig` that trains a `LlamaConfig`.
 
     Returns:
-      The compiled step, how many arrays its state has, and the seconds it took.
+      The step, a `jax.stages.Lowered`, and how many arrays its state has.
 
     Raises:
       ConfigError: if mesh, batch or model do not fit the slice.
-      InputError: if the step needs more memory than a chip has.
     """
     import jax
 
@@ -60,14 +59,30 @@ def compile_step(run: Any, model: Any, topology: Topology) -> tuple[Any, int, fl
     check_mesh(model, mesh)
     with use_mesh(mesh):
         check_batch(run.train.global_batch_size // run.train.gradient_accumulation_steps)
-    start = time.perf_counter()
     step, state, batch, frozen = build_step(run, model, mesh, "tpu")
+    with use_mesh(mesh):
+        return step.lower(state, batch, frozen), len(jax.tree.leaves(state))
+
+
+def compile_step(run: Any, model: Any, topology: Topology) -> tuple[Any, int, float]:
+    """`lower_step`, compiled.
+
+    Returns:
+      The compiled step, how many arrays its state has, and the seconds it took.
+
+    Raises:
+      ConfigError: if mesh, batch or model do not fit the slice.
+      InputError: if the step needs more memory than a chip has.
+    """
+    import jax
+
+    start = time.perf_counter()
+    lowered, leaves = lower_step(run, model, topology)
     try:
-        with use_mesh(mesh):
-            compiled = step.lower(state, batch, frozen).compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         raise InputError(_explain(str(error), run)) from None
-    return compiled, len(jax.tree.leaves(state)), time.perf_counter() - start
+    return compiled, leaves, time.perf_counter() - start
 
 
 def with_the_same_rows_a_chip(run: Any, topology: Topology) -> Any:

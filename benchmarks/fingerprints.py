@@ -1,0 +1,299 @@
+"""The fingerprint of a program: what it does, counted, with no name, number or place of its text in it.
+
+A program has two stages, which a refactoring leaves alone (after MaxText's hlo_diff_testing.md):
+
+    lowered    StableHLO as JAX hands it to XLA: the same on every machine
+    optimised  HLO as XLA compiles it: of one version of XLA, and possibly of one kind of processor
+
+A fingerprint is a dictionary of tables of whole numbers, ready for JSON. Functions that the text merely
+outlines (`func.call`, `call`) are counted where they are called, so that an inner `jit` is not seen, nor is
+XLA:CPU's cutting of an operation into parallel parts. Not seen at all: the inside of a TPU's own kernels.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks import tpu_hlo
+
+Table = dict[str, int]
+Fingerprint = dict[str, Table]
+
+# Opcodes whose results' bytes are told: products, and what moves or keeps data rather than computes.
+_LOWERED_BYTES = {
+    "concatenate",
+    "constant",
+    "convert",
+    "convolution",
+    "custom_call",
+    "dot_general",
+    "dynamic_slice",
+    "dynamic_update_slice",
+    "gather",
+    "pad",
+    "scatter",
+    "sort",
+    "transpose",
+    "while",  # the state that the loop carries
+}
+_OPTIMISED_BYTES = {
+    "concatenate",
+    "constant",
+    "convert",
+    "convolution",
+    "copy",
+    "copy-start",
+    "custom-call",
+    "dot",
+    "dynamic-slice",
+    "dynamic-update-slice",
+    "fusion",
+    "gather",
+    "scatter",
+    "sort",
+    "transpose",
+    "while",
+}
+# They name values and compute none. Of constants the arrays' bytes count: a table that was once an argument.
+_PLUMBING = {"parameter", "get-tuple-element", "tuple", "call", "constant"}
+_CALLS = (
+    "calls",
+    "to_apply",
+    "body",
+    "condition",
+    "branch_computations",
+    "true_computation",
+    "false_computation",
+    "called_computations",
+)
+_TENSOR = re.compile(r"tensor<((?:\d+x)*)([^,>]*(?:<\w+>)?)")
+_TILING = re.compile(r":[^}]*(?=\})")
+
+
+def of_lowered(lowered: Any) -> Fingerprint:
+    """The fingerprint of a `jax.stages.Lowered`: its StableHLO.
+
+    Tables: `ops`, opcode to count; `bytes`, of the results of some opcodes; `products`, operands and
+    contracted dimensions of each product to how often it stands there; `arguments` and `results`, types.
+    A loop's body counts once: its number of turns is not in the text.
+    """
+    functions = {
+        op.operation.attributes["sym_name"].value: op.operation
+        for op in lowered.compiler_ir("stablehlo").body.operations
+        if op.operation.name == "func.func"
+    }
+    tables = _tables("ops", "bytes", "products")
+    for op in _operations(functions, functions["main"]):
+        opcode = op.name.removeprefix("stablehlo.")
+        results = [_array(str(value.type)) for value in op.results]
+        if opcode in _LOWERED_BYTES:
+            tables["bytes"][opcode] += sum(size for kind, size in results if "[]" not in kind)
+        if opcode == "custom_call":
+            opcode += " " + op.attributes["call_target_name"].value
+        tables["ops"][opcode] += opcode != "constant"
+        if opcode == "dot_general":
+            operands = [_array(str(value.type))[0] for value in op.operands]
+            tables["products"][_product(operands, str(op.attributes["dot_dimension_numbers"]))] += 1
+    main = functions["main"].attributes["function_type"].value
+    tables["arguments"] = collections.Counter(_array(str(kind))[0] for kind in main.inputs)
+    tables["results"] = collections.Counter(_array(str(kind))[0] for kind in main.results)
+    return _without_zeros(tables)
+
+
+def of_compiled(compiled: Any) -> Fingerprint:
+    """The fingerprint of a `jax.stages.Compiled`: its optimised HLO, and the memory it asks for.
+
+    Tables: that of `of_text`, and `memory`, bytes of arguments, results and temporaries.
+    """
+    tables = of_text(compiled.as_text())
+    memory = compiled.memory_analysis()
+    parts = ("argument_size", "output_size", "alias_size", "temp_size", "peak_memory")
+    sizes = {part: getattr(memory, f"{part}_in_bytes", 0) for part in parts}
+    return tables | {"memory": {part: size for part, size in sizes.items() if size}}
+
+
+def of_text(text: str) -> Fingerprint:
+    """The fingerprint of optimised HLO.
+
+    Tables: `ops`, what runs, opcode to count, with a fusion's kind and a custom call's target; `fused`, the
+    same of what stands inside fusions and reductions; `bytes`, of the results of some opcodes, as often as
+    loops repeat them; `products`, operand types with their layouts and contracted dimensions; `arguments`,
+    types with layouts; `loops`, number of turns to how many loops have it; `collectives` and their bytes;
+    `whole`, numbers of the program as a whole.
+    """
+    module = tpu_hlo.parse(text)
+    tables = _tables("ops", "fused", "bytes", "products", "loops", "collectives", "arguments", "whole")
+    types = {name: {i.name: i.shape for i in lines} for name, lines in module.computations.items()}
+    seen_collective = False
+    for instruction, home, times, fused in _instructions(module, module.entry, 1, False):
+        opcode = instruction.opcode
+        seen_collective |= opcode.removesuffix("-start") in tpu_hlo.COLLECTIVES
+        if opcode == "while":
+            tables["loops"][_turns(module, instruction) or "unknown"] += 1
+        if opcode in ("dot", "convolution"):
+            names = re.findall(r"[\w.-]+", _between_parentheses(instruction.rest))
+            operands = [_plain(types[home][operand]) for operand in names if operand in types[home]]
+            tables["products"][_product(operands, instruction.rest)] += 1
+        if home == module.entry and opcode == "parameter":
+            tables["arguments"][_plain(instruction.shape)] += 1
+        tables["fused" if fused else "ops"][_kind(instruction)] += opcode not in _PLUMBING
+        if fused:
+            continue
+        if opcode in _OPTIMISED_BYTES:
+            tables["bytes"][_kind(instruction)] += times * _bytes(instruction)
+        tables["whole"]["estimated_cycles"] += times * (instruction.cycles or 0)
+    if seen_collective:  # only then are all loops known to have a bound
+        for one in tpu_hlo.collectives(module):
+            how = f"{one.kind} {one.dtype} of {one.group}{' async' if one.overlapped else ''}"
+            tables["collectives"][f"{how}, count"] += one.times
+            tables["collectives"][f"{how}, bytes"] += one.times * one.bytes
+    tables["whole"]["donated"] = len(tpu_hlo.donated(module))
+    return _without_zeros(tables)
+
+
+def differences(before: Mapping[str, Mapping[str, int]], after: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """The rows that are not the same in two fingerprints, `table: row: before -> after`."""
+    changed = []
+    for name in sorted({*before, *after}):
+        old, new = before.get(name, {}), after.get(name, {})
+        changed += [
+            f"{name}: {row}: {old.get(row, 0):,} -> {new.get(row, 0):,}"
+            for row in sorted({*old, *new})
+            if old.get(row, 0) != new.get(row, 0)
+        ]
+    return changed
+
+
+def _tables(*names: str) -> dict[str, collections.Counter[Any]]:
+    return {name: collections.Counter() for name in names}
+
+
+def _without_zeros(tables: Mapping[str, Mapping[Any, int]]) -> Fingerprint:
+    """The same as JSON has it: names are text, and what there is none of is left out."""
+    return {
+        name: {str(row): count for row, count in table.items() if count}
+        for name, table in tables.items()
+        if any(table.values())
+    }
+
+
+def _operations(functions: Mapping[str, Any], operation: Any) -> Iterator[Any]:
+    """Every operation inside one, those of called functions at each call."""
+    for region in operation.regions:
+        for block in region.blocks:
+            for view in block.operations:
+                inner = view.operation
+                if inner.name in ("func.call", "call"):
+                    yield from _operations(functions, functions[inner.attributes["callee"].value])
+                elif inner.name not in ("func.return", "stablehlo.return"):
+                    yield inner
+                    yield from _operations(functions, inner)
+
+
+def _array(kind: str) -> tuple[str, int]:
+    """An MLIR type as XLA writes it, and its bytes: `tensor<8x64xbf16>` is `bf16[8,64]`, 1024."""
+    found = _TENSOR.match(kind)
+    if found is None:
+        return kind, 0
+    dims = [int(size) for size in found[1].split("x")[:-1]]
+    element = re.sub(r"^i(?=\d)", "s", found[2].replace("ui", "u"))
+    bits = sum(map(int, re.findall(r"\d+", element)[:1])) * (2 if element.startswith("complex") else 1)
+    name = "pred" if element == "s1" else element
+    return f"{name}[{','.join(map(str, dims))}]", math.prod(dims) * max(bits, 8) // 8
+
+
+def _instructions(
+    module: tpu_hlo.Module, name: str, times: int, fused: bool
+) -> Iterator[tuple[tpu_hlo.Instruction, str, int, bool]]:
+    """(instruction, its computation, how often it runs, whether inside a fusion) of all that is reached.
+
+    Unlike `tpu_hlo.executed` it takes every branch, looks into fusions, and takes a loop that ends when the
+    data say so, as decoding does, for one turn.
+    """
+    for instruction in module.computations[name]:
+        yield instruction, name, times, fused
+        inside, turns = fused, 1
+        match instruction.opcode:
+            case "while":
+                turns = _turns(module, instruction) or 1
+            case "call" | "async-start" | "conditional":
+                pass
+            case _:
+                inside = True
+        callees = [
+            callee
+            for attribute in _CALLS
+            for callee in instruction.called(attribute)
+            if callee in module.computations
+        ]
+        for callee in callees:
+            yield from _instructions(module, callee, times * turns, inside)
+
+
+def _turns(module: tpu_hlo.Module, loop: tpu_hlo.Instruction) -> int | None:
+    """A loop's turns where the compiler knows them."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
+    if known:
+        return int(known[1])
+    try:
+        return tpu_hlo.trip_count(module, loop)
+    except ValueError:
+        return None
+
+
+def _kind(instruction: tpu_hlo.Instruction) -> str:
+    """The opcode, with what tells fusions and custom calls apart."""
+    opcode, rest = instruction.opcode, instruction.rest
+    if opcode == "fusion":
+        found = (re.search(r"\bkind=(\w+)", rest), re.search(r'"fusion_config":\{"kind":"(\w+)"', rest))
+        return " ".join([opcode, *(one[1] for one in found if one)])
+    if opcode == "custom-call" and (target := re.search(r'custom_call_target="([^"]*)"', rest)):
+        return f"{opcode} {target[1]}"
+    return opcode
+
+
+def _product(operands: Sequence[str], attributes: str) -> str:
+    """Operands and what of them is contracted: `f32[8,64] f32[64,32] contracting 1 x 0`.
+
+    A weight that is stored the other way round shows in the dimensions, or in a layout. TPU programs write
+    products as convolutions, whose labels say the same.
+    """
+    dims = {
+        (side, what): re.sub(r"\s", "", numbers)
+        for side, what, numbers in re.findall(
+            r"\b([lr])hs_(batch|contracting)\w* ?= ?[\[{]([\d, ]*)", attributes
+        )
+    }
+    words = [
+        f"{what} {dims.get(('l', what), '')} x {dims.get(('r', what), '')}"
+        for what in ("batch", "contracting")
+        if dims.get(("l", what))
+    ]
+    return " ".join([*operands, *words, *re.findall(r"\bdim_labels=[\w>-]+", attributes)])
+
+
+def _between_parentheses(text: str) -> str:
+    """What stands before the parenthesis that closes an instruction's operands."""
+    depth = 1
+    for place, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return text[:place]
+    return text
+
+
+def _plain(shape: str) -> str:
+    """A type with its layout, but for tiles and memory spaces."""
+    return _TILING.sub("", shape)
+
+
+def _bytes(instruction: tpu_hlo.Instruction) -> int:
+    """Of the arrays that it makes; the start of an asynchronous copy lists what it reads as well."""
+    sizes = [
+        int(math.prod(dims) * tpu_hlo.ITEM_BYTES.get(dtype, 1)) for dtype, dims in instruction.arrays if dims
+    ]
+    return max(sizes, default=0) if instruction.opcode.endswith("-start") else sum(sizes)
