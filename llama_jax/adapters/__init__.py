@@ -1,4 +1,4 @@
-"""Adapters of any kind by one set of functions: low-rank ones, bottlenecks and prefixes."""
+"""Parameter-efficient adapters behind one set of functions: LoRA, bottleneck adapters and prefix tuning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Settings = Lora | Bottleneck | Prefix
 
 
 def init(settings: Settings, config: LlamaConfig, params: Any, key: jax.Array) -> Any:
-    """An adapter to begin with, see `lora.init`, `bottleneck.init` and `prefix.init`."""
+    """Initializes an adapter; see `lora.init`, `bottleneck.init` and `prefix.init`."""
     match settings:
         case Lora():
             return lora.init(settings, params, key)
@@ -29,15 +29,15 @@ def init(settings: Settings, config: LlamaConfig, params: Any, key: jax.Array) -
 
 
 def attach(settings: Settings, params: Any, adapter: Any) -> Any:
-    """The parameters with an adapter on them, which every function of this library takes.
+    """Inserts an adapter into the parameter tree, for use as `params` in every function of this library.
 
     Args:
-      settings: what the adapter was made with.
-      params: the base, stacked or not.
+      settings: the adapter's settings.
+      params: the base parameters, layers stacked or not.
       adapter: the tree of `init`, stacked.
 
     Raises:
-      ConfigError: if the adapter's shapes are not those of this base.
+      ConfigError: if the adapter's shapes do not match the base's.
     """
     match settings:
         case Lora():
@@ -49,7 +49,7 @@ def attach(settings: Settings, params: Any, adapter: Any) -> Any:
 
 
 def check(settings: Settings, config: LlamaConfig, adapter: Any) -> None:
-    """Checks by shapes alone that an adapter belongs to a model.
+    """Checks, from shapes alone, that an adapter fits a model.
 
     Raises:
       ConfigError: if it does not.
@@ -59,13 +59,13 @@ def check(settings: Settings, config: LlamaConfig, adapter: Any) -> None:
 
 
 def merge(params: Any) -> Any:
-    """Attached parameters as plain ones, see `lora.merge`.
+    """Merges attached adapters into the weights, see `lora.merge`.
 
     Raises:
-      InputError: for what is no change of weights: prefixes, bottlenecks, adapters chosen by row.
+      InputError: for adapters that are not a weight update: prefixes, bottlenecks, per-row adapters.
     """
     layer, _ = layer_trees.first_layer(params)
     for name in ("prefix", "bottleneck"):
-        if any(name in layer[part] for part in bottleneck.PARTS):
+        if any(name in layer[sublayer] for sublayer in bottleneck.SUBLAYERS):
             raise InputError(f"a {name} cannot be merged into weights; keep it attached")
     return lora.merge(params)

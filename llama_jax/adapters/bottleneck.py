@@ -1,7 +1,7 @@
 """Bottleneck adapters as tree functions: init / attach / split (Houlsby et al., arXiv 1902.00751).
 
-A small network stands behind each layer's attention, feed-forward network, or both: y + up f(down y). It is
-not linear, so there is no `merge`. See `lora` for how adapters and parameters go together.
+A residual two-layer network, y + f(y down) up, follows each layer's attention, feed-forward network, or both.
+It is not linear, so there is no `merge`. See `lora` for how adapters and parameters fit together.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from llama_jax.adapters import layer_trees
 from llama_jax.errors import ConfigError
 from llama_jax.ops.adapted import Activation, Network
 
-PARTS = ("attention", "feed_forward")  # behind which a network may stand
+SUBLAYERS = ("attention", "feed_forward")  # that can have an adapter
 
 
 @dataclasses.dataclass(frozen=True)
 class Bottleneck:
-    """What an adapter looks like.
+    """Settings of a bottleneck adapter.
 
     Attributes:
-      size: M, the width of each network's middle.
-      target_modules: patterns of `attention` and `feed_forward`, behind which a network stands; both by default, as
-        in the paper.
-      activation: what f is; `silu` by default, as in the model itself.
+      size: M, the bottleneck dimension.
+      target_modules: patterns that match `attention` or `feed_forward`, the adapted sublayers; both by
+        default, as in the paper.
+      activation: f; `silu` by default, as in the model itself.
 
     Raises:
-      ConfigError: for a size that cannot work, an unknown activation, or a pattern that matches nothing.
+      ConfigError: for an invalid size, an unknown activation, or a pattern that matches nothing.
     """
 
     size: int = 64
@@ -52,35 +52,37 @@ class Bottleneck:
             raise ConfigError(
                 f"activation {self.activation!r} is unknown; use one of {', '.join(get_args(Activation))}"
             )
-        _ = self.parts
+        _ = self.sublayers
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """Behind which parts of a layer a network stands.
+    def sublayers(self) -> tuple[str, ...]:
+        """The sublayers that get an adapter.
 
         Raises:
           ConfigError: for a pattern that matches none.
         """
         for pattern in self.target_modules:
-            if not fnmatch.filter(PARTS, pattern):
-                close = difflib.get_close_matches(str(pattern), PARTS, n=1)
-                meant = f"; did you mean {close[0]}?" if close else ""
+            if not fnmatch.filter(SUBLAYERS, pattern):
+                close = difflib.get_close_matches(str(pattern), SUBLAYERS, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
                 raise ConfigError(
-                    f"adapter.target_modules: {pattern!r} matches no part of a layer{meant} (a bottleneck "
-                    f"stands behind {' or '.join(PARTS)})"
+                    f"adapter.target_modules: {pattern!r} matches no sublayer{hint} (a bottleneck adapter "
+                    f"follows {' or '.join(SUBLAYERS)})"
                 )
-        chosen = tuple(part for part in PARTS if any(fnmatch.fnmatch(part, p) for p in self.target_modules))
-        if not chosen:
-            raise ConfigError(f"adapter.target_modules is empty; give {' or '.join(PARTS)}, or both")
-        return chosen
+        matched = tuple(
+            name for name in SUBLAYERS if any(fnmatch.fnmatch(name, p) for p in self.target_modules)
+        )
+        if not matched:
+            raise ConfigError(f"adapter.target_modules is empty; give {' or '.join(SUBLAYERS)}, or both")
+        return matched
 
 
 def init(settings: Bottleneck, params: Any, key: jax.Array) -> Any:
-    """An adapter that changes nothing yet: `down` uniform in +-1 / sqrt(D), all else zero.
+    """Initializes an adapter to the identity: `down` uniform in +-1 / sqrt(D), all else zero.
 
     Args:
-      settings: where networks stand, and how wide they are.
-      params: the base, layers stacked; laid out over the current mesh, if there is one.
+      settings: the sublayers that get an adapter, and its size.
+      params: the base parameters, layers stacked; sharded over the current mesh, if there is one.
       key: a key from `jax.random.key`.
 
     Returns:
@@ -93,74 +95,77 @@ def init(settings: Bottleneck, params: Any, key: jax.Array) -> Any:
     layer_trees.require_stacked(params)
     layers, width = params["layers"]["attention_norm"]["scale"].shape
     bound, size = 1 / math.sqrt(width), settings.size
-    made = {}
-    for part in settings.parts:
-        own = jax.random.fold_in(key, PARTS.index(part))
-        made[part] = {
-            "down": jax.random.uniform(own, (layers, width, size), jnp.float32, -bound, bound),
+    adapter = {}
+    for sublayer in settings.sublayers:
+        sublayer_key = jax.random.fold_in(key, SUBLAYERS.index(sublayer))
+        adapter[sublayer] = {
+            "down": jax.random.uniform(sublayer_key, (layers, width, size), jnp.float32, -bound, bound),
             "down_bias": jnp.zeros((layers, size), jnp.float32),
             "up": jnp.zeros((layers, size, width), jnp.float32),
             "up_bias": jnp.zeros((layers, width), jnp.float32),
         }
-    return _laid_out({"layers": made})
+    return _shard({"layers": adapter})
 
 
 def attach(settings: Bottleneck, params: Any, adapter: Any) -> Any:
-    """The parameters with an adapter, a `Network` in each layer's part that has one.
+    """Inserts an adapter into the parameter tree: a `Network` under `bottleneck` in each adapted sublayer.
 
     Args:
-      settings: what the adapter was made with.
-      params: the base, stacked or not.
+      settings: the adapter's settings.
+      params: the base parameters, layers stacked or not.
       adapter: the tree of `init`, stacked.
 
     Raises:
-      ConfigError: if the adapter's shapes are not those of this base.
+      ConfigError: if the adapter's shapes do not match the base's.
     """
     check(params, adapter)
-    adapter = _laid_out(adapter)
+    adapter = _shard(adapter)
 
-    def put(layer: Any, own: Any) -> Any:
-        networks = {part: Network(**leaf, activation=settings.activation) for part, leaf in own.items()}
-        return {**layer, **{part: {**layer[part], "bottleneck": net} for part, net in networks.items()}}
+    def attach_layer(layer: Any, adapter: Any) -> Any:
+        networks = {
+            name: Network(**leaves, activation=settings.activation) for name, leaves in adapter.items()
+        }
+        return {**layer, **{name: {**layer[name], "bottleneck": net} for name, net in networks.items()}}
 
-    return layer_trees.put(params, adapter, put)
+    return layer_trees.map_layers(attach_layer, params, adapter)
 
 
 def split(params: Any) -> tuple[Any, Any]:
-    """Takes attached parameters apart: the base, and the adapter with its layers as the base's are."""
+    """Splits attached parameters into the base and the adapter, which is stacked if the base is."""
 
-    def apart(layer: Any) -> tuple[Any, Any]:
-        base, own = dict(layer), {}
-        for part in PARTS:
-            if (network := layer[part].get("bottleneck")) is not None:
-                base[part] = {name: leaf for name, leaf in layer[part].items() if name != "bottleneck"}
-                own[part] = {name: getattr(network, name) for name in ("down", "down_bias", "up", "up_bias")}
-        return base, own
+    def split_layer(layer: Any) -> tuple[Any, Any]:
+        base, adapter = dict(layer), {}
+        for sublayer in SUBLAYERS:
+            base[sublayer] = dict(layer[sublayer])
+            if (network := base[sublayer].pop("bottleneck", None)) is not None:
+                leaves = ("down", "down_bias", "up", "up_bias")
+                adapter[sublayer] = {name: getattr(network, name) for name in leaves}
+        return base, adapter
 
-    return layer_trees.take(params, apart)
+    return layer_trees.split_layers(split_layer, params)
 
 
 def check(params: Any, adapter: Any) -> None:
-    """Checks by shapes alone that an adapter belongs to a base.
+    """Checks, from shapes alone, that an adapter fits the base parameters.
 
     Raises:
-      ConfigError: naming the first part that does not fit.
+      ConfigError: naming the first sublayer that does not fit.
     """
     layer, count = layer_trees.first_layer(params)
-    want = (count, layer["attention_norm"]["scale"].shape[-1])
-    for part, leaf in adapter["layers"].items():
-        found = leaf["down"].shape[:2]
-        if found != want:
+    expected = (count, layer["attention_norm"]["scale"].shape[-1])
+    for sublayer, leaves in adapter["layers"].items():
+        found = leaves["down"].shape[:2]
+        if found != expected:
             raise ConfigError(
-                f"the adapter is for another model: behind {part} it has {found[0]} layers of width "
-                f"{found[1]}, the base {want[0]} of {want[1]}; give its own base"
+                f"the adapter is for another model: its {sublayer} has {found[0]} layers of width {found[1]}"
+                f", the base model {expected[0]} of {expected[1]}; use the base model it was trained on"
             )
 
 
-def _laid_out(adapter: Any) -> Any:
+def _shard(adapter: Any) -> Any:
     specs = {"down": sharding.BOTTLENECK_DOWN_DM, "up": sharding.BOTTLENECK_UP_MD}
 
-    def lay(leaf: Any) -> Any:
-        return {name: sharding.constrain(x, P(None, *specs.get(name, (None,)))) for name, x in leaf.items()}
+    def constrain(leaves: Any) -> Any:
+        return {name: sharding.constrain(x, P(None, *specs.get(name, (None,)))) for name, x in leaves.items()}
 
-    return {"layers": {part: lay(leaf) for part, leaf in adapter["layers"].items()}}
+    return {"layers": {sublayer: constrain(leaves) for sublayer, leaves in adapter["layers"].items()}}

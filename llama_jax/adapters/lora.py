@@ -1,9 +1,9 @@
 """Low-rank adapters as tree functions: init / attach / split / merge (LoRA, arXiv 2106.09685).
 
-An adapter is a small tree beside the parameters: for each chosen matrix `a` [L, I, r] and `b` [L, r, O], over
-its inputs and outputs each taken as one dimension. `attach` puts both into the parameter tree, where every
-function of this library takes them as it takes plain weights; gradients, optimizers and checkpoints are
-handed the adapter alone. The base may be of any precision, quantised too.
+An adapter is a separate pytree: for each target matrix `a` [L, I, r] and `b` [L, r, O], where I and O are the
+matrix's input and output dimensions, each flattened to one. `attach` inserts it into the parameter tree,
+where every function of this library takes it in place of plain weights; gradients, optimizers and checkpoints
+see the adapter alone. The base may have any dtype, or be quantized.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,18 +28,18 @@ from llama_jax.ops.quantization import SUMMED, Quantized
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """What an adapter looks like.
+    """Settings of a LoRA adapter.
 
     Attributes:
-      rank: r, the rank of what is learned.
-      alpha: the learned product a b counts alpha / rank times; times alpha / sqrt(rank) with `rslora`.
-      target_modules: patterns of the matrices that get one, such as `wq`, `attention.*`, `w_*` or Hugging Face's
+      rank: r, the rank of the weight update a b.
+      alpha: the weight update is scaled by alpha / rank; with `rslora` by alpha / sqrt(rank).
+      target_modules: patterns of the matrices to adapt, such as `wq`, `attention.*`, `w_*` or Hugging Face's
         `q_proj`; all seven by default, as QLoRA recommends.
-      rslora: rank-stabilised scaling (arXiv 2312.03732).
-      dora: weight-decomposed adapters (arXiv 2402.09353): each output also learns its magnitude.
+      rslora: rank-stabilized scaling (arXiv 2312.03732).
+      dora: weight-decomposed adapters (arXiv 2402.09353): the magnitude of each output is learned too.
 
     Raises:
-      ConfigError: for a rank or alpha that cannot work, or a pattern that matches no matrix.
+      ConfigError: for an invalid rank or alpha, or a pattern that matches no matrix.
     """
 
     rank: int = 8
@@ -58,250 +58,238 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """How much the learned product counts."""
+        """The scaling factor of the weight update."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @property
     def matrices(self) -> tuple[str, ...]:
-        """The names of the matrices that get an adapter.
+        """The names of the adapted matrices.
 
         Raises:
           ConfigError: for a pattern that matches none.
         """
-        return matching(self.target_modules)
+        return match_projections(self.target_modules)
 
 
-def matching(patterns: Sequence[str], where: str = "adapter.target_modules") -> tuple[str, ...]:
+def match_projections(patterns: Sequence[str]) -> tuple[str, ...]:
     """The names of the matrices that any of the patterns matches, in the order of `PROJECTIONS`.
 
     Raises:
       ConfigError: if there is no pattern, or one matches none.
     """
-    chosen = set()
+    matched = set()
     for pattern in patterns:
-        found = {name for name, names in _spelled().items() if fnmatch.filter(names, pattern)}
+        found = {name for name, names in _projection_names().items() if fnmatch.filter(names, pattern)}
         if not found:
-            known = [name for names in _spelled().values() for name in (names[0], names[-1])]
+            known = [name for names in _projection_names().values() for name in (names[0], names[-1])]
             close = difflib.get_close_matches(str(pattern), known, n=1)
-            meant = f"; did you mean {close[0]}?" if close else ""
+            hint = f"; did you mean {close[0]}?" if close else ""
             raise ConfigError(
-                f"{where}: {pattern!r} matches no projection{meant} (they are {', '.join(PROJECTIONS)}; or, "
-                f"as Hugging Face calls them, {', '.join(hf for _, hf in PROJECTIONS.values())})"
+                f"adapter.target_modules: {pattern!r} matches no projection{hint} (use "
+                f"{', '.join(PROJECTIONS)}, or Hugging Face's names "
+                f"{', '.join(hf for _, hf in PROJECTIONS.values())})"
             )
-        chosen |= found
-    if not chosen:
-        raise ConfigError(f"{where} is empty; give patterns such as 'wq' or 'attention.*'")
-    return tuple(name for name in PROJECTIONS if name in chosen)
+        matched |= found
+    if not matched:
+        raise ConfigError("adapter.target_modules is empty; give patterns such as 'wq' or 'attention.*'")
+    return tuple(name for name in PROJECTIONS if name in matched)
 
 
-def _spelled() -> dict[str, list[str]]:
+def _projection_names() -> dict[str, list[str]]:
+    """For each projection, all names that a pattern can match."""
     return {
-        name: [name, f"{part}.{name}", f"layers.{part}.{name}", hf]
-        for name, (part, hf) in PROJECTIONS.items()
+        name: [name, f"{sublayer}.{name}", f"layers.{sublayer}.{name}", hf]
+        for name, (sublayer, hf) in PROJECTIONS.items()
     }
 
 
 def init(settings: Lora, params: Any, key: jax.Array) -> Any:
-    """An adapter that changes nothing yet: `a` uniform in +-1 / sqrt(I), `b` zero.
+    """Initializes an adapter to a zero weight update: `a` uniform in +-1 / sqrt(I), `b` zero.
 
     Args:
-      settings: which matrices, and what rank.
-      params: the base, layers stacked; laid out over the current mesh, if there is one.
+      settings: the matrices to adapt, and the rank.
+      params: the base parameters, layers stacked; sharded over the current mesh, if there is one.
       key: a key from `jax.random.key`.
 
     Returns:
       `{"layers": {"attention": {"wq": {"a": f32 [L, I, r], "b": f32 [L, r, O]}, ...}, ...}}`, with DoRA
-      also `magnitude` f32 [L, O]; laid out as the base's inputs and outputs are.
+      also `magnitude` f32 [L, O]; sharded as the base's input and output dimensions are.
 
     Raises:
       InputError: if layers are not stacked.
     """
     layer_trees.require_stacked(params)
-    made: dict[str, Any] = {}
+    adapter: dict[str, Any] = {}
     for name in settings.matrices:
-        part = PROJECTIONS[name][0]
-        weight = params["layers"][part][name]
+        sublayer = PROJECTIONS[name][0]
+        weight = params["layers"][sublayer][name]
         layers, inputs, outputs = _sizes(weight, name)
-        into, out = specs(name)
+        a_spec, b_spec = specs(name)
         bound = 1 / math.sqrt(inputs)
-        # One key for each name, so that choosing other matrices changes none of these.
-        own = jax.random.fold_in(key, list(PROJECTIONS).index(name))
-        a = jax.random.uniform(own, (layers, inputs, settings.rank), jnp.float32, -bound, bound)
-        leaf = {
-            "a": sharding.constrain(a, P(None, *into)),
-            "b": sharding.constrain(jnp.zeros((layers, settings.rank, outputs), jnp.float32), P(None, *out)),
+        # A key per name: the initial values do not depend on which other matrices are adapted.
+        matrix_key = jax.random.fold_in(key, list(PROJECTIONS).index(name))
+        a = jax.random.uniform(matrix_key, (layers, inputs, settings.rank), jnp.float32, -bound, bound)
+        b = jnp.zeros((layers, settings.rank, outputs), jnp.float32)
+        leaves = {
+            "a": sharding.constrain(a, P(None, *a_spec)),
+            "b": sharding.constrain(b, P(None, *b_spec)),
         }
         if settings.dora:
             norms = jax.vmap(lambda w, n=inputs: jnp.linalg.norm(inputs_by_outputs(w, n), axis=0))(weight)
-            leaf["magnitude"] = sharding.constrain(norms, P(None, out[1]))
-        made.setdefault(part, {})[name] = leaf
-    return {"layers": made}
+            leaves["magnitude"] = sharding.constrain(norms, P(None, b_spec[1]))
+        adapter.setdefault(sublayer, {})[name] = leaves
+    return {"layers": adapter}
 
 
 def attach(settings: Lora, params: Any, adapter: Any) -> Any:
-    """The parameters with an adapter, `Adapted` in the place of each matrix that has one.
+    """Inserts an adapter into the parameter tree: an `Adapted` in place of each adapted matrix.
 
     Args:
-      settings: what the adapter was made with.
-      params: the base, stacked or not.
+      settings: the adapter's settings.
+      params: the base parameters, layers stacked or not.
       adapter: the tree of `init`, stacked.
 
     Raises:
-      ConfigError: if the adapter's shapes are not those of this base.
+      ConfigError: if the adapter's shapes do not match the base's.
     """
     check(params, adapter)
 
-    def put(layer: Any, own: Any) -> Any:
-        made = dict(layer)
-        for part, matrices in own.items():
-            made[part] = dict(layer[part])
-            for name, leaf in matrices.items():
-                scale = jnp.full(leaf["a"].shape[:-2], settings.scale, jnp.float32)
-                made[part][name] = Adapted(layer[part][name], **leaf, scale=scale, name=name)
-        return made
+    def add_scale(leaves: Any) -> Any:
+        return {**leaves, "scale": jnp.full(leaves["a"].shape[:-2], settings.scale, jnp.float32)}
 
-    return layer_trees.put(params, adapter, put)
+    scaled = {
+        sublayer: {name: add_scale(leaves) for name, leaves in matrices.items()}
+        for sublayer, matrices in adapter["layers"].items()
+    }
+    return layer_trees.map_layers(_attach_layer, params, {"layers": scaled})
+
+
+def _attach_layer(layer: Any, adapter: Any) -> Any:
+    adapted = {
+        sublayer: {
+            name: Adapted(layer[sublayer][name], **leaves, name=name) for name, leaves in matrices.items()
+        }
+        for sublayer, matrices in adapter.items()
+    }
+    return {**layer, **{sublayer: {**layer[sublayer], **adapted[sublayer]} for sublayer in adapted}}
 
 
 def split(params: Any) -> tuple[Any, Any]:
-    """Takes attached parameters apart: the base, and the adapter with its layers as the base's are."""
-    base = jax.tree.map(lambda w: w.base if isinstance(w, Adapted) else w, params, is_leaf=_is_adapted)
+    """Splits attached parameters into the base and the adapter, which is stacked if the base is."""
 
-    def taken(layer: Any) -> Any:
-        parts = {}
-        for part, matrices in layer.items():
-            held = {name: _leaves(w) for name, w in matrices.items() if isinstance(w, Adapted)}
-            if held:
-                parts[part] = held
-        return parts
+    def split_layer(layer: Any) -> tuple[Any, Any]:
+        base, adapter = {}, {}
+        for sublayer, matrices in layer.items():
+            base[sublayer] = {name: w.base if isinstance(w, Adapted) else w for name, w in matrices.items()}
+            adapted = {name: _adapter_leaves(w) for name, w in matrices.items() if isinstance(w, Adapted)}
+            if adapted:
+                adapter[sublayer] = adapted
+        return base, adapter
 
-    return base, layer_trees.take(params, lambda layer: (None, taken(layer)))[1]
+    return layer_trees.split_layers(split_layer, params)
 
 
 def merge(params: Any) -> Any:
-    """Attached parameters as plain ones: W + scale a b, and with DoRA each output at its magnitude.
+    """Merges the adapter into the weights: W + scale a b, with DoRA rescaled to each output's magnitude.
 
-    A quantised base is merged in its compute dtype.
+    A quantized base becomes plain weights in its compute dtype.
 
     Raises:
-      InputError: where rows have adapters of their own.
+      InputError: for per-row adapters (`attach_rows`).
     """
 
-    def one(weight: Adapted) -> Any:
-        if weight.rows is not None:
-            raise InputError("several adapters, chosen by row, cannot be merged into one set of weights")
+    def merge_matrix(weight: Adapted) -> Any:
         base = weight.base
         delta = jnp.einsum("ir,ro->io", weight.a, weight.b, precision="highest")
         full = inputs_by_outputs(base, weight.a.shape[0]) + weight.scale * delta
         if weight.magnitude is not None:
             full = full * (weight.magnitude / jnp.linalg.norm(full, axis=0))
-        # Back to the matrix's own dimensions, laid out as it was.
         spec = sharding.out_sharding(sharding.LAYER_SPECS[PROJECTIONS[weight.name][0]][weight.name])
         return jnp.reshape(full, base.shape, out_sharding=spec).astype(base.dtype)
 
-    def layer(tree: Any, stacked: bool) -> Any:
-        made = dict(tree)
-        for part, matrices in tree.items():
-            made[part] = {
-                name: (jax.vmap(one) if stacked else one)(w) if isinstance(w, Adapted) else w
-                for name, w in matrices.items()
-            }
-        return made
+    def merge_leaf(weight: Any) -> Any:
+        if not isinstance(weight, Adapted):
+            return weight
+        if weight.rows is not None:
+            raise InputError("per-row adapters cannot be merged into one set of weights; attach one adapter")
+        return jax.vmap(merge_matrix)(weight) if weight.scale.ndim else merge_matrix(weight)
 
-    layers = params["layers"]
-    if isinstance(layers, Mapping):
-        return {**params, "layers": layer(layers, True)}
-    return {**params, "layers": tuple(layer(tree, False) for tree in layers)}
+    return jax.tree.map(merge_leaf, params, is_leaf=lambda x: isinstance(x, Adapted))
 
 
 def attach_rows(params: Any, adapters: Sequence[tuple[Lora, Any]], rows: jax.Array) -> Any:
-    """Parameters with several adapters, each row of a batch having its own.
+    """Inserts several adapters into the parameter tree, one for each row of a batch.
 
     Args:
-      params: the base, stacked or not.
-      adapters: settings and tree of each; of any ranks and matrices, none with DoRA.
-      rows: int [B], the adapter of each row; -1 is none.
+      params: the base parameters, layers stacked or not.
+      adapters: settings and tree of each, of any rank and target matrices; without DoRA.
+      rows: int [B], the index of each row's adapter; -1 is none.
 
     Raises:
-      InputError: for no adapter, or one with DoRA.
-      ConfigError: if an adapter is of another model.
+      InputError: if there is no adapter, or one has DoRA.
+      ConfigError: if an adapter is for another model.
     """
     if not adapters:
         raise InputError("there are no adapters; give a list of (settings, adapter)")
     if any(settings.dora for settings, _ in adapters):
-        raise InputError("an adapter with DoRA cannot be chosen by row; merge it into weights of its own")
+        raise InputError(
+            "an adapter with DoRA cannot be applied per row; merge it into its own copy of the weights"
+        )
     for _, adapter in adapters:
         check(params, adapter)
     rank = max(settings.rank for settings, _ in adapters)
-    layers = params["layers"]
-    stacked = isinstance(layers, Mapping)
-    count = jax.tree.leaves(layers)[0].shape[0] if stacked else len(layers)
-    rows = jnp.where(rows < 0, len(adapters), rows).astype(jnp.int32)  # the last one is all zeros
-    made: dict[str, Any] = {}
-    for name, (part, _) in PROJECTIONS.items():
-        held = [adapter["layers"].get(part, {}).get(name) for _, adapter in adapters]
-        like = next((leaf for leaf in held if leaf is not None), None)
+    _, num_layers = layer_trees.first_layer(params)
+    rows = jnp.where(rows < 0, len(adapters), rows).astype(jnp.int32)  # the last adapter is all zeros
+    scale = jnp.array([*(settings.scale for settings, _ in adapters), 0.0], jnp.float32)
+    combined: dict[str, Any] = {}
+    for name, (sublayer, _) in PROJECTIONS.items():
+        found = [adapter["layers"].get(sublayer, {}).get(name) for _, adapter in adapters]
+        like = next((leaves for leaves in found if leaves is not None), None)
         if like is None:
             continue
         zero = {key: jnp.zeros_like(like[key]) for key in ("a", "b")}
-        several = [leaf or zero for leaf in held] + [zero]
-        scales = [settings.scale for settings, _ in adapters] + [0.0]
-        made.setdefault(part, {})[name] = {
-            "a": jnp.stack([_padded(leaf["a"], 2, rank) for leaf in several], axis=1),
-            "b": jnp.stack([_padded(leaf["b"], 1, rank) for leaf in several], axis=1),
-            "scale": jnp.broadcast_to(jnp.array(scales, jnp.float32), (count, len(scales))),
-            "rows": jnp.broadcast_to(rows, (count, *rows.shape)),
+        padded = [leaves or zero for leaves in found] + [zero]
+        combined.setdefault(sublayer, {})[name] = {
+            "a": jnp.stack([_pad(leaves["a"], 2, rank) for leaves in padded], axis=1),
+            "b": jnp.stack([_pad(leaves["b"], 1, rank) for leaves in padded], axis=1),
+            "scale": jnp.broadcast_to(scale, (num_layers, *scale.shape)),
+            "rows": jnp.broadcast_to(rows, (num_layers, *rows.shape)),
         }
-
-    def put(layer: Any, chosen: Any) -> Any:
-        return {
-            part: {
-                name: Adapted(w, **chosen[part][name], name=name) if name in chosen.get(part, {}) else w
-                for name, w in matrices.items()
-            }
-            for part, matrices in layer.items()
-        }
-
-    if stacked:
-        return {**params, "layers": put(layers, made)}
-    each = (jax.tree.map(lambda x, i=i: x[i], made) for i in range(count))
-    return {**params, "layers": tuple(put(layer, own) for layer, own in zip(layers, each, strict=True))}
+    return layer_trees.map_layers(_attach_layer, params, {"layers": combined})
 
 
 def check(params: Any, adapter: Any) -> None:
-    """Checks by shapes alone that an adapter belongs to a base.
+    """Checks, from shapes alone, that an adapter fits the base parameters.
 
     Raises:
       ConfigError: naming the first matrix that does not fit.
     """
-    layers = params["layers"]
-    first = layers if isinstance(layers, Mapping) else layers[0]
-    for part, matrices in adapter["layers"].items():
-        for name, leaf in matrices.items():
-            weight = first.get(part, {}).get(name)
+    layer, num_layers = layer_trees.first_layer(params)
+    for sublayer, matrices in adapter["layers"].items():
+        for name, leaves in matrices.items():
+            weight = layer.get(sublayer, {}).get(name)
             if weight is None:
-                raise ConfigError(f"the adapter has {part}.{name}, which the model lacks; give its own base")
-            count, inputs, outputs = _sizes(weight, name)
-            want = (count if isinstance(layers, Mapping) else len(layers), inputs, outputs)
-            found = (leaf["a"].shape[0], leaf["a"].shape[1], leaf["b"].shape[2])
-            if want != found:
                 raise ConfigError(
-                    f"the adapter is for another model: {part}.{name} has {found[0]} layers of {found[1]} x "
-                    f"{found[2]}, the base's {want[0]} of {want[1]} x {want[2]}; give its own base"
+                    f"the adapter has {sublayer}.{name}, which the base model lacks; use the base model it "
+                    "was trained on"
+                )
+            expected = (num_layers, *_sizes(weight, name)[1:])
+            found = (leaves["a"].shape[0], leaves["a"].shape[1], leaves["b"].shape[2])
+            if expected != found:
+                raise ConfigError(
+                    f"the adapter is for another model: {sublayer}.{name} has {found[0]} layers of {found[1]}"
+                    f" x {found[2]}, the base model's {expected[0]} of {expected[1]} x {expected[2]}; use the"
+                    " base model it was trained on"
                 )
 
 
-def _is_adapted(x: Any) -> bool:
-    return isinstance(x, Adapted)
-
-
-def _leaves(weight: Adapted) -> dict[str, jax.Array]:
-    held = {"a": weight.a, "b": weight.b}
-    return held if weight.magnitude is None else {**held, "magnitude": weight.magnitude}
+def _adapter_leaves(weight: Adapted) -> dict[str, jax.Array]:
+    leaves = {"a": weight.a, "b": weight.b}
+    return leaves if weight.magnitude is None else {**leaves, "magnitude": weight.magnitude}
 
 
 def _sizes(weight: Any, name: str) -> tuple[int, int, int]:
-    """Layers (1 where they are not stacked), inputs and outputs of a matrix."""
+    """Number of layers (1 if not stacked), input dimension and output dimension of a matrix."""
     summed = SUMMED[name]
     if isinstance(weight, Quantized):
         shape, lead = weight.shape, weight.scale.shape[:-2]
@@ -312,5 +300,5 @@ def _sizes(weight: Any, name: str) -> tuple[int, int, int]:
     return math.prod(lead), inputs, math.prod(shape) // inputs
 
 
-def _padded(x: jax.Array, axis: int, size: int) -> jax.Array:
+def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.pad(x, [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)])

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: nothing is changed at the start, and the adapter alone has a gradient, on any mesh."""
+"""Bottleneck adapters: initialization is the identity; gradients on a mesh equal those of one device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ import llama_jax as lj
 from llama_jax import adapters
 from llama_jax.adapters import bottleneck
 from llama_jax.errors import ConfigError, InputError
-from tests.adapters.adapted import CONFIG, base, check_gradients_on_a_mesh, some_tokens, trained
+from llama_jax.ops import linear
+from llama_jax.ops.adapted import Network
+from tests.adapters.adapted import (
+    CONFIG,
+    base_params,
+    check_gradients_on_a_mesh,
+    random_adapter,
+    random_tokens,
+)
 
 KINDS = {
     "houlsby": bottleneck.Bottleneck(8),
@@ -22,22 +30,22 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def params():
-    return base()
+    return base_params()
 
 
 @pytest.fixture(scope="module")
 def tokens():
-    return some_tokens()
+    return random_tokens()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_new_adapter_changes_nothing(kind, params, tokens):
+def test_an_initialized_adapter_is_the_identity(kind, params, tokens):
     attached = bottleneck.attach(KINDS[kind], params, bottleneck.init(KINDS[kind], params, jax.random.key(0)))
     np.testing.assert_array_equal(lj.forward(CONFIG, attached, tokens), lj.forward(CONFIG, params, tokens))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_what_the_paper_says(kind):
+def test_the_forward_pass_matches_the_paper(kind):
     settings = KINDS[kind]
     keys = iter(jax.random.split(jax.random.key(0), 5))
     sizes = {
@@ -48,19 +56,19 @@ def test_it_is_what_the_paper_says(kind):
     }
     leaves = {name: jax.random.normal(next(keys), np.atleast_1d(size)) for name, size in sizes.items()}
     y = jax.random.normal(next(keys), (2, 3, 64))
-    found = bottleneck.through(bottleneck.Network(**leaves, activation=settings.activation), y)
-    inner = np.asarray(y) @ leaves["down"] + leaves["down_bias"]
-    middle = {
+    found = linear.through(Network(**leaves, activation=settings.activation), y)
+    pre_activation = np.asarray(y) @ leaves["down"] + leaves["down_bias"]
+    hidden = {
         "silu": lambda x: x / (1 + np.exp(-x)),
         "relu": lambda x: np.maximum(x, 0),
         "gelu": lambda x: x * 0.5 * (1 + jax.lax.erf(x / np.sqrt(2))),
-    }[settings.activation](inner)
-    np.testing.assert_allclose(found, y + middle @ leaves["up"] + leaves["up_bias"], rtol=2e-5, atol=2e-4)
+    }[settings.activation](pre_activation)
+    np.testing.assert_allclose(found, y + hidden @ leaves["up"] + leaves["up_bias"], rtol=2e-5, atol=2e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_split_takes_apart_what_attach_put_together(kind, params):
-    adapter = trained(KINDS[kind], params)
+def test_split_is_the_inverse_of_attach(kind, params):
+    adapter = random_adapter(KINDS[kind], params)
     plain, found = bottleneck.split(bottleneck.attach(KINDS[kind], params, adapter))
     jax.tree.map(np.testing.assert_array_equal, (plain, found), (params, adapter))
     plain, found = bottleneck.split(bottleneck.attach(KINDS[kind], lj.unstack(params), adapter))
@@ -70,9 +78,9 @@ def test_split_takes_apart_what_attach_put_together(kind, params):
     )
 
 
-def test_unstacked_is_stacked_and_cached_is_uncached(params, tokens):
+def test_unstacked_equals_stacked_and_cached_equals_uncached(params, tokens):
     settings = KINDS["houlsby"]
-    adapter = trained(settings, params)
+    adapter = random_adapter(settings, params)
     stacked = bottleneck.attach(settings, params, adapter)
     expected = lj.forward(CONFIG, stacked, tokens)
     assert np.abs(expected - lj.forward(CONFIG, params, tokens)).max() > 0.01
@@ -94,22 +102,22 @@ def test_unstacked_is_stacked_and_cached_is_uncached(params, tokens):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mesh", ["fsdp=4,tensor=2", "data=2,context=2,tensor=2"])
-def test_gradients_on_a_mesh_are_those_of_one_device(kind, mesh, params):
+def test_gradients_on_a_mesh_equal_one_device(kind, mesh, params):
     check_gradients_on_a_mesh(KINDS[kind], params, mesh)
 
 
 @pytest.mark.parametrize("bits", [8, "nf4"])
-def test_a_quantised_base_takes_one(bits, params, tokens):
-    held = lj.quantize(params, bits)
-    adapter = bottleneck.init(KINDS["houlsby"], held, jax.random.key(0))
-    attached = bottleneck.attach(KINDS["houlsby"], held, adapter)
-    np.testing.assert_array_equal(lj.forward(CONFIG, attached, tokens), lj.forward(CONFIG, held, tokens))
+def test_quantized_base(bits, params, tokens):
+    quantized = lj.quantize(params, bits)
+    adapter = bottleneck.init(KINDS["houlsby"], quantized, jax.random.key(0))
+    attached = bottleneck.attach(KINDS["houlsby"], quantized, adapter)
+    np.testing.assert_array_equal(lj.forward(CONFIG, attached, tokens), lj.forward(CONFIG, quantized, tokens))
 
 
-def test_settings_that_cannot_work():
+def test_invalid_settings():
     with pytest.raises(ConfigError, match=r"adapter\.bottleneck_size is 0"):
         bottleneck.Bottleneck(0)
-    with pytest.raises(ConfigError, match=r"'atention' matches no part of a layer; did you mean attention\?"):
+    with pytest.raises(ConfigError, match=r"'atention' matches no sublayer; did you mean attention\?"):
         bottleneck.Bottleneck(target_modules=("atention",))
     with pytest.raises(ConfigError, match="empty"):
         bottleneck.Bottleneck(target_modules=())
@@ -117,21 +125,21 @@ def test_settings_that_cannot_work():
         bottleneck.Bottleneck(activation="tanh")
 
 
-def test_an_adapter_for_another_model(params):
+def test_adapter_for_another_model(params):
     other = lj.init(CONFIG.replace(num_hidden_layers=3), jax.random.key(0))
     adapter = bottleneck.init(KINDS["houlsby"], other, jax.random.key(0))
     with pytest.raises(
-        ConfigError, match="another model: behind attention it has 3 layers of width 64, the base 2"
+        ConfigError, match="another model: its attention has 3 layers of width 64, the base model 2"
     ):
         bottleneck.attach(KINDS["houlsby"], params, adapter)
 
 
-def test_it_begins_on_stacked_layers(params):
+def test_init_needs_stacked_layers(params):
     with pytest.raises(InputError, match="stacked"):
         bottleneck.init(KINDS["houlsby"], lj.unstack(params), jax.random.key(0))
 
 
-def test_it_cannot_be_merged(params):
+def test_a_bottleneck_cannot_be_merged(params):
     adapter = bottleneck.init(KINDS["houlsby"], params, jax.random.key(0))
     with pytest.raises(InputError, match="a bottleneck cannot be merged into weights"):
         adapters.merge(bottleneck.attach(KINDS["houlsby"], params, adapter))
