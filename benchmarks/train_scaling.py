@@ -1,12 +1,14 @@
-"""How training's cost grows with sequence length and layers: `python -m benchmarks.train_scaling [--json]`.
+"""Training cost by sequence length and number of layers: `python -m benchmarks.train_scaling [--json]`.
 
-One row a process, so that each has its own peak of memory. Writes docs/scaling.md and docs/scaling.png with
-`--write`. Tokens a step stay the same along the length, so that what grows is attention's own cost.
+Each row runs in its own process, which gives it its own memory peak. `--write` writes docs/scaling.md and
+docs/scaling.png. Tokens per step are the same at every length, so only the cost of attention grows.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-TOKENS = 8192  # a step, whatever the length
+TOKENS = 8192  # per step, at every length
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 LAYERS = (2, 8, 32)
 SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -66,7 +68,7 @@ def measure(length: int, layers: int, attention: str) -> dict[str, Any]:
     }
 
 
-def apart(*row: Any) -> dict[str, Any]:
+def run_in_subprocess(*row: Any) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.train_scaling", "--row", *map(str, row)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -75,37 +77,38 @@ def write(by_length: list[dict[str, Any]], by_layers: list[dict[str, Any]]) -> N
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
-    speed, memory, compiling = figure.subplots(1, 3)
+    speed, memory, compile_time = figure.subplots(1, 3)
     for attention in ("blockwise", "xla"):
         rows = [row for row in by_length if row["attention"] == attention]
         lengths = [row["length"] for row in rows]
         speed.plot(lengths, [row["tokens_per_second"] for row in rows], "o-", label=attention)
         memory.plot(lengths, [row["activation_bytes"] / 1e9 for row in rows], "o-", label=attention)
-    compiling.plot(
+    compile_time.plot(
         [row["layers"] for row in by_layers], [row["compile_seconds"] for row in by_layers], "o-", color="C2"
     )
     speed.set(xlabel="sequence length", ylabel="tokens/s", xscale="log", ylim=(0, None))
     memory.set(xlabel="sequence length", ylabel="temporaries, GB", xscale="log", ylim=(0, None))
-    compiling.set(xlabel="layers", ylabel="compile time, s", ylim=(0, None))
+    compile_time.set(xlabel="layers", ylabel="compile time, s", ylim=(0, None))
     for axes in (speed, memory):
         axes.set_xticks(LENGTHS, LENGTHS)
         axes.minorticks_off()
         axes.legend()
     figure.savefig(DOCS / "scaling.png", dpi=130)
     lines = [
-        "# How the cost of training grows",
+        "# How training cost grows",
         "",
-        "`python -m benchmarks.train_scaling --write` made this page: one run, two CPU cores, bf16 products,",
-        f"full rematerialisation, {SHAPE['hidden_size']} wide, {TOKENS} tokens a step at every length.",
-        "Compare within the page; absolute numbers are the machine's.",
+        "`python -m benchmarks.train_scaling --write` generated this page from one run: two CPU cores,",
+        f"bf16 products, full rematerialization, hidden size {SHAPE['hidden_size']}, {TOKENS} tokens per",
+        f"step at every length (recorded {datetime.date.today()}, JAX {importlib.metadata.version('jax')}).",
+        "Compare values within this page; absolute values depend on the machine.",
         "",
         "![tokens/s and memory by length, compile time by layers](scaling.png)",
         "",
-        "With `blockwise` attention memory is that of the tokens, whatever the length of their rows; `xla`,",
-        "which forms all scores of a layer, grows with the square. Layers are scanned: more of them cost no",
-        "compile time.",
+        "With `blockwise` attention, memory depends on the number of tokens, not on the sequence length;",
+        "`xla` attention materializes all scores of a layer and grows with the square of the length.",
+        "Layers are scanned: compile time does not depend on their number.",
         "",
-        "| sequence length | batch | attention | tokens/s | temporaries of the step | peak of the process |",
+        "| sequence length | batch | attention | tokens/s | temporaries of the step | process peak |",
         "|---|---|---|---|---|---|",
     ]
     lines += [
@@ -113,7 +116,7 @@ def write(by_length: list[dict[str, Any]], by_layers: list[dict[str, Any]]) -> N
         f"{row['activation_bytes'] / 1e9:.2f} GB | {row['peak_bytes'] / 1e9:.2f} GB |"
         for row in by_length
     ]
-    lines += ["", "| layers | compile time | tokens/s | peak of the process |", "|---|---|---|---|"]
+    lines += ["", "| layers | compile time | tokens/s | process peak |", "|---|---|---|---|"]
     lines += [
         f"| {row['layers']} | {row['compile_seconds']:.1f} s | {row['tokens_per_second']:.0f} | "
         f"{row['peak_bytes'] / 1e9:.2f} GB |"
@@ -124,7 +127,7 @@ def write(by_length: list[dict[str, Any]], by_layers: list[dict[str, Any]]) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="write docs/scaling.md and its picture")
+    parser.add_argument("--write", action="store_true", help="write docs/scaling.md and docs/scaling.png")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -132,12 +135,12 @@ def main() -> None:
         print(json.dumps(measure(int(args.row[0]), int(args.row[1]), args.row[2])))
         return
     by_length = [
-        apart(length, 4, attention)
+        run_in_subprocess(length, 4, attention)
         for attention in ("blockwise", "xla")
         for length in LENGTHS
-        if attention == "blockwise" or length <= 2048  # its scores would soon be all there is
+        if attention == "blockwise" or length <= 2048  # longer, the [T, T] scores would not fit in memory
     ]
-    by_layers = [apart(512, layers, "blockwise") for layers in LAYERS]
+    by_layers = [run_in_subprocess(512, layers, "blockwise") for layers in LAYERS]
     if args.json:
         print(json.dumps({"by_length": by_length, "by_layers": by_layers}, indent=1))
     for row in [] if args.json else [*by_length, *by_layers]:
