@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from llama_jax.text.conversation import Conversation
     from llama_jax.text.convert import save
     from llama_jax.text.model import Model
-    from llama_jax.text.pretrained import load
+    from llama_jax.text.pretrained import load, load_params
 
 # Imported when first asked for: `llama-jax --help` and its error messages need no JAX.
 _HOMES = {
@@ -45,7 +45,7 @@ _HOMES = {
     "decoding.generation": ("generate", "stream", "warm_up"),
     "loss": ("next_token_loss", "token_logprobs"),
     "model": ("ForwardOptions", "forward", "init", "unstack"),
-    "text.pretrained": ("load",),
+    "text.pretrained": ("load", "load_params"),
     "ops.quantization": ("quantize",),
     "decoding.sampling": ("Sampling",),
     "decoding.session": ("Session",),
@@ -96,6 +96,7 @@ __all__ = [
     "generate",
     "init",
     "load",
+    "load_params",
     "make_mesh",
     "next_token_loss",
     "prefill",

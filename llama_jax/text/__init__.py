@@ -1,1 +1,1 @@
-"""Text in, text out: `load`, `Model`, `Conversation`, and conversion between checkpoint formats."""
+"""Models with tokenizers: `load`, `Model`, `Conversation`, and conversion between checkpoint formats."""

@@ -1,4 +1,4 @@
-"""A conversation with a model: questions and answers in text, where each turn runs only what is new."""
+"""A multi-turn conversation with a model that reuses the key/value cache between turns."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from llama_jax.chat import ChatTemplate, chat_template, encode_chat
 from llama_jax.decoding import arguments
 from llama_jax.decoding.session import Session
 from llama_jax.errors import InputError
-from llama_jax.text.model import Model, Settings
+from llama_jax.text.model import Model, SamplingSettings
 from llama_jax.text.stop_strings import StopStrings
 
 
 class Conversation:
-    """Questions and answers, with the cache kept between them.
+    """A multi-turn chat whose key/value cache is kept between turns.
 
-    Each turn renders the whole conversation, and the session runs those of its tokens that its cache does
-    not hold yet: usually the end of the last answer and the new question. The answer is the same as if
-    all of it had been run.
+    Each turn renders the whole conversation, and the session prefills only the tokens after the longest
+    cached prefix: usually the end of the last answer and the new user message. The answer equals that of a
+    prefill of the whole conversation.
 
-    Nothing is forgotten in silence. A turn that the model's context has no room for is refused, and an
+    The conversation is never truncated: a turn that does not fit in the model's context is an error, and an
     answer that reaches the end of the context ends there.
 
     Args:
-      model: the model that answers.
-      system: a system prompt.
-      template: `llama-2`, `chatml`, the path of a file, or a `ChatTemplate`; see `chat_template`. The
-        model's own if None.
-      cache_dtype: hold keys and values in float32, bfloat16, float16 or int8, as for `generate`.
+      model: the model.
+      system: the system prompt, or None.
+      template: `llama-2`, `chatml`, the path of a template file, or a `ChatTemplate`; see `chat_template`.
+        None is the model's own template.
+      cache_dtype: dtype of the key/value cache: float32, bfloat16, float16 or int8, as for `generate`.
 
     Attributes:
-      system: the system prompt, or None; a new one counts from the next turn on.
-      session: what runs the model; `session.reused` tells how much of the last prompt was not run again.
-      prompt_tokens: length of the last prompt.
-      finish_reason: how the last answer ended: `stop` (by the model, or at a stop string), `length` (at
-        `max_new_tokens`, or at the end of the context), or None (it was interrupted, or there is none).
+      system: the system prompt, or None; a change takes effect at the next turn.
+      session: the decoding session; `session.reused` is the number of cached tokens of the last prompt.
+      prompt_tokens: number of tokens of the last prompt.
+      finish_reason: how the last answer ended: `stop` (EOS token or stop string), `length`
+        (`max_new_tokens` or the end of the context), or None (interrupted, or no answer yet).
 
     Raises:
-      TokenizerError: for a template that is not there.
-      InputError: for a dtype that no cache has.
+      TokenizerError: if there is no template.
+      InputError: for an unsupported cache dtype.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Conversation:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """What has been said, as messages with a role and a content; the system prompt comes first."""
+        """The message history as dicts with `role` and `content`, the system prompt first."""
         return [dict(message) for message in self._with_system(self._turns)]
 
     def say(
@@ -73,27 +73,27 @@ class Conversation:
         *,
         max_new_tokens: int = 512,
         stop_strings: str | Sequence[str] = (),
-        **settings: Unpack[Settings],
+        **settings: Unpack[SamplingSettings],
     ) -> Generator[str, None, None]:
-        """Says something to the model, and returns its answer as it comes.
+        """Sends a user message and streams the model's answer.
 
-        The turn becomes part of the conversation when the answer ends. If it is interrupted (closed, by
-        Ctrl-C, by an error) the answer is what had been yielded until then, and if that is nothing, the
-        question is taken back as well. To say the next thing closes the answer before it.
+        The turn is added to the history when the answer ends. If it is interrupted (closed, Ctrl-C, an error)
+        the history gets the text yielded so far; if there is none, the user message is dropped too. The next
+        call closes an answer that is still open.
 
         Args:
-          text: the user's message.
-          max_new_tokens: of the answer, at most; in any case no more than the context has room for.
+          text: the user message.
+          max_new_tokens: maximum length of the answer in tokens; the end of the context also limits it.
           stop_strings: the answer ends before the first of these; see `StopStrings`.
-          **settings: how to choose each token, see `Settings`: `temperature=0.8, top_p=0.95, seed=1`.
+          **settings: see `SamplingSettings`: `temperature=0.8, top_p=0.95, seed=1`.
 
         Returns:
-          The answer in pieces. Closing it stops the answer.
+          A generator of pieces of the answer. Closing it stops the answer.
 
         Raises:
-          InputError: at the call, with the conversation as it was: for a text with a lone surrogate, a
-            setting out of range, a turn that the template refuses, or one that the context has no room for.
-          TokenizerError: for a template that does not render.
+          InputError: at the call, with the history unchanged: for a text with a lone surrogate, a setting out
+            of range, a turn that the template rejects, or one that does not fit in the context.
+          TokenizerError: if the template does not render.
         """
         self.stop()
         turns = [*self._turns, {"role": "user", "content": text}]
@@ -101,11 +101,11 @@ class Conversation:
         context = self.model.config.max_position_embeddings
         if len(ids) >= context:
             raise InputError(
-                f"with this turn the conversation has {len(ids)} tokens, and the model's context {context}, "
-                "the answer included; say less, take turns back, or begin anew"
+                f"with this turn the conversation has {len(ids)} tokens and leaves no room for an answer in "
+                f"the model's context of {context}; shorten the message, undo turns, or reset"
             )
-        most = arguments.whole_number("max_new_tokens", max_new_tokens)
-        sampling, key = self.model.settings(**settings)
+        limit = arguments.whole_number("max_new_tokens", max_new_tokens)
+        sampling, key = self.model.sampling(**settings)
         stops = StopStrings(stop_strings)
         self.prompt_tokens = len(ids)
         with self.model.on_mesh():
@@ -113,58 +113,58 @@ class Conversation:
                 ids,
                 key,
                 sampling,
-                max_new_tokens=min(most, context - len(ids)),
+                max_new_tokens=min(limit, context - len(ids)),
                 eos_id=self.model.tokenizer.eos_ids,
             )
-        self._answer = self._answered(turns, self._pieces(steps, stops))
+        self._answer = self._record(turns, self._decode(steps, stops))
         return self._answer
 
     def stop(self) -> None:
-        """Stops the answer that is being given, if there is one, as closing it does."""
+        """Stops the current answer, if there is one, as closing it does."""
         answer, self._answer = self._answer, None
         if answer is not None:
             answer.close()
 
     def undo(self) -> None:
-        """Takes back the last question and its answer.
+        """Removes the last user message and its answer from the history.
 
         Raises:
-          InputError: if there is none.
+          InputError: if the history is empty.
         """
         self.stop()
         if not self._turns:
-            raise InputError("there is nothing to take back: the conversation has not begun")
+            raise InputError("there is nothing to undo: the conversation is empty")
         del self._turns[-2:]
 
     def reset(self) -> None:
-        """Forgets all that was said; the system prompt stays."""
+        """Clears the history; the system prompt is kept."""
         self.stop()
         self._turns = []
 
     def _with_system(self, turns: list[dict[str, str]]) -> list[dict[str, str]]:
         return turns if self.system is None else [{"role": "system", "content": self.system}, *turns]
 
-    def _answered(
+    def _record(
         self, turns: list[dict[str, str]], pieces: Generator[str, None, None]
     ) -> Generator[str, None, None]:
-        """Yields an answer, and makes it part of the conversation however it ends."""
-        said: list[str] = []
+        """Yields an answer and adds it to the history, even if it is interrupted."""
+        answer: list[str] = []
         self.finish_reason = None
         try:
             for piece in pieces:
-                said.append(piece)
+                answer.append(piece)
                 yield piece
         finally:
-            if said or self.finish_reason is not None:
-                self._turns = [*turns, {"role": "assistant", "content": "".join(said)}]
+            if answer or self.finish_reason is not None:
+                self._turns = [*turns, {"role": "assistant", "content": "".join(answer)}]
 
-    def _pieces(self, steps: Iterator[int], stops: StopStrings) -> Generator[str, None, None]:
-        """Turns tokens into text up to a stop string, and notes how the text ended."""
-        # As Meta's code does: an answer is a text of its own, without the space that opens SentencePiece's.
+    def _decode(self, steps: Iterator[int], stops: StopStrings) -> Generator[str, None, None]:
+        """Detokenizes up to a stop string, and sets `finish_reason`."""
+        # As in Meta's code the answer is decoded by itself, so SentencePiece drops its leading space.
         decoder = self.model.tokenizer.stream()
         token = None
-        while (following := self._next(steps)) is not None:
-            token = following
+        while (next_token := self._next(steps)) is not None:
+            token = next_token
             text, stopped = stops.push(decoder.push(token))
             if text:
                 yield text

@@ -1,4 +1,4 @@
-"""Checkpoints from any format to any other, and models from memory to disk, streamed tensor by tensor."""
+"""Converts checkpoints between formats and saves models, streaming one tensor at a time."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from llama_jax.ops.quantization import Quantized
 from llama_jax.text.model import Model
 from llama_jax.text.pretrained import DTYPES, Progress, open_model, resolve
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
-from llama_jax.tokenizer.export import classifier_pad, vocabulary_of
-from llama_jax.tokenizer.pad import pad
+from llama_jax.tokenizer.export import classifier_pad_id, export_vocabulary
+from llama_jax.tokenizer.pad import pad_vocabulary
 from llama_jax.weights import manifest
 from llama_jax.weights.adapters import adapter_folder
 from llama_jax.weights.derived import Averaged, PooledHeads, ResizedVocabulary
@@ -34,8 +34,8 @@ from llama_jax.weights.write.run import write
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 _DTYPES: Mapping[Format, Sequence[str]] = {"gguf": (*DTYPES, "q8_0"), "llama2c": ("float32", "int8")}
-_OTHERS = (".bin", ".pth", ".pt", ".safetensors")  # of files in a directory, which is what is written
-_SUFFIXES: Mapping[str, Format] = {".gguf": "gguf"}
+# Suffixes of single weight files; these formats are written as directories.
+_AMBIGUOUS_SUFFIXES = (".bin", ".pth", ".pt", ".safetensors")
 
 
 def convert(
@@ -53,62 +53,63 @@ def convert(
     shards: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes a checkpoint in another format, or another form, one tensor at a time.
+    """Converts a checkpoint to another format, optionally transforming it, one tensor at a time.
 
-    Host memory holds 512 MB of tensors, or the largest if that is more. The output appears at `target` when
-    it is whole; what an interrupted conversion has left in `<target>.partial` is gone on with.
+    Host memory holds up to 512 MB of tensors, or the largest tensor if that is larger. The output appears at
+    `target` only when it is complete; an interrupted conversion is resumed from `<target>.partial`.
 
     Args:
-      source: a known name or a path, as `load` takes them; a run with an adapter is that on its base.
-      target: where to write; nothing may be there. A file for `gguf`, a directory otherwise.
-      format: hf, meta, gguf, llama2c or orbax; by default gguf where `target` ends so, and hf otherwise.
-      dtype: of the tensors: float32, bfloat16, float16, or q8_0 (gguf), int8 (llama2c). By default as in
-        the source, quantised ones as float32.
-      adapter: merge the adapter of this directory into `source` first, in f32; see `load`.
-      kv_heads: pool key and value heads to so many (`PooledHeads`).
+      source: a known name or a path, as for `load`; for a run that trained an adapter, it is merged into its
+        base model.
+      target: the path to write, which must not exist: a file for `gguf`, a directory otherwise.
+      format: hf, meta, gguf, llama2c or orbax; by default gguf if `target` has that suffix, and hf otherwise.
+      dtype: dtype of the tensors: float32, bfloat16, float16, or q8_0 (gguf), int8 (llama2c). By default
+        that of the source, float32 for quantized tensors.
+      adapter: merge the adapter in this directory into `source` first, in f32; see `load`.
+      kv_heads: mean-pool the key and value heads to this number (`PooledHeads`).
       average: other checkpoints of the same configuration, to average with this one (`Averaged`).
-      weights: of `source` and each of `average`, with a sum of 1; by default all the same.
-      vocab_size: add or remove rows at the vocabulary's end (`ResizedVocabulary`). Without a tokenizer for
-        them, added ones are called [PADn].
-      tokenizer: take the vocabulary from this path instead.
-      shards: how many files: Meta's model-parallel parts (default 1); for hf so many at most.
-      progress: called with (bytes written, bytes in all, what was written).
+      weights: weights of `source` and each of `average`, which sum to 1; by default equal.
+      vocab_size: add or remove rows at the end of the vocabulary (`ResizedVocabulary`). Unless `tokenizer`
+        has them, added tokens are named [PADn].
+      tokenizer: read the tokenizer from this path instead.
+      shards: number of files: model-parallel shards for meta (default 1), the maximum for hf.
+      progress: called with (bytes written, total bytes, name of what was written).
 
     Returns:
       `target`.
 
     Raises:
-      CheckpointError: if a checkpoint cannot be read, something is at `target`, the format cannot hold the
-        model, or the disk is full.
-      ConfigError: for settings that the model does not allow.
-      InputError: for a format or dtype that there is not.
-      TokenizerError: for a vocabulary that is missing, cannot be read, or is not of the model's size.
+      CheckpointError: if a checkpoint cannot be read, `target` exists, the format cannot represent the model,
+        or the disk is full.
+      ConfigError: for settings that do not fit the model.
+      InputError: for an unknown format or dtype.
+      TokenizerError: for a vocabulary that is missing, unreadable, or of another size than the model's.
     """
-    target = _target(target)
-    format = _format(format, target)
-    into = None if dtype is None else _merged_dtype(dtype)
-    opened = [open_model(source, adapter, into=into, progress=progress)]
-    opened += [open_model(path, into=into, progress=progress) for path in average]
-    sources, tensors = [each.source for each in opened], opened[0].weights_alone()
+    target = _absolute(target)
+    format = _infer_format(format, target)
+    merged_dtype = None if dtype is None else _merged_dtype(dtype)
+    opened = [open_model(source, adapter, merged_dtype=merged_dtype, progress=progress)]
+    opened += [open_model(path, merged_dtype=merged_dtype, progress=progress) for path in average]
+    sources, tensors = [model.source for model in opened], opened[0].plain_tensors()
     if average:
-        share = [1 / len(opened)] * len(opened) if weights is None else list(weights)
-        tensors = Averaged(tensors, [each.weights_alone() for each in opened[1:]], share)
+        coefficients = [1 / len(opened)] * len(opened) if weights is None else list(weights)
+        tensors = Averaged(tensors, [model.plain_tensors() for model in opened[1:]], coefficients)
     elif weights is not None:
-        raise InputError("weights are given but no checkpoints to average; name them with average")
+        raise InputError("weights are given but no checkpoints to average; give those with average")
     if kv_heads is not None:
         tensors = PooledHeads(tensors, kv_heads)
     if vocab_size is not None:
         tensors = ResizedVocabulary(tensors, vocab_size)
-    for each in sources:
-        _refuse_inside(target, each.path)
+    for checkpoint in sources:
+        _check_outside(target, checkpoint.path)
     vocabulary = _vocabulary(tokenizer, sources[0], progress)
     if vocab_size is not None and tokenizer is None:
-        vocabulary = pad(vocabulary, vocab_size)
+        vocabulary = pad_vocabulary(vocabulary, vocab_size)
     plan = _plan(tensors, format, dtype, shards, vocabulary, sources[0].metadata.get("pad_token_id"))
     options = (dtype, kv_heads, weights, vocab_size)
-    origin = repr([*map(_identity, sources), options])
-    if put_on := [path for each in opened for path in each.adapters]:
-        origin += repr([_stats(sorted(adapter_folder(path).glob("*.*"))) for path in put_on])
+    origin = repr([*map(_fingerprint, sources), options])
+    if adapter_dirs := [path for model in opened for path in model.adapters]:
+        origin += repr([_file_stats(sorted(adapter_folder(path).glob("*.*"))) for path in adapter_dirs])
     write(plan, tensors, target, origin=origin, progress=progress)
     return target
 
@@ -122,29 +123,29 @@ def save(
     shards: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes a model to disk, with its vocabulary.
+    """Saves a model to disk, with its tokenizer.
 
     Args:
-      model: its parameters may lie on one device or on a mesh; they are fetched one tensor at a time.
-        Low-rank adapters that are attached to them are merged.
-      path: where to write; nothing may be there.
+      model: the model; its parameters may be on one device or sharded over a mesh, and are fetched one tensor
+        at a time. Attached LoRA adapters are merged.
+      path: the path to write, which must not exist.
       format: as for `convert`.
-      dtype: of the tensors; by default the parameters'.
+      dtype: dtype of the tensors; by default that of the parameters.
       shards: as for `convert`.
-      progress: called with (bytes written, bytes in all, what was written).
+      progress: called with (bytes written, total bytes, name of what was written).
 
     Returns:
       `path`.
 
     Raises:
-      CheckpointError: if something is at `path`, the format cannot hold the model, or the disk is full.
-      InputError: for a format or dtype that there is not, quantised parameters, or an attached adapter that
-        is no change of weights.
+      CheckpointError: if `path` exists, the format cannot represent the model, or the disk is full.
+      InputError: for an unknown format or dtype, quantized parameters, or an attached adapter that cannot be
+        merged.
     """
-    target = _target(path)
-    format = _format(format, target)
+    target = _absolute(path)
+    format = _infer_format(format, target)
     if isinstance(model.params["embed"]["embedding"], Quantized):
-        raise InputError("the parameters are quantised; load the model without bits to save it")
+        raise InputError("the parameters are quantized; load the model without bits to save it")
     with model.on_mesh():
         tensors = ParamsTensors(model.config, adapters.merge(model.params))
     write(_plan(tensors, format, dtype, shards, model.tokenizer), tensors, target, progress=progress)
@@ -155,37 +156,37 @@ def _vocabulary(tokenizer: str | Path | None, source: Source, progress: Progress
     if tokenizer is not None:
         return load_tokenizer(resolve(tokenizer, progress))
     try:
-        return load_tokenizer(source.home or source.path)
+        return load_tokenizer(source.tokenizer_dir or source.path)
     except MissingTokenizerError as error:
-        raise MissingTokenizerError(f"{error}, or name one with tokenizer (--tokenizer)") from None
+        raise MissingTokenizerError(f"{error}, or give one with tokenizer (--tokenizer)") from None
 
 
-def _refuse_inside(target: Path, source: Path) -> None:
-    """Refuses a target among a checkpoint's own files, whose checksums it would break."""
+def _check_outside(target: Path, source: Path) -> None:
+    """Rejects a target inside a checkpoint directory, where it would break the checksums."""
     parents = target.resolve().parents
     if source.is_dir() and source.resolve() in parents:
-        raise CheckpointError(f"{target}: lies inside {source}, which is to be read; write elsewhere")
+        raise CheckpointError(f"{target}: is inside the source {source}; write elsewhere")
     for parent in parents:
         if (parent / manifest.NAME).exists():
-            raise CheckpointError(f"{target}: lies inside the checkpoint {parent}; write elsewhere")
+            raise CheckpointError(f"{target}: is inside the checkpoint {parent}; write elsewhere")
 
 
-def _target(path: str | Path) -> Path:
+def _absolute(path: str | Path) -> Path:
     try:
         target = Path(path).expanduser()
-    except RuntimeError as error:  # no such user's home
-        raise CheckpointError(f"{path}: {error}; give the whole path") from None
+    except RuntimeError as error:  # an unknown user's home
+        raise CheckpointError(f"{path}: {error}; give an absolute path") from None
     if target.name in ("", ".."):
-        raise CheckpointError(f"{str(path)!r} is no place to write to; give a path with a name of its own")
+        raise CheckpointError(f"{str(path)!r} cannot be written to; give the path of a new file or directory")
     return target.absolute()
 
 
-def _format(format: Format | None, target: Path) -> Format:
+def _infer_format(format: Format | None, target: Path) -> Format:
     if format is None:
         suffix = target.suffix.lower()
-        if suffix in _OTHERS:
-            raise InputError(f"{target.name}: no format follows from {suffix}; name it with format (--to)")
-        return _SUFFIXES.get(suffix, "hf")
+        if suffix in _AMBIGUOUS_SUFFIXES:
+            raise InputError(f"{target.name}: {suffix} does not tell the format; give it with format (--to)")
+        return "gguf" if suffix == ".gguf" else "hf"
     if format not in FORMATS:
         raise InputError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
     return format
@@ -201,46 +202,47 @@ def _plan(
 ) -> Plan:
     size = tensors.config.vocab_size
     if tokenizer.vocab_size != size:
-        short = f", or call the rest [PADn] with vocab_size={size} (--vocab-size)"
+        pad_hint = f", or pad it with [PADn] by vocab_size={size} (--vocab-size)"
         raise TokenizerError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {size}; give the one that belongs "
-            f"to it with tokenizer (--tokenizer){short if tokenizer.vocab_size < size else ''}"
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {size}; give the model's own "
+            f"with tokenizer (--tokenizer){pad_hint if tokenizer.vocab_size < size else ''}"
         )
-    known = _DTYPES.get(format, DTYPES)
-    if dtype is not None and dtype not in known:
-        raise InputError(f"dtype is {dtype!r}; {format} can be written in {', '.join(known)}")
+    supported = _DTYPES.get(format, DTYPES)
+    if dtype is not None and dtype not in supported:
+        raise InputError(f"dtype is {dtype!r}; {format} supports {', '.join(supported)}")
     if shards is not None and (shards < 1 or format not in ("hf", "meta")):
-        raise InputError(f"shards is {shards}; it is for hf and meta, and at least 1")
+        raise InputError(f"shards is {shards}; it must be at least 1, and is only for hf and meta")
     if tensors.config.labels and format not in ("hf", "orbax"):
         raise InputError(
-            f"the model is a classifier or reward model, and {format} cannot hold its head; give hf or orbax"
+            f"the model is a classifier or reward model, and {format} has no place for its head; "
+            "use hf or orbax"
         )
     if tensors.config.labels and pad_id is None:
-        pad_id = classifier_pad(tokenizer)
-    vocabulary = vocabulary_of(tokenizer, format, pad_id=pad_id)
+        pad_id = classifier_pad_id(tokenizer)
+    vocabulary = export_vocabulary(tokenizer, format, pad_id=pad_id)
     if format == "gguf":
         return plan_gguf(tensors, dtype, vocabulary)
     if format == "llama2c":
         return plan_llama2c(tensors, vocabulary, version=2 if dtype == "int8" else 0)
-    floats = None if dtype is None else jnp.dtype(dtype)
+    float_dtype = None if dtype is None else jnp.dtype(dtype)
     if format == "meta":
-        return plan_meta(tensors, floats, vocabulary, shards=shards or 1)
+        return plan_meta(tensors, float_dtype, vocabulary, shards=shards or 1)
     if format == "orbax":
-        return plan_orbax(tensors, floats, vocabulary)
-    return plan_hf(tensors, floats, vocabulary, shards=shards)
+        return plan_orbax(tensors, float_dtype, vocabulary)
+    return plan_hf(tensors, float_dtype, vocabulary, shards=shards)
 
 
-def _identity(source: Source) -> Any:
-    """What tells that a checkpoint is the one an earlier run has read."""
-    named = {info.file for info in source.tensors.values()}
-    files = sorted(inner for file in named for inner in ([file] if file.is_file() else file.rglob("*")))
-    return str(source.path.absolute()), _stats(files), dataclasses.asdict(source.config)
+def _fingerprint(source: Source) -> Any:
+    """Identifies a checkpoint, so that a conversion is resumed only if its source has not changed."""
+    paths = {info.file for info in source.tensors.values()}
+    files = sorted(file for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
+    return str(source.path.absolute()), _file_stats(files), dataclasses.asdict(source.config)
 
 
-def _stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+def _file_stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
     return [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _merged_dtype(dtype: str) -> np.dtype[Any]:
-    """What an adapter is merged into where the output is written in `dtype`: quantised from f32."""
+    """The dtype an adapter is merged in if the output has `dtype`: f32 for quantized outputs."""
     return np.dtype(jnp.dtype(dtype if dtype in DTYPES else "float32"))

@@ -1,4 +1,4 @@
-"""Text in, text out: a `Model` is a Llama with its vocabulary, and what it can be asked to write."""
+"""`Model`: a configuration, parameters and a tokenizer, with text generation."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from llama_jax.text.stop_strings import StopStrings
 from llama_jax.tokenizer import StreamDecoder, Tokenizer
 
 
-class Settings(TypedDict, total=False):
-    """How to choose each token: the fields of `Sampling`, which describes them, and the seed.
+class SamplingSettings(TypedDict, total=False):
+    """Sampling settings: the fields of `Sampling`, which documents them, and the seed.
 
-    The temperature is 0 if it is not given: the likeliest token every time.
+    The default temperature is 0: greedy decoding.
     """
 
     temperature: float
@@ -49,14 +49,14 @@ class Settings(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A Llama with its weights and vocabulary.
+    """A Llama with its parameters and tokenizer.
 
     Attributes:
-      config: what the model is made of.
-      params: its parameters, as `forward` and `generate` take them.
-      tokenizer: its vocabulary.
-      path: where it was loaded from.
-      mesh: the mesh its parameters are laid out over, or None.
+      config: the model's configuration.
+      params: the parameters, as `forward` and `generate` take them.
+      tokenizer: the tokenizer.
+      path: the path it was loaded from.
+      mesh: the mesh that the parameters are sharded over, or None.
     """
 
     config: LlamaConfig
@@ -78,7 +78,7 @@ class Model:
         draft: Draft | Model | None = ...,
         num_draft_tokens: int = ...,
         cache_dtype: str | None = ...,
-        **settings: Unpack[Settings],
+        **settings: Unpack[SamplingSettings],
     ) -> str: ...
     @overload
     def generate(
@@ -93,7 +93,7 @@ class Model:
         draft: Draft | Model | None = ...,
         num_draft_tokens: int = ...,
         cache_dtype: str | None = ...,
-        **settings: Unpack[Settings],
+        **settings: Unpack[SamplingSettings],
     ) -> list[str]: ...
     @overload
     def generate(
@@ -114,70 +114,74 @@ class Model:
         cache_dtype: str | None = None,
         **settings: Any,
     ) -> Any:
-        """Continues a text, or several at once.
+        """Generates a continuation of a prompt, or of a batch of prompts.
 
         Args:
-          prompt: the text; several are decoded as one batch, and each comes out as it would alone.
-          max_new_tokens: stop after this many tokens, if no end of text comes sooner.
+          prompt: one prompt, or a list that is decoded as one batch; each row's result equals that of the
+            prompt alone.
+          max_new_tokens: maximum number of new tokens; an EOS token ends a text earlier.
           stop_strings: end a text before the first of these.
-          num_return_sequences: give a list of so many continuations of each prompt.
-          num_beams: follow so many texts and give the best: beam search, which leaves nothing to chance.
-          length_penalty: for beams, see `beam_search`; above 0 favours long texts.
-          early_stopping: for beams, likewise.
-          draft: judge several drafted tokens in each run of the model, see `speculate`: the same text
-            sooner. `PromptLookup()` where the text repeats what it has said; or a smaller model.
-          num_draft_tokens: how many at a time.
-          cache_dtype: hold keys and values in float32, bfloat16, float16 or int8.
-          **settings: how to choose each token, see `Settings`: `temperature=0.8, top_p=0.95, seed=1`.
+          num_return_sequences: return a list of this many continuations per prompt.
+          num_beams: beam search with this many beams, if above 1; temperature, top_k, top_p and min_p must be
+            off.
+          length_penalty: for beam search, see `beam_search`; above 0 favors long texts.
+          early_stopping: for beam search, see `beam_search`.
+          draft: speculative decoding, see `speculate`: the same output with fewer runs of the model.
+            `PromptLookup()` for texts that repeat themselves, or a smaller model.
+          num_draft_tokens: number of draft tokens per run of the model.
+          cache_dtype: dtype of the key/value cache: float32, bfloat16, float16 or int8.
+          **settings: see `SamplingSettings`: `temperature=0.8, top_p=0.95, seed=1`.
 
         Returns:
-          The continuation without the prompt; a list of them for a list of prompts; with
-          `num_return_sequences` a list of so many in the place of each.
+          The continuation without the prompt, or a list for a list of prompts; with `num_return_sequences` a
+          list of continuations in place of each.
 
         Raises:
-          InputError: for an empty prompt, one too long, or a setting out of range, unknown, or at odds
-            with another.
+          InputError: for an empty prompt, one that is too long, or a setting that is out of range, unknown,
+            or incompatible with another.
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not prompts:
-            raise InputError("there are no prompts: give a text, or a list of at least one")
+            raise InputError("there are no prompts; give a string, or a list with at least one")
         rows = [self.encode_prompt(text) for text in prompts]
         tokens, lengths = pad_right(rows)
-        sampling, key = self.settings(**settings)
+        sampling, key = self.sampling(**settings)
         stops = StopStrings(stop_strings)
         count = 1 if num_return_sequences is None else num_return_sequences
-        owners = [row for row in rows for _ in range(arguments.whole_number("num_return_sequences", count))]
-        shared: dict[str, Any] = {"max_new_tokens": max_new_tokens, "cache_dtype": cache_dtype}
-        whole = {**shared, "eos_id": self.tokenizer.eos_ids, "num_return_sequences": count}
-        prompts_b = (self.config, self.params, tokens, lengths)
+        repeated = [row for row in rows for _ in range(arguments.whole_number("num_return_sequences", count))]
+        limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "cache_dtype": cache_dtype}
+        options = {**limits, "eos_id": self.tokenizer.eos_ids, "num_return_sequences": count}
+        inputs = (self.config, self.params, tokens, lengths)
         if num_beams != 1:
-            for name, given in (("stop_strings", stops.any), ("draft", draft is not None)):
-                if given:
-                    raise InputError(f"{name} and num_beams do not go together; leave one of them out")
+            for name, is_set in (("stop_strings", stops.any), ("draft", draft is not None)):
+                if is_set:
+                    raise InputError(f"{name} and num_beams cannot be combined; leave one of them out")
             with self.on_mesh():
-                found = beam_search(
-                    *prompts_b,
+                beams = beam_search(
+                    *inputs,
                     num_beams,
                     length_penalty=length_penalty,
                     early_stopping=early_stopping,
                     sampling=sampling,
-                    **whole,
+                    **options,
                 )
-            new, counts = (np.asarray(x).reshape(-1, *x.shape[2:]) for x in (found.tokens, found.lengths))
+            new, counts = (np.asarray(x).reshape(-1, *x.shape[2:]) for x in (beams.tokens, beams.lengths))
         elif draft is not None:
             out = self.speculate(
-                owners, sampling, key, draft=draft, num_draft_tokens=num_draft_tokens, **shared
+                repeated, sampling, key, draft=draft, num_draft_tokens=num_draft_tokens, **limits
             ).generation
             new, counts = np.asarray(out.tokens), np.asarray(out.lengths)
         elif stops.any:
-            texts = self._until_stopped(prompts_b, key, sampling, stop_strings, whole, owners)
-            return _nested(texts, count, prompt, num_return_sequences)
+            texts = self._generate_until_stop(inputs, key, sampling, stop_strings, options, repeated)
+            return _group(texts, prompt, num_return_sequences)
         else:
             with self.on_mesh():
-                out = generate(*prompts_b, key, sampling, **whole)
+                out = generate(*inputs, key, sampling, **options)
             new, counts = np.asarray(out.tokens), np.asarray(out.lengths)
-        texts = [self.continuation(ids, new[at, : counts[at]], stop_strings) for at, ids in enumerate(owners)]
-        return _nested(texts, count, prompt, num_return_sequences)
+        texts = [
+            self.continuation(ids, new[row, : counts[row]], stop_strings) for row, ids in enumerate(repeated)
+        ]
+        return _group(texts, prompt, num_return_sequences)
 
     def speculate(
         self,
@@ -190,19 +194,19 @@ class Model:
         max_new_tokens: int,
         cache_dtype: str | None = None,
     ) -> SpeculativeOutput:
-        """Continues rows of ids by `speculative_generate`, which says what comes out.
+        """Generates from prompts of token ids by speculative decoding, see `speculative_generate`.
 
         Args:
-          rows: the ids of each prompt.
-          sampling: settings, as from `settings`.
-          key: likewise; of seed 0 if None.
-          draft: `PromptLookup`, `DraftModel`, or a smaller `Model` of the same vocabulary.
-          num_draft_tokens: how many drafts a run of the model judges.
-          max_new_tokens: at most so many a row.
+          rows: the token ids of each prompt.
+          sampling: sampling settings, as from `sampling`.
+          key: a random key, as from `sampling`; None is seed 0.
+          draft: `PromptLookup`, `DraftModel`, or a smaller `Model` with the same vocabulary.
+          num_draft_tokens: number of draft tokens verified per run of the model.
+          max_new_tokens: maximum number of new tokens per row.
           cache_dtype: as for `generate`.
 
         Raises:
-          InputError: as `speculative_generate`; for a model whose ids stand for other texts.
+          InputError: as `speculative_generate`, or if the draft model has another vocabulary.
         """
         if isinstance(draft, Model):
             self._check_vocabulary(draft)
@@ -230,21 +234,21 @@ class Model:
         max_new_tokens: int = 64,
         stop_strings: str | Sequence[str] = (),
         cache_dtype: str | None = None,
-        **settings: Unpack[Settings],
+        **settings: Unpack[SamplingSettings],
     ) -> Iterator[str]:
-        """Like `generate` for one text, yielding pieces of the continuation as they are produced."""
+        """Like `generate` for one prompt, yielding pieces of the continuation as they are produced."""
         ids = self.encode_prompt(prompt)
-        sampling, key = self.settings(**settings)
+        sampling, key = self.sampling(**settings)
         stops = StopStrings(stop_strings)
         steps = self.stream_tokens(ids, sampling, key, max_new_tokens=max_new_tokens, cache_dtype=cache_dtype)
         for _, text in steps:
-            shown, stopped = stops.push(text)
-            if shown:
-                yield shown
+            piece, stopped = stops.push(text)
+            if piece:
+                yield piece
             if stopped:
                 return
-        if rest := stops.flush():
-            yield rest
+        if piece := stops.flush():
+            yield piece
 
     def stream_tokens(
         self,
@@ -255,10 +259,10 @@ class Model:
         max_new_tokens: int,
         cache_dtype: str | None = None,
     ) -> Iterator[tuple[int, str]]:
-        """Continues one row of ids, token by token.
+        """Generates from one prompt of token ids, token by token.
 
         Yields:
-          Each new token's id, and the text that it completes: empty within a character.
+          Each new token id and the text that it completes, which is empty within a multi-byte character.
         """
         tokens, lengths = pad_right([ids])
         with self.on_mesh():
@@ -273,30 +277,27 @@ class Model:
                 eos_id=self.tokenizer.eos_ids,
                 cache_dtype=cache_dtype,
             )
-        text = self._decoder_after(ids)
+        decoder = self._decoder_after(ids)
         for count in range(1, max_new_tokens + 1):
             with self.on_mesh():
                 token_b, _ = next(steps)
             token = int(token_b[0])
             last = count == max_new_tokens or token in self.tokenizer.eos_ids
-            yield token, text.push(token) + (text.flush() if last else "")
+            yield token, decoder.push(token) + (decoder.flush() if last else "")
             if last:
                 return
 
-    def settings(self, **settings: Unpack[Settings]) -> tuple[Sampling, jax.Array]:
-        """Settings as `generate` takes them, for the functions on arrays: a `Sampling` and a key.
+    def sampling(self, **settings: Unpack[SamplingSettings]) -> tuple[Sampling, jax.Array]:
+        """Converts the settings of `generate` to a `Sampling` and a random key, for the functions on arrays.
 
         Raises:
-          InputError: for a setting that there is not, with the nearest there is, or one out of range.
+          InputError: for an unknown setting, naming the closest known one, or one out of range.
         """
+        known = SamplingSettings.__annotations__
         for name in settings:
-            if name not in Settings.__annotations__:
-                close = difflib.get_close_matches(name, Settings.__annotations__, n=1)
-                hint = (
-                    f"did you mean {close[0]}?"
-                    if close
-                    else f"there are {', '.join(Settings.__annotations__)}"
-                )
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}"
                 raise InputError(f"setting {name!r} is unknown; {hint}")
         seed = settings.pop("seed", 0)
         values: Any = {"temperature": 0.0, **settings}
@@ -305,39 +306,39 @@ class Model:
         return sampling, random_key(seed)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Returns a prompt's ids, with the vocabulary's own rule for the token that begins a text.
+        """Tokenizes a prompt, with BOS where the tokenizer adds one.
 
         Raises:
-          InputError: if there are none.
+          InputError: if the prompt has no tokens.
         """
         ids = self.tokenizer.encode(text)
         if not ids:
             raise InputError(
-                "the prompt is empty, and no token begins a text in this vocabulary; give at least a word"
+                "the prompt is empty, and this tokenizer adds no BOS token; give at least one word"
             )
         return ids
 
     def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
-        """The context in which functions on this model's parameters run: its mesh, if it has one."""
+        """The context manager that sets this model's mesh, if it has one."""
         return sharding.use_mesh(self.mesh)
 
-    def _until_stopped(
+    def _generate_until_stop(
         self,
-        prompts: tuple[LlamaConfig, Any, jax.Array, jax.Array],
+        inputs: tuple[LlamaConfig, Any, jax.Array, jax.Array],
         key: jax.Array,
         sampling: Sampling,
         stop_strings: str | Sequence[str],
-        shared: dict[str, Any],
-        owners: list[list[int]],
+        options: dict[str, Any],
+        rows: list[list[int]],
     ) -> list[str]:
-        """`generate` a token at a time, each text until its first stop string."""
-        decoders = [self._decoder_after(ids) for ids in owners]
-        stops = [StopStrings(stop_strings) for _ in owners]
-        texts: list[list[str]] = [[] for _ in owners]
+        """`generate` one token per step, so that decoding ends when every row has a stop string."""
+        decoders = [self._decoder_after(ids) for ids in rows]
+        stops = [StopStrings(stop_strings) for _ in rows]
+        texts: list[list[str]] = [[] for _ in rows]
         with self.on_mesh():
-            for tokens, live in stream(*prompts, key, sampling, **shared):
-                for at in np.flatnonzero(live):
-                    texts[at].append(stops[at].push(decoders[at].push(int(tokens[at])))[0])
+            for tokens, live in stream(*inputs, key, sampling, **options):
+                for row in np.flatnonzero(live):
+                    texts[row].append(stops[row].push(decoders[row].push(int(tokens[row])))[0])
                 if all(stop.stopped for stop in stops):
                     break
         for text, decoder, stop in zip(texts, decoders, stops, strict=True):
@@ -347,9 +348,9 @@ class Model:
     def continuation(
         self, prompt: Sequence[int], new: Iterable[int], stop_strings: str | Sequence[str] = ()
     ) -> str:
-        """The text of new ids after a prompt's, as far as the first of the stop strings."""
-        text, stop = self._decoder_after(prompt), StopStrings(stop_strings)
-        return stop.push(text.extend(new) + text.flush())[0] + stop.flush()
+        """Detokenizes new token ids that follow a prompt, up to the first stop string."""
+        decoder, stop = self._decoder_after(prompt), StopStrings(stop_strings)
+        return stop.push(decoder.extend(new) + decoder.flush())[0] + stop.flush()
 
     def _check_vocabulary(self, draft: Model) -> None:
         ours, theirs = self.tokenizer, draft.tokenizer
@@ -357,19 +358,20 @@ class Model:
             if ours.piece(id) != theirs.piece(id):
                 raise InputError(
                     f"the draft model {draft.path} has another vocabulary: its token {id} is "
-                    f"{theirs.piece(id)!r}, and {ours.piece(id)!r} in {self.path}"
+                    f"{theirs.piece(id)!r}, and {ours.piece(id)!r} in {self.path}; use a draft model with "
+                    "the same tokenizer"
                 )
 
     def _decoder_after(self, prompt: Sequence[int]) -> StreamDecoder:
-        # SentencePiece drops the space before a text's first piece; a continuation's first piece keeps it.
-        text = self.tokenizer.stream()
-        text.extend(prompt)
-        return text
+        # SentencePiece drops the space before the first piece of a text; after a prompt it is kept.
+        decoder = self.tokenizer.stream()
+        decoder.extend(prompt)
+        return decoder
 
 
-def _nested(texts: list[str], count: int, prompt: str | list[str], asked: int | None) -> Any:
-    """Texts, `count` of each prompt, in the form that the prompts came in."""
-    groups: list[Any] = [texts[at : at + count] for at in range(0, len(texts), count)]
-    if asked is None:
-        groups = texts
+def _group(texts: list[str], prompt: str | list[str], num_return_sequences: int | None) -> Any:
+    """Nests the texts as the prompts are: a text, or `num_return_sequences` of them, per prompt."""
+    groups: list[Any] = texts
+    if (count := num_return_sequences) is not None:
+        groups = [texts[start : start + count] for start in range(0, len(texts), count)]
     return groups[0] if isinstance(prompt, str) else groups

@@ -1,4 +1,4 @@
-"""Stop strings: where a text that comes in parts has to end."""
+"""Stop strings for streamed text."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from llama_jax.errors import InputError
 
 
 class StopStrings:
-    """Ends a text before the first of some strings, however the text is cut into parts.
+    """Truncates a streamed text before its first stop string, independently of the chunk boundaries.
 
-    The first is the one that is complete soonest as the text grows; of two complete at the same character,
-    the one that began first. What may yet turn out to be the beginning of one is held back until it is
-    known. Each string is matched by Knuth, Morris and Pratt's automaton, so the work is proportional to the
-    text, whatever the strings.
+    The first match is the one that is completed first; of two completed at the same character, the longer
+    one. Text that may be the start of a stop string is buffered until that is decided. Matching uses the
+    Knuth-Morris-Pratt automaton, so the cost is linear in the text.
 
     Args:
-      stops: one string, or several; none at all never stops.
+      stops: one stop string, or several; with none the text is never truncated.
 
     Raises:
-      InputError: for an empty string, or what is none.
+      InputError: for an empty stop string, or one that is not a string.
     """
 
     def __init__(self, stops: str | Sequence[str] = ()):
@@ -30,60 +29,60 @@ class StopStrings:
             if not isinstance(stop, str):
                 raise InputError(f"stop_strings[{i}] is {str(stop)[:40]}; it must be a string")
             if not stop:
-                raise InputError(f"stop_strings[{i}] is empty, and would stop every text; leave it out")
-        self._borders = [_borders(stop) for stop in self._stops]
-        self._restart()
+                raise InputError(f"stop_strings[{i}] is empty and would match everywhere; leave it out")
+        self._prefix_tables = [_prefix_table(stop) for stop in self._stops]
+        self._reset()
 
     @property
     def any(self) -> bool:
-        """Whether there is any string to stop at."""
+        """Whether there is any stop string."""
         return bool(self._stops)
 
-    def _restart(self) -> None:
-        self._held = ""  # the longest end of the text so far that begins a stop string
-        self._matched = [0] * len(self._stops)  # of each, how much the text so far ends with
+    def _reset(self) -> None:
+        self._buffer = ""  # the longest suffix of the text that is a prefix of a stop string
+        self._matched = [0] * len(self._stops)  # the length of that suffix for each stop string
         self.stopped = False
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Takes the next part of the text.
+        """Appends a chunk of text.
 
         Returns:
-          What can be shown of it and of what was held back, and whether a stop string has come, which is
-          not shown itself. After that nothing is.
+          The text, from the buffer and this chunk, that is now known to precede any stop string, and whether
+          a stop string has been found. After that the text is always empty.
         """
         if self.stopped:
             return "", True
-        seen = self._held + text
-        for at, character in enumerate(text, len(self._held) + 1):
-            complete = 0
+        pending = self._buffer + text
+        for end, character in enumerate(text, len(self._buffer) + 1):
+            completed = 0
             for i, stop in enumerate(self._stops):
                 matched = self._matched[i]
                 while matched and stop[matched] != character:
-                    matched = self._borders[i][matched]
+                    matched = self._prefix_tables[i][matched]
                 matched += stop[matched] == character
                 self._matched[i] = matched
                 if matched == len(stop):
-                    complete = max(complete, matched)
-            if complete:
-                self.stopped, self._held = True, ""
-                return seen[: at - complete], True
-        shown = len(seen) - max(self._matched, default=0)
-        self._held = seen[shown:]
-        return seen[:shown], False
+                    completed = max(completed, matched)
+            if completed:
+                self.stopped, self._buffer = True, ""
+                return pending[: end - completed], True
+        safe = len(pending) - max(self._matched, default=0)
+        self._buffer = pending[safe:]
+        return pending[:safe], False
 
     def flush(self) -> str:
-        """Ends the text: returns what was held back, and is ready for another."""
-        held = self._held
-        self._restart()
-        return held
+        """Ends the text: returns the buffered text and resets for the next text."""
+        buffered = self._buffer
+        self._reset()
+        return buffered
 
 
-def _borders(stop: str) -> list[int]:
-    """For each n, the length of the longest string that both begins and ends `stop[:n]`, and is shorter."""
-    borders = [0, 0]
+def _prefix_table(stop: str) -> list[int]:
+    """For each n, the length of the longest proper prefix of `stop[:n]` that is also its suffix."""
+    table = [0, 0]
     for character in stop[1:]:
-        length = borders[-1]
+        length = table[-1]
         while length and stop[length] != character:
-            length = borders[length]
-        borders.append(length + (stop[length] == character))
-    return borders
+            length = table[length]
+        table.append(length + (stop[length] == character))
+    return table

@@ -1,4 +1,4 @@
-"""Conversations: the same answers as from the whole text at once, and a state that survives interruptions."""
+"""Conversations: cached answers equal a full prefill, and the state survives interruptions."""
 
 from __future__ import annotations
 
@@ -49,23 +49,23 @@ def chat(model):
     return Conversation(model, template="chatml")
 
 
-def said(conversation, text, **settings):
+def reply(conversation, text, **settings):
     return "".join(conversation.say(text, **{"max_new_tokens": NEW, **settings}))
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def likeliest(config, params, tokens, at):
-    return lj.forward(config, params, tokens)[0, at].argmax()
+def argmax_token(config, params, tokens, position):
+    return lj.forward(config, params, tokens)[0, position].argmax()
 
 
-def fresh_ids(conversation, messages, new):
-    """A whole conversation's ids and their greedy continuation, by the model without a cache."""
+def uncached_ids(conversation, messages, new):
+    """The conversation's token ids and their greedy continuation, without a cache."""
     model = conversation.model
     prompt = encode_chat(model.tokenizer, conversation.template, messages)
     tokens, ids = np.zeros((1, 256), np.int32), list(prompt)
     for _ in range(new):
         tokens[0, : len(ids)] = ids
-        ids.append(int(likeliest(model.config, model.params, tokens, len(ids) - 1)))
+        ids.append(int(argmax_token(model.config, model.params, tokens, len(ids) - 1)))
         if ids[-1] in model.tokenizer.eos_ids:
             break
     return prompt, ids[len(prompt) :]
@@ -75,31 +75,31 @@ def fresh_ids(conversation, messages, new):
 
 
 @pytest.mark.parametrize(("kind", "turns"), [("sentencepiece", 2), ("json-bpe", 3)])
-def test_answers_are_those_of_the_whole_text_and_only_what_is_new_is_run(tokenizers, kind, turns):
+def test_answers_equal_a_full_prefill_and_only_new_tokens_are_run(tokenizers, kind, turns):
     conversation = Conversation(build(tokenizers[kind]), "la forêt", "chatml")
-    held = []
+    cached = []
     for question in QUESTIONS[:turns]:
-        answer = said(conversation, question)
+        answer = reply(conversation, question)
         *before, last = conversation.messages
         assert last == {"role": "assistant", "content": answer}
-        ids, new = fresh_ids(conversation, before, NEW)
+        ids, new = uncached_ids(conversation, before, NEW)
         assert answer == conversation.model.tokenizer.decode(new)
         assert conversation.prompt_tokens == len(ids)
-        shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(held, ids[:-1], strict=False))
+        shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(cached, ids[:-1], strict=False))
         assert conversation.session.reused == len(list(shared))
-        held = [*ids, *new[:-1]]
+        cached = [*ids, *new[:-1]]
     assert conversation.session.reused > 50
 
 
-def test_a_seed_decides_what_is_drawn(chat):
-    first = said(chat, "hello", temperature=1.0, seed=1)
+def test_the_seed_determines_the_samples(chat):
+    first = reply(chat, "hello", temperature=1.0, seed=1)
     chat.undo()
-    assert said(chat, "hello", temperature=1.0, seed=1) == first
+    assert reply(chat, "hello", temperature=1.0, seed=1) == first
     chat.undo()
-    assert said(chat, "hello", temperature=1.0, seed=2) != first
+    assert reply(chat, "hello", temperature=1.0, seed=2) != first
 
 
-def test_on_a_mesh_the_answers_are_the_same(tokenizers):
+def test_answers_on_a_mesh_are_the_same(tokenizers):
     model = build(tokenizers["sentencepiece"])
     short = ChatTemplate("{% for m in messages %}{{ m.content }}. {% endfor %}", "the template", {})
     chat = Conversation(model, template=short)
@@ -109,41 +109,41 @@ def test_on_a_mesh_the_answers_are_the_same(tokenizers):
         template=short,
     )
     for question in QUESTIONS[:2]:
-        assert said(on_mesh, question) == said(chat, question)
+        assert reply(on_mesh, question) == reply(chat, question)
     assert on_mesh.session.reused == chat.session.reused > 0
 
 
 # How an answer ends
 
 
-def test_the_length_that_was_asked_for(chat):
-    said(chat, "hello", max_new_tokens=3)
+def test_max_new_tokens(chat):
+    reply(chat, "hello", max_new_tokens=3)
     assert chat.finish_reason == "length"
-    assert len(fresh_ids(chat, chat.messages[:-1], 3)[1]) == 3
+    assert len(uncached_ids(chat, chat.messages[:-1], 3)[1]) == 3
 
 
-def test_an_end_token_ends_it(chat, model, monkeypatch):
-    _, new = fresh_ids(chat, [{"role": "user", "content": "hello"}], NEW)
+def test_an_eos_token_ends_the_answer(chat, model, monkeypatch):
+    _, new = uncached_ids(chat, [{"role": "user", "content": "hello"}], NEW)
     first = new.index(new[4])
     monkeypatch.setattr(model.tokenizer, "eos_ids", (new[4],))
-    said(chat, "hello")
+    reply(chat, "hello")
     assert chat.finish_reason == "stop"
     assert chat.session.tokens[chat.prompt_tokens :] == new[:first]
 
 
-def test_a_stop_string_ends_it_and_is_not_shown(chat):
-    whole = said(chat, "hello")
+def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(chat):
+    whole = reply(chat, "hello")
     chat.undo()
     stop = whole[5:8]
-    answer = said(chat, "hello", stop_strings=["not there", stop])
+    answer = reply(chat, "hello", stop_strings=["not there", stop])
     assert answer == whole[: whole.index(stop)]
     assert chat.finish_reason == "stop"
     assert chat.messages[-1]["content"] == answer
-    following = said(chat, "the cat")
-    assert following == chat.model.tokenizer.decode(fresh_ids(chat, chat.messages[:-1], NEW)[1])
+    following = reply(chat, "the cat")
+    assert following == chat.model.tokenizer.decode(uncached_ids(chat, chat.messages[:-1], NEW)[1])
 
 
-def test_pieces_come_as_they_are_ready(chat):
+def test_the_answer_is_streamed(chat):
     pieces = list(chat.say("hello", max_new_tokens=NEW))
     assert len(pieces) > 3
     assert all(pieces)
@@ -154,34 +154,33 @@ def test_pieces_come_as_they_are_ready(chat):
 
 
 def usable(conversation):
-    """Whether the next answer is that of the whole text."""
-    answer = said(conversation, "the cat")
-    _, new = fresh_ids(conversation, conversation.messages[:-1], NEW)
+    """Whether the next answer equals that of a full prefill."""
+    answer = reply(conversation, "the cat")
+    _, new = uncached_ids(conversation, conversation.messages[:-1], NEW)
     return answer == conversation.model.tokenizer.decode(new)
 
 
-def test_a_closed_answer_keeps_what_was_said(chat):
+def test_a_closed_answer_keeps_what_was_reply(chat):
     answer = chat.say("hello", max_new_tokens=NEW)
-    begun = next(answer) + next(answer)
+    partial = next(answer) + next(answer)
     answer.close()
-    assert chat.messages == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": begun}]
+    assert chat.messages == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": partial}]
     assert chat.finish_reason is None
-    held = chat.session.tokens
-    assert len(held) > chat.prompt_tokens
+    assert len(chat.session.tokens) > chat.prompt_tokens
     assert usable(chat)
     assert chat.session.reused > 0
 
 
-def test_the_next_question_closes_the_answer_before_it(chat):
+def test_the_next_message_closes_the_answer_before_it(chat):
     answer = chat.say("hello", max_new_tokens=NEW)
-    begun = next(answer)
+    partial = next(answer)
     assert usable(chat)
-    assert chat.messages[1] == {"role": "assistant", "content": begun}
+    assert chat.messages[1] == {"role": "assistant", "content": partial}
     assert list(answer) == []
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
-def test_an_interrupted_step_keeps_what_was_said(chat, monkeypatch, error):
+def test_an_interrupted_step_keeps_what_was_reply(chat, monkeypatch, error):
     steps = session.advance_jit
     left = iter(range(4))
 
@@ -200,8 +199,8 @@ def test_an_interrupted_step_keeps_what_was_said(chat, monkeypatch, error):
     assert usable(chat)
 
 
-def test_a_question_that_was_not_answered_at_all_is_taken_back(chat, monkeypatch):
-    said(chat, "hello")
+def test_a_message_without_an_answer_is_dropped(chat, monkeypatch):
+    reply(chat, "hello")
     before = chat.messages
 
     def interrupted(*_):
@@ -210,40 +209,40 @@ def test_a_question_that_was_not_answered_at_all_is_taken_back(chat, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(session, "_begin", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            said(chat, "the cat")
-    chat.say("the cat")  # nobody takes the answer
+            reply(chat, "the cat")
+    chat.say("the cat")  # the generator is never consumed
     assert chat.messages == before
     assert usable(chat)
 
 
-def test_an_empty_answer_is_an_answer(chat, model, monkeypatch):
-    _, new = fresh_ids(chat, [{"role": "user", "content": "hello"}], 1)
+def test_an_empty_answer_is_kept(chat, model, monkeypatch):
+    _, new = uncached_ids(chat, [{"role": "user", "content": "hello"}], 1)
     monkeypatch.setattr(model.tokenizer, "eos_ids", (new[0],))
-    answer = said(chat, "hello", stop_strings=model.tokenizer.decode(new))
+    answer = reply(chat, "hello", stop_strings=model.tokenizer.decode(new))
     assert answer == ""
     assert chat.messages[-1] == {"role": "assistant", "content": ""}
 
 
-# Going back
+# Undo and reset
 
 
 def test_undo_and_reset(chat):
-    first = said(chat, "hello")
+    first = reply(chat, "hello")
     messages = chat.messages
-    said(chat, "the cat")
+    reply(chat, "the cat")
     chat.undo()
     assert chat.messages == messages
     chat.reset()
     assert chat.messages == []
-    assert said(chat, "hello") == first
+    assert reply(chat, "hello") == first
     assert chat.session.reused == chat.prompt_tokens - 1
     chat.undo()
-    with pytest.raises(InputError, match="there is nothing to take back"):
+    with pytest.raises(InputError, match="there is nothing to undo"):
         chat.undo()
 
 
 def test_the_system_prompt_may_change(chat):
-    said(chat, "hello")
+    reply(chat, "hello")
     chat.system = "the dog"
     assert chat.messages[0] == {"role": "system", "content": "the dog"}
     assert usable(chat)
@@ -254,21 +253,19 @@ def test_the_system_prompt_may_change(chat):
 # The end of the context
 
 
-def test_an_answer_ends_with_the_context(chat):
-    said(chat, "the " * 50, max_new_tokens=10_000)
+def test_an_answer_ends_at_the_end_of_the_context(chat):
+    reply(chat, "the " * 50, max_new_tokens=10_000)
     assert chat.finish_reason == "length"
-    assert len(chat.session.tokens) == 255  # and the last one, which nothing follows
+    assert len(chat.session.tokens) == 255  # the last sampled token is not in the cache
 
 
-def test_a_turn_without_room_is_refused_and_nothing_lost(chat):
-    said(chat, "hello")
-    messages, held = chat.messages, chat.session.tokens
-    with pytest.raises(
-        InputError, match=r"with this turn the conversation has .* and the model's context 256"
-    ):
+def test_a_turn_that_does_not_fit_changes_nothing(chat):
+    reply(chat, "hello")
+    messages, cached = chat.messages, chat.session.tokens
+    with pytest.raises(InputError, match=r"with this turn the conversation has .* context of 256"):
         chat.say("the " * 200)
     assert chat.messages == messages
-    assert chat.session.tokens == held
+    assert chat.session.tokens == cached
     assert usable(chat)
 
 
@@ -287,21 +284,21 @@ def test_a_turn_without_room_is_refused_and_nothing_lost(chat):
         ("a", {"stop_strings": [""]}, r"stop_strings\[0\] is empty"),
     ],
 )
-def test_bad_turns_are_refused_at_the_call(chat, text, settings, message):
+def test_bad_input_is_rejected_at_the_call(chat, text, settings, message):
     with pytest.raises(InputError, match=message):
         chat.say(text, **settings)
     assert chat.messages == []
 
 
 def test_nul_is_ordinary_text(chat):
-    said(chat, "a\0b")
+    reply(chat, "a\0b")
     assert usable(chat)
 
 
-def test_a_template_that_refuses_leaves_the_conversation_as_it_was(model):
+def test_a_template_error_changes_nothing(model):
     source = "{% if messages | length > 1 %}{{ raise_exception('no more') }}{% endif %}a"
     conversation = Conversation(model, template=ChatTemplate(source, "the template", {}))
-    said(conversation, "hello")
+    reply(conversation, "hello")
     messages = conversation.messages
     with pytest.raises(InputError, match="the template refuses these messages: no more"):
         conversation.say("the cat")
@@ -309,20 +306,20 @@ def test_a_template_that_refuses_leaves_the_conversation_as_it_was(model):
 
 
 def test_templates(tokenizers, model, tmp_path):
-    with pytest.raises(TokenizerError, match="came with no chat template; choose one"):
+    with pytest.raises(TokenizerError, match="the model has no chat template; choose one"):
         Conversation(build(tokenizers["sentencepiece"]))
     path = tmp_path / "own.jinja"
     path.write_text("{{ messages[-1].content }}")
-    assert said(Conversation(model, template=path), "hello")
+    assert reply(Conversation(model, template=path), "hello")
 
 
-# The real model
+# A real model
 
 
 @pytest.mark.slow
 def test_smollm2_answers_over_two_turns(smollm2):
     conversation = Conversation(smollm2)
-    assert "Paris" in said(conversation, "What is the capital of France?", max_new_tokens=40)
+    assert "Paris" in reply(conversation, "What is the capital of France?", max_new_tokens=40)
     first = conversation.prompt_tokens + len(smollm2.tokenizer.encode(conversation.messages[-1]["content"]))
-    assert "Rome" in said(conversation, "And of Italy?", max_new_tokens=40)
+    assert "Rome" in reply(conversation, "And of Italy?", max_new_tokens=40)
     assert conversation.session.reused == first

@@ -1,4 +1,4 @@
-"""Conversions: every format to every other and back to the bit, models in memory to disk, and bad input."""
+"""Conversion between all formats is bit-exact; saving models; bad input."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ MODELS = {
     "grouped": LLAMA2.replace(num_key_value_heads=8),
     "grouped, tied": LLAMA2.replace(num_key_value_heads=8, tie_word_embeddings=True),
 }
-# The name of each form, and what it is written with.
-FORMS = {
+# Output names and their `convert` options.
+OUTPUTS = {
     "hf": {"format": "hf"},
     "hf-3": {"format": "hf", "shards": 3},
     "meta": {"format": "meta"},
@@ -54,7 +54,7 @@ FORMS = {
 
 
 def vocabulary(size):
-    """A SentencePiece model of so many pieces, laid out as Llama's."""
+    """A SentencePiece model with `size` pieces, in the order of Llama's."""
     special = [Piece("<unk>", 0.0, UNKNOWN), Piece("<s>", 0.0, CONTROL), Piece("</s>", 0.0, CONTROL)]
     every_byte = [Piece(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
     texts = [SPACE, *"w0123456789", *(f"w{number}" for number in range(size - 3 - 256 - 12))]
@@ -74,44 +74,44 @@ def model_on_disk(folder, config, dtype="float32"):
     return params
 
 
-def same(a, b):
+def identical(a, b):
     return jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b))
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_every_format_becomes_every_other_and_stays_the_same_to_the_bit(tmp_path, kind):
+def test_every_format_converts_to_every_other_bit_for_bit(tmp_path, kind):
     params = model_on_disk(tmp_path / "source", MODELS[kind])
     text = load_tokenizer(tmp_path / "source").encode("w3 w17w5 w90")
     sources = ("hf", "meta-8", "gguf", "llama2c", "orbax")
     for name in sources:
-        convert(tmp_path / "source", tmp_path / name, **FORMS[name])
-    for one, other in itertools.product(sources, FORMS):
-        target = convert(tmp_path / one, tmp_path / f"{one} to {other}", **FORMS[other])
+        convert(tmp_path / "source", tmp_path / name, **OUTPUTS[name])
+    for one, other in itertools.product(sources, OUTPUTS):
+        target = convert(tmp_path / one, tmp_path / f"{one} to {other}", **OUTPUTS[other])
         source = open_source(target)
         assert source.config == MODELS[kind], (one, other)
-        assert same(load_params(source), params), (one, other)
-        assert load_tokenizer(source.home or target).encode("w3 w17w5 w90") == text, (one, other)
+        assert identical(load_params(source), params), (one, other)
+        assert load_tokenizer(source.tokenizer_dir or target).encode("w3 w17w5 w90") == text, (one, other)
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_bf16_goes_round_all_formats_that_have_it(tmp_path, kind):
+def test_bf16_round_trip_through_all_formats_that_support_it(tmp_path, kind):
     params = model_on_disk(tmp_path / "0", MODELS[kind], "bfloat16")
     round_trip = ["meta-2", "gguf", "orbax", "hf-3", "meta-8", "hf"]
     for step, name in enumerate(round_trip):
-        convert(tmp_path / str(step), tmp_path / str(step + 1), **FORMS[name])
+        convert(tmp_path / str(step), tmp_path / str(step + 1), **OUTPUTS[name])
     source = open_source(tmp_path / str(len(round_trip)))
-    assert same(load_params(source, dtype="bfloat16"), params)
+    assert identical(load_params(source, dtype="bfloat16"), params)
     matrices = {info.dtype for info in source.tensors.values() if len(info.shape) > 1}
     assert matrices == {"BF16"}
 
 
-def test_stories260k_goes_round_all_formats(tmp_path, shared_data):
+def test_stories260k_round_trip_through_all_formats(tmp_path, shared_data):
     path = shared_data / "stories260K" / "stories260K.bin"
     before = lj.load(path)
     for step, name in enumerate(["hf", "meta", "gguf", "orbax", "llama2c"]):
-        path = convert(path, tmp_path / str(step), **FORMS[name])
+        path = convert(path, tmp_path / str(step), **OUTPUTS[name])
     after = lj.load(path)
-    assert same(after.params, before.params)
+    assert identical(after.params, before.params)
     assert after.config == before.config
     text = "Once upon a time, there was a little girl"
     assert after.tokenizer.encode(text) == before.tokenizer.encode(text)
@@ -119,12 +119,12 @@ def test_stories260k_goes_round_all_formats(tmp_path, shared_data):
 
 
 @pytest.mark.slow
-def test_smollm2_goes_round_all_formats_that_hold_its_vocabulary(tmp_path, smollm2, smollm2_path):
+def test_smollm2_round_trip_through_all_formats_that_support_its_vocabulary(tmp_path, smollm2, smollm2_path):
     path = smollm2_path
     for step, name in enumerate(["hf-3", "meta", "orbax", "gguf"]):
-        path = convert(path, tmp_path / str(step), **FORMS[name])
+        path = convert(path, tmp_path / str(step), **OUTPUTS[name])
     after = lj.load(path)
-    assert same(after.params, smollm2.params)
+    assert identical(after.params, smollm2.params)
     assert after.config == smollm2.config
     text = "Once upon a time, there was a little girl named Lily."
     assert after.tokenizer.encode(text) == smollm2.tokenizer.encode(text)
@@ -132,23 +132,23 @@ def test_smollm2_goes_round_all_formats_that_hold_its_vocabulary(tmp_path, smoll
     assert after.tokenizer.eos_ids == smollm2.tokenizer.eos_ids
 
 
-@pytest.mark.parametrize("how", ["unstacked", "mesh"])
-def test_a_model_in_memory_is_saved_as_it_was_loaded(tmp_path, how):
+@pytest.mark.parametrize("layout", ["unstacked", "mesh"])
+def test_save_writes_the_loaded_parameters(tmp_path, layout):
     params = model_on_disk(tmp_path / "source", LLAMA2)
-    mesh = lj.make_mesh("fsdp=4,tensor=2") if how == "mesh" else None
-    model = lj.load(tmp_path / "source", mesh=mesh, scan_layers=how != "unstacked")
-    for name in FORMS:
-        lj.save(model, tmp_path / name, **FORMS[name])
-        assert same(load_params(open_source(tmp_path / name)), params)
+    mesh = lj.make_mesh("fsdp=4,tensor=2") if layout == "mesh" else None
+    model = lj.load(tmp_path / "source", mesh=mesh, scan_layers=layout != "unstacked")
+    for name in OUTPUTS:
+        lj.save(model, tmp_path / name, **OUTPUTS[name])
+        assert identical(load_params(open_source(tmp_path / name)), params)
 
 
-def test_the_format_follows_from_the_name(tmp_path):
+def test_the_format_is_inferred_from_the_suffix(tmp_path):
     model_on_disk(tmp_path / "source", LLAMA2)
     for name, format in (("a.gguf", "gguf"), ("b", "hf")):
         assert open_source(convert(tmp_path / "source", tmp_path / name)).format == format
 
 
-def test_heads_are_pooled_models_averaged_and_vocabularies_resized_on_the_way(tmp_path, capsys):
+def test_pooling_averaging_and_resizing(tmp_path, capsys):
     params = model_on_disk(tmp_path / "a", LLAMA2)
     (tmp_path / "larger").mkdir()
     (tmp_path / "larger" / "tokenizer.model").write_bytes(vocabulary(328))
@@ -158,11 +158,11 @@ def test_heads_are_pooled_models_averaged_and_vocabularies_resized_on_the_way(tm
     assert json.loads(capsys.readouterr().out)["format"] == "meta"
     model = lj.load(tmp_path / "out")
     assert (model.config.num_key_value_heads, model.config.vocab_size) == (2, 328)
-    assert same(model.params["layers"]["feed_forward"], params["layers"]["feed_forward"])
+    assert identical(model.params["layers"]["feed_forward"], params["layers"]["feed_forward"])
 
 
 @pytest.mark.parametrize("format", ["hf", "meta", "gguf", "orbax"])
-def test_added_rows_are_tokens_that_no_text_becomes(tmp_path, format):
+def test_added_tokens_are_never_produced_by_the_tokenizer(tmp_path, format):
     model_on_disk(tmp_path / "a", LLAMA2)
     model = lj.load(convert(tmp_path / "a", tmp_path / "b", format, vocab_size=328))
     assert model.config.vocab_size == model.tokenizer.vocab_size == 328
@@ -172,7 +172,7 @@ def test_added_rows_are_tokens_that_no_text_becomes(tmp_path, format):
 
 
 @pytest.mark.slow
-def test_smollm2_with_added_rows_reads_text_as_before(tmp_path, smollm2, smollm2_path):
+def test_smollm2_with_added_rows_tokenizes_as_before(tmp_path, smollm2, smollm2_path):
     model = lj.load(convert(smollm2_path, tmp_path / "out", vocab_size=49_280, dtype="bfloat16"))
     text = "def f(x):\n    return [PAD49160] + x"
     assert model.tokenizer.encode(text) == smollm2.tokenizer.encode(text)
@@ -180,7 +180,7 @@ def test_smollm2_with_added_rows_reads_text_as_before(tmp_path, smollm2, smollm2
     assert model.tokenizer.chat_template == smollm2.tokenizer.chat_template
 
 
-def test_an_interrupted_conversion_goes_on_when_it_is_run_again(tmp_path, monkeypatch):
+def test_an_interrupted_conversion_is_resumed(tmp_path, monkeypatch):
     params = model_on_disk(tmp_path / "source", LLAMA2)
     seen = []
 
@@ -193,12 +193,12 @@ def test_an_interrupted_conversion_goes_on_when_it_is_run_again(tmp_path, monkey
         convert(tmp_path / "source", tmp_path / "out", progress=stop)
     assert not (tmp_path / "out").exists()
     again = []
-    convert(tmp_path / "source", tmp_path / "out", progress=lambda *at: again.append(at))
-    assert again[0][0] > 0  # what the first run has written
-    assert same(load_params(open_source(tmp_path / "out")), params)
+    convert(tmp_path / "source", tmp_path / "out", progress=lambda *args: again.append(args))
+    assert again[0][0] > 0  # bytes written by the first run
+    assert identical(load_params(open_source(tmp_path / "out")), params)
 
 
-def test_the_command_says_that_nothing_is_lost_and_that_it_goes_on(tmp_path, capsys, monkeypatch):
+def test_the_command_reports_an_interruption_and_resumes(tmp_path, capsys, monkeypatch):
     model_on_disk(tmp_path / "source", LLAMA2)
     reads = []
     read = StoredTensors.read
@@ -213,29 +213,29 @@ def test_the_command_says_that_nothing_is_lost_and_that_it_goes_on(tmp_path, cap
     command = ["convert", str(tmp_path / "source"), str(tmp_path / "out")]
     assert main(command) == 130
     said = capsys.readouterr().err
-    assert f"interrupted; the same command goes on from what is in {tmp_path / 'out'}.partial" in said
+    assert f"interrupted; rerun the command to resume from {tmp_path / 'out'}.partial" in said
     assert main(command) == 0
-    assert "going on from " in capsys.readouterr().err
+    assert "resuming at " in capsys.readouterr().err
 
 
-def test_no_checkpoint_is_written_into(tmp_path):
+def test_the_target_must_be_outside_of_checkpoints(tmp_path):
     model_on_disk(tmp_path / "source", LLAMA2)
     (tmp_path / "step").mkdir()
     (tmp_path / "step" / "checksums.json").touch()
-    with pytest.raises(CheckpointError, match="lies inside the checkpoint"):
+    with pytest.raises(CheckpointError, match="is inside the checkpoint"):
         convert(tmp_path / "source", tmp_path / "step" / "params" / "out")
 
 
 @pytest.mark.parametrize(
     ("one", "other"), [("llama2c", "hf"), ("hf", "gguf"), ("gguf", "orbax"), ("meta", "hf")]
 )
-def test_what_is_converted_verifies(tmp_path, shared_data, one, other):
+def test_converted_checkpoints_verify(tmp_path, shared_data, one, other):
     first = convert(shared_data / "stories260K" / "stories260K.bin", tmp_path / "one", one)
     second = convert(first, tmp_path / "other", other)
     assert compare(first, second).same
 
 
-def test_a_changed_source_is_not_gone_on_with(tmp_path):
+def test_a_conversion_of_a_changed_source_starts_over(tmp_path):
     model_on_disk(tmp_path / "source", LLAMA2)
 
     def stop(done, total, name):
@@ -246,30 +246,34 @@ def test_a_changed_source_is_not_gone_on_with(tmp_path):
         convert(tmp_path / "source", tmp_path / "out", progress=stop)
     os.utime(tmp_path / "source" / "model.safetensors", (1, 1))
     again = []
-    convert(tmp_path / "source", tmp_path / "out", progress=lambda *at: again.append(at))
+    convert(tmp_path / "source", tmp_path / "out", progress=lambda *args: again.append(args))
     assert again[0][0] == 0
 
 
-REFUSED = [
+INVALID_OPTIONS = [
     ({"format": "onnx"}, InputError, "format is 'onnx'; it must be one of hf, meta, gguf, llama2c, orbax"),
-    ({"dtype": "int4"}, InputError, "dtype is 'int4'; hf can be written in float32, bfloat16, float16"),
-    ({"dtype": "q8_0", "format": "meta"}, InputError, "dtype is 'q8_0'; meta can be written in"),
+    ({"dtype": "int4"}, InputError, "dtype is 'int4'; hf supports float32, bfloat16, float16"),
+    ({"dtype": "q8_0", "format": "meta"}, InputError, "dtype is 'q8_0'; meta supports"),
     (
         {"kv_heads": 3},
         ConfigError,
         "kv_heads is 3; the model's 16 key/value heads can be pooled to 1, 2, 4, 8, 16",
     ),
     ({"shards": 3, "format": "meta"}, ConfigError, "3"),
-    ({"shards": 2, "format": "gguf"}, InputError, "shards is 2; it is for hf and meta"),
-    ({"dtype": "bfloat16", "format": "llama2c"}, InputError, "llama2c can be written in float32, int8"),
+    (
+        {"shards": 2, "format": "gguf"},
+        InputError,
+        "shards is 2; it must be at least 1, and is only for hf",
+    ),
+    ({"dtype": "bfloat16", "format": "llama2c"}, InputError, "llama2c supports float32, int8"),
     ({"weights": [1.0]}, InputError, "weights are given but no checkpoints to average"),
     ({"vocab_size": 300}, TokenizerError, "the tokenizer has 320 tokens, the model 300"),
-    ({"average": ["nowhere"]}, CheckpointError, "'nowhere' is neither a file nor a known model"),
+    ({"average": ["nowhere"]}, CheckpointError, "'nowhere' is neither a path nor a known model"),
 ]
 
 
-@pytest.mark.parametrize(("options", "kind", "message"), REFUSED, ids=lambda value: str(value)[:30])
-def test_what_cannot_be_done_is_refused_and_nothing_is_left(tmp_path, options, kind, message):
+@pytest.mark.parametrize(("options", "kind", "message"), INVALID_OPTIONS, ids=lambda value: str(value)[:30])
+def test_invalid_options_leave_no_files(tmp_path, options, kind, message):
     model_on_disk(tmp_path / "source", LLAMA2)
     with pytest.raises(kind) as raised:
         convert(tmp_path / "source", tmp_path / "out", **options)
@@ -278,41 +282,41 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_left(tmp_path, options, k
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_quantised_parameters_are_not_saved(tmp_path):
+def test_quantized_parameters_cannot_be_saved(tmp_path):
     model_on_disk(tmp_path / "source", LLAMA2)
     with pytest.raises(InputError, match="load the model without bits to save it"):
         lj.save(lj.load(tmp_path / "source", bits=8), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["{source}"], "missing"),
         (["{source}", "{out}", "--to", "onnx"], "invalid choice: 'onnx'"),
-        (["{source}", "{source}"], "is there already; remove it, or give another path"),
-        (["{source}", "{out}", "--weights", "1"], "--weights without --average"),
+        (["{source}", "{source}"], "already exists; remove it, or give another path"),
+        (["{source}", "{out}", "--weights", "1"], "--weights needs --average"),
         (["{source}", "{out}", "--kv-heads", "0"], "'0' must be at least 1"),
         (["{source}", "{out}", "--average", "{source}", "--weights", "1", "x"], "'x' is not a number"),
-        (["{source}", "{source}/out"], "which is to be read; write elsewhere"),
+        (["{source}", "{source}/out"], "is inside the source"),
         (["{source}", "/dev/null/out"], "/dev/null/out: cannot be written: Not a directory; write elsewhere"),
-        (["{source}", ""], "'' is no place to write to"),
-        (["{source}", "/"], "'/' is no place to write to"),
-        (["{source}", "{out}.bin"], "out.bin: no format follows from .bin; name it with format (--to)"),
+        (["{source}", ""], "'' cannot be written to"),
+        (["{source}", "/"], "'/' cannot be written to"),
+        (["{source}", "{out}.bin"], "out.bin: .bin does not tell the format; give it with format (--to)"),
         (["{source}", "{out}", "--dtpye", "float32"], "did you mean --dtype?"),
     ],
 )
-def test_the_command_refuses_in_one_line(tmp_path, capsys, words, message):
+def test_command_errors_are_one_line(tmp_path, capsys, arguments, message):
     model_on_disk(tmp_path / "source", LLAMA2)
     before = sorted(tmp_path.rglob("*"))
     places = {"source": str(tmp_path / "source"), "out": str(tmp_path / "out")}
-    assert main(["convert", *(word.format(**places) for word in words)]) == 2
+    assert main(["convert", *(argument.format(**places) for argument in arguments)]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_command_says_what_it_has_written(tmp_path, capsys):
+def test_the_command_reports_what_it_wrote(tmp_path, capsys):
     model_on_disk(tmp_path / "source", LLAMA2)
     assert main(["convert", str(tmp_path / "source"), str(tmp_path / "out.gguf"), "--dtype", "float16"]) == 0
     out = capsys.readouterr().out
@@ -320,7 +324,7 @@ def test_the_command_says_what_it_has_written(tmp_path, capsys):
     assert out.endswith("/s\n")
 
 
-def test_a_value_that_does_not_fit_is_named_and_nothing_is_left_that_looks_whole(tmp_path):
+def test_an_overflowing_value_is_named_and_leaves_no_output(tmp_path):
     config, params = random_model(3, LLAMA2)
     params = {**params, "final_norm": {"scale": params["final_norm"]["scale"] * 1e6}}
     model_on_disk(tmp_path / "source", LLAMA2)

@@ -1,4 +1,4 @@
-"""What a `Model` is asked for in text: beams, several sequences, stop strings, smaller weights and caches."""
+"""`Model.generate`: beam search, multiple sequences, stop strings, drafts, quantized weights and caches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def model(path):
     return lj.load(path, scan_layers=False)
 
 
-def test_stop_strings_end_each_text_before_the_first_of_them(model):
+def test_each_text_ends_before_its_first_stop_string(model):
     whole = model.generate(PROMPTS, max_new_tokens=NEW)
     stop = whole[0][2:4]
     assert model.generate(PROMPTS, max_new_tokens=NEW, stop_strings=stop) == [
@@ -35,12 +35,12 @@ def test_stop_strings_end_each_text_before_the_first_of_them(model):
     assert "".join(model.stream(PROMPTS[0], max_new_tokens=NEW, stop_strings=stop)) == cut
 
 
-def test_a_stop_string_that_never_comes_changes_nothing(model):
+def test_a_stop_string_without_a_match_changes_nothing(model):
     settings = {"max_new_tokens": NEW, "temperature": 0.8, "seed": 3, "num_return_sequences": 2}
     assert model.generate(PROMPTS, stop_strings=["~~~"], **settings) == model.generate(PROMPTS, **settings)
 
 
-def test_several_sequences_come_as_lists_in_the_place_of_each_text(model):
+def test_num_return_sequences_returns_a_list_per_prompt(model):
     settings = {"max_new_tokens": NEW, "temperature": 1.0, "num_return_sequences": 3}
     lists = model.generate(PROMPTS, **settings)
     assert [len(texts) for texts in lists] == [3, 3] and len({*lists[0], *lists[1]}) > 1
@@ -50,37 +50,37 @@ def test_several_sequences_come_as_lists_in_the_place_of_each_text(model):
     ]
 
 
-def test_beams_are_those_of_beam_search(model):
+def test_num_beams_matches_beam_search(model):
     ids = model.encode_prompt("ab")
     found = lj.beam_search(
         model.config, model.params, np.array([ids]), np.array([len(ids)]), 3,
         max_new_tokens=NEW, eos_id=model.tokenizer.eos_ids, num_return_sequences=2,
     )  # fmt: skip
     prompt = model.tokenizer.decode(ids)
-    wanted = [
+    expected = [
         model.tokenizer.decode([*ids, *np.asarray(found.tokens[0, text, : found.lengths[0, text]]).tolist()])
         for text in range(2)
     ]
-    got = model.generate("ab", max_new_tokens=NEW, num_beams=3, num_return_sequences=2)
-    assert [prompt + text for text in got] == wanted
-    assert model.generate("ab", max_new_tokens=NEW, num_beams=3) == got[0]
+    texts = model.generate("ab", max_new_tokens=NEW, num_beams=3, num_return_sequences=2)
+    assert [prompt + text for text in texts] == expected
+    assert model.generate("ab", max_new_tokens=NEW, num_beams=3) == texts[0]
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.9, "seed": 5}], ids=["greedy", "random"])
-def test_drafts_copied_from_the_text_change_nothing_but_the_number_of_runs(model, settings):
-    asked = {"max_new_tokens": 2 * NEW, "num_return_sequences": 2, **settings}
+def test_prompt_lookup_drafts_do_not_change_the_output(model, settings):
+    options = {"max_new_tokens": 2 * NEW, "num_return_sequences": 2, **settings}
     prompts = ["abcabcab", "ab ab ab ab"]
-    whole = model.generate(prompts, **asked)
-    drafted = {"draft": lj.PromptLookup(), "num_draft_tokens": 4}
-    assert model.generate(prompts, **asked, **drafted) == whole
+    whole = model.generate(prompts, **options)
+    drafting = {"draft": lj.PromptLookup(), "num_draft_tokens": 4}
+    assert model.generate(prompts, **options, **drafting) == whole
     stop = whole[1][0][3:5]
-    cut = model.generate(prompts, **asked, **drafted, stop_strings=stop)
-    assert cut == model.generate(prompts, **asked, stop_strings=stop) != whole
+    cut = model.generate(prompts, **options, **drafting, stop_strings=stop)
+    assert cut == model.generate(prompts, **options, stop_strings=stop) != whole
 
 
-def test_a_smaller_model_drafts_for_one_of_the_same_vocabulary(model, tmp_path):
+def test_a_draft_model_needs_the_same_vocabulary(model, tmp_path):
     ids = [model.encode_prompt(text) for text in PROMPTS]
-    out = model.speculate(ids, *model.settings(), draft=model, num_draft_tokens=3, max_new_tokens=NEW)
+    out = model.speculate(ids, *model.sampling(), draft=model, num_draft_tokens=3, max_new_tokens=NEW)
     assert int(out.rounds) < NEW and (out.accepted == out.drafted).all()
     texts = [
         model.continuation(row, new[:count])
@@ -96,18 +96,18 @@ def test_a_smaller_model_drafts_for_one_of_the_same_vocabulary(model, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [8])
-def test_smaller_weights_and_a_smaller_cache_write_text_of_the_model(path, model, bits):
+def test_quantized_weights_and_cache(path, model, bits):
     small = lj.load(path, scan_layers=False, bits=bits)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(small.params))
-    assert held < sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) / 2
+    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(small.params))
+    assert nbytes < sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) / 2
     assert isinstance(small.generate("ab", max_new_tokens=NEW, cache_dtype="int8"), str)
 
 
-def test_rules_reach_the_text(model):
+def test_logits_processor_settings_take_effect(model):
     plain = model.generate("ab", max_new_tokens=NEW)
     ids = [
         token
-        for token, _ in model.stream_tokens(model.encode_prompt("ab"), *model.settings(), max_new_tokens=NEW)
+        for token, _ in model.stream_tokens(model.encode_prompt("ab"), *model.sampling(), max_new_tokens=NEW)
     ]
     other = model.generate("ab", max_new_tokens=NEW, suppress_tokens=ids[:1])
     assert other != plain
@@ -119,10 +119,10 @@ def test_rules_reach_the_text(model):
     ("settings", "message"),
     [
         ({"temprature": 1.0}, "setting 'temprature' is unknown; did you mean temperature?"),
-        ({"xyz": 1.0}, "setting 'xyz' is unknown; there are temperature, top_k"),
+        ({"xyz": 1.0}, "setting 'xyz' is unknown; use one of temperature, top_k"),
         ({"num_beams": 3, "temperature": 0.5}, "temperature"),
-        ({"num_beams": 3, "stop_strings": "a"}, "stop_strings and num_beams do not go together"),
-        ({"num_beams": 3, "draft": lj.PromptLookup()}, "draft and num_beams do not go together"),
+        ({"num_beams": 3, "stop_strings": "a"}, "stop_strings and num_beams cannot be combined"),
+        ({"num_beams": 3, "draft": lj.PromptLookup()}, "draft and num_beams cannot be combined"),
         ({"draft": "prompt"}, "draft is a str; it must be"),
         ({"draft": lj.PromptLookup(), "num_draft_tokens": 0}, "num_draft_tokens is 0"),
         ({"num_return_sequences": 0}, "num_return_sequences is 0"),
@@ -136,7 +136,7 @@ def test_rules_reach_the_text(model):
         ({"max_new_tokens": 10**6}, "the model's context has 32"),
     ],
 )
-def test_says_what_cannot_work(model, settings, message):
+def test_invalid_settings(model, settings, message):
     with pytest.raises(InputError) as error:
         model.generate("ab", **{"max_new_tokens": NEW, **settings})
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -147,25 +147,25 @@ def test_nul_and_control_characters_are_ordinary_text(model, text):
     assert isinstance(model.generate(text, max_new_tokens=2), str)
 
 
-def test_a_lone_surrogate_is_refused_by_name(model):
+def test_a_lone_surrogate_is_rejected(model):
     with pytest.raises(lj.LlamaJaxError) as error:
         model.generate("ab\ud800", max_new_tokens=2)
     assert "surrogate" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_an_interrupted_stream_leaves_a_model_that_works(model):
-    """Closed in the middle, and broken off by an exception thrown in."""
+def test_an_interrupted_stream_leaves_the_model_usable(model):
+    """Closed early, and interrupted by an exception."""
     whole = model.generate("ab", max_new_tokens=NEW)
     stream = model.stream("ab", max_new_tokens=NEW)
-    begun = next(stream)
+    first = next(stream)
     stream.close()
     stream = model.stream("ab", max_new_tokens=NEW)
     next(stream)
     with pytest.raises(KeyboardInterrupt):
         stream.throw(KeyboardInterrupt)
-    assert whole.startswith(begun) and model.generate("ab", max_new_tokens=NEW) == whole
+    assert whole.startswith(first) and model.generate("ab", max_new_tokens=NEW) == whole
 
 
-def test_load_refuses_other_numbers_of_bits(path):
+def test_load_rejects_other_numbers_of_bits(path):
     with pytest.raises(InputError, match="bits is 3; it must be 8 or 4"):
         lj.load(path, bits=3)

@@ -1,4 +1,4 @@
-"""Text in, text out: what `load` and `Model` promise, on a tiny random model and on stories260K."""
+"""`load`, `load_params` and `Model` on a tiny random model and on stories260K."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llama_jax.hub import known
 from llama_jax.text.pretrained import resolve
 from tests import tiny
 
-NEW = 6  # the same everywhere, so that few programs are compiled
+NEW = 6  # the same everywhere, to compile few programs
 PROMPTS = ["ab", "a b c", "the quick brown fox"]
 
 
@@ -35,22 +35,22 @@ def one_line(error):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_prompt_in_a_batch_is_the_prompt_alone(model, temperature):
+def test_a_prompt_in_a_batch_equals_the_prompt_alone(model, temperature):
     settings = {"max_new_tokens": NEW, "temperature": temperature, "seed": 3}
     batch = model.generate(PROMPTS, **settings)
-    # Row b draws with its own key, so at a temperature only row 0 can be compared with a text alone.
+    # Each row samples with its own key, so with a temperature only row 0 can be compared.
     alone = [model.generate(prompt, **settings) for prompt in (PROMPTS if temperature == 0 else PROMPTS[:1])]
     assert batch[: len(alone)] == alone
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_stream_joined_is_generate(model, temperature):
+def test_stream_joined_equals_generate(model, temperature):
     settings = {"max_new_tokens": NEW, "temperature": temperature, "seed": 5}
     for prompt in PROMPTS:
         assert "".join(model.stream(prompt, **settings)) == model.generate(prompt, **settings)
 
 
-def test_a_continuation_is_what_decoding_everything_adds(model):
+def test_a_continuation_is_a_suffix_of_the_decoded_text(model):
     ids = model.encode_prompt("ab")
     sampling = lj.Sampling(temperature=0.0)
     new = [token for token, _ in model.stream_tokens(ids, sampling, max_new_tokens=NEW)]
@@ -58,18 +58,18 @@ def test_a_continuation_is_what_decoding_everything_adds(model):
     assert prompt + model.generate("ab", max_new_tokens=NEW) == whole
 
 
-def test_an_end_token_ends_the_text(model):
+def test_an_eos_token_ends_the_text(model):
     ids = model.encode_prompt("ab")
     logits = lj.forward(model.config, model.params, np.array([ids], np.int32))
-    likeliest = int(logits[0, -1].argmax())
+    argmax = int(logits[0, -1].argmax())
 
-    class Ending:
-        eos_ids = (likeliest,)
+    class Tokenizer:
+        eos_ids = (argmax,)
         encode, stream = model.tokenizer.encode, model.tokenizer.stream
 
-    ending = lj.Model(model.config, model.params, Ending(), model.path)
+    ending = lj.Model(model.config, model.params, Tokenizer(), model.path)
     pairs = list(ending.stream_tokens(ids, lj.Sampling(temperature=0.0), max_new_tokens=NEW))
-    assert [token for token, _ in pairs] == [likeliest]
+    assert [token for token, _ in pairs] == [argmax]
 
 
 def test_an_empty_prompt_is_bos_alone(model):
@@ -77,7 +77,7 @@ def test_an_empty_prompt_is_bos_alone(model):
     assert isinstance(model.generate("", max_new_tokens=NEW), str)
 
 
-def test_unstacked_holds_the_same_values(tiny_path, model):
+def test_unstacked_has_the_same_values(tiny_path, model):
     unstacked = lj.load(tiny_path, scan_layers=False)
     assert isinstance(model.params["layers"], dict)
     assert isinstance(unstacked.params["layers"], tuple)
@@ -85,18 +85,29 @@ def test_unstacked_holds_the_same_values(tiny_path, model):
     assert unstacked.generate("ab", max_new_tokens=NEW) == model.generate("ab", max_new_tokens=NEW)
 
 
-def test_dtype_is_the_leaves(tiny_path):
+def test_load_params_needs_no_tokenizer(tmp_path):
+    path = tiny.write_model(tmp_path)
+    model = lj.load(path, "bfloat16", scan_layers=False)
+    (tmp_path / "tok.bin").unlink()
+    config, params = lj.load_params(path, "bfloat16", scan_layers=False)
+    assert config == model.config
+    jax.tree.map(np.testing.assert_array_equal, params, model.params)
+    with pytest.raises(InputError, match="dtype is 'int3'"):
+        lj.load_params(path, "int3")
+
+
+def test_dtype_of_the_leaves(tiny_path):
     leaves = jax.tree.leaves(lj.load(tiny_path, "bfloat16").params)
     assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"}
 
 
-def test_on_a_mesh_the_text_is_the_same(tiny_path, model):
+def test_text_on_a_mesh_is_the_same(tiny_path, model):
     mesh = sharding.make_mesh("fsdp=4,tensor=2")
-    laid_out = lj.load(tiny_path, mesh=mesh)
-    assert laid_out.params["layers"]["attention"]["wq"].sharding.mesh.shape == mesh.shape
-    batch = [*PROMPTS, ""]  # four rows, one for each of the fsdp axis
+    sharded = lj.load(tiny_path, mesh=mesh)
+    assert sharded.params["layers"]["attention"]["wq"].sharding.mesh.shape == mesh.shape
+    batch = [*PROMPTS, ""]  # batch size 4, the size of the fsdp axis
     alone = [*model.generate(PROMPTS, max_new_tokens=NEW), model.generate("", max_new_tokens=NEW)]
-    assert laid_out.generate(batch, max_new_tokens=NEW) == alone
+    assert sharded.generate(batch, max_new_tokens=NEW) == alone
 
 
 def test_pad_right():
@@ -105,28 +116,28 @@ def test_pad_right():
     assert lengths.tolist() == [1, 3]
 
 
-def test_progress_ends_at_the_whole(tiny_path):
+def test_progress_ends_at_the_total(tiny_path):
     seen = []
     lj.load(tiny_path, progress=lambda done, total, name: seen.append((done, total)))
     assert seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1] > 0
 
 
-def test_stories260k_writes_its_golden_text(shared_data):
+def test_stories260k_generates_its_golden_text(shared_data):
     folder = shared_data / "stories260K"
     model = lj.load(folder / "stories260K.bin")
     golden = (folder / "golden_greedy_200.txt").read_text().rstrip("\n")
     assert model.generate("", max_new_tokens=200) == golden
 
 
-def test_a_misspelt_name_is_corrected():
+def test_a_misspelled_name_gets_a_suggestion():
     with pytest.raises(CheckpointError) as error:
         resolve("smolm2-135m")
     assert "did you mean smollm2-135m?" in one_line(error)
 
 
 @pytest.mark.parametrize("name", ["nothing", "a/b\nc", "~nobody-of-that-name/x", "long" * 2000, "nul\0"])
-def test_a_path_that_is_not_there_is_named(name):
+def test_a_missing_path_is_named(name):
     with pytest.raises(CheckpointError) as error:
         lj.load(name)
     assert repr(name)[:100] in one_line(error)
@@ -151,7 +162,7 @@ def test_no_vocabulary(tmp_path):
     assert "tokenizer" in one_line(error)
 
 
-def test_no_dtype_of_that_name(tiny_path):
+def test_unknown_dtype(tiny_path):
     with pytest.raises(InputError) as error:
         lj.load(tiny_path, "int3")
     assert "int3" in one_line(error)
@@ -184,7 +195,7 @@ def test_settings_out_of_range(model, setting, value):
 
 
 @pytest.mark.parametrize("seed", [1 << 63, -(1 << 70), 1.5, "one"])
-def test_a_seed_that_is_no_whole_number_of_64_bits(model, seed):
+def test_a_seed_must_be_a_64_bit_integer(model, seed):
     with pytest.raises(InputError, match="seed is") as error:
         model.generate("a", max_new_tokens=2, seed=seed)
     assert "\n" not in str(error.value)
@@ -195,12 +206,12 @@ def test_numpy_numbers_are_seeds_too(model):
     assert model.generate("a", seed=np.int64(7), **settings) == model.generate("a", seed=7, **settings)
 
 
-def test_ids_that_no_vocabulary_has(model):
+def test_token_ids_out_of_range(model):
     with pytest.raises(InputError, match="1099511627776"):
         list(model.stream_tokens([1, 1 << 40], lj.Sampling(), max_new_tokens=2))
 
 
-def test_more_than_the_context_holds(model):
+def test_max_new_tokens_over_the_context(model):
     with pytest.raises(InputError) as error:
         model.generate("ab", max_new_tokens=1000)
     assert "32" in one_line(error)

@@ -1,4 +1,4 @@
-"""Stop strings: the same text is shown however it is cut into parts."""
+"""Stop strings: the result does not depend on the chunk boundaries."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ LETTERS = st.text("ab", max_size=30)
 STOPS = st.lists(st.text("ab", min_size=1, max_size=5), max_size=4)
 
 
-def shown(stops: list[str], parts: list[str]) -> tuple[str, bool]:
-    """All that is shown of a text that comes in parts, and whether it was stopped."""
-    watch = StopStrings(stops)
-    text = "".join(watch.push(part)[0] for part in parts)
-    stopped = watch.stopped
-    return text + watch.flush(), stopped
+def truncate(stops: list[str], parts: list[str]) -> tuple[str, bool]:
+    """The truncated text, pushed in parts, and whether a stop string was found."""
+    watcher = StopStrings(stops)
+    text = "".join(watcher.push(part)[0] for part in parts)
+    stopped = watcher.stopped
+    return text + watcher.flush(), stopped
 
 
-def by_definition(stops: list[str], text: str) -> tuple[str, bool]:
-    """The text before the first stop string to be complete; of two, before the longer."""
+def truncate_reference(stops: list[str], text: str) -> tuple[str, bool]:
+    """The text before the first completed stop string; of two, before the longer one."""
     for end in range(len(text) + 1):
         complete = [stop for stop in stops if text[:end].endswith(stop)]
         if complete:
@@ -31,58 +31,58 @@ def by_definition(stops: list[str], text: str) -> tuple[str, bool]:
 
 
 @given(stops=STOPS, text=LETTERS, data=st.data())
-def test_any_parts_show_what_the_definition_says(stops, text, data):
+def test_any_chunks_match_the_reference(stops, text, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)))))
     parts = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    assert shown(stops, parts) == by_definition(stops, text)
+    assert truncate(stops, parts) == truncate_reference(stops, text)
 
 
 @given(stops=STOPS, parts=st.lists(LETTERS))
-def test_what_is_held_back_is_the_longest_end_that_may_begin_a_stop_string(stops, parts):
-    watch, so_far, told = StopStrings(stops), "", ""
+def test_the_buffer_is_the_longest_suffix_that_is_a_prefix_of_a_stop_string(stops, parts):
+    watcher, text, released = StopStrings(stops), "", ""
     for part in parts:
-        so_far += part
-        told += watch.push(part)[0]
-        if watch.stopped:
+        text += part
+        released += watcher.push(part)[0]
+        if watcher.stopped:
             break
-        held = so_far[len(told) :]
-        ends = [so_far[len(so_far) - n :] for n in range(1, min(5, len(so_far)) + 1)]
+        buffered = text[len(released) :]
+        ends = [text[len(text) - n :] for n in range(1, min(5, len(text)) + 1)]
         possible = [end for end in ends if any(stop.startswith(end) for stop in stops)]
-        assert held == max(possible, key=len, default="")
-        assert told + held == so_far
+        assert buffered == max(possible, key=len, default="")
+        assert released + buffered == text
 
 
-def test_after_a_stop_string_nothing_is_shown_until_the_next_text():
-    watch = StopStrings(["\nUser:"])
-    assert watch.push("Hi.\nUs") == ("Hi.", False)
-    assert watch.push("er: me") == ("", True)
-    assert watch.push("more") == ("", True)
-    assert watch.flush() == ""
-    assert watch.push("\nUse") == ("", False)
-    assert watch.flush() == "\nUse"
+def test_after_a_stop_string_the_text_is_empty_until_flush():
+    watcher = StopStrings(["\nUser:"])
+    assert watcher.push("Hi.\nUs") == ("Hi.", False)
+    assert watcher.push("er: me") == ("", True)
+    assert watcher.push("more") == ("", True)
+    assert watcher.flush() == ""
+    assert watcher.push("\nUse") == ("", False)
+    assert watcher.flush() == "\nUse"
 
 
-def test_of_two_complete_at_once_the_one_that_began_first_counts():
+def test_of_two_completed_at_once_the_longer_one_matches():
     assert StopStrings(["b", "ab"]).push("xab") == ("x", True)
-    assert StopStrings(["abc", "b"]).push("xab") == ("xa", True)  # complete before the other
+    assert StopStrings(["abc", "b"]).push("xab") == ("xa", True)  # completed first
 
 
-def test_one_string_is_one_stop_string():
+def test_a_single_stop_string_and_none():
     assert StopStrings("ab").push("a b ab") == ("a b ", True)
     assert StopStrings().push("ab") == ("ab", False)
 
 
-def test_a_long_hostile_stop_string_takes_linear_work():
+def test_a_long_adversarial_stop_string_takes_linear_time():
     length = 100_000
-    watch = StopStrings("a" * length + "b")
-    assert watch.push("a" * (length + 7)) == ("a" * 7, False)
-    assert watch.push("c") == ("a" * length + "c", False)
+    watcher = StopStrings("a" * length + "b")
+    assert watcher.push("a" * (length + 7)) == ("a" * 7, False)
+    assert watcher.push("c") == ("a" * length + "c", False)
 
 
 @pytest.mark.parametrize(
     ("stops", "message"),
     [
-        ([""], r"stop_strings\[0\] is empty, and would stop every text; leave it out"),
+        ([""], r"stop_strings\[0\] is empty and would match everywhere; leave it out"),
         (["a", 3], r"stop_strings\[1\] is 3; it must be a string"),
         (3, "stop_strings is '3'; it must be a string, or a list of them"),
         ([["a"]], r"stop_strings\[0\] is \['a'\]; it must be a string"),
