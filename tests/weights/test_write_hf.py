@@ -1,4 +1,4 @@
-"""Hugging Face directories: written and read back, they are the model, and other readers find their way."""
+"""Writing Hugging Face directories: round trips, shards, dtypes, configuration files."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from tests.random_models import random_model
 VOCABULARY = Vocabulary(files={"tokenizer.json": b"{}"}, bos_id=1, eos_ids=(2,), pad_id=0)
 
 
-def written(tensors, target, dtype=None, **options):
+def write_hf(tensors, target, dtype=None, **options):
     write(plan_hf(tensors, dtype, VOCABULARY, **options), tensors, target)
     return target
 
 
-def same(a, b):
+def identical(a, b):
     return jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b))
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_what_is_written_is_read_back_to_the_bit(tmp_path, seed):
+def test_round_trip_is_bit_exact(tmp_path, seed):
     config, params = random_model(seed)
-    source = open_source(written(ParamsTensors(config, params), tmp_path / "out"))
-    assert same(load_params(source), params)
+    source = open_source(write_hf(ParamsTensors(config, params), tmp_path / "out"))
+    assert identical(load_params(source), params)
     tokens = jnp.arange(20, dtype=jnp.int32)[None]
     assert np.array_equal(lj.forward(source.config, params, tokens), lj.forward(config, params, tokens))
     scaling = config.rope_scaling
-    if scaling is None or scaling.kind != "ntk":  # which is written as the theta that it is
+    if scaling is None or scaling.kind != "ntk":  # which is written as its effective theta
         assert source.config == config
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 5_000, 40_000, 10**9])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_any_number_of_files_holds_the_same(tmp_path, shard_bytes, dtype):
+def test_any_number_of_shards(tmp_path, shard_bytes, dtype):
     config, params = random_model(2)
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    target = written(ParamsTensors(config, params), tmp_path / "out", shard_bytes=shard_bytes)
-    assert same(load_params(open_source(target), dtype=dtype), params)
+    target = write_hf(ParamsTensors(config, params), tmp_path / "out", shard_bytes=shard_bytes)
+    assert identical(load_params(open_source(target), dtype=dtype), params)
     files = sorted(target.glob("*.safetensors"))
     names = [name for file in files for name in safe_open(file, "np").keys()]  # noqa: SIM118
     assert sorted(names) == sorted(entry.name for entry in entries(config, "hf"))
@@ -66,15 +66,15 @@ def test_any_number_of_files_holds_the_same(tmp_path, shard_bytes, dtype):
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_shards_are_as_many_as_asked_for_and_alike(tmp_path, shards, dtype):
+def test_equal_shards(tmp_path, shards, dtype):
     config, params = random_model(2, lj.presets.TINY.replace(vocab_size=64, num_hidden_layers=4))
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    target = written(ParamsTensors(config, params), tmp_path / "out", shards=shards)
+    target = write_hf(ParamsTensors(config, params), tmp_path / "out", shards=shards)
     assert len(list(target.glob("*.safetensors"))) == shards
-    assert same(load_params(open_source(target), dtype=dtype), params)
+    assert identical(load_params(open_source(target), dtype=dtype), params)
 
 
-def test_unstacked_parameters_and_parameters_on_a_mesh_are_written_alike(tmp_path):
+def test_unstacked_and_sharded_parameters_give_the_same_file(tmp_path):
     config, params = random_model(2, lj.presets.TINY.replace(vocab_size=64, num_hidden_layers=2))
     mesh = lj.make_mesh("fsdp=4,tensor=2")
     models = {
@@ -82,33 +82,33 @@ def test_unstacked_parameters_and_parameters_on_a_mesh_are_written_alike(tmp_pat
         "unstacked": lj.unstack(params),
         "mesh": lj.shard_params(params, mesh, config),
     }
-    bytes_of = {
-        name: (written(ParamsTensors(config, tree), tmp_path / name) / "model.safetensors").read_bytes()
+    contents = {
+        name: (write_hf(ParamsTensors(config, tree), tmp_path / name) / "model.safetensors").read_bytes()
         for name, tree in models.items()
     }
-    assert bytes_of["stacked"] == bytes_of["unstacked"] == bytes_of["mesh"]
+    assert contents["stacked"] == contents["unstacked"] == contents["mesh"]
 
 
-def test_the_dtype_is_that_asked_for_and_that_said(tmp_path):
+def test_dtype_of_tensors_and_config(tmp_path):
     config, params = random_model(2)
-    target = written(ParamsTensors(config, params), tmp_path / "out", np.dtype(jnp.bfloat16))
+    target = write_hf(ParamsTensors(config, params), tmp_path / "out", np.dtype(jnp.bfloat16))
     assert {info.dtype for info in open_source(target).tensors.values()} == {"BF16"}
     assert json.loads((target / "config.json").read_text())["torch_dtype"] == "bfloat16"
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    assert same(load_params(open_source(target), dtype="bfloat16"), half)
+    assert identical(load_params(open_source(target), dtype="bfloat16"), half)
 
 
-def test_tensors_of_several_dtypes_keep_them(tmp_path):
+def test_mixed_dtypes_are_kept(tmp_path):
     config, params = random_model(2)
     params = {**params, "final_norm": {"scale": params["final_norm"]["scale"].astype(jnp.bfloat16)}}
-    first = written(ParamsTensors(config, params), tmp_path / "one")
-    second = written(StoredTensors(open_source(first)), tmp_path / "two")
+    first = write_hf(ParamsTensors(config, params), tmp_path / "one")
+    second = write_hf(StoredTensors(open_source(first)), tmp_path / "two")
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
     assert open_source(second).tensors["model.norm.weight"].dtype == "BF16"
 
 
-def test_ids_and_the_vocabularys_files_are_beside(tmp_path):
-    target = written(ParamsTensors(*random_model(2)), tmp_path / "out")
+def test_special_token_ids_and_tokenizer_files(tmp_path):
+    target = write_hf(ParamsTensors(*random_model(2)), tmp_path / "out")
     assert (target / "tokenizer.json").read_bytes() == b"{}"
     for name in ("config.json", "generation_config.json"):
         fields = json.loads((target / name).read_text())
@@ -119,9 +119,9 @@ def test_ids_and_the_vocabularys_files_are_beside(tmp_path):
         }
 
 
-def test_several_ends_are_a_list_and_none_is_nothing(tmp_path):
+def test_several_eos_ids_are_a_list_and_none_is_omitted(tmp_path):
     tensors = ParamsTensors(*random_model(2))
-    for name, ends, expected in (("two", (2, 7), [2, 7]), ("none", (), None)):
-        write(plan_hf(tensors, None, Vocabulary(eos_ids=ends)), tensors, tmp_path / name)
+    for name, eos_ids, expected in (("two", (2, 7), [2, 7]), ("none", (), None)):
+        write(plan_hf(tensors, None, Vocabulary(eos_ids=eos_ids)), tensors, tmp_path / name)
         fields = json.loads((tmp_path / name / "generation_config.json").read_text())
         assert fields.get("eos_token_id") == expected

@@ -1,4 +1,4 @@
-"""llama2.c files: written and read back they are the model; what the format has no place for is refused."""
+"""Writing llama2.c files: round trips, int8 groups, models that the format cannot represent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import ConfigError
 from llama_jax.tokenizer import load_tokenizer
-from llama_jax.tokenizer.export import vocabulary_of
+from llama_jax.tokenizer.export import export_vocabulary
 from llama_jax.weights import load_params, open_source
 from llama_jax.weights.names import leaves
 from llama_jax.weights.source import Source
@@ -24,10 +24,12 @@ from llama_jax.weights.write.vocabulary import Vocabulary
 from tests.weights.test_load import LLAMA2C, assert_same, one_line
 from tests.weights.writers import random_params, write_llama2c
 
-NONE = Vocabulary()
+NO_VOCABULARY = Vocabulary()
 
 
-def written(tensors: Tensors, target: Path, vocabulary: Vocabulary = NONE, **options: Any) -> Source:
+def write_and_open(
+    tensors: Tensors, target: Path, vocabulary: Vocabulary = NO_VOCABULARY, **options: Any
+) -> Source:
     write(plan_llama2c(tensors, vocabulary, **options), tensors, target)
     return open_source(target / "model.bin")
 
@@ -35,21 +37,23 @@ def written(tensors: Tensors, target: Path, vocabulary: Vocabulary = NONE, **opt
 @pytest.mark.parametrize("version", [0, 1, 2])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kv_heads", [8, 4, 1])
-def test_it_is_the_file_that_the_format_says(version: int, tied: bool, kv_heads: int, tmp_path: Path) -> None:
+def test_the_file_equals_the_reference_writers(
+    version: int, tied: bool, kv_heads: int, tmp_path: Path
+) -> None:
     config = LLAMA2C.replace(tie_word_embeddings=tied, num_key_value_heads=kv_heads)
     params = random_params(config)
-    source = written(ParamsTensors(config, params), tmp_path / "ours", version=version)
+    source = write_and_open(ParamsTensors(config, params), tmp_path / "ours", version=version)
     assert source.config == config
     assert source.metadata["version"] == version
     loaded = load_params(source)
     if version < 2:
         assert_same(loaded, params)
-    else:  # the other writer's scale is fixed
+    else:  # the reference writer's scale is fixed
         assert_close(loaded, params, config)
         return
     theirs = write_llama2c(tmp_path / "theirs.bin", config, params, version=version).read_bytes()
     ours = (tmp_path / "ours" / "model.bin").read_bytes()
-    if version == 0:  # rotary tables, which the other writer leaves empty
+    if version == 0:  # the reference writer leaves the rotary tables empty
         start = source.tensors["freq_cis_real"].offset
         end = start + 2 * source.tensors["freq_cis_real"].nbytes
         ours, theirs = (raw[:start] + raw[end:] for raw in (ours, theirs))
@@ -57,12 +61,13 @@ def test_it_is_the_file_that_the_format_says(version: int, tied: bool, kv_heads:
 
 
 def assert_close(ours: Any, theirs: Any, config: LlamaConfig, group: int = 32) -> None:
-    """Every value is within half a step of its group, and the largest of a group is exact to f32."""
+    """The error is at most half a quantization step, and the largest value of a group is exact to f32."""
     tensors, others = ParamsTensors(config, ours), ParamsTensors(config, theirs)
     for leaf in leaves(config):
         for layer in range(config.num_hidden_layers) if leaf.per_layer else (None,):
             a, b = (
-                leaf.reordered(each.read(leaf, layer), config, "hf", "llama2c") for each in (tensors, others)
+                leaf.convert_layout(each.read(leaf, layer), config, "hf", "llama2c")
+                for each in (tensors, others)
             )
             if a.ndim == 1:
                 np.testing.assert_array_equal(a, b)
@@ -76,11 +81,11 @@ def assert_close(ours: Any, theirs: Any, config: LlamaConfig, group: int = 32) -
 @pytest.mark.parametrize(
     ("hidden", "intermediate", "group"), [(64, 128, 64), (64, 160, 32), (64, 172, 4), (64, 81, 1)]
 )
-def test_groups_divide_rows(hidden: int, intermediate: int, group: int, tmp_path: Path) -> None:
+def test_the_group_size_divides_rows(hidden: int, intermediate: int, group: int, tmp_path: Path) -> None:
     config = LLAMA2C.replace(hidden_size=hidden, intermediate_size=intermediate)
     params = random_params(config)
-    params["embed"]["embedding"][:2] = 0  # groups of zeros
-    source = written(ParamsTensors(config, params), tmp_path / "out", version=2)
+    params["embed"]["embedding"][:2] = 0  # all-zero groups
+    source = write_and_open(ParamsTensors(config, params), tmp_path / "out", version=2)
     header = (tmp_path / "out" / "model.bin").read_bytes()[:256]
     assert struct.unpack_from("<i", header, 37) == (group,)
     loaded = load_params(source)
@@ -88,10 +93,10 @@ def test_groups_divide_rows(hidden: int, intermediate: int, group: int, tmp_path
     assert not np.asarray(loaded["embed"]["embedding"][:2]).any()
 
 
-def test_int8_is_what_export_py_computes(tmp_path: Path) -> None:
+def test_int8_matches_export_py(tmp_path: Path) -> None:
     params = random_params(LLAMA2C)
     params = jax.tree.map(lambda x: x * np.float32(1.0371), params)
-    source = written(ParamsTensors(LLAMA2C, params), tmp_path / "out", version=2)
+    source = write_and_open(ParamsTensors(LLAMA2C, params), tmp_path / "out", version=2)
     raw = (tmp_path / "out" / "model.bin").read_bytes()
     info = source.tensors["wv[1]"]
     weight = params["layers"]["attention"]["wv"][1].reshape(64, 32).T.reshape(-1, 32)
@@ -102,13 +107,13 @@ def test_int8_is_what_export_py_computes(tmp_path: Path) -> None:
     assert abs(values).max() == 127
 
 
-def test_stories260k_is_written_to_the_byte_but_for_the_rotary_tables(
+def test_stories260k_round_trip_is_byte_exact_except_for_the_rotary_tables(
     shared_data: Path, tmp_path: Path
 ) -> None:
-    """PyTorch, which wrote them, rounds some sines the other way; run.c passes over them."""
+    """PyTorch, which wrote the tables, rounds some sines differently; run.c does not read them."""
     path = shared_data / "stories260K" / "stories260K.bin"
     source, tokenizer = open_source(path), load_tokenizer(path)
-    copy = written(StoredTensors(source), tmp_path / "out", vocabulary_of(tokenizer, "llama2c"))
+    copy = write_and_open(StoredTensors(source), tmp_path / "out", export_vocabulary(tokenizer, "llama2c"))
     theirs, ours = path.read_bytes(), (tmp_path / "out" / "model.bin").read_bytes()
     start = source.tensors["freq_cis_real"].offset
     assert source.tensors["freq_cis_imag"].offset + source.tensors["freq_cis_imag"].nbytes == len(theirs)
@@ -122,15 +127,15 @@ def test_stories260k_is_written_to_the_byte_but_for_the_rotary_tables(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_other_floats_become_f32(dtype: str, tmp_path: Path) -> None:
+def test_other_dtypes_become_f32(dtype: str, tmp_path: Path) -> None:
     params = random_params(LLAMA2C)
     halves = jax.tree.map(lambda x: jax.numpy.asarray(x, dtype), params)
-    source = written(ParamsTensors(LLAMA2C, halves), tmp_path / "out")
+    source = write_and_open(ParamsTensors(LLAMA2C, halves), tmp_path / "out")
     assert_same(load_params(source), params)
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-06; llama2.c's programs run every model with 1e-05"),
         ({"rope_theta": 5e5}, "rope_theta is 500000.0; llama2.c's programs run every model with 10000"),
@@ -141,8 +146,10 @@ def test_other_floats_become_f32(dtype: str, tmp_path: Path) -> None:
         ({"head_dim": 16}, "head_dim is 16; llama2.c's programs run every model with 8"),
     ],
 )
-def test_what_llama2c_would_run_differently_is_refused(changes: dict[str, Any], says: str) -> None:
+def test_settings_that_llama2c_computes_differently_are_rejected(
+    changes: dict[str, Any], message: str
+) -> None:
     config = LLAMA2C.replace(**changes)
     with pytest.raises(ConfigError) as caught:
-        plan_llama2c(ParamsTensors(config, random_params(config)), NONE)
-    assert says in one_line(caught)
+        plan_llama2c(ParamsTensors(config, random_params(config)), NO_VOCABULARY)
+    assert message in one_line(caught)

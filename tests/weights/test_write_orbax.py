@@ -1,4 +1,4 @@
-"""Orbax checkpoints of parameters alone: Orbax itself reads what TensorStore has filled in."""
+"""Writing Orbax checkpoints of parameters only: round trips, and Orbax itself reads them."""
 
 from __future__ import annotations
 
@@ -19,47 +19,47 @@ from llama_jax.weights.write.vocabulary import Vocabulary
 from tests.random_models import random_model
 
 
-def written(tensors, target, dtype=None, **options):
+def write_orbax(tensors, target, dtype=None, **options):
     run.write(plan_orbax(tensors, dtype, Vocabulary()), tensors, target, **options)
     return target
 
 
-def same(a, b):
+def identical(a, b):
     return jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("seed", range(4))
-def test_what_is_written_is_read_back_to_the_bit(tmp_path, seed, dtype):
+def test_round_trip_is_bit_exact(tmp_path, seed, dtype):
     config, params = random_model(seed)
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    source = open_source(written(ParamsTensors(config, params), tmp_path / "out"))
-    assert same(load_params(source, dtype=dtype), params)
-    assert same(load_params(source, dtype=dtype, scan_layers=False), lj.unstack(params))
+    source = open_source(write_orbax(ParamsTensors(config, params), tmp_path / "out"))
+    assert identical(load_params(source, dtype=dtype), params)
+    assert identical(load_params(source, dtype=dtype, scan_layers=False), lj.unstack(params))
 
 
-def test_orbax_reads_it_without_us(tmp_path):
+def test_orbax_restores_it(tmp_path):
     config, params = random_model(2)
-    written(ParamsTensors(config, params), tmp_path / "a b")  # a space, for URLs
+    write_orbax(ParamsTensors(config, params), tmp_path / "a b")  # a space, to test URL quoting
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         found = reader.restore((tmp_path / "a b" / "params").absolute())
-    assert same(found, jax.tree.map(np.asarray, params))
+    assert identical(found, jax.tree.map(np.asarray, params))
 
 
-def test_a_mesh_reads_its_shards(tmp_path):
+def test_restoring_onto_a_mesh(tmp_path):
     config, params = random_model(2, lj.presets.TINY.replace(vocab_size=64, num_hidden_layers=2))
-    source = open_source(written(ParamsTensors(config, params), tmp_path / "out"))
+    source = open_source(write_orbax(ParamsTensors(config, params), tmp_path / "out"))
     mesh = lj.make_mesh("fsdp=4,tensor=2")
     found, expected = load_params(source, mesh=mesh), lj.shard_params(params, mesh, config)
     assert jax.tree.map(lambda x: x.sharding, found) == jax.tree.map(lambda x: x.sharding, expected)
-    assert same(found, expected)
+    assert identical(found, expected)
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_layers_are_read_one_by_one_whether_or_not_the_file_holds_them_so(tmp_path, whole):
+@pytest.mark.parametrize("chunk", ["leaf", "layer"])
+def test_layers_are_read_one_at_a_time_for_any_chunking(tmp_path, chunk):
     config, params = random_model(3)
-    target = written(ParamsTensors(config, params), tmp_path / "out")
-    if whole:  # as the trainer saves them
+    target = write_orbax(ParamsTensors(config, params), tmp_path / "out")
+    if chunk == "leaf":  # as the trainer saves them
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
             writer.save((target / "params").absolute(), args=ocp.args.PyTreeSave(params), force=True)
     stored, memory = StoredTensors(open_source(target)), ParamsTensors(config, params)
@@ -69,12 +69,12 @@ def test_layers_are_read_one_by_one_whether_or_not_the_file_holds_them_so(tmp_pa
             assert np.array_equal(stored.read(leaf, layer), memory.read(leaf, layer))
 
 
-def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
+def test_an_interrupted_write_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_THREADS", 1)
     config, params = random_model(3)
     reads = []
 
-    class Counting(ParamsTensors):
+    class CountingTensors(ParamsTensors):
         def read(self, leaf, layer):
             reads.append((leaf, layer))
             if len(reads) == 8:
@@ -82,33 +82,35 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
             return super().read(leaf, layer)
 
     with pytest.raises(KeyboardInterrupt):
-        written(Counting(config, params), tmp_path / "out", origin="it")
+        write_orbax(CountingTensors(config, params), tmp_path / "out", origin="source")
     assert not (tmp_path / "out").exists()
-    written(Counting(config, params), tmp_path / "out", origin="it")
+    write_orbax(CountingTensors(config, params), tmp_path / "out", origin="source")
     total = sum(config.num_hidden_layers if leaf.per_layer else 1 for leaf in leaves(config))
     assert len(reads) < 8 + total
-    assert same(load_params(open_source(tmp_path / "out")), params)
+    assert identical(load_params(open_source(tmp_path / "out")), params)
 
 
-def test_a_full_disk_is_said_as_for_other_formats(tmp_path, monkeypatch):
-    class Full:
+def test_a_full_disk(tmp_path, monkeypatch):
+    class FullArray:
         def __getitem__(self, layer):
             return self
 
         def write(self, data):
             raise ValueError("RESOURCE_EXHAUSTED: Error writing ...")
 
-    real = orbax._Arrays
-    monkeypatch.setattr(orbax, "_Arrays", lambda folder, arrays: real(folder, dict.fromkeys(arrays, Full())))
+    real = orbax._ArrayStore
+    monkeypatch.setattr(
+        orbax, "_ArrayStore", lambda folder, arrays: real(folder, dict.fromkeys(arrays, FullArray()))
+    )
     config, params = random_model(3)
     with pytest.raises(
-        CheckpointError, match=r"out: cannot be written: No space left on device; what is done"
+        CheckpointError, match=r"out: cannot be written: No space left on device; partial output"
     ):
-        written(ParamsTensors(config, params), tmp_path / "out")
+        write_orbax(ParamsTensors(config, params), tmp_path / "out")
 
 
-def test_it_is_cast(tmp_path):
+def test_dtype(tmp_path):
     config, params = random_model(3)
-    target = written(ParamsTensors(config, params), tmp_path / "out", np.dtype(jnp.bfloat16))
+    target = write_orbax(ParamsTensors(config, params), tmp_path / "out", np.dtype(jnp.bfloat16))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    assert same(load_params(open_source(target), dtype="bfloat16"), half)
+    assert identical(load_params(open_source(target), dtype="bfloat16"), half)

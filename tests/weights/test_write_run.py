@@ -1,4 +1,4 @@
-"""The runner of plans: what it writes, what an interruption leaves, and that it goes on where it stopped."""
+"""Executing plans: output, interruptions, resuming, disk errors, progress and memory."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from llama_jax.weights.write.hf import plan_hf
 from llama_jax.weights.write.vocabulary import Vocabulary
 from tests.random_models import random_model
 
-NONE = Vocabulary()
+NO_VOCABULARY = Vocabulary()
 ROOT = Path(__file__).parents[2]
 
 
-class Counting(ParamsTensors):
-    """Counts what is read, and fails, or calls something, at one of the reads."""
+class CountingTensors(ParamsTensors):
+    """Records the reads, and calls `callback` at the read number `at_read`."""
 
-    def __init__(self, seed, at=None, do=None):
+    def __init__(self, seed, at_read=None, callback=None):
         super().__init__(*random_model(seed))
         object.__setattr__(self, "reads", [])
-        object.__setattr__(self, "at", at)
-        object.__setattr__(self, "do", do)
+        object.__setattr__(self, "at_read", at_read)
+        object.__setattr__(self, "callback", callback)
 
     def read(self, leaf, layer):
         self.reads.append((leaf.path, layer))
-        if len(self.reads) == self.at:
-            self.do()
+        if len(self.reads) == self.at_read:
+            self.callback()
         return super().read(leaf, layer)
 
 
@@ -49,81 +49,79 @@ def interrupt():
 
 
 def write(tensors, target, **options):
-    run.write(plan_hf(tensors, None, NONE, shard_bytes=30_000), tensors, target, **options)
+    run.write(plan_hf(tensors, None, NO_VOCABULARY, shard_bytes=30_000), tensors, target, **options)
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_an_interrupted_run_leaves_nothing_that_looks_whole_and_goes_on_where_it_stopped(
-    tmp_path, monkeypatch
-):
+def test_an_interrupted_write_leaves_no_output_and_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_THREADS", 1)
-    write(ParamsTensors(*random_model(1)), tmp_path / "straight")
-    total = len(open_source(tmp_path / "straight").tensors)
+    write(ParamsTensors(*random_model(1)), tmp_path / "uninterrupted")
+    total = len(open_source(tmp_path / "uninterrupted").tensors)
 
-    first = Counting(1, at=total // 2, do=interrupt)
+    first = CountingTensors(1, at_read=total // 2, callback=interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write(first, tmp_path / "out", origin="it")
+        write(first, tmp_path / "out", origin="source")
     assert not (tmp_path / "out").exists()
     with pytest.raises(CheckpointError):
-        open_source(tmp_path / "out.partial" / "data")  # it has no config.json yet
+        open_source(tmp_path / "out.partial" / "data")  # no config.json yet
 
-    second = Counting(1)
-    write(second, tmp_path / "out", origin="it")
-    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+    second = CountingTensors(1)
+    write(second, tmp_path / "out", origin="source")
+    assert contents(tmp_path / "out") == contents(tmp_path / "uninterrupted")
     assert not (tmp_path / "out.partial").exists()
-    again = set(first.reads) & set(second.reads)
+    repeated = set(first.reads) & set(second.reads)
     assert len(second.reads) < total
-    assert len(again) <= 3  # those that were in flight
+    assert len(repeated) <= 3  # those in flight
 
 
-def test_another_job_begins_anew(tmp_path, monkeypatch):
+def test_another_origin_starts_over(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_THREADS", 1)
     with pytest.raises(KeyboardInterrupt):
-        write(Counting(1, at=5, do=interrupt), tmp_path / "out", origin="one")
-    other = Counting(1)
+        write(CountingTensors(1, at_read=5, callback=interrupt), tmp_path / "out", origin="one")
+    other = CountingTensors(1)
     write(other, tmp_path / "out", origin="another")
     assert len(other.reads) == len(open_source(tmp_path / "out").tensors)
 
 
-def test_a_job_without_an_origin_never_goes_on(tmp_path, monkeypatch):
+def test_a_write_without_an_origin_is_never_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_THREADS", 1)
     for _ in range(2):
-        tensors = Counting(1, at=5, do=interrupt)
+        tensors = CountingTensors(1, at_read=5, callback=interrupt)
         with pytest.raises(KeyboardInterrupt):
             write(tensors, tmp_path / "out")
         assert len(tensors.reads) >= 5
 
 
 @pytest.mark.parametrize(
-    "damage", ["journal cut", "journal gone", "journal nonsense", "file gone", "file cut"]
+    "damage", ["truncated journal", "missing journal", "invalid journal", "missing file", "truncated file"]
 )
-def test_what_is_left_may_be_damaged(tmp_path, monkeypatch, damage):
+def test_a_damaged_partial_output(tmp_path, monkeypatch, damage):
     monkeypatch.setattr(run, "_THREADS", 1)
     with pytest.raises(KeyboardInterrupt):
-        write(Counting(1, at=9, do=interrupt), tmp_path / "out", origin="it")
+        write(CountingTensors(1, at_read=9, callback=interrupt), tmp_path / "out", origin="source")
     journal = tmp_path / "out.partial" / "journal.jsonl"
     first = min((tmp_path / "out.partial" / "data").iterdir())
-    if damage == "journal cut":
+    if damage == "truncated journal":
         journal.write_bytes(journal.read_bytes()[:-5])
-    elif damage == "journal gone":
+    elif damage == "missing journal":
         journal.unlink()
-    elif damage == "journal nonsense":
+    elif damage == "invalid journal":
         journal.write_text(
             journal.read_text().splitlines()[0] + '\n{"1": null}\n[1, 2]\n{"a": 3}\n{"999999": 1}\n'
         )
-    elif damage == "file gone":
+    elif damage == "missing file":
         first.unlink()
     else:
         os.truncate(first, 10)
-    write(Counting(1), tmp_path / "out", origin="it")
-    write(Counting(1), tmp_path / "straight")
-    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+    write(CountingTensors(1), tmp_path / "out", origin="source")
+    write(CountingTensors(1), tmp_path / "uninterrupted")
+    assert contents(tmp_path / "out") == contents(tmp_path / "uninterrupted")
 
 
-KILLED = """
+KILLED_SCRIPT = """
     import sys, time
     from pathlib import Path
     from llama_jax.weights import open_source
@@ -135,20 +133,20 @@ KILLED = """
     class Slow(StoredTensors):
         def read(self, leaf, layer):
             time.sleep(float(sys.argv[3]))
-            sys.stdout.write("read\\n")  # in one piece, whatever the other thread writes
+            sys.stdout.write("read\\n")  # one write call, as there are two threads
             sys.stdout.flush()
             return super().read(leaf, layer)
 
-    run._SYNC_EVERY = 1
+    run._SYNC_BYTES = 1
     tensors = Slow(open_source(sys.argv[1]))
     plan = plan_hf(tensors, None, Vocabulary())
-    run.write(plan, tensors, Path(sys.argv[2]), origin="it")
+    run.write(plan, tensors, Path(sys.argv[2]), origin="source")
 """
 
 
-def test_a_killed_process_leaves_its_work_to_the_next(tmp_path):
+def test_a_killed_process_is_resumed(tmp_path):
     write(ParamsTensors(*random_model(3)), tmp_path / "in")
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), tmp_path / "in", tmp_path / "out"]
+    command = [sys.executable, "-c", textwrap.dedent(KILLED_SCRIPT), tmp_path / "in", tmp_path / "out"]
     with subprocess.Popen([*command, "0.05"], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         for _ in range(6):
             assert process.stdout.readline() == "read\n"
@@ -159,11 +157,11 @@ def test_a_killed_process_leaves_its_work_to_the_next(tmp_path):
     assert done.returncode == 0, done.stderr
     total = len(open_source(tmp_path / "in").tensors)
     assert done.stdout.count("read") <= total - 3
-    one, other = (StoredTensors(open_source(tmp_path / name)).source for name in ("in", "out"))
-    assert all(np.array_equal(one.read(name), other.read(name)) for name in one.tensors)
+    source, copy = (StoredTensors(open_source(tmp_path / name)).source for name in ("in", "out"))
+    assert all(np.array_equal(source.read(name), copy.read(name)) for name in source.tensors)
 
 
-def test_only_one_process_writes_an_output(tmp_path):
+def test_an_output_is_locked_against_other_processes(tmp_path):
     with (
         staging.staged(tmp_path / "out"),
         pytest.raises(CheckpointError, match="another process is writing it"),
@@ -172,8 +170,8 @@ def test_only_one_process_writes_an_output(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("kind", ["file", "directory", "link to nowhere"])
-def test_what_is_there_already_is_left_alone(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["file", "directory", "dangling link"])
+def test_an_existing_target_is_not_touched(tmp_path, kind):
     target = tmp_path / "out"
     if kind == "file":
         target.write_text("mine")
@@ -183,13 +181,13 @@ def test_what_is_there_already_is_left_alone(tmp_path, kind):
     else:
         target.symlink_to("nowhere")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(CheckpointError, match="is there already; remove it, or give another path"):
+    with pytest.raises(CheckpointError, match="already exists; remove it, or give another path"):
         write(ParamsTensors(*random_model(1)), target)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("kind", ["files of others", "file", "link"])
-def test_what_is_in_the_way_of_the_work_is_left_alone(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["other files", "file", "link"])
+def test_an_unrelated_partial_path_is_not_touched(tmp_path, kind):
     partial = tmp_path / "out.partial"
     if kind == "file":
         partial.write_text("mine")
@@ -203,7 +201,7 @@ def test_what_is_in_the_way_of_the_work_is_left_alone(tmp_path, kind):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_cannot_even_be_begun_promises_nothing(tmp_path):
+def test_a_target_that_cannot_be_created(tmp_path):
     (tmp_path / "file").touch()
     for target in (tmp_path / "file" / "out", tmp_path / ("n" * 250)):
         with pytest.raises(CheckpointError, match=r"cannot be written: .*; write elsewhere$"):
@@ -211,34 +209,34 @@ def test_what_cannot_even_be_begun_promises_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+def test_insufficient_disk_space_is_reported_before_writing(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(CheckpointError, match=r"needs [\d,]+ bytes more and the disk has 1,000"):
+    with pytest.raises(CheckpointError, match=r"needs [\d,]+ more bytes, and the disk has 1,000 free"):
         write(ParamsTensors(*random_model(1)), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_fills_meanwhile_is_one_line_and_the_work_is_kept(tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line_and_the_write_can_be_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_THREADS", 1)
     real, calls = os.pwrite, []
 
-    def full(*args):
+    def failing(*args):
         calls.append(args)
         if len(calls) > 6:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*args)
 
-    monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(CheckpointError, match="No space left on device; what is done is kept in"):
-        write(ParamsTensors(*random_model(1)), tmp_path / "out", origin="it")
+    monkeypatch.setattr(os, "pwrite", failing)
+    with pytest.raises(CheckpointError, match="No space left on device; partial output is kept in"):
+        write(ParamsTensors(*random_model(1)), tmp_path / "out", origin="source")
     monkeypatch.setattr(os, "pwrite", real)
-    rest = Counting(1)
-    write(rest, tmp_path / "out", origin="it")
-    assert len(rest.reads) < len(open_source(tmp_path / "out").tensors)
+    resumed = CountingTensors(1)
+    write(resumed, tmp_path / "out", origin="source")
+    assert len(resumed.reads) < len(open_source(tmp_path / "out").tensors)
 
 
-def test_a_source_that_cannot_be_read_on_leaves_no_output(tmp_path):
+def test_a_source_that_is_truncated_meanwhile_leaves_no_output(tmp_path):
     write(ParamsTensors(*random_model(1)), tmp_path / "in")
     tensors = StoredTensors(open_source(tmp_path / "in"))
     file = sorted((tmp_path / "in").glob("*.safetensors"))[-1]
@@ -248,10 +246,10 @@ def test_a_source_that_cannot_be_read_on_leaves_no_output(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_progress_counts_every_byte_and_never_goes_back(tmp_path):
+def test_progress_is_monotonic_and_ends_at_the_total(tmp_path):
     seen = []
-    write(ParamsTensors(*random_model(1)), tmp_path / "out", progress=lambda *at: seen.append(at))
-    done = [at[0] for at in seen]
+    write(ParamsTensors(*random_model(1)), tmp_path / "out", progress=lambda *args: seen.append(args))
+    done = [args[0] for args in seen]
     assert done == sorted(done)
     source = open_source(tmp_path / "out")
     assert done[0] == 0
@@ -259,26 +257,26 @@ def test_progress_counts_every_byte_and_never_goes_back(tmp_path):
 
 
 def test_memory_in_flight_is_bounded(tmp_path, monkeypatch):
-    held, most = [0], [0]
-    monkeypatch.setattr(run, "_IN_FLIGHT", 0)  # so each tensor goes alone
+    live, peak = [0], [0]
+    monkeypatch.setattr(run, "_MAX_IN_FLIGHT", 0)  # one tensor at a time
 
-    class Watched(ParamsTensors):
+    class Monitored(ParamsTensors):
         def read(self, leaf, layer):
-            held[0] += 1
-            most[0] = max(most[0], held[0])
+            live[0] += 1
+            peak[0] = max(peak[0], live[0])
             time.sleep(0.001)
             array = super().read(leaf, layer)
-            held[0] -= 1
+            live[0] -= 1
             return array
 
-    write(Watched(*random_model(1)), tmp_path / "out")
-    assert most[0] == 1
+    write(Monitored(*random_model(1)), tmp_path / "out")
+    assert peak[0] == 1
 
 
 def test_the_journal_is_json_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_THREADS", 1)
     with pytest.raises(KeyboardInterrupt):
-        write(Counting(1, at=5, do=interrupt), tmp_path / "out", origin="it")
+        write(CountingTensors(1, at_read=5, callback=interrupt), tmp_path / "out", origin="source")
     first, *rest = (tmp_path / "out.partial" / "journal.jsonl").read_text().splitlines()
     assert set(json.loads(first)) == {"job"}
     assert rest

@@ -1,7 +1,7 @@
-"""Writers for every format, written from the formats' own documents and not from `llama_jax.weights`.
+"""Reference writers for every format, based on the formats' specifications, not on `llama_jax.weights`.
 
-Each turns a tree of parameters into what the format stores, so that a reader that is wrong about a
-transpose, a head split or a rotary order cannot agree with them.
+They encode a parameter tree independently, so that a reader with a wrong transpose, head split or rotary
+layout does not agree with them.
 """
 
 from __future__ import annotations
@@ -33,43 +33,43 @@ CONFIG = LlamaConfig(
 
 
 def random_params(config: LlamaConfig = CONFIG, seed: int = 0) -> dict[str, Any]:
-    """Random f32 parameters, stacked, that bfloat16 and float16 hold exactly."""
+    """Random stacked f32 parameters whose values are exact in bfloat16 and float16."""
     rng = np.random.default_rng(seed)
     v, d, f, n = config.vocab_size, config.hidden_size, config.intermediate_size, config.num_attention_heads
     k, h, layers = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
 
-    def draw(*shape: int) -> np.ndarray:
+    def sample(*shape: int) -> np.ndarray:
         return (rng.integers(-127, 128, shape) / 64).astype(np.float32)
 
     params: dict[str, Any] = {
-        "embed": {"embedding": draw(v, d)},
+        "embed": {"embedding": sample(v, d)},
         "layers": {
-            "attention_norm": {"scale": draw(layers, d)},
+            "attention_norm": {"scale": sample(layers, d)},
             "attention": {
-                "wq": draw(layers, d, n, h),
-                "wk": draw(layers, d, k, h),
-                "wv": draw(layers, d, k, h),
-                "wo": draw(layers, n, h, d),
+                "wq": sample(layers, d, n, h),
+                "wk": sample(layers, d, k, h),
+                "wv": sample(layers, d, k, h),
+                "wo": sample(layers, n, h, d),
             },
-            "ffn_norm": {"scale": draw(layers, d)},
+            "ffn_norm": {"scale": sample(layers, d)},
             "feed_forward": {
-                "w_gate": draw(layers, d, f),
-                "w_up": draw(layers, d, f),
-                "w_down": draw(layers, f, d),
+                "w_gate": sample(layers, d, f),
+                "w_up": sample(layers, d, f),
+                "w_down": sample(layers, f, d),
             },
         },
-        "final_norm": {"scale": draw(d)},
+        "final_norm": {"scale": sample(d)},
     }
     if not config.tie_word_embeddings:
-        params["lm_head"] = {"kernel": draw(d, v)}
+        params["lm_head"] = {"kernel": sample(d, v)}
     return params
 
 
 def projections(params: dict[str, Any], layer: int, *, interleaved: bool) -> dict[str, np.ndarray]:
     """One layer's matrices as every format stores them, [out, in]: y = W x for a column x.
 
-    Row n*H + j of a query matrix makes dimension j of head n. With `interleaved`, rotary pairs lie side
-    by side: row 2i is our dimension i, and row 2i + 1 our dimension i + H/2.
+    Row n*H + j of a query matrix computes dimension j of head n. With `interleaved`, rotary pairs are
+    adjacent: row 2i is our dimension i, and row 2i + 1 our dimension i + H/2.
     """
     attention, feed_forward = params["layers"]["attention"], params["layers"]["feed_forward"]
 
@@ -178,13 +178,15 @@ def write_hf(
     if shards == 1:
         save_file(tensors, folder / "model.safetensors")
         return folder
-    places = {}
+    weight_map = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         part = dict(list(tensors.items())[shard::shards])
         save_file(part, folder / file)
-        places |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return folder
 
 
@@ -197,9 +199,9 @@ def write_gguf(
     extra: dict[str, np.ndarray] | None = None,
     **fields: Any,
 ) -> Path:
-    """Writes a GGUF file with the `gguf` package; norms are F32, as llama.cpp's converter makes them.
+    """Writes a GGUF file with the `gguf` package; norms are F32, as in llama.cpp's converter.
 
-    `fields` are further metadata under "llama.", with dots as double underscores; None removes one.
+    `fields` are additional "llama." metadata, with dots as double underscores; None removes a field.
     """
     writer = gguf.GGUFWriter(path, "llama")
     defaults = {
@@ -233,12 +235,12 @@ def write_gguf(
     for layer in range(config.num_hidden_layers):
         for part, array in projections(params, layer, interleaved=True).items():
             tensors[f"blk.{layer}.{GGUF_NAMES[part]}.weight"] = np.ascontiguousarray(array)
-    quantisation = gguf.GGMLQuantizationType[kind]
+    quantization = gguf.GGMLQuantizationType[kind]
     for name, array in tensors.items():
         if array.ndim == 1 or kind == "F32":
             writer.add_tensor(name, array)
         else:
-            writer.add_tensor(name, gguf.quants.quantize(array, quantisation), raw_dtype=quantisation)
+            writer.add_tensor(name, gguf.quants.quantize(array, quantization), raw_dtype=quantization)
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -248,24 +250,24 @@ def write_gguf(
     return path
 
 
-def quantised(params: dict[str, Any], kind: str) -> dict[str, Any]:
-    """The parameters that `write_gguf` with `kind` really stores, by gguf's own round trip."""
+def quantized(params: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The parameters after quantization to `kind` and back with the `gguf` package."""
     if kind in ("F32", "F16", "BF16"):
         return params
-    quantisation = gguf.GGMLQuantizationType[kind]
+    quantization = gguf.GGMLQuantizationType[kind]
 
     def leaf(array: np.ndarray, axis: int, lead: int) -> np.ndarray:
-        """Quantises along `axis`, the input of a matrix, which is what a stored row runs along."""
+        """Quantizes along `axis`, the input dimension of a matrix, as stored rows are."""
         if array.ndim - lead < 2:
             return array
         moved = np.moveaxis(array, axis, -1)
         rows = gguf.quants.dequantize(
-            gguf.quants.quantize(moved.reshape(-1, moved.shape[-1]), quantisation), quantisation
+            gguf.quants.quantize(moved.reshape(-1, moved.shape[-1]), quantization), quantization
         )
         return np.moveaxis(rows.reshape(moved.shape), -1, axis)
 
     layers = params["layers"]
-    wo = layers["attention"]["wo"]  # its input is N and H together
+    wo = layers["attention"]["wo"]  # its input dimensions are N and H
     count, n, h, d = wo.shape
     out: dict[str, Any] = {
         "embed": {"embedding": leaf(params["embed"]["embedding"], -1, 0)},
@@ -286,10 +288,7 @@ def quantised(params: dict[str, Any], kind: str) -> dict[str, Any]:
 def write_llama2c(
     path: Path, config: LlamaConfig, params: dict[str, Any], *, version: int = 0, group: int = 32
 ) -> Path:
-    """Writes llama2.c's format; version 2 rounds to int8 and gives every group the scale 1/64.
-
-    That scale makes it exact for `random_params`.
-    """
+    """Writes llama2.c's format; version 2 is int8 with scale 1/64, which is exact for `random_params`."""
     tied = "lm_head" not in params
     sizes = [
         config.hidden_size,

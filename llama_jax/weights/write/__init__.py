@@ -1,1 +1,1 @@
-"""Writing checkpoints: one file a format plans what is written where, and one runner writes any plan."""
+"""Writes checkpoints: one module per format plans the file layout, and `run` writes any plan."""

@@ -1,4 +1,4 @@
-"""Writes adapters of any kind, each in its own format; the directory appears when it is whole."""
+"""Writes adapters atomically, each kind in its own format."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError
 from llama_jax.weights.adapters import CONFIG
 from llama_jax.weights.derived import Head
-from llama_jax.weights.source import reason
+from llama_jax.weights.source import os_error_reason
 from llama_jax.weights.write import adapterhub, peft
 from llama_jax.weights.write.staging import sync_path
 
@@ -29,29 +29,29 @@ def save_adapter(
     replace: bool = False,
     head: Head | None = None,
 ) -> Path:
-    """Writes an adapter: low-rank ones and prefixes as PEFT does, bottlenecks as AdapterHub does.
+    """Writes an adapter: LoRA and prefixes in PEFT's format, bottleneck adapters in AdapterHub's.
 
     Args:
       path: the directory to write.
-      settings: what the adapter was made with.
-      adapter: its tree as `adapters.init` makes it, layers stacked; on one device or on a mesh.
-      config: the base it is for.
-      base_model: where the base is to be had, for people and for PEFT's `AutoPeftModel`.
-      replace: put it in the place of an adapter that is there.
-      head: a classifier's or reward model's, that was trained along.
+      settings: the adapter's settings.
+      adapter: the adapter's tree, as from `adapters.init`, layers stacked; on one device or sharded over a
+        mesh.
+      config: configuration of the base model.
+      base_model: path or Hub name of the base model, for PEFT's `AutoPeftModel`.
+      replace: replace an existing adapter.
+      head: the classification or reward head trained with the adapter.
 
     Returns:
       `path`.
 
     Raises:
-      CheckpointError: if something (with `replace`, something that is no adapter) is at `path`, or the
-        file system refuses.
-      ConfigError: if the adapter is not of this base.
+      CheckpointError: if `path` exists (with `replace`, if it is not an adapter), or on a file system error.
+      ConfigError: if the adapter does not fit the base model.
     """
     target = Path(path)
     adapters.check(settings, config, adapter)
     if target.exists() and not (replace and (target / CONFIG).is_file()):
-        raise CheckpointError(f"{target}: is there already; remove it, or give another path to write to")
+        raise CheckpointError(f"{target}: already exists; remove it, or give another path to write to")
     match settings:
         case Lora():
             files = peft.lora_files(settings, adapter, base_model, head)
@@ -61,17 +61,19 @@ def save_adapter(
             files = adapterhub.bottleneck_files(settings, adapter, config, base_model, head)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as beside:
-            made = Path(beside) / "made"
-            made.mkdir()
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as staging_dir:
+            new = Path(staging_dir) / "new"
+            new.mkdir()
             for name, content in files.items():
-                (made / name).write_bytes(content)
-                sync_path(made / name)
-            sync_path(made)
+                (new / name).write_bytes(content)
+                sync_path(new / name)
+            sync_path(new)
             if target.exists():
-                target.rename(Path(beside) / "replaced")
-            made.rename(target)
+                target.rename(Path(staging_dir) / "replaced")
+            new.rename(target)
             sync_path(target.parent)
     except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written: {reason(error)}; write elsewhere") from error
+        raise CheckpointError(
+            f"{target}: cannot be written: {os_error_reason(error)}; write elsewhere"
+        ) from error
     return target

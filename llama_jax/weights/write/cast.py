@@ -1,4 +1,4 @@
-"""Casts between floating-point types, each value to the nearest, with no finite one becoming infinite."""
+"""Casts between floating-point dtypes, rounding to nearest, with an error on overflow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llama_jax.errors import CheckpointError
 
 
 def cast(array: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    """`array` in another floating-point dtype, rounded to nearest, ties to even; itself if it is in that.
+    """Casts to another floating-point dtype, rounding to nearest, ties to even; no copy for the same dtype.
 
     Raises:
       CheckpointError: if a finite value is too large for float16.
@@ -18,8 +18,8 @@ def cast(array: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     with np.errstate(over="ignore"):
         out = array.astype(dtype, copy=False)
     if out.dtype == np.float16 and array.dtype != np.float16 and np.isinf(out).any():
-        lost = np.isinf(out) & np.isfinite(array)
-        if lost.any():
-            value = float(array.reshape(-1)[lost.argmax()])
+        overflow = np.isinf(out) & np.isfinite(array)
+        if overflow.any():
+            value = float(array.reshape(-1)[overflow.argmax()])
             raise CheckpointError(f"the value {value:g} is too large for float16; use bfloat16 or float32")
     return out

@@ -1,6 +1,6 @@
-"""Plans a GGUF file that llama.cpp and its kin load: metadata, vocabulary and tensors in one file.
+"""Plans a GGUF file for llama.cpp and compatible programs: metadata, vocabulary and tensors in one file.
 
-Layout: ggml-org/ggml, docs/gguf.md. What a field means is what llama.cpp does with it (src/llama-model.cpp).
+Layout: ggml-org/ggml, docs/gguf.md. The meaning of each field follows llama.cpp (src/llama-model.cpp).
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from llama_jax.weights.source import FLOAT_DTYPES
 from llama_jax.weights.tensors import Tensors
 from llama_jax.weights.write.cast import cast
 from llama_jax.weights.write.hf import layer_by_layer
-from llama_jax.weights.write.plan import Piece, Plan, Region
+from llama_jax.weights.write.plan import Blob, Plan, Region
 from llama_jax.weights.write.vocabulary import Vocabulary
 
 _FILE = "model.gguf"
 _VERSION = 3
 _ALIGNMENT = 32
-_QUANTIZATION_VERSION = 2  # of the Q8_0 blocks
-_CHUNK = 1 << 17  # values quantised at once, as one row: gguf.quants is slower and larger on a model's own
+_QUANTIZATION_VERSION = 2  # of the Q8_0 block layout
+# Values quantized per call, as one row: gguf.quants is slower and takes more memory on the matrix's own rows.
+_CHUNK = 1 << 17
 
-_KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+_GGML_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 _FILE_TYPES = {
     "F32": LlamaFileType.ALL_F32,
     "F16": LlamaFileType.MOSTLY_F16,
@@ -44,7 +45,7 @@ _FILE_TYPES = {
 }
 _BLOCK, _BLOCK_BYTES = GGML_QUANT_SIZES[GGMLQuantizationType.Q8_0]
 _TOKENIZER = "tokenizer.ggml."
-_UNUSED = 5  # the type of a token that stands for an id without one
+_TOKEN_TYPE_UNUSED = 5
 
 
 def plan_gguf(
@@ -52,66 +53,70 @@ def plan_gguf(
 ) -> Plan:
     """Plans a GGUF file of the llama architecture.
 
-    Vectors are always F32, as llama.cpp wants them, and a matrix whose rows Q8_0's blocks of 32 do not
-    divide is F16. Without a vocabulary the file says so (`no_vocab`) and takes ids alone.
+    Vectors are always F32, as llama.cpp requires. With Q8_0, a matrix whose row length is not a multiple of
+    the block size 32 is F16. Without a vocabulary the tokenizer model is `no_vocab`, and the file takes token
+    ids only.
 
     Args:
-      tensors: what to write.
-      dtype: float32, float16, bfloat16 or q8_0; None keeps each matrix as it is, F64 as F32.
-      vocabulary: its fields go into the metadata.
-      name: the model's, for people.
+      tensors: the tensors to write.
+      dtype: float32, float16, bfloat16 or q8_0; None keeps each matrix's dtype, F64 as F32.
+      vocabulary: the tokenizer, whose fields go into the metadata.
+      name: the model's display name.
 
     Raises:
-      CheckpointError: if the vocabulary is larger than the model's.
-      ConfigError: for rope scaling that llama.cpp would run differently.
+      CheckpointError: if the tokenizer has more tokens than the model.
+      ConfigError: for rope scaling that llama.cpp computes differently.
     """
     config = tensors.config
-    entries, divisors = layer_by_layer(config), _divisors(config)
-    rows = [] if divisors is None else [_Row("rope_freqs.weight", divisors.shape, "F32")]
+    entries, rope_factors = layer_by_layer(config), _rope_factors(config)
+    infos = []
+    if rope_factors is not None:
+        infos.append(_TensorInfo("rope_freqs.weight", rope_factors.shape, "F32"))
     for _, leaf, layer in entries:
         shape = leaf.stored_shape(config, "gguf")
-        rows.append(_Row(leaf.name("gguf", layer), shape, _kind(shape, dtype, tensors.dtype(leaf, layer))))
+        ggml_type = _ggml_type(shape, dtype, tensors.dtype(leaf, layer))
+        infos.append(_TensorInfo(leaf.name("gguf", layer), shape, ggml_type))
     fields: dict[str, Any] = {"general.architecture": "llama", "general.type": "model"}
     if name is not None:
         fields["general.name"] = name
-    fields |= _type_fields(rows) | _model_fields(config) | _rope_fields(config)
+    fields |= _file_type_fields(infos) | _model_fields(config) | _rope_fields(config)
     fields |= _vocabulary_fields(vocabulary, config.vocab_size)
-    header, offsets = _header(fields, rows)
-    pieces, regions = [Piece(_FILE, 0, header)], []
-    if divisors is not None:
-        pieces.append(Piece(_FILE, offsets[0], divisors.tobytes()))
-    first = len(rows) - len(entries)
-    for entry, row, offset in zip(entries, rows[first:], offsets[first:-1], strict=True):
-        encode = functools.partial(_encode, leaf=entry.leaf, config=config, kind=row.kind)
-        regions.append(Region(_FILE, offset, row.nbytes, entry.leaf, entry.layer, encode))
-    return Plan("gguf", True, {_FILE: offsets[-1]}, pieces, {}, regions)
+    header, offsets = _header(fields, infos)
+    blobs, regions = [Blob(_FILE, 0, header)], []
+    if rope_factors is not None:
+        blobs.append(Blob(_FILE, offsets[0], rope_factors.tobytes()))
+    first = len(infos) - len(entries)
+    for entry, info, offset in zip(entries, infos[first:], offsets[first:-1], strict=True):
+        encode = functools.partial(_encode, leaf=entry.leaf, config=config, ggml_type=info.ggml_type)
+        regions.append(Region(_FILE, offset, info.nbytes, entry.leaf, entry.layer, encode))
+    return Plan("gguf", True, {_FILE: offsets[-1]}, blobs, {}, regions)
 
 
-class _Row(NamedTuple):
-    """One tensor in the file's table; `kind` is GGUF's name of its type."""
+class _TensorInfo(NamedTuple):
+    """An entry of the file's tensor table."""
 
     name: str
     shape: tuple[int, ...]
-    kind: str
+    ggml_type: str
 
     @property
     def nbytes(self) -> int:
-        values, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[self.kind]]
+        values, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[self.ggml_type]]
         return math.prod(self.shape) // values * nbytes
 
 
-def _kind(shape: tuple[int, ...], dtype: str | None, own: np.dtype[Any]) -> str:
+def _ggml_type(shape: tuple[int, ...], dtype: str | None, stored_dtype: np.dtype[Any]) -> str:
     if len(shape) == 1:
         return "F32"
-    kind = _KINDS.get(own.name if dtype is None else dtype, "F32")
-    return "F16" if kind == "Q8_0" and shape[-1] % _BLOCK else kind
+    ggml_type = _GGML_TYPES.get(stored_dtype.name if dtype is None else dtype, "F32")
+    return "F16" if ggml_type == "Q8_0" and shape[-1] % _BLOCK else ggml_type
 
 
-def _encode(array: np.ndarray, *, leaf: Leaf, config: LlamaConfig, kind: str) -> np.ndarray:
-    """A tensor's bytes, from Hugging Face's layout in any float dtype."""
-    array = leaf.reordered(array, config, "hf", "gguf")
-    if kind != "Q8_0":
-        return cast(array, FLOAT_DTYPES[kind])
+def _encode(array: np.ndarray, *, leaf: Leaf, config: LlamaConfig, ggml_type: str) -> np.ndarray:
+    """Encodes a tensor given in Hugging Face's layout and any float dtype."""
+    array = leaf.convert_layout(array, config, "hf", "gguf")
+    if ggml_type != "Q8_0":
+        return cast(array, FLOAT_DTYPES[ggml_type])
     values = array.reshape(-1)
     out = np.empty((values.size // _BLOCK, _BLOCK_BYTES), np.uint8)
     for start in range(0, values.size, _CHUNK):
@@ -122,12 +127,12 @@ def _encode(array: np.ndarray, *, leaf: Leaf, config: LlamaConfig, kind: str) ->
     return out
 
 
-def _type_fields(rows: Sequence[_Row]) -> dict[str, Any]:
-    """What most of the matrices are."""
-    kinds = Counter(row.kind for row in rows if len(row.shape) > 1)
-    ((kind, _),) = kinds.most_common(1)
+def _file_type_fields(infos: Sequence[_TensorInfo]) -> dict[str, Any]:
+    """The file type: that of most of the matrices."""
+    counts = Counter(info.ggml_type for info in infos if len(info.shape) > 1)
+    ((ggml_type, _),) = counts.most_common(1)
     return {
-        "general.file_type": int(_FILE_TYPES[kind]),
+        "general.file_type": int(_FILE_TYPES[ggml_type]),
         "general.quantization_version": _QUANTIZATION_VERSION,
     }
 
@@ -149,10 +154,10 @@ def _model_fields(config: LlamaConfig) -> dict[str, Any]:
 
 
 def _rope_fields(config: LlamaConfig) -> dict[str, Any]:
-    """Rotary settings: what llama.cpp reads, and what it needs not and `llama_jax` would have to guess.
+    """RoPE fields; for Llama 3's scaling, which llama.cpp has no fields for, those of `llama_jax`.
 
     Raises:
-      ConfigError: for what llama.cpp has no field for, or does not read for the llama architecture.
+      ConfigError: for settings that llama.cpp has no field for, or ignores for the llama architecture.
     """
     scaling = config.rope_scaling
     theta = effective_theta(config.rope_theta, scaling, head_dim=config.head_dim)
@@ -172,31 +177,31 @@ def _yarn_fields(scaling: RopeScaling) -> dict[str, Any]:
     for name, value in built_in.items():
         if getattr(scaling, name) != value:
             raise ConfigError(
-                f"rope_scaling.{name} is {getattr(scaling, name)}; llama.cpp runs a llama's yarn with "
-                f"{value}, so that GGUF cannot hold this model: write another format"
+                f"rope_scaling.{name} is {getattr(scaling, name)}; llama.cpp runs YaRN with {value} for the "
+                "llama architecture, so GGUF cannot represent this model; use another format"
             )
     fields = {
         "type": "yarn",
         "factor": scaling.factor,
         "original_context_length": scaling.original_max_position_embeddings,
     }
-    if scaling.attention_factor is not None:  # llama.cpp multiplies YaRN's own rule by the field
+    if scaling.attention_factor is not None:  # a factor on top of YaRN's own in llama.cpp
         fields["attn_factor"] = scaling.attention_factor / (0.1 * math.log(scaling.factor) + 1)
     return {f"llama.rope.scaling.{key}": value for key, value in fields.items()}
 
 
-def _divisors(config: LlamaConfig) -> np.ndarray | None:
-    """Llama 3's scaling as llama.cpp has it: what each frequency is divided by, f32 [H/2]."""
+def _rope_factors(config: LlamaConfig) -> np.ndarray | None:
+    """Llama 3's scaling as llama.cpp stores it: the divisor of each frequency, f32 [H/2]."""
     scaling = config.rope_scaling
     if scaling is None or scaling.kind != "llama3":
         return None
     rotary = functools.partial(rotary_frequencies, head_dim=config.head_dim, theta=config.rope_theta)
-    (plain, _), (scaled, _) = rotary(scaling=None), rotary(scaling=scaling)
-    return (plain / scaled).astype("<f4")
+    (unscaled, _), (scaled, _) = rotary(scaling=None), rotary(scaling=scaling)
+    return (unscaled / scaled).astype("<f4")
 
 
 def _vocabulary_fields(vocabulary: Vocabulary, size: int) -> dict[str, Any]:
-    """The tokenizer's fields, with names for the ids that the model has beyond its tokens."""
+    """The tokenizer's fields, padded with [PADn] tokens to the model's vocabulary size."""
     if not vocabulary.fields:
         return {"tokenizer.ggml.model": "no_vocab"}
     fields = dict(vocabulary.fields)
@@ -204,38 +209,39 @@ def _vocabulary_fields(vocabulary: Vocabulary, size: int) -> dict[str, Any]:
     missing = size - len(tokens)
     if missing < 0:
         raise CheckpointError(
-            f"the vocabulary has {len(tokens)} tokens and the model {size}; give the one that belongs to it"
+            f"the tokenizer has {len(tokens)} tokens and the model {size}; use the model's own tokenizer"
         )
     fields[f"{_TOKENIZER}tokens"] = [*tokens, *(f"[PAD{id}]" for id in range(len(tokens), size))]
-    for key, value in (("token_type", _UNUSED), ("scores", 0)):
+    for key, value in (("token_type", _TOKEN_TYPE_UNUSED), ("scores", 0)):
         if f"{_TOKENIZER}{key}" in fields:
             padded = np.pad(fields[f"{_TOKENIZER}{key}"], (0, missing), constant_values=value)
             fields[f"{_TOKENIZER}{key}"] = padded
     return fields
 
 
-def _header(fields: Mapping[str, Any], rows: Sequence[_Row]) -> tuple[bytes, list[int]]:
-    """All before the tensors' data, and where each tensor begins; the last offset is the file's size."""
-    offset, relative = 0, []
+def _header(fields: Mapping[str, Any], infos: Sequence[_TensorInfo]) -> tuple[bytes, list[int]]:
+    """The bytes before the tensor data, and the file offset of each tensor followed by the file size."""
+    offset, relative_offsets = 0, []
     table = b""
-    for row in rows:
-        dims = row.shape[::-1]
-        kind = GGMLQuantizationType[row.kind]
-        table += _string(row.name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
-        relative.append(offset)
-        offset = _aligned(offset + row.nbytes)
-    described = b"".join(_string(key) + _value(value) for key, value in fields.items())
-    header = struct.pack("<4sIQQ", MAGIC, _VERSION, len(rows), len(fields)) + described + table
-    header = header.ljust(_aligned(len(header)), b"\0")
-    return header, [len(header) + each for each in (*relative, offset)]
+    for info in infos:
+        dims = info.shape[::-1]
+        ggml_type = GGMLQuantizationType[info.ggml_type]
+        table += _pack_string(info.name)
+        table += struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, ggml_type, offset)
+        relative_offsets.append(offset)
+        offset = _align(offset + info.nbytes)
+    metadata = b"".join(_pack_string(key) + _pack_value(value) for key, value in fields.items())
+    header = struct.pack("<4sIQQ", MAGIC, _VERSION, len(infos), len(fields)) + metadata + table
+    header = header.ljust(_align(len(header)), b"\0")
+    return header, [len(header) + relative for relative in (*relative_offsets, offset)]
 
 
-def _aligned(offset: int) -> int:
+def _align(offset: int) -> int:
     return -(-offset // _ALIGNMENT) * _ALIGNMENT
 
 
-def _value(value: Any) -> bytes:
-    """A field's type and value, as llama.cpp wants them: u32, f32, bool, string, or an array."""
+def _pack_value(value: Any) -> bytes:
+    """A field's type and value: u32, f32, bool, string, or an array."""
     match value:
         case bool():
             return struct.pack("<I?", GGUFValueType.BOOL, value)
@@ -244,15 +250,15 @@ def _value(value: Any) -> bytes:
         case float():
             return struct.pack("<If", GGUFValueType.FLOAT32, value)
         case str():
-            return struct.pack("<I", GGUFValueType.STRING) + _string(value)
+            return struct.pack("<I", GGUFValueType.STRING) + _pack_string(value)
         case np.ndarray():
             kind = GGUFValueType.INT32 if value.dtype == np.int32 else GGUFValueType.FLOAT32
             return struct.pack("<IIQ", GGUFValueType.ARRAY, kind, len(value)) + value.tobytes()
         case _:
-            items = b"".join(map(_string, value))
+            items = b"".join(map(_pack_string, value))
             return struct.pack("<IIQ", GGUFValueType.ARRAY, GGUFValueType.STRING, len(value)) + items
 
 
-def _string(text: str) -> bytes:
+def _pack_string(text: str) -> bytes:
     data = text.encode()
     return struct.pack("<Q", len(data)) + data

@@ -12,16 +12,16 @@ import numpy as np
 
 from llama_jax.config import LlamaConfig
 from llama_jax.rope import effective_theta
-from llama_jax.weights.hf import CLASSIFIER, problem_type
+from llama_jax.weights.hf import CLASSIFIER_ARCHITECTURE, problem_type
 from llama_jax.weights.names import Entry, entries
-from llama_jax.weights.source import FLOAT_DTYPES
+from llama_jax.weights.source import DTYPE_NAMES
 from llama_jax.weights.tensors import Tensors
 from llama_jax.weights.write.cast import cast
-from llama_jax.weights.write.plan import Piece, Plan, Region
+from llama_jax.weights.write.plan import Blob, Plan, Region
+from llama_jax.weights.write.small_files import safetensors_header
 from llama_jax.weights.write.vocabulary import Vocabulary
 
-SHARD_BYTES = 5_000_000_000  # what `save_pretrained` has written for years
-_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
+SHARD_BYTES = 5_000_000_000  # transformers' default for `save_pretrained`
 
 
 def plan_hf(
@@ -32,59 +32,62 @@ def plan_hf(
     shard_bytes: int = SHARD_BYTES,
     shards: int | None = None,
 ) -> Plan:
-    """Plans a directory as Hugging Face's `save_pretrained` writes it.
+    """Plans a directory like that of Hugging Face's `save_pretrained`.
 
     Args:
-      tensors: what to write.
-      dtype: of every tensor; None keeps each as it is.
-      vocabulary: its files are put beside.
-      shard_bytes: the most bytes of tensors in one file; a larger tensor has one to itself.
-      shards: into how many files of about the same size to put them instead, at most.
+      tensors: the tensors to write.
+      dtype: dtype of all tensors; None keeps each tensor's own.
+      vocabulary: the tokenizer, whose files are included.
+      shard_bytes: maximum size of a shard in bytes; a larger tensor gets its own shard.
+      shards: split into at most this many shards of about equal size instead.
     """
     config = tensors.config
     dtypes = {entry: dtype or tensors.dtype(entry.leaf, entry.layer) for entry in layer_by_layer(config)}
-    filled = _shards(config, dtypes, shard_bytes) if shards is None else _equal_shards(config, dtypes, shards)
-    parts = list(filled)
-    files, pieces, regions, places = {}, [], [], {}
-    for number, shard in enumerate(parts, 1):
-        many = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        file = many if len(parts) > 1 else "model.safetensors"
-        header, offset = _header(config, shard, dtypes), 0
-        pieces.append(Piece(file, 0, header))
-        for entry in shard:
-            nbytes, encode = (
-                _nbytes(config, entry, dtypes[entry]),
-                functools.partial(cast, dtype=dtypes[entry]),
-            )
-            region = Region(file, len(header) + offset, nbytes, entry.leaf, entry.layer, encode)
+    if shards is None:
+        groups = list(_shards_by_size(config, dtypes, shard_bytes))
+    else:
+        groups = list(_equal_shards(config, dtypes, shards))
+    files, blobs, regions, weight_map = {}, [], [], {}
+    for number, group in enumerate(groups, 1):
+        file = "model.safetensors"
+        if len(groups) > 1:
+            file = f"model-{number:05}-of-{len(groups):05}.safetensors"
+        header = _header(config, group, dtypes)
+        blobs.append(Blob(file, 0, header))
+        offset = len(header)
+        for entry in group:
+            nbytes = _nbytes(config, entry, dtypes[entry])
+            encode = functools.partial(cast, dtype=dtypes[entry])
+            regions.append(Region(file, offset, nbytes, entry.leaf, entry.layer, encode))
             offset += nbytes
-            regions.append(region)
-            places[entry.name] = file
-        files[file] = len(header) + offset
+            weight_map[entry.name] = file
+        files[file] = offset
     extras = dict(vocabulary.files)
-    main = dtype or dtypes[next(iter(dtypes))]
-    extras["config.json"] = _json(config_fields(config, vocabulary) | {"torch_dtype": main.name})
+    torch_dtype = dtype or dtypes[next(iter(dtypes))]
+    extras["config.json"] = _json(config_fields(config, vocabulary) | {"torch_dtype": torch_dtype.name})
     if not config.labels:
-        extras["generation_config.json"] = _json({"_from_model_config": True} | _ids(vocabulary))
-    if len(parts) > 1:
+        extras["generation_config.json"] = _json(
+            {"_from_model_config": True} | _special_token_ids(vocabulary)
+        )
+    if len(groups) > 1:
         total = sum(region.nbytes for region in regions)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         extras["model.safetensors.index.json"] = _json(index)
-    return Plan("hf", False, files, pieces, extras, regions)
+    return Plan("hf", False, files, blobs, extras, regions)
 
 
 def layer_by_layer(config: LlamaConfig) -> list[Entry]:
-    """Every tensor in the order in which a model uses them: embedding, layers, final norm, output."""
-    listed = list(entries(config, "hf"))
-    first, last = listed[:1], [entry for entry in listed[1:] if entry.layer is None]
-    layers = [entry for entry in listed if entry.layer is not None]
-    return [*first, *sorted(layers, key=lambda entry: entry.layer or 0), *last]
+    """All tensors in the order of the forward pass: embedding, layers, final norm, output projection."""
+    embedding, *rest = entries(config, "hf")
+    layers = [entry for entry in rest if entry.layer is not None]
+    last = [entry for entry in rest if entry.layer is None]
+    return [embedding, *sorted(layers, key=lambda entry: entry.layer or 0), *last]
 
 
 def config_fields(config: LlamaConfig, vocabulary: Vocabulary) -> dict[str, Any]:
-    """The fields of a config.json, those that `read_config` reads and those that other programs want."""
+    """The fields of config.json: those that `read_config` reads, and those that other programs need."""
     fields = {
-        "architectures": [CLASSIFIER if config.labels else "LlamaForCausalLM"],
+        "architectures": [CLASSIFIER_ARCHITECTURE if config.labels else "LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -95,7 +98,7 @@ def config_fields(config: LlamaConfig, vocabulary: Vocabulary) -> dict[str, Any]
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
-        **_rope(config),
+        **_rope_fields(config),
         "tie_word_embeddings": config.tie_word_embeddings,
         "hidden_act": "silu",
         "attention_bias": False,
@@ -105,11 +108,10 @@ def config_fields(config: LlamaConfig, vocabulary: Vocabulary) -> dict[str, Any]
         "pretraining_tp": 1,
         "use_cache": True,
     }
-    return fields | _head(config) | _ids(vocabulary)
+    return fields | _classifier_fields(config) | _special_token_ids(vocabulary)
 
 
-def _head(config: LlamaConfig) -> dict[str, Any]:
-    """What a classifier's configuration says of its classes."""
+def _classifier_fields(config: LlamaConfig) -> dict[str, Any]:
     if not config.labels:
         return {}
     return {
@@ -119,7 +121,7 @@ def _head(config: LlamaConfig) -> dict[str, Any]:
     }
 
 
-def _rope(config: LlamaConfig) -> dict[str, Any]:
+def _rope_fields(config: LlamaConfig) -> dict[str, Any]:
     scaling = config.rope_scaling
     theta = effective_theta(config.rope_theta, scaling, head_dim=config.head_dim)
     if scaling is None or scaling.kind == "ntk":
@@ -140,21 +142,21 @@ def _rope(config: LlamaConfig) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": fields}
 
 
-def _ids(vocabulary: Vocabulary) -> dict[str, Any]:
-    """The ids that a text begins and ends with, as Hugging Face's configurations have them."""
-    ends = list(vocabulary.eos_ids)
+def _special_token_ids(vocabulary: Vocabulary) -> dict[str, Any]:
+    """BOS, EOS and padding ids in the form of Hugging Face's configurations."""
+    eos_ids = list(vocabulary.eos_ids)
     ids = {
         "bos_token_id": vocabulary.bos_id,
-        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else eos_ids or None,
         "pad_token_id": vocabulary.pad_id,
     }
     return {name: value for name, value in ids.items() if value is not None}
 
 
-def _shards(
+def _shards_by_size(
     config: LlamaConfig, dtypes: dict[Entry, np.dtype[Any]], shard_bytes: int
 ) -> Iterator[Sequence[Entry]]:
-    """Fills one file after another."""
+    """Fills one shard after another up to `shard_bytes`."""
     shard: list[Entry] = []
     size = 0
     for entry, dtype in dtypes.items():
@@ -170,34 +172,29 @@ def _shards(
 def _equal_shards(
     config: LlamaConfig, dtypes: dict[Entry, np.dtype[Any]], shards: int
 ) -> Iterator[Sequence[Entry]]:
-    """Puts each tensor where its middle falls if all are laid end to end and cut in equal parts."""
+    """Cuts the sequence of tensors into equal parts; each tensor goes to the part with its midpoint."""
     sizes = {entry: _nbytes(config, entry, dtype) for entry, dtype in dtypes.items()}
     ends = itertools.accumulate(sizes.values())
     total = sum(sizes.values())
 
-    def part(item: tuple[tuple[Entry, int], int]) -> int:
+    def shard_index(item: tuple[tuple[Entry, int], int]) -> int:
         (_, size), end = item
         return int((2 * end - size) * shards // (2 * total))
 
-    for _, group in itertools.groupby(zip(sizes.items(), ends, strict=True), part):
+    for _, group in itertools.groupby(zip(sizes.items(), ends, strict=True), shard_index):
         yield [entry for (entry, _), _ in group]
 
 
 def _header(config: LlamaConfig, shard: Sequence[Entry], dtypes: dict[Entry, np.dtype[Any]]) -> bytes:
-    """A safetensors file's beginning: the header's length, and the header padded to 8 bytes."""
-    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for entry in shard:
-        end = offset + _nbytes(config, entry, dtypes[entry])
-        described[entry.name] = {
-            "dtype": _NAMES[dtypes[entry]],
-            "shape": list(entry.leaf.stored_shape(config, "hf")),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(described, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return safetensors_header(
+        (
+            entry.name,
+            DTYPE_NAMES[dtypes[entry]],
+            entry.leaf.stored_shape(config, "hf"),
+            _nbytes(config, entry, dtypes[entry]),
+        )
+        for entry in shard
+    )
 
 
 def _nbytes(config: LlamaConfig, entry: Entry, dtype: np.dtype[Any]) -> int:

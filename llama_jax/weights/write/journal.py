@@ -1,6 +1,6 @@
-"""Which regions of an output are written, in a file that outlives the process.
+"""A journal file that records which regions of an output have been written.
 
-Regions are entered after the disk has them: what the journal says holds after a power failure, too.
+A region is recorded after its data has been synced, so the journal is valid even after a power failure.
 """
 
 from __future__ import annotations
@@ -11,50 +11,50 @@ from pathlib import Path
 
 
 class Journal:
-    """What of a plan is written already.
+    """The completed regions of a plan.
 
     Args:
-      path: the file.
-      job: what is written; of another job's journal nothing is taken over.
-      regions: how many there are.
-      goes_on: take over what the file says; otherwise begin it anew.
+      path: the journal file.
+      job: identifies the output; entries of another job are ignored.
+      num_regions: number of regions of the plan.
+      resume: read the existing file; otherwise start an empty journal.
 
     Attributes:
-      done: the CRC-32 of each region that is written, by its number.
+      completed: the CRC-32 of each completed region, by region index.
     """
 
-    def __init__(self, path: Path, job: str, regions: int, *, goes_on: bool) -> None:
+    def __init__(self, path: Path, job: str, num_regions: int, *, resume: bool) -> None:
         self.path = path
-        found = self._read(job) if goes_on else {}
-        self.done = {index: crc for index, crc in found.items() if 0 <= index < regions}
-        self._new: dict[int, int] = {}
-        # Anew also where it is gone on with: the last line may have been cut short.
-        lines = [{"job": job}, self.done] if self.done else [{"job": job}]
+        found = self._read(job) if resume else {}
+        self.completed = {index: crc for index, crc in found.items() if 0 <= index < num_regions}
+        self._unsaved: dict[int, int] = {}
+        # The file is rewritten even when resuming: its last line may be truncated.
+        lines = [{"job": job}, self.completed] if self.completed else [{"job": job}]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def _read(self, job: str) -> dict[int, int]:
-        """The regions that the file lists, none if it is another plan's, and no last line cut short."""
-        done: dict[int, int] = {}
+        """Reads the file up to a truncated line; returns nothing if it is of another job."""
+        completed: dict[int, int] = {}
         try:
             lines = self.path.read_text().splitlines()
             if json.loads(lines[0]) != {"job": job}:
                 return {}
             for line in lines[1:]:
-                done.update({int(index): int(crc) for index, crc in json.loads(line).items()})
+                completed.update({int(index): int(crc) for index, crc in json.loads(line).items()})
         except (OSError, ValueError, IndexError, AttributeError, TypeError):
             pass
-        return done
+        return completed
 
     def add(self, checksums: dict[int, int]) -> None:
-        """Notes regions as written; `save` is called when the disk has them."""
-        self._new.update(checksums)
-        self.done.update(checksums)
+        """Adds written regions; call `save` once their data has been synced."""
+        self._unsaved.update(checksums)
+        self.completed.update(checksums)
 
     def save(self) -> None:
-        """Enters in the file what was noted since the last time."""
-        if self._new:
+        """Appends the regions added since the last call to the file."""
+        if self._unsaved:
             with self.path.open("a") as file:
-                file.write(json.dumps(self._new) + "\n")
+                file.write(json.dumps(self._unsaved) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-        self._new = {}
+        self._unsaved = {}

@@ -1,7 +1,8 @@
-"""Plans an Orbax checkpoint of parameters alone: `params/` as the trainer has it, and config.json.
+"""Plans an Orbax checkpoint of parameters only: `params/` as in the trainer's checkpoints, and config.json.
 
-Orbax saves a tree whose leaves are all in memory. Here it saves one of single numbers, which gives the
-files that describe the tree, and TensorStore then fills in arrays of the real shapes, a layer at a time.
+Orbax saves trees whose leaves are all in memory. Here it saves a tree of one-element arrays, which creates
+the metadata files, and TensorStore then replaces these by arrays of the real shapes, written one layer at a
+time.
 """
 
 from __future__ import annotations
@@ -9,22 +10,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from llama_jax.config import LlamaConfig
 from llama_jax.weights.names import Leaf, leaves
-from llama_jax.weights.orbax import array_spec, nest, one_line, quiet
+from llama_jax.weights.orbax import array_spec, silence_orbax_log, single_line_errors
 from llama_jax.weights.runs import PARAMS
 from llama_jax.weights.tensors import Tensors
 from llama_jax.weights.write.cast import cast
 from llama_jax.weights.write.hf import config_fields
 from llama_jax.weights.write.plan import Plan, Region
+from llama_jax.weights.write.small_files import json_file
 from llama_jax.weights.write.staging import sync_path
 from llama_jax.weights.write.vocabulary import Vocabulary
 
@@ -33,9 +35,9 @@ def plan_orbax(tensors: Tensors, dtype: np.dtype[Any] | None, vocabulary: Vocabu
     """Plans a directory with `params/` and config.json.
 
     Args:
-      tensors: what to write.
-      dtype: of every leaf; None keeps each leaf's own, that of its first layer.
-      vocabulary: its files are put beside.
+      tensors: the tensors to write.
+      dtype: dtype of all leaves; None keeps each leaf's own, which is that of its first layer.
+      vocabulary: the tokenizer, whose files are included.
     """
     config, regions, dtypes = tensors.config, [], {}
     for leaf in leaves(config):
@@ -44,10 +46,9 @@ def plan_orbax(tensors: Tensors, dtype: np.dtype[Any] | None, vocabulary: Vocabu
         encode = functools.partial(_encode, leaf, config, dtypes[leaf.orbax])
         nbytes = int(np.prod(leaf.shape(config), dtype=np.int64)) * dtypes[leaf.orbax].itemsize
         regions += [Region(leaf.orbax, layer or 0, nbytes, leaf, layer, encode) for layer in layers]
-    main = dtypes[regions[0].leaf.orbax].name
-    fields = json.dumps(config_fields(config, vocabulary) | {"torch_dtype": main}, indent=2) + "\n"
-    extras = {**vocabulary.files, "config.json": fields.encode()}
-    store = functools.partial(_open, config, dtypes)
+    fields = config_fields(config, vocabulary) | {"torch_dtype": dtypes[regions[0].leaf.orbax].name}
+    extras = {**vocabulary.files, "config.json": json_file(fields)}
+    store = functools.partial(_open_arrays, config, dtypes)
     return Plan("orbax", False, {}, (), extras, regions, store=store)
 
 
@@ -55,8 +56,8 @@ def _encode(leaf: Leaf, config: LlamaConfig, dtype: np.dtype[Any], array: np.nda
     return leaf.from_stored(cast(array, dtype), config, "hf")
 
 
-class _Arrays:
-    """The leaves, open for writing."""
+class _ArrayStore:
+    """The leaves' TensorStore arrays, open for writing."""
 
     def __init__(self, folder: Path, arrays: dict[str, Any]) -> None:
         self.folder, self.arrays = folder, arrays
@@ -65,46 +66,52 @@ class _Arrays:
         array = self.arrays[region.file]
         try:
             (array if region.layer is None else array[region.layer]).write(data).result()
-        except ValueError as error:  # as TensorStore says everything
-            full = "RESOURCE_EXHAUSTED" in str(error) or "No space" in str(error)
-            code = errno.ENOSPC if full else errno.EIO
+        except ValueError as error:  # TensorStore's only error type
+            disk_full = "RESOURCE_EXHAUSTED" in str(error) or "No space" in str(error)
+            code = errno.ENOSPC if disk_full else errno.EIO
             raise OSError(code, os.strerror(code)) from error
 
     def sync(self) -> None:
         for path in self.folder.rglob("*"):
-            with contextlib.suppress(FileNotFoundError):  # a lock of a write that goes on meanwhile
+            with contextlib.suppress(FileNotFoundError):  # a lock file of a concurrent write
                 sync_path(path)
 
 
 @contextlib.contextmanager
-def _open(config: LlamaConfig, dtypes: dict[str, np.dtype[Any]], folder: Path) -> Iterator[_Arrays]:
+def _open_arrays(
+    config: LlamaConfig, dtypes: dict[str, np.dtype[Any]], folder: Path
+) -> Iterator[_ArrayStore]:
     import orbax.checkpoint as ocp
     import tensorstore
 
     params = folder / PARAMS
-    with one_line(params, "written"):
+    with single_line_errors(params, "written"):
         if not params.exists():
-            tiny = nest({name: np.zeros(1, dtype) for name, dtype in dtypes.items()})
-            with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                checkpointer.save(params.absolute(), args=ocp.args.PyTreeSave(tiny))
+            placeholders = unflatten_dict(
+                {name: np.zeros(1, dtype) for name, dtype in dtypes.items()}, sep="."
+            )
+            with silence_orbax_log(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                checkpointer.save(params.absolute(), args=ocp.args.PyTreeSave(placeholders))
             for leaf in leaves(config):
-                _create(tensorstore, config, params, leaf, dtypes[leaf.orbax])
-        # `sync` does for all arrays at once what TensorStore would do after each write.
+                _create_array(tensorstore, config, params, leaf, dtypes[leaf.orbax])
+        # TensorStore would sync after each write; `sync` does that for all arrays at once.
         context = tensorstore.Context({"file_io_sync": False})
-        opened = {
+        futures = {
             name: tensorstore.open(array_spec(params, name), open=True, context=context) for name in dtypes
         }
-        arrays = {name: array.result() for name, array in opened.items()}
-    yield _Arrays(params, arrays)
+        arrays = {name: future.result() for name, future in futures.items()}
+    yield _ArrayStore(params, arrays)
 
 
-def _create(tensorstore: Any, config: LlamaConfig, params: Path, leaf: Leaf, dtype: np.dtype[Any]) -> None:
-    """Puts an array of the leaf's shape in the place of the single number, in pieces of one layer."""
+def _create_array(
+    tensorstore: Any, config: LlamaConfig, params: Path, leaf: Leaf, dtype: np.dtype[Any]
+) -> None:
+    """Replaces a placeholder by an array of the leaf's shape, in chunks of one layer."""
     shape = leaf.stored_shape(config, "orbax")
     metadata = {
         "shape": list(shape),
         "chunks": [1 if leaf.per_layer else shape[0], *shape[1:]],
-        "compressor": None,  # weights hardly shrink, and it takes longer than the disk
+        "compressor": None,  # weights barely compress, and compression is slower than the disk
     }
     spec = array_spec(params, leaf.orbax) | {"metadata": metadata}
     tensorstore.open(spec, dtype=dtype, create=True, delete_existing=True).result()

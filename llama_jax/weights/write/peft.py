@@ -1,4 +1,4 @@
-"""What Hugging Face's PEFT stores of low-rank adapters and of prefixes: its `from_pretrained` reads them."""
+"""Writes LoRA adapters and prefixes in the format of Hugging Face's PEFT, for its `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from llama_jax.weights import adapter_head
 from llama_jax.weights.adapters import CONFIG
 from llama_jax.weights.derived import Head
 from llama_jax.weights.names import LEAVES
-from llama_jax.weights.peft import MAGNITUDE, PREFIX, WEIGHTS, A, B
-from llama_jax.weights.peft_prefix import TENSOR
+from llama_jax.weights.peft import LORA_A, LORA_B, LORA_MAGNITUDE, NAME_PREFIX, WEIGHTS
+from llama_jax.weights.peft_prefix import PROMPT_EMBEDDINGS
 from llama_jax.weights.write.small_files import json_file, safetensors_file
 
 
 def lora_files(settings: Lora, adapter: Any, base_model: str | None, head: Head | None) -> dict[str, bytes]:
-    """The files of a low-rank adapter."""
-    return _files(
-        _lora_fields(settings, adapter, base_model), _lora_tensors(adapter), head, adapter_head.TENSORS[0]
-    )
+    """The files of a LoRA adapter."""
+    fields = _lora_fields(settings, adapter, base_model)
+    return _files(fields, _lora_tensors(adapter), head, adapter_head.HEAD_TENSORS[0])
 
 
 def prefix_files(
@@ -32,7 +31,7 @@ def prefix_files(
 ) -> dict[str, bytes]:
     """The files of a prefix."""
     fields = _prefix_fields(settings, config, base_model)
-    return _files(fields, {TENSOR: _prefix_matrix(adapter)}, head, adapter_head.TENSORS[1])
+    return _files(fields, {PROMPT_EMBEDDINGS: _prefix_matrix(adapter)}, head, adapter_head.HEAD_TENSORS[1])
 
 
 def _files(
@@ -40,14 +39,14 @@ def _files(
 ) -> dict[str, bytes]:
     metadata = {}
     if head is not None:
-        fields |= {"task_type": adapter_head.CLASSIFIES, "modules_to_save": ["score"]}
+        fields |= {"task_type": adapter_head.SEQ_CLS, "modules_to_save": ["score"]}
         tensors[head_name] = np.ascontiguousarray(head.weight, np.float32)
-        metadata[adapter_head.LABELS] = json.dumps(head.labels)
+        metadata[adapter_head.LABELS_KEY] = json.dumps(head.labels)
     return {WEIGHTS: safetensors_file(tensors, metadata), CONFIG: json_file(fields)}
 
 
 def _lora_fields(settings: Lora, adapter: Any, base_model: str | None) -> dict[str, Any]:
-    """The fields that say something; PEFT has its defaults for the others."""
+    """The fields of adapter_config.json that differ from PEFT's defaults, and those it requires."""
     names = [name for matrices in adapter["layers"].values() for name in matrices]
     return {
         "peft_type": "LORA",
@@ -67,24 +66,24 @@ def _lora_fields(settings: Lora, adapter: Any, base_model: str | None) -> dict[s
 
 
 def _lora_tensors(adapter: Any) -> dict[str, np.ndarray]:
-    """Every tensor of the adapter: f32, matrices [out, in]."""
+    """All tensors of the adapter: f32, matrices [out, in]."""
     tensors = {}
     for leaf in LEAVES:
-        own = adapter["layers"].get(leaf.path[1], {}).get(leaf.path[-1]) if leaf.per_layer else None
-        if own is None:
+        found = adapter["layers"].get(leaf.path[1], {}).get(leaf.path[-1]) if leaf.per_layer else None
+        if found is None:
             continue
-        stacks = {key: np.asarray(value, np.float32) for key, value in own.items()}
+        stacks = {key: np.asarray(value, np.float32) for key, value in found.items()}
         for layer in range(len(stacks["a"])):
-            module = PREFIX + leaf.name("hf", layer).removesuffix(".weight")
-            tensors[f"{module}.{A}"] = stacks["a"][layer].T
-            tensors[f"{module}.{B}"] = stacks["b"][layer].T
+            module = NAME_PREFIX + leaf.name("hf", layer).removesuffix(".weight")
+            tensors[f"{module}.{LORA_A}"] = stacks["a"][layer].T
+            tensors[f"{module}.{LORA_B}"] = stacks["b"][layer].T
             if "magnitude" in stacks:
-                tensors[f"{module}.{MAGNITUDE}"] = stacks["magnitude"][layer]
+                tensors[f"{module}.{LORA_MAGNITUDE}"] = stacks["magnitude"][layer]
     return tensors
 
 
 def _prefix_fields(settings: Prefix, config: LlamaConfig, base_model: str | None) -> dict[str, Any]:
-    """The sizes are those of the keys, of which there are fewer than queries."""
+    """The fields of adapter_config.json; head counts and widths are those of the keys."""
     return {
         "peft_type": "PREFIX_TUNING",
         "task_type": "CAUSAL_LM",
@@ -101,6 +100,8 @@ def _prefix_fields(settings: Prefix, config: LlamaConfig, base_model: str | None
 
 def _prefix_matrix(adapter: Any) -> np.ndarray:
     """f32 [P, L * 2 * K * H]."""
-    both = np.stack([np.asarray(adapter["layers"]["attention"][name], np.float32) for name in ("k", "v")])
-    by_token = both.transpose(3, 1, 0, 2, 4)  # [2, L, K, P, H] -> [P, L, 2, K, H]
+    keys_values = np.stack(
+        [np.asarray(adapter["layers"]["attention"][name], np.float32) for name in ("k", "v")]
+    )
+    by_token = keys_values.transpose(3, 1, 0, 2, 4)  # [2, L, K, P, H] -> [P, L, 2, K, H]
     return by_token.reshape(len(by_token), -1)

@@ -1,7 +1,7 @@
-"""What a format's writer gives: all that is known of an output before a tensor has been read.
+"""The output layout that each format's planner computes before any tensor is read.
 
-Every format's layout follows from the tensors' shapes and types, so a writer only plans; `run` then moves
-the data, several tensors at a time and in any order, and can take up where an interrupted one stopped.
+The layout of every format follows from the tensors' shapes and dtypes, so a planner only plans; `run` then
+writes the data, several tensors at a time and in any order, and can resume an interrupted write.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ from llama_jax.weights.names import Format, Leaf
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """One tensor's place in an output.
+    """The location of a tensor, or of a slice of one, in the output.
 
     Attributes:
-      file: the data file's name, relative to the output's directory.
-      offset: in it, in bytes. (`Plan.store` may give the two a meaning of its own.)
-      nbytes: how many bytes it takes there.
-      leaf: the tensor, read with `Tensors.read(leaf, layer)`.
-      layer: its layer; None outside them.
-      encode: turns what is read (Hugging Face's layout, any float dtype) into a C-contiguous array that has
-        exactly `nbytes` bytes. Called from several threads.
-      rows: of a file that holds one part of a tensor (Meta's shards), which rows or columns: taken from the
-        array before `encode`; None for all of it.
+      file: name of the data file, relative to the output directory.
+      offset: byte offset in the file. (With `Plan.store`, both are defined by the store.)
+      nbytes: encoded size in bytes.
+      leaf: the tensor, as for `Tensors.read(leaf, layer)`.
+      layer: layer index; None for tensors outside of the layers.
+      encode: maps the tensor (Hugging Face's layout, any float dtype) to a C-contiguous array of exactly
+        `nbytes` bytes. Must be thread-safe.
+      index: the slice of the tensor in this file (Meta's shards), applied before `encode`; None is all of it.
     """
 
     file: str
@@ -39,12 +38,12 @@ class Region:
     leaf: Leaf
     layer: int | None
     encode: Callable[[np.ndarray], np.ndarray]
-    rows: tuple[slice, ...] | None = None
+    index: tuple[slice, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """Bytes known beforehand, such as a header, and their place."""
+class Blob:
+    """Bytes that do not depend on tensor data, such as a header, and their location."""
 
     file: str
     offset: int
@@ -52,37 +51,37 @@ class Piece:
 
 
 class Store(Protocol):
-    """Where regions are written; both methods are safe to call from several threads."""
+    """The destination of regions; both methods are thread-safe."""
 
     def write(self, region: Region, data: np.ndarray) -> None:
-        """Puts what `region.encode` gave in the region's place."""
+        """Writes the result of `region.encode`."""
 
     def sync(self) -> None:
-        """Returns when what was written before would survive a power failure."""
+        """Flushes all earlier writes to disk."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """An output, all but its tensors.
+    """The layout of an output, without tensor data.
 
     Attributes:
-      format: the format's short name.
-      single_file: the output is the one file in `files`, not a directory.
-      files: the data files' names and sizes in bytes.
-      pieces: headers.
-      extras: small files, whole: config.json, the tokenizer's, an index.
-      regions: the tensors, in the order to write them. The parts of one tensor follow each other, so that
-        it is read once.
-      finish: given the CRC-32 of each region's bytes, in the order of `regions`, the pieces that depend on
-        them (a zip's directory); None where nothing does, and no CRC is then computed.
-      store: opens, in the output's directory, what the regions go into; None for `files`.
+      format: the checkpoint format.
+      single_file: the output is the only file in `files`, not a directory.
+      files: name and size in bytes of each data file.
+      blobs: headers.
+      extras: complete small files: config.json, tokenizer files, the index.
+      regions: the tensors, in the order to write them. The slices of one tensor are consecutive, so that it
+        is read once.
+      finish: given the CRC-32 of each region, in the order of `regions`, returns the blobs that depend on
+        them (a zip directory); None if there are none, in which case no CRC is computed.
+      store: opens the store in the output directory; None is the data files in `files`.
     """
 
     format: Format
     single_file: bool
     files: Mapping[str, int]
-    pieces: Sequence[Piece]
+    blobs: Sequence[Blob]
     extras: Mapping[str, bytes]
     regions: Sequence[Region]
-    finish: Callable[[Sequence[int]], Iterable[Piece]] | None = None
+    finish: Callable[[Sequence[int]], Iterable[Blob]] | None = None
     store: Callable[[Path], AbstractContextManager[Store]] | None = None

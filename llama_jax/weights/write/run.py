@@ -1,6 +1,6 @@
-"""Carries out a plan: reads tensors, encodes them and writes them in their places, several at a time.
+"""Executes a plan: reads, encodes and writes tensors, several at a time.
 
-A journal says which regions are written, so that an interrupted run goes on where it stopped.
+A journal records the regions that have been written, so that an interrupted write can be resumed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
@@ -21,58 +21,56 @@ import numpy as np
 
 from llama_jax.errors import CheckpointError
 from llama_jax.weights.names import Leaf
+from llama_jax.weights.source import Progress
 from llama_jax.weights.tensors import Tensors
 from llama_jax.weights.write.journal import Journal
 from llama_jax.weights.write.plan import Plan, Region, Store
 from llama_jax.weights.write.staging import JOURNAL, staged
 
-Progress = Callable[[int, int, str], None]
-
-_VERSION = 1  # of what the encoders write: another one does not go on with it
-_THREADS = 2  # one waits for the disk while the other computes
-_IN_FLIGHT = 512 << 20  # bytes of tensors held at a time; a larger one goes alone
-_SYNC_EVERY = 256 << 20  # bytes written between two entries in the journal
+_VERSION = 1  # of the encoders' output: a partial output of another version is not resumed
+_THREADS = 2  # to overlap disk access and computation
+_MAX_IN_FLIGHT = 512 << 20  # bytes of tensors in host memory; a larger tensor is processed alone
+_SYNC_BYTES = 256 << 20  # bytes written between two updates of the journal
 
 
 def write(
     plan: Plan, tensors: Tensors, target: Path, *, origin: str | None = None, progress: Progress | None = None
 ) -> None:
-    """Writes an output, which appears at its path when it is whole.
+    """Writes an output, which appears at `target` only when it is complete.
 
-    Host memory holds 512 MB of tensors, or the largest of them if that is more.
+    Host memory holds up to 512 MB of tensors, or the largest tensor if that is larger.
 
     Args:
-      plan: what goes where.
-      tensors: what `plan.regions` read.
-      target: the output's path; nothing may be there.
-      origin: says what `tensors` are, so that what an earlier run left of the same is gone on with; None
-        always begins anew.
-      progress: called with bytes written, bytes in all, and what was written.
+      plan: the output layout.
+      tensors: the tensors that `plan.regions` refer to.
+      target: the output path, which must not exist.
+      origin: identifies the contents of `tensors`; an interrupted write with the same plan and origin is
+        resumed. None always starts over.
+      progress: called with (bytes written, total bytes, name of what was written).
 
     Raises:
-      CheckpointError: if something is at `target`, a tensor cannot be read or encoded, or the disk is full.
+      CheckpointError: if `target` exists, a tensor cannot be read or encoded, or the disk is full.
     """
     name = next(iter(plan.files)) if plan.single_file else None
     with staged(target, name) as folder:
-        goes_on = origin is not None and _is_as_left(plan, folder)
+        resume = origin is not None and _is_resumable(plan, folder)
         job = _fingerprint(plan, origin or "")
-        journal = Journal(folder.parent / JOURNAL, job, len(plan.regions), goes_on=goes_on)
-        if not journal.done:
+        journal = Journal(folder.parent / JOURNAL, job, len(plan.regions), resume=resume)
+        if not journal.completed:
             _clear(folder)
         _check_space(plan, folder, target)
-        opened = _Files.open(plan, folder) if plan.store is None else plan.store(folder)
-        with opened as store:
+        with _FileStore.open(plan, folder) if plan.store is None else plan.store(folder) as store:
             checksums = _Writer(plan, tensors, store, journal, progress).run()
-            if isinstance(store, _Files):
-                for piece in itertools.chain(plan.pieces, plan.finish(checksums) if plan.finish else ()):
-                    store.put(piece.file, memoryview(piece.data), piece.offset)
+            if isinstance(store, _FileStore):
+                for blob in itertools.chain(plan.blobs, plan.finish(checksums) if plan.finish else ()):
+                    store.write_bytes(blob.file, memoryview(blob.data), blob.offset)
         for file, data in plan.extras.items():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).write_bytes(data)
 
 
 class _Job(NamedTuple):
-    """The regions of one tensor, by their numbers."""
+    """One tensor, and the indices of its regions."""
 
     leaf: Leaf
     layer: int | None
@@ -84,7 +82,7 @@ class _Job(NamedTuple):
 
 
 class _Writer:
-    """The regions of a plan while they are being written."""
+    """Writes the regions of a plan."""
 
     def __init__(
         self,
@@ -97,11 +95,11 @@ class _Writer:
         self.plan, self.tensors, self.store, self.journal = plan, tensors, store, journal
         self.progress = progress or (lambda *_: None)
         self.total = sum(region.nbytes for region in plan.regions)
-        self.written = sum(plan.regions[index].nbytes for index in journal.done)
+        self.written = sum(plan.regions[index].nbytes for index in journal.completed)
         self.stop = threading.Event()
 
     def run(self) -> list[int]:
-        """Writes what the journal does not have yet; returns the CRC-32 of every region."""
+        """Writes the regions that are not in the journal; returns the CRC-32 of every region."""
         unsynced = 0
         self.progress(self.written, self.total, "")
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -110,7 +108,7 @@ class _Writer:
                     nbytes = sum(self.plan.regions[index].nbytes for index in job.regions)
                     self.journal.add(checksums)
                     unsynced += nbytes
-                    if unsynced >= _SYNC_EVERY:
+                    if unsynced >= _SYNC_BYTES:
                         self._sync()
                         unsynced = 0
                     self.written += nbytes
@@ -118,15 +116,15 @@ class _Writer:
             finally:
                 self.stop.set()
                 self._sync()
-        return [self.journal.done[index] for index in range(len(self.plan.regions))]
+        return [self.journal.completed[index] for index in range(len(self.plan.regions))]
 
     def _results(self, pool: ThreadPoolExecutor) -> Iterator[tuple[_Job, dict[int, int]]]:
-        """Runs the jobs as memory allows and yields what is done, in any order."""
+        """Runs the jobs within the memory limit and yields the completed ones, in any order."""
         running: dict[Future[dict[int, int]], tuple[_Job, int]] = {}
         in_flight = 0
         for job in self._jobs():
             cost = self._cost(job)
-            while running and (in_flight + cost > _IN_FLIGHT or len(running) > _THREADS):
+            while running and (in_flight + cost > _MAX_IN_FLIGHT or len(running) > _THREADS):
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     finished, freed = running.pop(future)
                     in_flight -= freed
@@ -139,25 +137,25 @@ class _Writer:
                 yield finished, future.result()
 
     def _jobs(self) -> Iterator[_Job]:
-        left = [index for index in range(len(self.plan.regions)) if index not in self.journal.done]
+        pending = [index for index in range(len(self.plan.regions)) if index not in self.journal.completed]
 
         def tensor(index: int) -> tuple[tuple[str, ...], int]:
             region = self.plan.regions[index]
             return region.leaf.path, -1 if region.layer is None else region.layer
 
         if self.tensors.stacked:
-            left.sort(key=tensor)
+            pending.sort(key=tensor)
 
-        for _, group in itertools.groupby(left, tensor):
+        for _, group in itertools.groupby(pending, tensor):
             indices = list(group)
             region = self.plan.regions[indices[0]]
             yield _Job(region.leaf, region.layer, indices)
 
     def _cost(self, job: _Job) -> int:
-        """About the bytes that a job holds at once: a tensor as read, reordered, and encoded."""
+        """Approximate host memory of a job in bytes: the tensor as read, reordered, and encoded."""
         size = int(np.prod(job.leaf.stored_shape(self.tensors.config, "hf")))
-        read = size * self.tensors.dtype(job.leaf, job.layer).itemsize
-        return 2 * read + max(self.plan.regions[index].nbytes for index in job.regions)
+        stored = size * self.tensors.dtype(job.leaf, job.layer).itemsize
+        return 2 * stored + max(self.plan.regions[index].nbytes for index in job.regions)
 
     def _write(self, job: _Job) -> dict[int, int]:
         if self.stop.is_set():
@@ -165,7 +163,7 @@ class _Writer:
         tensor, checksums = self.tensors.read(job.leaf, job.layer), {}
         for index in job.regions:
             region = self.plan.regions[index]
-            part = tensor if region.rows is None else tensor[region.rows]
+            part = tensor if region.index is None else tensor[region.index]
             try:
                 data = np.ascontiguousarray(region.encode(part))
             except CheckpointError as error:
@@ -181,24 +179,28 @@ class _Writer:
         self.journal.save()
 
 
-class _Files:
-    """A plan's data files, open for writing."""
+class _FileStore:
+    """The data files of a plan, open for writing."""
 
     def __init__(self, files: dict[str, int]) -> None:
         self.files = files
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, plan: Plan, folder: Path) -> Iterator[_Files]:
+    def open(cls, plan: Plan, folder: Path) -> Iterator[_FileStore]:
         with contextlib.ExitStack() as stack:
-            opened = {file: _allocated(folder / file, size) for file, size in plan.files.items()}
-            yield cls({file: stack.enter_context(descriptor) for file, descriptor in opened.items()})
+            yield cls(
+                {
+                    file: stack.enter_context(_open_with_size(folder / file, size))
+                    for file, size in plan.files.items()
+                }
+            )
 
     def write(self, region: Region, data: np.ndarray) -> None:
-        self.put(region.file, _bytes_of(data), region.offset)
+        self.write_bytes(region.file, _bytes_of(data), region.offset)
 
-    def put(self, file: str, data: memoryview, offset: int) -> None:
-        while data:  # one call writes 2 GB at most
+    def write_bytes(self, file: str, data: memoryview, offset: int) -> None:
+        while data:  # one call writes at most 2 GB
             count = os.pwrite(self.files[file], data, offset)
             data, offset = data[count:], offset + count
 
@@ -212,22 +214,22 @@ def _bytes_of(array: np.ndarray) -> memoryview:
 
 
 def _fingerprint(plan: Plan, origin: str) -> str:
-    """Tells one job from another: what is written, where in which files, and from what."""
+    """A hash of the output layout and of the origin of its tensors."""
     digest = hashlib.sha256(f"{_VERSION} {origin}".encode())
 
-    def add(*what: object) -> None:
-        digest.update(repr(what).encode())
+    def add(*values: object) -> None:
+        digest.update(repr(values).encode())
 
     add(plan.format, sorted(plan.files.items()), sorted(plan.extras.items()))
-    for piece in plan.pieces:
-        add(piece)
+    for blob in plan.blobs:
+        add(blob)
     for region in plan.regions:
-        add(region.file, region.offset, region.nbytes, region.leaf.path, region.layer, region.rows)
+        add(region.file, region.offset, region.nbytes, region.leaf.path, region.layer, region.index)
     return digest.hexdigest()
 
 
-def _is_as_left(plan: Plan, folder: Path) -> bool:
-    """Whether all data files that the journal speaks of are there."""
+def _is_resumable(plan: Plan, folder: Path) -> bool:
+    """Whether all data files exist with their planned sizes."""
     if plan.store is not None:
         return any(folder.iterdir())
     paths = {folder / file: size for file, size in plan.files.items()}
@@ -235,25 +237,26 @@ def _is_as_left(plan: Plan, folder: Path) -> bool:
 
 
 def _clear(folder: Path) -> None:
-    """Removes what another job has left."""
+    """Removes the files of another job."""
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _check_space(plan: Plan, folder: Path, target: Path) -> None:
-    there = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
-    whole = sum(plan.files.values()) or sum(region.nbytes for region in plan.regions)
-    needed = whole + sum(map(len, plan.extras.values())) - there
+    existing = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+    total = sum(plan.files.values()) or sum(region.nbytes for region in plan.regions)
+    needed = total + sum(map(len, plan.extras.values())) - existing
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
-            f"{target}: needs {needed:,} bytes more and the disk has {free:,}; free some, or write elsewhere"
+            f"{target}: needs {needed:,} more bytes, and the disk has {free:,} free; free some space, "
+            "or write elsewhere"
         )
 
 
 @contextlib.contextmanager
-def _allocated(path: Path, size: int) -> Iterator[int]:
-    """Opens a data file of the planned size, with what it holds already."""
+def _open_with_size(path: Path, size: int) -> Iterator[int]:
+    """Opens or creates a data file of the planned size; existing data is kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:

@@ -1,28 +1,40 @@
-"""Small files made in memory: safetensors (README of huggingface/safetensors, section Format) and JSON."""
+"""Encodes safetensors (README of huggingface/safetensors, section Format) and JSON files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 
-def safetensors_file(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The file's bytes; for what is small beside a model, such as an adapter."""
+def safetensors_header(
+    tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """The first bytes of a safetensors file: the length of the JSON header, and the header padded to 8 bytes.
+
+    Args:
+      tensors: name, dtype, shape and size in bytes of each tensor, in file order.
+      metadata: entries of `__metadata__` beside the format.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
-    for name, array in tensors.items():
-        where = [offset, offset + array.nbytes]
-        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": where}
-        offset = where[1]
+    for name, dtype, shape, nbytes in tensors:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    start = len(text).to_bytes(8, "little") + text
-    return b"".join([start, *(array.astype("<f4").tobytes() for array in tensors.values())])
+    return len(text).to_bytes(8, "little") + text
+
+
+def safetensors_file(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> bytes:
+    """A whole safetensors file of f32 tensors, for small contents such as an adapter."""
+    arrays = {name: np.asarray(array, "<f4") for name, array in tensors.items()}
+    header = safetensors_header(((name, "F32", x.shape, x.nbytes) for name, x in arrays.items()), metadata)
+    return b"".join([header, *(array.tobytes() for array in arrays.values())])
 
 
 def json_file(fields: Mapping[str, Any]) -> bytes:
-    """The file's bytes, for people to read."""
+    """An indented JSON file."""
     return (json.dumps(fields, indent=2) + "\n").encode()

@@ -1,4 +1,4 @@
-"""A place beside an output's path to write in, which becomes the output when it is whole."""
+"""A staging directory beside the output path, renamed to it when the output is complete."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llama_jax.errors import CheckpointError
-from llama_jax.weights.source import reason
+from llama_jax.weights.source import os_error_reason
 
 SUFFIX = ".partial"
 JOURNAL = "journal.jsonl"
@@ -19,37 +19,37 @@ _DATA, _LOCK = "data", "lock"
 
 @contextlib.contextmanager
 def staged(target: Path, single_file: str | None = None) -> Iterator[Path]:
-    """Gives a directory to write in; what is in it becomes `target` if the block ends without an error.
+    """Context manager for a directory that is renamed to `target` if the block ends without an error.
 
-    After an error, or the death of the process, `target` is not there, and what was written is kept in
+    After an error, or if the process is killed, `target` does not exist, and the files are kept in
     `<target>.partial` for the next attempt.
 
     Args:
-      target: where the output will be; nothing may be there.
+      target: the output path, which must not exist.
       single_file: the output is this file of the directory, not the directory.
 
     Yields:
-      `<target>.partial/data`, with whatever an earlier attempt has left in it.
+      `<target>.partial/data`, with the files of an earlier attempt, if any.
 
     Raises:
-      CheckpointError: if something is at `target` or in the way beside it, another process is writing it, or
-        the file system refuses.
+      CheckpointError: if `target` exists, `<target>.partial` is not a staging directory, another process is
+        writing it, or on a file system error.
     """
     partial = target.with_name(target.name + SUFFIX)
     data = partial / _DATA
-    with _claimed(partial, target):
+    with _locked(partial, target):
         try:
             yield data
             for path in sorted(data.rglob("*")):
                 sync_path(path)
             sync_path(data)
-            _refuse_existing(target)
+            _check_absent(target)
             (data / (single_file or "")).rename(target)
             sync_path(target.parent)
         except OSError as error:
             raise CheckpointError(
-                f"{target}: cannot be written: {reason(error)}; what is done is kept in {partial}, and the "
-                "same command goes on from there"
+                f"{target}: cannot be written: {os_error_reason(error)}; partial output is kept in {partial};"
+                " run the same command to resume"
             ) from error
         finally:
             if target.exists() or not any(path.is_file() for path in data.rglob("*")):
@@ -57,38 +57,40 @@ def staged(target: Path, single_file: str | None = None) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _claimed(partial: Path, target: Path) -> Iterator[None]:
-    """Makes the place, if it is not there, and keeps other processes out of it during the block."""
+def _locked(partial: Path, target: Path) -> Iterator[None]:
+    """Creates the staging directory if needed, and locks it against other processes during the block."""
     try:
-        _refuse_existing(target)
-        _refuse_strange(partial)
+        _check_absent(target)
+        _check_staging(partial)
         (partial / _DATA).mkdir(parents=True, exist_ok=True)
         lock = (partial / _LOCK).open("w")  # closed below
     except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written: {reason(error)}; write elsewhere") from error
+        raise CheckpointError(
+            f"{target}: cannot be written: {os_error_reason(error)}; write elsewhere"
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.path.samestat(os.fstat(lock.fileno()), (partial / _LOCK).stat())
-        except OSError:  # locked, or removed by the process that has just finished
-            ours = False
-        _refuse_existing(target)
-        if not ours:
-            raise CheckpointError(f"{target}: another process is writing it; wait for that one")
+            acquired = os.path.samestat(os.fstat(lock.fileno()), (partial / _LOCK).stat())
+        except OSError:  # locked, or removed by a process that has just finished
+            acquired = False
+        _check_absent(target)
+        if not acquired:
+            raise CheckpointError(f"{target}: another process is writing it; wait for that process")
         yield
 
 
-def _refuse_existing(target: Path) -> None:
+def _check_absent(target: Path) -> None:
     if os.path.lexists(target):
-        raise CheckpointError(f"{target}: is there already; remove it, or give another path to write to")
+        raise CheckpointError(f"{target}: already exists; remove it, or give another path to write to")
 
 
-def _refuse_strange(partial: Path) -> None:
-    """Refuses a place that holds what no attempt of ours has left: it would be removed in the end."""
+def _check_staging(partial: Path) -> None:
+    """Rejects a path that is not a staging directory, because that is removed in the end."""
     if not os.path.lexists(partial):
         return
-    ours = partial.is_dir() and not partial.is_symlink()
-    names = {path.name for path in partial.iterdir()} if ours else {""}
+    is_directory = partial.is_dir() and not partial.is_symlink()
+    names = {path.name for path in partial.iterdir()} if is_directory else {""}
     if names and not (_LOCK in names and names <= {_DATA, _LOCK, JOURNAL}):
         raise CheckpointError(f"{partial}: is in the way; move it, or give another path to write to")
 
@@ -102,7 +104,7 @@ def _remove(partial: Path) -> None:
 
 
 def sync_path(path: Path) -> None:
-    """Waits until the disk has a file's bytes, or a directory's names."""
+    """Flushes a file, or a directory's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""A tokenizer as an output holds it, in plain bytes: writers know nothing of tokenizers."""
+"""A tokenizer as files and metadata, so that the writers do not depend on tokenizers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What an output of one format says of its tokenizer; empty where there is none.
+    """A tokenizer exported for one checkpoint format; empty if there is none.
 
     Attributes:
-      files: whole files by name (tokenizer.json, tokenizer.model, tokenizer_config.json, tokenizer.bin).
-      fields: GGUF's metadata (tokenizer.ggml.tokens, tokenizer.chat_template, ...).
-      bos_id: the token that begins a text.
-      eos_ids: those that end one, the vocabulary's own first.
-      pad_id: what pads one.
+      files: file contents by name (tokenizer.json, tokenizer.model, tokenizer_config.json, tokenizer.bin).
+      fields: GGUF metadata (tokenizer.ggml.tokens, tokenizer.chat_template, ...).
+      bos_id: BOS token id.
+      eos_ids: EOS token ids, the vocabulary's own first.
+      pad_id: padding token id.
     """
 
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
