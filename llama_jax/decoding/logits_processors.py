@@ -7,7 +7,8 @@ penalties, n-grams, bans, end tokens too early, forced tokens: Hugging Face's or
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,32 +88,54 @@ def apply(logits: jax.Array, rules: LogitsProcessors, text: TokenHistory, eos_id
       f32 [B, V], -inf for what a rule forbids.
     """
 
-    def ruled(logits: jax.Array) -> jax.Array:
-        vocabulary = logits.shape[-1]
+    def process(
+        logits: jax.Array, rules: LogitsProcessors, text: TokenHistory, eos_ids: jax.Array
+    ) -> jax.Array:
         new = text.length - text.prompt_length
-        logits = repetition_penalty(logits, text.seen(vocabulary), rules.repetition_penalty)
-        counts = text.counts(vocabulary)
-        logits = presence_and_frequency(logits, counts, rules.presence_penalty, rules.frequency_penalty)
+        logits = repetition_penalty(logits, text, rules.repetition_penalty)
+        logits = presence_and_frequency(logits, text, rules.presence_penalty, rules.frequency_penalty)
         logits = no_repeat_ngram(logits, text, rules.no_repeat_ngram_size)
         logits = ban(logits, rules.suppress_tokens)
         early = (new < rules.min_new_tokens)[:, None]
         logits = ban(logits, jnp.where(early, eos_ids, -1))
         return force(logits, rules.forced_tokens, new)
 
-    return jax.lax.cond(rules.on(), ruled, lambda logits: logits, logits)
+    return apply_if(rules.on(), process, logits, rules, text, eos_ids)
 
 
-def repetition_penalty(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
-    """Makes tokens of `seen`, bool [B, V], less likely by `penalty` [B] (above 1) or likelier (below)."""
-    penalty = penalty[:, None]
-    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+def apply_if(
+    predicate: jax.Array, function: Callable[..., jax.Array], logits: jax.Array, *args: Any
+) -> jax.Array:
+    """`function(logits, *args)` where `predicate` [] holds; otherwise `logits`, without reading them.
+
+    The predicate is evaluated at run time, so no setting recompiles. Under `vmap` over what the predicate
+    depends on, both are computed.
+    """
+    # The two branches of a cond must agree in type, varying mesh axes included.
+    logits, *args = spmd.pvary_like((logits, *args))
+    return jax.lax.cond(predicate, function, lambda logits, *_: logits, logits, *args)
+
+
+def repetition_penalty(logits: jax.Array, text: TokenHistory, penalty: jax.Array) -> jax.Array:
+    """Makes tokens of the text less likely by `penalty` [B] (above 1) or likelier (below)."""
+
+    def apply(logits: jax.Array, text: TokenHistory, penalty: jax.Array) -> jax.Array:
+        scaled = jnp.where(logits > 0, logits / penalty[:, None], logits * penalty[:, None])
+        return jnp.where(text.seen(logits.shape[-1]), scaled, logits)
+
+    return apply_if(jnp.any(penalty != 1), apply, logits, text, penalty)
 
 
 def presence_and_frequency(
-    logits: jax.Array, counts: jax.Array, presence: jax.Array, frequency: jax.Array
+    logits: jax.Array, text: TokenHistory, presence: jax.Array, frequency: jax.Array
 ) -> jax.Array:
-    """logits - presence [B] * (counts > 0) - frequency [B] * counts, of `counts` int [B, V]."""
-    return logits - presence[:, None] * (counts > 0) - frequency[:, None] * counts
+    """logits - presence [B] * (counts > 0) - frequency [B] * counts, counts of generated tokens."""
+
+    def apply(logits: jax.Array, text: TokenHistory, presence: jax.Array, frequency: jax.Array) -> jax.Array:
+        counts = text.counts(logits.shape[-1])
+        return logits - presence[:, None] * (counts > 0) - frequency[:, None] * counts
+
+    return apply_if(jnp.any((presence != 0) | (frequency != 0)), apply, logits, text, presence, frequency)
 
 
 def no_repeat_ngram(logits: jax.Array, text: TokenHistory, size: jax.Array) -> jax.Array:
@@ -120,31 +143,42 @@ def no_repeat_ngram(logits: jax.Array, text: TokenHistory, size: jax.Array) -> j
 
     A ban that would leave a row no token at all is not applied.
     """
-    places = jnp.arange(text.tokens.shape[1])
-    inside = (places < text.length[:, None]) & (places >= size[:, None] - 1) & (size > 0)[:, None]
 
-    def compare(back: jax.Array, same: jax.Array) -> jax.Array:
-        # tokens[i - back] against the text's own token `back` before the one to come
-        agrees = jnp.roll(text.tokens, back, axis=1) == text.at(text.length - back)[:, None]
-        return same & (agrees | (back >= size)[:, None])
+    def apply(logits: jax.Array, text: TokenHistory, size: jax.Array) -> jax.Array:
+        places = jnp.arange(text.tokens.shape[1])
+        inside = (places < text.length[:, None]) & (places >= size[:, None] - 1) & (size > 0)[:, None]
 
-    longest = jnp.max(size)
-    completes = jax.lax.fori_loop(1, jnp.maximum(longest, 1), compare, inside)
-    banned = _mark(text.tokens, completes & (text.length >= size)[:, None], logits.shape[-1])
-    left = (~banned & (logits > -jnp.inf)).any(-1, keepdims=True)
-    return jnp.where(banned & left, -jnp.inf, logits)
+        def compare(back: jax.Array, same: jax.Array) -> jax.Array:
+            # tokens[i - back] against the text's own token `back` before the one to come
+            agrees = jnp.roll(text.tokens, back, axis=1) == text.at(text.length - back)[:, None]
+            return same & (agrees | (back >= size)[:, None])
+
+        completes = jax.lax.fori_loop(1, jnp.maximum(jnp.max(size), 1), compare, inside)
+        banned = _mark(text.tokens, completes & (text.length >= size)[:, None], logits.shape[-1])
+        left = (~banned & (logits > -jnp.inf)).any(-1, keepdims=True)
+        return jnp.where(banned & left, -jnp.inf, logits)
+
+    return apply_if(jnp.any(size > 0), apply, logits, text, size)
 
 
 def ban(logits: jax.Array, ids: jax.Array) -> jax.Array:
     """-inf for the tokens `ids` [B, I]; those below 0 are nobody's."""
-    return jnp.where(_mark(ids, ids >= 0, logits.shape[-1]), -jnp.inf, logits)
+
+    def apply(logits: jax.Array, ids: jax.Array) -> jax.Array:
+        return jnp.where(_mark(ids, ids >= 0, logits.shape[-1]), -jnp.inf, logits)
+
+    return apply_if(jnp.any(ids >= 0), apply, logits, ids)
 
 
 def force(logits: jax.Array, ids: jax.Array, count: jax.Array) -> jax.Array:
     """Leaves token number `count` [B] no choice but ids[b, count], where that is there and not below 0."""
     wanted = jnp.where(jnp.arange(ids.shape[1]) == count[:, None], ids, -1).max(-1, initial=-1)[:, None]
-    only = jnp.where(jnp.arange(logits.shape[-1]) == wanted, 0.0, -jnp.inf)
-    return jnp.where(wanted >= 0, only, logits)
+
+    def apply(logits: jax.Array, wanted: jax.Array) -> jax.Array:
+        only = jnp.where(jnp.arange(logits.shape[-1]) == wanted, 0.0, -jnp.inf)
+        return jnp.where(wanted >= 0, only, logits)
+
+    return apply_if(jnp.any(wanted >= 0), apply, logits, wanted)
 
 
 def _mark(ids: jax.Array, counts: jax.Array, vocabulary: int) -> jax.Array:
@@ -156,5 +190,6 @@ def _mark(ids: jax.Array, counts: jax.Array, vocabulary: int) -> jax.Array:
 
 def _zeros(like: jax.Array, vocabulary: int, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Zeros [B, V] laid out over a mesh as logits are."""
-    spec = sharding.out_sharding(sharding.LOGITS_BV)
-    return spmd.pvary_like(jnp.zeros((like.shape[0], vocabulary), dtype, out_sharding=spec), like)
+    shape = like.shape[0], vocabulary
+    spec = sharding.out_sharding(sharding.LOGITS_BV, shape)
+    return spmd.pvary_like(jnp.zeros(shape, dtype, out_sharding=spec), like)

@@ -20,6 +20,7 @@ import numpy as np
 
 from llama_jax import sharding
 from llama_jax.decoding import logits_processors
+from llama_jax.decoding.logits_processors import apply_if
 from llama_jax.errors import InputError
 
 Setting = Any  # a number, or an array of one a row; ids, or an array of a row of them each
@@ -207,26 +208,38 @@ def temperature(logits: jax.Array, value: jax.Array) -> jax.Array:
 
 def top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
     """Keeps the k [B] largest logits of each row, and what ties with the last of them; 0 keeps all."""
-    threshold = _largest_such_that(logits, lambda cut: (logits >= cut[:, None]).sum(-1) >= k)
-    return jnp.where((logits >= threshold[:, None]) | (k <= 0)[:, None], logits, -jnp.inf)
+
+    def apply(logits: jax.Array, k: jax.Array) -> jax.Array:
+        threshold = _largest_such_that(logits, lambda cut: (logits >= cut[:, None]).sum(-1) >= k)
+        return jnp.where((logits >= threshold[:, None]) | (k <= 0)[:, None], logits, -jnp.inf)
+
+    return apply_if(jnp.any(k > 0), apply, logits, k)
 
 
 def top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
     """Keeps the fewest likeliest tokens that have probability p [B] together, and what ties with the last."""
-    probabilities = jax.nn.softmax(logits)
 
-    def enough(cut: jax.Array) -> jax.Array:
-        return jnp.where(probabilities >= cut[:, None], probabilities, 0.0).sum(-1) >= p
+    def apply(logits: jax.Array, p: jax.Array) -> jax.Array:
+        probabilities = jax.nn.softmax(logits)
 
-    # However small p is, the likeliest token stays.
-    threshold = jnp.minimum(_largest_such_that(probabilities, enough), probabilities.max(-1))
-    return jnp.where((probabilities >= threshold[:, None]) | (p >= 1)[:, None], logits, -jnp.inf)
+        def enough(cut: jax.Array) -> jax.Array:
+            return jnp.where(probabilities >= cut[:, None], probabilities, 0.0).sum(-1) >= p
+
+        # However small p is, the likeliest token stays.
+        threshold = jnp.minimum(_largest_such_that(probabilities, enough), probabilities.max(-1))
+        return jnp.where((probabilities >= threshold[:, None]) | (p >= 1)[:, None], logits, -jnp.inf)
+
+    return apply_if(~jnp.all(p >= 1), apply, logits, p)
 
 
 def min_p(logits: jax.Array, share: jax.Array) -> jax.Array:
     """Keeps tokens at least `share` [B] times as likely as the likeliest."""
-    floor = logits.max(-1) + jnp.log(jnp.minimum(share, 1.0))
-    return jnp.where(logits >= floor[:, None], logits, -jnp.inf)
+
+    def apply(logits: jax.Array, share: jax.Array) -> jax.Array:
+        floor = logits.max(-1) + jnp.log(jnp.minimum(share, 1.0))
+        return jnp.where(logits >= floor[:, None], logits, -jnp.inf)
+
+    return apply_if(jnp.any(share != 0), apply, logits, share)
 
 
 def draw(logits: jax.Array, keys: jax.Array) -> jax.Array:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import collections
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 
-from llama_jax.decoding import sampling
+from llama_jax.decoding import logits_processors, sampling
+from llama_jax.decoding.logits_processors import TokenHistory
 from llama_jax.decoding.sampling import Sampling, choose
 from llama_jax.errors import InputError
 
@@ -138,6 +143,52 @@ def test_each_row_has_its_own_settings():
     for row, (t, k) in enumerate([(0.0, 0), (1.0, 5), (3.0, 0)]):
         alone = greedy_choose(logits[:1], Sampling(temperature=t, top_k=k), keys[row : row + 1])
         assert together[row] == alone[0]
+
+
+def vocabulary_passes(jaxpr):
+    """Primitives that read or write an array over the vocabulary of 300, outside all conditionals."""
+    found = collections.Counter()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "cond":
+            continue
+        inner = list(jaxprs_in_params(equation.params))
+        for part in inner:
+            found += vocabulary_passes(part)
+        shapes = [var.aval.shape for var in (*equation.invars, *equation.outvars)]
+        if not inner and any(300 in shape for shape in shapes):
+            found[equation.primitive.name] += 1
+    return found
+
+
+def conditionals(jaxpr):
+    """Every conditional of a program, those within others included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "cond":
+            yield equation
+        for part in jaxprs_in_params(equation.params):
+            yield from conditionals(part)
+
+
+def test_a_filter_that_is_off_in_every_row_does_not_read_the_logits():
+    """All filters are inside conditionals; outside them a greedy step takes the argmax and nothing else."""
+    logits, keys = jnp.zeros((2, 300)), jax.random.split(jax.random.key(0), 2)
+    history = TokenHistory(jnp.zeros((2, 40), jnp.int32), jnp.array([9, 9]), jnp.array([3, 3]))
+
+    processors = functools.partial(logits_processors.apply, text=history, eos_ids=jnp.full(8, -1))
+
+    def step(logits, settings, keys):
+        return choose(processors(logits, settings.processors()), settings, keys)
+
+    settings = Sampling().rows(2)
+    program = jax.make_jaxpr(step)(logits, settings, keys).jaxpr
+    assert vocabulary_passes(program) == vocabulary_passes(jax.make_jaxpr(sampling.argmax)(logits).jaxpr)
+    filters = jax.make_jaxpr(sampling.transform)(logits, settings).jaxpr
+    assert vocabulary_passes(filters) == {"div": 1}  # the temperature
+    outer, *inner = conditionals(jax.make_jaxpr(processors)(logits, settings.processors()).jaxpr)
+    assert len(inner) == 6
+    assert not any(vocabulary_passes(branch.jaxpr) for branch in outer.params["branches"])
+    compiled = jax.jit(step).lower(logits, settings, keys).compile().as_text()
+    assert compiled.count(" conditional(") == len(list(conditionals(program))), "XLA keeps every conditional"
 
 
 @pytest.mark.parametrize(
