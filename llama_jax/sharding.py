@@ -224,19 +224,24 @@ def out_sharding(spec: P, shape: tuple[int, ...] | None = None) -> P | None:
 
     Args:
       spec: a row of the table above.
-      shape: the array's shape; a sequence dimension that `context` does not divide (decoding's single
-        position) then stays whole.
+      shape: the array's shape. A sequence dimension that `context` does not divide (decoding's single
+        position), and a batch that `data` x `fsdp` does not divide (a single prompt), are then replicated.
     """
     axes = explicit_axes()
     if not axes:
         return None
-    if shape is not None and "context" in axes:
+    if shape is not None:
         whole = [
-            entry == "context" and size % axes["context"] != 0
+            entry in ("context", BATCH) and size % _axis_size(entry, axes) != 0
             for entry, size in zip(spec, shape, strict=True)
         ]
         spec = P(*(None if drop else entry for drop, entry in zip(whole, spec, strict=True)))
     return restrict(spec, axes)
+
+
+def _axis_size(entry: Any, axes: Mapping[str, int]) -> int:
+    """The number of shards of a dimension laid out by `entry` of a spec."""
+    return math.prod(axes.get(axis, 1) for axis in (entry if isinstance(entry, tuple) else (entry,)))
 
 
 def restrict(spec: P, names: Iterable[str]) -> P:

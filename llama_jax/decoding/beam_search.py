@@ -325,7 +325,7 @@ def _candidates(totals: jax.Array, eos_ids: jax.Array) -> tuple[_Candidates, _Ca
         mode="fill",
         fill_value=-jnp.inf,
         wrap_negative_indices=False,
-        out_sharding=sharding.out_sharding(_WHOLE_ROWS),
+        out_sharding=sharding.out_sharding(_WHOLE_ROWS, (batch, beams, eos_ids.size)),
     )
 
     def flat(scores: jax.Array, token: jax.Array, ends: bool) -> _Candidates:

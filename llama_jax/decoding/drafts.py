@@ -199,7 +199,7 @@ def _from_model(
         return text.append(token, token >= 0), cache, drafts
 
     def full(value: Any, shape: tuple[int, ...], spec: P) -> jax.Array:
-        return jnp.full(shape, value, value.dtype, out_sharding=sharding.out_sharding(spec))
+        return jnp.full(shape, value, value.dtype, out_sharding=sharding.out_sharding(spec, shape))
 
     batch = state.done.shape[0]
     drafts = Drafts(

@@ -175,8 +175,9 @@ def begin(
     batch *= num_return_sequences
 
     def zeros(dtype: jax.typing.DTypeLike, *rest: int) -> jax.Array:
-        spec = sharding.out_sharding(P(*rows, *(None,) * len(rest)))
-        return jnp.zeros((batch, new_tokens, *rest), dtype, out_sharding=spec)
+        shape = batch, new_tokens, *rest
+        spec = sharding.out_sharding(P(*rows, *(None,) * len(rest)), shape)
+        return jnp.zeros(shape, dtype, out_sharding=spec)
 
     return DecodeState(
         cache=cache,
@@ -235,7 +236,9 @@ def repeat_rows(x: jax.Array, times: int) -> jax.Array:
         return x
     layout = sharding.layout_of(x)
     wide = jnp.broadcast_to(x[:, None], (x.shape[0], times, *x.shape[1:]))
-    return jnp.reshape(wide, (x.shape[0] * times, *x.shape[1:]), out_sharding=layout)
+    rows = jnp.reshape(wide, (x.shape[0] * times, *x.shape[1:]), out_sharding=layout)
+    # The product may divide the batch axes where the prompts do not.
+    return rows if layout is None else sharding.constrain(rows, P(sharding.BATCH, *layout[1:]))
 
 
 def decode_step(config: LlamaConfig, params: Params, state: DecodeState) -> DecodeState:

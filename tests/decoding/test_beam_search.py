@@ -239,12 +239,16 @@ def test_works_inside_shard_map():
     np.testing.assert_array_equal(jax.jit(split)(PARAMS, PROMPTS, LENGTHS), expected)
 
 
-def test_on_a_mesh_it_is_what_it_is_without_one():
+@pytest.mark.parametrize(
+    ("spec", "rows"), [("fsdp=2,context=2,tensor=2", 4), ("fsdp=4,tensor=2", 3), ("fsdp=8", 1)]
+)
+def test_on_a_mesh_it_is_what_it_is_without_one(spec, rows):
     settings = {"eos_id": END, "num_return_sequences": 4, "sampling": lj.Sampling(**RULED)}
-    expected = search(**settings)
-    mesh = sharding.make_mesh("fsdp=2,context=2,tensor=2")
+    prompts = PROMPTS[-rows:], LENGTHS[-rows:]
+    expected = search(*prompts, **settings)
+    mesh = sharding.make_mesh(spec)
     with jax.set_mesh(mesh):
-        out = search(params=lj.shard_params(PARAMS, mesh, CONFIG), **settings)
+        out = search(*prompts, params=lj.shard_params(PARAMS, mesh, CONFIG), **settings)
     np.testing.assert_array_equal(out.tokens, expected.tokens)
     np.testing.assert_allclose(out.scores, expected.scores, rtol=1e-5)
 

@@ -468,15 +468,25 @@ def test_one_row_of_multi_head_attention_on_a_mesh():
     np.testing.assert_array_equal(out.tokens, expected.tokens)
 
 
-def test_rows_that_do_not_divide_over_the_mesh_are_refused():
-    config, params = MODEL
-    tokens, lengths = random_prompts(0, config, [6])
-    mesh = sharding.make_mesh("fsdp=2", devices=jax.devices()[:2])
-    with (
-        jax.set_mesh(mesh),
-        pytest.raises(ConfigError, match="batch of 1 rows does not divide over mesh axes"),
-    ):
-        lj.generate(config, lj.shard_params(params, mesh, config), tokens, lengths, KEY, max_new_tokens=4)
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("spec", ["fsdp=4,tensor=2", "fsdp=8"])
+def test_a_batch_that_does_not_divide_the_mesh_is_replicated(spec, count):
+    """With 8 sequences of one prompt, the batch divides the mesh where the prompts do not."""
+    config, params = random_model(0, lj.presets.TINY.replace(num_hidden_layers=1))
+    tokens, lengths = random_prompts(0, config, [6, 3, 9][:count])
+    arguments = (tokens, lengths, KEY, RANDOM)
+    settings = {"max_new_tokens": 4, "num_return_sequences": 8 if count == 1 else 1}
+    expected = lj.generate(config, params, *arguments, **settings)
+    mesh = sharding.make_mesh(spec)
+    with jax.set_mesh(mesh):
+        params = lj.unstack(lj.shard_params(params, mesh, config))
+        out = lj.generate(config, params, *arguments, **settings)
+        streamed = np.stack([t for t, _ in lj.stream(config, params, *arguments, **settings)], axis=1)
+        with pytest.raises(ConfigError, match=f"batch of {count} rows does not divide over mesh axes"):
+            lj.forward(config, params, tokens)
+    np.testing.assert_array_equal(out.tokens, expected.tokens)
+    np.testing.assert_allclose(out.logprobs, expected.logprobs, atol=1e-5)
+    np.testing.assert_array_equal(streamed, expected.tokens)
 
 
 def test_works_with_64_bit_types_enabled():

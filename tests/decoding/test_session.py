@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import llama_jax as lj
+from llama_jax import sharding
 from llama_jax.decoding import session as sessions
 from llama_jax.decoding.session import Session
 from llama_jax.errors import InputError
@@ -47,6 +48,19 @@ def test_each_turn_is_a_fresh_generation_and_runs_only_what_is_new(sampling):
     for prompt, reused in turns:
         assert list(session.stream(prompt, KEY, sampling, max_new_tokens=8)) == alone(prompt, sampling)
         assert session.reused == reused
+
+
+@pytest.mark.parametrize("spec", ["fsdp=4,tensor=2", "fsdp=8"])
+def test_on_a_mesh_the_turns_are_the_same(spec):
+    """The one row of a session divides no batch axis: it is replicated."""
+    mesh = sharding.make_mesh(spec)
+    with jax.set_mesh(mesh):
+        session = Session(CONFIG, lj.shard_params(WEIGHTS, mesh, CONFIG))
+        first = list(session.stream(PROMPT[:20], KEY, RANDOM, max_new_tokens=8))
+        longer = PROMPT[:20] + first + PROMPT[20:25]
+        second = list(session.stream(longer, KEY, RANDOM, max_new_tokens=8))
+    assert first == alone(PROMPT[:20], RANDOM) and second == alone(longer, RANDOM)
+    assert session.reused == 27
 
 
 def test_an_end_token_ends_a_turn():

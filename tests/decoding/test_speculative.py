@@ -275,11 +275,18 @@ def test_works_inside_shard_map(draft):
 
 @sources
 @pytest.mark.parametrize(
-    ("spec", "rows"), [("tensor=2", 1), pytest.param("fsdp=2", ROWS, marks=pytest.mark.slow)]
+    ("spec", "rows"),
+    [
+        ("tensor=2", 1),
+        ("fsdp=4,tensor=2", 3),
+        pytest.param("fsdp=8", 1, marks=pytest.mark.slow),
+        pytest.param("fsdp=2", ROWS, marks=pytest.mark.slow),
+    ],
 )
 def test_on_a_mesh_it_is_what_it_is_without_one(spec, rows, draft):
     given = rows_of((*prompts(1), jax.random.split(KEY, ROWS), MIXED.rows(ROWS)), *range(ROWS)[-rows:])
-    mesh = sharding.make_mesh(spec, devices=jax.devices()[:2])
+    devices = math.prod(int(part.split("=")[1]) for part in spec.split(","))
+    mesh = sharding.make_mesh(spec, devices=jax.devices()[:devices])
     more = {"num_draft_tokens": K, "max_new_tokens": NEW}
     expected = speculative_generate(CONFIG, params_of(1), *given, draft=draft, **more)
     with jax.set_mesh(mesh):
