@@ -1,1 +1,1 @@
-"""Measures of a model: whether two checkpoints hold the same one, and how fast it runs here."""
+"""Evaluation: comparison of two checkpoints, and throughput benchmarks."""

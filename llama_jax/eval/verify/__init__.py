@@ -1,4 +1,4 @@
-"""Two checkpoints side by side: their tensors, their predictions, and where the two part."""
+"""Comparison of two checkpoints: tensors, predictions, and the layer at which they diverge."""
 
 from llama_jax.eval.verify.report import Outputs, Report, Side, StreamDifference
 from llama_jax.eval.verify.run import compare

@@ -1,4 +1,4 @@
-"""What a comparison found, and the rule by which it calls two models the same."""
+"""The result of a comparison, and the criteria for two models to be the same."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 from llama_jax.eval.verify.text import Text
 from llama_jax.weights.compare import FieldDifference, TensorDifference, max_difference
 
-# What KL divergence (nats, mean over the tokens) rounding explains, by the type that was rounded to, and the
-# same for the relative difference of residual streams: several times what SmolLM2-135M shows over the
-# built-in text. In f32 what is left is the order of sums: 2e-11 nats, and 1e-6, against transformers.
+# Mean KL divergence in nats, and relative difference of residual streams, that rounding to a dtype explains:
+# several times the values of SmolLM2-135M on the built-in text. In f32 only the order of summation differs:
+# 2e-11 nats and 1e-6 compared with transformers.
 MAX_KL = {"F32": 1e-8, "F64": 1e-8, "F16": 1e-4, "BF16": 1e-2, "Q8_0": 1e-2, "INT8": 1e-2}
 NOISE = {"F32": 1e-5, "F64": 1e-5, "F16": 1e-2, "BF16": 1e-1, "Q8_0": 1e-1, "INT8": 1e-1}
-_COARSE_KL, _COARSE_NOISE = 1.0, 0.5  # in fewer bits
-_COMPUTE = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_LOW_BIT_KL, _LOW_BIT_NOISE = 1.0, 0.5  # for fewer than 8 bits
+_DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Side:
     """One of the two models.
 
     Attributes:
-      path: where it is.
-      format: of its files, or the program that runs it.
+      path: the checkpoint's path.
+      format: the checkpoint format, or the program that runs the model.
     """
 
     path: str
@@ -34,15 +34,15 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """The two models' next-token predictions over the text.
+    """Comparison of the two models' next-token predictions on the text.
 
     Attributes:
-      tokens: how many were read, each of which predicts the next.
-      max_difference: the largest |difference| of two logits.
-      mean_kl: KL(A || B) in nats, its mean over the tokens.
-      max_kl: its largest.
-      top1: at how many tokens both find the same one likeliest.
-      perplexity: of the text, for A and B; None for a text of one token.
+      tokens: number of tokens.
+      max_difference: the largest absolute difference of two logits.
+      mean_kl: mean KL(A || B) over the tokens, in nats.
+      max_kl: maximum KL(A || B) over the tokens, in nats.
+      top1: number of tokens at which the most likely next token (argmax) is the same.
+      perplexity: perplexity of A and B on the text; None for a text of one token.
     """
 
     tokens: int
@@ -55,12 +55,12 @@ class Outputs:
 
 @dataclasses.dataclass(frozen=True)
 class StreamDifference:
-    """How far the residual streams are apart at one place: |a - b| / |a| of each token's vector.
+    """Relative difference |a - b| / |a| of the residual streams after one layer, per token.
 
     Attributes:
-      layer: after which layer; None is after the embedding.
-      mean: over the tokens.
-      most: at the worst of them.
+      layer: layer index; None is after the embedding.
+      mean: mean over the tokens.
+      most: maximum over the tokens.
     """
 
     layer: int | None
@@ -70,18 +70,18 @@ class StreamDifference:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All that was found.
+    """The result of a comparison.
 
     Attributes:
       a: the first model.
-      b: the second.
-      fields: where their configurations differ.
-      tensors: every tensor that both have.
-      text: what they read; None where only tensors were compared.
-      outputs: what they predicted; None where that was not compared, or their vocabularies differ in size.
-      streams: where their residual streams were, layer by layer; empty where they cannot be compared.
-      max_kl: the largest mean KL divergence that is none.
-      noise: the relative difference of residual streams that says nothing.
+      b: the second model.
+      fields: the configuration fields that differ.
+      tensors: comparison of every tensor that both models have.
+      text: the input text; None if only tensors were compared.
+      outputs: comparison of the predictions; None if not compared, or if the vocabularies differ in size.
+      streams: comparison of the residual streams, layer by layer; empty if they cannot be compared.
+      max_kl: the mean KL divergence up to which the models are the same.
+      noise: the relative difference of residual streams that rounding explains.
     """
 
     a: Side
@@ -96,7 +96,7 @@ class Report:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Why the two are not the same model, a line each; empty if they are."""
+        """The reasons why the models are not the same, one line each; empty if they are."""
         lines = []
         if fields := [field.name for field in self.fields if field.matters]:
             lines.append(f"the configurations differ in {', '.join(fields)}")
@@ -105,45 +105,45 @@ class Report:
         if self.text is not None and self.text.differences:
             lines.append("the vocabularies differ")
         if self.outputs is not None and not self.outputs.mean_kl <= self.max_kl:
-            lines.append(f"KL(A || B) is {self.outputs.mean_kl:.2g} nats a token, above {self.max_kl:.2g}")
+            lines.append(f"KL(A || B) is {self.outputs.mean_kl:.2g} nats per token, above {self.max_kl:.2g}")
         return tuple(lines)
 
     @property
     def same(self) -> bool:
-        """Whether the two are one model, as far as their types let them."""
+        """Whether the models are the same, up to rounding to their dtypes."""
         return not self.problems
 
     @property
-    def parted(self) -> StreamDifference | None:
-        """The first place at which the residual streams are further apart than noise."""
-        return next((at for at in self.streams if not at.mean <= self.noise), None)
+    def divergence(self) -> StreamDifference | None:
+        """The first layer at which the residual streams differ by more than `noise`."""
+        return next((stream for stream in self.streams if not stream.mean <= self.noise), None)
 
 
-def limits(tensors: Sequence[TensorDifference], dtype: str, *, two_programs: bool) -> tuple[float, float]:
-    """What rounding explains: mean KL divergence, and mean relative difference of residual streams.
+def limits(tensors: Sequence[TensorDifference], dtype: str, *, two_backends: bool) -> tuple[float, float]:
+    """The mean KL divergence, and the mean relative difference of residual streams, that rounding explains.
 
     Args:
-      tensors: the comparison; only types that one of two tensors was rounded to count.
-      dtype: that the outputs were computed in.
-      two_programs: whether another program than llama_jax ran one of the models; otherwise equal tensors
-        give equal numbers, whatever `dtype` is.
+      tensors: the tensor comparison; only dtypes that a tensor was rounded to matter.
+      dtype: dtype of the computation.
+      two_backends: whether transformers ran one of the models; otherwise equal tensors give equal outputs,
+        whatever `dtype` is.
     """
-    types = {tensor.rounded_to.partition("/")[0] for tensor in tensors if tensor.rounded_to is not None}
-    if two_programs:
-        types.add(_COMPUTE[dtype])
-    kl = max((MAX_KL.get(name, _COARSE_KL) for name in types), default=MAX_KL["F32"])
-    return kl, max((NOISE.get(name, _COARSE_NOISE) for name in types), default=0.0)
+    dtypes = {tensor.rounded_to.partition("/")[0] for tensor in tensors if tensor.rounded_to is not None}
+    if two_backends:
+        dtypes.add(_DTYPE_NAMES[dtype])
+    kl = max((MAX_KL.get(name, _LOW_BIT_KL) for name in dtypes), default=MAX_KL["F32"])
+    return kl, max((NOISE.get(name, _LOW_BIT_NOISE) for name in dtypes), default=0.0)
 
 
 def compare_logits(a: np.ndarray, b: np.ndarray, ids: Sequence[int]) -> Outputs:
     """Compares two models' logits f32 [T, V] over the tokens `ids` [T], in f64."""
     kl, losses = [], []
-    for at in range(len(ids)):  # a row at a time: [T, V] in f64 would be the largest thing in memory
-        p, q = _log_softmax(a[at]), _log_softmax(b[at])
-        alike = np.array_equal(a[at], b[at], equal_nan=True)
-        kl.append(0.0 if alike else np.sum(np.exp(p) * (p - q)))
-        if at + 1 < len(ids):
-            losses.append((-p[ids[at + 1]], -q[ids[at + 1]]))
+    for t in range(len(ids)):  # one token at a time: f64 [T, V] would dominate the peak memory
+        p, q = _log_softmax(a[t]), _log_softmax(b[t])
+        equal = np.array_equal(a[t], b[t], equal_nan=True)
+        kl.append(0.0 if equal else np.sum(np.exp(p) * (p - q)))
+        if t + 1 < len(ids):
+            losses.append((-p[ids[t + 1]], -q[ids[t + 1]]))
     with np.errstate(over="ignore"):
         perplexity = np.exp(np.mean(losses, axis=0)) if losses else None
     return Outputs(
@@ -165,6 +165,6 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 def compare_streams(a: np.ndarray, b: np.ndarray, layer: int | None) -> StreamDifference:
     """Compares two residual streams f32 [T, D]."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        apart = np.linalg.norm(a - b, axis=-1) / np.linalg.norm(a, axis=-1)
-    apart = np.where(((a == b) | (np.isnan(a) & np.isnan(b))).all(-1), 0.0, apart)
-    return StreamDifference(layer, float(apart.mean()), float(apart.max()))
+        difference = np.linalg.norm(a - b, axis=-1) / np.linalg.norm(a, axis=-1)
+    difference = np.where(((a == b) | (np.isnan(a) & np.isnan(b))).all(-1), 0.0, difference)
+    return StreamDifference(layer, float(difference.mean()), float(difference.max()))

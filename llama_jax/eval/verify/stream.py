@@ -1,4 +1,4 @@
-"""A model run over one text a layer at a time, each layer's weights there only while they are needed."""
+"""Runs a model on one text layer by layer, with only one layer's weights in memory."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ Tensor = np.ndarray
 
 
 class Run(Protocol):
-    """A run over a text of T tokens, fed with tensors as Hugging Face lays them out.
+    """A forward pass over T tokens whose weights are passed in step by step, in Hugging Face's layout.
 
     Each step returns the residual stream after it, f32 [T, D].
     """
 
     def embed(self, table: Tensor) -> np.ndarray:
-        """Looks the tokens up in the embedding table [V, D]."""
+        """Embeds the tokens with the embedding table [V, D]."""
 
     def layer(self, tensors: Mapping[Leaf, Tensor]) -> np.ndarray:
-        """Takes the stream through the next layer."""
+        """Applies the next layer."""
 
     def logits(self, norm: Tensor, output: Tensor) -> np.ndarray:
-        """Ends the run: the final norm [D] and the output projection [V, D] give the logits, f32 [T, V]."""
+        """Applies the final norm [D] and the output projection [V, D]; returns the logits, f32 [T, V]."""
 
 
-class Stream:
-    """A run by llama_jax: what `forward` does, from the same parts.
+class LayerwiseRun:
+    """The forward pass of llama_jax, equal to `forward`.
 
     Args:
-      config: the model.
+      config: the model's configuration.
       tokens: int [T].
-      dtype: to compute in, as `forward` has it.
+      dtype: dtype of the computation, as for `forward`.
     """
 
     def __init__(self, config: LlamaConfig, tokens: np.ndarray, dtype: np.dtype[Any]) -> None:
@@ -50,34 +50,36 @@ class Stream:
 
     def embed(self, table: Tensor) -> np.ndarray:
         self._x = jnp.asarray(table[self._tokens][None], self._dtype)
-        return self._stream()
+        return self._residual()
 
     def layer(self, tensors: Mapping[Leaf, Tensor]) -> np.ndarray:
         self._x = _layer(self._config, {leaf.path: tensor for leaf, tensor in tensors.items()}, self._x)
-        return self._stream()
+        return self._residual()
 
     def logits(self, norm: Tensor, output: Tensor) -> np.ndarray:
         return np.asarray(_logits(self._config, norm, output, self._x)[0])
 
-    def _stream(self) -> np.ndarray:
+    def _residual(self) -> np.ndarray:
         return np.asarray(self._x[0], np.float32)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _layer(config: LlamaConfig, stored: dict[tuple[str, ...], jax.Array], x: jax.Array) -> jax.Array:
-    """One block over x [1, T, D]; its weights become leaves of `params` in here, where XLA need not copy."""
-    order = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-    where = AttentionMask(order, order)
+    """One block on x [1, T, D]; the weights' layout is converted under jit, where XLA can avoid copies."""
+    positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    mask = AttentionMask(positions, positions)
     out, _ = Block(config).apply(
-        {"params": _tree(config, stored, x.dtype)},
+        {"params": _block_params(config, stored, x.dtype)},
         x,
-        rope.rotary(config, order),
-        lambda q, k, v: (attention(q, k, v, where), None),
+        rope.rotary(config, positions),
+        lambda q, k, v: (attention(q, k, v, mask), None),
     )
     return out
 
 
-def _tree(config: LlamaConfig, stored: dict[tuple[str, ...], jax.Array], dtype: jnp.dtype) -> dict[str, Any]:
+def _block_params(
+    config: LlamaConfig, stored: dict[tuple[str, ...], jax.Array], dtype: jnp.dtype
+) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for leaf in LEAVES:
         if not leaf.per_layer:

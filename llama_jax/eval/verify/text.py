@@ -1,4 +1,4 @@
-"""What the two models read: a text in token ids, and whether their vocabularies spell it alike."""
+"""The input text of a comparison as token ids, and the differences of the two vocabularies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError, MissingTokenizerError, TokenizerError
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 
-MOST_TOKENS = 512  # of a text are read: enough to tell two models apart, and a moment's work
+MAX_TOKENS = 512  # enough to tell two models apart, and fast
 
 PASSAGE = """\
 The mill at Harrow Bend had not ground a sack of flour for thirty years, yet the wheel still turned. Every \
@@ -42,13 +42,13 @@ melts, the water comes up, touches the line, and goes back down to the sea.
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """The tokens that both models read.
+    """The input tokens of both models.
 
     Attributes:
-      what: where they come from, for people.
-      ids: the tokens.
-      differences: what is not alike in the two vocabularies; None where one of the models has none.
-      notes: which has none, and why.
+      what: a description of the text.
+      ids: the token ids.
+      differences: the differences of the two vocabularies; None if a model has no tokenizer.
+      notes: which model has no tokenizer, and why.
     """
 
     what: str
@@ -57,74 +57,77 @@ class Text:
     notes: tuple[str, ...]
 
 
-def choose_text(text: str | None, homes: tuple[Path, Path], configs: tuple[LlamaConfig, LlamaConfig]) -> Text:
-    """Puts a text into tokens by A's vocabulary; by B's where A has none, and random ones where neither has.
+def encode_text(
+    text: str | None, tokenizer_dirs: tuple[Path, Path], configs: tuple[LlamaConfig, LlamaConfig]
+) -> Text:
+    """Tokenizes a text with A's tokenizer, or with B's if A has none; random tokens if neither has one.
 
     Args:
-      text: what to read; None is a passage of English that is built in.
-      homes: where the vocabularies of A and B are.
-      configs: the models.
+      text: the text; None is a built-in passage of English.
+      tokenizer_dirs: paths of the tokenizers of A and B.
+      configs: configurations of A and B.
 
     Returns:
-      At most `MOST_TOKENS` tokens, and no more than the shorter context.
+      At most `MAX_TOKENS` tokens, and at most the shorter context.
 
     Raises:
-      InputError: for a text without a token.
-      TokenizerError: for a given text that neither has a vocabulary for.
+      InputError: for a text without tokens.
+      TokenizerError: if `text` is given and neither model has a tokenizer.
     """
-    limit = min(MOST_TOKENS, *(config.max_position_embeddings for config in configs))
+    limit = min(MAX_TOKENS, *(config.max_position_embeddings for config in configs))
     size = min(config.vocab_size for config in configs)
     tokenizers: dict[str, Tokenizer] = {}
     notes: list[str] = []
     problems: list[str] = []
-    for name, home, config in zip("AB", homes, configs, strict=True):
+    for name, path, config in zip("AB", tokenizer_dirs, configs, strict=True):
         try:
-            tokenizers[name] = load_tokenizer(home)
+            tokenizers[name] = load_tokenizer(path)
         except MissingTokenizerError as error:
-            notes.append(f"{name} has no vocabulary to read a text by: {error}")
+            notes.append(f"{name} has no tokenizer: {error}")
         except TokenizerError as error:
-            problems.append(f"that of {name} cannot be read: {error}")
+            problems.append(f"the tokenizer of {name} cannot be read: {error}")
         else:
             if tokenizers[name].vocab_size != config.vocab_size:
                 sizes = f"{tokenizers[name].vocab_size} tokens, its model {config.vocab_size}"
-                problems.append(f"that of {name} has {sizes}")
+                problems.append(f"the tokenizer of {name} has {sizes}")
     if not tokenizers and text is not None:
         raise TokenizerError((problems or notes)[0])
     if text is not None and not text:
-        raise InputError("the text is empty; give at least a word")
-    encoded = {name: each.encode(PASSAGE if text is None else text) for name, each in tokenizers.items()}
-    found = {name: ids for name, ids in encoded.items() if max(ids, default=0) < size}
+        raise InputError("the text is empty; give at least one word")
+    passage = PASSAGE if text is None else text
+    encoded = {name: tokenizer.encode(passage) for name, tokenizer in tokenizers.items()}
+    usable = {name: ids for name, ids in encoded.items() if max(ids, default=0) < size}
     if len(tokenizers) == 2:
         problems += _differences(tokenizers["A"], tokenizers["B"], encoded["A"], encoded["B"])
     differences = tuple(problems) if problems or len(tokenizers) == 2 else None
-    if not found:
+    if not usable:
         random = np.random.default_rng(0).integers(0, size, min(limit, 256))
         return Text("random tokens", tuple(map(int, random)), differences, tuple(notes))
-    by, ids = next(iter(found.items()))
+    name, ids = next(iter(usable.items()))
     if not ids:
-        raise InputError("the text is empty; give at least a word")
-    what = f"{'the built-in text' if text is None else 'the text'} by {by}'s vocabulary"
+        raise InputError("the text is empty; give at least one word")
+    what = f"{'the built-in text' if text is None else 'the text'} with {name}'s tokenizer"
     return Text(what, tuple(ids[:limit]), differences, tuple(notes))
 
 
-def _differences(x: Tokenizer, y: Tokenizer, x_ids: list[int], y_ids: list[int]) -> list[str]:
-    """Says what is not alike in two vocabularies, a line each: sizes, spellings, roles, the text's ids."""
+def _differences(a: Tokenizer, b: Tokenizer, a_ids: list[int], b_ids: list[int]) -> list[str]:
+    """Differences of two tokenizers, one line each: sizes, pieces, special tokens, ids of the text."""
     lines = []
-    if x.vocab_size != y.vocab_size:
-        lines.append(f"A has {x.vocab_size} tokens, B {y.vocab_size}")
-    both = range(min(x.vocab_size, y.vocab_size))
-    unlike = [token for token in both if x.piece(token) != y.piece(token)]
-    # Some files say how an unknown token is shown, and not only what it is called.
-    if unlike := [token for token in unlike if not token == x.unk_id == y.unk_id]:
-        first = unlike[0]
+    if a.vocab_size != b.vocab_size:
+        lines.append(f"A has {a.vocab_size} tokens, B {b.vocab_size}")
+    common = range(min(a.vocab_size, b.vocab_size))
+    different = [token for token in common if a.piece(token) != b.piece(token)]
+    # Ignore the unknown token: some formats store its surface form instead of its name.
+    if different := [token for token in different if not token == a.unk_id == b.unk_id]:
+        first = different[0]
         lines.append(
-            f"{len(unlike)} tokens are not spelled alike, the first {first}: "
-            f"{x.piece(first)!r} in A, {y.piece(first)!r} in B"
+            f"{len(different)} tokens have different pieces, the first {first}: "
+            f"{a.piece(first)!r} in A, {b.piece(first)!r} in B"
         )
-    roles = ((role, getattr(x, role), getattr(y, role)) for role in ("bos_id", "eos_id"))
-    lines += [f"{role} is {in_a} in A, {in_b} in B" for role, in_a, in_b in roles if in_a != in_b]
-    if x_ids != y_ids:
-        apart = (at for at, pair in enumerate(zip(x_ids, y_ids, strict=False)) if pair[0] != pair[1])
-        at = next(apart, min(len(x_ids), len(y_ids)))
-        lines.append(f"the text is {len(x_ids)} tokens in A, {len(y_ids)} in B, and the first {at} are alike")
+    special = ((name, getattr(a, name), getattr(b, name)) for name in ("bos_id", "eos_id"))
+    lines += [f"{name} is {in_a} in A, {in_b} in B" for name, in_a, in_b in special if in_a != in_b]
+    if a_ids != b_ids:
+        pairs = enumerate(zip(a_ids, b_ids, strict=False))
+        equal = next((i for i, (x, y) in pairs if x != y), min(len(a_ids), len(b_ids)))
+        lines.append(f"the text has {len(a_ids)} tokens in A, {len(b_ids)} in B; the first {equal} are equal")
     return lines
