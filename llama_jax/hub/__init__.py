@@ -1,1 +1,1 @@
-"""Models by name: the known ones, and repositories on the Hugging Face hub."""
+"""Models by name: known models, and repositories on the Hugging Face Hub."""

