@@ -1,4 +1,4 @@
-"""Reading checkpoints in the ecosystem's formats: open one, look at its headers, load its tensors."""
+"""Reads checkpoints in the ecosystem's formats: open one, inspect its headers, load its parameters."""
 
 from llama_jax.weights.gguf_header import read_gguf_metadata
 from llama_jax.weights.load import load_params

@@ -1,7 +1,7 @@
-"""Reads the head that was trained along with an adapter: a classifier's or reward model's.
+"""Reads the classification head (of a classifier or reward model) that was trained together with an adapter.
 
-PEFT keeps it among the adapter's tensors (task_type SEQ_CLS, `score` in modules_to_save), AdapterHub in files
-of its own, `head_config.json` and `model_head.safetensors`.
+PEFT stores it among the adapter's tensors (task_type SEQ_CLS, `score` in modules_to_save), AdapterHub in
+separate files, `head_config.json` and `model_head.safetensors`.
 """
 
 from __future__ import annotations
@@ -13,96 +13,98 @@ from typing import Any
 
 from llama_jax.errors import CheckpointError
 from llama_jax.weights.derived import Head
-from llama_jax.weights.hf import MOST_LABELS, unnamed
+from llama_jax.weights.hf import MAX_LABELS, default_labels
+from llama_jax.weights.json_fields import read_json
 from llama_jax.weights.names import SCORE
-from llama_jax.weights.safetensors import read_json, read_metadata, read_safetensors_header
+from llama_jax.weights.safetensors import read_metadata, read_safetensors_header
 from llama_jax.weights.source import TensorInfo, quote, read_f32
 
-# What PEFT calls it, within its wrapper of the model's matrices and without one.
-TENSORS = (f"base_model.model.{SCORE.hf}", f"base_model.{SCORE.hf}")
-LABELS = "labels"  # the key of the file's metadata under which we list them: PEFT has no place for them
+# PEFT's tensor names: in LoRA adapters (whose tuner wraps the model), and in prompt-learning adapters.
+HEAD_TENSORS = (f"base_model.model.{SCORE.hf}", f"base_model.{SCORE.hf}")
+LABELS_KEY = "labels"  # our key in the safetensors metadata: PEFT's format does not store label names
 HUB_CONFIG, HUB_WEIGHTS = "head_config.json", "model_head.safetensors"
-CLASSIFIES = "SEQ_CLS"
+SEQ_CLS = "SEQ_CLS"
 
-_MODULES = {"score", "classifier"}  # PEFT names both of the places where a head may be
+_HEAD_MODULES = {"score", "classifier"}  # PEFT lists both possible names of a head
 
 
 def check_task(path: Path, fields: Mapping[str, Any]) -> None:
-    """Checks that a description of PEFT's is of a language model's adapter or of a classifier's.
+    """Checks that a PEFT adapter is for a language model or a classifier.
 
     Raises:
-      CheckpointError: if it is of another task, or more than a head was trained along.
+      CheckpointError: if it is for another task, or has trained modules other than a classifier's head.
     """
     task, saved = fields.get("task_type"), fields.get("modules_to_save") or []
-    if task not in (None, "CAUSAL_LM", CLASSIFIES):
+    if task not in (None, "CAUSAL_LM", SEQ_CLS):
         raise CheckpointError(
-            f"{path}: task_type is {quote(str(task))}; only CAUSAL_LM and {CLASSIFIES} adapters can be read"
+            f"{path}: task_type is {quote(str(task))}; only CAUSAL_LM and {SEQ_CLS} adapters are supported"
         )
-    if not isinstance(saved, list) or set(map(str, saved)) - (_MODULES if task == CLASSIFIES else set()):
+    if not isinstance(saved, list) or set(map(str, saved)) - (_HEAD_MODULES if task == SEQ_CLS else set()):
         raise CheckpointError(
-            f"{path}: 'modules_to_save' is {quote(str(saved))}; only a classifier's 'score' can be read"
+            f"{path}: 'modules_to_save' is {quote(str(saved))}; only a classifier's 'score' is supported"
         )
 
 
-def without_head(fields: Mapping[str, Any], stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """A PEFT adapter's tensors but the head that its description says is among them."""
-    own = TENSORS if fields.get("task_type") == CLASSIFIES else ()
-    return {name: info for name, info in stored.items() if name not in own}
+def exclude_head(fields: Mapping[str, Any], stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Returns a PEFT adapter's tensors without its classification head."""
+    head = HEAD_TENSORS if fields.get("task_type") == SEQ_CLS else ()
+    return {name: info for name, info in stored.items() if name not in head}
 
 
-def read_head(description: Path, fields: Mapping[str, Any], tensors: Path) -> Head | None:
-    """Reads a head; None of an adapter that has none.
+def read_head(config_path: Path, config: Mapping[str, Any], weights: Path) -> Head | None:
+    """Reads a head; returns None for an adapter without one.
 
     Args:
-      description: the adapter's adapter_config.json.
-      fields: what that holds.
-      tensors: the adapter's own file.
+      config_path: the adapter's adapter_config.json.
+      config: the contents of that file.
+      weights: the adapter's weights, which include the head in PEFT's format.
 
     Raises:
-      CheckpointError: if a file is missing or malformed, or the head is not there or of no shape for one.
+      CheckpointError: if a file is missing or malformed, or the head is missing or of the wrong shape.
     """
-    names: tuple[str, ...] = TENSORS
+    names: tuple[str, ...] = HEAD_TENSORS
     labels = None
-    if "peft_type" not in fields:
-        where = description.parent / HUB_CONFIG
-        if not where.is_file():
+    if "peft_type" not in config:
+        head_config = config_path.parent / HUB_CONFIG
+        if not head_config.is_file():
             return None
-        labels = _by_number(where, read_json(where).get("label2id"))
-        file, names = description.parent / HUB_WEIGHTS, (SCORE.hf,)
-    elif fields.get("task_type") == CLASSIFIES:
-        file = tensors
+        labels = _labels_by_id(head_config, read_json(head_config).get("label2id"))
+        file, names = config_path.parent / HUB_WEIGHTS, (SCORE.hf,)
+    elif config.get("task_type") == SEQ_CLS:
+        file = weights
     else:
         return None
     stored = read_safetensors_header(file)
     name = next((name for name in names if name in stored), None)
     if name is None:
-        raise CheckpointError(f"{file}: missing tensors: {names[0]}, the head that was trained along")
+        raise CheckpointError(f"{file}: missing tensors: {names[0]}, the adapter's classification head")
     info = stored[name]
-    if len(info.shape) != 2 or not 0 < info.shape[0] <= MOST_LABELS:
+    if len(info.shape) != 2 or not 0 < info.shape[0] <= MAX_LABELS:
         raise CheckpointError(f"{file}: {name} is {list(info.shape)}; it must be [classes, hidden_size]")
-    labels = _listed(file, info.shape[0]) if labels is None else labels
+    labels = _stored_labels(file, info.shape[0]) if labels is None else labels
     if len(labels) != info.shape[0]:
         raise CheckpointError(
-            f"{file}: {name} is of {info.shape[0]} classes, and {HUB_CONFIG} names {len(labels)}; "
-            "use those saved together"
+            f"{file}: {name} has {info.shape[0]} classes but {HUB_CONFIG} names {len(labels)}; use the files "
+            "that were saved together"
         )
     return Head(read_f32(name, info), labels)
 
 
-def _by_number(path: Path, names: Any) -> tuple[str, ...]:
-    """AdapterHub's label2id, as a list."""
-    numbers = names.values() if isinstance(names, dict) else ()
-    if not names or len(names) > MOST_LABELS or set(map(repr, numbers)) != set(map(str, range(len(names)))):
+def _labels_by_id(path: Path, label2id: Any) -> tuple[str, ...]:
+    """Converts AdapterHub's label2id to a tuple of labels."""
+    ids = label2id.values() if isinstance(label2id, dict) else ()
+    count = len(label2id) if isinstance(label2id, dict) else 0
+    if not 0 < count <= MAX_LABELS or set(map(repr, ids)) != set(map(str, range(count))):
         raise CheckpointError(f"{path}: label2id does not number its labels from 0")
-    return tuple(sorted(names, key=lambda name: int(names[name])))
+    return tuple(sorted(label2id, key=lambda name: int(label2id[name])))
 
 
-def _listed(file: Path, count: int) -> tuple[str, ...]:
-    """The classes' names, which our own files have beside their tensors."""
+def _stored_labels(file: Path, count: int) -> tuple[str, ...]:
+    """Returns the label names in the file's metadata, or Hugging Face's default names."""
     try:
-        names = json.loads(read_metadata(file).get(LABELS, ""))
+        names = json.loads(read_metadata(file).get(LABELS_KEY, ""))
         if len(names) == count and all(isinstance(name, str) for name in names):
             return tuple(names)
     except (ValueError, TypeError, RecursionError):
         pass
-    return unnamed(count)
+    return default_labels(count)

@@ -1,7 +1,6 @@
-"""Reads adapters of any kind: told apart by their description, wherever they lie.
+"""Reads adapters of any type, in PEFT's or AdapterHub's format; the type is read from adapter_config.json.
 
-`adapter_config.json` names PEFT's kind in `peft_type` (`peft`, `peft_prefix`); one of AdapterHub's has a
-`config` within it (`adapterhub`).
+PEFT's file has a `peft_type` (see `peft`, `peft_prefix`), AdapterHub's a nested `config` (see `adapterhub`).
 """
 
 from __future__ import annotations
@@ -19,56 +18,56 @@ from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.weights import adapterhub, peft, peft_prefix
 from llama_jax.weights.adapter_head import read_head
 from llama_jax.weights.derived import Head, Merged, WithHead
-from llama_jax.weights.safetensors import read_json
+from llama_jax.weights.json_fields import read_json
 from llama_jax.weights.source import quote
 from llama_jax.weights.tensors import Tensors
 
 CONFIG = "adapter_config.json"
-IN_RUN = "adapter"  # the folder of a training run's directory that holds its adapter
+RUN_ADAPTER_DIR = "adapter"  # subdirectory of a training run with its adapter
 _Reader = Callable[[Path, Mapping[str, Any]], tuple[Settings, dict[str, Any]]]
 _READERS: Mapping[str, _Reader] = {"LORA": peft.read_lora, "PREFIX_TUNING": peft_prefix.read_prefix}
 
 
 def load_adapter(path: str | Path) -> tuple[Settings, dict[str, Any]]:
-    """Reads an adapter that PEFT, AdapterHub, `save_adapter` or a training run has written.
+    """Reads an adapter written by PEFT, AdapterHub, `save_adapter` or a training run.
 
     Args:
-      path: the adapter's directory, or that of a training run.
+      path: the directory of the adapter or of a training run.
 
     Returns:
-      Its settings, and its tree as `adapters.attach` takes it: f32, layers stacked.
+      The settings, and the adapter's tree for `adapters.attach`: f32, layers stacked.
 
     Raises:
-      CheckpointError: if a file is missing or malformed, if the adapter is of another kind or does what
-        llama_jax does not, or if tensors are missing, unexpected or of the wrong shape.
+      CheckpointError: if a file is missing or malformed, the adapter is of an unsupported type or uses an
+        unsupported feature, or tensors are missing, unexpected or of the wrong shape.
     """
     folder = adapter_folder(path)
-    description = folder / CONFIG
-    fields = read_json(description)
-    if "peft_type" not in fields and isinstance(fields.get("config"), dict):
-        return adapterhub.read_bottleneck(description, fields)
-    reader = _READERS.get(str(fields.get("peft_type")))
+    config_path = folder / CONFIG
+    config = read_json(config_path)
+    if "peft_type" not in config and isinstance(config.get("config"), dict):
+        return adapterhub.read_bottleneck(config_path, config)
+    reader = _READERS.get(str(config.get("peft_type")))
     if reader is None:
         raise CheckpointError(
-            f"{description}: peft_type is {quote(str(fields.get('peft_type')))}; what can be read is LORA "
-            "and PREFIX_TUNING of PEFT, and AdapterHub's bottlenecks"
+            f"{config_path}: peft_type is {quote(str(config.get('peft_type')))}; only PEFT's LORA and "
+            "PREFIX_TUNING and AdapterHub's bottleneck adapters are supported"
         )
-    return reader(description, fields)
+    return reader(config_path, config)
 
 
-def put_on(
-    base: Tensors, path: str | Path, into: np.dtype[Any] | None = None
+def apply_adapter(
+    base: Tensors, path: str | Path, merged_dtype: np.dtype[Any] | None = None
 ) -> tuple[Tensors, tuple[Settings, Any] | None]:
-    """Puts the adapter at `path` on a model, without reading any of that.
+    """Applies the adapter at `path` to a model lazily: the model's tensors are not read yet.
 
     Args:
       base: the model's tensors.
       path: as for `load_adapter`.
-      into: what matrices are merged into, see `Merged`.
+      merged_dtype: dtype of merged matrices, see `Merged`.
 
     Returns:
-      The model's tensors with the adapter merged, and the head that was trained along in place of the base's
-      output; and, of an adapter that is no change of weights, its settings and tree, to be attached.
+      The model's tensors, with a LoRA adapter merged and with the adapter's classification head if it has
+      one; and, for an adapter that cannot be merged, its settings and tree to attach, else None.
 
     Raises:
       CheckpointError: as `load_adapter`.
@@ -79,7 +78,7 @@ def put_on(
     try:
         tensors: Tensors = base
         if isinstance(settings, Lora):
-            tensors = Merged(tensors, settings, adapter, into)
+            tensors = Merged(tensors, settings, adapter, merged_dtype)
         else:
             adapters.check(settings, base.config, adapter)
         if head is not None:
@@ -90,50 +89,50 @@ def put_on(
 
 
 def load_head(path: str | Path) -> Head | None:
-    """Reads the head that was trained along with an adapter; None where there is none.
+    """Reads the classification head trained together with an adapter; returns None if there is none.
 
     Raises:
-      CheckpointError: as `load_adapter`, or if it is missing or of no shape for a head.
+      CheckpointError: as `load_adapter`, or if the head is missing or of the wrong shape.
     """
     folder = adapter_folder(path)
     return read_head(folder / CONFIG, read_json(folder / CONFIG), folder / peft.WEIGHTS)
 
 
 def adapter_folder(path: str | Path) -> Path:
-    """Returns the directory that an adapter's files lie in.
+    """Returns the directory of an adapter's files.
 
     Raises:
-      CheckpointError: if `path` is neither an adapter nor a training run that has one.
+      CheckpointError: if `path` is neither an adapter nor a training run with one.
     """
     try:
         folder = Path(path).expanduser()
-        for place in (folder, folder / IN_RUN):
-            if (place / CONFIG).is_file():
-                return place
-    except (OSError, RuntimeError) as error:  # not to be read, a name too long, no such user's home
+        for candidate in (folder, folder / RUN_ADAPTER_DIR):
+            if (candidate / CONFIG).is_file():
+                return candidate
+    except (OSError, RuntimeError) as error:  # no permission, a name too long, an unknown user
         raise CheckpointError(f"{str(path)[:200]}: cannot be read: {error}"[:400]) from None
     if folder.is_file():
         raise CheckpointError(f"{folder}: is a file; give the directory with {CONFIG} and {peft.WEIGHTS}")
-    what = "holds no adapter" if folder.is_dir() else "is not there"
+    problem = "has no adapter" if folder.is_dir() else "does not exist"
     raise CheckpointError(
-        f"{folder}: {what}; give a directory with {CONFIG} and {peft.WEIGHTS}, as PEFT's save_pretrained "
-        f"writes it, or a training run that has one in {IN_RUN}/"
+        f"{folder}: {problem}; give a directory with {CONFIG} and {peft.WEIGHTS}, as PEFT's save_pretrained "
+        f"writes it, or a training run with an adapter in {RUN_ADAPTER_DIR}/"
     )
 
 
-def base_of_run(path: Path) -> str | None:
-    """Returns the base that a training run's adapter is for, or None where `path` is no run with an adapter.
+def run_base_model(path: Path) -> str | None:
+    """Returns the base model of a training run's adapter; None if `path` is not a run with an adapter.
 
     Raises:
-      CheckpointError: if its description cannot be read, or names none.
+      CheckpointError: if adapter_config.json cannot be read, or names no base model.
     """
-    file = path / IN_RUN / CONFIG
+    file = path / RUN_ADAPTER_DIR / CONFIG
     if not file.is_file():
         return None
     fields = read_json(file)
     base = fields.get("base_model_name_or_path", fields.get("model_name"))
     if not isinstance(base, str) or not base:
         raise CheckpointError(
-            f"{file}: names no base_model_name_or_path; load the base, and this as its adapter"
+            f"{file}: base_model_name_or_path is missing; load the base model, and this as its adapter"
         )
     return base

@@ -1,4 +1,4 @@
-"""Models made of other models: heads pooled, checkpoints averaged, vocabularies resized, adapters merged."""
+"""Models derived from others: pooled KV heads, averages, resized vocabularies, heads, merged adapters."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from llama_jax.weights.names import SCORE, Leaf
 from llama_jax.weights.tensors import Tensors
 from llama_jax.weights.write.cast import cast
 
-_MOST_TOKENS = 1 << 24
-_CHUNK = 1 << 22  # values that are summed at once, in f64
+_MAX_VOCAB_SIZE = 1 << 24
+_CHUNK = 1 << 22  # values per step of an average (in f64) or a merge
 
 
 @dataclasses.dataclass(frozen=True)
-class _Derived:
-    """A model with the tensors of another, until a subclass says otherwise."""
+class _DerivedTensors:
+    """Delegates to the tensors of a base model; subclasses override what they change."""
 
     base: Tensors
 
@@ -44,18 +44,18 @@ class _Derived:
 
 
 @dataclasses.dataclass(frozen=True)
-class PooledHeads(_Derived):
-    """Key and value heads averaged in groups, as a model of fewer of them begins its uptraining.
+class PooledHeads(_DerivedTensors):
+    """A model with key and value heads mean-pooled in groups: the starting point of GQA uptraining.
 
-    Mean pooling is what grouped-query attention's paper found best (arXiv 2305.13245, 2.1). Heads that are
-    equal within their group stay exactly as they are; otherwise the model has to be trained further.
+    Mean pooling worked best in the GQA paper (arXiv 2305.13245, 2.1). It is exact if the heads of a group are
+    equal; otherwise the model has to be trained further.
 
     Attributes:
       base: the model.
-      kv_heads: how many there will be; 1 is multi-query attention.
+      kv_heads: the new number of key and value heads; 1 is multi-query attention.
 
     Raises:
-      ConfigError: if the number does not divide the model's.
+      ConfigError: if `kv_heads` does not divide the model's number of key and value heads.
     """
 
     kv_heads: int
@@ -77,22 +77,22 @@ class PooledHeads(_Derived):
         if leaf.path[-1] not in ("wk", "wv"):
             return array
         groups = array.reshape(self.kv_heads, -1, self.config.head_dim * array.shape[-1])
-        # In f64 the mean of equal numbers is that number.
+        # In f64 the mean of equal values is exact.
         mean = groups.mean(axis=1, dtype=np.float64).reshape(-1, array.shape[-1])
         return cast(mean, array.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class Averaged(_Derived):
-    """A weighted sum of models: a "soup" (arXiv 2203.05482), or a point on the line between two.
+class Averaged(_DerivedTensors):
+    """A weighted average of models: a model soup (arXiv 2203.05482), or an interpolation of two models.
 
     Attributes:
       base: the first model.
-      others: the rest, of the same configuration.
-      weights: of all of them in order; they sum to 1.
+      others: the other models, of the same configuration.
+      weights: one weight per model, in order; they sum to 1.
 
     Raises:
-      ConfigError: if the models differ, or the weights are not as many or do not sum to 1.
+      ConfigError: if the configurations differ, or the weights have another length or do not sum to 1.
     """
 
     others: Sequence[Tensors]
@@ -106,8 +106,7 @@ class Averaged(_Derived):
             ]
             if differ:
                 raise ConfigError(
-                    f"the models to average are not alike: the first and number {number} have "
-                    f"{', '.join(differ)}"
+                    f"the models to average differ: the first and number {number} have {', '.join(differ)}"
                 )
         if len(self.weights) != len(self.others) + 1 or not math.isclose(sum(self.weights), 1, abs_tol=1e-6):
             raise ConfigError(
@@ -126,36 +125,37 @@ class Averaged(_Derived):
     def read(self, leaf: Leaf, layer: int | None) -> np.ndarray:
         arrays = [model.read(leaf, layer) for model in (self.base, *self.others)]
         out = np.empty(arrays[0].shape, self.dtype(leaf, layer))
-        flat, parts = out.reshape(-1), [array.reshape(-1) for array in arrays]
-        for start in range(0, flat.size, _CHUNK):
-            here = slice(start, start + _CHUNK)
-            weighted = zip(self.weights, parts, strict=True)
-            total = sum(weight * part[here].astype(np.float64) for weight, part in weighted)
-            flat[here] = cast(np.asarray(total), out.dtype)
+        flat_out, flat_arrays = out.reshape(-1), [array.reshape(-1) for array in arrays]
+        for start in range(0, flat_out.size, _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            weighted = zip(self.weights, flat_arrays, strict=True)
+            total = sum(weight * array[chunk].astype(np.float64) for weight, array in weighted)
+            flat_out[chunk] = cast(np.asarray(total), out.dtype)
         return out
 
 
 @dataclasses.dataclass(frozen=True)
-class ResizedVocabulary(_Derived):
-    """A vocabulary with rows at its end added, each the mean of those before, or cut off.
+class ResizedVocabulary(_DerivedTensors):
+    """A model with vocabulary rows appended, each the mean of the existing rows, or truncated.
 
-    The mean gives a new token the probability of an average one, where zeros or random rows would make it
-    likelier than any other (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
+    Mean initialization gives a new token the probability of an average token; zero or random initialization
+    can make it more likely than every other token (Hewitt 2021, "Initializing New Word Embeddings for
+    Pretrained Language Models").
 
     Attributes:
       base: the model.
       vocab_size: the new V.
 
     Raises:
-      ConfigError: if it is no whole number from 1 to 2^24.
+      ConfigError: if `vocab_size` is not a whole number from 1 to 2^24.
     """
 
     vocab_size: int
 
     def __post_init__(self) -> None:
-        if type(self.vocab_size) is not int or not 1 <= self.vocab_size <= _MOST_TOKENS:
+        if type(self.vocab_size) is not int or not 1 <= self.vocab_size <= _MAX_VOCAB_SIZE:
             raise ConfigError(
-                f"vocab_size is {self.vocab_size}; it must be a whole number from 1 to {_MOST_TOKENS}"
+                f"vocab_size is {self.vocab_size}; it must be a whole number from 1 to {_MAX_VOCAB_SIZE}"
             )
 
     @property
@@ -175,32 +175,32 @@ class ResizedVocabulary(_Derived):
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A classifier's head apart from its model: weight [C, D], and the names of its numbers."""
+    """A classification head without its model: weight [C, D], and the C label names."""
 
     weight: np.ndarray
     labels: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class WithHead(_Derived):
-    """A model with a head in place of its output projection, or of the head that it had.
+class WithHead(_DerivedTensors):
+    """A model with a classification head in place of its output projection or previous head.
 
     Attributes:
       base: the model.
-      head: what it gets.
+      head: the new head.
 
     Raises:
-      ConfigError: if the head is for another model.
+      ConfigError: if the head's input size differs from the model's hidden_size.
     """
 
     head: Head
 
     def __post_init__(self) -> None:
-        found, width = self.head.weight.shape[1], self.base.config.hidden_size
-        if found != width:
+        inputs, width = self.head.weight.shape[1], self.base.config.hidden_size
+        if inputs != width:
             raise ConfigError(
-                f"the adapter is for another model: its head takes {found} numbers, the base has {width}; "
-                "give its own base"
+                f"the adapter is for another model: its head has {inputs} inputs, the base has hidden_size "
+                f"{width}; give its own base"
             )
 
     @property
@@ -215,14 +215,17 @@ class WithHead(_Derived):
 
 
 @dataclasses.dataclass(frozen=True)
-class Merged(_Derived):
-    """A model with an adapter merged into its matrices, in f32: W + scale a b, DoRA's at their magnitudes.
+class Merged(_DerivedTensors):
+    """A model with a LoRA adapter merged into its matrices, computed in f32.
+
+    W + scale a b; for DoRA, its rows are then rescaled to the learned magnitudes.
 
     Attributes:
       base: the model.
-      settings: what the adapter was made with.
-      adapter: its tree, layers stacked, as `lora.attach` takes it.
-      into: the type of the merged matrices; None: what each was, so that theirs rounds what was learned.
+      settings: the adapter's settings.
+      adapter: the adapter's tree for `lora.attach`, layers stacked.
+      merged_dtype: dtype of the merged matrices; None keeps each base matrix's dtype, which may round the
+        update away.
 
     Raises:
       ConfigError: if the adapter is for another model.
@@ -230,31 +233,33 @@ class Merged(_Derived):
 
     settings: lora.Lora
     adapter: Any
-    into: np.dtype[Any] | None = None
+    merged_dtype: np.dtype[Any] | None = None
 
     def __post_init__(self) -> None:
         adapters.check(self.settings, self.config, self.adapter)
         object.__setattr__(self, "adapter", jax.tree.map(np.asarray, self.adapter))
 
     def dtype(self, leaf: Leaf, layer: int | None) -> np.dtype[Any]:
-        return self.into if self.into is not None and self._own(leaf) else self.base.dtype(leaf, layer)
+        if self.merged_dtype is None or self._adapter_of(leaf) is None:
+            return self.base.dtype(leaf, layer)
+        return self.merged_dtype
 
     def read(self, leaf: Leaf, layer: int | None) -> np.ndarray:
-        array, own = self.base.read(leaf, layer), self._own(leaf)
-        if own is None:
+        array, adapter = self.base.read(leaf, layer), self._adapter_of(leaf)
+        if adapter is None:
             return array
-        a, b = own["a"][layer].T, self.settings.scale * own["b"][layer].T  # [r, I], [O, r]
+        a, b = adapter["a"][layer].T, self.settings.scale * adapter["b"][layer].T  # [r, I], [O, r]
         out = np.empty(array.shape, self.dtype(leaf, layer))
         rows = max(1, _CHUNK // array.shape[1])
         for start in range(0, len(array), rows):
-            here = slice(start, start + rows)
-            part = array[here].astype(np.float32) + b[here] @ a
-            if "magnitude" in own:
-                norms = np.linalg.norm(part, axis=1)
-                part *= (own["magnitude"][layer][here] / norms)[:, None]
-            out[here] = cast(part, out.dtype)
+            chunk = slice(start, start + rows)
+            merged = array[chunk].astype(np.float32) + b[chunk] @ a
+            if "magnitude" in adapter:
+                norms = np.linalg.norm(merged, axis=1)
+                merged *= (adapter["magnitude"][layer][chunk] / norms)[:, None]
+            out[chunk] = cast(merged, out.dtype)
         return out
 
-    def _own(self, leaf: Leaf) -> Any:
-        """The adapter's leaves of a matrix, or None."""
+    def _adapter_of(self, leaf: Leaf) -> Any:
+        """Returns the adapter's leaves of a matrix, or None if it is not adapted."""
         return self.adapter["layers"].get(leaf.path[1], {}).get(leaf.path[-1]) if leaf.per_layer else None

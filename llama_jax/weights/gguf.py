@@ -1,4 +1,4 @@
-"""Reads GGUF files of the llama architecture: configuration from the metadata, tensors dequantised."""
+"""Reads GGUF files of the llama architecture: the configuration from metadata, tensors dequantized."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from llama_jax.rope import rotary_frequencies
 from llama_jax.weights.gguf_header import read_gguf_header
 from llama_jax.weights.source import FLOAT_DTYPES, Source, TensorInfo, decode_floats, quote, read_bytes
 
-# Values that gguf.quants is given at once: it works on rows, and long ones are six times faster than
-# a model's own, while whole tensors would need several times their size.
+# Values per call of gguf.quants, as one row: six times faster than a model's own rows, and whole tensors
+# would need several times their size in memory.
 _CHUNK = 1 << 17
 
-# Fields that other programs pass over: the rule behind rope_freqs.weight.
+# Our own fields, which other programs ignore: the parameters from which rope_freqs.weight was computed.
 LLAMA3_PREFIX = "llama_jax.rope_scaling."
 LLAMA3_FIELDS = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
 
 
-def open_gguf(path: Path, why: str) -> Source:
+def open_gguf(path: Path, detected_by: str) -> Source:
     """Opens a GGUF file.
 
     Raises:
-      CheckpointError: if the file is malformed, or holds no Llama that llama_jax can run.
+      CheckpointError: if the file is malformed, or llama_jax does not support the model.
     """
     metadata, tensors = read_gguf_header(path)
     try:
         config = _Fields(path, metadata, tensors).config()
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return Source("gguf", path, why, config, tensors, decode, metadata)
+    return Source("gguf", path, detected_by, config, tensors, decode, metadata)
 
 
 def decode(name: str, info: TensorInfo, raw: np.ndarray) -> np.ndarray:
-    """Turns a tensor's bytes into an array: floats as they are, quantised types as f32."""
+    """Decodes a tensor's bytes: floats in their own dtype, quantized types dequantized to f32."""
     if info.dtype in FLOAT_DTYPES:
         return decode_floats(name, info, raw)
     kind = GGMLQuantizationType[info.dtype]
@@ -56,7 +56,7 @@ def decode(name: str, info: TensorInfo, raw: np.ndarray) -> np.ndarray:
 
 
 class _Fields:
-    """Reads a configuration out of the metadata fields, each checked for its type."""
+    """The metadata fields of a GGUF file, each checked for its type."""
 
     def __init__(self, path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
         self.path = path
@@ -66,22 +66,22 @@ class _Fields:
     def config(self) -> LlamaConfig:
         architecture = self.text("general.architecture")
         if architecture != "llama":
-            raise self.error(f"the architecture is {quote(architecture)}; only llama can be read")
-        if (parts := self.metadata.get("split.count", 1)) != 1:
+            raise self.error(f"the architecture is {quote(architecture)}; only llama is supported")
+        if (splits := self.metadata.get("split.count", 1)) != 1:
             raise self.error(
-                f"split.count is {quote(str(parts))}, so it is one part of a model; join the parts with "
+                f"split.count is {quote(str(splits))}: the file is one split of a model; merge them with "
                 "llama.cpp's gguf-split --merge"
             )
         embedding = self.tensors.get("token_embd.weight")
         if embedding is None or len(embedding.shape) != 2:
             raise self.error(
-                "there is no matrix 'token_embd.weight', so it holds no whole model; get another file"
+                "there is no matrix 'token_embd.weight', so the model is incomplete; use another file"
             )
         hidden, heads = self.size("embedding_length"), self.size("attention.head_count")
         head_dim = self.size("attention.key_length", hidden // max(heads, 1))
-        self.only("expert_count", 0)
-        self.only("attention.value_length", head_dim)
-        self.only("rope.dimension_count", head_dim)
+        self.require_value("expert_count", 0)
+        self.require_value("attention.value_length", head_dim)
+        self.require_value("rope.dimension_count", head_dim)
         config = LlamaConfig(
             vocab_size=embedding.shape[0],
             hidden_size=hidden,
@@ -98,17 +98,17 @@ class _Fields:
         return config.replace(rope_scaling=self.rope_scaling(head_dim, config.rope_theta))
 
     def rope_scaling(self, head_dim: int, theta: float) -> RopeScaling | None:
-        """Reads the rotary scaling as llama.cpp does: from fields, or from a tensor of divisors."""
+        """Reads the rope scaling as llama.cpp does: from fields, or from a tensor of frequency divisors."""
         key = "rope.scaling.factor" if "llama.rope.scaling.factor" in self.metadata else "rope.scale_linear"
         factor = self.number(key, 0.0) or 1.0
-        scales = factor != 1 or "llama.rope.scaling.attn_factor" in self.metadata
-        # llama.cpp takes a factor without a type for a linear one.
-        kind = self.text("llama.rope.scaling.type", "linear") if scales else "none"
+        scaled = factor != 1 or "llama.rope.scaling.attn_factor" in self.metadata
+        # llama.cpp treats a factor without a type as linear scaling.
+        kind = self.text("llama.rope.scaling.type", "linear") if scaled else "none"
         divisors = self.tensors.get("rope_freqs.weight")
         if divisors is not None:
             if kind != "none":
                 raise self.error(
-                    f"it has both rope_freqs.weight and rope scaling of type {quote(kind)}; only one is read"
+                    f"has rope_freqs.weight and rope scaling of type {quote(kind)}; only one is supported"
                 )
             return self.llama3_scaling(divisors, head_dim, theta)
         if kind == "none":
@@ -116,7 +116,7 @@ class _Fields:
         if kind == "linear":
             return RopeScaling("linear", factor)
         if kind == "yarn":
-            self.only("rope.scaling.yarn_log_multiplier", 0.0)
+            self.require_value("rope.scaling.yarn_log_multiplier", 0.0)
             scaling = RopeScaling(
                 "yarn",
                 factor,
@@ -126,25 +126,25 @@ class _Fields:
                 beta_fast=self.number("rope.scaling.yarn_beta_fast", 32.0),
                 beta_slow=self.number("rope.scaling.yarn_beta_slow", 1.0),
             )
-            # Here a factor of 1 is YaRN's own rule; RopeScaling takes the product.
+            # attn_factor multiplies YaRN's default, so 1 is the default; RopeScaling stores the product.
             attention = self.number("rope.scaling.attn_factor", 1.0)
             if attention == 1:
                 return scaling
-            rule = 0.1 * math.log(factor) + 1
-            product = attention * rule
-            short = float(f"{product:.6g}")  # what it was before it was divided, if that was a short number
-            product = short if np.float32(short / rule) == np.float32(attention) else product
+            default = 0.1 * math.log(factor) + 1
+            product = attention * default
+            rounded = float(f"{product:.6g}")  # undo the rounding of the writer's division, if it matches
+            product = rounded if np.float32(rounded / default) == np.float32(attention) else product
             return dataclasses.replace(scaling, attention_factor=product)
         raise self.error(
-            f"rope scaling of type {quote(kind)} cannot be read; only linear and yarn, or rope_freqs.weight"
+            f"rope scaling of type {quote(kind)} is not supported; only linear, yarn and rope_freqs.weight"
         )
 
     def llama3_scaling(self, info: TensorInfo, head_dim: int, theta: float) -> RopeScaling | None:
-        """Recovers Llama 3's scaling from the divisors that it makes.
+        """Recovers the parameters of Llama 3's rope scaling from its frequency divisors.
 
-        The reciprocals 1/d of the divisors are 1/factor for slow pairs and 1 for fast ones, and between
-        them linear in a pair's frequency f: s = (context f / 2 pi - low) / (high - low) of the way. Only
-        the ratios of context, low and high matter, so low is taken as 1, as Meta does.
+        The reciprocals 1/d of the divisors are 1/factor for low frequencies and 1 for high ones. Between them
+        they interpolate linearly in the frequency f, with weight s = (context f / 2 pi - low) / (high - low).
+        Only the ratios of context, low and high are determined, so low is set to 1, as in Meta's models.
         """
         name = "rope_freqs.weight"
         if info.shape != (head_dim // 2,) or info.dtype != "F32":
@@ -154,7 +154,7 @@ class _Fields:
         divisors = decode(name, info, read_bytes(name, info)).astype(np.float64)
         plain, _ = rotary_frequencies(head_dim=head_dim, theta=theta, scaling=None)
 
-        def makes_them(scaling: RopeScaling) -> bool:
+        def matches(scaling: RopeScaling) -> bool:
             with np.errstate(all="ignore"):
                 scaled, _ = rotary_frequencies(head_dim=head_dim, theta=theta, scaling=scaling)
                 return np.allclose(scaled * divisors, plain, rtol=1e-5, atol=0)
@@ -165,7 +165,7 @@ class _Fields:
                 for key in LLAMA3_FIELDS
             )
             scaling = RopeScaling("llama3", factor, context, low_freq_factor=low, high_freq_factor=high)
-            if makes_them(scaling):
+            if matches(scaling):
                 return scaling
         factor = round(float(divisors.max()), 4)
         if (divisors == 1).all():
@@ -174,28 +174,28 @@ class _Fields:
             smooth = (1 / divisors - 1 / factor) / (1 - 1 / factor)
             ramp = (smooth > 1e-4) & (smooth < 1 - 1e-4)
             if ramp.sum() >= 2:
-                turns = plain[ramp].astype(np.float64) / (2 * math.pi)
-                away = turns - turns.mean()
-                with np.errstate(all="ignore"):  # what is not finite is refused below
-                    slope = away @ smooth[ramp] / (away @ away)
-                    intercept = smooth[ramp].mean() - slope * turns.mean()
+                cycles = plain[ramp].astype(np.float64) / (2 * math.pi)  # per token
+                centered = cycles - cycles.mean()
+                with np.errstate(all="ignore"):  # non-finite results are refused below
+                    slope = centered @ smooth[ramp] / (centered @ centered)
+                    intercept = smooth[ramp].mean() - slope * cycles.mean()
                     context, high = float(-slope / intercept), float(1 - 1 / intercept)
                 if 1 <= context < 1 << 31 and 1 < high < math.inf:
                     scaling = RopeScaling(
                         "llama3", factor, round(context), low_freq_factor=1.0, high_freq_factor=round(high, 3)
                     )
-                    if makes_them(scaling):
+                    if matches(scaling):
                         return scaling
         raise self.error(
-            f"tensor {name!r} does not follow Llama 3's rope scaling, the only one it can be read as"
+            f"tensor {name!r} does not follow Llama 3's rope scaling; no other divisors are supported"
         )
 
     def get(self, key: str, kind: type, default: Any) -> Any:
         value = self.metadata.get(key, default)
         if value is None:
-            raise self.error(f"metadata field {key} is missing; the file is incomplete, get another")
+            raise self.error(f"metadata field {key} is missing; the file is incomplete, use another")
         if kind is int and isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
-            value = int(value[0])  # one value for each layer, all alike
+            value = int(value[0])  # one value per layer, all equal
         if type(value) is not kind:
             raise self.error(f"metadata field {key} is {quote(str(value))}; it must be one {kind.__name__}")
         return value
@@ -209,11 +209,11 @@ class _Fields:
     def number(self, key: str, default: float | None = None) -> float:
         return float(self.get(f"llama.{key}", float, default))
 
-    def only(self, key: str, expected: int | float) -> None:
-        """Refuses a field that says what llama_jax's model does not do."""
-        value = self.get(f"llama.{key}", type(expected), expected)
-        if value != expected:
-            raise self.error(f"metadata field llama.{key} is {value}; only {expected} can be run")
+    def require_value(self, key: str, supported: int | float) -> None:
+        """Refuses values that the model does not implement; absent is accepted."""
+        value = self.get(f"llama.{key}", type(supported), supported)
+        if value != supported:
+            raise self.error(f"metadata field llama.{key} is {value}; only {supported} is supported")
 
-    def error(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {what}")
+    def error(self, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {problem}")

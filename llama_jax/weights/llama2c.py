@@ -1,7 +1,7 @@
-"""Reads llama2.c's `.bin` files: versions 0 (no magic), 1 (f32) and 2 (int8 in groups).
+"""Reads llama2.c's `.bin` files: versions 0 (no magic number), 1 (f32) and 2 (int8, quantized in groups).
 
-They hold no names: what lies where follows from the header, as karpathy/llama2.c's export.py writes it
-and its run.c and runq.c read it.
+The files have no tensor names: the layout follows from the header, as in karpathy/llama2.c's export.py (the
+writer) and run.c and runq.c (the readers).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.weights.names import LEAVES
 from llama_jax.weights.source import Source, TensorInfo, decode_floats, open_file, quote
 
-MAGIC = b"24ka"  # "ak42", as a little-endian number
-HEADER_BYTES = 256  # from version 1 on
-_NO_MAGIC_BYTES = 7 * 4
+MAGIC = b"24ka"  # "ak42" as a little-endian integer
+HEADER_BYTES = 256  # since version 1
+_HEADER_V0_BYTES = 7 * 4
 
 _NORMS = ("rms_att_weight", "rms_ffn_weight", "rms_final_weight")
 _MATRICES = ("token_embedding_table", "wq", "wk", "wv", "wo", "w1", "w2", "w3", "wcls")
 ROTARY_TABLES = ("freq_cis_real", "freq_cis_imag")
-_ORDER_0 = (
+_ORDER_V0 = (
     *("token_embedding_table", "rms_att_weight", "wq", "wk", "wv", "wo", "rms_ffn_weight"),
     *("w1", "w2", "w3", "rms_final_weight", *ROTARY_TABLES, "wcls"),
 )
@@ -35,61 +35,62 @@ INT8 = "INT8"
 
 
 def is_llama2c(path: Path) -> bool:
-    """Whether a file begins as llama2.c's do: with the magic number, or with seven plausible sizes."""
+    """Whether a file begins like a llama2.c model: with the magic number, or with seven plausible sizes."""
     with open_file(path) as (file, _):
-        start = file.read(_NO_MAGIC_BYTES)
+        start = file.read(_HEADER_V0_BYTES)
     if start[:4] == MAGIC:
         return True
-    if len(start) < _NO_MAGIC_BYTES:
+    if len(start) < _HEADER_V0_BYTES:
         return False
     dim, hidden, layers, heads, kv_heads, vocab, context = struct.unpack("<7i", start)
     return all(0 < size < 1 << 24 for size in (dim, hidden, layers, heads, kv_heads, abs(vocab), context))
 
 
-def open_llama2c(path: Path, why: str) -> Source:
+def open_llama2c(path: Path, detected_by: str) -> Source:
     """Opens a llama2.c model file.
 
     Raises:
-      CheckpointError: if the header is of no known version, or the file has not the size that follows
-        from it.
+      CheckpointError: if the version is unknown, or the file size does not match the header.
     """
     with open_file(path) as (file, size):
         header = file.read(HEADER_BYTES)
-    version, at, group = 0, _NO_MAGIC_BYTES, 1
+    version, offset, group = 0, _HEADER_V0_BYTES, 1
     if header[:4] == MAGIC and len(header) == HEADER_BYTES:
-        version, at = int.from_bytes(header[4:8], "little"), HEADER_BYTES
+        version, offset = int.from_bytes(header[4:8], "little"), HEADER_BYTES
         if version not in (1, 2):
-            raise CheckpointError(f"{path}: llama2.c version {version} cannot be read; only 0, 1 and 2")
+            raise CheckpointError(f"{path}: llama2.c version {version} is not supported; only 0, 1 and 2")
         sizes, tied = header[8:36], header[36] != 0
         group = int.from_bytes(header[37:41], "little") if version == 2 else 1
-    elif len(header) >= _NO_MAGIC_BYTES and header[:4] != MAGIC:
-        sizes, tied = header[:_NO_MAGIC_BYTES], struct.unpack_from("<i", header, 20)[0] > 0
+    elif len(header) >= _HEADER_V0_BYTES and header[:4] != MAGIC:
+        sizes, tied = header[:_HEADER_V0_BYTES], struct.unpack_from("<i", header, 20)[0] > 0
     else:
-        raise CheckpointError(f"{path}: {size} bytes are too few for a llama2.c header; get the file again")
+        raise CheckpointError(
+            f"{path}: {size} bytes are too few for a llama2.c header; download the file again"
+        )
     config = _config(path, sizes, tied)
     if group < 1 or config.hidden_size % group:
-        raise CheckpointError(f"{path}: group size {group} does not divide the width {config.hidden_size}")
+        raise CheckpointError(f"{path}: group size {group} does not divide hidden_size {config.hidden_size}")
     layout = list(blocks(config, version, group))
-    expected = at + sum(block.copies * block.nbytes for block in layout)
+    expected = offset + sum(block.copies * block.nbytes for block in layout)
     if size != expected:
         raise CheckpointError(
-            f"{path}: has {size} bytes but its header asks for {expected}: it is truncated, or no llama2.c "
-            "model; get it again"
+            f"{path}: has {size} bytes but its header requires {expected}: the file is truncated, or not a "
+            "llama2.c model; download it again"
         )
     tensors = {}
     for block in layout:
         for layer in range(block.copies):
             name = block.name.format(layer=layer)
-            tensors[name] = TensorInfo(block.shape, block.dtype, block.nbytes, path, at)
-            at += block.nbytes
+            tensors[name] = TensorInfo(block.shape, block.dtype, block.nbytes, path, offset)
+            offset += block.nbytes
     decode = functools.partial(_decode, group=group)
-    return Source("llama2c", path, why, config, tensors, decode, {"version": version})
+    return Source("llama2c", path, detected_by, config, tensors, decode, {"version": version})
 
 
 def _config(path: Path, sizes: bytes, tied: bool) -> LlamaConfig:
     dim, hidden, layers, heads, kv_heads, vocab, context = struct.unpack("<7i", sizes)
     try:
-        # The format has no place for eps and theta: its programs have these built in.
+        # The format does not store eps and theta: llama2.c's programs hard-code these values.
         return LlamaConfig(
             vocab_size=abs(vocab),
             hidden_size=dim,
@@ -103,11 +104,11 @@ def _config(path: Path, sizes: bytes, tied: bool) -> LlamaConfig:
             tie_word_embeddings=tied,
         )
     except ConfigError as error:
-        raise CheckpointError(f"{path}: no llama2.c model, or a damaged one: {error}") from error
+        raise CheckpointError(f"{path}: not a llama2.c model, or a damaged one: {error}") from error
 
 
 class Block(NamedTuple):
-    """A run of like tensors: one, or one for each layer."""
+    """Consecutive tensors of the same shape: one per layer (`copies`), or one outside the layers."""
 
     name: str
     shape: tuple[int, ...]
@@ -117,9 +118,9 @@ class Block(NamedTuple):
 
 
 def blocks(config: LlamaConfig, version: int, group: int) -> Iterator[Block]:
-    """Yields what is in the file, in its order."""
+    """Yields the contents of the file in order; `group` is the quantization group size of version 2."""
     leaves = {leaf.llama2c.removesuffix("[{layer}]"): leaf for leaf in LEAVES}
-    for name in _ORDER_0 if version == 0 else (*_NORMS, *_MATRICES):
+    for name in _ORDER_V0 if version == 0 else (*_NORMS, *_MATRICES):
         if name in ROTARY_TABLES:
             positions, pairs = config.max_position_embeddings, config.head_dim // 2
             yield Block(name, (positions, pairs), "F32", 4 * positions * pairs, 1)
@@ -134,15 +135,15 @@ def blocks(config: LlamaConfig, version: int, group: int) -> Iterator[Block]:
 
 
 def _decode(name: str, info: TensorInfo, raw: np.ndarray, *, group: int) -> np.ndarray:
-    """Turns a tensor's bytes into f32: floats, or int8 values and then a scale for each group of them."""
+    """Decodes a tensor's bytes to f32: plain floats, or int8 values followed by one f32 scale per group."""
     if info.dtype != INT8:
         return decode_floats(name, info, raw)
     count = math.prod(info.shape)
     values, scales = raw[:count].view(np.int8), raw[count:].view("<f4")
-    # An early export.py put all scales at the file's end, under the same version number.
+    # An early export.py stored all scales at the end of the file, under the same version number.
     if not (np.isfinite(scales).all() and (scales >= 0).all()):
         raise CheckpointError(
-            f"{info.file}: tensor {quote(name)} has scales that are negative or not finite; the file is "
-            "damaged, or from an early export.py: export it again"
+            f"{info.file}: tensor {quote(name)} has negative or non-finite scales; the file is damaged, or "
+            "written by an early export.py: export it again"
         )
     return (values.reshape(-1, group) * scales[:, None]).reshape(info.shape)

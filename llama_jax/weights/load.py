@@ -1,10 +1,10 @@
-"""Loads a checkpoint's tensors, one at a time, straight onto the device or mesh."""
+"""Loads a checkpoint's tensors one at a time, directly onto the device or mesh."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,13 +16,11 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.sharding import check_mesh, named, param_specs
-from llama_jax.weights.check import check_tensors
 from llama_jax.weights.names import HEAD_DTYPE, SCORE, Entry, entries
 from llama_jax.weights.orbax import OrbaxSource
-from llama_jax.weights.source import Source, quote
+from llama_jax.weights.source import Progress, Source, quote
 from llama_jax.weights.tensors import Tensors
-
-Progress = Callable[[int, int, str], None]
+from llama_jax.weights.validation import validate_tensors
 
 
 def load_params(
@@ -33,43 +31,39 @@ def load_params(
     scan_layers: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Reads a checkpoint into the parameter tree of `llama_jax`.
+    """Loads a checkpoint into a parameter tree.
 
-    Host memory holds two tensors of the checkpoint at most, beside what the device itself keeps there.
+    Peak host memory is two tensors of the checkpoint, besides the device's own allocations.
 
     Args:
       source: an open checkpoint.
-      dtype: what every leaf becomes: float32, bfloat16 or float16. A classifier's head is float32 always.
-      mesh: lay the leaves out over this mesh by `sharding.param_specs`; None is the default device.
-      scan_layers: layer leaves have a leading layer axis; otherwise `params["layers"]` is a tuple of one
-        tree for each layer, as the decode loop wants it.
-      progress: called after each tensor with the checkpoint's bytes read so far, all of them, and the
-        tensor's name.
+      dtype: dtype of every leaf: float32, bfloat16 or float16. A classifier head is always float32.
+      mesh: shard the leaves over this mesh by `sharding.param_specs`; None is the default device.
+      scan_layers: stack layer leaves along a leading layer axis; otherwise `params["layers"]` is a tuple of
+        one tree per layer, which the decode loop requires.
+      progress: called after each tensor with the bytes read so far, the total, and the tensor's name.
 
     Returns:
       The nested dict of parameters.
 
     Raises:
       CheckpointError: before any data is read, naming every tensor that is missing, unexpected or of
-        the wrong shape; or where the data cannot be read.
-      ConfigError: for another dtype, or if the model does not divide over the mesh.
+        the wrong shape; or if the data cannot be read.
+      ConfigError: if the dtype is not supported, or the model does not divide over the mesh.
     """
     config = source.config
-    wanted = sorted(check_tensors(source), key=lambda entry: _place(source, entry))
+    required = sorted(validate_tensors(source), key=lambda entry: _file_position(source, entry))
     if mesh is not None:
         check_mesh(config, mesh)
     if isinstance(source, OrbaxSource):
         return source.restore(_float_dtype(dtype), mesh, scan_layers=scan_layers, progress=progress)
-    tree = _Tree(config, _float_dtype(dtype), mesh, scan_layers)
-    total = sum(source.tensors[entry.name].nbytes for entry in wanted)
-    done = 0
-    for entry in wanted:
-        array = entry.leaf.from_stored(source.read(entry.name), config, source.format)
-        tree.put(entry, array)
-        done += source.tensors[entry.name].nbytes
-        if progress is not None:
-            progress(done, total, entry.name)
-    return jax.block_until_ready(tree.params)
+    builder = _ParamsBuilder(config, _float_dtype(dtype), mesh, scan_layers)
+    sizes = {entry: source.tensors[entry.name].nbytes for entry in required}
+
+    def read(entry: Entry) -> np.ndarray:
+        return entry.leaf.from_stored(source.read(entry.name), config, source.format)
+
+    return _build(builder, sizes, read, progress)
 
 
 def load_tensors(
@@ -80,41 +74,55 @@ def load_tensors(
     scan_layers: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """`load_params` of a model that no checkpoint holds as it is, such as one with an adapter merged."""
+    """Like `load_params`, for tensors derived from a checkpoint, such as a model with a merged adapter."""
     config = tensors.config
     if mesh is not None:
         check_mesh(config, mesh)
-    tree = _Tree(config, _float_dtype(dtype), mesh, scan_layers)
+    builder = _ParamsBuilder(config, _float_dtype(dtype), mesh, scan_layers)
     sizes = {
         entry: math.prod(entry.leaf.shape(config)) * tensors.dtype(entry.leaf, entry.layer).itemsize
         for entry in entries(config, "hf")
     }
-    done = 0
+
+    def read(entry: Entry) -> np.ndarray:
+        return entry.leaf.from_stored(tensors.read(entry.leaf, entry.layer), config, "hf")
+
+    return _build(builder, sizes, read, progress)
+
+
+def _build(
+    builder: _ParamsBuilder,
+    sizes: Mapping[Entry, int],
+    read: Callable[[Entry], np.ndarray],
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Reads and adds the tensors in the order of `sizes`, which maps each to its bytes for `progress`."""
+    done, total = 0, sum(sizes.values())
     for entry, nbytes in sizes.items():
-        tree.put(entry, entry.leaf.from_stored(tensors.read(entry.leaf, entry.layer), config, "hf"))
+        builder.add(entry, read(entry))
         done += nbytes
         if progress is not None:
-            progress(done, sum(sizes.values()), entry.name)
-    return jax.block_until_ready(tree.params)
+            progress(done, total, entry.name)
+    return jax.block_until_ready(builder.params)
 
 
 def _float_dtype(dtype: Any) -> np.dtype[Any]:
     names = ("float32", "bfloat16", "float16")
     try:
-        if (known := jnp.dtype(dtype)).name in names:
-            return known
+        if (parsed := jnp.dtype(dtype)).name in names:
+            return parsed
     except TypeError:
         pass
     raise ConfigError(f"dtype is {quote(str(dtype))}; it must be one of {', '.join(names)}")
 
 
-def _place(source: Source, entry: Entry) -> tuple[str, int]:
+def _file_position(source: Source, entry: Entry) -> tuple[str, int]:
     info = source.tensors[entry.name]
     return str(info.file), info.offset
 
 
-class _Tree:
-    """The parameters while they are being filled."""
+class _ParamsBuilder:
+    """A parameter tree under construction."""
 
     def __init__(
         self, config: LlamaConfig, dtype: np.dtype[Any], mesh: Mesh | None, scan_layers: bool
@@ -124,22 +132,21 @@ class _Tree:
         self.mesh = mesh
         self.specs = param_specs(config)
         self.params: dict[str, Any] = {}
-        # Without a stack, each layer is a tree of its own.
         layers: tuple[dict[str, Any], ...] = tuple({} for _ in range(config.num_hidden_layers))
         self.layers = None if scan_layers else layers
         if self.layers is not None:
             self.params["layers"] = self.layers
         self.last: jax.Array | None = None
 
-    def put(self, entry: Entry, array: np.ndarray) -> None:
-        """Moves one tensor to its place on the device."""
+    def add(self, entry: Entry, array: np.ndarray) -> None:
+        """Transfers one tensor to the device and writes it into the tree."""
         leaf, layer = entry.leaf, entry.layer
         spec = _parent(self.specs, leaf.path)[leaf.path[-1]]
         if layer is None:
             dtype = HEAD_DTYPE if leaf is SCORE else self.dtype
-            _parent(self.params, leaf.path)[leaf.path[-1]] = self.move(array, spec, dtype)
+            _parent(self.params, leaf.path)[leaf.path[-1]] = self.transfer(array, spec, dtype)
             return
-        value = self.move(array, P(*spec[1:]), self.dtype)
+        value = self.transfer(array, P(*spec[1:]), self.dtype)
         if self.layers is not None:
             _parent(self.layers[layer], leaf.path[1:])[leaf.path[-1]] = value
             return
@@ -149,15 +156,15 @@ class _Tree:
             parent[leaf.path[-1]] = jnp.zeros(shape, self.dtype, device=self.sharding(spec))
         parent[leaf.path[-1]] = _write_layer(parent[leaf.path[-1]], value, layer)
 
-    def move(self, array: np.ndarray, spec: P, dtype: np.dtype[Any]) -> jax.Array:
-        # Wait for the tensor before, so that no queue of them builds up in host memory.
+    def transfer(self, array: np.ndarray, spec: P, dtype: np.dtype[Any]) -> jax.Array:
+        # Wait for the previous transfer, so that no queue of tensors builds up in host memory.
         jax.block_until_ready(self.last)
         array = array.astype(dtype, copy=False)
         sharding = self.sharding(spec)
         if sharding is None:
             self.last = jnp.asarray(array)
         else:
-            # Each process places its own shards alone, so this holds for many hosts too.
+            # Each process creates only its addressable shards, so this also works with several hosts.
             self.last = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
         return self.last
 
@@ -166,7 +173,7 @@ class _Tree:
 
 
 def _parent(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the dict that holds the leaf at `path`, made if it is not there."""
+    """Returns the dict that contains the leaf at `path`, creating it if needed."""
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     return tree
@@ -174,5 +181,5 @@ def _parent(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _write_layer(stack: jax.Array, value: jax.Array, layer: int) -> jax.Array:
-    """Writes one layer's leaf into the stacked one, in place."""
+    """Writes one layer into a stacked leaf, in place."""
     return jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)

@@ -1,4 +1,4 @@
-"""THE one table of tensor names, and how a stored [out, in] matrix becomes a leaf of `params`."""
+"""The table of tensor names in every format, and the conversion of a stored [out, in] matrix to a leaf."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from llama_jax.config import LlamaConfig
 
 Format = Literal["hf", "meta", "gguf", "llama2c", "orbax"]
 
-# Formats that hold the leaves of `params` as they are: stacked over layers, named by their place.
+# Formats that store the leaves of `params` unchanged: stacked over layers, named by their path.
 STACKED: frozenset[Format] = frozenset(("orbax",))
 
-# Hugging Face rotates dimensions (i, i + H/2) together, as llama_jax does; the others (2i, 2i + 1).
+# Formats whose rotary pairs are dimensions (2i, 2i + 1). Hugging Face and llama_jax pair (i, i + H/2).
 INTERLEAVED: frozenset[Format] = frozenset(("meta", "gguf", "llama2c"))
 
 
 def split_rotary_pairs(x: np.ndarray, *, inverse: bool = False) -> np.ndarray:
-    """Reorders rotary dimensions from interleaved pairs to split halves.
+    """Permutes rotary dimensions from interleaved pairs to split halves.
 
-    Dimension 2i goes to i, and 2i + 1 to i + H/2. Queries and keys reordered alike keep every
-    attention score, since RoPE (arXiv 2104.09864) turns each pair by an angle of its own.
+    Dimension 2i moves to i, and 2i + 1 to i + H/2. The same permutation of queries and keys leaves attention
+    scores unchanged, because RoPE (arXiv 2104.09864) rotates each pair independently.
 
     Args:
       x: [..., H], H even.
-      inverse: go back, from split halves to interleaved pairs.
+      inverse: permute from split halves to interleaved pairs.
 
     Returns:
-      [..., H] in `x`'s dtype, a view where NumPy can give one.
+      [..., H] in `x`'s dtype, a view where NumPy allows it.
     """
     pairs = (2, x.shape[-1] // 2) if inverse else (x.shape[-1] // 2, 2)
     return x.reshape(*x.shape[:-1], *pairs).swapaxes(-1, -2).reshape(x.shape)
 
 
-def transposed(matrix: np.ndarray) -> np.ndarray:
-    """A matrix's transpose, C-contiguous, several times as fast as NumPy's own copy of a large one."""
+def transpose(matrix: np.ndarray) -> np.ndarray:
+    """Returns the C-contiguous transpose, several times faster than NumPy's copy for large matrices."""
     out = np.empty(matrix.shape[::-1], matrix.dtype)
-    # So few rows at once that the cache lines being written stay in the processor's first cache.
+    # Blocks of 16 rows keep the cache lines that are written in L1.
     for row in range(0, len(matrix), 16):
         out[:, row : row + 16] = matrix[row : row + 16].T
     return out
@@ -49,16 +49,16 @@ def transposed(matrix: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One leaf of `params`: its place, its shape, and its name in every format.
+    """One leaf of `params`: its path, its shape, and its name in every format.
 
     Attributes:
-      path: keys from the root of `params`. Leaves under "layers" have a tensor for each layer.
+      path: keys from the root of `params`. Leaves under "layers" are one stored tensor per layer.
       axes: the leaf's dimensions, by letter, without the layer axis. "D->NH" is a matrix that maps D
-        to N*H: every format stores it transposed and flat, as [N*H, D]. Without an arrow, the leaf
-        is stored as it is.
-      hf, meta, gguf, llama2c: the stored name, with {layer} for the layer's number. llama2.c's
-        format has no names; these are the ones of its C program.
-      rotary: whether the last dimension of the leaf is rotated, so that the order of its pairs
+        to N*H: every format stores it transposed and flattened, as [N*H, D]. Without an arrow, the leaf
+        is stored unchanged.
+      hf, meta, gguf, llama2c: the stored name, with {layer} for the layer index. llama2.c's format has no
+        names; these are the variable names in its C program.
+      rotary: whether the last dimension of the leaf is rotated, so that the order of its rotary pairs
         depends on the format.
     """
 
@@ -72,7 +72,7 @@ class Leaf:
 
     @property
     def per_layer(self) -> bool:
-        """Whether every layer has its own."""
+        """Whether the leaf is under "layers"."""
         return self.path[0] == "layers"
 
     def name(self, format: Format, layer: int | None = None) -> str:
@@ -85,7 +85,7 @@ class Leaf:
 
     @property
     def orbax(self) -> str:
-        """The stored name in an Orbax checkpoint: the leaf's place."""
+        """The stored name in an Orbax checkpoint: the leaf's path, joined with dots."""
         return ".".join(self.path)
 
     def stored_shape(self, config: LlamaConfig, format: Format) -> tuple[int, ...]:
@@ -98,21 +98,21 @@ class Leaf:
         return math.prod(_sizes(outputs, config)), math.prod(_sizes(inputs, config))
 
     def from_stored(self, array: np.ndarray, config: LlamaConfig, format: Format) -> np.ndarray:
-        """Turns a tensor as `format` stores it into this leaf (of one layer).
+        """Converts a tensor in the layout of `format` to this leaf (of one layer).
 
         Args:
           array: `stored_shape(config, format)`, any dtype.
 
         Returns:
-          `shape(config)` in the same dtype, C-contiguous; `array` itself where nothing changes.
+          `shape(config)` in the same dtype, C-contiguous; `array` itself if nothing changes.
         """
-        array = self.reordered(array, config, format, "hf")
+        array = self.convert_layout(array, config, format, "hf")
         if "->" in self.axes:
-            array = transposed(array)
+            array = transpose(array)
         return np.ascontiguousarray(array).reshape(self.shape(config))
 
     def to_stored(self, array: np.ndarray, config: LlamaConfig, format: Format) -> np.ndarray:
-        """The inverse of `from_stored`: from this leaf (of one layer) to a tensor as `format` stores it.
+        """Converts this leaf (of one layer) to the layout of `format`; the inverse of `from_stored`.
 
         Args:
           array: `shape(config)`, any dtype.
@@ -121,21 +121,23 @@ class Leaf:
           `stored_shape(config, format)` in the same dtype, C-contiguous.
         """
         if "->" in self.axes:
-            array = transposed(array.reshape(self.stored_shape(config, "hf")[::-1]))
-        return np.ascontiguousarray(self.reordered(array, config, "hf", format))
+            array = transpose(array.reshape(self.stored_shape(config, "hf")[::-1]))
+        return np.ascontiguousarray(self.convert_layout(array, config, "hf", format))
 
-    def reordered(self, array: np.ndarray, config: LlamaConfig, source: Format, target: Format) -> np.ndarray:
-        """Turns a tensor as one format stores it into the same of another; neither may be stacked.
+    def convert_layout(
+        self, array: np.ndarray, config: LlamaConfig, source: Format, target: Format
+    ) -> np.ndarray:
+        """Converts a tensor from one format's layout to another's; neither format may be stacked.
 
         Args:
           array: `stored_shape(config, source)`, any dtype.
 
         Returns:
-          `stored_shape(config, target)`, C-contiguous; `array` itself where the two are alike.
+          `stored_shape(config, target)`, C-contiguous; `array` itself if the layouts are equal.
         """
         if not self.rotary or (source in INTERLEAVED) == (target in INTERLEAVED):
             return array
-        # Rows are what is rotated, and they move whole: [out, in] is never transposed.
+        # Rotary dimensions are rows of [out, in], so this permutes rows and transposes nothing.
         rows = np.arange(len(array)).reshape(-1, config.head_dim)
         return array[split_rotary_pairs(rows, inverse=target in INTERLEAVED).reshape(-1)]
 
@@ -178,12 +180,12 @@ _LM_HEAD = Leaf(
     llama2c="wcls",
 )
 
-# In place of the output projection in a classifier or reward model; C is the number of its labels. Formats
-# that hold none have no name for it.
+# Replaces the output projection in a classifier or reward model; C is the number of labels. The formats
+# without a name for it cannot store one.
 SCORE = Leaf(("score", "kernel"), "D->C", hf="score.weight", meta="", gguf="", llama2c="")
-HEAD_DTYPE = np.dtype(np.float32)  # in memory, whatever the rest is held in: it is small
+HEAD_DTYPE = np.dtype(np.float32)  # in memory, whatever the dtype of the other parameters: it is small
 
-# The leaves of one layer, under params["layers"]. A star marks rotary ones.
+# The leaves of one layer, under params["layers"]. A star marks rotary leaves.
 _LAYER_TABLE = """
 attention_norm.scale  D       input_layernorm           attention_norm   attn_norm    rms_att_weight
 attention.wq          D->NH*  self_attn.q_proj          attention.wq     attn_q       wq
@@ -216,9 +218,9 @@ LEAVES: tuple[Leaf, ...] = (
     _LM_HEAD,
 )
 
-# Tensors that checkpoints carry and that hold nothing new: rotary tables, which follow from the
-# configuration (GGUF's rope_freqs is read into it), and copies of a tied output projection.
-_HARMLESS: dict[Format, re.Pattern[str]] = {
+# Redundant tensors that are ignored on load: rotary tables, which follow from the configuration (GGUF's
+# rope_freqs is converted to rope scaling), besides copies of a tied output projection.
+_IGNORED: dict[Format, re.Pattern[str]] = {
     "hf": re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
     "meta": re.compile(r"rope\.freqs"),
     "gguf": re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd(\.weight)?"),
@@ -227,7 +229,7 @@ _HARMLESS: dict[Format, re.Pattern[str]] = {
 
 
 class Entry(NamedTuple):
-    """One stored tensor that a checkpoint of a configuration must have; `layer` is None outside them."""
+    """A tensor that a checkpoint must have: stored name, leaf, and layer (None outside the layers)."""
 
     name: str
     leaf: Leaf
@@ -235,22 +237,22 @@ class Entry(NamedTuple):
 
 
 def leaves(config: LlamaConfig) -> tuple[Leaf, ...]:
-    """Returns the leaves of `config`'s params: without an output projection where it is tied, or a head."""
-    stem = tuple(leaf for leaf in LEAVES if leaf is not _LM_HEAD or config.has_output)
-    return (*stem, SCORE) if config.labels else stem
+    """Returns the leaves of `config`'s params: no output projection if it is tied or a head replaces it."""
+    base = tuple(leaf for leaf in LEAVES if leaf is not _LM_HEAD or config.has_output)
+    return (*base, SCORE) if config.labels else base
 
 
 def entries(config: LlamaConfig, format: Format) -> Iterator[Entry]:
     """Yields every stored tensor that a checkpoint of `config` must have, layer by layer."""
     for leaf in leaves(config):
-        each = leaf.per_layer and format not in STACKED
-        layers = range(config.num_hidden_layers) if each else (None,)
+        unstacked = leaf.per_layer and format not in STACKED
+        layers = range(config.num_hidden_layers) if unstacked else (None,)
         for layer in layers:
             yield Entry(leaf.name(format, layer), leaf, layer)
 
 
-def is_harmless(name: str, config: LlamaConfig, format: Format) -> bool:
-    """Whether a checkpoint of `config` may hold a tensor `name` that no leaf reads."""
+def is_ignored(name: str, config: LlamaConfig, format: Format) -> bool:
+    """Whether the tensor `name` is redundant in a checkpoint of `config` and ignored on load."""
     tied_copy = config.tie_word_embeddings and name == _LM_HEAD.name(format)
-    harmless = _HARMLESS.get(format)
-    return tied_copy or (harmless is not None and harmless.fullmatch(name) is not None)
+    ignored = _IGNORED.get(format)
+    return tied_copy or (ignored is not None and ignored.fullmatch(name) is not None)

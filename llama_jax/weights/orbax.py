@@ -1,6 +1,6 @@
-"""Reads Orbax checkpoints, straight into shards: of a training run, one of its steps, or parameters alone.
+"""Reads Orbax checkpoints directly into shards: a training run, one of its steps, or only parameters.
 
-Orbax is imported when one is opened, and not before: it takes a third of a second.
+Orbax is imported lazily, when a checkpoint is opened: the import takes a third of a second.
 """
 
 from __future__ import annotations
@@ -12,43 +12,50 @@ import math
 import threading
 import urllib.parse
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError
 from llama_jax.sharding import named, param_specs
 from llama_jax.weights import manifest
-from llama_jax.weights.hf import read_model
+from llama_jax.weights.hf import read_config_and_metadata
+from llama_jax.weights.json_fields import read_json
 from llama_jax.weights.names import HEAD_DTYPE, SCORE, Leaf, leaves
-from llama_jax.weights.runs import CHECKPOINTS, PARAMS, RECORD, RUN, read_record, step_folders
-from llama_jax.weights.safetensors import read_json
-from llama_jax.weights.source import FLOAT_DTYPES, Source, TensorInfo, decode_floats, quote
+from llama_jax.weights.runs import (
+    CHECKPOINTS,
+    PARAMS,
+    RUN,
+    STEP_METADATA_FILE,
+    read_step_metadata,
+    step_folders,
+)
+from llama_jax.weights.source import DTYPE_NAMES, Progress, Source, TensorInfo, decode_floats, quote
 
-_METADATA = "_METADATA"  # the file that every Orbax tree has
+_METADATA = "_METADATA"  # every Orbax tree has this file
 _CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
-_DTYPE_NAMES = {dtype.name: name for name, dtype in FLOAT_DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class OrbaxSource(Source):
-    """An Orbax checkpoint: its arrays are the leaves of `params` already, so all are read at once.
+    """An Orbax checkpoint: its arrays are the leaves of `params`, so that one restore reads all of them.
 
     Attributes:
       folder: the Orbax tree of parameters that `tensors` describes.
-      older: the same of the run's steps before, newest first, to fall back on; none where a step was asked
-        for by name.
+      fallbacks: the parameter trees of the run's earlier steps, newest first, used if `folder` is damaged;
+        empty if one step was opened.
     """
 
     folder: Path = Path()
-    older: tuple[Path, ...] = ()
-    _kept: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    fallbacks: tuple[Path, ...] = ()
+    _cache: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     _lock: Any = dataclasses.field(default_factory=threading.RLock, repr=False, compare=False)
 
     def read(self, name: str) -> np.ndarray:
@@ -57,51 +64,52 @@ class OrbaxSource(Source):
         Raises:
           CheckpointError: if there is no such leaf, or it cannot be read.
         """
-        folder = self._verified()
-        whole = describe_tree(folder)
-        if name not in whole:
+        folder = self._verified_folder()
+        metadata = tree_metadata(folder)
+        if name not in metadata:
             raise CheckpointError(f"{folder}: there is no tensor {name!r}")
         device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-        leaf = jax.ShapeDtypeStruct(whole[name].shape, whole[name].dtype, sharding=device)
-        return np.asarray(jax.tree.leaves(read_tree(folder, nest({name: leaf})))[0])
+        leaf = jax.ShapeDtypeStruct(metadata[name].shape, metadata[name].dtype, sharding=device)
+        abstract = unflatten_dict({name: leaf}, sep=".")
+        return np.asarray(jax.tree.leaves(read_tree(folder, abstract))[0])
 
     def read_layer(self, name: str, layer: int | None) -> np.ndarray:
-        """Reads one layer of a leaf, or the whole of one that is not stacked.
+        """Reads one layer of a stacked leaf, or an unstacked leaf if `layer` is None.
 
-        Where the file holds several layers in one piece, the leaf is read whole and kept until another one
-        is asked for: so ask for all layers of a leaf before the next.
+        If a chunk of the array has several layers, the whole leaf is read and cached until another leaf is
+        read: read all layers of a leaf before the next leaf.
 
         Raises:
           CheckpointError: if there is no such leaf, or it cannot be read.
         """
         if layer is None:
             return self.read(name)
-        folder = self._verified()
+        folder = self._verified_folder()
         with self._lock:
-            if self._kept.get("name") == name:
-                return self._kept["stack"][layer]
-            array = self._array(folder, name)
+            if self._cache.get("name") == name:
+                return self._cache["stack"][layer]
+            array = self._open_array(folder, name)
             if array.chunk_layout.read_chunk.shape[0] != 1:
-                self._kept.update(name=name, stack=self.read(name))
-                return self._kept["stack"][layer]
-        with one_line(folder):
+                self._cache.update(name=name, stack=self.read(name))
+                return self._cache["stack"][layer]
+        with single_line_errors(folder):
             return np.asarray(array[layer].read().result())
 
-    def _array(self, folder: Path, name: str) -> Any:
-        """A leaf as TensorStore has it, open for reading."""
+    def _open_array(self, folder: Path, name: str) -> Any:
+        """Opens a leaf's TensorStore array."""
         import tensorstore
 
         if name not in self.tensors:
             raise CheckpointError(f"{folder}: there is no tensor {quote(name)}")
-        with one_line(folder):
+        with single_line_errors(folder):
             return tensorstore.open(array_spec(folder, name), open=True).result()
 
-    def _verified(self) -> Path:
-        """The tree to read one leaf after another from, whose checksums are compared the first time."""
+    def _verified_folder(self) -> Path:
+        """Returns the tree to read single leaves from; verifies checksums on the first call."""
         with self._lock:
-            if "folder" not in self._kept:
-                self._kept["folder"] = self._first_whole()
-            return self._kept["folder"]
+            if "folder" not in self._cache:
+                self._cache["folder"] = self._newest_intact()
+            return self._cache["folder"]
 
     def restore(
         self,
@@ -109,16 +117,16 @@ class OrbaxSource(Source):
         mesh: Mesh | None,
         *,
         scan_layers: bool = True,
-        progress: Callable[[int, int, str], None] | None = None,
+        progress: Progress | None = None,
     ) -> dict[str, Any]:
-        """Reads the parameters, each device its own part of them, after comparing their checksums.
+        """Verifies the checksums and restores the parameters, each device only its shards.
 
-        Args: as `load_params` has them.
+        Args: as `load_params`.
 
         Raises:
-          CheckpointError: if the files are damaged, and no step before can stand in, or cannot be read.
+          CheckpointError: if the files are damaged and no earlier step is intact, or cannot be read.
         """
-        folder = self._first_whole()
+        folder = self._newest_intact()
         total = sum(info.nbytes for info in self.tensors.values())
         report = progress or (lambda *_: None)
         report(0, total, str(folder))
@@ -126,10 +134,10 @@ class OrbaxSource(Source):
         report(total, total, str(folder))
         return params if scan_layers else _unstack(params, self.config, mesh)
 
-    def _first_whole(self) -> Path:
-        """Returns the newest tree whose checksums hold, with a warning if it is not the first."""
+    def _newest_intact(self) -> Path:
+        """Returns the newest tree whose checksums match, with a warning if it is not `folder`."""
         problems: list[str] = []
-        for folder in (self.folder, *self.older):
+        for folder in (self.folder, *self.fallbacks):
             try:
                 if "step" in self.metadata or (folder / manifest.NAME).exists():
                     manifest.verify(folder)
@@ -137,27 +145,27 @@ class OrbaxSource(Source):
                 problems.append(str(error))
                 continue
             if problems:
-                warnings.warn(f"{'; '.join(problems)}; {folder.parent} is read instead", stacklevel=4)
+                warnings.warn(f"{'; '.join(problems)}; using {folder.parent} instead", stacklevel=4)
             return folder
         raise CheckpointError(f"{'; '.join(problems)}; restore the file from a copy")
 
 
 def array_spec(folder: Path, name: str) -> dict[str, Any]:
-    """Where Orbax keeps a leaf, for TensorStore: a zarr array in the folder's OCDBT database."""
+    """Returns the TensorStore spec of a leaf: a zarr array in the directory's OCDBT database."""
     base = f"file://{urllib.parse.quote(str(folder.absolute()))}/"
     return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
 
 
 def is_orbax(path: Path) -> bool:
-    """Whether a directory is an Orbax tree of parameters, or holds one beside other items."""
+    """Whether a directory is an Orbax tree of parameters, or a checkpoint that contains one."""
     return (path / _METADATA).is_file() or (path / PARAMS / _METADATA).is_file()
 
 
 def open_run(path: Path) -> OrbaxSource:
-    """Opens the newest step of a training run's directory whose files are all there.
+    """Opens the newest step of a training run that has all its files.
 
     Raises:
-      CheckpointError: if there is none, saying what is wrong with each.
+      CheckpointError: if there is none, with the problem of each step.
     """
     folders = list(reversed(step_folders(path).values()))
     if not folders:
@@ -167,56 +175,59 @@ def open_run(path: Path) -> OrbaxSource:
     problems: list[str] = []
     for index, folder in enumerate(folders):
         try:
-            why = f"a training run; its newest {'whole ' if problems else ''}step is {folder.name}"
-            source = open_orbax(folder, "; ".join([why, *problems]))
+            detected_by = f"a training run; its newest {'intact ' if problems else ''}step is {folder.name}"
+            source = open_orbax(folder, "; ".join([detected_by, *problems]))
         except CheckpointError as error:
             problems.append(str(error))
             continue
         if problems:
-            warnings.warn(f"{'; '.join(problems)}; {folder} is read instead", stacklevel=2)
-        older = tuple(folder / PARAMS for folder in folders[index + 1 :])
-        return dataclasses.replace(source, path=path, older=older)
-    raise CheckpointError(f"{path}: no checkpoint of this run is whole: {'; '.join(problems)}")
+            warnings.warn(f"{'; '.join(problems)}; using {folder} instead", stacklevel=2)
+        fallbacks = tuple(folder / PARAMS for folder in folders[index + 1 :])
+        return dataclasses.replace(source, path=path, fallbacks=fallbacks)
+    raise CheckpointError(f"{path}: no checkpoint of this run is intact: {'; '.join(problems)}")
 
 
-def open_orbax(path: Path, why: str) -> OrbaxSource:
-    """Opens one step of a training run, or parameters alone with a config.json in or beside their folder.
+def open_orbax(path: Path, detected_by: str) -> OrbaxSource:
+    """Opens one step of a training run, or only parameters, with a config.json in or beside their directory.
 
     Raises:
-      CheckpointError: if a file is missing or damaged, or nothing says which model it is.
+      CheckpointError: if a file is missing or damaged, or there is no model configuration.
     """
     folder = path / PARAMS if (path / PARAMS / _METADATA).is_file() else path
-    home = path
-    if (record_path := path / RUN / RECORD).parent.is_dir():
+    tokenizer_dir = path
+    if (metadata_path := path / RUN / STEP_METADATA_FILE).parent.is_dir():
         manifest.verify(path, quick=True)
-        record = read_record(path)
-        config = record.config
-        metadata = {"step": record.step, "metrics": record.metrics, "run": record.run}
-        home = path.parent.parent if path.parent.name == CHECKPOINTS else path
+        step = read_step_metadata(path)
+        config = step.config
+        metadata = {"step": step.step, "metrics": step.metrics, "run": step.run}
+        tokenizer_dir = path.parent.parent if path.parent.name == CHECKPOINTS else path
     else:
-        found = [place for place in (path, path.parent) if (place / "config.json").is_file()]
-        if not found:
+        folders = [parent for parent in (path, path.parent) if (parent / "config.json").is_file()]
+        if not folders:
             raise CheckpointError(
-                f"{path}: Orbax parameters without a model's description: neither {record_path} nor "
-                f"{path / 'config.json'} is there; put the model's config.json there"
+                f"{path}: Orbax parameters without a model configuration: there is neither {metadata_path} "
+                f"nor {path / 'config.json'}; put the model's config.json there"
             )
-        (config, metadata), home = read_model(found[0] / "config.json"), found[0]
-    tensors = {name: _info(folder, name, leaf) for name, leaf in describe_tree(folder).items()}
-    return OrbaxSource("orbax", path, why, config, tensors, decode_floats, metadata, home, folder)
+        tokenizer_dir = folders[0]
+        config, metadata = read_config_and_metadata(tokenizer_dir / "config.json")
+    tensors = {name: _tensor_info(folder, name, leaf) for name, leaf in tree_metadata(folder).items()}
+    return OrbaxSource(
+        "orbax", path, detected_by, config, tensors, decode_floats, metadata, tokenizer_dir, folder
+    )
 
 
-def _info(folder: Path, name: str, leaf: jax.ShapeDtypeStruct) -> TensorInfo:
-    dtype = _DTYPE_NAMES.get(leaf.dtype.name)
+def _tensor_info(folder: Path, name: str, leaf: jax.ShapeDtypeStruct) -> TensorInfo:
+    dtype = DTYPE_NAMES.get(np.dtype(leaf.dtype))
     if dtype is None:
         raise CheckpointError(f"{folder}: tensor {name!r} is {leaf.dtype.name}, not a floating-point type")
     return TensorInfo(leaf.shape, dtype, math.prod(leaf.shape) * leaf.dtype.itemsize, folder, 0)
 
 
 def abstract_params(config: LlamaConfig, dtype: Any, mesh: Mesh | None) -> dict[str, Any]:
-    """Returns the stacked parameter tree of `config` with shapes, dtype and shardings in place of arrays."""
+    """Returns the stacked parameter tree of `config` as `ShapeDtypeStruct` leaves with shardings."""
     specs = param_specs(config)
 
-    def leaf_of(leaf: Leaf) -> jax.ShapeDtypeStruct:
+    def abstract(leaf: Leaf) -> jax.ShapeDtypeStruct:
         if mesh is None:
             sharding: Any = jnp.zeros(()).sharding
         else:
@@ -224,102 +235,94 @@ def abstract_params(config: LlamaConfig, dtype: Any, mesh: Mesh | None) -> dict[
             for key in leaf.path:
                 spec = spec[key]
             sharding = named(mesh, spec)
-        shape, own = leaf.stored_shape(config, "orbax"), HEAD_DTYPE if leaf is SCORE else dtype
-        return jax.ShapeDtypeStruct(shape, own, sharding=sharding)
+        leaf_dtype = HEAD_DTYPE if leaf is SCORE else dtype
+        return jax.ShapeDtypeStruct(leaf.stored_shape(config, "orbax"), leaf_dtype, sharding=sharding)
 
-    return nest({leaf.orbax: leaf_of(leaf) for leaf in leaves(config)})
+    return unflatten_dict({leaf.orbax: abstract(leaf) for leaf in leaves(config)}, sep=".")
 
 
-def describe_tree(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes and dtypes of an Orbax tree's arrays by name, a leaf's keys joined with dots.
+def tree_metadata(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes and dtypes of an Orbax tree's arrays by path, keys joined with dots.
 
     Raises:
-      CheckpointError: if the folder holds no Orbax tree, or a damaged one.
+      CheckpointError: if the directory has no Orbax tree, or a damaged one.
     """
     for name in (_METADATA, _CHECKPOINT_METADATA):
         if (folder / name).exists():
-            read_json(folder / name)  # Orbax's own parser does not come back whole from hostile ones
-    with _reading(folder) as (_, reader):
-        metadata = reader.metadata(folder.absolute())  # Orbax takes no relative path
-        found, _ = jax.tree_util.tree_flatten_with_path(metadata.item_metadata.tree)
+            read_json(folder / name)  # hostile files crash Orbax's own parser
+    with _open_checkpointer(folder) as (_, checkpointer):
+        metadata = checkpointer.metadata(folder.absolute())  # Orbax does not accept relative paths
+        flat, _ = jax.tree_util.tree_flatten_with_path(metadata.item_metadata.tree)
         return {
             jax.tree_util.keystr(path, simple=True, separator="."): jax.ShapeDtypeStruct(
                 leaf.shape, leaf.dtype
             )
-            for path, leaf in found
+            for path, leaf in flat
         }
 
 
 def read_tree(folder: Path, abstract: Any) -> Any:
-    """Reads an Orbax tree, or a part of it.
+    """Restores an Orbax tree, or a part of it.
 
     Args:
-      folder: the tree's.
-      abstract: a tree of `jax.ShapeDtypeStruct`, each with the sharding to read into. Orbax casts to another
-        dtype; the shapes must be the stored ones.
+      folder: the directory of the tree.
+      abstract: a tree of `jax.ShapeDtypeStruct` with the target dtypes and shardings. Orbax casts to the
+        dtype; the shapes must equal the stored ones.
 
     Raises:
-      CheckpointError: if it cannot be read.
+      CheckpointError: if the tree cannot be read.
     """
-    with _reading(folder) as (ocp, reader):
+    with _open_checkpointer(folder) as (ocp, checkpointer):
         args = ocp.args.PyTreeRestore(
             item=abstract,
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             partial_restore=True,
         )
-        return jax.block_until_ready(reader.restore(folder.absolute(), args=args))
+        return jax.block_until_ready(checkpointer.restore(folder.absolute(), args=args))
 
 
 @contextlib.contextmanager
-def _reading(folder: Path) -> Iterator[tuple[Any, Any]]:
-    """Gives the Orbax module and a reader of trees, and turns whatever they raise into one line."""
+def _open_checkpointer(folder: Path) -> Iterator[tuple[Any, Any]]:
+    """Yields the Orbax module and a pytree checkpointer; its errors become one-line `CheckpointError`s."""
     import orbax.checkpoint as ocp
 
-    with one_line(folder), quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        yield ocp, reader
+    with (
+        single_line_errors(folder),
+        silence_orbax_log(),
+        ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+    ):
+        yield ocp, checkpointer
 
 
 @contextlib.contextmanager
-def one_line(folder: Path, done: str = "read") -> Iterator[None]:
-    """Turns whatever TensorStore and Orbax raise, where a folder cannot be read or written, into one line."""
+def single_line_errors(folder: Path, operation: str = "read") -> Iterator[None]:
+    """Converts exceptions of TensorStore and Orbax to one-line `CheckpointError`s."""
     try:
         yield
     except CheckpointError:
         raise
-    except Exception as error:  # TensorStore's and Orbax's have no common base
-        what = " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError(f"{folder}: cannot be {done}: {what}") from error
+    except Exception as error:  # TensorStore's and Orbax's exceptions have no common base class
+        detail = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(f"{folder}: cannot be {operation}: {detail}") from error
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps Orbax's log, tracebacks among it, from stderr: what goes wrong is raised as well."""
+def silence_orbax_log() -> Iterator[None]:
+    """Suppresses Orbax's log messages, including tracebacks: errors are raised as well."""
     logger = logging.getLogger("absl")
 
-    def other(record: logging.LogRecord) -> bool:
+    def is_not_orbax(record: logging.LogRecord) -> bool:
         return "orbax" not in record.pathname
 
-    logger.addFilter(other)
+    logger.addFilter(is_not_orbax)
     try:
         yield
     finally:
-        logger.removeFilter(other)
-
-
-def nest(leaves_by_name: dict[str, Any]) -> dict[str, Any]:
-    """The tree whose leaves have these names, keys joined with dots."""
-    tree: dict[str, Any] = {}
-    for name, leaf in leaves_by_name.items():
-        *parents, last = name.split(".")
-        place = tree
-        for key in parents:
-            place = place.setdefault(key, {})
-        place[last] = leaf
-    return tree
+        logger.removeFilter(is_not_orbax)
 
 
 def _unstack(params: dict[str, Any], config: LlamaConfig, mesh: Mesh | None) -> dict[str, Any]:
-    """Splits each stacked leaf into its layers, letting go of it before the next."""
+    """Splits each stacked leaf into layers, and frees it before the next."""
     layers: tuple[dict[str, Any], ...] = tuple({} for _ in range(config.num_hidden_layers))
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         for part, stack in params.pop("layers").items():

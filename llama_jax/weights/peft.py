@@ -1,8 +1,8 @@
 """Reads LoRA adapters in the format of Hugging Face's PEFT: adapter_config.json, adapter_model.safetensors.
 
-What PEFT's `save_pretrained` writes of a LoRA, rsLoRA or DoRA adapter for a Llama becomes the settings and
-the tree of `llama_jax.lora`. Fields that change what an adapter computes, and that cannot be honoured, are
-refused by name; the tensors have to be all there, no others, and of shapes that agree.
+A LoRA, rsLoRA or DoRA adapter for a Llama, as PEFT's `save_pretrained` writes it, becomes the settings and
+the tree of `adapters.lora`. Unsupported fields that change what an adapter computes are refused by name;
+missing, unexpected and misshapen tensors are errors.
 """
 
 from __future__ import annotations
@@ -22,124 +22,129 @@ from llama_jax.adapters.lora import Lora
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.ops.adapted import PROJECTIONS
 from llama_jax.weights import adapter_head
+from llama_jax.weights.json_fields import JsonFields
 from llama_jax.weights.names import LEAVES, Leaf
 from llama_jax.weights.safetensors import read_safetensors_header
-from llama_jax.weights.source import TensorInfo, brief, quote, read_f32
+from llama_jax.weights.source import TensorInfo, format_list, quote, read_f32
 
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."  # PEFT's wrappers around the model
-# What PEFT calls the leaves of an adapter; the magnitude's name has had either form.
-A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+NAME_PREFIX = "base_model.model."  # PEFT's wrappers around the model
+# PEFT's tensor names; some versions add ".weight" to the magnitude's name.
+LORA_A, LORA_B, LORA_MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 
 _LEAF_OF = {leaf.hf.split(".")[-2]: leaf for leaf in LEAVES if leaf.path[-1] in PROJECTIONS}
 _NAME = re.compile(
-    rf"{re.escape(PREFIX)}(?P<module>model\.layers\.(?P<layer>\d{{1,4}})\.(?:self_attn|mlp)\.(?P<hf>\w+))"
-    rf"\.(?P<kind>{re.escape(A)}|{re.escape(B)}|{MAGNITUDE})(?:(?<=vector)\.weight)?"
+    rf"{re.escape(NAME_PREFIX)}(?P<module>model\.layers\.(?P<layer>\d{{1,4}})\.(?:self_attn|mlp)\.(?P<hf>\w+))"
+    rf"\.(?P<kind>{re.escape(LORA_A)}|{re.escape(LORA_B)}|{LORA_MAGNITUDE})(?:(?<=vector)\.weight)?"
 )
-# Fields that are read below, or that change nothing of what a finished adapter computes.
+# Fields that are read below, or that do not affect what a trained adapter computes.
 _KNOWN = {"r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "rank_pattern", "alpha_pattern"}
 _KNOWN |= {"init_lora_weights", "bias", "lora_dropout", "exclude_modules", "layers_pattern", "eva_config"}
 _KNOWN |= {"megatron_config", "megatron_core", "qalora_group_size", "runtime_config"}
-_OF_ANY_KIND = {"peft_type", "task_type", "modules_to_save", "auto_mapping", "base_model_name_or_path"}
-_OF_ANY_KIND |= {"revision", "peft_version", "inference_mode"}
-_MOST_PADDING = 64  # how many times its own size an adapter may take, for all modules to have one rank
-_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # that leave the base as it is
+_COMMON_FIELDS = {"peft_type", "task_type", "modules_to_save", "auto_mapping", "base_model_name_or_path"}
+_COMMON_FIELDS |= {"revision", "peft_version", "inference_mode"}
+_MAX_PADDING = 64  # how much larger an adapter may become when all modules are padded to one rank
+_SUPPORTED_INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # these leave the base unchanged
 
 
-def read_lora(description: Path, found: Mapping[str, Any]) -> tuple[Lora, dict[str, Any]]:
-    """Reads an adapter.
+def read_lora(config_path: Path, config: Mapping[str, Any]) -> tuple[Lora, dict[str, Any]]:
+    """Reads a LoRA, rsLoRA or DoRA adapter.
 
     Args:
-      description: its adapter_config.json; the tensors lie beside it.
-      found: what that holds.
+      config_path: its adapter_config.json; the weights are in the same directory.
+      config: the contents of that file.
 
     Returns:
-      Its settings, and its tree as `lora.attach` takes it: f32, layers stacked. Modules of other ranks than
-      the rest (rank_pattern) are padded to the largest, and what they count (alpha_pattern) is put into `b`.
+      The settings, and the adapter's tree for `lora.attach`: f32, layers stacked. Modules of smaller rank
+      (rank_pattern) are zero-padded to the largest rank, and per-module alphas (alpha_pattern) are folded
+      into `b`.
 
     Raises:
-      CheckpointError: if a file is missing or malformed, if the adapter does what llama_jax does not, or if
-        tensors are missing, unexpected or of the wrong shape.
+      CheckpointError: if a file is missing or malformed, the adapter uses an unsupported feature, or tensors
+        are missing, unexpected or of the wrong shape.
     """
-    fields = _Fields(description, found)
-    fields.check()
-    file = tensors_file(description)
-    stored = adapter_head.without_head(found, read_safetensors_header(file))
-    modules, layers = _modules(file, stored, fields)
+    fields = _Fields(config_path, config)
+    fields.check_supported()
+    file = weights_path(config_path)
+    stored = adapter_head.exclude_head(config, read_safetensors_header(file))
+    modules, layers = _find_modules(file, stored, fields)
     rank = max(module.rank for module in modules)
     names = [name for name in PROJECTIONS if any(module.leaf.path[-1] == name for module in modules)]
     settings = fields.settings(rank, names)
-    stated = sum(info.nbytes for info in stored.values())
-    padded = sum(4 * rank * (module.inputs + module.outputs) for module in modules)
-    if padded > _MOST_PADDING * stated:
+    stored_bytes = sum(info.nbytes for info in stored.values())
+    padded_bytes = sum(4 * rank * (module.inputs + module.outputs) for module in modules)
+    if padded_bytes > _MAX_PADDING * stored_bytes:
         raise CheckpointError(
-            f"{file}: {stated:,} bytes become {padded:,} when every module is padded to the largest rank, "
-            f"{rank}; keep the ranks of rank_pattern closer together"
+            f"{file}: {stored_bytes:,} bytes become {padded_bytes:,} when every module is padded to the "
+            f"largest rank, {rank}; keep the ranks of rank_pattern closer together"
         )
-    made: dict[str, Any] = {}
+    tree: dict[str, Any] = {}
     for name in names:
-        own = sorted((m for m in modules if m.leaf.path[-1] == name), key=lambda module: module.layer)
+        by_layer = sorted((m for m in modules if m.leaf.path[-1] == name), key=lambda module: module.layer)
+        first = by_layer[0]
         leaf: dict[str, np.ndarray] = {
-            "a": np.zeros((layers, own[0].inputs, rank), np.float32),
-            "b": np.zeros((layers, rank, own[0].outputs), np.float32),
+            "a": np.zeros((layers, first.inputs, rank), np.float32),
+            "b": np.zeros((layers, rank, first.outputs), np.float32),
         }
         if settings.dora:
-            leaf["magnitude"] = np.zeros((layers, own[0].outputs), np.float32)
-        for module in own:
+            leaf["magnitude"] = np.zeros((layers, first.outputs), np.float32)
+        for module in by_layer:
             arrays = {kind: read_f32(name, stored[name]) for kind, name in module.names.items()}
-            leaf["a"][module.layer, :, : module.rank] = arrays[A].T
-            leaf["b"][module.layer, : module.rank] = arrays[B].T * np.float32(module.scale / settings.scale)
+            leaf["a"][module.layer, :, : module.rank] = arrays[LORA_A].T
+            leaf["b"][module.layer, : module.rank] = arrays[LORA_B].T * np.float32(
+                module.scale / settings.scale
+            )
             if settings.dora:
-                leaf["magnitude"][module.layer] = arrays[MAGNITUDE]
-        made.setdefault(own[0].leaf.path[1], {})[name] = leaf
-    return settings, jax.tree.map(jnp.asarray, {"layers": made})
+                leaf["magnitude"][module.layer] = arrays[LORA_MAGNITUDE]
+        tree.setdefault(first.leaf.path[1], {})[name] = leaf
+    return settings, jax.tree.map(jnp.asarray, {"layers": tree})
 
 
-def check_known(path: Path, fields: Mapping[str, Any], known: set[str]) -> None:
-    """Checks that a description says nothing but what is known.
+def check_fields(path: Path, fields: Mapping[str, Any], known: set[str]) -> None:
+    """Checks that an adapter_config.json has no unknown fields.
 
-    Of any other field, only a value that means "not used" is taken: PEFT's next invention must not be left
-    out in silence.
+    Unknown fields are accepted only with a value that means "not used", so that new features of PEFT are
+    never silently ignored.
 
     Args:
-      path: the description.
-      fields: what it holds.
-      known: the fields of its kind; those of every kind are known.
+      path: the file, for the error message.
+      fields: its contents.
+      known: the known fields of this adapter type, besides those of every type.
 
     Raises:
-      CheckpointError: for the first field that is not.
+      CheckpointError: for the first unknown field.
     """
     for key, value in fields.items():
-        if key not in known | _OF_ANY_KIND and value not in (None, False, "", [], {}):
+        if key not in known | _COMMON_FIELDS and value not in (None, False, "", [], {}):
             raise CheckpointError(
-                f"{path}: {quote(key)} is {quote(str(value))}, which llama_jax does not know or do"
+                f"{path}: {quote(key)} is {quote(str(value))}, which llama_jax does not support"
             )
 
 
-def tensors_file(description: Path) -> Path:
-    """Where an adapter's tensors are.
+def weights_path(config_path: Path) -> Path:
+    """Returns the path of an adapter's weights.
 
     Raises:
-      CheckpointError: if they are there as a pickle alone.
+      CheckpointError: if the adapter has only a pickle.
     """
-    file = description.parent / WEIGHTS
+    file = config_path.parent / WEIGHTS
     if not file.exists() and file.with_suffix(".bin").exists():
         raise CheckpointError(
-            f"{file}: is not there, only adapter_model.bin, a pickle; save it with safe_serialization"
+            f"{file}: missing; there is only adapter_model.bin, a pickle: save with safe_serialization=True"
         )
     return file
 
 
 @dataclasses.dataclass(frozen=True)
 class _Module:
-    """One matrix's adapter, as it is stored.
+    """The stored adapter of one matrix.
 
     Attributes:
       leaf: the matrix.
       layer: its layer.
-      names: the stored name of each of `lora_A`, `lora_B` and the magnitude.
-      rank, inputs, outputs: the sizes of its factors.
-      scale: how much their product counts.
+      names: the stored names of `lora_A`, `lora_B` and the magnitude.
+      rank, inputs, outputs: the dimensions of the low-rank factors.
+      scale: the scaling factor of the low-rank product.
     """
 
     leaf: Leaf
@@ -151,14 +156,14 @@ class _Module:
     scale: float
 
 
-def _modules(file: Path, stored: Mapping[str, TensorInfo], fields: _Fields) -> tuple[list[_Module], int]:
-    """Finds every module's tensors, and how many layers there are.
+def _find_modules(file: Path, stored: Mapping[str, TensorInfo], fields: _Fields) -> tuple[list[_Module], int]:
+    """Returns the adapted modules and the number of layers.
 
     Raises:
       CheckpointError: for tensors that are missing, unexpected or of the wrong shape.
     """
     found: defaultdict[tuple[str, int], dict[str, str]] = defaultdict(dict)
-    kinds = (A, B, MAGNITUDE) if fields.flag("use_dora") else (A, B)
+    kinds = (LORA_A, LORA_B, LORA_MAGNITUDE) if fields.flag("use_dora") else (LORA_A, LORA_B)
     unexpected = []
     for name in stored:
         match = _NAME.fullmatch(name)
@@ -175,81 +180,85 @@ def _modules(file: Path, stored: Mapping[str, TensorInfo], fields: _Fields) -> t
             found[match["hf"], int(match["layer"])][match["kind"]] = name
     if unexpected:
         raise CheckpointError(
-            f"{file}: unexpected tensors: {brief(unexpected, 4)}; an adapter here has {' and '.join(kinds)} "
-            f"of {', '.join(_LEAF_OF)} in every layer, and nothing else"
+            f"{file}: unexpected tensors: {format_list(unexpected, 4)}; only {' and '.join(kinds)} of "
+            f"{', '.join(_LEAF_OF)} are supported"
         )
     projections = {hf for hf, _ in found} | fields.targets()
     layers = 1 + max((layer for _, layer in found), default=0)
     missing = [
-        f"{PREFIX}model.layers.{layer}.*.{hf}.{kind}"
+        f"{NAME_PREFIX}model.layers.{layer}.*.{hf}.{kind}"
         for hf in sorted(projections)
         for layer in range(layers)
         for kind in kinds
         if kind not in found.get((hf, layer), {})
     ]
     if missing or not found:
-        what = brief(missing, 4) if missing else "it has none at all"
+        listed = format_list(missing, 4) if missing else "the file has none"
         raise CheckpointError(
-            f"{file}: missing tensors: {what}; an adapter here has the same projections in every layer"
+            f"{file}: missing tensors: {listed}; an adapter must have the same projections in every layer"
         )
-    wrong, modules = [], []
+    wrong_shapes, modules = [], []
     for (hf, layer), names in found.items():
-        like = [stored[found[hf, 0][kind]].shape for kind in (A, B)]
-        inputs, outputs = (like[0] + (0, 0))[1], (like[1] + (0,))[0]
+        shape_a, shape_b = (stored[found[hf, 0][kind]].shape for kind in (LORA_A, LORA_B))
+        inputs, outputs = (*shape_a, 0, 0)[1], (*shape_b, 0)[0]
         leaf = _LEAF_OF[hf]
         rank, scale = fields.rank_and_scale(leaf.name("hf", layer).removesuffix(".weight"))
-        want = {A: (rank, inputs), B: (outputs, rank), MAGNITUDE: (outputs,)}
-        wrong += [
-            f"{name} {list(stored[name].shape)} should be {list(want[kind])}"
+        expected = {LORA_A: (rank, inputs), LORA_B: (outputs, rank), LORA_MAGNITUDE: (outputs,)}
+        wrong_shapes += [
+            f"{name} {list(stored[name].shape)} should be {list(expected[kind])}"
             for kind, name in names.items()
-            if stored[name].shape != want[kind] or 0 in want[kind]
+            if stored[name].shape != expected[kind] or 0 in expected[kind]
         ]
         modules.append(_Module(leaf, layer, names, rank, inputs, outputs, scale))
-    if wrong:
+    if wrong_shapes:
         raise CheckpointError(
-            f"{file}: wrong shapes by {fields.path.name}: {brief(wrong, 3)}; use those saved together"
+            f"{file}: wrong shapes according to {fields.path.name}: {format_list(wrong_shapes, 3)}; use the "
+            "files that were saved together"
         )
     return modules, layers
 
 
-class _Fields:
-    """The fields of an adapter_config.json, each checked for its type."""
+class _Fields(JsonFields):
+    """The fields of an adapter_config.json."""
 
-    def __init__(self, path: Path, fields: Mapping[str, Any]) -> None:
-        self.path = path
-        self.fields = fields
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.fields.get(key, default)  # PEFT writes null only where it is a value of its own
 
-    def check(self) -> None:
-        """Refuses what cannot be represented."""
+    def check_supported(self) -> None:
+        """Refuses unsupported features."""
         adapter_head.check_task(self.path, self.fields)
         if self.fields.get("bias", "none") != "none":
             raise self.error(
-                f"bias is {quote(str(self.fields['bias']))}; Llama has no biases, only 'none' can be read"
+                f"bias is {quote(str(self.fields['bias']))}; Llama has no biases, only 'none' is supported"
             )
-        start = self.fields.get("init_lora_weights")
-        if start not in _PLAIN_STARTS:
+        init = self.fields.get("init_lora_weights")
+        if init not in _SUPPORTED_INITS:
             raise self.error(
-                f"init_lora_weights is {quote(str(start))}, which changes the base's weights too; convert "
-                "the adapter with PEFT's path_initial_model_for_weight_conversion"
+                f"init_lora_weights is {quote(str(init))}, which changes the base weights too; convert the "
+                "adapter with PEFT's path_initial_model_for_weight_conversion"
             )
-        check_known(self.path, self.fields, _KNOWN)
+        check_fields(self.path, self.fields, _KNOWN)
 
     def settings(self, rank: int, names: list[str]) -> Lora:
-        return Lora(
-            rank, self.number("lora_alpha"), tuple(names), self.flag("use_rslora"), self.flag("use_dora")
-        )
+        return Lora(rank, self.alpha(), tuple(names), self.flag("use_rslora"), self.flag("use_dora"))
+
+    def alpha(self) -> float:
+        return self.number("lora_alpha", 8, positive=True)
+
+    def flag(self, key: str) -> bool:
+        return self.fields.get(key) is not None and super().flag(key)
 
     def targets(self) -> set[str]:
-        """The projections that the list of target_modules names. Nothing of a regular expression."""
+        """The projections in the list target_modules; empty if it is a regular expression."""
         value = self.fields.get("target_modules")
         if not isinstance(value, list):
             return set()
         return {str(name).rpartition(".")[2] for name in value} & _LEAF_OF.keys()
 
     def rank_and_scale(self, module: str) -> tuple[int, float]:
-        """A module's own rank, and how much its product counts."""
+        """Returns a module's rank and scaling factor."""
         rank = self.pattern("rank_pattern", module, self.fields.get("r", 8))
-        alpha = self.pattern("alpha_pattern", module, self.number("lora_alpha"))
+        alpha = self.pattern("alpha_pattern", module, self.alpha())
         if type(rank) is not int or not 0 < rank < 1 << 31:
             raise self.error(f"r is {quote(str(rank))}; it must be a whole number, at least 1")
         if type(alpha) not in (int, float):
@@ -262,31 +271,16 @@ class _Fields:
             ) from None
 
     def pattern(self, key: str, module: str, default: Any) -> Any:
-        """The value of the first of the patterns that a module's name ends with."""
+        """Returns the value of the first pattern that matches the end of a module's name."""
         patterns = self.fields.get(key) or {}
         if not isinstance(patterns, dict):
             raise self.error(f"{key} is {quote(str(patterns))}; it must be an object")
         for pattern, value in patterns.items():
             if not re.fullmatch(r"\^?[\w.]+", pattern):
                 raise self.error(
-                    f"{key} has {quote(pattern)}; only names of modules can be read, no expressions"
+                    f"{key} has {quote(pattern)}; only module names are supported, no regular expressions"
                 )
-            whole = pattern.removeprefix("^")
-            if module == whole or (whole == pattern and module.endswith(f".{whole}")):
+            name = pattern.removeprefix("^")
+            if module == name or (name == pattern and module.endswith(f".{name}")):
                 return value
         return default
-
-    def flag(self, key: str) -> bool:
-        value = self.fields.get(key, False)
-        if value not in (None, True, False):
-            raise self.error(f"{key} is {quote(str(value))}; it must be true or false")
-        return bool(value)
-
-    def number(self, key: str) -> float:
-        value = self.fields.get(key, 8)
-        if type(value) not in (int, float) or not 0 < value < 1e30:
-            raise self.error(f"{key} is {quote(str(value))}; it must be a finite number above 0")
-        return float(value)
-
-    def error(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {what}")

@@ -1,12 +1,12 @@
-"""What a training run's directory holds: its steps, what each says of itself, and why each is kept.
+"""A training run's directory: its steps, their metadata, and the retention policies of checkpoints.
 
 RUN/config.toml  metrics.jsonl  tokenizer.*
 RUN/checkpoints/STEP/  checksums.json
-                       params/     the parameters, an Orbax tree by themselves
-                       state/      what else training needs, an Orbax tree
-                       data/       process_N.json: where each process was in its data
-                       metrics/    metrics: what best is judged by
-                       run/        run.json: the model, and what the trainer says of the run
+                       params/     the parameters, an Orbax tree
+                       state/      the rest of the training state, an Orbax tree
+                       data/       process_N.json: each process's data iterator state
+                       metrics/    metrics: used to select the best steps
+                       run/        run.json: the model configuration and the trainer's metadata
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from typing import Any
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.weights import manifest
-from llama_jax.weights.safetensors import read_json
-from llama_jax.weights.source import quote, reason
+from llama_jax.weights.json_fields import read_json
+from llama_jax.weights.source import os_error_reason, quote
 
 CHECKPOINTS = "checkpoints"
 PARAMS, STATE, DATA, METRICS, RUN = "params", "state", "data", "metrics", "run"
-RECORD = "run.json"
-METRIC = "eval_loss"  # the metric that the best steps have least of
-DAMAGED = ".damaged"  # what is put behind the name of a step that is set aside
+STEP_METADATA_FILE = "run.json"
+BEST_METRIC = "eval_loss"  # lower is better
+DAMAGED_SUFFIX = ".damaged"  # appended to the name of a damaged step's directory
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
-    """What a step says of itself.
+class StepMetadata:
+    """The metadata of a saved step.
 
     Attributes:
-      step: how many updates the parameters have had.
-      config: the model.
-      metrics: what was measured at this step, by name.
-      keep: how many steps the run keeps, as `keep_policies` takes them.
-      run: what else the trainer noted.
+      step: number of optimizer updates.
+      config: the model configuration.
+      metrics: metrics at this step, by name.
+      keep: the run's retention settings, as for `keep_policies`.
+      run: other metadata of the trainer.
       time: when the step was saved.
     """
 
@@ -53,12 +53,12 @@ class Record:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a directory is a training run's, with or without checkpoints."""
+    """Whether a directory is that of a training run, with or without checkpoints."""
     return (path / CHECKPOINTS).is_dir() or (path / "config.toml").is_file()
 
 
 def step_folders(run: Path) -> dict[int, Path]:
-    """Returns the folders of a run's saved steps, oldest first; nothing says yet that they are whole.
+    """Returns the directories of a run's saved steps, oldest first; their files are not checked.
 
     Raises:
       CheckpointError: if the directory cannot be read.
@@ -67,36 +67,37 @@ def step_folders(run: Path) -> dict[int, Path]:
     try:
         names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.exists() else []
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be read: {reason(error)}; check its permissions") from None
+        raise CheckpointError(
+            f"{folder}: cannot be read: {os_error_reason(error)}; check its permissions"
+        ) from None
     steps = sorted(int(name) for name in names if name.isascii() and name.isdigit() and len(name) < 19)
     return {step: folder / str(step) for step in steps if (folder / str(step)).is_dir()}
 
 
-def read_record(step: Path) -> Record:
-    """Reads what the step in a folder says of itself.
+def read_step_metadata(step: Path) -> StepMetadata:
+    """Reads the metadata of the step in a directory.
 
     Raises:
-      CheckpointError: if a file is missing, or not what the trainer writes.
+      CheckpointError: if a file is missing or malformed.
     """
-    path = step / RUN / RECORD
+    path = step / RUN / STEP_METADATA_FILE
     fields = read_json(path)
     metrics = read_json(step / METRICS / METRICS) if (step / METRICS).exists() else {}
-    parts = [fields.get(name) for name in ("model", "keep", "run")]
+    model, keep, run = sections = [fields.get(name) for name in ("model", "keep", "run")]
     seconds = fields.get("time")
-    known = type(fields.get("step")) is int and all(isinstance(part, dict) for part in parts)
-    if not known or type(seconds) is not float or not 0 <= seconds < 1e11:
-        raise CheckpointError(f"{path}: not what the trainer writes: step, time, model, keep and run")
-    model, keep, run = parts
+    valid = type(fields.get("step")) is int and all(isinstance(section, dict) for section in sections)
+    if not valid or type(seconds) is not float or not 0 <= seconds < 1e11:
+        raise CheckpointError(f"{path}: not written by the trainer: it needs step, time, model, keep and run")
     numbers = {name: value for name, value in metrics.items() if type(value) in (int, float)}
     time = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-    return Record(fields["step"], read_model(path, model), numbers, keep or {}, run or {}, time)
+    return StepMetadata(fields["step"], config_from_fields(path, model), numbers, keep or {}, run or {}, time)
 
 
-def read_model(path: Path, fields: Any) -> LlamaConfig:
-    """Makes a configuration of its fields as `dataclasses.asdict` gives them.
+def config_from_fields(path: Path, fields: Any) -> LlamaConfig:
+    """Builds a configuration from its fields, as `dataclasses.asdict` returns them.
 
     Raises:
-      CheckpointError: for fields that it does not have, or values that cannot work.
+      CheckpointError: for unknown fields or invalid values.
     """
     try:
         fields = dict(fields)
@@ -105,29 +106,29 @@ def read_model(path: Path, fields: Any) -> LlamaConfig:
         fields["labels"] = tuple(fields.get("labels", ()))
         return LlamaConfig(**fields)
     except (TypeError, ValueError, ConfigError) as error:
-        what = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path}: does not describe a model: {quote(what)}") from None
+        detail = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: invalid model configuration: {quote(detail)}") from None
 
 
 def keep_policies(keep: Mapping[str, float]) -> dict[str, Any]:
-    """Returns Orbax's preservation policies by the words that explain them.
+    """Returns Orbax's preservation policies, by a short description of each.
 
     Args:
-      keep: by the names of the trainer's settings: `keep` newest steps, `best` steps of the least held-out
-        loss, every `keep_every`-th step, and one in `keep_hours` hours; 0 is none.
+      keep: the trainer's settings by name: the `keep` newest steps, the `best` steps with the lowest
+        eval_loss, every `keep_every`-th step, and one in `keep_hours` hours; 0 disables a policy.
     """
     from orbax.checkpoint import checkpoint_managers as policies
 
     def loss(metrics: Any) -> float:
-        value = (metrics or {}).get(METRIC, math.inf)
-        return value if value == value else math.inf  # not a number is no best
+        value = (metrics or {}).get(BEST_METRIC, math.inf)
+        return value if value == value else math.inf  # NaN is never the best
 
     newest, best = int(keep.get("keep", 1)), int(keep.get("best", 0))
     every, hours = int(keep.get("keep_every", 0)), float(keep.get("keep_hours", 0))
     named: dict[str, Any] = {"newest" if newest == 1 else f"newest {newest}": policies.LatestN(newest)}
     if best:
-        words = "least held-out loss" if best == 1 else f"least held-out loss, {best} steps"
-        named[words] = policies.BestN(get_metric_fn=loss, reverse=True, n=best)
+        name = "lowest eval_loss" if best == 1 else f"lowest eval_loss, {best} steps"
+        named[name] = policies.BestN(get_metric_fn=loss, reverse=True, n=best)
     if every:
         named[f"every {every}"] = policies.EveryNSteps(every)
     if hours:
@@ -135,37 +136,37 @@ def keep_policies(keep: Mapping[str, float]) -> dict[str, Any]:
     return named
 
 
-def why_kept(records: list[Record]) -> list[list[str]]:
-    """Returns for each of a run's steps, oldest first, why it is kept by the newest one's settings."""
+def retention_reasons(steps: list[StepMetadata]) -> list[list[str]]:
+    """Returns the names of the policies that keep each step (oldest first), by the newest step's settings."""
     from orbax.checkpoint import checkpoint_managers as policies
 
-    if not records:
+    if not steps:
         return []
     context = policies.PreservationContext()
-    reasons: list[list[str]] = [[] for _ in records]
-    for words, policy in keep_policies(records[-1].keep).items():
-        for row, kept in zip(reasons, policy.should_preserve(records, context=context), strict=True):
-            row.extend([words] if kept else [])
+    reasons: list[list[str]] = [[] for _ in steps]
+    for name, policy in keep_policies(steps[-1].keep).items():
+        for step_reasons, kept in zip(reasons, policy.should_preserve(steps, context=context), strict=True):
+            step_reasons.extend([name] if kept else [])
     return reasons
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step of a run, as a listing shows it.
+    """A saved step, for listings.
 
     Attributes:
-      step: its number.
-      nbytes: what it takes on disk.
-      record: what it says of itself; None where that cannot be read.
-      problem: what is wrong with it as far as names, sizes and small files tell, or None.
-      kept: why it is kept; a step with no reason is removed after the next save.
+      step: number of optimizer updates.
+      nbytes: size on disk.
+      metadata: its metadata; None if it cannot be read.
+      problem: the error found by checking names, sizes and small files, or None.
+      kept_by: the policies that keep it; a step without one is removed after the next save.
     """
 
     step: int
     nbytes: int
-    record: Record | None
+    metadata: StepMetadata | None
     problem: str | None
-    kept: list[str]
+    kept_by: list[str]
 
 
 def list_steps(run: Path) -> list[Step]:
@@ -175,10 +176,11 @@ def list_steps(run: Path) -> list[Step]:
         nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         try:
             manifest.verify(folder, quick=True)
-            steps.append(Step(number, nbytes, read_record(folder), None, []))
+            steps.append(Step(number, nbytes, read_step_metadata(folder), None, []))
         except CheckpointError as error:
             steps.append(Step(number, nbytes, None, str(error), []))
-    whole = [step for step in steps if step.record is not None]
-    for step, kept in zip(whole, why_kept([step.record for step in whole if step.record]), strict=True):
-        step.kept.extend(kept)
+    intact = [step for step in steps if step.metadata is not None]
+    reasons = retention_reasons([step.metadata for step in intact if step.metadata])
+    for step, kept_by in zip(intact, reasons, strict=True):
+        step.kept_by.extend(kept_by)
     return steps

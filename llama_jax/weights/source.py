@@ -1,4 +1,4 @@
-"""What every reader gives: a checkpoint open for reading, one tensor at a time."""
+"""`Source`, which every reader returns: an open checkpoint that is read one tensor at a time."""
 
 from __future__ import annotations
 
@@ -16,25 +16,28 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError
 from llama_jax.weights.names import Format
 
-# The dtypes that every format spells alike; all are little-endian, as the formats prescribe.
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in total, and the tensor or file
+
+# The dtype names that all formats share. Every format is little-endian.
 FLOAT_DTYPES: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(jnp.bfloat16),
 }
+DTYPE_NAMES: Mapping[np.dtype[Any], str] = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies and what it is.
+    """The shape, dtype and file location of one tensor.
 
     Attributes:
       shape: dimensions in C order, slowest first.
-      dtype: the file's own name for the element type or quantisation, such as BF16 or Q4_1.
-      nbytes: bytes in the file.
-      file: the file that holds them.
-      offset: their place in it, in bytes.
+      dtype: the file's own name of the element type or quantization, such as BF16 or Q4_1.
+      nbytes: size in the file, in bytes.
+      file: the file that stores the tensor.
+      offset: position in the file, in bytes.
     """
 
     shape: tuple[int, ...]
@@ -46,30 +49,30 @@ class TensorInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A checkpoint whose headers have been read and checked; no tensor data has.
+    """An open checkpoint. Its headers are read and checked; no tensor data is read yet.
 
     Attributes:
-      format: the format's short name.
-      path: what was opened.
-      why: how the format was recognised, for people.
-      config: the model it holds.
-      tensors: the format's own names, in the file's order.
-      decode: turns a tensor's bytes into an array of its shape.
-      metadata: what else the headers say.
-      home: the directory where the model's tokenizer is, if it is not in or beside `path`.
+      format: short name of the format.
+      path: the path that was opened.
+      detected_by: how the format was detected, as a readable phrase.
+      config: the model configuration.
+      tensors: tensors by the format's own names, in file order.
+      decode: converts a tensor's raw bytes to an array of its shape.
+      metadata: other header fields.
+      tokenizer_dir: the directory of the model's tokenizer, if it is not in or beside `path`.
     """
 
     format: Format
     path: Path
-    why: str
+    detected_by: str
     config: LlamaConfig
     tensors: Mapping[str, TensorInfo]
     decode: Callable[[str, TensorInfo, np.ndarray], np.ndarray] = dataclasses.field(repr=False)
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
-    home: Path | None = None
+    tokenizer_dir: Path | None = None
 
     def read(self, name: str) -> np.ndarray:
-        """Reads one tensor: floats in their own dtype, quantised ones dequantised to f32.
+        """Reads one tensor: floats in their own dtype, quantized types dequantized to f32.
 
         Raises:
           CheckpointError: if there is no such tensor, or its bytes can no longer be read.
@@ -83,13 +86,15 @@ class Source:
 def read_bytes(name: str, info: TensorInfo) -> np.ndarray:
     """Reads a tensor's bytes as uint8 [nbytes].
 
-    Read, not memory-mapped: the peak stays at one tensor, and a file that another process cuts short
-    is an error here instead of a fatal signal.
+    The file is read and not memory-mapped: peak host memory is one tensor, and a file that another process
+    truncates raises an error here instead of SIGBUS.
     """
     try:
         raw = np.fromfile(info.file, np.uint8, count=info.nbytes, offset=info.offset)
     except OSError as error:
-        raise CheckpointError(f"{info.file}: cannot read tensor {quote(name)}: {reason(error)}") from error
+        raise CheckpointError(
+            f"{info.file}: cannot read tensor {quote(name)}: {os_error_reason(error)}"
+        ) from error
     if raw.size != info.nbytes:
         raise CheckpointError(
             f"{info.file}: tensor {quote(name)} needs {info.nbytes} bytes at offset {info.offset} but only "
@@ -99,21 +104,22 @@ def read_bytes(name: str, info: TensorInfo) -> np.ndarray:
 
 
 def decode_floats(name: str, info: TensorInfo, raw: np.ndarray) -> np.ndarray:
-    """Views bytes as the plain floating-point tensor they are."""
+    """Views raw bytes as an array of the tensor's floating-point dtype and shape."""
     return raw.view(FLOAT_DTYPES[info.dtype]).reshape(info.shape)
 
 
 def read_f32(name: str, info: TensorInfo) -> np.ndarray:
-    """Reads a plain tensor of any floating-point type as f32."""
+    """Reads a tensor of any floating-point dtype as f32."""
     return decode_floats(name, info, read_bytes(name, info)).astype(np.float32)
 
 
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """Opens a regular file for reading, and says how many bytes it has.
+    """Opens a regular file for reading; yields the file and its size in bytes.
 
     Raises:
-      CheckpointError: if it is missing or no regular file, or cannot be read, here or in the block.
+      CheckpointError: if the file is missing or not a regular file, or if reading it fails, here or in the
+        `with` block.
     """
     try:
         if not path.is_file():
@@ -122,40 +128,43 @@ def open_file(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         with path.open("rb") as file:
             yield file, os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {reason(error)}; check its permissions") from error
+        raise CheckpointError(
+            f"{path}: cannot be read: {os_error_reason(error)}; check its permissions"
+        ) from error
 
 
-def reason(error: OSError) -> str:
-    """Returns an operating system error's words, on one line."""
+def os_error_reason(error: OSError) -> str:
+    """Returns the operating system's error message, without path and errno."""
     return error.strerror or type(error).__name__
 
 
 def check_overlaps(path: Path, spans: Iterable[tuple[int, int, str]]) -> None:
-    """Refuses tensors that share bytes of a file.
+    """Checks that no two tensors of a file overlap.
 
     Args:
-      spans: (first byte, byte past the last, name) of each tensor.
+      path: the file, for the error message.
+      spans: (first byte, end byte (exclusive), name) of each tensor.
 
     Raises:
-      CheckpointError: naming the first two that overlap.
+      CheckpointError: naming the first two tensors that overlap.
     """
     last_end, last_name = 0, ""
     for begin, end, name in sorted(spans):
         if begin < last_end:
             raise CheckpointError(
                 f"{path}: tensors {quote(last_name)} and {quote(name)} overlap at byte {begin}; the file is "
-                "malformed, get it again"
+                "malformed, download it again"
             )
         last_end, last_name = end, name
 
 
 def quote(name: str) -> str:
-    """Quotes a name that a file gave, for a one-line message: escaped, and at most about 80 characters."""
+    """Quotes a string from a file for a one-line message: escaped, and truncated to about 80 characters."""
     return repr(name if len(name) <= 80 else name[:77] + "...")
 
 
-def brief(items: Iterable[str], limit: int = 20) -> str:
-    """Joins items with commas for a one-line message, at most `limit` of them."""
+def format_list(items: Iterable[str], limit: int = 20) -> str:
+    """Joins at most `limit` items with commas for a one-line message, and counts the rest."""
     shown = list(items)
     rest = len(shown) - limit
     return ", ".join(shown[:limit]) + (f" and {rest} more" if rest > 0 else "")

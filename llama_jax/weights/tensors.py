@@ -1,8 +1,7 @@
-"""A model's tensors, whatever holds them: what every writer takes, one tensor at a time.
+"""The interface between readers and writers: a model's tensors, read one at a time in a common layout.
 
-Between formats a tensor is as Hugging Face stores it: matrices [out, in], rotary dimensions in split
-halves, one for each layer. Most formats store just that, so that a conversion moves rows and never
-transposes a matrix.
+The common layout is Hugging Face's: matrices [out, in], rotary dimensions in split halves, one tensor per
+layer. Most formats store the same or permute rows, so that conversions never transpose a matrix.
 """
 
 from __future__ import annotations
@@ -14,18 +13,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from llama_jax.config import LlamaConfig
-from llama_jax.weights.check import check_tensors
 from llama_jax.weights.names import STACKED, Leaf
 from llama_jax.weights.orbax import OrbaxSource
 from llama_jax.weights.source import FLOAT_DTYPES, Source
+from llama_jax.weights.validation import validate_tensors
 
 
 class Tensors(Protocol):
     """The tensors of one model.
 
     Attributes:
-      config: the model; `names.leaves(config)` are its leaves.
-      stacked: whether all layers of a leaf are best read one after the other.
+      config: the model configuration; `names.leaves(config)` are the leaves.
+      stacked: whether all layers of a leaf should be read consecutively, because they are stored stacked.
     """
 
     @property
@@ -35,24 +34,24 @@ class Tensors(Protocol):
     def stacked(self) -> bool: ...
 
     def dtype(self, leaf: Leaf, layer: int | None) -> np.dtype[Any]:
-        """The dtype that `read` gives, known without reading."""
+        """Returns the dtype of `read`'s result without reading the tensor."""
 
     def read(self, leaf: Leaf, layer: int | None) -> np.ndarray:
-        """Reads one tensor: `leaf.stored_shape(config, "hf")`. May be called from several threads.
+        """Reads one tensor of shape `leaf.stored_shape(config, "hf")`. Thread-safe.
 
         Raises:
-          CheckpointError: if it cannot be read.
+          CheckpointError: if the tensor cannot be read.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensors:
-    """Those of a checkpoint, checked on opening to be the ones that its configuration asks for."""
+    """The tensors of a checkpoint, validated against its configuration on construction."""
 
     source: Source
 
     def __post_init__(self) -> None:
-        check_tensors(self.source)
+        validate_tensors(self.source)
 
     @property
     def config(self) -> LlamaConfig:
@@ -71,16 +70,16 @@ class StoredTensors:
         if isinstance(source, OrbaxSource):
             return leaf.to_stored(source.read_layer(leaf.orbax, layer), self.config, "hf")
         array = source.read(leaf.name(source.format, layer))
-        return leaf.reordered(array, self.config, source.format, "hf")
+        return leaf.convert_layout(array, self.config, source.format, "hf")
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamsTensors:
-    """Those of parameters in memory, stacked or not, on one device or many.
+    """The tensors of parameters in memory, stacked or not, on one device or many.
 
     Attributes:
-      config: the model.
-      params: its parameters.
+      config: the model configuration.
+      params: the parameters.
     """
 
     config: LlamaConfig
@@ -95,7 +94,7 @@ class ParamsTensors:
         return leaf.to_stored(np.asarray(array if index is None else array[index]), self.config, "hf")
 
     def _leaf(self, leaf: Leaf, layer: int | None) -> tuple[Any, int | None]:
-        """The array that holds the leaf, and the index at which it is stacked there."""
+        """Returns the array of the leaf, and the layer index in it if it is stacked."""
         value: Any = self.params
         for key in leaf.path:
             value = value[key]
