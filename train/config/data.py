@@ -1,4 +1,4 @@
-"""What a run reads: which files, in what proportions, and how much is held out."""
+"""`[data]`: the files that a run reads, their mixture, and the validation set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from llama_jax.errors import ConfigError
 
-from .checks import one_of
+from .checks import check_one_of
 
 Format = Literal["auto", "text", "jsonl", "parquet", "arrayrecord", "tokens"]
 BadRecords = Literal["fail", "skip"]
@@ -21,15 +21,15 @@ class SourceConfig:
 
     Attributes:
       files: a glob (`**` is any number of folders) relative to the current directory, or a folder that
-        `python -m llama_jax.train.data` wrote; `{stdlib}` is the folder of the running Python's standard library.
-      exclude: patterns (`*` matches slashes too) of paths to leave out.
-      format: `auto` goes by the files' names: .jsonl and .ndjson, .parquet, .arrayrecord, a folder of
-        token ids, and anything else is text.
-      field: the JSON field or Parquet column that holds the text.
-      weight: this source's share of the tokens, against the other sources' weights.
+        `python -m llama_jax.train.data` wrote; `{stdlib}` is the directory of Python's standard library.
+      exclude: patterns of paths to leave out; `*` matches slashes too.
+      format: `auto` detects it from the file names: .jsonl and .ndjson, .parquet, .arrayrecord, a folder of
+        token ids; everything else is text.
+      field: the JSON field or Parquet column with the text.
+      weight: this source's share of the tokens, relative to the other sources' weights.
 
     Raises:
-      ConfigError: for a value that cannot work, naming field and value.
+      ConfigError: for an invalid value, naming field and value.
     """
 
     files: str
@@ -42,11 +42,11 @@ class SourceConfig:
         object.__setattr__(self, "exclude", _patterns(self.exclude))
         if not isinstance(self.files, str) or not self.files:
             raise ConfigError(
-                f"data.files is {self.files!r}; give a file, or a glob such as 'corpus/**/*.txt'"
+                f"data.files is {self.files!r}; use a file, or a glob such as 'corpus/**/*.txt'"
             )
         if not isinstance(self.field, str) or not self.field:
-            raise ConfigError(f"data.field is {self.field!r}; give the name of the field that holds the text")
-        one_of("data.format", self.format, get_args(Format))
+            raise ConfigError(f"data.field is {self.field!r}; use the name of the field with the text")
+        check_one_of("data.format", self.format, get_args(Format))
         if not _is_number(self.weight) or not 0 < self.weight < math.inf:
             raise ConfigError(
                 f"data.weight is {self.weight!r} (files {self.files!r}); it must be a finite number above 0"
@@ -55,25 +55,24 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Everything a run reads: one source, or a mixture of several.
+    """The data of a run: one source, or a mixture of several.
 
     Attributes:
       files, exclude, format, field: the one source, as in `SourceConfig`.
       mixture: several sources instead, `[[data.mixture]]` in TOML.
-      validation_fraction: the share of documents kept for evaluation and never trained on, in [0, 1).
-      bad_records: whether a record that cannot be read stops the run or is skipped and counted.
-      shuffle: whether documents come in an order of (seed, epoch) rather than as they lie.
-      workers: processes that read and tokenize; 0 is a thread of this one. The batches are the same.
-      validation_files: a glob of files that are the held-out set, in place of a share of the others; of the
-        format and field of the first source.
-      template: how finetuning puts conversations: `llama-2`, `chatml`, or a file in Jinja; empty takes the
-        one that came with the model.
-      too_long: what finetuning does with an example longer than a row: dropped and counted, truncated as
-        examples.py says, or the run stops.
-      labels: a classifier's classes, which its records give by name or by number, from 0.
+      validation_fraction: fraction of documents in the validation set, in [0, 1).
+      bad_records: whether a record that cannot be read stops the run, or is skipped and counted.
+      shuffle: whether the order of documents is a function of (seed, epoch), or the file order.
+      workers: processes that read and tokenize; 0 uses a thread. The batches are the same.
+      validation_files: a glob of validation files, instead of a fraction of the others; with the format
+        and field of the first source.
+      template: finetuning's chat template: `llama-2`, `chatml`, or a Jinja file; empty is the model's own.
+      too_long: what happens to a finetuning example longer than a row: it is dropped and counted, truncated
+        (see `train.data.examples`), or stops the run.
+      labels: a classifier's class names; records contain the name or the index, from 0.
 
     Raises:
-      ConfigError: for a value that cannot work, naming field and value.
+      ConfigError: for an invalid value, naming field and value.
     """
 
     files: str = ""
@@ -94,12 +93,12 @@ class DataConfig:
         object.__setattr__(self, "exclude", _patterns(self.exclude))
         object.__setattr__(self, "mixture", tuple(self.mixture))
         if self.files and self.mixture:
-            raise ConfigError(f"data.files is {self.files!r} beside data.mixture; give one or the other")
+            raise ConfigError(f"data.files is {self.files!r} and data.mixture is set too; set one of them")
         if not _is_number(self.validation_fraction) or not 0 <= self.validation_fraction < 1:
             raise ConfigError(
                 f"data.validation_fraction is {self.validation_fraction!r}; it must be at least 0 and below 1"
             )
-        one_of("data.bad_records", self.bad_records, get_args(BadRecords))
+        check_one_of("data.bad_records", self.bad_records, get_args(BadRecords))
         if not isinstance(self.shuffle, bool):
             raise ConfigError(f"data.shuffle is {self.shuffle!r}; it must be true or false")
         if isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 0:
@@ -107,22 +106,22 @@ class DataConfig:
         for name in ("validation_files", "template"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"data.{name} is {getattr(self, name)!r}; it must be a string")
-        one_of("data.too_long", self.too_long, get_args(TooLong))
+        check_one_of("data.too_long", self.too_long, get_args(TooLong))
         object.__setattr__(self, "labels", _names(self.labels))
         if self.files:
             _ = self.sources
 
     @property
-    def share(self) -> float:
-        """The share of the sources' own documents that is held out."""
+    def source_validation_fraction(self) -> float:
+        """Fraction of the sources' own documents in the validation set: 0 with `validation_files`."""
         return 0.0 if self.validation_files else self.validation_fraction
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
-        """The sources, one or several.
+        """The one source, or the mixture.
 
         Raises:
-          ConfigError: if there is none.
+          ConfigError: if `files` is invalid.
         """
         return self.mixture or (SourceConfig(self.files, self.exclude, self.format, self.field),)
 
@@ -130,14 +129,14 @@ class DataConfig:
 def _patterns(value: Any) -> tuple[str, ...]:
     patterns = (value,) if isinstance(value, str) else value
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise ConfigError(f"data.exclude is {value!r}; give a list of patterns such as '*/tests/*'")
+        raise ConfigError(f"data.exclude is {value!r}; use a list of patterns such as '*/tests/*'")
     return tuple(patterns)
 
 
 def _names(value: Any) -> tuple[str, ...]:
     whole = isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
     if not whole or len(set(value)) != len(value) or len(value) == 1:
-        raise ConfigError(f"data.labels is {value!r}; give a list of the names of two classes or more")
+        raise ConfigError(f"data.labels is {value!r}; use a list of two or more different class names")
     return tuple(value)
 
 

@@ -3,13 +3,13 @@
     data = open_data(config, tokenizer, seq_len=1024, batch_size=64, seed=0)
     batches = data.train()
     batch = next(batches)        # tokens, segment_ids, positions: int32 [rows of this process, seq_len]
-                                 # and, of finetuning's objectives, mask: int32, value: f32
-    saved = batches.state()      # of the batches handed out, for the checkpoint
+                                 # and, for finetuning, mask: int32, value: f32
+    state = batches.state()      # position in the data after the batches returned so far, for the checkpoint
 
-files.py finds files; lines.py and tables.py read their records; source.py makes documents of token ids of
-them; lanes.py orders and packs those; batches.py makes batches ahead of the step. For finetuning, forms.py
-reads records into examples, examples.py encodes them, packing.py makes rows of whole ones, and show.py
-prints them. opening.py, parts.py and dataset.py put it all together.
+files.py finds files; lines.py and tables.py read their records; source.py encodes them as documents of token
+ids; lanes.py orders and packs documents; batches.py prefetches batches. For finetuning, formats.py reads
+records into examples, examples.py encodes them, packing.py packs whole examples into rows, and show.py prints
+them. opening.py, parts.py and dataset.py combine all of this.
 """
 
 from ..config.data import DataConfig, SourceConfig

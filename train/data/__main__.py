@@ -1,4 +1,4 @@
-"""`python -m llama_jax.train.data CONFIG OUT_DIR`: tokenizes a run's data beforehand."""
+"""`python -m llama_jax.train.data CONFIG OUT_DIR`: tokenizes a run's data ahead of time."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from llama_jax.tokenizer import Tokenizer, load_tokenizer
 from ..config.data import BadRecords, DataConfig, SourceConfig
 from ..config.read import load_config
 from .encode import Encoder
-from .lanes import counted
-from .write import folder, write_tokens
+from .lanes import format_counts
+from .write import atomic_directory, write_tokens
 
 EXAMPLES = """
 python -m llama_jax.train.data configs/llama2_7b.toml tokens --tokenizer.path tokenizer.model
@@ -31,32 +31,32 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command.
 
     Raises:
-      LlamaJaxError: for bad input, the data's or the command line's.
+      LlamaJaxError: for bad data or bad arguments.
     """
     parser = Parser(
         "python -m llama_jax.train.data",
-        "Tokenize the data of a run once, instead of as it trains. Settings are given as to llama-jax train.",
+        "Tokenize the data of a run once, instead of during training. Takes the settings of llama-jax train.",
         EXAMPLES,
     )
     parser.add_argument("config", metavar="CONFIG", help="the run's TOML file")
-    parser.add_argument("out", metavar="OUT_DIR", help="a folder that does not exist yet")
+    parser.add_argument("out", metavar="OUT_DIR", help="a directory that does not exist yet")
     args = parser.parse(argv[:2])
     config = load_config(args.config, argv[2:])
     if config.train.objective != "pretrain":
         raise ConfigError(
-            f'train.objective is "{config.train.objective}", whose examples are tokenized as it trains; only '
-            "the text of pretraining is tokenized beforehand"
+            f'train.objective is "{config.train.objective}", whose examples are tokenized during training; '
+            "only pretraining text can be tokenized ahead of time"
         )
     if not config.tokenizer.path:
         raise ConfigError(
-            "tokenizer.path is not set; make a vocabulary with `llama-jax tokenizer train`, and give its "
-            "path here and to the run"
+            "tokenizer.path is not set; train a vocabulary with `llama-jax tokenizer train`, and set its "
+            "path here and for the run"
         )
     tokenize(config.data, load_tokenizer(loading.resolve(config.tokenizer.path)), Path(args.out))
 
 
 def tokenize(config: DataConfig, tokenizer: Tokenizer, out: Path) -> None:
-    """Writes `out`, with a folder 0, 1, ... in it for each source of a mixture; reports on stderr.
+    """Writes the directory `out`, with a subdirectory 0, 1, ... per source of a mixture; reports on stderr.
 
     Raises:
       DataError: if the data cannot be read, or `out` exists or cannot be written.
@@ -66,9 +66,9 @@ def tokenize(config: DataConfig, tokenizer: Tokenizer, out: Path) -> None:
         _tokenize(config.sources[0], encode, out, config.bad_records)
         terminal.note(f"train with data.files = {str(out)!r}")
         return
-    with folder(out) as whole:
+    with atomic_directory(out) as partial:
         for i, source in enumerate(config.mixture):
-            _tokenize(source, encode, whole / str(i), config.bad_records)
+            _tokenize(source, encode, partial / str(i), config.bad_records)
     names = ", ".join(repr(str(out / str(i))) for i in range(len(config.mixture)))
     terminal.note(f"train with the files of data.mixture, in this order: {names}")
 
@@ -77,17 +77,17 @@ def _tokenize(source: SourceConfig, encode: Encoder, out: Path, bad_records: Bad
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"tokenizing {source.files}", total=None)
-        made = write_tokens(
+        result = write_tokens(
             source,
             encode,
             out,
             bad_records=bad_records,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    skipped = f"; skipped: {counted(made['skipped'])}" if made["skipped"] else ""
+    skipped = f"; skipped: {format_counts(result['skipped'])}" if result["skipped"] else ""
     terminal.note(
-        f"{source.files}: {made['documents']} documents, {made['tokens']} tokens, "
-        f"{terminal.human_bytes(made['bytes'])} of text{skipped}"
+        f"{source.files}: {result['documents']} documents, {result['tokens']} tokens, "
+        f"{terminal.human_bytes(result['bytes'])} of text{skipped}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The batches that a process trains on, made ahead of it, and where they have got to."""
+"""The batches that a process trains on, prefetched, with their checkpointable state."""
 
 from __future__ import annotations
 
@@ -22,48 +22,49 @@ from llama_jax.errors import DataError
 
 from .lanes import LaneBatches, State
 
-AHEAD = 4  # batches that wait ready
+PREFETCH = 4  # batches ready in advance
 Batch = dict[str, np.ndarray]
-Make = Callable[[range, Mapping[str, State] | None], LaneBatches]
+MakeLaneBatches = Callable[[range, Mapping[str, State] | None], LaneBatches]
 
 
 class Batches(Iterator[Batch]):
-    """An endless iterator of this process's rows of the global batches.
+    """An infinite iterator of this process's rows of the global batches.
 
-    Batches are made ahead in a thread, from which worker processes are fed, if there are any. Close it
-    to stop them.
+    A thread prefetches them, from worker processes if there are any. `close` stops both.
 
     Attributes:
-      skipped: bad records passed over since the run began, by reason, on this process's lanes.
+      skipped: count of bad records skipped since the run started, by reason, on this process's lanes.
     """
 
-    def __init__(self, lanes: range, lane_count: int, workers: int, make: Make):
+    def __init__(self, lanes: range, lane_count: int, workers: int, make_lane_batches: MakeLaneBatches):
         """See `Data.train`.
 
         Args:
           lanes: this process's rows of the global batch.
-          lane_count: the rows of the global batch.
-          workers: how many processes may read and tokenize.
-          make: returns the LaneBatches of `lanes` that go on from given states.
+          lane_count: number of rows of the global batch.
+          workers: maximum number of processes that read and tokenize.
+          make_lane_batches: returns the LaneBatches of `lanes`, starting from the given states.
         """
         self._lanes = lanes
         self._lane_count = lane_count
         self._workers = max((w for w in range(1, workers + 1) if len(lanes) % w == 0), default=0)
-        self._make = make
+        self._make_lane_batches = make_lane_batches
         self._start(None)
 
     def _start(self, states: Mapping[str, State] | None) -> None:
-        source: LaneBatches = self._make(self._lanes, states)
+        source: LaneBatches = self._make_lane_batches(self._lanes, states)
         self._states: dict[str, State] = dict(states) if states is not None else iter(source).get_state()
         steps: grain.IterDataset = source
         if self._workers:
             if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # Grain asks absl for its own, which nobody gave
-            options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=AHEAD)
-            steps = source.mp_prefetch(options, worker_init_fn=_begin_worker)
+                flags.FLAGS.mark_as_parsed()  # Grain reads its absl flags, which nobody has parsed
+            options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=PREFETCH)
+            steps = source.mp_prefetch(options, worker_init_fn=_init_worker)
             steps = steps.batch(self._workers, batch_fn=_interleave)
-        self._ahead = [iter(ThreadPrefetchIterDataset(steps, prefetch_buffer_size=AHEAD))]
-        self._close = weakref.finalize(self, _stop, self._ahead)  # at exit, too, while Grain still stands
+        self._prefetched = [iter(ThreadPrefetchIterDataset(steps, prefetch_buffer_size=PREFETCH))]
+        self._close = weakref.finalize(
+            self, _close_iterator, self._prefetched
+        )  # also at exit, before Grain is torn down
 
     def __iter__(self) -> Batches:
         return self
@@ -71,16 +72,16 @@ class Batches(Iterator[Batch]):
     def __next__(self) -> Batch:
         """Returns int32 [rows, seq_len] `tokens`, `segment_ids` (0 is padding) and `positions`.
 
-        For every objective but pretraining also int32 `mask` and f32 `value`, and of pairs perhaps f32
-        `reference`, as packing.py says.
+        Finetuning batches also have int32 `mask` and f32 `value`, and pairs with precomputed reference
+        log-probabilities f32 `reference`; see `packing.packed_row`.
 
         Raises:
           DataError: if a record or file cannot be read.
         """
-        if not self._ahead:
+        if not self._prefetched:
             raise StopIteration
         try:
-            batch = next(self._ahead[0])
+            batch = next(self._prefetched[0])
         except DataError as error:
             raise DataError(str(error)) from None
         except RuntimeError as error:
@@ -100,11 +101,11 @@ class Batches(Iterator[Batch]):
         return dict(total)
 
     def state(self) -> dict[str, Any]:
-        """Returns, as JSON-able values, where the batches handed out so far have got to."""
+        """Returns the position in the data after the batches returned so far, as JSON-serializable values."""
         return {"batch_size": self._lane_count, "lanes": self._states}
 
     def restore(self, states: Iterable[Mapping[str, Any]]) -> None:
-        """Goes on from where every process's `state()` says; there may have been more or fewer of them.
+        """Continues from the `state()` of every process; the number of processes may have changed.
 
         Raises:
           DataError: if they are not the states of all rows of this batch size.
@@ -113,8 +114,8 @@ class Batches(Iterator[Batch]):
         for state in states:
             if state["batch_size"] != self._lane_count:
                 raise DataError(
-                    f"the checkpoint's data state is of batch_size {state['batch_size']}, and the run's is "
-                    f"{self._lane_count}; resume with the batch size that the run began with"
+                    f"the checkpoint's data state is for batch size {state['batch_size']}, and the run's is "
+                    f"{self._lane_count}; resume with the train.global_batch_size that the run started with"
                 )
             lanes.update(state["lanes"])
         missing = [lane for lane in self._lanes if str(lane) not in lanes]
@@ -127,17 +128,19 @@ class Batches(Iterator[Batch]):
         self._start({str(lane): lanes[str(lane)] for lane in self._lanes})
 
     def close(self) -> None:
-        """Stops the thread and the worker processes; there are no batches afterwards."""
+        """Stops the thread and the worker processes; the iterator is exhausted afterwards."""
         self._close()
 
 
-def _stop(ahead: list[grain.DatasetIterator]) -> None:
-    with contextlib.suppress(RuntimeError):  # in its own thread, where the last reference may go: it ends
-        ahead.pop().close()
+def _close_iterator(prefetched: list[grain.DatasetIterator]) -> None:
+    with contextlib.suppress(
+        RuntimeError
+    ):  # raised when the last reference dies in the prefetch thread itself
+        prefetched.pop().close()
 
 
 def _interleave(parts: Any) -> dict[str, Any]:
-    """Puts the rows of workers, who have every W-th each, back in order."""
+    """Restores the row order: worker w of W has rows w, w + W, w + 2W, ..."""
     states: dict[str, State] = {}
     for part in parts:
         states.update(json.loads(part["state"]))
@@ -147,18 +150,20 @@ def _interleave(parts: Any) -> dict[str, Any]:
     return {**merged, "state": json.dumps(dict(sorted(states.items(), key=lambda item: int(item[0]))))}
 
 
-def _begin_worker(worker: int, workers: int) -> None:
-    """Makes a worker process live as long as its parent, and no longer."""
+def _init_worker(worker: int, workers: int) -> None:
+    """Ends a worker process when its parent ends."""
     del worker, workers
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # Grain imports JAX, for its pytrees alone
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    jax.config.update("jax_platforms", "cpu")  # Grain imports JAX for its pytrees
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C signals the whole process group; the parent handles it
     parent = multiprocessing.parent_process()
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         if parent is not None:
             parent.join()
             os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()

@@ -15,7 +15,7 @@ _PROBE = "def f(x):\n\treturn  x + 1234  # caf\u00e9 \u4f60\u597d \U0001f999\r\n
 
 
 class Encoder:
-    """Encodes documents; it can be pickled, whatever the tokenizer.
+    """Encodes documents; picklable with every tokenizer.
 
     Control tokens spelled in a document are ordinary text.
     """
@@ -23,33 +23,33 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self.vocab_size = tokenizer.vocab_size
-        self._first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        self._last = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+        self._bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        self._eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
 
     def __call__(self, text: str) -> np.ndarray:
-        """Returns int32 [n]: BOS, the ids of `text`, EOS; without those that the vocabulary lacks.
+        """Returns int32 [n]: BOS, the ids of `text`, EOS; BOS or EOS is omitted if the vocabulary has none.
 
         Raises:
           TokenizerError: for text with a lone surrogate.
         """
         ids = self._tokenizer.encode(text, add_bos=False)
-        return np.array([*self._first, *ids, *self._last], np.int32)
+        return np.array([*self._bos, *ids, *self._eos], np.int32)
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """What it encodes with."""
+        """The tokenizer."""
         return self._tokenizer
 
     def _probe(self) -> list[int]:
-        spelled = "".join(list(self._tokenizer.special_tokens)[:64])
-        return self._tokenizer.encode(_PROBE + spelled, add_bos=False)
+        control_tokens = "".join(list(self._tokenizer.special_tokens)[:64])
+        return self._tokenizer.encode(_PROBE + control_tokens, add_bos=False)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of the vocabulary and of how it splits a probe."""
+        """A hash of the vocabulary and of the encoding of a probe text."""
         tokenizer = self._tokenizer
         digest = hashlib.blake2b(digest_size=16)
-        for part in (self.vocab_size, self._first, self._last, self._probe()):
+        for part in (self.vocab_size, self._bos, self._eos, self._probe()):
             digest.update(f"{part}\n".encode())
         for token in range(self.vocab_size):
             digest.update(tokenizer.piece(token).encode("utf-8", "surrogateescape") + b"\0")
@@ -59,7 +59,7 @@ class Encoder:
         return {**self.__dict__, "probe": self._probe()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # The tokenizers library drops its switch for control tokens when it is pickled.
+        # Pickling a tokenizers.Tokenizer loses its setting for control tokens.
         probe = state.pop("probe")
         self.__dict__.update(state)
         origin = getattr(self._tokenizer, "origin", "")
@@ -69,4 +69,4 @@ class Encoder:
             except TokenizerError as error:
                 raise DataError(f"a worker process cannot load the tokenizer: {error}") from None
             if self._probe() != probe:
-                raise DataError(f"{origin} changed while the run was using it; put it back as it was")
+                raise DataError(f"{origin} changed during the run; restore it")

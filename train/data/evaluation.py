@@ -1,4 +1,4 @@
-"""The held-out text: fixed batches in which every token is predicted once, and a baseline to beat."""
+"""Validation batches, in which every token is predicted once, and the unigram baseline."""
 
 from __future__ import annotations
 
@@ -10,41 +10,43 @@ import numpy as np
 from .source import Document
 
 
-def pack(documents: Iterable[Document], seq_len: int) -> Iterator[dict[str, Any]]:
+def pack_documents(documents: Iterable[Document], seq_len: int) -> Iterator[dict[str, Any]]:
     """Packs documents into rows so that every token but a document's first is predicted exactly once.
 
-    A document that does not fit goes on in the next row, which begins with the last token of the row
-    before it: a model predicts only within a row.
+    A document that does not fit continues in the next row, which starts with the last token of the previous
+    row, since a model predicts only within a row.
 
     Yields:
-      `tokens`, `segment_ids`, `positions`, int32 [seq_len], and `bytes`: of the text that the row's
-      predictions spell, a document's bytes being spread evenly over its predictions.
+      `tokens`, `segment_ids`, `positions`, int32 [seq_len], and `bytes`: the UTF-8 length of the row's
+      predicted text, where a document's bytes are spread evenly over its predictions.
     """
-    row, at, segment = _row(seq_len), 0, 0
+    row, offset, segment = _row(seq_len), 0, 0
     for document in documents:
         ids, start, last = document.ids, 0, len(document.ids) - 1
         while start < last:
-            if seq_len - at < 2:  # no room for a prediction
+            if seq_len - offset < 2:  # no room for a prediction
                 yield row
-                row, at, segment = _row(seq_len), 0, 0
-            part = ids[start : start + seq_len - at]
-            end = at + len(part)
+                row, offset, segment = _row(seq_len), 0, 0
+            part = ids[start : start + seq_len - offset]
+            end = offset + len(part)
             segment += 1
-            row["tokens"][at:end] = part
-            row["segment_ids"][at:end] = segment
-            row["positions"][at:end] = np.arange(len(part))
-            done = start + len(part) - 1
-            row["bytes"] += document.nbytes * done // last - document.nbytes * start // last
-            at, start = end, done
+            row["tokens"][offset:end] = part
+            row["segment_ids"][offset:end] = segment
+            row["positions"][offset:end] = np.arange(len(part))
+            last_predicted = start + len(part) - 1
+            row["bytes"] += document.nbytes * last_predicted // last - document.nbytes * start // last
+            offset, start = end, last_predicted
     if segment:
         yield row
 
 
-def batches(rows: Iterable[dict[str, Any]], batch_size: int, mine: range) -> Iterator[dict[str, Any]]:
-    """Groups rows into global batches, the last filled up with padding, and keeps the rows in `mine`.
+def global_batches(
+    rows: Iterable[dict[str, Any]], batch_size: int, local_rows: range
+) -> Iterator[dict[str, Any]]:
+    """Groups rows into global batches, pads the last one, and keeps this process's rows.
 
     Yields:
-      The rows' arrays, [len(mine), seq_len] each, and `bytes` of the global batch.
+      The rows' arrays, [len(local_rows), seq_len] each, and `bytes` of the global batch.
     """
     group: list[dict[str, Any]] = []
 
@@ -52,7 +54,7 @@ def batches(rows: Iterable[dict[str, Any]], batch_size: int, mine: range) -> Ite
         names = [name for name in group[0] if name != "bytes"]
         empty = {name: np.zeros_like(group[0][name]) for name in names}
         full = [*group, *([empty] * (batch_size - len(group)))]
-        arrays = {name: np.stack([full[i][name] for i in mine]) for name in names}
+        arrays = {name: np.stack([full[i][name] for i in local_rows]) for name in names}
         return {**arrays, "bytes": sum(row["bytes"] for row in group)}
 
     for row in rows:
@@ -65,30 +67,30 @@ def batches(rows: Iterable[dict[str, Any]], batch_size: int, mine: range) -> Ite
 
 
 def unigram_loss(
-    train: Iterable[np.ndarray], test: Iterable[np.ndarray], vocab_size: int, most: int
+    train: Iterable[np.ndarray], test: Iterable[np.ndarray], vocab_size: int, max_tokens: int
 ) -> float:
     """-mean log p(token), p(v) = (count(v) + 1) / (total + V): a unigram model with add-one smoothing.
 
     Args:
-      train, test: documents, int32 [n] each; the first id, which no model predicts, is left out.
+      train, test: documents, int32 [n] each; the first id, which no model predicts, does not count.
       vocab_size: V.
-      most: how many training tokens to count at most.
+      max_tokens: maximum number of training tokens to count.
 
     Returns:
-      Nats a token over `test`, nan where it is empty.
+      Nats per token over `test`; NaN if it is empty.
     """
     counts, seen = np.ones(vocab_size, np.int64), 0
     for ids in train:
         counts += np.bincount(ids[1:], minlength=vocab_size)
         seen += len(ids) - 1
-        if seen >= most:
+        if seen >= max_tokens:
             break
-    wanted = np.zeros(vocab_size, np.int64)
+    test_counts = np.zeros(vocab_size, np.int64)
     for ids in test:
-        wanted += np.bincount(ids[1:], minlength=vocab_size)
-    if not wanted.any():
+        test_counts += np.bincount(ids[1:], minlength=vocab_size)
+    if not test_counts.any():
         return float("nan")
-    return float(-(wanted * np.log(counts / counts.sum())).sum() / wanted.sum())
+    return float(-(test_counts * np.log(counts / counts.sum())).sum() / test_counts.sum())
 
 
 def _row(seq_len: int) -> dict[str, Any]:

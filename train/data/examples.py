@@ -1,11 +1,11 @@
-"""Examples to token ids, and which of them are learned: what a record gives to a row.
+"""Encodes examples as token ids, with a mask of the tokens that are trained on.
 
 Plain text is encoded as `generate` encodes its prompt, and ends with EOS; conversations as `encode_turns`
-does; what a classifier reads has no EOS of its own, as for Hugging Face's.
+does. A classifier's input gets no EOS, as in Hugging Face.
 
-An example is never cut in two. One that is longer than a row is dropped, or, by `data.too_long =
-"truncate"`, loses its end: of a preference pair, the ends of the answers, each cut to the same greatest
-length that lets both segments into one row. What has nothing left to learn is dropped.
+An example is never split. One that is longer than a row is dropped or, with `data.too_long = "truncate"`, cut
+at its end: the answers of a preference pair are both cut to the greatest common length that fits the pair
+into a row. An example with no tokens left to train on is dropped.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from llama_jax.errors import DataError, InputError, TokenizerError
 from llama_jax.tokenizer import Tokenizer
 
 from ..config.data import SourceConfig, TooLong
-from ..config.objective import PAIRS, Objective
+from ..config.objective import PAIR_OBJECTIVES, Objective
 from .encode import Encoder
-from .forms import Example, Forms, Plain, Side
-from .records import BadRecord, Records, TooLongRecord, keys, refusal
+from .formats import Example, PlainText, RecordFormats, Side
+from .records import BadRecord, Records, TooLongRecord, bad_record_error, record_keys
 from .tables import Parquet
 
-_SEAM = "\ue000"  # no piece of a vocabulary merges with it
+_MARKER = "\ue000"  # private use: no vocabulary merges it with other text
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """A text that attends to itself alone.
+    """A sequence that attends only to itself.
 
     Attributes:
       ids: int32 [n].
-      mask: int32 [n], 1 for what counts: the tokens that are learned, or the one that a label belongs to.
+      mask: int32 [n], 1 for the tokens that are trained on, or for the token that a label belongs to.
     """
 
     ids: np.ndarray
@@ -48,14 +48,14 @@ class Segment:
 
 
 @dataclasses.dataclass(frozen=True)
-class Unit:
-    """What one record gives a row, which is never split: one segment, or the two of a pair.
+class EncodedExample:
+    """One encoded record, which is never split between rows: one segment, or the two of a pair.
 
     Attributes:
-      segments: in their order; of a pair, the chosen answer's first.
-      value: the label or margin, which stands at the last token of each segment.
-      reference: of each segment the log-probability that the reference model gives what of it is learned;
-        empty where that was not computed beforehand.
+      segments: of a pair, the chosen answer's first.
+      value: the label or margin, placed at the last token of each segment.
+      reference: the reference model's log-probability of the masked tokens of each segment; empty if not
+        precomputed.
     """
 
     segments: tuple[Segment, ...]
@@ -68,13 +68,13 @@ class Unit:
 
 @dataclasses.dataclass(frozen=True)
 class ExampleEncoder:
-    """Encodes examples for an objective; it can be pickled.
+    """Encodes examples for an objective; picklable.
 
     Attributes:
-      encode: of the tokenizer.
+      encode: the tokenizer's encoder.
       template: for conversations, or None.
-      objective: of the run.
-      seq_len: tokens a row.
+      objective: the run's.
+      seq_len: tokens per row.
       too_long: as in `DataConfig`.
     """
 
@@ -84,11 +84,11 @@ class ExampleEncoder:
     seq_len: int
     too_long: TooLong
 
-    def __call__(self, example: Example) -> Unit:
-        """Returns what an example gives a row.
+    def __call__(self, example: Example) -> EncodedExample:
+        """Encodes an example.
 
         Raises:
-          BadRecord: if it cannot be learned from, a TooLongRecord if it does not fit.
+          BadRecord: if it cannot be trained on, a TooLongRecord if it does not fit into a row.
           DataError: for a conversation without a template.
         """
         try:
@@ -98,61 +98,63 @@ class ExampleEncoder:
         except TokenizerError as error:
             raise BadRecord("template failed", str(error)) from None
         if not all(segment.mask.any() for segment in segments) and sum(map(len, segments)) <= self.seq_len:
-            raise BadRecord("nothing to learn", "the example becomes no token that is to be learned")
-        segments = self._fitted(segments)
+            raise BadRecord("nothing to train on", "no token of the example is trained on")
+        segments = self._truncate(segments)
         if len(segments) == 2 and np.array_equal(segments[0].ids, segments[1].ids):
-            raise BadRecord("identical answers", "chosen and rejected become the same tokens")
-        return Unit(segments, example.value)
+            raise BadRecord("identical answers", "chosen and rejected are encoded as the same tokens")
+        return EncodedExample(segments, example.value)
 
     def _segments(self, example: Example) -> tuple[Segment, ...]:
         try:
             return tuple(map(self._segment, example.sides))
-        except TokenizerError:  # perhaps the machine was busy, and the template late: batches must not change
+        except TokenizerError:  # retry: a template timeout on a busy machine must not change the batches
             return tuple(map(self._segment, example.sides))
 
     def _segment(self, side: Side) -> Segment:
         tokenizer = self.encode.tokenizer
-        labelled = self.objective in ("classify", "regress")
-        if isinstance(side, Plain):
-            ids, mask = _plain(tokenizer, side, end=not labelled)
+        labeled = self.objective in ("classify", "regress")
+        if isinstance(side, PlainText):
+            ids, mask = _plain(tokenizer, side, end=not labeled)
         elif self.template is None:
             raise DataError(
-                "the data holds chat messages, and the model came with no chat template; set data.template "
-                "to llama-2, chatml or a file in Jinja"
+                "the data has chat messages, and the model has no chat template; set data.template to "
+                "llama-2, chatml or a Jinja file"
             )
-        elif labelled:
+        elif labeled:
             ids, mask = encode_chat(tokenizer, self.template, side.messages, False), []
         else:
             ids, mask = encode_turns(
-                tokenizer, self.template, side.messages, first=side.first, most=self.seq_len
+                tokenizer, self.template, side.messages, first=side.first, max_prompt=self.seq_len
             )
-        if labelled:
+        if labeled:
             mask = [0] * (len(ids) - 1) + [1] * bool(ids)
         return Segment(np.array(ids, np.int32), np.array(mask, np.int32))
 
-    def _fitted(self, segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
-        """Returns segments that fit a row."""
+    def _truncate(self, segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+        """Truncates segments to fit into a row, if `too_long` allows it."""
         length = sum(map(len, segments))
         if length <= self.seq_len:
             return segments
-        said = f"{length} tokens, and train.seq_len is {self.seq_len}"
+        details = f"{length} tokens, and train.seq_len is {self.seq_len}"
         if self.too_long != "truncate":
-            raise TooLongRecord("too long", said)
-        begins = [int(segment.mask.argmax()) if self.objective in PAIRS else 0 for segment in segments]
-        room = self.seq_len - sum(begins)
+            raise TooLongRecord("too long", details)
+        answer_starts = [
+            int(segment.mask.argmax()) if self.objective in PAIR_OBJECTIVES else 0 for segment in segments
+        ]
+        room = self.seq_len - sum(answer_starts)
         if room < len(segments):
-            raise TooLongRecord("too long", f"{said}; its prompt leaves no room")
-        sizes = [len(segment) - begin for segment, begin in zip(segments, begins, strict=True)]
+            raise TooLongRecord("too long", f"{details}; the prompt leaves no room for an answer")
+        sizes = [len(segment) - start for segment, start in zip(segments, answer_starts, strict=True)]
         share = room // len(segments)
-        most = max(share, room - min(sizes)) if len(sizes) > 1 else share
+        max_answer = max(share, room - min(sizes)) if len(sizes) > 1 else share
         cut = tuple(
-            self._cut(segment, begin + min(size, most))
-            for segment, begin, size in zip(segments, begins, sizes, strict=True)
+            self._cut(segment, answer_start + min(size, max_answer))
+            for segment, answer_start, size in zip(segments, answer_starts, sizes, strict=True)
         )
         if not all(segment.mask.any() for segment in cut):
-            raise TooLongRecord("too long", f"{said}; nothing to learn is left of it")
+            raise TooLongRecord("too long", f"{details}; truncation leaves nothing to train on")
         if len(cut) == 2 and np.array_equal(cut[0].ids, cut[1].ids):
-            raise TooLongRecord("too long", f"{said}; the answers differ only beyond that")
+            raise TooLongRecord("too long", f"{details}; the answers are the same after truncation")
         return cut
 
     def _cut(self, segment: Segment, end: int) -> Segment:
@@ -162,56 +164,58 @@ class ExampleEncoder:
         return Segment(segment.ids[:end], mask)
 
 
-def _plain(tokenizer: Tokenizer, side: Plain, *, end: bool) -> tuple[list[int], list[int]]:
-    """Returns ids that begin with exactly those of the prompt, and a mask of the rest."""
+def _plain(tokenizer: Tokenizer, side: PlainText, *, end: bool) -> tuple[list[int], list[int]]:
+    """Returns ids that answer_start with exactly those of the prompt, and a mask of the rest."""
     prompt = tokenizer.encode(side.prompt)
     ids = tokenizer.encode(side.prompt + side.answer)
     if ids[: len(prompt)] != prompt:
-        ids = prompt + _going_on(tokenizer, side.answer)
+        ids = prompt + _encode_continuation(tokenizer, side.answer)
     if end and tokenizer.eos_id is not None:
         ids.append(tokenizer.eos_id)
     mask = [0] * len(prompt) + [1] * (len(ids) - len(prompt))
-    mask[:1] = [0]  # nothing predicts the first
+    mask[:1] = [0]  # the first token is not predicted
     return ids, mask
 
 
-def _going_on(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Returns the ids of a text that goes on after another, without the space that opens SentencePiece's."""
-    seam = tokenizer.encode(_SEAM, add_bos=False)
-    ids = tokenizer.encode(_SEAM + text, add_bos=False)
-    return ids[len(seam) :] if ids[: len(seam)] == seam else tokenizer.encode(text, add_bos=False)
+def _encode_continuation(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Encodes text that continues other text: without the leading space that SentencePiece adds."""
+    marker = tokenizer.encode(_MARKER, add_bos=False)
+    ids = tokenizer.encode(_MARKER + text, add_bos=False)
+    return ids[len(marker) :] if ids[: len(marker)] == marker else tokenizer.encode(text, add_bos=False)
 
 
 class ExampleSource:
-    """The examples of one source, made when they are asked for.
+    """The examples of one source, encoded on access.
 
     Attributes:
-      records, key, nbytes, blocks, fingerprint: as of `TextSource`.
-      form: the name of the form of its records.
+      records, keys, nbytes, blocks, fingerprint: as in `TextSource`.
+      record_format: the name of the format of its records.
     """
 
-    def __init__(self, config: SourceConfig, records: Records, forms: Forms, encode: ExampleEncoder):
+    def __init__(
+        self, config: SourceConfig, records: Records, formats: RecordFormats, encode: ExampleEncoder
+    ):
         self.records = records
-        self.key = keys([file.name for file in records.files], records.counts)
+        self.keys = record_keys([file.name for file in records.files], records.counts)
         self.nbytes = records.nbytes
         self.blocks = records.blocks
-        self.form = ""
-        self._forms = forms
+        self.record_format = ""
+        self._formats = formats
         self._encode = encode
         names = [file.name for file in records.files]
         template = encode.template and [encode.template.source, dict(encode.template.tokens)]
-        decides: list[Any] = [type(records).__name__, config.field, names, records.counts.tolist()]
-        decides += [dataclasses.astuple(forms), template, encode.too_long]
-        said = json.dumps(decides) + records.digest
-        self.fingerprint = hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+        inputs: list[Any] = [type(records).__name__, config.field, names, records.counts.tolist()]
+        inputs += [dataclasses.astuple(formats), template, encode.too_long]
+        serialized = json.dumps(inputs) + records.digest
+        self.fingerprint = hashlib.blake2b(serialized.encode(), digest_size=16).hexdigest()
 
-    def detect(self, skip_bad: bool) -> None:
-        """Finds the form of the records by the first that can be read.
+    def detect_format(self, skip_bad: bool) -> None:
+        """Sets `record_format` from the first readable record.
 
         Raises:
-          BadRecord: if that is of no form that the objective accepts.
+          BadRecord: if it has no format that the objective accepts.
         """
-        for index in range(len(self.key)):
+        for index in range(len(self.keys)):
             try:
                 row = self.records.row(index)
             except BadRecord:
@@ -219,14 +223,14 @@ class ExampleSource:
                     raise
                 continue
             try:
-                self.form = self._forms.detect(row)
+                self.record_format = self._formats.detect(row)
             except BadRecord as bad:
-                raise BadRecord(bad.reason, f"{self.records.where(index)}: {bad.message}") from None
+                raise BadRecord(bad.reason, f"{self.records.location(index)}: {bad.message}") from None
             if isinstance(self.records, Parquet):
-                self.records.columns = self._forms.columns(self.form)
+                self.records.columns = self._formats.columns(self.record_format)
             return
 
-    def example(self, index: int) -> Unit:
+    def example(self, index: int) -> EncodedExample:
         """Returns one example.
 
         Raises:
@@ -235,20 +239,20 @@ class ExampleSource:
         """
         row = self.records.row(index)
         try:
-            return self._encode(self._forms.read(self.form, row))
+            return self._encode(self._formats.read(self.record_format, row))
         except (BadRecord, RecursionError) as error:
-            deep = BadRecord("malformed message", "its values are nested too deep")
-            bad = error if isinstance(error, BadRecord) else deep
-            bad.placed = False
+            too_deep = BadRecord("malformed message", "its values are nested too deeply")
+            bad = error if isinstance(error, BadRecord) else too_deep
+            bad.has_location = False
             raise bad from None
 
-    def what(self, bad: BadRecord, index: int) -> str:
-        """Returns what is wrong with a record, and where it is."""
-        return bad.message if bad.placed else f"{self.records.where(index)}: {bad.message}"
+    def located_message(self, bad: BadRecord, index: int) -> str:
+        """Returns the message of a bad record, with its location."""
+        return bad.message if bad.has_location else f"{self.records.location(index)}: {bad.message}"
 
 
 class Examples:
-    """Random access to some of a source's examples, or the reasons why there are none."""
+    """Random access to some of a source's examples, or the reason a record is unusable."""
 
     def __init__(
         self,
@@ -258,7 +262,7 @@ class Examples:
         too_long: TooLong,
         reference: np.ndarray | None = None,
     ):
-        """`reference` is, f32 [records, 2], `Unit.reference` of each, NaN where there is no such example."""
+        """`reference` is f32 [records, 2]: `EncodedExample.reference`, NaN to skip a record."""
         self._reference = reference
         self._source = source
         self._index = index
@@ -268,26 +272,26 @@ class Examples:
     def __len__(self) -> int:
         return len(self._index)
 
-    def __getitem__(self, i: int) -> Unit | str:
+    def __getitem__(self, i: int) -> EncodedExample | str:
         index = int(self._index[i])
         try:
-            unit = self._source.example(index)
+            example = self._source.example(index)
         except TooLongRecord as bad:
             if self._too_long != "fail":
                 return bad.reason
             raise DataError(
-                f"{self._source.what(bad, index)}; shorten it, raise train.seq_len, or set data.too_long = "
-                '"drop"'
+                f"{self._source.located_message(bad, index)}; shorten it, raise train.seq_len, or set "
+                'data.too_long = "drop"'
             ) from None
         except BadRecord as bad:
             if self._skip_bad:
                 return bad.reason
-            raise DataError(refusal(self._source.what(bad, index))) from None
+            raise DataError(bad_record_error(self._source.located_message(bad, index))) from None
         if self._reference is None:
-            return unit
+            return example
         if np.isnan(self._reference[index]).any():
             return "no reference"
-        return dataclasses.replace(unit, reference=tuple(self._reference[index].tolist()))
+        return dataclasses.replace(example, reference=tuple(self._reference[index].tolist()))
 
     def __repr__(self) -> str:
         return f"Examples({len(self)})"

@@ -1,4 +1,4 @@
-"""Finding a source's files, and noticing when they change under a run."""
+"""Finds a source's files, and detects changes to them during a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llama_jax.errors import DataError
 
 from ..config.data import Format, SourceConfig
 
-INDEX = "tokens.json"  # what a folder of token ids is known by
+INDEX = "tokens.json"  # identifies a folder of token ids
 _SUFFIXES: dict[str, Format] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -29,13 +29,13 @@ _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """One file as it was when the run began.
+    """One file, with its size and modification time at the start of the run.
 
     Attributes:
-      path: where it is.
-      name: its path below the fixed part of the glob: the same wherever the corpus lies.
-      size: bytes.
-      mtime_ns: when it was last written, nanoseconds.
+      path: its path.
+      name: its path relative to the fixed part of the glob, independent of where the corpus is stored.
+      size: in bytes.
+      mtime_ns: modification time in nanoseconds.
     """
 
     path: str
@@ -44,21 +44,19 @@ class File:
     mtime_ns: int
 
     def check(self) -> None:
-        """Raises DataError unless the file is still what it was."""
+        """Raises DataError if the file has changed."""
         try:
-            now = os.stat(self.path)  # noqa: PTH116  # once a record
+            now = os.stat(self.path)  # noqa: PTH116  # called for every record, and faster
         except OSError as error:
-            raise DataError(f"{self.path} can no longer be read ({error.strerror}); put it back") from None
+            raise DataError(f"{self.path} can no longer be read ({error.strerror}); restore it") from None
         if (now.st_size, now.st_mtime_ns) != (self.size, self.mtime_ns):
-            raise DataError(
-                f"{self.path} changed while the run was reading it; put it back as it was, or begin a new run"
-            )
+            raise DataError(f"{self.path} changed during the run; restore it, or start a new run")
 
     def open(self) -> BinaryIO:
         """Opens the file for reading.
 
         Raises:
-          DataError: if it cannot be read, or is not what it was.
+          DataError: if it cannot be read, or has changed.
         """
         self.check()
         try:
@@ -67,31 +65,33 @@ class File:
             raise DataError(f"{self.path} cannot be read ({error.strerror}); check its permissions") from None
 
     def read(self, start: int, length: int) -> bytes:
-        """Returns `length` bytes from `start` on."""
+        """Returns `length` bytes at offset `start`."""
         with self.open() as file:
             file.seek(start)
             data = file.read(length)
         if len(data) != length:
-            raise DataError(f"{self.path} is shorter than it was; put it back as it was, or begin a new run")
+            raise DataError(
+                f"{self.path} is shorter than at the start of the run; restore it, or start a new run"
+            )
         return data
 
 
-def find(config: SourceConfig) -> list[File]:
-    """Returns the files that a source's glob names, in the order of their names.
+def find_files(config: SourceConfig) -> list[File]:
+    """Returns the files that a source's glob matches, sorted by name.
 
     Raises:
       DataError: if there are none.
     """
     pattern = config.files.replace("{stdlib}", sysconfig.get_paths()["stdlib"])
-    pattern = os.path.expanduser(pattern)  # noqa: PTH111  # a glob is no path
+    pattern = os.path.expanduser(pattern)  # noqa: PTH111  # a glob is not a path
     try:
-        found = glob.glob(pattern, recursive=True)  # noqa: PTH207  # Path.glob takes no whole pattern
+        found = glob.glob(pattern, recursive=True)  # noqa: PTH207  # Path.glob needs a root directory
         paths = [path for path in found if Path(path).is_file()]
     except OSError as error:
         raise DataError(f"the glob {config.files!r} cannot be read ({error.strerror})") from None
     kept = [path for path in paths if not any(fnmatch.fnmatch(path, skip) for skip in config.exclude)]
     if not kept:
-        raise DataError(_nothing(config, pattern, len(paths)))
+        raise DataError(_no_files_message(config, pattern, len(paths)))
     root = _fixed_part(pattern)
     files = []
     for path in kept:
@@ -101,11 +101,13 @@ def find(config: SourceConfig) -> list[File]:
     return sorted(files, key=lambda file: file.name)
 
 
-def _nothing(config: SourceConfig, pattern: str, found: int) -> str:
+def _no_files_message(config: SourceConfig, pattern: str, found: int) -> str:
     if found:
         return f"data.exclude leaves none of the {found} files that {config.files!r} matches; exclude fewer"
     if Path(pattern).is_dir():
-        return f"{config.files!r} is a folder without {INDEX}; for its files write '{config.files}/**/*'"
+        return (
+            f"{config.files!r} is a directory without {INDEX}; to match its files use '{config.files}/**/*'"
+        )
     where = "" if Path(pattern).is_absolute() else f" (relative to {Path.cwd()})"
     return f"no file matches data.files = {config.files!r}{where}; check the path"
 
@@ -117,11 +119,11 @@ def _fixed_part(pattern: str) -> Path:
     return Path(*parts[:fixed])
 
 
-def format_of(files: Iterable[File], config: SourceConfig) -> Format:
-    """Returns the format of a source's files, by their names where it is `auto`.
+def detect_format(files: Iterable[File], config: SourceConfig) -> Format:
+    """Returns the format of a source's files; `auto` detects it from their names.
 
     Raises:
-      DataError: if their names say several.
+      DataError: if the names indicate several formats.
     """
     if config.format != "auto":
         return config.format
@@ -137,14 +139,14 @@ def format_of(files: Iterable[File], config: SourceConfig) -> Format:
     return next(iter(seen))
 
 
-def windows(file: BinaryIO, size: int) -> Iterator[bytes]:
-    """Yields the rest of an open file in parts of at most `size` bytes."""
-    while part := file.read(size):
-        yield part
+def read_chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
+    """Yields the rest of an open file in chunks of at most `size` bytes."""
+    while chunk := file.read(size):
+        yield chunk
 
 
 def sampled_digest(file: File) -> bytes:
-    """Hashes a file's size, both ends and some places between: files of any size at one cost."""
+    """Hashes a file's size and some evenly spaced samples, at a cost independent of its size."""
     digest = hashlib.blake2b(str(file.size).encode(), digest_size=16)
     last = max(0, file.size - _SAMPLE_BYTES)
     with file.open() as opened:

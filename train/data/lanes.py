@@ -1,9 +1,9 @@
-"""Lanes: one endless stream of packed sequences for each row of the global batch.
+"""Lanes: one infinite stream of packed sequences for each row of the global batch.
 
-Lane r of R takes every R-th document or example of each source's endless shuffled order, from the r-th on,
-mixes them by the sources' weights, and packs them by itself. So a row depends on nothing but the seed, its
-number and the step; which process makes it, and how many there are, changes nothing; and the state of a
-run is its lanes' states, dealt out again to however many processes go on with it.
+Lane r of R takes documents or examples r, r + R, r + 2R, ... of each source's infinite shuffled order, mixes
+them by the sources' weights, and packs them independently of the other lanes. A row therefore depends only on
+the seed, its number and the step, not on the number of processes. A run's state consists of its lanes'
+states, from which any number of processes can resume.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from grain.experimental import ConcatThenSplitIterDataset, index_shuffle
 
 from llama_jax.errors import DataError
 
-from .examples import Examples, Unit
+from .examples import EncodedExample, Examples
 from .packing import PackedExamples
-from .records import BadRecord, refusal
+from .records import BadRecord, bad_record_error
 from .source import Source
 
 State = dict[str, Any]
-Usable = np.ndarray | Unit
+Usable = np.ndarray | EncodedExample
 
 
 class TrainDocuments:
-    """Random access to the documents that are trained on: ids, or the reason why there are none."""
+    """Random access to training documents: their ids, or the reason a record is unusable."""
 
     def __init__(self, source: Source, index: np.ndarray, skip_bad: bool):
         self._source = source
@@ -46,32 +46,32 @@ class TrainDocuments:
         except BadRecord as bad:
             if self._skip_bad:
                 return bad.reason
-            raise DataError(refusal(bad.message)) from None
+            raise DataError(bad_record_error(bad.message)) from None
 
     def __repr__(self) -> str:
         return f"TrainDocuments({len(self)})"
 
 
-def endless(
+def infinite_order(
     documents: TrainDocuments | Examples, blocks: np.ndarray | None, seed: str | None
 ) -> grain.MapDataset:
-    """Returns a source's endless order of documents, epoch after epoch.
+    """Returns a source's infinite order of documents, epoch after epoch.
 
     Args:
-      documents: of the source.
-      blocks: the sizes of runs of documents to keep together, or None.
-      seed: of the order, which each epoch has anew; any string. None is the order in which they lie.
+      documents: the source's.
+      blocks: sizes of the blocks of documents to keep together, or None.
+      seed: of the shuffle, which differs in each epoch; any string. None keeps the file order.
     """
     order: grain.MapDataset = grain.MapDataset.source(documents)
     if seed is not None:
-        # Grain counts a shuffle's seed up from epoch to epoch: hashing keeps seeds 0 and 1 apart.
+        # Grain adds the epoch to a shuffle's seed: hashing keeps seeds 0 and 1 from overlapping.
         hashed = int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=4).digest(), "little")
         order = order.shuffle(hashed) if blocks is None else _BlockShuffle(order, blocks, hashed)
     return order.repeat()
 
 
 class _BlockShuffle(grain.MapDataset):
-    """Shuffles blocks, and the documents within each: neighbours in the order are cheap to read together."""
+    """Shuffles blocks, and documents within each block, so that neighbors in the order are cheap to read."""
 
     def __init__(self, parent: grain.MapDataset, sizes: np.ndarray, seed: int):
         super().__init__(parent)
@@ -97,41 +97,41 @@ class _BlockShuffle(grain.MapDataset):
         return self._parent[int(self._starts[block]) + within + epoch * len(self)]
 
     def _order_of(self, epoch: int) -> tuple[list[int], np.ndarray]:
-        """Returns an epoch's order of blocks, and where in the epoch each ends."""
+        """Returns an epoch's order of blocks, and the end of each block in that order."""
         if epoch not in self._orders:
             last, seed = len(self._sizes) - 1, (self._seed + epoch) % 2**32
             order = [index_shuffle(i, max_index=last, seed=seed, rounds=4) for i in range(last + 1)]
             self._orders[epoch] = order, np.cumsum(self._sizes[order])
-            self._orders.pop(epoch - 4, None)  # lanes are never that far apart for long
+            self._orders.pop(epoch - 4, None)  # lanes are rarely more than 4 epochs apart
         return self._orders[epoch]
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Sources in proportion.
+    """Sources mixed by weight.
 
     Attributes:
-      orders: the endless order of each.
-      weights: the share of each in the tokens of every lane.
-      patience: how many records in a row may hold no usable text before a lane gives up.
+      orders: the infinite order of each source.
+      weights: each source's relative share of the tokens of every lane.
+      patience: number of consecutive unusable records after which a lane raises.
     """
 
     orders: Sequence[grain.MapDataset]
     weights: Sequence[float]
     patience: int
 
-    def first(self, quantile: float) -> int:
-        """Returns the source in which a lane begins, so that lanes begin in proportion."""
+    def first_source(self, quantile: float) -> int:
+        """Returns the source that a lane starts with, so that the first rows follow the weights."""
         ends = np.cumsum(self.weights) / np.sum(self.weights)
         return min(int(np.searchsorted(ends, quantile, side="right")), len(ends) - 1)
 
-    def behind(self, drawn: Sequence[int]) -> int:
-        """Returns the source that has the least for its weight."""
-        return min(range(len(drawn)), key=lambda source: drawn[source] / self.weights[source])
+    def next_source(self, tokens: Sequence[int]) -> int:
+        """Returns the source with the fewest tokens relative to its weight."""
+        return min(range(len(tokens)), key=lambda source: tokens[source] / self.weights[source])
 
 
 class LaneDocuments(grain.IterDataset):
-    """A lane's documents: of each source every `stride`-th, from the `first` on, in proportion by tokens."""
+    """A lane's documents: every `stride`-th of each source, starting at `first`, mixed by weight."""
 
     def __init__(self, mixture: Mixture, first: int, stride: int):
         super().__init__()
@@ -142,62 +142,64 @@ class LaneDocuments(grain.IterDataset):
 
 
 class LaneDocumentIterator(grain.DatasetIterator):
-    """What is next in a lane."""
+    """Iterates over a lane's documents or examples."""
 
     def __init__(self, mixture: Mixture, first: int, stride: int):
         super().__init__()
         self._mixture = mixture
         self._first = first
         self._stride = stride
-        self._taken = [0] * len(mixture.orders)  # documents of each source
-        self._drawn = [0] * len(mixture.orders)  # tokens of each
+        self._taken = [0] * len(mixture.orders)  # documents taken from each source
+        self._tokens = [0] * len(mixture.orders)  # tokens taken from each source
         self._skipped: dict[str, int] = {}
 
     def __next__(self) -> dict[str, Any]:
-        _, _, item = self.draw()
+        _, _, item = self.next_item()
         return {"tokens": item}
 
-    def at(self, source: int, number: int) -> Usable | str:
-        """Returns what a lane takes of a source as its `number`-th, or the reason why it takes nothing."""
+    def item(self, source: int, number: int) -> Usable | str:
+        """Returns the lane's `number`-th item of a source, or the reason it is unusable."""
         return self._mixture.orders[source][self._first + self._stride * number]
 
-    def draw(self) -> tuple[int, int, Usable]:
-        """Returns the next document or example, and its source and number there.
+    def next_item(self) -> tuple[int, int, Usable]:
+        """Returns the next usable item, as (source, number, item).
 
         Raises:
-          DataError: if nothing usable comes for long.
+          DataError: after `Mixture.patience` consecutive unusable records.
         """
         for _ in range(self._mixture.patience):
             source = (
-                self._mixture.behind(self._drawn)
-                if any(self._drawn)
-                else self._mixture.first((self._first + 0.5) / self._stride)
+                self._mixture.next_source(self._tokens)
+                if any(self._tokens)
+                else self._mixture.first_source((self._first + 0.5) / self._stride)
             )
             number = self._taken[source]
-            item = self.at(source, number)
+            item = self.item(source, number)
             self._taken[source] += 1
             if isinstance(item, str):
                 self._skipped[item] = self._skipped.get(item, 0) + 1
             elif len(item):
-                self._drawn[source] += len(item)
+                self._tokens[source] += len(item)
                 return source, number, item
-        why = f" (skipped: {counted(self._skipped)})" if self._skipped else ""
-        raise DataError(f"{self._mixture.patience} records in a row hold no usable text{why}; check the data")
+        why = f" (skipped: {format_counts(self._skipped)})" if self._skipped else ""
+        raise DataError(
+            f"{self._mixture.patience} consecutive records have no usable text{why}; check the data"
+        )
 
     def get_state(self) -> State:
-        return {"taken": list(self._taken), "drawn": list(self._drawn), "skipped": dict(self._skipped)}
+        return {"taken": list(self._taken), "drawn": list(self._tokens), "skipped": dict(self._skipped)}
 
     def set_state(self, state: State) -> None:
         self._taken = list(state["taken"])
-        self._drawn = list(state["drawn"])
+        self._tokens = list(state["drawn"])
         self._skipped = dict(state["skipped"])
 
 
 class LaneBatches(grain.IterDataset):
-    """The next sequence of each of some lanes, step after step.
+    """The next sequence of each of some lanes, for every step.
 
-    Elements are dicts of `tokens`, `segment_ids`, `positions`, int32 [lanes, seq_len], of examples also
-    `mask` and f32 `value`, and `state`, JSON: the state of each lane after it.
+    Elements are dicts of `tokens`, `segment_ids`, `positions`, int32 [lanes, seq_len], for examples also
+    `mask` and f32 `value`, and `state`: JSON with the state of each lane afterwards.
     """
 
     def __init__(
@@ -208,19 +210,19 @@ class LaneBatches(grain.IterDataset):
         seq_len: int,
         states: Mapping[str, State] | None = None,
         *,
-        whole: bool = False,
+        whole_examples: bool = False,
     ):
-        """`whole` is whether rows are packed without cutting anything, which examples are."""
+        """`whole_examples` packs items without splitting them; otherwise documents are split at row ends."""
         super().__init__()
         self._mixture = mixture
-        self._whole = whole
+        self._whole_examples = whole_examples
         self._lanes = tuple(lanes)
         self._lane_count = lane_count
         self._seq_len = seq_len
         self._states = states
 
     def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
-        """Keeps some of the lanes: Grain calls it in each worker process."""
+        """Keeps a slice of the lanes; Grain calls this in each worker process."""
         del sequential_slice
         self._lanes = self._lanes[sl]
 
@@ -234,13 +236,15 @@ class LaneBatches(grain.IterDataset):
         return iterator
 
     def _packed(self, documents: LaneDocuments) -> grain.DatasetIterator:
-        if self._whole:
+        if self._whole_examples:
             return PackedExamples(iter(documents), self._seq_len)
-        return _Cut(iter(ConcatThenSplitIterDataset(documents, length_struct={"tokens": self._seq_len})))
+        return _SplitDocuments(
+            iter(ConcatThenSplitIterDataset(documents, length_struct={"tokens": self._seq_len}))
+        )
 
 
-class _Cut(grain.DatasetIterator):
-    """Rows of documents that are cut where a row ends."""
+class _SplitDocuments(grain.DatasetIterator):
+    """Rows of documents, split where a row ends."""
 
     def __init__(self, packer: grain.DatasetIterator):
         super().__init__()
@@ -258,7 +262,7 @@ class _Cut(grain.DatasetIterator):
         return self._packer.get_state()
 
     def set_state(self, state: State) -> None:
-        self._packer.set_state(_tuples(state))
+        self._packer.set_state(_to_tuples(state))
 
 
 class _LaneBatchIterator(grain.DatasetIterator):
@@ -279,13 +283,13 @@ class _LaneBatchIterator(grain.DatasetIterator):
             lane.set_state(state[name])
 
 
-def _tuples(value: Any) -> Any:
-    """Returns what JSON made lists of as the tuples that Grain's packer compares with."""
+def _to_tuples(value: Any) -> Any:
+    """Converts JSON lists to tuples, which Grain's packer compares against."""
     if isinstance(value, dict):
-        return {key: _tuples(part) for key, part in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+        return {key: _to_tuples(part) for key, part in value.items()}
+    return tuple(map(_to_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
-def counted(skipped: Mapping[str, int]) -> str:
-    """Returns reasons and counts for a message."""
+def format_counts(skipped: Mapping[str, int]) -> str:
+    """Formats counts by reason for a message."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))

@@ -1,4 +1,4 @@
-"""Plain text and JSON lines: files are scanned once for where documents begin, then read at random."""
+"""Plain text and JSON Lines: one scan indexes the documents; afterwards access is random."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from .files import File, windows
-from .records import MAX_RECORD, BadRecord, Records, decode
+from .files import File, read_chunks
+from .records import MAX_RECORD_BYTES, BadRecord, Records, decode
 
 T = TypeVar("T")
-PIECE_BYTES = 1 << 16  # text files are cut into documents of at most this
+DOCUMENT_BYTES = 1 << 16  # text files are split into documents of at most this size
 
 
 class _Spans(Records):
-    """Records that are spans of bytes of their files."""
+    """Records that are byte ranges of their files."""
 
     def __init__(self, files: Sequence[File]):
         self.files = files
@@ -36,7 +36,7 @@ class _Spans(Records):
         self.digest = digest.hexdigest()
 
     def _scan(self, opened: BinaryIO, digest: hashlib.blake2b) -> array.array[int]:
-        """Returns start and length of each document in turn, and hashes the file."""
+        """Returns start and length of each document, flattened, and updates the digest with the file."""
         raise NotImplementedError
 
     def _span(self, index: int) -> tuple[File, int, int]:
@@ -44,11 +44,11 @@ class _Spans(Records):
         start, length = self._spans[index].tolist()
         return self.files[file], start, length
 
-    def _where(self, file: File, end: int) -> str:
-        """Returns `file:line` of the byte at `end`."""
+    def _line_location(self, file: File, end: int) -> str:
+        """Returns `file:line` of byte number `end`."""
         with file.open() as opened:
             line = 1
-            for part in windows(opened, 1 << 20):
+            for part in read_chunks(opened, 1 << 20):
                 line += part[: max(0, end)].count(b"\n")
                 end -= len(part)
                 if end <= 0:
@@ -57,15 +57,15 @@ class _Spans(Records):
 
 
 class Text(_Spans):
-    """Plain text: each file, cut at line ends into pieces of at most 64 kB."""
+    """Plain text: each file is split at line ends into documents of at most 64 kB."""
 
     def _scan(self, opened: BinaryIO, digest: hashlib.blake2b) -> array.array[int]:
         found = array.array("q")
         start, rest = 0, b""
-        while piece := rest + opened.read(PIECE_BYTES - len(rest)):
+        while piece := rest + opened.read(DOCUMENT_BYTES - len(rest)):
             cut = len(piece)
-            if cut == PIECE_BYTES:
-                cut = piece.rfind(b"\n", PIECE_BYTES // 2) + 1 or _character_boundary(piece)
+            if cut == DOCUMENT_BYTES:
+                cut = piece.rfind(b"\n", DOCUMENT_BYTES // 2) + 1 or _character_boundary(piece)
             piece, rest = piece[:cut], piece[cut:]
             digest.update(piece)
             if piece.strip():
@@ -79,21 +79,21 @@ class Text(_Spans):
         try:
             return data.decode()
         except UnicodeDecodeError as error:
-            return decode(data, self._where(file, start + error.start))
+            return decode(data, self._line_location(file, start + error.start))
 
 
 def _character_boundary(data: bytes) -> int:
-    """Returns where to cut UTF-8 so that the character at its end stays whole."""
+    """Returns the largest split point of UTF-8 data that does not split a character."""
     for back in range(1, 5):
         byte = data[-back]
-        if byte & 0xC0 != 0x80:  # the first byte of a character, of length 1 to 4
+        if byte & 0xC0 != 0x80:  # first byte of a character of 1 to 4 bytes
             length = 1 if byte < 0xC0 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
             return len(data) if length <= back else len(data) - back
-    return len(data)  # no UTF-8: for the reader to say so
+    return len(data)  # not UTF-8: reading the document reports it
 
 
 class JsonLines(_Spans):
-    """One JSON object a line, whose `field` is the text. Blank lines count as none."""
+    """JSON Lines, with the text in `field`. Blank lines are ignored."""
 
     def __init__(self, files: Sequence[File], field: str):
         self._field = field
@@ -116,51 +116,51 @@ class JsonLines(_Spans):
         return found
 
     def text(self, index: int) -> str:
-        return self._read(index, lambda data: field_of(data, self._field, ""))
+        return self._read(index, lambda data: text_field(data, self._field, ""))
 
     def row(self, index: int) -> dict[str, Any]:
-        return self._read(index, lambda data: object_of(data, ""))
+        return self._read(index, lambda data: parse_object(data, ""))
 
-    def where(self, index: int) -> str:
+    def location(self, index: int) -> str:
         file, start, _ = self._span(index)
-        return self._where(file, start)
+        return self._line_location(file, start)
 
     def _read(self, index: int, parse: Callable[[bytes], T]) -> T:
         file, start, length = self._span(index)
-        if length > MAX_RECORD:
-            where = self._where(file, start)
-            raise BadRecord("too long", f"{where}: the line has {length} bytes, more than {MAX_RECORD}")
+        if length > MAX_RECORD_BYTES:
+            where = self._line_location(file, start)
+            raise BadRecord("too long", f"{where}: the line has {length} bytes, more than {MAX_RECORD_BYTES}")
         try:
             return parse(file.read(start, length))
         except BadRecord as bad:
-            raise BadRecord(bad.reason, self._where(file, start) + bad.message) from None
+            raise BadRecord(bad.reason, self._line_location(file, start) + bad.message) from None
 
 
-def field_of(data: bytes, field: str, where: str) -> str:
-    """Returns the text in one field of a JSON object.
+def text_field(data: bytes, field: str, where: str) -> str:
+    """Returns one text field of a JSON object.
 
     Raises:
-      BadRecord: if there is none.
+      BadRecord: if the data is not an object with that text field.
     """
-    value = object_of(data, where)
+    value = parse_object(data, where)
     if field not in value:
-        raise BadRecord("no such field", f"{where}: no field {field!r} (fields: {named(value)})")
+        raise BadRecord("no such field", f"{where}: no field {field!r} (fields: {list_names(value)})")
     if not isinstance(value[field], str):
         kind = type(value[field]).__name__
         raise BadRecord("field is not text", f"{where}: field {field!r} is of type {kind}, not text")
     return value[field]
 
 
-def named(fields: Iterable[str]) -> str:
-    """Returns the first names of fields for a message."""
+def list_names(fields: Iterable[str]) -> str:
+    """Lists the first field names for a message."""
     return ", ".join(repr(name[:40]) for name in itertools.islice(fields, 8)) or "none"
 
 
-def object_of(data: bytes, where: str) -> dict[str, Any]:
-    """Returns a JSON object.
+def parse_object(data: bytes, where: str) -> dict[str, Any]:
+    """Parses a JSON object.
 
     Raises:
-      BadRecord: if it is none.
+      BadRecord: if the data is not a JSON object.
     """
     try:
         value = json.loads(decode(data, where))

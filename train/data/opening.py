@@ -1,4 +1,4 @@
-"""Opening a run's data: its sources found, indexed, split, and checked."""
+"""Opens a run's data: finds, indexes, splits and checks its sources."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ..config.objective import Objective
 from .dataset import Data
 from .encode import Encoder
 from .examples import ExampleEncoder, ExampleSource
-from .forms import Forms
-from .parts import all_held_out, split
-from .records import BadRecord, held_out, keys, refusal
+from .formats import RecordFormats
+from .parts import split, validation_part
+from .records import BadRecord, bad_record_error, record_keys, validation_mask
 from .source import Source, open_records, open_source
 
 
@@ -34,60 +34,60 @@ def open_data(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Data:
-    """Opens a run's data: finds and indexes the files, and splits them. Globs begin in the current directory.
+    """Opens a run's data: finds, indexes and splits the files. Globs are relative to the current directory.
 
     The global batches are a function of the data, the tokenizer, `seed`, `batch_size`, `seq_len` and the
-    step; not of the processes or workers that make them.
+    step, not of the number of processes or workers.
 
     Args:
-      config: what to read.
-      tokenizer: of the model.
-      objective: what the run learns, which says what its records hold (forms.py).
-      seq_len: T, tokens a row.
+      config: the `[data]` section.
+      tokenizer: the model's.
+      objective: the run's, which determines the record formats (formats.py).
+      seq_len: T, tokens per row.
       batch_size: B, rows of a global batch.
-      seed: of the order of documents.
-      process_index, process_count: which contiguous share of the rows is this process's.
+      seed: of the data order.
+      process_index, process_count: select this process's contiguous shard of the rows.
 
     Raises:
-      ConfigError: for sizes that cannot work.
+      ConfigError: for invalid sizes.
       DataError: if there is no data, too little, or it cannot be read.
     """
-    for name, value, least in (("batch_size", batch_size, 1), ("seq_len", seq_len, 2)):
+    for name, value, least in (("global_batch_size", batch_size, 1), ("seq_len", seq_len, 2)):
         if value < least:
             raise ConfigError(f"train.{name} is {value}; it must be at least {least}")
     if batch_size % process_count:
         raise ConfigError(
-            f"train.global_batch_size is {batch_size}, which {process_count} processes cannot share equally; "
-            "make it a multiple of that"
+            f"train.global_batch_size is {batch_size}, which {process_count} processes do not divide; "
+            "make it a multiple"
         )
     encode = Encoder(tokenizer)
-    opened: Callable[[SourceConfig], Source | ExampleSource] = functools.partial(open_source, encode=encode)
+    open_one: Callable[[SourceConfig], Source | ExampleSource] = functools.partial(open_source, encode=encode)
     if objective != "pretrain":
-        examples = _examples(config, encode, objective, seq_len)
-        opened = functools.partial(_open_examples, examples=examples, skip=config.bad_records == "skip")
+        readers = _example_readers(config, encode, objective, seq_len)
+        open_one = functools.partial(_open_examples, readers=readers, skip_bad=config.bad_records == "skip")
     rows = batch_size // process_count
-    parts = [split(source, config, opened(source)) for source in config.sources]
-    apart = []
+    parts = [split(source, config, open_one(source)) for source in config.sources]
+    validation_parts = []
     if config.validation_files:
         source = dataclasses.replace(config.sources[0], files=config.validation_files, exclude=(), weight=1.0)
-        apart = [all_held_out(source, opened(source), parts)]
+        validation_parts = [validation_part(source, open_one(source), parts)]
     return Data(
         config,
         parts,
-        apart,
+        validation_parts,
         encode,
         objective=objective,
         seq_len=seq_len,
         batch_size=batch_size,
         seed=seed,
-        mine=range(process_index * rows, (process_index + 1) * rows),
+        local_rows=range(process_index * rows, (process_index + 1) * rows),
     )
 
 
-def _examples(
+def _example_readers(
     config: DataConfig, encode: Encoder, objective: Objective, seq_len: int
-) -> tuple[Forms, ExampleEncoder]:
-    """Returns what reads the records of a finetuning run, and what encodes them."""
+) -> tuple[RecordFormats, ExampleEncoder]:
+    """Returns the reader of a finetuning run's records, and their encoder."""
     template = None
     try:
         template = chat_template(encode.tokenizer, config.template or None)
@@ -95,34 +95,39 @@ def _examples(
         if config.template or encode.tokenizer.chat_template is not None:
             raise
     if objective == "classify" and not config.labels:
-        raise ConfigError("data.labels is empty; name the classes there, in the order of their numbers")
-    forms = Forms(objective, config.sources[0].field, template is not None, config.labels)
-    return forms, ExampleEncoder(encode, template, objective, seq_len, config.too_long)
+        raise ConfigError("data.labels is empty; list the class names in it, in the order of their ids")
+    formats = RecordFormats(objective, config.sources[0].field, template is not None, config.labels)
+    return formats, ExampleEncoder(encode, template, objective, seq_len, config.too_long)
 
 
-def _open_examples(config: SourceConfig, examples: tuple[Forms, ExampleEncoder], skip: bool) -> ExampleSource:
-    forms, encode = examples
-    forms = dataclasses.replace(forms, field=config.field)
-    source = ExampleSource(config, open_records(config, rows=True), forms, encode)
+def _open_examples(
+    config: SourceConfig, readers: tuple[RecordFormats, ExampleEncoder], skip_bad: bool
+) -> ExampleSource:
+    formats, encode = readers
+    formats = dataclasses.replace(formats, field=config.field)
+    source = ExampleSource(config, open_records(config, rows=True), formats, encode)
     try:
-        source.detect(skip)
+        source.detect_format(skip_bad)
     except BadRecord as bad:
-        raise DataError(refusal(bad.message) if bad.reason != "no known form" else bad.message) from None
+        raise DataError(
+            bad_record_error(bad.message) if bad.reason != "unknown record format" else bad.message
+        ) from None
     return source
 
 
 def train_texts(config: DataConfig) -> Iterator[str]:
-    """Yields the documents that are trained on, in the order they lie: what a tokenizer may learn from.
+    """Yields the training documents in file order, for training a tokenizer.
 
     Raises:
       DataError: if there is none, or one cannot be read.
     """
     for source in config.sources:
         records = open_records(source)
-        held = held_out(keys([file.name for file in records.files], records.counts), config.share)
-        for index in np.flatnonzero(~held).tolist():
+        keys = record_keys([file.name for file in records.files], records.counts)
+        is_validation = validation_mask(keys, config.source_validation_fraction)
+        for index in np.flatnonzero(~is_validation).tolist():
             try:
                 yield records.text(index)
             except BadRecord as bad:
                 if config.bad_records == "fail":
-                    raise DataError(refusal(bad.message)) from None
+                    raise DataError(bad_record_error(bad.message)) from None

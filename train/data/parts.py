@@ -1,4 +1,4 @@
-"""A run's sources, each split into what is trained on and what is held out."""
+"""A run's sources, each split into training and validation records."""
 
 from __future__ import annotations
 
@@ -12,19 +12,27 @@ from llama_jax.errors import DataError
 
 from ..config.data import DataConfig, SourceConfig
 from .examples import ExampleSource
-from .lanes import counted
-from .records import held_out
+from .lanes import format_counts
+from .records import validation_mask
 from .source import Source
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One source, split; with what of its records was computed beforehand, as `Examples` takes it."""
+    """One source, split.
+
+    Attributes:
+      config: its section of the configuration.
+      source: its documents or examples.
+      train_index, validation_index: int64 [n], the record numbers of each split.
+      blocks: number of training records in each block that is cheap to read together, or None.
+      reference: precomputed reference log-probabilities, as in `Examples`.
+    """
 
     config: SourceConfig
     source: Source | ExampleSource
-    train: np.ndarray
-    held_out: np.ndarray
+    train_index: np.ndarray
+    validation_index: np.ndarray
     blocks: np.ndarray | None
     reference: np.ndarray | None = None
 
@@ -35,38 +43,44 @@ def split(config: SourceConfig, data: DataConfig, source: Source | ExampleSource
     Raises:
       DataError: if nothing is left to train on.
     """
-    held = held_out(source.key, data.share)
+    is_validation = validation_mask(source.keys, data.source_validation_fraction)
     blocks = source.blocks
-    if blocks is not None:  # as many of each block as are trained on
+    if blocks is not None:  # count only training records
         block_of = np.repeat(np.arange(len(blocks)), blocks)
-        blocks = np.bincount(block_of[~held], minlength=len(blocks))
-    part = Part(config, source, np.flatnonzero(~held), np.flatnonzero(held), blocks)
-    if not len(part.train):
-        raise DataError(empty(part, data, {}))
+        blocks = np.bincount(block_of[~is_validation], minlength=len(blocks))
+    part = Part(config, source, np.flatnonzero(~is_validation), np.flatnonzero(is_validation), blocks)
+    if not len(part.train_index):
+        raise DataError(no_text_message(part, data, {}))
     return part
 
 
-def empty(part: Part, config: DataConfig, skipped: Mapping[str, int]) -> str:
-    """Returns what to say of a source without anything usable."""
-    records = len(part.source.key)
+def no_text_message(part: Part, config: DataConfig, skipped: Mapping[str, int]) -> str:
+    """Returns the error message for a source without usable records."""
+    records = len(part.source.keys)
     if not records:
-        return f"the files that {part.config.files!r} matches hold no text; give files that do"
-    why = f" (skipped: {counted(skipped)})" if isinstance(part.source, ExampleSource) else ""
+        return f"the files that {part.config.files!r} matches have no text; use files that do"
+    why = f" (skipped: {format_counts(skipped)})" if isinstance(part.source, ExampleSource) else ""
     if config.bad_records == "skip":
-        why += '; data.bad_records is "skip": set it to "fail" to see what is wrong with the first'
-    return f"none of the {records} records of {part.config.files!r} holds usable text{why}"
+        why += '; data.bad_records is "skip": set it to "fail" to see the first error'
+    return f"none of the {records} records of {part.config.files!r} has usable text{why}"
 
 
-def all_held_out(config: SourceConfig, source: Source | ExampleSource, parts: Sequence[Part]) -> Part:
-    """Returns a part of which nothing is trained on, and which shares no file with the others."""
-    if not len(source.key):
+def validation_part(config: SourceConfig, source: Source | ExampleSource, parts: Sequence[Part]) -> Part:
+    """Returns a part with only validation records.
+
+    Raises:
+      DataError: if it has no records, or shares a file with a part that is trained on.
+    """
+    if not len(source.keys):
         raise DataError(
-            f"the files that data.validation_files = {config.files!r} matches hold no text; give others"
+            f"the files that data.validation_files = {config.files!r} matches have no text; use other files"
         )
     trained = {path for part in parts for path in _paths(part.source)}
-    if both := sorted(_paths(source) & trained):
-        raise DataError(f"{both[0]} is in data.validation_files and trained on; exclude it from one of them")
-    return Part(config, source, np.zeros(0, np.int64), np.arange(len(source.key)), None)
+    if shared := sorted(_paths(source) & trained):
+        raise DataError(
+            f"{shared[0]} is in data.validation_files and in the training files; exclude it from one of them"
+        )
+    return Part(config, source, np.zeros(0, np.int64), np.arange(len(source.keys)), None)
 
 
 def _paths(source: Source | ExampleSource) -> set[str]:

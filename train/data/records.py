@@ -1,4 +1,4 @@
-"""What every format gives: numbered records, each the text of one document or a row of named fields."""
+"""The interface of every file format: numbered records, each a text or a row of named fields."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import numpy as np
 
 from .files import File
 
-MAX_RECORD = 64 << 20  # bytes of one document; longer ones are bad records
+MAX_RECORD_BYTES = 64 << 20  # longer documents are bad records
 
 
 class BadRecord(Exception):
     """A record that cannot be used.
 
     Attributes:
-      reason: what is wrong, in words that many records share: they are counted by it.
-      message: where, and what in particular.
-      placed: whether the message says where: that may take reading the file.
+      reason: the kind of error; skipped records are counted by it.
+      message: the details, with the location.
+      has_location: whether the message contains the location, which may require reading the file.
     """
 
-    placed = True
+    has_location = True
 
     def __init__(self, reason: str, message: str):
         super().__init__(reason, message)
@@ -37,11 +37,10 @@ class Records(abc.ABC):
 
     Attributes:
       files: the files.
-      counts: int64 [files], the records in each.
-      nbytes: about how many bytes of text there are.
+      counts: int64 [files], number of records per file.
+      nbytes: approximate number of bytes of text.
       digest: a hash of the files' contents.
-      blocks: sizes of the runs of records that are cheap to read together, or None where any record
-        is as cheap as the next.
+      blocks: sizes of the blocks of records that are cheap to read together; None if random access is cheap.
     """
 
     files: Sequence[File]
@@ -58,13 +57,13 @@ class Records(abc.ABC):
         return np.cumsum(self.counts)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Returns the file of a record and the record's number in it."""
+        """Returns the file index of a record and its number within the file."""
         file = int(np.searchsorted(self._ends, index, side="right"))
         return file, index - int(self._ends[file] - self.counts[file])
 
     @abc.abstractmethod
     def text(self, index: int) -> str:
-        """Returns a document; empty ones count as none.
+        """Returns a document's text; an empty one is ignored.
 
         Raises:
           BadRecord: if the record cannot be used.
@@ -75,30 +74,30 @@ class Records(abc.ABC):
         """Returns all fields of a record.
 
         Raises:
-          BadRecord: if the record cannot be used; its message begins with where it is.
+          BadRecord: if the record cannot be used; its message starts with its location.
           DataError: if its file cannot be read.
         """
         return {"text": self.text(index)}
 
-    def where(self, index: int) -> str:
-        """Returns where a record is, for people."""
+    def location(self, index: int) -> str:
+        """Returns a record's file and number, for messages."""
         file, record = self.locate(index)
         return f"{self.files[file].path}, record {record}"
 
 
 class TooLongRecord(BadRecord):
-    """A record of more tokens than a row holds."""
+    """A record with more tokens than fit in a row."""
 
 
-def refusal(message: str) -> str:
-    """Returns what to say of a bad record that stops the run."""
-    return f'{message}; mend it, or set data.bad_records = "skip"'
+def bad_record_error(message: str) -> str:
+    """Returns the error message for a bad record that stops the run."""
+    return f'{message}; fix it, or set data.bad_records = "skip"'
 
 
-def keys(names: Sequence[str], counts: np.ndarray) -> np.ndarray:
-    """Returns uint64 [records]: a hash of each record's file and number, the same on every machine.
+def record_keys(names: Sequence[str], counts: np.ndarray) -> np.ndarray:
+    """Returns uint64 [records]: a hash of each record's file name and number, the same on every machine.
 
-    The numbers are scrambled as SplitMix64 does its counter (Steele et al., OOPSLA 2014).
+    The hash is SplitMix64 with the record number as its counter (Steele et al., OOPSLA 2014).
     """
     hashed = (hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8) for name in names)
     start = np.frombuffer(b"".join(name.digest() for name in hashed), "<u8")
@@ -110,25 +109,24 @@ def keys(names: Sequence[str], counts: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def held_out(key: np.ndarray, share: float) -> np.ndarray:
-    """Returns bool [records]: which are kept for evaluation, by their keys alone.
+def validation_mask(keys: np.ndarray, fraction: float) -> np.ndarray:
+    """Returns bool [records]: the validation records, selected by their keys alone.
 
-    Where there are two records or more and `share` is above 0, at least one is held out, and at least
-    one is not.
+    With two or more records and `fraction` above 0, both splits have at least one record.
     """
-    if not share or len(key) < 2:
-        return np.zeros(len(key), bool)
-    chosen = key < np.uint64(share * 2.0**64)
-    chosen[np.argmin(key)] = True
-    chosen[np.argmax(key)] = False
-    return chosen
+    if not fraction or len(keys) < 2:
+        return np.zeros(len(keys), bool)
+    mask = keys < np.uint64(fraction * 2.0**64)
+    mask[np.argmin(keys)] = True
+    mask[np.argmax(keys)] = False
+    return mask
 
 
 def decode(data: bytes, where: str) -> str:
     """Returns UTF-8 text.
 
     Raises:
-      BadRecord: if it is not.
+      BadRecord: if the bytes are not UTF-8.
     """
     try:
         return data.decode()

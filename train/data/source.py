@@ -1,4 +1,4 @@
-"""Documents as token ids: text that is tokenized on the way, or ids that were written beforehand."""
+"""Documents as token ids: tokenized on the fly, or read from a folder of token ids."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ import numpy as np
 from llama_jax.errors import DataError, TokenizerError
 
 from ..config.data import SourceConfig
-from . import files as finding
 from .encode import Encoder
-from .files import INDEX, File
+from .files import INDEX, File, detect_format, find_files
 from .lines import JsonLines, Text
-from .records import BadRecord, Records, keys
+from .records import BadRecord, Records, record_keys
 from .tables import ArrayRecord, Parquet, Readers
 
-VERSION = 1  # of the folder of token ids
-HEADER = 4  # bytes before a document's ids: the length of its text
+VERSION = 1  # format version of a folder of token ids
+HEADER_BYTES = 4  # before a document's ids: the UTF-8 length of its text, little-endian
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Document:
 
     Attributes:
       ids: int32 [n]; empty for an empty text.
-      nbytes: bytes of its text in UTF-8.
+      nbytes: UTF-8 length of its text.
     """
 
     ids: np.ndarray
@@ -42,13 +41,13 @@ class Source(Protocol):
     """The documents of one `SourceConfig`, in order.
 
     Attributes:
-      key: uint64 [documents], a hash of where each document lies.
-      nbytes: about how many bytes of text they have.
+      keys: uint64 [documents], a hash of each document's file and number.
+      nbytes: approximate number of bytes of text.
       blocks: as in `Records`.
-      fingerprint: a hash of what they say and of their order, as text.
+      fingerprint: a hash of the documents and their order.
     """
 
-    key: np.ndarray
+    keys: np.ndarray
     nbytes: int
     blocks: np.ndarray | None
     fingerprint: str
@@ -63,17 +62,17 @@ class Source(Protocol):
 
 
 class TextSource:
-    """Records, tokenized when they are asked for."""
+    """Text records, tokenized on access."""
 
     def __init__(self, records: Records, field: str, encode: Encoder):
         self.records = records
         self.names = [file.name for file in records.files]
-        self.key = keys(self.names, records.counts)
+        self.keys = record_keys(self.names, records.counts)
         self.nbytes = records.nbytes
         self.blocks = records.blocks
         self._encode = encode
-        named = json.dumps([type(records).__name__, field, self.names, records.counts.tolist()])
-        self.fingerprint = hashlib.blake2b((named + records.digest).encode(), digest_size=16).hexdigest()
+        serialized = json.dumps([type(records).__name__, field, self.names, records.counts.tolist()])
+        self.fingerprint = hashlib.blake2b((serialized + records.digest).encode(), digest_size=16).hexdigest()
 
     def document(self, index: int) -> Document:
         text = self.records.text(index)
@@ -88,14 +87,14 @@ class TextSource:
 
 
 class TokenSource:
-    """A folder that `write` wrote."""
+    """A folder of token ids, written by `write.write_tokens`."""
 
     def __init__(self, folder: Path, encode: Encoder):
         index = _read_index(folder / INDEX)
         if index["tokenizer"] != encode.fingerprint:
             raise DataError(
-                f"{folder} was written with another tokenizer; write it again with this one, or use the one "
-                "it was written with"
+                f"{folder} was written with another tokenizer; write it again with this one, or use the "
+                "original tokenizer"
             )
         shards = []
         for name, count, size in index["shards"]:
@@ -106,7 +105,8 @@ class TokenSource:
                 raise DataError(f"{path} cannot be read ({error.strerror}); write the folder again") from None
             if info.st_size != size:
                 raise DataError(
-                    f"{path} has {info.st_size} bytes, and {size} when it was written; write the folder again"
+                    f"{path} has {info.st_size} bytes, and had {size} when it was written; write the folder "
+                    "again"
                 )
             shards.append((File(str(path), name, size, info.st_mtime_ns), count))
         self._files = [file for file, _ in shards]
@@ -115,24 +115,24 @@ class TokenSource:
         self._dtype = np.dtype(index["dtype"])
         self._vocab_size = encode.vocab_size
         self.names = [name for name, _ in index["files"]]
-        self.key = keys(self.names, np.array([count for _, count in index["files"]], np.int64))
+        self.keys = record_keys(self.names, np.array([count for _, count in index["files"]], np.int64))
         self.nbytes = index["nbytes"]
         self.blocks = None if index["blocks"] is None else np.array(index["blocks"], np.int64)
         self.fingerprint = index["fingerprint"]
-        if shards and int(self._ends[-1]) != len(self.key):
-            raise DataError(f"{folder / INDEX} contradicts itself; write the folder again")
+        if shards and int(self._ends[-1]) != len(self.keys):
+            raise DataError(f"{folder / INDEX} is inconsistent with its files; write the folder again")
 
     def document(self, index: int) -> Document:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[shard - 1]) if shard else 0
         data = self._readers.read(shard, index - first)
         where = f"{self._files[shard].path}, record {index - first}"
-        if len(data) < HEADER or (len(data) - HEADER) % self._dtype.itemsize:
-            raise DataError(f"{where}: no document; write the folder again")
-        ids = np.frombuffer(data, self._dtype, offset=HEADER).astype(np.int32)
+        if len(data) < HEADER_BYTES or (len(data) - HEADER_BYTES) % self._dtype.itemsize:
+            raise DataError(f"{where}: not a document; write the folder again")
+        ids = np.frombuffer(data, self._dtype, offset=HEADER_BYTES).astype(np.int32)
         if len(ids) and not 0 <= ids.min() <= ids.max() < self._vocab_size:
-            raise DataError(f"{where}: ids outside the vocabulary; write the folder again")
-        return Document(ids, int.from_bytes(data[:HEADER], "little"))
+            raise DataError(f"{where}: token ids outside the vocabulary; write the folder again")
+        return Document(ids, int.from_bytes(data[:HEADER_BYTES], "little"))
 
 
 def open_source(config: SourceConfig, encode: Encoder) -> Source:
@@ -148,23 +148,23 @@ def open_source(config: SourceConfig, encode: Encoder) -> Source:
 
 
 def open_records(config: SourceConfig, *, rows: bool = False) -> Records:
-    """Opens one source's text, or, where `rows`, its records with all their fields.
+    """Opens one source's text, or with `rows` its records with all their fields.
 
     Raises:
-      DataError: if there are no files, they cannot be read, or they hold token ids.
+      DataError: if there are no files, they cannot be read, or they are token ids.
     """
     if config.format == "tokens" or (Path(config.files).expanduser() / INDEX).is_file():
-        raise DataError(f"{config.files!r} holds token ids; this needs their text")
-    found = finding.find(config)
-    match finding.format_of(found, config):
+        raise DataError(f"{config.files!r} is a folder of token ids; use the text it was made from")
+    files = find_files(config)
+    match detect_format(files, config):
         case "jsonl":
-            return JsonLines(found, config.field)
+            return JsonLines(files, config.field)
         case "parquet":
-            return Parquet(found, None if rows else config.field)
+            return Parquet(files, None if rows else config.field)
         case "arrayrecord":
-            return ArrayRecord(found, config.field)
+            return ArrayRecord(files, config.field)
         case _:
-            return Text(found)
+            return Text(files)
 
 
 def _read_index(path: Path) -> dict[str, Any]:
@@ -172,29 +172,34 @@ def _read_index(path: Path) -> dict[str, Any]:
         index = json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read ({error.strerror}); give the folder that `python -m llama_jax.train.data` wrote"
+            f"{path} cannot be read ({error.strerror}); use a folder that `python -m llama_jax.train.data` "
+            "wrote"
         ) from None
     except (ValueError, RecursionError):
         raise DataError(f"{path} is not JSON; write the folder again") from None
-    kinds = {
+    types = {
         **dict.fromkeys(("tokenizer", "fingerprint", "dtype"), str),
         **dict.fromkeys(("files", "shards"), list),
         "nbytes": int,
     }
-    whole = isinstance(index, dict) and index.get("version") == VERSION and "blocks" in index
-    if not whole or not all(isinstance(index.get(name), kind) for name, kind in kinds.items()):
+    complete = isinstance(index, dict) and index.get("version") == VERSION and "blocks" in index
+    if not complete or not all(isinstance(index.get(name), kind) for name, kind in types.items()):
         raise DataError(
-            f"{path} is not what `python -m llama_jax.train.data` of this version writes; write it again"
+            f"{path} was not written by this version of `python -m llama_jax.train.data`; write it again"
         )
-    if index["dtype"] not in ("<u2", "<u4") or not _rows(index["files"], 2) or not _rows(index["shards"], 3):
+    if (
+        index["dtype"] not in ("<u2", "<u4")
+        or not _valid_rows(index["files"], 2)
+        or not _valid_rows(index["shards"], 3)
+    ):
         raise DataError(
-            f"{path} is not what `python -m llama_jax.train.data` of this version writes; write it again"
+            f"{path} was not written by this version of `python -m llama_jax.train.data`; write it again"
         )
     return index
 
 
-def _rows(value: Sequence[Any], width: int) -> bool:
-    """Returns whether `value` is a list of [file name, number, ...], none of which leaves the folder."""
+def _valid_rows(value: Sequence[Any], width: int) -> bool:
+    """Returns whether `value` is a list of [file name, number, ...], with no file outside the folder."""
     return all(
         isinstance(row, list)
         and len(row) == width

@@ -1,4 +1,4 @@
-"""Parquet and ArrayRecord: files that index themselves."""
+"""Parquet and ArrayRecord: file formats with an index of their own."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ import numpy as np
 from llama_jax.errors import DataError
 
 from .files import File, sampled_digest
-from .lines import field_of, object_of
-from .records import MAX_RECORD, BadRecord, Records, decode
+from .lines import parse_object, text_field
+from .records import MAX_RECORD_BYTES, BadRecord, Records, decode
 
-_CACHED_GROUPS = 8  # the rows of a batch read about the same place of the shuffled order
+_CACHED_GROUPS = 8  # the lanes of a batch read nearby positions of the shuffled order
 _OPEN_FILES = 64
 
 
 class Parquet(Records):
-    """Parquet files, read a row group at a time: one column of text, or rows.
+    """Parquet files, read one row group at a time: one text column, or rows.
 
     Attributes:
-      columns: those that are read, None for all of them.
+      columns: the columns to read; None for all.
     """
 
     def __init__(self, files: Sequence[File], field: str | None):
-        """Opens the files; `field` names the text column, None is for rows."""
+        """Opens the files; `field` is the text column, None reads rows."""
         self.files = files
         self.columns: list[str] | None = None if field is None else [field]
         self._field = field
-        self._open: _Cache = _Cache(_OPEN_FILES)
-        self._groups: _Cache = _Cache(_CACHED_GROUPS)
+        self._open: _LruCache = _LruCache(_OPEN_FILES)
+        self._groups: _LruCache = _LruCache(_CACHED_GROUPS)
         counts: list[int] = []
         blocks: list[int] = []
         nbytes = 0
@@ -58,31 +58,31 @@ class Parquet(Records):
     def text(self, index: int) -> str:
         table, row = self._group(index)
         value = table.column(0)[row]
-        where = self.where(index)
+        where = self.location(index)
         if not value.is_valid:
             raise BadRecord("field is not text", f"{where}: field {self._field!r} is null")
         data = value.as_buffer()
-        if data.size > MAX_RECORD:
-            raise BadRecord("too long", f"{where}: {data.size} bytes, more than {MAX_RECORD}")
+        if data.size > MAX_RECORD_BYTES:
+            raise BadRecord("too long", f"{where}: {data.size} bytes, more than {MAX_RECORD_BYTES}")
         return decode(data.to_pybytes(), where)
 
     def row(self, index: int) -> dict[str, Any]:
         table, row = self._group(index)
-        one, where = table.slice(row, 1), self.where(index)
-        if one.nbytes > MAX_RECORD:
-            raise BadRecord("too long", f"{where}: {one.nbytes} bytes, more than {MAX_RECORD}")
+        one, where = table.slice(row, 1), self.location(index)
+        if one.nbytes > MAX_RECORD_BYTES:
+            raise BadRecord("too long", f"{where}: {one.nbytes} bytes, more than {MAX_RECORD_BYTES}")
         try:
             (fields,) = one.to_pylist()
         except UnicodeDecodeError:
             raise BadRecord("not UTF-8", f"{where}: not UTF-8") from None
         return fields
 
-    def where(self, index: int) -> str:
+    def location(self, index: int) -> str:
         file, row = self.locate(index)
         return f"{self.files[file].path}, row {row}"
 
     def _group(self, index: int) -> tuple[Any, int]:
-        """Returns the row group of a record, and its place in it."""
+        """Returns the row group of a record, and the record's index in it."""
         i, _ = self.locate(index)
         self.files[i].check()
         block = int(np.searchsorted(self._block_ends, index, side="right"))
@@ -93,13 +93,17 @@ class Parquet(Records):
     def _file(self, i: int) -> Any:
         import pyarrow.parquet
 
-        return self._open.get(i, lambda: _guard(self.files[i], pyarrow.parquet.ParquetFile))
+        return self._open.get(i, lambda: _call(self.files[i], pyarrow.parquet.ParquetFile))
 
     def _column(self, i: int, field: str) -> int:
-        """Returns the number of the text column, checked."""
+        """Returns the index of the text column.
+
+        Raises:
+          DataError: if it does not exist, or is not of type string.
+        """
         import pyarrow as pa
 
-        schema = _guard(self.files[i], lambda _: self._file(i).schema_arrow)
+        schema = _call(self.files[i], lambda _: self._file(i).schema_arrow)
         if field not in schema.names:
             names = ", ".join(repr(name) for name in schema.names[:8])
             raise DataError(
@@ -115,7 +119,7 @@ class Parquet(Records):
         return paths.index(field)
 
     def _read_group(self, i: int, group: int) -> Any:
-        table = _guard(
+        table = _call(
             self.files[i],
             lambda _: self._file(i).read_row_group(group, columns=self.columns, use_threads=False),
         )
@@ -125,7 +129,7 @@ class Parquet(Records):
 class ArrayRecord(Records):
     """ArrayRecord files of UTF-8 text, or of JSON objects whose `field` is the text.
 
-    They are JSON if the first record is an object with that field.
+    They are read as JSON if the first record is an object with that field.
     """
 
     def __init__(self, files: Sequence[File], field: str):
@@ -138,7 +142,7 @@ class ArrayRecord(Records):
         self._json = False
         if len(self):
             try:
-                field_of(self.readers.read(*self.locate(0)), field, "")
+                text_field(self.readers.read(*self.locate(0)), field, "")
                 self._json = True
             except BadRecord:
                 pass
@@ -147,28 +151,28 @@ class ArrayRecord(Records):
         i, record = self.locate(index)
         where = f"{self.files[i].path}, record {record}"
         data = self.readers.read(i, record)
-        if len(data) > MAX_RECORD:
-            raise BadRecord("too long", f"{where}: {len(data)} bytes, more than {MAX_RECORD}")
-        return field_of(data, self._field, where) if self._json else decode(data, where)
+        if len(data) > MAX_RECORD_BYTES:
+            raise BadRecord("too long", f"{where}: {len(data)} bytes, more than {MAX_RECORD_BYTES}")
+        return text_field(data, self._field, where) if self._json else decode(data, where)
 
     def row(self, index: int) -> dict[str, Any]:
         i, record = self.locate(index)
-        data, where = self.readers.read(i, record), self.where(index)
-        if len(data) > MAX_RECORD:
-            raise BadRecord("too long", f"{where}: {len(data)} bytes, more than {MAX_RECORD}")
-        return object_of(data, where)
+        data, where = self.readers.read(i, record), self.location(index)
+        if len(data) > MAX_RECORD_BYTES:
+            raise BadRecord("too long", f"{where}: {len(data)} bytes, more than {MAX_RECORD_BYTES}")
+        return parse_object(data, where)
 
 
 class Readers:
-    """Open ArrayRecord files; another process opens its own."""
+    """A cache of open ArrayRecord files; every process opens its own."""
 
     def __init__(self, files: Sequence[File]):
         self._files = files
-        self._open: _Cache = _Cache(_OPEN_FILES)
+        self._open: _LruCache = _LruCache(_OPEN_FILES)
 
     def count(self, file: int) -> int:
         """Returns the number of records in a file."""
-        return _guard(self._files[file], lambda _: self._reader(file).num_records())
+        return _call(self._files[file], lambda _: self._reader(file).num_records())
 
     def read(self, file: int, record: int) -> bytes:
         """Returns one record.
@@ -178,7 +182,7 @@ class Readers:
         """
         self._files[file].check()
         with self._open.lock:
-            return _guard(self._files[file], lambda _: self._reader(file).read([record])[0])
+            return _call(self._files[file], lambda _: self._reader(file).read([record])[0])
 
     def _reader(self, i: int) -> Any:
         from array_record.python import array_record_module
@@ -186,49 +190,49 @@ class Readers:
         def open_reader(path: str) -> Any:
             reader = array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0")
             if not reader.ok():
-                raise ValueError("no ArrayRecord file")
+                raise ValueError("not an ArrayRecord file")
             return reader
 
         return self._open.get(i, lambda: open_reader(self._files[i].path))
 
 
-class _Cache:
-    """The things last used, a bounded number of them; none of them goes to another process.
+class _LruCache:
+    """A least-recently-used cache; pickling drops its items.
 
     Attributes:
-      lock: to be held while one is used: training reads ahead in one thread, evaluation in another.
+      lock: hold it while using an item: training prefetches in one thread, evaluation reads in another.
     """
 
-    def __init__(self, most: int):
+    def __init__(self, max_size: int):
         self.lock = threading.RLock()
-        self._most = most
-        self._held: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        self._max_size = max_size
+        self._items: collections.OrderedDict[int, Any] = collections.OrderedDict()
 
     def get(self, key: int, make: Callable[[], Any]) -> Any:
-        if key not in self._held:
+        if key not in self._items:
             value = make()
-            while len(self._held) >= self._most:
-                self._held.popitem(last=False)
-            self._held[key] = value
-        self._held.move_to_end(key)
-        return self._held[key]
+            while len(self._items) >= self._max_size:
+                self._items.popitem(last=False)
+            self._items[key] = value
+        self._items.move_to_end(key)
+        return self._items[key]
 
-    def __reduce__(self) -> tuple[type[_Cache], tuple[int]]:
-        return _Cache, (self._most,)
+    def __reduce__(self) -> tuple[type[_LruCache], tuple[int]]:
+        return _LruCache, (self._max_size,)
 
 
 def _digest(files: Sequence[File]) -> str:
     return hashlib.blake2b(b"".join(map(sampled_digest, files)), digest_size=16).hexdigest()
 
 
-def _guard(file: File, call: Callable[[str], Any]) -> Any:
-    """Calls a library on a file; what it raises becomes one line."""
+def _call(file: File, call: Callable[[str], Any]) -> Any:
+    """Calls a library on a file, and converts its exceptions to one-line DataErrors."""
     try:
         return call(file.path)
     except (OSError, ValueError, IndexError, RuntimeError, NotImplementedError) as error:
         if isinstance(error, DataError):
             raise
         why = " ".join(str(error).split())[:120]
-        raise DataError(f"{file.path} cannot be read ({why}); take a fresh copy") from None
+        raise DataError(f"{file.path} cannot be read ({why}); copy it again") from None
     except ImportError as error:
         raise DataError(f"{file.path} needs the package {error.name}; install it") from None

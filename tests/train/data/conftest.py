@@ -1,4 +1,4 @@
-"""A small vocabulary, and corpora of known documents in every format."""
+"""A small vocabulary, and corpora of the same documents in every format."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tokenizer(vocabulary_paths: dict[str, Path]) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """60 distinct documents of very different lengths."""
+    """60 distinct documents of varied lengths."""
     random = Random(0)
     words = ("the", "fox", "saw", "12", "dogs,", "naïve", "café\n", "", "", "", "return", "x\n")
     return [
@@ -93,7 +93,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> dict[
 
 @pytest.fixture
 def opened(tokenizer: Tokenizer) -> Open:
-    """Opens data with small sizes: `files` and any of DataConfig's and open_data's arguments."""
+    """Opens data with small sizes; takes `files` and any argument of DataConfig and open_data."""
     defaults = {"seq_len": 64, "batch_size": 4, "seed": 0}
     names = (*defaults, "process_index", "process_count", "objective")
 

@@ -1,4 +1,4 @@
-"""Whatever is wrong with the data is one line that says what, where, and what to do."""
+"""Every error in the data is one line with the cause, the location and the fix."""
 
 from __future__ import annotations
 
@@ -31,40 +31,44 @@ def assert_refused(message, call, kind=DataError):
     ("settings", "message"),
     [
         ({"format": "josnl"}, r"data\.format is 'josnl'; did you mean jsonl\?; it must be one of auto, text"),
-        ({"files": 3}, r"data\.files is 3; give a file, or a glob"),
-        ({"field": ""}, r"data\.field is ''; give the name of the field"),
-        ({"exclude": [1]}, r"data\.exclude is \[1\]; give a list of patterns"),
-        ({"validation_fraction": 1.0}, r"data\.held_out is 1\.0; it must be at least 0 and below 1"),
-        ({"validation_fraction": -0.1}, r"data\.held_out is -0\.1; it must be"),
-        ({"validation_fraction": "half"}, r"data\.held_out is 'half'; it must be"),
+        ({"files": 3}, r"data\.files is 3; use a file, or a glob"),
+        ({"field": ""}, r"data\.field is ''; use the name of the field"),
+        ({"exclude": [1]}, r"data\.exclude is \[1\]; use a list of patterns"),
+        (
+            {"validation_fraction": 1.0},
+            r"data\.validation_fraction is 1\.0; it must be at least 0",
+        ),
+        ({"validation_fraction": -0.1}, r"data\.validation_fraction is -0\.1; it must be"),
+        ({"validation_fraction": "half"}, r"data\.validation_fraction is 'half'; it must be"),
         ({"bad_records": "skipp"}, r"data\.bad_records is 'skipp'; did you mean skip\?"),
         ({"shuffle": 1}, r"data\.shuffle is 1; it must be true or false"),
         ({"workers": -1}, r"data\.workers is -1; it must be a whole number, at least 0"),
         (
             {"mixture": (SourceConfig("b"),)},
-            r"data\.files is 'a' beside data\.mixture; give one or the other",
+            r"data\.files is 'a' and data\.mixture is set too; set one of them",
         ),
     ],
 )
-def test_settings_that_cannot_work(settings, message):
+def test_invalid_settings(settings, message):
     assert_refused(message, lambda: DataConfig(**{"files": "a", **settings}), ConfigError)
 
 
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), "2", True])
-def test_a_weight_that_is_no_share(weight):
+def test_invalid_weights(weight):
     message = r"data\.weight is .* \(files 'x'\); it must be a finite number above 0"
     assert_refused(message, lambda: SourceConfig("x", weight=weight), ConfigError)
 
 
 def test_no_data_at_all(opened):
-    assert_refused(r"data\.files is ''; give a file, or a glob", opened, ConfigError)
+    assert_refused(r"data\.files is ''; use a file, or a glob", opened, ConfigError)
 
 
-def test_a_batch_that_processes_cannot_share(opened, corpora):
-    message = r"train\.batch_size is 4, which 3 processes cannot share equally; make it a multiple"
+def test_a_batch_size_that_processes_do_not_divide(opened, corpora):
+    message = r"train\.global_batch_size is 4, which 3 processes do not divide; make it a multiple"
     assert_refused(message, lambda: opened(corpora["text"], process_count=3), ConfigError)
-    for name in ("batch_size", "seq_len"):
-        assert_refused(rf"train\.{name} is 0; it must be", lambda n=name: opened("x", **{n: 0}), ConfigError)
+    for name, key in (("batch_size", "global_batch_size"), ("seq_len", "seq_len")):
+        message = rf"train\.{key} is 0; it must be"
+        assert_refused(message, lambda n=name: opened("x", **{n: 0}), ConfigError)
 
 
 # Files
@@ -78,7 +82,9 @@ def test_a_glob_that_matches_nothing(opened, tmp_path, monkeypatch):
     )
     assert_refused(r"no file matches data\.files = '/none/x'; check the path", lambda: opened("/none/x"))
     (tmp_path / "folder").mkdir()
-    assert_refused(r"'folder' is a folder .*; for its files write 'folder/\*\*/\*'", lambda: opened("folder"))
+    assert_refused(
+        r"'folder' is a directory .*; to match its files use 'folder/\*\*/\*'", lambda: opened("folder")
+    )
     assert_refused(r"folder/tokens\.json cannot be read", lambda: opened("folder", format="tokens"))
 
 
@@ -98,21 +104,21 @@ def test_files_of_several_formats(opened, tmp_path):
 @pytest.mark.parametrize("text", ["", "\n \n"])
 def test_files_without_text(opened, tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    assert_refused(r"the files that '.*' matches hold no text", lambda: opened(str(tmp_path / name)))
+    assert_refused(r"the files that '.*' matches have no text", lambda: opened(str(tmp_path / name)))
 
 
 def test_documents_without_text(opened, tmp_path):
     files = write_parquet(tmp_path / "p", ["", "", ""])
-    assert_refused(r"none of the 3 records of '.*' holds usable text", lambda: opened(files))
+    assert_refused(r"none of the 3 records of '.*' has usable text", lambda: opened(files))
     files = write_arrayrecord(tmp_path / "a", [])
-    assert_refused(r"matches hold no text", lambda: opened(files))
+    assert_refused(r"matches have no text", lambda: opened(files))
 
 
 def test_too_little_for_one_sequence(opened, tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("the fox")
     count = len(tokenizer.encode("the fox", add_bos=True, add_eos=True))
     message = (
-        rf"holds {count} tokens to train on \(1 documents\), and one sequence takes 64; .* at most {count}$"
+        rf"has {count} tokens to train on \(1 documents\), and one sequence needs 64; .* at most {count}$"
     )
     assert_refused(message, lambda: opened(str(tmp_path / "a.txt")))
     assert next(opened(str(tmp_path / "a.txt"), seq_len=count).train())["tokens"].shape == (4, count)
@@ -122,7 +128,7 @@ def test_a_text_file_that_is_not_utf8(opened, tmp_path):
     write_text(tmp_path / "t", GOOD)
     (tmp_path / "t" / "000.txt").write_bytes(b"one\ntwo\nthr\xffee\n")
     files = f"{tmp_path}/t/*.txt"
-    message = r"000\.txt:3: not UTF-8 \(byte 0xff, invalid start byte\); mend it, or set data\.bad_records"
+    message = r"000\.txt:3: not UTF-8 \(byte 0xff, invalid start byte\); fix it, or set data\.bad_records"
     assert_refused(message, lambda: take(opened(files, validation_fraction=0).train(), 40))
     batches = opened(files, validation_fraction=0, bad_records="skip").train()
     take(batches, 40)
@@ -145,7 +151,7 @@ def test_a_bad_json_line(opened, tmp_path, line, message, reason):
     path = tmp_path / "a.jsonl"
     lines = [json.dumps({"text": text}).encode() for text in GOOD]
     path.write_bytes(b"\n\n".join([*lines[:7], line, *lines[7:]]))
-    rest = r'; mend it, or set data\.bad_records = "skip"$'
+    rest = r'; fix it, or set data\.bad_records = "skip"$'
     assert_refused(
         rf"a\.jsonl:15: {message}.*{rest}", lambda: take(opened(str(path), validation_fraction=0).train(), 50)
     )
@@ -164,12 +170,12 @@ def test_a_bad_json_line(opened, tmp_path, line, message, reason):
 def test_a_lone_surrogate(opened, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a\\ud800"}\n' + "\n".join(json.dumps({"text": text}) for text in GOOD))
-    message = r"a\.jsonl, record 0: the text has a lone surrogate; mend it"
+    message = r"a\.jsonl, record 0: the text has a lone surrogate; fix it"
     assert_refused(message, lambda: take(opened(str(path), validation_fraction=0).train(), 50))
 
 
-def test_a_line_beyond_all_bounds(opened, tmp_path, monkeypatch):
-    monkeypatch.setattr("llama_jax.train.data.lines.MAX_RECORD", 1000)
+def test_an_overlong_line(opened, tmp_path, monkeypatch):
+    monkeypatch.setattr("llama_jax.train.data.lines.MAX_RECORD_BYTES", 1000)
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "x" * 3000}) + "\n" + json.dumps({"text": "y" * 500}))
     message = r"a\.jsonl:1: the line has 3013 bytes, more than 1000"
@@ -179,7 +185,7 @@ def test_a_line_beyond_all_bounds(opened, tmp_path, monkeypatch):
 def test_nothing_but_bad_records(opened, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("{\n" * 10)
-    message = r'none of the 10 records of .* holds usable text; data\.bad_records is "skip": set it to "fail"'
+    message = r'none of the 10 records of .* has usable text; data\.bad_records is "skip": set it to "fail"'
     assert_refused(message, lambda: opened(str(path), bad_records="skip"))
     assert_refused(r"a\.jsonl:\d+: not JSON", lambda: opened(str(path)))
 
@@ -190,7 +196,7 @@ def test_a_lane_of_nothing_but_bad_records(opened, tmp_path):
     batches = opened(
         str(path), validation_fraction=0, bad_records="skip", shuffle=False, batch_size=2
     ).train()
-    message = r"1010 records in a row hold no usable text \(skipped: 1010 not JSON\); check the data"
+    message = r"1010 consecutive records have no usable text \(skipped: 1010 not JSON\); check the data"
     assert_refused(message, lambda: next(batches))
 
 
@@ -203,7 +209,7 @@ def test_parquet_without_the_column(opened, tmp_path):
 
 def test_parquet_with_a_null(opened, tmp_path):
     files = write_parquet(tmp_path / "p", [*GOOD, None])
-    message = r"b\.parquet, row 10: field 'text' is null; mend it"
+    message = r"b\.parquet, row 10: field 'text' is null; fix it"
     assert_refused(message, lambda: take(opened(files, validation_fraction=0).train(), 50))
     take(opened(files, validation_fraction=0, bad_records="skip").train(), 50)
 
@@ -227,13 +233,13 @@ def test_a_damaged_table(opened, tmp_path, name, damage):
         "flipped": flipped,
     }
     path.write_bytes(damaged[damage])
-    message = rf"a\.{name} cannot be read \(.*\); take a fresh copy"
+    message = rf"a\.{name} cannot be read \(.*\); copy it again"
     assert_refused(message, lambda: take(opened(files, validation_fraction=0).train(), 200))
 
 
 @pytest.mark.parametrize("write", [write_text, write_jsonl, write_parquet, write_arrayrecord])
 @pytest.mark.parametrize("how", ["gone", "changed"])
-def test_a_file_that_goes_away_or_changes_under_the_run(opened, tmp_path, write, how):
+def test_a_file_that_is_deleted_or_changed_during_the_run(opened, tmp_path, write, how):
     files = write(tmp_path / "t", GOOD)
     batches = opened(files, validation_fraction=0).train()
     next(batches)
@@ -244,28 +250,28 @@ def test_a_file_that_goes_away_or_changes_under_the_run(opened, tmp_path, write,
             os.utime(path, ns=(1, 1))
     message = {
         "gone": r"can no longer be read \(No such file",
-        "changed": "changed while the run was reading",
+        "changed": "changed during the run",
     }
     assert_refused(message[how], lambda: take(batches, 100))
 
 
 @pytest.mark.slow
-def test_a_worker_process_says_the_same(opened, tmp_path):
+def test_the_same_error_from_a_worker_process(opened, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join([*(json.dumps({"text": text}) for text in GOOD), "{"]))
     batches = opened(str(path), validation_fraction=0, workers=1).train()
-    message = r'^\S*a\.jsonl:21: not JSON \(.*\); mend it, or set data\.bad_records = "skip"$'
+    message = r'^\S*a\.jsonl:21: not JSON \(.*\); fix it, or set data\.bad_records = "skip"$'
     assert_refused(message, lambda: take(batches, 100))
     batches.close()
 
 
-def test_held_out_records_are_checked_like_the_others(opened, tmp_path):
+def test_validation_records_are_checked_too(opened, tmp_path):
     path = tmp_path / "a.jsonl"
     good = json.dumps({"text": GOOD[0]})
-    for bad in itertools.count():  # a record that is held out
+    for bad in itertools.count():  # find a validation record
         path.write_text("\n".join(good if i != bad else "{" for i in range(20)))
         data = opened(str(path), validation_fraction=0.5)
-        if bad in data._parts[0].held_out:
+        if bad in data._parts[0].validation_index:
             break
-    assert_refused(rf"a\.jsonl:{bad + 1}: not JSON", lambda: list(data.held_out()))
-    assert list(opened(str(path), validation_fraction=0.5, bad_records="skip").held_out())
+    assert_refused(rf"a\.jsonl:{bad + 1}: not JSON", lambda: list(data.validation_batches()))
+    assert list(opened(str(path), validation_fraction=0.5, bad_records="skip").validation_batches())

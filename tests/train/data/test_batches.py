@@ -1,4 +1,4 @@
-"""Batches: a function of (seed, step), whoever makes them, and wherever they are taken up again."""
+"""Batches are a function of (seed, step), for any number of processes and after resuming."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def assert_same(first, second):
 
 
 def joined(parts):
-    """The global batches from each process's."""
+    """The global batches, from those of each process."""
     return [
         {name: np.concatenate([part[name] for part in step]) for name in NAMES}
         for step in zip(*parts, strict=True)
@@ -37,9 +37,9 @@ def joined(parts):
 
 
 def unpacked(rows):
-    """The documents of a lane from its rows, the last one perhaps cut off."""
+    """The documents of a lane, from its rows; the last one may be incomplete."""
     ids = np.concatenate([row["tokens"] for row in rows]).tolist()
-    starts = [i for i, token in enumerate(ids) if token == 1]  # BOS, which text never becomes
+    starts = [i for i, token in enumerate(ids) if token == 1]  # BOS, which no text encodes to
     assert starts[0] == 0
     return [ids[a:b] for a, b in itertools.pairwise([*starts, len(ids)])]
 
@@ -56,7 +56,7 @@ def test_a_batch_is_int32_and_full(opened, corpora):
     assert batch["segment_ids"].min() == 1
 
 
-def test_documents_in_a_row_are_numbered_and_positions_restart(opened, corpora):
+def test_segments_are_numbered_and_positions_restart(opened, corpora):
     for batch in take(opened(corpora["text"]).train(), 10):
         for tokens, segments, positions in zip(*(batch[name] for name in NAMES), strict=True):
             begins = np.diff(segments, prepend=0)
@@ -64,12 +64,14 @@ def test_documents_in_a_row_are_numbered_and_positions_restart(opened, corpora):
             assert begins[0] == 1
             np.testing.assert_array_equal(begins == 1, positions == 0)
             assert (np.diff(positions)[begins[1:] == 0] == 1).all()
-            np.testing.assert_array_equal(tokens[1:] == 1, begins[1:] == 1)  # BOS opens each but the first
+            np.testing.assert_array_equal(
+                tokens[1:] == 1, begins[1:] == 1
+            )  # each document but the first starts with BOS
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_unpacking_gives_back_exactly_the_documents(opened, corpora, tokenizer, texts, batch_size):
-    """Also with more rows than documents (100 against 60)."""
+def test_unpacking_gives_exactly_the_documents(opened, corpora, tokenizer, texts, batch_size):
+    """Also with more rows (100) than documents (60)."""
     known = {(1, *tokenizer.encode(text, add_bos=False), 2) for text in texts}
     batches = take(opened(corpora["text"], batch_size=batch_size, validation_fraction=0).train(), 20)
     for row in range(batch_size):
@@ -77,7 +79,7 @@ def test_unpacking_gives_back_exactly_the_documents(opened, corpora, tokenizer, 
         assert {tuple(document) for document in whole} <= known
 
 
-def test_each_epoch_has_every_document_once_in_an_order_of_its_own(opened, corpora, tokenizer, texts):
+def test_each_epoch_has_every_document_once_in_a_new_order(opened, corpora, tokenizer, texts):
     data = opened(corpora["text"], batch_size=1, seq_len=512, validation_fraction=0)
     documents = [tuple(ids) for ids in unpacked(lane(take(data.train(), 60), 0))]
     epochs = [documents[:60], documents[60:120]]
@@ -92,7 +94,7 @@ def test_the_order_is_a_function_of_the_seed(opened, corpora):
     assert any((a["tokens"] != b["tokens"]).any() for a, b in zip(first, other, strict=True))
 
 
-def test_without_shuffling_documents_come_as_they_lie(opened, corpora, tokenizer, texts):
+def test_without_shuffling_documents_are_in_file_order(opened, corpora, tokenizer, texts):
     data = opened(corpora["jsonl"], batch_size=1, validation_fraction=0, shuffle=False)
     *documents, _ = unpacked(lane(take(data.train(), 20), 0))
     expected = [[1, *tokenizer.encode(text, add_bos=False), 2] for text in texts]
@@ -110,7 +112,7 @@ def test_the_global_batches_are_the_same_for_any_number_of_processes(opened, cor
 
 @pytest.mark.slow
 def test_the_batches_are_the_same_with_worker_processes(opened, corpora):
-    """Three asked for: the most that share four rows equally are two."""
+    """With three workers requested: two is the largest number that divides four rows."""
     inside = opened(corpora["text"]).train()
     take(inside, 2)
     batches = opened(corpora["text"], workers=3).train()
@@ -125,7 +127,7 @@ def test_the_batches_are_the_same_with_worker_processes(opened, corpora):
 
 @pytest.mark.parametrize("stop", [0, 1, 7])
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 4), (4, 1), (2, 4)])
-def test_resuming_goes_on_exactly_on_any_number_of_processes(opened, corpora, stop, before, after):
+def test_resuming_is_exact_on_any_number_of_processes(opened, corpora, stop, before, after):
     def runs(count):
         return [opened(corpora["text"], process_index=i, process_count=count).train() for i in range(count)]
 
@@ -133,7 +135,7 @@ def test_resuming_goes_on_exactly_on_any_number_of_processes(opened, corpora, st
     first = runs(before)
     for run in first:
         take(run, stop)
-    time.sleep(0.02)  # prefetching goes on, and must not show
+    time.sleep(0.02)  # prefetching continues, and must not affect the state
     states = json.loads(json.dumps([run.state() for run in first]))
     second = runs(after)
     for run in second:
@@ -142,15 +144,17 @@ def test_resuming_goes_on_exactly_on_any_number_of_processes(opened, corpora, st
     assert_same(joined([take(run, 5) for run in second]), uninterrupted[stop:])
 
 
-def test_grains_own_oracle_finds_the_state_complete(opened, corpora):
+def test_grains_checkpoint_check_passes(opened, corpora):
     data = opened(corpora["jsonl"], seq_len=32)
-    assert_equal_output_after_checkpoint(LimitIterDataset(data.train()._make(range(4), None), 25))
+    assert_equal_output_after_checkpoint(
+        LimitIterDataset(data.train()._make_lane_batches(range(4), None), 25)
+    )
 
 
 def test_a_state_of_another_batch_size_is_refused(opened, corpora):
     state = opened(corpora["text"]).train().state()
     with pytest.raises(
-        DataError, match=r"is of batch_size 4, and the run's is 8; resume with the batch size"
+        DataError, match=r"is for batch size 4, and the run's is 8; resume with the train\.global_batch_size"
     ):
         opened(corpora["text"], batch_size=8).train().restore([state])
     half = opened(corpora["text"], process_index=1, process_count=2).train().state()
@@ -161,8 +165,8 @@ def test_a_state_of_another_batch_size_is_refused(opened, corpora):
 
 
 @pytest.mark.parametrize(("length", "weight"), [(1000, 3.0), (120, 1.0), (40, 0.5)])
-def test_weights_are_shares_of_every_lanes_tokens(opened, tmp_path, length, weight):
-    """However long the documents are, and whatever the number of rows."""
+def test_weights_are_proportions_of_every_lanes_tokens(opened, tmp_path, length, weight):
+    """For any document length and number of rows."""
     for name, text, copies in (("long", "x" * length, 50), ("short", "y" * 40, 50)):
         (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{text}"}}\n' * copies)
     mixture = (
@@ -180,7 +184,7 @@ def test_weights_are_shares_of_every_lanes_tokens(opened, tmp_path, length, weig
         assert tokens["x"] / sum(tokens.values()) == pytest.approx(weight / (weight + 1), abs=0.04)
 
 
-def test_lanes_begin_in_proportion(opened, tmp_path):
+def test_first_sources_of_lanes_follow_the_weights(opened, tmp_path):
     for name in "xy":
         (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name * 500}"}}\n' * 50)
     mixture = [SourceConfig(str(tmp_path / f"{c}.jsonl"), weight=w) for c, w in (("x", 1), ("y", 3))]
@@ -189,7 +193,7 @@ def test_lanes_begin_in_proportion(opened, tmp_path):
     assert sorted(decode(row)[0] for row in next(data.train())["tokens"]) == list("xxyyyyyy")
 
 
-def test_the_fingerprint_tells_what_decides_the_batches(
+def test_the_fingerprint_covers_everything_that_determines_the_batches(
     opened, tmp_path, corpora, texts, vocabulary_paths, tokenizer
 ):
     from llama_jax.tokenizer import load_tokenizer
@@ -223,6 +227,6 @@ def test_the_description_counts_everything(opened, corpora, texts):
     described = data.describe()
     assert described["documents"] == 60
     assert described["bytes"] == sum(len(text.encode()) for text in texts)
-    assert 1 <= described["held_out_documents"] < 20
+    assert 1 <= described["validation_documents"] < 20
     assert described["sources"][0]["files"] == corpora["text"]
     json.dumps(described)

@@ -1,4 +1,4 @@
-"""Examples as SmolLM2 and Llama 2 see them: which ids, which of them count, and what is cut."""
+"""Encoded examples for SmolLM2 and Llama 2: ids, mask, and truncation."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from llama_jax.chat import chat_template, encode_chat, encode_turns
 from llama_jax.errors import DataError, TokenizerError
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.train.data.encode import Encoder
-from llama_jax.train.data.examples import ExampleEncoder, Unit
-from llama_jax.train.data.forms import Example, Forms
+from llama_jax.train.data.examples import EncodedExample, ExampleEncoder
+from llama_jax.train.data.formats import RecordFormats
 from llama_jax.train.data.records import BadRecord, TooLongRecord
 
 HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello!"}]
@@ -28,18 +28,19 @@ def llama2(shared_data: Path) -> Tokenizer:
     return load_tokenizer(shared_data / "llama2" / "tokenizer.model")
 
 
-def encoded(tokenizer: Tokenizer, objective, row, seq_len=100, too_long="drop", template=True) -> Unit:
+def encoded(
+    tokenizer: Tokenizer, objective, row, seq_len=100, too_long="drop", template=True
+) -> EncodedExample:
     chosen = chat_template(tokenizer) if template else None
-    forms = Forms(objective, "text", template, ("bad", "good"))
+    formats = RecordFormats(objective, "text", template, ("bad", "good"))
     encode = ExampleEncoder(Encoder(tokenizer), chosen, objective, seq_len, too_long)
-    example: Example = forms.read(forms.detect(row), row)
-    return encode(example)
+    return encode(formats.read(formats.detect(row), row))
 
 
-def spelled(tokenizer: Tokenizer, unit: Unit) -> list[tuple[str, str]]:
-    """Of each segment what is given and what is learned."""
+def decode_segments(tokenizer: Tokenizer, example: EncodedExample) -> list[tuple[str, str]]:
+    """The prompt and the masked text of each segment."""
     texts = []
-    for segment in unit.segments:
+    for segment in example.segments:
         assert segment.ids.dtype == segment.mask.dtype == np.int32
         begin = int(segment.mask.argmax())
         parts = segment.ids[:begin], segment.ids[segment.mask > 0]
@@ -61,12 +62,12 @@ CASES = [
 
 
 @pytest.mark.parametrize(("row", "given", "learned"), CASES)
-def test_plain_text_goes_on_from_what_generate_is_given(llama2, row, given, learned):
-    unit = encoded(llama2, "sft", row)
-    assert spelled(llama2, unit) == [(given, learned)]
+def test_plain_text_starts_with_the_prompt_of_generate(llama2, row, given, learned):
+    example = encoded(llama2, "sft", row)
+    assert decode_segments(llama2, example) == [(given, learned)]
     prompt = llama2.encode(row.get("prompt", ""))
-    assert unit.segments[0].ids[: len(prompt)].tolist() == prompt
-    assert unit.segments[0].ids.tolist().count(llama2.eos_id) == 1
+    assert example.segments[0].ids[: len(prompt)].tolist() == prompt
+    assert example.segments[0].ids.tolist().count(llama2.eos_id) == 1
 
 
 def test_a_vocabulary_without_bos_learns_all_but_the_first_token(smollm2_vocabulary):
@@ -77,8 +78,8 @@ def test_a_vocabulary_without_bos_learns_all_but_the_first_token(smollm2_vocabul
 
 @pytest.mark.parametrize("row", [{"messages": HI}, {"instruction": "hi", "output": "Hello!"}])
 def test_conversations_go_through_the_template(smollm2_vocabulary, row):
-    unit = encoded(smollm2_vocabulary, "sft", row)
-    ((given, learned),) = spelled(smollm2_vocabulary, unit)
+    example = encoded(smollm2_vocabulary, "sft", row)
+    ((given, learned),) = decode_segments(smollm2_vocabulary, example)
     assert given.endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
     assert learned == "Hello!<|im_end|>"
 
@@ -90,13 +91,13 @@ def test_a_pair_is_two_segments_with_one_prompt(smollm2_vocabulary):
         "rejected": [{"role": "assistant", "content": "Go"}],
         "margin": 0.5,
     }
-    unit = encoded(smollm2_vocabulary, "dpo", row)
-    (given, chosen), (again, rejected) = spelled(smollm2_vocabulary, unit)
+    example = encoded(smollm2_vocabulary, "dpo", row)
+    (given, chosen), (again, rejected) = decode_segments(smollm2_vocabulary, example)
     assert given == again
-    assert (chosen, rejected, unit.value) == ("Hello!<|im_end|>", "Go<|im_end|>", 0.5)
+    assert (chosen, rejected, example.value) == ("Hello!<|im_end|>", "Go<|im_end|>", 0.5)
 
 
-def test_what_is_classified_ends_as_hugging_faces_does(llama2, smollm2_vocabulary):
+def test_classifier_inputs_end_as_in_hugging_face(llama2, smollm2_vocabulary):
     (segment,) = encoded(llama2, "classify", {"text": "fine", "label": 1}).segments
     assert segment.ids.tolist() == llama2.encode("fine")
     assert segment.mask.tolist() == [0] * (len(segment) - 1) + [1]
@@ -106,12 +107,12 @@ def test_what_is_classified_ends_as_hugging_faces_does(llama2, smollm2_vocabular
 
 
 def test_messages_without_a_template(llama2):
-    message = r"the model came with no chat template; set data\.template to llama-2, chatml or a file"
+    message = r"the model has no chat template; set data\.template to llama-2, chatml or a Jinja file"
     with pytest.raises(DataError, match=message):
         encoded(llama2, "sft", {"messages": HI}, template=False)
 
 
-# What cannot be learned from
+# Bad examples
 
 
 @pytest.mark.parametrize(
@@ -127,17 +128,17 @@ def test_conversations_that_the_template_refuses(llama2, row, reason, message):
     assert raised.value.reason == reason
 
 
-def test_answers_that_become_the_same(llama2):
+def test_answers_with_the_same_encoding(llama2):
     """Llama 2's template strips them."""
     answers = {
         name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "a"), ("rejected", "a "))
     }
-    with pytest.raises(BadRecord, match="chosen and rejected become the same tokens"):
+    with pytest.raises(BadRecord, match="chosen and rejected are encoded as the same tokens"):
         encoded(llama2, "dpo", {"prompt": HI[:1], **answers})
 
 
-def test_a_busy_machine_costs_no_record(llama2, monkeypatch):
-    """Rendering has a deadline; were it missed by chance, the batches would not be those of the seed."""
+def test_a_template_timeout_is_retried(llama2, monkeypatch):
+    """Rendering has a timeout, and is retried: a timeout must not change the batches."""
     late = [TokenizerError("took more than 2 s")]
 
     def encode(*args, **settings):
@@ -145,9 +146,9 @@ def test_a_busy_machine_costs_no_record(llama2, monkeypatch):
             raise late.pop()
         return encode_turns(*args, **settings)
 
-    expected = spelled(llama2, encoded(llama2, "sft", {"messages": HI}))
+    expected = decode_segments(llama2, encoded(llama2, "sft", {"messages": HI}))
     monkeypatch.setattr("llama_jax.train.data.examples.encode_turns", encode)
-    assert spelled(llama2, encoded(llama2, "sft", {"messages": HI})) == expected
+    assert decode_segments(llama2, encoded(llama2, "sft", {"messages": HI})) == expected
     late += [TokenizerError("took more than 2 s")] * 2
     with pytest.raises(BadRecord, match="took more than 2 s"):
         encoded(llama2, "sft", {"messages": HI})
@@ -166,7 +167,7 @@ def too_long(message, *args, **settings):
     assert raised.value.reason == "too long"
 
 
-def test_what_fits_exactly_is_left_alone(llama2):
+def test_an_example_that_fits_exactly_is_unchanged(llama2):
     row = {"prompt": "hi", "completion": words(10)}
     whole = encoded(llama2, "sft", row)
     for rule in ("drop", "truncate", "fail"):
@@ -182,27 +183,27 @@ def test_truncation_cuts_the_end_of_the_answer(llama2):
     assert cut.ids.tolist() == whole.ids[:7].tolist()
     assert cut.mask.tolist() == whole.mask[:7].tolist()
     row = {"prompt": words(10), "completion": " b"}
-    too_long("nothing to learn is left", llama2, "sft", row, seq_len=11, too_long="truncate")
+    too_long("truncation leaves nothing to train on", llama2, "sft", row, seq_len=11, too_long="truncate")
 
 
 @pytest.mark.parametrize(
     ("chosen", "rejected", "lengths"), [(10, 10, (5, 5)), (10, 3, (6, 4)), (2, 30, (3, 7))]
 )
-def test_truncation_of_a_pair_shares_what_the_prompts_leave(llama2, chosen, rejected, lengths):
+def test_truncation_of_a_pair_shares_the_remaining_room(llama2, chosen, rejected, lengths):
     row = {"prompt": "hi", "chosen": words(chosen), "rejected": words(rejected, "b")}
     prompt = len(llama2.encode("hi"))
-    unit = encoded(llama2, "dpo", row, seq_len=10 + 2 * prompt, too_long="truncate")
-    assert tuple(len(segment) - prompt for segment in unit.segments) == lengths
+    example = encoded(llama2, "dpo", row, seq_len=10 + 2 * prompt, too_long="truncate")
+    assert tuple(len(segment) - prompt for segment in example.segments) == lengths
     assert all(
-        segment.mask.tolist() == [0] * prompt + [1] * (len(segment) - prompt) for segment in unit.segments
+        segment.mask.tolist() == [0] * prompt + [1] * (len(segment) - prompt) for segment in example.segments
     )
 
 
 def test_truncation_that_leaves_no_pair(llama2):
     row = {"prompt": "hi", "chosen": words(10) + " b", "rejected": words(10) + " c"}
-    too_long("differ only beyond that", llama2, "dpo", row, seq_len=16, too_long="truncate")
+    too_long("are the same after truncation", llama2, "dpo", row, seq_len=16, too_long="truncate")
     row = {"prompt": words(20), "chosen": " b", "rejected": " c"}
-    too_long("its prompt leaves no room", llama2, "reward", row, seq_len=16, too_long="truncate")
+    too_long("the prompt leaves no room", llama2, "reward", row, seq_len=16, too_long="truncate")
 
 
 def test_truncation_keeps_a_label_at_the_last_token(llama2):

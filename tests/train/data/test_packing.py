@@ -1,4 +1,4 @@
-"""Finetuning's batches: whole examples, each once an epoch, the same ones whoever makes them."""
+"""Finetuning batches: whole examples, each once per epoch, independent of the number of processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from llama_jax.errors import ConfigError, DataError
 from llama_jax.train.data import SourceConfig
-from llama_jax.train.data.packing import OPEN, Bins
+from llama_jax.train.data.packing import OPEN_BINS, Bins
 from tests.train.data.test_batches import take
 
 NAMES = {"tokens", "segment_ids", "positions", "mask", "value"}
@@ -78,7 +78,7 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture
-def tuned(opened, files):
+def finetuning_data(opened, files):
     """Opens a finetuning run's data over one of `files`."""
 
     def open_(kind="sft", suffix="jsonl", **settings):
@@ -118,8 +118,8 @@ def segments(batches):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_is_whole_segments_and_padding_at_its_end(tuned, kind):
-    for batch in take(tuned(kind).train(), 10):
+def test_a_row_is_whole_segments_then_padding(finetuning_data, kind):
+    for batch in take(finetuning_data(kind).train(), 10):
         assert set(batch) == NAMES
         for name in NAMES:
             assert batch[name].shape == (4, 256)
@@ -142,9 +142,9 @@ def key(unit):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_epoch_has_every_example_once_and_uncut(tuned, kind):
-    """In the rows that are done and those that are open; of a pair both, neighbours, the chosen first."""
-    data = tuned(kind, batch_size=1, validation_fraction=0)
+def test_each_epoch_has_every_example_once_and_uncut(finetuning_data, kind):
+    """Counts finished and open rows; both segments of a pair are adjacent, the chosen one first."""
+    data = finetuning_data(kind, batch_size=1, validation_fraction=0)
     known = {key(unit): i for i, unit in enumerate(map(data._parts[0].source.example, range(40)))}
     assert len(known) == 40
     batches = data.train()
@@ -162,29 +162,34 @@ def test_each_epoch_has_every_example_once_and_uncut(tuned, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("suffix", ["parquet", "arrayrecord"])
-def test_every_format_says_the_same(tuned, kind, suffix):
+def test_every_file_format_gives_the_same_batches(finetuning_data, kind, suffix):
     settings = {"shuffle": False, "validation_fraction": 0}
-    assert_same(take(tuned(kind, suffix, **settings).train(), 4), take(tuned(kind, **settings).train(), 4))
+    assert_same(
+        take(finetuning_data(kind, suffix, **settings).train(), 4),
+        take(finetuning_data(kind, **settings).train(), 4),
+    )
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_the_global_batches_are_the_same_for_any_number_of_processes(tuned, count):
-    whole = take(tuned("dpo").train(), 6)
-    parts = [take(tuned("dpo", process_index=i, process_count=count).train(), 6) for i in range(count)]
+def test_the_global_batches_are_the_same_for_any_number_of_processes(finetuning_data, count):
+    whole = take(finetuning_data("dpo").train(), 6)
+    parts = [
+        take(finetuning_data("dpo", process_index=i, process_count=count).train(), 6) for i in range(count)
+    ]
     assert_same(joined(parts), whole)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 5])
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 4), (2, 1)])
-def test_resuming_goes_on_exactly_on_any_number_of_processes(tuned, stop, before, after):
+def test_resuming_is_exact_on_any_number_of_processes(finetuning_data, stop, before, after):
     def runs(count):
-        return [tuned(process_index=i, process_count=count).train() for i in range(count)]
+        return [finetuning_data(process_index=i, process_count=count).train() for i in range(count)]
 
-    uninterrupted = take(tuned().train(), stop + 4)
+    uninterrupted = take(finetuning_data().train(), stop + 4)
     first = runs(before)
     for run in first:
         take(run, stop)
-    time.sleep(0.02)  # prefetching goes on, and must not show
+    time.sleep(0.02)  # prefetching continues, and must not affect the state
     states = json.loads(json.dumps([run.state() for run in first]))
     second = runs(after)
     for run in second:
@@ -193,9 +198,9 @@ def test_resuming_goes_on_exactly_on_any_number_of_processes(tuned, stop, before
 
 
 @pytest.mark.slow
-def test_the_batches_are_the_same_with_worker_processes(tuned):
-    """Each of which renders in a process of its own."""
-    inside, batches = tuned("chat").train(), tuned("chat", workers=2).train()
+def test_the_batches_are_the_same_with_worker_processes(finetuning_data):
+    """Each worker renders templates in its own process."""
+    inside, batches = finetuning_data("chat").train(), finetuning_data("chat", workers=2).train()
     try:
         take(inside, 1)
         batches.restore([json.loads(json.dumps(inside.state()))])
@@ -205,173 +210,179 @@ def test_the_batches_are_the_same_with_worker_processes(tuned):
         batches.close()
 
 
-def test_sources_are_mixed_by_their_tokens(tuned, files):
+def test_sources_are_mixed_by_their_tokens(finetuning_data, files):
     mixture = (SourceConfig(files["sft", "jsonl"], weight=3), SourceConfig(files["sft", "parquet"]))
-    batches = tuned(files="", mixture=mixture, batch_size=2).train()
+    batches = finetuning_data(files="", mixture=mixture, batch_size=2).train()
     take(batches, 30)
     for lane in batches.state()["lanes"].values():
         one, other = lane["parent_state"]["drawn"]
         assert one / other == pytest.approx(3, rel=0.1)
 
 
-# Held out
+# Validation set
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_held_out_example_comes_once_and_is_never_trained_on(tuned, kind):
-    data = tuned(kind, validation_fraction=0.3, batch_size=2)
+def test_every_validation_example_appears_once_and_is_never_trained_on(finetuning_data, kind):
+    data = finetuning_data(kind, validation_fraction=0.3, batch_size=2)
     part = data._parts[0]
-    held = [part.source.example(i) for i in part.held_out.tolist()]
-    assert len(held) > 5
-    batches = list(data.held_out())
+    validation = [part.source.example(i) for i in part.validation_index.tolist()]
+    assert len(validation) > 5
+    batches = list(data.validation_batches())
     sizes = [batch.pop("bytes") for batch in batches]
-    expected = sorted(tuple(s.ids.tolist()) for unit in held for s in unit.segments)
+    expected = sorted(tuple(s.ids.tolist()) for unit in validation for s in unit.segments)
     assert sorted(ids for ids, _, _ in segments(batches)) == expected
     decode = data._encode.tokenizer.decode
-    assert sum(sizes) == sum(len(decode(s.ids[s.mask > 0]).encode()) for unit in held for s in unit.segments)
+    assert sum(sizes) == sum(
+        len(decode(s.ids[s.mask > 0]).encode()) for unit in validation for s in unit.segments
+    )
     assert_same(
         batches,
-        [{n: b[n] for n in NAMES} for b in tuned(kind, validation_fraction=0.3, batch_size=2).held_out()],
+        [
+            {n: b[n] for n in NAMES}
+            for b in finetuning_data(kind, validation_fraction=0.3, batch_size=2).validation_batches()
+        ],
     )
     trained = {ids for ids, _, _ in segments(take(data.train(), 10))}
     assert not trained & set(expected)
 
 
-def test_held_out_is_the_same_for_any_number_of_processes(tuned):
+def test_validation_does_not_depend_on_the_number_of_processes(finetuning_data):
     settings = {"validation_fraction": 0.4, "seq_len": 64, "too_long": "truncate"}
-    whole = list(tuned(**settings).held_out())
-    parts = [list(tuned(**settings, process_index=i, process_count=2).held_out()) for i in range(2)]
+    whole = list(finetuning_data(**settings).validation_batches())
+    parts = [
+        list(finetuning_data(**settings, process_index=i, process_count=2).validation_batches())
+        for i in range(2)
+    ]
     assert [b["bytes"] for b in whole] == [b["bytes"] for b in parts[1]]
     assert_same(joined(parts), [{name: batch[name] for name in NAMES} for batch in whole])
 
 
 @pytest.mark.parametrize("objective", ["sft", "pretrain"])
-def test_a_held_out_set_of_its_own(tuned, opened, files, tmp_path, corpora, objective):
+def test_validation_files(finetuning_data, opened, files, tmp_path, corpora, objective):
     if objective == "sft":
         test = write(tmp_path / "test.jsonl", records("sft")[:5])
-        data = tuned(validation_files=test)
+        data = finetuning_data(validation_files=test)
     else:
-        test = write(tmp_path / "test.jsonl", [{"text": f"held out {i}"} for i in range(5)])
+        test = write(tmp_path / "test.jsonl", [{"text": f"text {i}"} for i in range(5)])
         data = opened(corpora["jsonl"], validation_files=test)
     described = data.describe()
-    assert described["held_out_documents"] == 5
-    assert not len(data._parts[0].held_out)
-    rows = [row for batch in data.held_out() for row in batch["segment_ids"]]
+    assert described["validation_documents"] == 5
+    assert not len(data._parts[0].validation_index)
+    rows = [row for batch in data.validation_batches() for row in batch["segment_ids"]]
     assert sum(int(row.max()) for row in rows) == 5
 
 
-def test_a_held_out_set_that_is_trained_on(tuned, files):
+def test_validation_files_that_are_trained_on_are_refused(finetuning_data, files):
     with pytest.raises(
-        DataError, match=r"sft\.jsonl is in data\.validation_files and trained on; exclude it"
+        DataError, match=r"sft\.jsonl is in data\.validation_files and in the training files; exclude it"
     ):
-        tuned(validation_files=files["sft", "jsonl"])
+        finetuning_data(validation_files=files["sft", "jsonl"])
 
 
 # Too long, and other bad records
 
 
-def test_too_long_examples_are_dropped_and_counted(tuned):
-    data = tuned(seq_len=40, validation_fraction=0.3)
+def test_too_long_examples_are_dropped_and_counted(finetuning_data):
+    data = finetuning_data(seq_len=40, validation_fraction=0.3)
     batches = data.train()
     take(batches, 8)
     assert batches.skipped["too long"] > 3
-    again = tuned(seq_len=40, validation_fraction=0.3).train()
+    again = finetuning_data(seq_len=40, validation_fraction=0.3).train()
     again.restore([json.loads(json.dumps(batches.state()))])
     assert again.skipped == batches.skipped
     sample = data.describe()["sample"]
     assert sample["skipped"]["too long"] > 3
     assert 0 < sample["learned"] < sample["tokens"]
     assert sample["longest"] <= 40
-    list(data.held_out())
-    assert set(data.held_out_skipped) == {"too long"}
+    list(data.validation_batches())
+    assert set(data.validation_skipped) == {"too long"}
 
 
-def test_too_long_examples_stop_the_run_or_are_truncated(tuned):
+def test_too_long_examples_stop_the_run_or_are_truncated(finetuning_data):
     message = (
         r"sft\.jsonl:\d+: \d+ tokens, and train\.seq_len is 40; shorten it, raise train\.seq_len, or set"
     )
     with pytest.raises(DataError, match=message):
-        tuned(seq_len=40, validation_fraction=0, too_long="fail", bad_records="skip").describe()
-    sample = tuned(seq_len=40, validation_fraction=0, too_long="truncate").describe()["sample"]
+        finetuning_data(seq_len=40, validation_fraction=0, too_long="fail", bad_records="skip").describe()
+    sample = finetuning_data(seq_len=40, validation_fraction=0, too_long="truncate").describe()["sample"]
     assert sample["longest"] == 40
 
 
-def test_nothing_but_too_long_examples(tuned):
+def test_nothing_but_too_long_examples(finetuning_data):
     with pytest.raises(
-        DataError, match=r"none of the \d+ records of .* holds usable text \(skipped: \d+ too long\)"
+        DataError, match=r"none of the \d+ records of .* has usable text \(skipped: \d+ too long\)"
     ):
-        tuned(seq_len=8)
+        finetuning_data(seq_len=8)
 
 
-def test_a_bad_example_stops_the_run_or_is_counted(tuned, tmp_path):
+def test_a_bad_example_stops_the_run_or_is_counted(finetuning_data, tmp_path):
     rows = [*records("chat")[:9], {"messages": [{"role": "robot", "content": "x"}]}]
     path = write(tmp_path / "a.jsonl", rows)
-    message = (
-        r"a\.jsonl:10: messages\[0\]: role is 'robot'; .*; mend it, or set data\.bad_records = \"skip\"$"
-    )
+    message = r"a\.jsonl:10: messages\[0\]: role is 'robot'; .*; fix it, or set data\.bad_records = \"skip\"$"
     with pytest.raises(DataError, match=message):
-        take(tuned("chat", files=path, validation_fraction=0).train(), 20)
-    batches = tuned("chat", files=path, validation_fraction=0, bad_records="skip").train()
+        take(finetuning_data("chat", files=path, validation_fraction=0).train(), 20)
+    batches = finetuning_data("chat", files=path, validation_fraction=0, bad_records="skip").train()
     take(batches, 20)
     assert set(batches.skipped) == {"unknown role"}
 
 
 @pytest.mark.parametrize("depth", [10, 500, 900, 100_000])
-def test_values_nested_deep(tuned, tmp_path, depth):
+def test_deeply_nested_values(finetuning_data, tmp_path, depth):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "label": ' + "[" * depth + "]" * depth + "}")
-    with pytest.raises(DataError, match=r"a\.jsonl:1: .*; mend it, or set data\.bad_records"):
-        tuned("regress", files=str(path))
+    with pytest.raises(DataError, match=r"a\.jsonl:1: .*; fix it, or set data\.bad_records"):
+        finetuning_data("regress", files=str(path))
 
 
-def test_a_template_that_does_not_render_names_the_line(tuned, tmp_path):
+def test_a_template_that_does_not_render_names_the_line(finetuning_data, tmp_path):
     template = tmp_path / "template.jinja"
     template.write_text("{{ messages | nothing }}")
     with pytest.raises(DataError, match=r"chat\.jsonl:\d+: the chat template .* does not render: "):
-        tuned("chat", template=str(template))
+        finetuning_data("chat", template=str(template))
 
 
-def test_messages_where_there_is_no_template(tuned):
-    with pytest.raises(DataError, match=r"the model came with no chat template; set data\.template"):
-        tuned("chat", template="")
+def test_messages_where_there_is_no_template(finetuning_data):
+    with pytest.raises(DataError, match=r"the model has no chat template; set data\.template"):
+        finetuning_data("chat", template="")
 
 
-def test_token_ids_hold_no_examples(tuned, corpora, tokenizer, tmp_path):
+def test_a_folder_of_token_ids_has_no_examples(finetuning_data, corpora, tokenizer, tmp_path):
     from llama_jax.train.data.encode import Encoder
     from llama_jax.train.data.write import write_tokens
 
     write_tokens(SourceConfig(corpora["text"]), Encoder(tokenizer), tmp_path / "ids")
-    with pytest.raises(DataError, match="holds token ids; this needs their text"):
-        tuned(files=str(tmp_path / "ids"))
+    with pytest.raises(DataError, match="is a folder of token ids; use the text"):
+        finetuning_data(files=str(tmp_path / "ids"))
 
 
-def test_examples_are_not_tokenized_beforehand(tmp_path):
+def test_examples_cannot_be_tokenized_ahead_of_time(tmp_path):
     from llama_jax.train.data.__main__ import main
 
     (tmp_path / "run.toml").write_text('[train]\nobjective = "sft"\n')
     with pytest.raises(
-        ConfigError, match=r'train\.objective is "sft", whose examples are tokenized as it trains'
+        ConfigError, match=r'train\.objective is "sft", whose examples are tokenized during training'
     ):
         main([str(tmp_path / "run.toml"), str(tmp_path / "out")])
 
 
-def test_a_parquet_file_that_lacks_a_column_of_the_first(tuned, tmp_path):
+def test_a_parquet_file_that_lacks_a_column_of_the_first(finetuning_data, tmp_path):
     write(tmp_path / "a.parquet", records("chat")[:5])
     write(tmp_path / "b.parquet", [{"text": "x"}] * 5)
     with pytest.raises(DataError, match=r"b\.parquet, row \d: no field 'messages'"):
-        take(tuned("chat", files=f"{tmp_path}/*.parquet", validation_fraction=0).train(), 20)
+        take(finetuning_data("chat", files=f"{tmp_path}/*.parquet", validation_fraction=0).train(), 20)
 
 
-def test_the_fingerprint_tells_what_decides_the_batches(tuned):
-    known = tuned().fingerprint
-    assert tuned(workers=1, bad_records="skip", seed=3).fingerprint == known
+def test_the_fingerprint_covers_everything_that_determines_the_batches(finetuning_data):
+    known = finetuning_data().fingerprint
+    assert finetuning_data(workers=1, bad_records="skip", seed=3).fingerprint == known
     different = [
-        tuned("chat").fingerprint,
-        tuned(too_long="truncate").fingerprint,
-        tuned(validation_fraction=0.2).fingerprint,
-        tuned(suffix="parquet").fingerprint,
-        tuned("dpo").fingerprint,
-        tuned("dpo", objective="reward").fingerprint,
+        finetuning_data("chat").fingerprint,
+        finetuning_data(too_long="truncate").fingerprint,
+        finetuning_data(validation_fraction=0.2).fingerprint,
+        finetuning_data(suffix="parquet").fingerprint,
+        finetuning_data("dpo").fingerprint,
+        finetuning_data("dpo", objective="reward").fingerprint,
     ]
     assert len({known, *different}) == 7
 
@@ -386,14 +397,14 @@ def test_bins_hold_everything_once_and_never_overflow(lengths):
     for i, length in enumerate(lengths):
         done = bins.add(length, (i, length))
         rows += [done] if done is not None else []
-        assert len(bins.rows) <= OPEN
-    rows += list(bins.rest())
+        assert len(bins.rows) <= OPEN_BINS
+    rows += list(bins.drain())
     assert sorted(itertools.chain(*rows)) == list(enumerate(lengths))
     assert all(0 < sum(length for _, length in row) <= 20 for row in rows)
     assert all(row == sorted(row) for row in rows)
 
 
-def test_an_item_goes_where_it_leaves_the_least_room():
+def test_an_item_goes_into_the_row_with_the_least_room_left():
     bins: Bins[str] = Bins(10)
     for length, name in ((6, "a"), (7, "b"), (5, "c"), (3, "d")):
         done = bins.add(length, name)

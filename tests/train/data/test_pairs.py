@@ -1,4 +1,4 @@
-"""The reference's numbers of pairs: asked for once of every record, and with its pair wherever that goes."""
+"""Precomputed reference log-probabilities: computed once per record, and kept with their pair."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def pairs(opened, files):
-    """A mixture of two files with a held-out set of its own: records 0 to 19, to 28, and to 34."""
+    """A mixture of two files, and a validation file: records 0 to 19, 20 to 28, and 29 to 34."""
 
     def open_(**settings):
         sources = tuple(SourceConfig(files[name], weight=w) for name, w in (("first", 2.0), ("more", 1.0)))
@@ -60,17 +60,17 @@ USABLE = set(range(35)) - {BAD, TOO_LONG}
 def known(data):
     """The record of each pair, by its tokens."""
     found, start = {}, 0
-    for part in data._all:
-        usable = [i for i in range(len(part.source.key)) if start + i in USABLE]
+    for part in data._all_parts:
+        usable = [i for i in range(len(part.source.keys)) if start + i in USABLE]
         for i in usable:
             found[tuple(tuple(s.ids.tolist()) for s in part.source.example(i).segments)] = start + i
-        start += len(part.source.key)
+        start += len(part.source.keys)
     assert len(found) == len(USABLE)
     return found
 
 
-def laid(batches, name):
-    """Each pair's tokens, and what an array has at both ends of it; elsewhere it is 0."""
+def pair_values(batches, name):
+    """Each pair's tokens, and an array's values at its two last tokens; elsewhere the array must be 0."""
     for batch in batches:
         for ids, segments, numbers in zip(batch["tokens"], batch["segment_ids"], batch[name], strict=True):
             at = [np.flatnonzero(segments == s) for s in range(1, segments.max() + 1)]
@@ -95,19 +95,19 @@ def assert_same(first, second, names=NAMES):
             np.testing.assert_array_equal(one[name], other[name])
 
 
-def test_every_record_is_asked_for_once_in_its_place(pairs):
+def test_every_record_appears_once_with_its_number(pairs):
     data = pairs()
     assert data.records == 35
     records = known(data)
-    asked = [(records[answers], place) for answers, place in laid(data.pairs(), "place")]
+    asked = [(records[answers], place) for answers, place in pair_values(data.pairs(), "place")]
     assert sorted(record for record, _ in asked) == sorted(USABLE)
     assert all(place == (1 + 2 * record, 2 + 2 * record) for record, place in asked)
-    assert data.where(19).endswith("first.jsonl:20") and data.where(20).endswith("more.jsonl:1")
-    assert data.where(34).endswith("test.jsonl:6")
+    assert data.location(19).endswith("first.jsonl:20") and data.location(20).endswith("more.jsonl:1")
+    assert data.location(34).endswith("test.jsonl:6")
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_the_pass_and_the_batches_are_the_same_for_any_number_of_processes(pairs, count):
+def test_pairs_and_batches_do_not_depend_on_the_number_of_processes(pairs, count):
     names = ("tokens", "segment_ids", "positions", "mask", "place")
     parts = [pairs(process_index=i, process_count=count) for i in range(count)]
     assert_same(joined([list(p.pairs()) for p in parts], names), list(pairs().pairs()), names)
@@ -115,24 +115,24 @@ def test_the_pass_and_the_batches_are_the_same_for_any_number_of_processes(pairs
     assert_same(joined(trained), take(pairs().with_reference(TABLE).train(), 8))
 
 
-def test_numbers_go_with_their_pairs_epoch_after_epoch_and_what_has_none_is_left_out(pairs):
+def test_reference_values_stay_with_their_pairs_and_records_without_are_skipped(pairs):
     plain = pairs()
     data, records = plain.with_reference(TABLE), known(plain)
     batches = data.train()
-    seen = [(records[answers], n) for answers, n in laid(take(batches, 20), "reference")]
+    seen = [(records[answers], n) for answers, n in pair_values(take(batches, 20), "reference")]
     assert all(numbers == tuple(TABLE[record]) for record, numbers in seen)
     counts = np.bincount([record for record, _ in seen], minlength=35)
     assert counts.max() > 2
     assert set(np.flatnonzero(counts)) == USABLE - {11} - set(range(29, 35))
     assert batches.skipped["no reference"] > 0
-    held = [(records[answers], n) for answers, n in laid(data.held_out(), "reference")]
+    held = [(records[answers], n) for answers, n in pair_values(data.validation_batches(), "reference")]
     assert sorted(held) == [(r, tuple(TABLE[r])) for r in range(29, 35) if r != 30]
-    assert data.held_out_skipped == {"no reference": 1}
+    assert data.validation_skipped == {"no reference": 1}
     assert "reference" not in next(plain.train())
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 4), (2, 1)])
-def test_resuming_goes_on_with_the_same_numbers(pairs, before, after):
+def test_resuming_keeps_reference_values(pairs, before, after):
     def runs(count):
         parts = [pairs(process_index=i, process_count=count) for i in range(count)]
         return [part.with_reference(TABLE).train() for part in parts]
@@ -148,7 +148,7 @@ def test_resuming_goes_on_with_the_same_numbers(pairs, before, after):
 
 
 @pytest.mark.slow
-def test_numbers_come_with_worker_processes_too(pairs):
+def test_reference_values_with_worker_processes(pairs):
     batches = pairs(workers=2).with_reference(TABLE).train()
     try:
         assert_same(take(batches, 4), take(pairs().with_reference(TABLE).train(), 4))
@@ -156,7 +156,7 @@ def test_numbers_come_with_worker_processes_too(pairs):
         batches.close()
 
 
-def test_the_fingerprint_tells_what_decides_the_numbers(pairs, files):
+def test_the_fingerprint_covers_everything_that_determines_the_values(pairs, files):
     alike = [{}, {"seed": 3}, {"batch_size": 2}, {"workers": 1}, {"shuffle": False}]
     assert len({pairs(**settings).pairs_fingerprint for settings in alike}) == 1
     other = [{"seq_len": 64}, {"too_long": "truncate"}, {"validation_files": ""}, {"objective": "reward"}]

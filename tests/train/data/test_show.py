@@ -1,4 +1,4 @@
-"""What --show-batch prints: every token once, the learned ones marked."""
+"""The output of --show-batch: every token once, with the ones that are trained on marked."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ def batch(smollm2_vocabulary):
     return arrays
 
 
-def test_without_colour_learned_tokens_stand_in_brackets(batch, smollm2_vocabulary):
+def test_without_color_trained_tokens_are_in_brackets(batch, smollm2_vocabulary):
     lines = shown(batch, smollm2_vocabulary, color_system=None).splitlines()
-    assert lines[0] == f"row 0: 2 segments, {batch['tokens'].size - 3} tokens, 3 learned, 3 padding"
-    assert lines[1] == "  segment 1: 6 tokens, 2 learned"
+    assert lines[0] == f"row 0: 2 segments, {batch['tokens'].size - 3} tokens, 3 trained on, 3 padding"
+    assert lines[1] == "  segment 1: 6 tokens, 2 trained on"
     assert lines[2:5] == ["<|im_start|>|a|↵", "⟦ b|<|im_end|>⟧↵", ""]
-    assert lines[5].endswith("1 learned, value -1.5")
+    assert lines[5].endswith("1 trained on, value -1.5")
     assert lines[6] == " [|bold|]|x⟦ é⟧"
 
 
-def test_with_colour_the_text_is_whole_and_learned_tokens_are_underlined(batch, smollm2_vocabulary):
+def test_with_color_trained_tokens_are_underlined(batch, smollm2_vocabulary):
     text = shown(batch, smollm2_vocabulary, force_terminal=True, color_system="standard")
     assert "\x1b[4;32m b\x1b[0m" in text
     assert "⟦" not in text
     assert "\x1b[2ma\x1b[0m" in text
 
 
-def test_a_pretraining_batch_learns_all_but_the_first_of_each_segment(batch, smollm2_vocabulary):
+def test_pretraining_trains_on_all_but_the_first_token_of_each_segment(batch, smollm2_vocabulary):
     plain = {name: batch[name] for name in ("tokens", "segment_ids")}
     lines = shown(plain, smollm2_vocabulary, color_system=None).splitlines()
-    assert lines[1] == "  segment 1: 6 tokens, 5 learned"
+    assert lines[1] == "  segment 1: 6 tokens, 5 trained on"
     assert lines[2] == "<|im_start|>⟦a|↵"

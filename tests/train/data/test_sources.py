@@ -1,4 +1,4 @@
-"""Formats: every one gives the same documents, and ids written beforehand give the same batches."""
+"""Every file format gives the same documents, and pretokenized data gives the same batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llama_jax.tokenizer import load_tokenizer
 from llama_jax.train.data import DataConfig, SourceConfig, train_texts
 from llama_jax.train.data.__main__ import main, tokenize
 from llama_jax.train.data.encode import Encoder
-from llama_jax.train.data.lines import PIECE_BYTES
+from llama_jax.train.data.lines import DOCUMENT_BYTES
 from llama_jax.train.data.source import open_records, open_source
 from llama_jax.train.data.write import write_tokens
 from tests.tokenizer.conftest import KINDS
@@ -27,7 +27,7 @@ from tests.train.data.test_batches import assert_same, take
 def test_every_format_gives_the_documents(corpora, texts, name):
     records = open_records(SourceConfig(corpora[name]))
     assert [records.text(i) for i in range(len(records))] == texts
-    records = pickle.loads(pickle.dumps(records))  # as a worker process gets it
+    records = pickle.loads(pickle.dumps(records))  # as sent to a worker process
     assert records.text(len(texts) - 1) == texts[-1]
 
 
@@ -42,12 +42,12 @@ def test_every_format_trains_and_evaluates(opened, corpora, texts, name):
     batches = take(data.train(), 3)
     assert all((batch["segment_ids"] > 0).all() for batch in batches)
     assert data.describe()["documents"] == len(texts)
-    assert next(data.held_out())["tokens"].any()
+    assert next(data.validation_batches())["tokens"].any()
 
 
 @pytest.mark.parametrize("name", ["parquet", "arrayrecord"])
-def test_evaluation_may_read_while_training_reads_ahead(corpora, texts, name, monkeypatch):
-    """Threads share open files and decoded row groups, of which only one is kept here."""
+def test_evaluation_can_read_while_training_prefetches(corpora, texts, name, monkeypatch):
+    """Threads share open files and decoded row groups, here with a cache of one."""
     monkeypatch.setattr("llama_jax.train.data.tables._CACHED_GROUPS", 1)
     monkeypatch.setattr("llama_jax.train.data.tables._OPEN_FILES", 1)
     records = open_records(SourceConfig(corpora[name]))
@@ -65,18 +65,18 @@ def test_evaluation_may_read_while_training_reads_ahead(corpora, texts, name, mo
         "é" * 100_001,
         "a" + "🦙" * 60_000,
         "\r\n".join("word" for _ in range(50_000)),
-        ("y" * PIECE_BYTES + "\n") * 3,
+        ("y" * DOCUMENT_BYTES + "\n") * 3,
     ],
     ids=["lines", "no line end", "two bytes", "four bytes", "crlf", "line end beyond"],
 )
-def test_text_is_cut_into_pieces_that_make_it_up(tmp_path, text):
+def test_text_is_split_into_documents_that_join_to_the_original(tmp_path, text):
     path = tmp_path / "big.txt"
     path.write_text(text, encoding="utf-8", newline="")
     records = open_records(SourceConfig(str(path)))
     pieces = [records.text(i) for i in range(len(records))]
     assert "".join(pieces) == text
-    assert max(len(piece.encode()) for piece in pieces) <= PIECE_BYTES
-    assert len(pieces) >= len(text.encode()) // PIECE_BYTES
+    assert max(len(piece.encode()) for piece in pieces) <= DOCUMENT_BYTES
+    assert len(pieces) >= len(text.encode()) // DOCUMENT_BYTES
     if "line" in text:
         assert all(piece.endswith("\n") for piece in pieces)
 
@@ -96,14 +96,14 @@ def test_globs_reach_into_folders_and_exclude(tmp_path):
     assert list(train_texts(config)) == ["a.py", "sub/b.py"]
 
 
-def test_the_standard_library_is_a_corpus_that_is_always_there():
+def test_the_standard_library_is_a_corpus():
     records = open_records(SourceConfig("{stdlib}/json/*.py"))
     assert "JSONDecoder" in "".join(records.text(i) for i in range(len(records)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_encoder_survives_the_way_to_a_worker(vocabulary_paths, kind):
-    """Control tokens spelled in the text stay text: a pickled tokenizers.Tokenizer alone forgets that."""
+def test_a_pickled_encoder_is_equivalent(vocabulary_paths, kind):
+    """Control tokens spelled in the text stay text, a setting that a pickled tokenizers.Tokenizer loses."""
     encoder = Encoder(load_tokenizer(vocabulary_paths[kind]))
     other = pickle.loads(pickle.dumps(encoder))
     text = "the <s> fox </s> <|im_end|> is <|endoftext|> here"
@@ -118,19 +118,19 @@ def test_documents_are_bos_ids_eos(tokenizer, vocabulary_paths):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_ids_written_beforehand_give_the_same_batches(tmp_path, corpora, opened, tokenizer, name):
+def test_pretokenized_data_gives_the_same_batches(tmp_path, corpora, opened, tokenizer, name):
     out = tmp_path / "tokens"
-    made = write_tokens(SourceConfig(corpora[name]), Encoder(tokenizer), out)
-    assert made["documents"] == 60
+    result = write_tokens(SourceConfig(corpora[name]), Encoder(tokenizer), out)
+    assert result["documents"] == 60
     text, tokens = (opened(files, validation_fraction=0.2) for files in (corpora[name], str(out)))
     assert tokens.fingerprint == text.fingerprint
     assert_same(take(tokens.train(), 12), take(text.train(), 12))
-    for one, other in zip(text.held_out(), tokens.held_out(), strict=True):
+    for one, other in zip(text.validation_batches(), tokens.validation_batches(), strict=True):
         assert one.pop("bytes") == other.pop("bytes")
         assert_same([one], [other])
 
 
-def test_a_mixture_written_beforehand_gives_the_same_batches(tmp_path, corpora, opened, tokenizer, capsys):
+def test_a_pretokenized_mixture_gives_the_same_batches(tmp_path, corpora, opened, tokenizer, capsys):
     names, weights, out = ("parquet", "jsonl"), (1.0, 2.5), tmp_path / "out"
     sources = tuple(SourceConfig(corpora[n], weight=w) for n, w in zip(names, weights, strict=True))
     tokenize(DataConfig(mixture=sources), tokenizer, out)
@@ -143,9 +143,9 @@ def test_a_mixture_written_beforehand_gives_the_same_batches(tmp_path, corpora, 
 
 
 def test_the_command_reads_a_runs_configuration(tmp_path, corpora, vocabulary_paths, opened, capsys):
-    (tmp_path / "run.toml").write_text(f'[data]\nfiles = "{corpora["text"]}"\nheld_out = 0.2\n')
+    (tmp_path / "run.toml").write_text(f'[data]\nfiles = "{corpora["text"]}"\nvalidation_fraction = 0.2\n')
     words = [str(tmp_path / "run.toml"), str(tmp_path / "out")]
-    with pytest.raises(ConfigError, match=r"tokenizer\.path is not set; make a vocabulary with"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.path is not set; train a vocabulary with"):
         main(words)
     main([*words, "--tokenizer.path", str(vocabulary_paths["sentencepiece"]), "--tokenizer.vocab_size", "0"])
     assert f"train with data.files = '{tmp_path}/out'" in capsys.readouterr().err
@@ -153,7 +153,7 @@ def test_the_command_reads_a_runs_configuration(tmp_path, corpora, vocabulary_pa
     assert_same(take(tokens.train(), 3), take(text.train(), 3))
 
 
-def test_several_files_of_ids(tmp_path, corpora, tokenizer, monkeypatch):
+def test_several_shards_of_token_ids(tmp_path, corpora, tokenizer, monkeypatch):
     monkeypatch.setattr("llama_jax.train.data.write.SHARD_BYTES", 1000)
     write_tokens(SourceConfig(corpora["jsonl"]), Encoder(tokenizer), tmp_path / "tokens")
     assert len(list((tmp_path / "tokens").glob("*.arrayrecord"))) > 3
@@ -161,19 +161,19 @@ def test_several_files_of_ids(tmp_path, corpora, tokenizer, monkeypatch):
     text = open_source(SourceConfig(corpora["jsonl"]), encode)
     tokens = open_source(SourceConfig(str(tmp_path / "tokens")), encode)
     tokens.document(0)
-    tokens = pickle.loads(pickle.dumps(tokens))  # as a worker process gets it
+    tokens = pickle.loads(pickle.dumps(tokens))  # as sent to a worker process
     for i in range(60):
         assert tokens.document(i).ids.tolist() == text.document(i).ids.tolist()
         assert tokens.document(i).nbytes == text.document(i).nbytes
 
 
-def test_skipped_records_stay_skipped_beforehand(tmp_path, opened, tokenizer, texts):
+def test_records_skipped_in_pretokenizing_stay_skipped(tmp_path, opened, tokenizer, texts):
     path = tmp_path / "a.jsonl"
     lines = [json.dumps({"text": text}) for text in texts]
     lines[5] = "{"
     path.write_text("\n".join(lines))
-    made = write_tokens(SourceConfig(str(path)), Encoder(tokenizer), tmp_path / "t", bad_records="skip")
-    assert made["skipped"] == {"not JSON": 1}
+    result = write_tokens(SourceConfig(str(path)), Encoder(tokenizer), tmp_path / "t", bad_records="skip")
+    assert result["skipped"] == {"not JSON": 1}
     text, tokens = opened(str(path), bad_records="skip"), opened(str(tmp_path / "t"))
     assert_same(take(tokens.train(), 12), take(text.train(), 12))
 
@@ -200,7 +200,7 @@ def test_ids_of_another_tokenizer_are_refused(tmp_path, corpora, tokenizer, voca
     assert "\n" not in str(raised.value)
 
 
-def test_a_folder_of_ids_appears_whole_or_not_at_all(tmp_path, tokenizer):
+def test_a_folder_of_token_ids_is_created_atomically(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n{"text": 3}\n')
     out = tmp_path / "deep" / "tokens"
@@ -208,7 +208,7 @@ def test_a_folder_of_ids_appears_whole_or_not_at_all(tmp_path, tokenizer):
         write_tokens(SourceConfig(str(path)), Encoder(tokenizer), out)
     assert list(out.parent.iterdir()) == []
     write_tokens(SourceConfig(str(path)), Encoder(tokenizer), out, bad_records="skip")
-    with pytest.raises(DataError, match=r"tokens exists; give a folder that does not"):
+    with pytest.raises(DataError, match=r"tokens exists; use another name"):
         write_tokens(SourceConfig(str(path)), Encoder(tokenizer), out, bad_records="skip")
 
 
@@ -221,12 +221,15 @@ def damage_index(folder: Path, **changes: object) -> None:
     ("damage", "message"),
     [
         (lambda folder: (folder / "tokens.json").write_text("{"), r"tokens\.json is not JSON"),
-        (lambda folder: (folder / "tokens.json").write_text("[]"), r"is not what .* of this version writes"),
-        (lambda folder: damage_index(folder, version=99), r"is not what .* of this version writes"),
-        (lambda folder: damage_index(folder, shards=[["../x", 1, 1]]), r"is not what .* this version writes"),
-        (lambda folder: damage_index(folder, files=[["x", 3]]), r"tokens\.json contradicts itself"),
+        (lambda folder: (folder / "tokens.json").write_text("[]"), r"was not written by this version"),
+        (lambda folder: damage_index(folder, version=99), r"was not written by this version"),
+        (lambda folder: damage_index(folder, shards=[["../x", 1, 1]]), r"was not written by this version"),
+        (lambda folder: damage_index(folder, files=[["x", 3]]), r"tokens\.json is inconsistent with"),
         (lambda folder: (folder / "tokens-00000.arrayrecord").unlink(), r"cannot be read \(No such file"),
-        (lambda folder: (folder / "tokens-00000.arrayrecord").write_bytes(b"x"), r"has 1 bytes, and 1310"),
+        (
+            lambda folder: (folder / "tokens-00000.arrayrecord").write_bytes(b"x"),
+            r"has 1 bytes, and had 1310",
+        ),
     ],
 )
 def test_a_damaged_folder_of_ids(tmp_path, corpora, tokenizer, opened, damage, message):

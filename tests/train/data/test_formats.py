@@ -1,4 +1,4 @@
-"""The forms of finetuning records: what each says, and what is wrong with those that are refused."""
+"""The record formats of finetuning data, and the errors for bad records."""
 
 from __future__ import annotations
 
@@ -9,55 +9,55 @@ import pytest
 
 from llama_jax.errors import ConfigError, DataError
 from llama_jax.train.data import DataConfig
-from llama_jax.train.data.forms import Example, Forms, Plain, Turns
+from llama_jax.train.data.formats import Conversation, Example, PlainText, RecordFormats
 from llama_jax.train.data.records import BadRecord
 
 
-def said(role: str, content: str) -> dict[str, str]:
+def message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-HI = [said("user", "hi"), said("assistant", "Hello!")]
-ASK = [said("user", "hi")]
-YES, NO = [said("assistant", "Yes")], [said("assistant", "No")]
+HI = [message("user", "hi"), message("assistant", "Hello!")]
+ASK = [message("user", "hi")]
+YES, NO = [message("assistant", "Yes")], [message("assistant", "No")]
 
 
 def read(objective: str, row: dict, **settings) -> Example:
-    forms = Forms(objective, "text", **{"templated": True, **settings})  # type: ignore[arg-type]
-    return forms.read(forms.detect(row), row)
+    formats = RecordFormats(objective, "text", **{"has_template": True, **settings})  # type: ignore[arg-type]
+    return formats.read(formats.detect(row), row)
 
 
 @pytest.mark.parametrize(
     ("row", "side"),
     [
-        ({"messages": HI, "id": 3}, Turns(HI)),
-        ({"messages": [{**m, "tool_calls": None} for m in HI]}, Turns(HI)),  # as Parquet gives them
+        ({"messages": HI, "id": 3}, Conversation(HI)),
+        ({"messages": [{**m, "tool_calls": None} for m in HI]}, Conversation(HI)),  # as Parquet gives them
         (
             {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "Hello!"}]},
-            Turns(HI),
+            Conversation(HI),
         ),
-        ({"prompt": "2 + 2 =", "completion": " 4"}, Plain("2 + 2 =", " 4")),
-        ({"prompt": ASK, "completion": YES}, Turns(ASK + YES, 1)),
-        ({"prompt": ASK, "completion": ASK + YES}, Turns(ASK + YES, 1)),
-        ({"prompt": HI + ASK, "completion": YES}, Turns(HI + ASK + YES, 3)),
-        ({"instruction": "hi", "input": "", "output": "Hello!"}, Turns(HI)),
-        ({"instruction": "hi", "output": "Hello!"}, Turns(HI)),
+        ({"prompt": "2 + 2 =", "completion": " 4"}, PlainText("2 + 2 =", " 4")),
+        ({"prompt": ASK, "completion": YES}, Conversation(ASK + YES, 1)),
+        ({"prompt": ASK, "completion": ASK + YES}, Conversation(ASK + YES, 1)),
+        ({"prompt": HI + ASK, "completion": YES}, Conversation(HI + ASK + YES, 3)),
+        ({"instruction": "hi", "input": "", "output": "Hello!"}, Conversation(HI)),
+        ({"instruction": "hi", "output": "Hello!"}, Conversation(HI)),
         (
             {"instruction": "Add.", "input": "1, 2", "output": "3"},
-            Turns([said("user", "Add.\n\n1, 2"), said("assistant", "3")]),
+            Conversation([message("user", "Add.\n\n1, 2"), message("assistant", "3")]),
         ),
-        ({"text": "A story."}, Plain("", "A story.")),
+        ({"text": "A story."}, PlainText("", "A story.")),
     ],
 )
-def test_what_is_learned(row, side):
+def test_sft_records(row, side):
     assert read("sft", row) == Example((side,))
 
 
 @pytest.mark.parametrize("given", ["", "1, 2"])
 def test_alpaca_without_a_template_has_its_own_prompts(given):
     row = {"instruction": "Add.", "input": given, "output": "3"}
-    (side,) = read("sft", row, templated=False).sides
-    assert isinstance(side, Plain)
+    (side,) = read("sft", row, has_template=False).sides
+    assert isinstance(side, PlainText)
     assert side.answer == "3"
     assert side.prompt.startswith("Below is an instruction that describes a task")
     part = "\n\n### Input:\n1, 2" if given else ""
@@ -67,20 +67,32 @@ def test_alpaca_without_a_template_has_its_own_prompts(given):
 @pytest.mark.parametrize(
     ("row", "sides"),
     [
-        ({"prompt": ASK, "chosen": YES, "rejected": NO}, (Turns(ASK + YES, 1), Turns(ASK + NO, 1))),
-        ({"chosen": ASK + YES, "rejected": ASK + NO}, (Turns(ASK + YES, 1), Turns(ASK + NO, 1))),
-        # UltraFeedback's: the prompt as text, beside whole conversations
+        (
+            {"prompt": ASK, "chosen": YES, "rejected": NO},
+            (Conversation(ASK + YES, 1), Conversation(ASK + NO, 1)),
+        ),
+        (
+            {"chosen": ASK + YES, "rejected": ASK + NO},
+            (Conversation(ASK + YES, 1), Conversation(ASK + NO, 1)),
+        ),
+        # UltraFeedback: the prompt as text, with whole conversations
         (
             {"prompt": "hi", "chosen": ASK + YES, "rejected": ASK + NO},
-            (Turns(ASK + YES, 1), Turns(ASK + NO, 1)),
+            (Conversation(ASK + YES, 1), Conversation(ASK + NO, 1)),
         ),
-        ({"prompt": "Q:", "chosen": " y", "rejected": " n"}, (Plain("Q:", " y"), Plain("Q:", " n"))),
-        ({"chosen": "A: B: un x", "rejected": "A: B: up"}, (Plain("A: B:", " un x"), Plain("A: B:", " up"))),
-        # The one goes on where the other ends, or in the middle of a word
-        ({"chosen": "Q: yes", "rejected": "Q: yes sir"}, (Plain("Q:", " yes"), Plain("Q:", " yes sir"))),
+        ({"prompt": "Q:", "chosen": " y", "rejected": " n"}, (PlainText("Q:", " y"), PlainText("Q:", " n"))),
+        (
+            {"chosen": "A: B: un x", "rejected": "A: B: up"},
+            (PlainText("A: B:", " un x"), PlainText("A: B:", " up")),
+        ),
+        # One answer continues where the other ends, or they differ within a word
+        (
+            {"chosen": "Q: yes", "rejected": "Q: yes sir"},
+            (PlainText("Q:", " yes"), PlainText("Q:", " yes sir")),
+        ),
         (
             {"chosen": "Q: yes it", "rejected": "Q: yesterday"},
-            (Plain("Q:", " yes it"), Plain("Q:", " yesterday")),
+            (PlainText("Q:", " yes it"), PlainText("Q:", " yesterday")),
         ),
     ],
 )
@@ -101,60 +113,68 @@ def test_pairs(objective, row, sides):
     ],
 )
 def test_classes(label, settings, value):
-    assert read("classify", {"text": "t", "label": label}, **settings) == Example((Plain("", "t"),), value)
-    assert read("classify", {"messages": HI, "label": label}, **settings) == Example((Turns(HI),), value)
+    assert read("classify", {"text": "t", "label": label}, **settings) == Example(
+        (PlainText("", "t"),), value
+    )
+    assert read("classify", {"messages": HI, "label": label}, **settings) == Example(
+        (Conversation(HI),), value
+    )
 
 
 def test_numbers():
-    assert read("regress", {"text": "t", "label": -1.5}) == Example((Plain("", "t"),), -1.5)
+    assert read("regress", {"text": "t", "label": -1.5}) == Example((PlainText("", "t"),), -1.5)
 
 
-# What is wrong
+# Bad records
 
 
 MESSAGES = [
     ([], "no messages", "field 'messages' is empty"),
     ("hi", "no messages", "of type str, not a list"),
     (
-        [said("tool", "a"), *HI],
+        [message("tool", "a"), *HI],
         "unknown role",
         r"messages\[0\]: role is 'tool'; it must be system, user, assis",
     ),
-    ([said("user", "a"), said("user", "b")], "no assistant turn", "no turn of the assistant to learn from"),
-    ([*HI, said("user", "a"), said("assistant", " \n")], "empty answer", "an empty turn of the assistant"),
+    ([message("user", "a"), message("user", "b")], "no assistant turn", "no assistant turn to train on"),
+    ([*HI, message("user", "a"), message("assistant", " \n")], "empty answer", "an empty assistant turn"),
     ([*HI, "a"], "malformed message", r"messages\[2\] is str; it must have a role and a content"),
     ([*HI, {"role": "user"}], "malformed message", r"messages\[2\] is \['role'\]; it must have"),
     ([*HI, {**HI[0], "name": "x"}], "malformed message", r"messages\[2\] is \['role', 'content', 'name'\]"),
-    ([*HI, said("user", 3)], "malformed message", r"messages\[2\]: content is of type int"),  # type: ignore[arg-type]
-    ([said("user", "\ud800"), *YES], "lone surrogate", r"messages\[0\]: content has a lone surrogate"),
+    ([*HI, message("user", 3)], "malformed message", r"messages\[2\]: content is of type int"),  # type: ignore[arg-type]
+    ([message("user", "\ud800"), *YES], "lone surrogate", r"messages\[0\]: content has a lone surrogate"),
 ]
 PAIRS = [
     ({"chosen": "a b", "rejected": "a b"}, "identical answers", "chosen and rejected are the same"),
     ({"chosen": ASK + YES, "rejected": ASK + YES}, "identical answers", "are the same"),
-    ({"prompt": "a", "chosen": "b", "rejected": YES}, "malformed message", "one is text"),
+    ({"prompt": "a", "chosen": "b", "rejected": YES}, "malformed message", "is text"),
     (
         {"prompt": ASK, "chosen": "b", "rejected": "c"},
         "malformed message",
         "'prompt' is a list and the answers",
     ),
     (
-        {"chosen": ASK + YES, "rejected": [said("user", "ho"), *NO]},
+        {"chosen": ASK + YES, "rejected": [message("user", "ho"), *NO]},
         "prompts differ",
         "the same messages up to",
     ),
     ({"chosen": HI + ASK + YES, "rejected": HI}, "prompts differ", "the same messages up to"),
-    ({"chosen": YES, "rejected": NO}, "prompts differ", "the same messages up to an answer"),
-    ({"chosen": "yes", "rejected": "no"}, "prompts differ", "do not begin with the same words"),
+    ({"chosen": YES, "rejected": NO}, "prompts differ", "the same messages up to an assistant answer"),
+    ({"chosen": "yes", "rejected": "no"}, "prompts differ", "have no common first words"),
     ({"prompt": "a", "chosen": "b", "rejected": " "}, "empty answer", "field 'rejected' is empty"),
-    ({"prompt": ASK, "chosen": YES, "rejected": ASK}, "no assistant turn", "field 'rejected' has no turn"),
+    (
+        {"prompt": ASK, "chosen": YES, "rejected": ASK},
+        "no assistant turn",
+        "field 'rejected' has no assistant turn",
+    ),
     (
         {"chosen": "a b", "rejected": "a c", "margin": float("nan")},
-        "margin is no number",
+        "margin is not a number",
         "margin is nan; it must",
     ),
     (
         {"chosen": "a b", "rejected": "a c", "margin": "2"},
-        "margin is no number",
+        "margin is not a number",
         "margin is '2'; it must be a fin",
     ),
 ]
@@ -162,14 +182,14 @@ LABELS = [
     ("classify", 2, "label out of range", "label is 2; classes are whole numbers 0 to 1"),
     ("classify", -1, "label out of range", "label is -1; classes are"),
     ("classify", 0.5, "label out of range", r"label is 0\.5; classes are"),
-    ("classify", float("nan"), "label is no number", "label is nan"),
+    ("classify", float("nan"), "label is not a number", "label is nan"),
     ("classify", "fine", "unknown label", "label is 'fine', and data.labels has 'bad', 'good'"),
-    ("classify", [1], "label is no number", r"label is \[1\]; it must be a finite number"),
-    ("regress", float("inf"), "label is no number", "label is inf; it must be a finite number"),
-    ("regress", 1e300, "label is no number", r"label is 1e\+300"),
-    ("regress", 10**400, "label is no number", "label is 1000"),
-    ("regress", "3", "label is no number", "label is '3'"),
-    ("regress", True, "label is no number", "label is True"),
+    ("classify", [1], "label is not a number", r"label is \[1\]; it must be a finite number"),
+    ("regress", float("inf"), "label is not a number", "label is inf; it must be a finite number"),
+    ("regress", 1e300, "label is not a number", r"label is 1e\+300"),
+    ("regress", 10**400, "label is not a number", "label is 1000"),
+    ("regress", "3", "label is not a number", "label is '3'"),
+    ("regress", True, "label is not a number", "label is True"),
 ]
 BAD = [
     *(("sft", {"messages": messages}, reason, said) for messages, reason, said in MESSAGES),
@@ -178,9 +198,9 @@ BAD = [
         "sft",
         {"prompt": "a", "completion": YES},
         "malformed message",
-        "of 'prompt' and 'completion' one is text",
+        "one of 'prompt' and 'completion' is text",
     ),
-    ("sft", {"prompt": 3, "completion": "b"}, "malformed message", "one is text"),
+    ("sft", {"prompt": 3, "completion": "b"}, "malformed message", "is text"),
     ("sft", {"prompt": "\ud800", "completion": "b"}, "lone surrogate", "field 'prompt' has a lone surrogate"),
     ("sft", {"instruction": "a", "output": ""}, "empty answer", "field 'output' is empty"),
     (
@@ -202,26 +222,26 @@ BAD = [
     (
         "sft",
         {"txt": "a"},
-        "no known form",
-        "its fields are 'txt', .* for sft has: messages; conversations; prompt and",
+        "unknown record format",
+        "its fields are 'txt', .* for sft needs: messages; conversations; prompt and",
     ),
     (
         "dpo",
         {"messages": HI},
-        "no known form",
-        "its fields are 'messages', and a record for dpo has: chosen and rej",
+        "unknown record format",
+        "its fields are 'messages', and a record for dpo needs: chosen and rej",
     ),
     (
         "regress",
         {"text": "a"},
-        "no known form",
-        "has: messages and label; conversations and label; text and label",
+        "unknown record format",
+        "needs: messages and label; conversations and label; text and label",
     ),
 ]
 
 
 @pytest.mark.parametrize(("objective", "row", "reason", "message"), BAD)
-def test_what_cannot_be_learned_from(objective, row, reason, message):
+def test_bad_records(objective, row, reason, message):
     settings = {"labels": ("bad", "good")} if objective == "classify" else {}
     with pytest.raises(BadRecord) as raised:
         read(objective, row, **settings)
@@ -230,13 +250,13 @@ def test_what_cannot_be_learned_from(objective, row, reason, message):
     assert re.search(message, raised.value.message)
 
 
-def test_another_form_further_down_names_the_line(opened, tmp_path):
+def test_another_format_further_down_names_the_line(opened, tmp_path):
     path = tmp_path / "a.jsonl"
     rows = [*({"messages": HI} for _ in range(5)), {"prompt": "a", "completion": "b"}]
     path.write_text("\n".join(map(json.dumps, rows)))
     settings = {"objective": "sft", "validation_fraction": 0, "template": "llama-2", "batch_size": 1}
     message = (
-        r"a\.jsonl:6: no field 'messages' \(fields: 'prompt', 'completion'\); mend it, or set data\.bad_rec"
+        r"a\.jsonl:6: no field 'messages' \(fields: 'prompt', 'completion'\); fix it, or set data\.bad_rec"
     )
     with pytest.raises(DataError, match=message):
         opened(str(path), **settings).describe()
@@ -244,10 +264,10 @@ def test_another_form_further_down_names_the_line(opened, tmp_path):
     assert (sample["examples"], sample["skipped"]) == (5, {"no such field": 1})
 
 
-def test_no_form_at_all_is_no_matter_of_one_record(opened, tmp_path):
+def test_an_unknown_format_stops_the_run(opened, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('\n{"txt": "a"}\n')
-    message = r"a\.jsonl:2: its fields are 'txt', and a record for sft has: messages; .*; text$"
+    message = r"a\.jsonl:2: its fields are 'txt', and a record for sft needs: messages; .*; text$"
     for bad_records in ("fail", "skip"):
         with pytest.raises(DataError, match=message):
             opened(str(path), objective="sft", bad_records=bad_records)
@@ -257,9 +277,9 @@ def test_no_form_at_all_is_no_matter_of_one_record(opened, tmp_path):
     ("settings", "message"),
     [
         ({"too_long": "cut"}, r"data\.too_long is 'cut'; .*must be one of drop, truncate, fail"),
-        ({"labels": ["a"]}, r"data\.labels is \['a'\]; give a list of the names of two classes"),
-        ({"labels": ["a", "a"]}, r"data\.labels is \['a', 'a'\]; give a list"),
-        ({"labels": "ab"}, r"data\.labels is 'ab'; give a list"),
+        ({"labels": ["a"]}, r"data\.labels is \['a'\]; use a list of two or more different class names"),
+        ({"labels": ["a", "a"]}, r"data\.labels is \['a', 'a'\]; use a list"),
+        ({"labels": "ab"}, r"data\.labels is 'ab'; use a list"),
         ({"template": None}, r"data\.template is None; it must be a string"),
         ({"validation_files": 3}, r"data\.validation_files is 3; it must be a string"),
     ],
@@ -270,5 +290,7 @@ def test_settings_that_cannot_work(settings, message):
 
 
 def test_a_classifier_without_classes(opened):
-    with pytest.raises(ConfigError, match=r"data\.labels is empty; name the classes there, in the order of"):
+    with pytest.raises(
+        ConfigError, match=r"data\.labels is empty; list the class names in it, in the order of"
+    ):
         opened("a", objective="classify")
