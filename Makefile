@@ -1,6 +1,6 @@
-# Every target makes the environment it needs: .venv, from the python3 on the PATH.
-# Another Python or place: make test PYTHON=python3.12 VENV=.venv312. Only the fast tests: make test FAST=1; some of
-# them: make test TESTS=tests/test_decode.py.
+# Every target creates the environment it needs: .venv, with the python3 on the PATH.
+# Another Python or directory: make test PYTHON=python3.12 VENV=.venv312. Only the fast tests: make test FAST=1; some
+# tests: make test TESTS=tests/test_model.py.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,33 +9,40 @@ PYTEST = $(VENV)/bin/python -m pytest -q -rs --durations=10
 
 RUN ?= runs/tiny_cpu
 TESTS ?= tests
+# What depends on JAX's version: not formats, tokenizers, templates or the command line.
+JAX_TESTS = $(wildcard tests/test_*.py) tests/ops tests/decoding tests/adapters $(addprefix tests/train/test_,\
+  step.py objectives.py optimizer.py checkpoint.py evaluate.py feed.py devices.py runs.py)
 NOTEBOOKS ?=
 
-.PHONY: help demo test parity pods notebooks lint clean
+.PHONY: help demo test test-jax parity pods notebooks lint clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo     write English with a real 135M-parameter Llama; then train a small one on Python code"
-	@echo "make test     the test suite, on 8 simulated devices (FAST=1: only the quick ones)"
-	@echo "make parity   live comparison with Hugging Face transformers (installs torch)"
+	@echo "make demo     generate English with a pretrained 135M-parameter Llama; then train a small one on Python code"
+	@echo "make test     the test suite, on 8 simulated devices (FAST=1: only the fast tests)"
+	@echo "make test-jax  the part of it that depends on the version of JAX"
+	@echo "make parity   compare with Hugging Face transformers, PEFT, TRL and llama.cpp (installs torch)"
 	@echo "make pods     compile the 7B and 70B training steps for TPU slices (installs libtpu; Python 3.12)"
-	@echo "make notebooks  run every notebook top to bottom; pictures and pages go to build/notebooks"
+	@echo "make notebooks  run every notebook; the executed notebooks go to build/notebooks"
 	@echo "make lint     ruff and mypy"
-	@echo "make clean    remove $(VENV) and every cache in this folder"
+	@echo "make clean    remove $(VENV) and all caches in this folder"
 
 demo: $(VENV)/demo.stamp
 	@$(VENV)/bin/llama-jax generate smollm2-135m --prompt "$(PROMPT)" \
 	  --max-new-tokens 96 --repetition-penalty 1.1
 	@echo; echo "Now training a small Llama on Python's standard library (about two minutes; to $(RUN)) ..."
 	@$(VENV)/bin/llama-jax train configs/tiny_cpu.toml --train.run_dir $(RUN)
-	@echo; echo "What it writes after 'def read(self' (llama-jax generate $(RUN) ...):"
+	@echo; echo "Its continuation of 'def read(self' (llama-jax generate $(RUN) ...):"
 	@$(VENV)/bin/llama-jax generate $(RUN) --prompt "def read(self" --max-new-tokens 120 --temperature 0.5 --seed 1
 
 test: $(VENV)/test.stamp
 	$(PYTEST) -n 2 --dist loadfile -m "not parity and not pods$(if $(FAST), and not slow)" $(TESTS)
 
+test-jax: $(VENV)/test.stamp
+	$(PYTEST) -n 2 --dist loadfile -m "not parity and not pods and not slow" $(wildcard $(JAX_TESTS))
+
 parity: $(VENV)/parity.stamp
-	$(PYTEST) -m parity
+	$(PYTEST) -n 2 --dist loadfile -m parity
 
 pods: $(VENV)/pods.stamp
 	$(PYTEST) -n 2 -m pods
@@ -52,7 +59,7 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
-# One stamp for each extra of pyproject.toml (`base` is none); a change there installs anew.
+# One stamp per extra of pyproject.toml (`base` is none); changing that file reinstalls.
 $(VENV)/%.stamp: EXTRA = $(if $(filter-out base,$*),[$*])
 $(VENV)/%.stamp: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is Python %s; \

@@ -1,8 +1,8 @@
 """Memory and speed of converting a synthetic Llama 2 7B: `python -m benchmarks.convert_7b [--json]`.
 
-Makes a checkpoint of 13.5 GB in three files, bf16, of random numbers; converts it to each format in a fresh
-process; and removes everything again. The disk's own speed, at which the same files are copied and synced,
-is measured in the same run. Files are dropped from the page cache before each is read.
+Creates a 13.5 GB bf16 checkpoint of random values in three files, converts it to each format in a fresh
+process, and deletes everything. The same run measures the disk's speed by copying and syncing the same files.
+Files are dropped from the page cache before they are read.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from llama_jax.weights.write.hf import plan_hf
 from llama_jax.weights.write.run import write
 from llama_jax.weights.write.vocabulary import Vocabulary
 
-# What each conversion is told beside source and target.
-WAYS: dict[str, dict[str, Any]] = {
+# Arguments of each conversion, besides source and target.
+CONVERSIONS: dict[str, dict[str, Any]] = {
     "hf": {},
     "meta": {"format": "meta"},
     "meta, 8 parts": {"format": "meta", "shards": 8},
@@ -46,13 +46,13 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 class Noise:
-    """Random bf16 numbers of the size that weights have, the same for every tensor."""
+    """Random bf16 values of the magnitude of weights, the same for every tensor."""
 
     stacked = False
 
     def __init__(self, config: lj.LlamaConfig) -> None:
         self.config = config
-        # Any sign and fraction, and exponents that give 0.008 to 0.03.
+        # Random sign and mantissa, with exponents for magnitudes from 0.008 to 0.03.
         bits = np.random.default_rng(0).integers(
             0, 1 << 16, config.vocab_size * config.hidden_size, np.uint16
         )
@@ -66,8 +66,8 @@ class Noise:
         return self.noise[: int(np.prod(shape))].reshape(shape)
 
 
-def make(folder: Path, config: lj.LlamaConfig) -> None:
-    """Writes the checkpoint, with a vocabulary of as many words."""
+def write_checkpoint(folder: Path, config: lj.LlamaConfig) -> None:
+    """Writes the checkpoint, with a vocabulary of the right size."""
     special = [Piece("<unk>", 0.0, UNKNOWN), Piece("<s>", 0.0, CONTROL), Piece("</s>", 0.0, CONTROL)]
     words = [Piece(f"{SPACE}{number}", -float(number), NORMAL) for number in range(config.vocab_size - 3)]
     model = build_model([*special, *words], "the benchmark's vocabulary").serialized_model_proto()
@@ -80,8 +80,8 @@ def files_of(path: Path) -> Iterator[Path]:
     yield from [path] if path.is_file() else (inner for inner in path.rglob("*") if inner.is_file())
 
 
-def forget(path: Path) -> None:
-    """Drops files from the page cache, as they are when a conversion is run tomorrow."""
+def drop_from_page_cache(path: Path) -> None:
+    """Drops files from the page cache, as before a first conversion."""
     for file in files_of(path):
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
@@ -93,8 +93,8 @@ def bytes_of(path: Path) -> int:
 
 
 def copy(source: Path, target: Path) -> float:
-    """Seconds to copy a checkpoint with the file system's own means until the disk has it."""
-    forget(source)
+    """Seconds to copy a checkpoint and sync it to disk."""
+    drop_from_page_cache(source)
     start = time.perf_counter()
     shutil.copytree(source, target)
     for file in files_of(target):
@@ -105,17 +105,17 @@ def copy(source: Path, target: Path) -> float:
     return seconds
 
 
-def convert_here(source: Path, target: Path, way: str) -> None:
-    """In a fresh process: converts, and prints what it took."""
+def convert_here(source: Path, target: Path, name: str) -> None:
+    """In a fresh process: converts, and prints seconds and memory."""
     start = time.perf_counter()
-    convert(source, target, **WAYS[way])
+    convert(source, target, **CONVERSIONS[name])
     print(json.dumps({"seconds": time.perf_counter() - start, "peak_bytes": peak_bytes()}))
 
 
 def measure(folder: Path, only: str, layers: int) -> dict[str, Any]:
     config = lj.presets.LLAMA2_7B.replace(num_hidden_layers=layers)
     source, target = folder / "source", folder / "target"
-    make(source, config)
+    write_checkpoint(source, config)
     size = bytes_of(source)
     seconds = copy(source, target)
     largest = config.vocab_size * config.hidden_size * 2
@@ -125,16 +125,16 @@ def measure(folder: Path, only: str, layers: int) -> dict[str, Any]:
         "copy_bytes_per_second": size / seconds,
         "conversions": [],
     }
-    for way in WAYS:
-        if only not in way:
+    for name in CONVERSIONS:
+        if only not in name:
             continue
-        forget(source)
-        command = [sys.executable, "-m", "benchmarks.convert_7b", "--here", way, str(source), str(target)]
+        drop_from_page_cache(source)
+        command = [sys.executable, "-m", "benchmarks.convert_7b", "--here", name, str(source), str(target)]
         result = json.loads(subprocess.check_output(command, text=True))
-        moved = (size + bytes_of(target)) / 2  # what is read and what is written
+        moved = (size + bytes_of(target)) / 2  # mean of bytes read and written
         report["conversions"].append(
             {
-                "to": way,
+                "to": name,
                 **result,
                 "bytes_per_second": moved / result["seconds"],
                 "of_copy": moved / result["seconds"] / report["copy_bytes_per_second"],
@@ -148,16 +148,16 @@ def measure(folder: Path, only: str, layers: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Memory and speed of converting a synthetic Llama 2 7B.")
     parser.add_argument(
-        "--folder", type=Path, help="where to put 27 GB for a while (default: a temporary one)"
+        "--folder", type=Path, help="folder for 27 GB of temporary files (default: the system's)"
     )
-    parser.add_argument("--only", default="", help="only conversions whose name holds this")
-    parser.add_argument("--layers", type=int, default=32, help="fewer make it smaller (default: 32)")
+    parser.add_argument("--only", default="", help="only conversions whose name contains this")
+    parser.add_argument("--layers", type=int, default=32, help="number of layers (default: 32)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--here", nargs=3, help=argparse.SUPPRESS)  # what each fresh process is told
+    parser.add_argument("--here", nargs=3, help=argparse.SUPPRESS)  # for the fresh processes
     args = parser.parse_args()
     if args.here:
-        way, source, target = args.here
-        convert_here(Path(source), Path(target), way)
+        name, source, target = args.here
+        convert_here(Path(source), Path(target), name)
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         report = measure(Path(folder), args.only, args.layers)
@@ -165,8 +165,15 @@ def main() -> None:
         print(json.dumps(report))
         return
     table = Table(title=f"{report['bytes'] / 1e9:.1f} GB in bf16, from Hugging Face's format")
-    for name in ("to", "seconds", "MB/s", "of the disk's copy", "peak memory", "beside the largest tensor"):
-        table.add_column(name, justify="left" if name == "to" else "right")
+    for column in (
+        "to",
+        "seconds",
+        "MB/s",
+        "relative to a copy",
+        "peak memory",
+        "peak minus the largest tensor",
+    ):
+        table.add_column(column, justify="left" if column == "to" else "right")
     for row in report["conversions"]:
         speed, part = f"{row['bytes_per_second'] / 1e6:.0f}", f"{row['of_copy']:.2f}"
         memory = f"{row['peak_bytes'] / 1e6:.0f} MB", f"{row['beside_largest_bytes'] / 1e6:.0f} MB"

@@ -1,4 +1,4 @@
-"""A GGUF file's weights in f32, for a peer to run what we run: `python -m benchmarks.f32_gguf IN OUT`."""
+"""Converts a GGUF file to f32, the weights of llama.cpp's side: `python -m benchmarks.f32_gguf IN OUT`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def write_f32(source: Path, target: Path) -> Path:
-    """Writes `source` with every tensor dequantised, its metadata as it was; returns `target`."""
+    """Writes `source` with every tensor dequantized and the same metadata; returns `target`."""
     reader = gguf.GGUFReader(source)
     architecture = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(target, architecture)
@@ -22,8 +22,8 @@ def write_f32(source: Path, target: Path) -> Path:
         writer.add_key_value(name, value, field.types[0], element)
     for tensor in reader.tensors:
         shape = [int(size) for size in reversed(tensor.shape)]
-        numbers = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(shape)
-        writer.add_tensor(tensor.name, numbers)
+        values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(shape)
+        writer.add_tensor(tensor.name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

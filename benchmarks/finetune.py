@@ -1,9 +1,9 @@
-"""Finetuning SmolLM2-135M on the made tasks: `python -m benchmarks.finetune [NAMES] [--steps N]`.
+"""Finetunes SmolLM2-135M on the generated tasks: `python -m benchmarks.finetune [NAMES] [--steps N]`.
 
-Each way of training runs in a process of its own, one after another, on the same batches: all the weights,
-LoRA, QLoRA, bottlenecks and a prefix on `extract`; DPO with LoRA on `manner`, its reference asked at every
-step or beforehand. It tells how many held-out answers are exactly right before and after, what training
-takes, and, for preferences, the perplexity of ordinary text before and after.
+Each run has its own process, one after another, on the same batches: all weights, LoRA, QLoRA, bottlenecks
+and a prefix on `extract`; DPO with LoRA on `manner`, with the reference model in each step or precomputed. It
+reports the accuracy on validation prompts before and after, the cost of training, and, with `--text`, the
+perplexity of ordinary text before and after.
 """
 
 from __future__ import annotations
@@ -57,22 +57,27 @@ every = 1
 tensorboard = false
 plot = false
 """
-# On which task, to which objective, at which rate; and what is trained, in the configuration's words.
-WAYS = {
+# Task, objective, learning rate, and lines of the [adapter] section.
+RUNS = {
     "full": ("extract", "sft", 5e-5, ""),
-    "lora": ("extract", "sft", 1e-3, 'kind = "lora"'),
-    "qlora": ("extract", "sft", 1e-3, 'kind = "lora"\nbase = "nf4"'),
-    "bottleneck": ("extract", "sft", 3e-4, 'kind = "bottleneck"'),
-    "prefix": ("extract", "sft", 2e-2, 'kind = "prefix"'),
-    "dpo": ("manner", "dpo", 5e-5, 'kind = "lora"'),
-    "dpo-precomputed": ("manner", "dpo", 5e-5, 'kind = "lora"\n[preference]\nreference = "precomputed"'),
+    "lora": ("extract", "sft", 1e-3, 'type = "lora"'),
+    "qlora": ("extract", "sft", 1e-3, 'type = "lora"\nbase = "nf4"'),
+    "bottleneck": ("extract", "sft", 3e-4, 'type = "bottleneck"'),
+    "prefix": ("extract", "sft", 2e-2, 'type = "prefix"'),
+    "dpo": ("manner", "dpo", 5e-5, 'type = "lora"'),
+    "dpo-precomputed": (
+        "manner",
+        "dpo",
+        5e-5,
+        'type = "lora"\n[preference]\nprecompute_ref_log_probs = true',
+    ),
 }
 
 
-def train(way: str, steps: int, folder: Path) -> dict[str, Any]:
-    """Runs one way of training; returns what it took and where it is."""
-    task, objective, rate, adapter = WAYS[way]
-    run_dir, config = folder / way, folder / f"{way}.toml"
+def train(name: str, steps: int, folder: Path) -> dict[str, Any]:
+    """Runs one finetuning; returns its cost, its last evaluation and its run directory."""
+    task, objective, rate, adapter = RUNS[name]
+    run_dir, config = folder / name, folder / f"{name}.toml"
     config.write_text(
         CONFIG.format(
             train=folder / f"{task}_train.jsonl",
@@ -88,36 +93,36 @@ def train(way: str, steps: int, folder: Path) -> dict[str, Any]:
         "import resource, sys; from llama_jax.cli import main; status = main(sys.argv[1:]); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(status)"
     )
-    began = time.perf_counter()
+    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", code, "train", str(config)], stdout=subprocess.PIPE, text=True, check=True
     )
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     step = sorted(record["step_seconds"] for record in records)[len(records) // 2]
-    told = json.loads((run_dir / "evaluations.jsonl").read_text().splitlines()[-1])
-    state = sum(
+    evaluation = json.loads((run_dir / "evaluations.jsonl").read_text().splitlines()[-1])
+    checkpoint_bytes = sum(
         path.stat().st_size for path in (run_dir / "checkpoints" / str(steps)).rglob("*") if path.is_file()
     )
     return {
-        "way": way,
+        "name": name,
         "seconds": seconds,
         "step_seconds": step,
         "peak_bytes": int(done.stdout.split()[-1]) * 1024,
-        "checkpoint_bytes": state,
+        "checkpoint_bytes": checkpoint_bytes,
         "run_dir": str(run_dir),
-        "evaluation": told,
+        "evaluation": evaluation,
     }
 
 
-def accuracy(model: Any, test: Path, most: int) -> float:
-    """The share of held-out prompts whose greedy answer is exactly the one that was wanted."""
+def accuracy(model: Any, test: Path, max_items: int) -> float:
+    """Fraction of validation prompts whose greedy answer is exactly the expected one."""
     import jax
 
     import llama_jax as lj
     from llama_jax.chat import chat_template, encode_chat
 
-    records = [json.loads(line)["messages"] for line in test.read_text().splitlines()][:most]
+    records = [json.loads(line)["messages"] for line in test.read_text().splitlines()][:max_items]
     template = chat_template(model.tokenizer)
     prompts = [encode_chat(model.tokenizer, template, messages[:-1]) for messages in records]
     width = max(map(len, prompts))
@@ -134,82 +139,82 @@ def accuracy(model: Any, test: Path, most: int) -> float:
         max_new_tokens=24,
         eos_id=model.tokenizer.eos_ids,
     )
-    right = 0
+    correct = 0
     for ids, length, messages in zip(np.asarray(out.tokens), np.asarray(out.lengths), records, strict=True):
-        right += model.tokenizer.decode(ids[:length].tolist()).strip() == messages[-1]["content"]
-    return right / len(records)
+        correct += model.tokenizer.decode(ids[:length].tolist()).strip() == messages[-1]["content"]
+    return correct / len(records)
 
 
-def perplexity(model: Any, text: str, most: int = 8192) -> float:
-    """Of ordinary English, in rows of 512 tokens."""
+def perplexity(model: Any, text: str, max_items: int = 8192) -> float:
+    """Perplexity of ordinary English, in rows of 512 tokens."""
     import llama_jax as lj
 
-    ids = np.array(model.tokenizer.encode(text[: 6 * most])[:most], np.int32)
+    ids = np.array(model.tokenizer.encode(text[: 6 * max_items])[:max_items], np.int32)
     rows = ids[: len(ids) // 512 * 512].reshape(-1, 512)
     losses = [lj.next_token_loss(model.config, model.params, rows[i : i + 4]) for i in range(0, len(rows), 4)]
     return math.exp(sum(float(x.total) for x in losses) / sum(float(x.count) for x in losses))
 
 
-def measure(ways: list[str], steps: int, folder: Path, text: str | None, most: int) -> dict[str, Any]:
-    """Trains each way and measures before and after."""
+def measure(names: list[str], steps: int, folder: Path, text: str | None, max_items: int) -> dict[str, Any]:
+    """Runs each finetuning, and measures the model before and after."""
     import llama_jax as lj
 
     write(folder)
-    found = [train(way, steps, folder) for way in ways]
+    results = [train(name, steps, folder) for name in names]
     base = lj.load(MODEL, scan_layers=False)
     test = folder / "extract_test.jsonl"
-    before = {"accuracy": accuracy(base, test, most)}
+    before = {"accuracy": accuracy(base, test, max_items)}
     if text is not None:
         before["perplexity"] = perplexity(base, text)
-    for one in found:
-        model = lj.load(one["run_dir"], scan_layers=False)
-        if WAYS[one["way"]][0] == "extract":
-            one["accuracy"] = accuracy(model, test, most)
+    for result in results:
+        model = lj.load(result["run_dir"], scan_layers=False)
+        if RUNS[result["name"]][0] == "extract":
+            result["accuracy"] = accuracy(model, test, max_items)
         if text is not None:
-            one["perplexity"] = perplexity(model, text)
-    return {"steps": steps, "before": before, "ways": found}
+            result["perplexity"] = perplexity(model, text)
+    return {"steps": steps, "before": before, "names": results}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("ways", nargs="*", help=f"of {', '.join(WAYS)}; all by default")
+    parser.add_argument("names", nargs="*", help=f"some of {', '.join(RUNS)}; all by default")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--held-out", type=int, default=100, help="how many held-out prompts are answered")
-    parser.add_argument("--text", type=Path, help="ordinary English, whose perplexity is told")
+    parser.add_argument("--prompts", type=int, default=100, help="number of validation prompts to answer")
+    parser.add_argument("--text", type=Path, help="ordinary English, whose perplexity is evaluation")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    unknown = [way for way in args.ways if way not in WAYS]
+    unknown = [name for name in args.names if name not in RUNS]
     if unknown:
-        parser.error(f"{unknown[0]!r} is none of {', '.join(WAYS)}")
+        parser.error(f"{unknown[0]!r} is not one of {', '.join(RUNS)}")
     with tempfile.TemporaryDirectory() as folder:
         text = args.text.read_text(encoding="utf-8") if args.text else None
-        report = measure(args.ways or list(WAYS), args.steps, Path(folder), text, args.held_out)
+        report = measure(args.names or list(RUNS), args.steps, Path(folder), text, args.prompts)
     if args.json:
         print(json.dumps(report))
         return
     table = Table(title=f"{MODEL}, {args.steps} steps of 4 x 256 tokens; before: {report['before']}")
     for name in (
-        "way",
-        "held-out answers right",
-        "pairs right",
+        "run",
+        "validation answers correct",
+        "pairs correct",
         "perplexity",
-        "s a step",
-        "s in all",
+        "s per step",
+        "s in total",
         "peak",
         "checkpoint",
     ):
         table.add_column(name)
-    for one in report["ways"]:
-        shown = lambda name, form, one=one: format(one[name], form) if name in one else ""  # noqa: E731
+    for result in report["names"]:
+        cell = lambda name, form, result=result: format(result[name], form) if name in result else ""  # noqa: E731
         table.add_row(
-            one["way"],
-            shown("accuracy", ".0%"),
-            format(one["evaluation"]["accuracy"], ".0%") if "accuracy" in one["evaluation"] else "",
-            shown("perplexity", ".2f"),
-            shown("step_seconds", ".2f"),
-            shown("seconds", ".0f"),
-            f"{one['peak_bytes'] / 1e9:.1f} GB",
-            f"{one['checkpoint_bytes'] / 1e6:.0f} MB",
+            result["name"],
+            cell("accuracy", ".0%"),
+            format(result["evaluation"]["accuracy"], ".0%") if "accuracy" in result["evaluation"] else "",
+            cell("perplexity", ".2f"),
+            cell("step_seconds", ".2f"),
+            cell("seconds", ".0f"),
+            f"{result['peak_bytes'] / 1e9:.1f} GB",
+            f"{result['checkpoint_bytes'] / 1e6:.0f} MB",
         )
     Console().print(table)
 

@@ -1,13 +1,13 @@
-"""The fingerprint of a program: what it does, counted, with no name, number or place of its text in it.
+"""The fingerprint of a program: counts of its operations, without names, numbering or source locations.
 
-A program has two stages, which a refactoring leaves alone (after MaxText's hlo_diff_testing.md):
+A program has two stages that a refactoring must not change (after MaxText's hlo_diff_testing.md):
 
-    lowered    StableHLO as JAX hands it to XLA: the same on every machine
-    optimised  HLO as XLA compiles it: of one version of XLA, and possibly of one kind of processor
+    lowered    StableHLO as JAX passes it to XLA: the same on every machine
+    optimised  HLO as XLA compiles it: for one version of XLA, and possibly one kind of processor
 
-A fingerprint is a dictionary of tables of whole numbers, ready for JSON. Functions that the text merely
-outlines (`func.call`, `call`) are counted where they are called, so that an inner `jit` is not seen, nor is
-XLA:CPU's cutting of an operation into parallel parts. Not seen at all: the inside of a TPU's own kernels.
+A fingerprint is a dictionary of tables of integers, JSON-serializable. Outlined functions (`func.call`,
+`call`) are counted at each call, so that an inner `jit` makes no difference, nor does XLA:CPU's parallel
+partitioning of an operation. The contents of TPU kernels are not visible.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks import tpu_hlo
 Table = dict[str, int]
 Fingerprint = dict[str, Table]
 
-# Opcodes whose results' bytes are told: products, and what moves or keeps data rather than computes.
+# Opcodes whose result bytes are counted: products, and operations that move or store data.
 _LOWERED_BYTES = {
     "concatenate",
     "constant",
@@ -58,8 +58,8 @@ _OPTIMISED_BYTES = {
     "transpose",
     "while",
 }
-# They name values and compute none. Of constants the arrays' bytes count: a table that was once an argument.
-_PLUMBING = {"parameter", "get-tuple-element", "tuple", "call", "constant"}
+# Opcodes that compute nothing. The bytes of array constants count: a table that was an argument before.
+_NON_COMPUTING = {"parameter", "get-tuple-element", "tuple", "call", "constant"}
 _CALLS = (
     "calls",
     "to_apply",
@@ -78,8 +78,8 @@ def of_lowered(lowered: Any) -> Fingerprint:
     """The fingerprint of a `jax.stages.Lowered`: its StableHLO.
 
     Tables: `ops`, opcode to count; `bytes`, of the results of some opcodes; `products`, operands and
-    contracted dimensions of each product to how often it stands there; `arguments` and `results`, types.
-    A loop's body counts once: its number of turns is not in the text.
+    contracted dimensions of each product to its count; `arguments` and `results`, types. A loop's body counts
+    once: its trip count is not in the text.
     """
     functions = {
         op.operation.attributes["sym_name"].value: op.operation
@@ -105,7 +105,7 @@ def of_lowered(lowered: Any) -> Fingerprint:
 
 
 def of_compiled(compiled: Any) -> Fingerprint:
-    """The fingerprint of a `jax.stages.Compiled`: its optimised HLO, and the memory it asks for.
+    """The fingerprint of a `jax.stages.Compiled`: its optimized HLO, and its memory.
 
     Tables: that of `of_text`, and `memory`, bytes of arguments, results and temporaries.
     """
@@ -117,13 +117,13 @@ def of_compiled(compiled: Any) -> Fingerprint:
 
 
 def of_text(text: str) -> Fingerprint:
-    """The fingerprint of optimised HLO.
+    """The fingerprint of optimized HLO.
 
-    Tables: `ops`, what runs, opcode to count, with a fusion's kind and a custom call's target; `fused`, the
-    same of what stands inside fusions and reductions; `bytes`, of the results of some opcodes, as often as
-    loops repeat them; `products`, operand types with their layouts and contracted dimensions; `arguments`,
-    types with layouts; `loops`, number of turns to how many loops have it; `collectives` and their bytes;
-    `whole`, numbers of the program as a whole.
+    Tables: `ops`, opcode to count, with a fusion's kind and a custom call's target; `fused`, the same for
+    instructions inside fusions and reductions; `bytes`, of the results of some opcodes, multiplied by the
+    trip counts of their loops; `products`, operand types with layouts and contracted dimensions; `arguments`,
+    types with layouts; `loops`, trip count to number of loops; `collectives` and their bytes; `whole`, totals
+    of the program.
     """
     module = tpu_hlo.parse(text)
     tables = _tables("ops", "fused", "bytes", "products", "loops", "collectives", "arguments", "whole")
@@ -133,20 +133,20 @@ def of_text(text: str) -> Fingerprint:
         opcode = instruction.opcode
         seen_collective |= opcode.removesuffix("-start") in tpu_hlo.COLLECTIVES
         if opcode == "while":
-            tables["loops"][_turns(module, instruction) or "unknown"] += 1
+            tables["loops"][_trip_count(module, instruction) or "unknown"] += 1
         if opcode in ("dot", "convolution"):
             names = re.findall(r"[\w.-]+", _between_parentheses(instruction.rest))
             operands = [_plain(types[home][operand]) for operand in names if operand in types[home]]
             tables["products"][_product(operands, instruction.rest)] += 1
         if home == module.entry and opcode == "parameter":
             tables["arguments"][_plain(instruction.shape)] += 1
-        tables["fused" if fused else "ops"][_kind(instruction)] += opcode not in _PLUMBING
+        tables["fused" if fused else "ops"][_kind(instruction)] += opcode not in _NON_COMPUTING
         if fused:
             continue
         if opcode in _OPTIMISED_BYTES:
             tables["bytes"][_kind(instruction)] += times * _bytes(instruction)
         tables["whole"]["estimated_cycles"] += times * (instruction.cycles or 0)
-    if seen_collective:  # only then are all loops known to have a bound
+    if seen_collective:  # only then do all loops have a known bound
         for one in tpu_hlo.collectives(module):
             how = f"{one.kind} {one.dtype} of {one.group}{' async' if one.overlapped else ''}"
             tables["collectives"][f"{how}, count"] += one.times
@@ -156,7 +156,7 @@ def of_text(text: str) -> Fingerprint:
 
 
 def differences(before: Mapping[str, Mapping[str, int]], after: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """The rows that are not the same in two fingerprints, `table: row: before -> after`."""
+    """The rows that differ between two fingerprints, as `table: row: before -> after`."""
     changed = []
     for name in sorted({*before, *after}):
         old, new = before.get(name, {}), after.get(name, {})
@@ -173,7 +173,7 @@ def _tables(*names: str) -> dict[str, collections.Counter[Any]]:
 
 
 def _without_zeros(tables: Mapping[str, Mapping[Any, int]]) -> Fingerprint:
-    """The same as JSON has it: names are text, and what there is none of is left out."""
+    """Tables for JSON: string keys, without zero counts."""
     return {
         name: {str(row): count for row, count in table.items() if count}
         for name, table in tables.items()
@@ -182,7 +182,7 @@ def _without_zeros(tables: Mapping[str, Mapping[Any, int]]) -> Fingerprint:
 
 
 def _operations(functions: Mapping[str, Any], operation: Any) -> Iterator[Any]:
-    """Every operation inside one, those of called functions at each call."""
+    """Every operation inside an operation, with called functions inlined at each call."""
     for region in operation.regions:
         for block in region.blocks:
             for view in block.operations:
@@ -209,17 +209,17 @@ def _array(kind: str) -> tuple[str, int]:
 def _instructions(
     module: tpu_hlo.Module, name: str, times: int, fused: bool
 ) -> Iterator[tuple[tpu_hlo.Instruction, str, int, bool]]:
-    """(instruction, its computation, how often it runs, whether inside a fusion) of all that is reached.
+    """(instruction, computation, number of runs, whether inside a fusion) of all reachable instructions.
 
-    Unlike `tpu_hlo.executed` it takes every branch, looks into fusions, and takes a loop that ends when the
-    data say so, as decoding does, for one turn.
+    Unlike `tpu_hlo.executed` it visits every branch and the inside of fusions, and counts a loop with a
+    data-dependent bound, as in decoding, once.
     """
     for instruction in module.computations[name]:
         yield instruction, name, times, fused
-        inside, turns = fused, 1
+        inside, trips = fused, 1
         match instruction.opcode:
             case "while":
-                turns = _turns(module, instruction) or 1
+                trips = _trip_count(module, instruction) or 1
             case "call" | "async-start" | "conditional":
                 pass
             case _:
@@ -231,11 +231,11 @@ def _instructions(
             if callee in module.computations
         ]
         for callee in callees:
-            yield from _instructions(module, callee, times * turns, inside)
+            yield from _instructions(module, callee, times * trips, inside)
 
 
-def _turns(module: tpu_hlo.Module, loop: tpu_hlo.Instruction) -> int | None:
-    """A loop's turns where the compiler knows them."""
+def _trip_count(module: tpu_hlo.Module, loop: tpu_hlo.Instruction) -> int | None:
+    """A loop's trips where the compiler knows them."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
     if known:
         return int(known[1])

@@ -1,8 +1,8 @@
-"""Decoding beside its peers: `python -m benchmarks.generate_vs_peers [--hf PYTHON] [--llama-cpp PYTHON]`.
+"""Decoding speed beside peers: `python -m benchmarks.generate_vs_peers [--hf PYTHON] [--llama-cpp PYTHON]`.
 
-SmolLM2-135M, the same dequantised weights on every side, greedy, no end token. Each side stays warm in its
-own process on the same cores; within a round every call is made once, one side right after the other, so
-that whatever the machine does meets all of them.
+SmolLM2-135M, the same dequantized weights on every side, greedy, no end token. Each side stays warm in its
+own process on the same cores; within a round every call is made once, one side after the other, so that
+changes of the machine's speed affect all of them.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from llama_jax.hub import known
 from tests.golden import cases
 
 NEW_TOKENS = 128
-# An idle pool spins for some milliseconds after its last task; let it come to rest before the other's turn.
+# Idle thread pools spin for some milliseconds after their last task; wait before the other side's turn.
 PAUSE_S = 0.3
-# Load average above which the machine has something else to do.
-BUSY = 0.5
+# Load average above which the machine is considered busy.
+BUSY_LOAD = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is timed: a task of a side, on so many rows of a prompt."""
+    """A timed call: a task of a side, with a batch of one prompt."""
 
     side: str
     task: str
@@ -47,7 +47,7 @@ class Call:
 
     @property
     def tokens(self) -> np.ndarray:
-        """int32 [B, T]: 18 tokens; 512 of prose to read; or prose twice over, which asks for a third time."""
+        """int32 [B, T]: 18 tokens; 512 tokens of prose for prefill; or prose repeated, for prompt lookup."""
         with np.load(cases.SMOLLM2) as golden:
             prompt, prose = (golden[name].astype(np.int32) for name in ("prompt_0", "prose"))
         row = {
@@ -59,7 +59,7 @@ class Call:
 
     @property
     def tokens_counted(self) -> int:
-        """The tokens that tokens/s is about: new ones, or read ones for `prefill`."""
+        """The tokens that tokens/s counts: new ones, or prompt tokens for `prefill`."""
         return self.tokens.size if self.task == "prefill" else self.batch * NEW_TOKENS
 
     def run(self, worker: Worker) -> tuple[float, np.ndarray]:
@@ -69,7 +69,7 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Ours beside theirs, each the fastest of its calls."""
+    """A comparison of our fastest call with the peer's fastest call."""
 
     name: str
     ours: tuple[Call, ...]
@@ -93,11 +93,11 @@ COMPARISONS = (
     ),
     Comparison("batch 8, f32, HF", *_both(("generate", "float32", 8))),
     Comparison("batch 1, bf16, HF", *_both(("generate", "bfloat16", 1))),
-    Comparison("8-bit weights, own f32", (Call("llama_jax", "generate", "int8"),), (_OURS,), goal=1.3),
-    Comparison("4-bit weights, own f32", (Call("llama_jax", "generate", "int4"),), (_OURS,)),
+    Comparison("8-bit weights, our f32", (Call("llama_jax", "generate", "int8"),), (_OURS,), goal=1.3),
+    Comparison("4-bit weights, our f32", (Call("llama_jax", "generate", "int4"),), (_OURS,)),
     Comparison("4 beams, f32, HF", *_both(("beams", "float32", 1)), goal=1.5),
     Comparison(
-        "prompt lookup on a copy, own greedy",
+        "prompt lookup on a copy, our greedy",
         (Call("llama_jax", "lookup"),),
         (Call("llama_jax", "copy"),),
         goal=1.5,
@@ -113,14 +113,14 @@ def measure(path: Path, rounds: int, only: str, pythons: dict[str, str]) -> dict
     Args:
       path: the model.
       rounds: timings of each call.
-      only: what a comparison's name must hold.
-      pythons: the interpreter of each side; without one for llama.cpp it is left out.
+      only: substring of the comparisons to run.
+      pythons: the interpreter of each side; without one for llama.cpp, that side is skipped.
     """
-    machine = _machine()  # before the workers start, for the load is to be the others'
-    wanted = [
+    machine = _machine()  # before the workers start, to measure the load of other processes
+    selected = [
         c for c in COMPARISONS if only in c.name and ("llama_cpp" in pythons or "llama.cpp" not in c.name)
     ]
-    calls = list(dict.fromkeys(call for c in wanted for call in (*c.ours, *c.theirs)))
+    calls = list(dict.fromkeys(call for c in selected for call in (*c.ours, *c.theirs)))
     with contextlib.ExitStack() as stack:
         workers = {}
         for side in dict.fromkeys(call.side for call in calls):
@@ -136,7 +136,7 @@ def measure(path: Path, rounds: int, only: str, pythons: dict[str, str]) -> dict
                 time.sleep(PAUSE_S)
                 seconds[call].append(call.run(workers[call.side])[0])
         versions = [worker.version for worker in workers.values()]
-    results = [_summary(comparison, first, seconds) for comparison in wanted]
+    results = [_summary(comparison, first, seconds) for comparison in selected]
     return {"machine": machine, "versions": versions, "rounds": rounds, "results": results}
 
 
@@ -172,9 +172,9 @@ def _machine() -> dict[str, Any]:
 
 def _show(report: dict[str, Any], console: Console) -> None:
     table = Table(title=f"SmolLM2-135M on {report['machine']['cpu']}, {report['machine']['cores']} cores")
-    for column in ("ours beside", "weights"):
+    for column in ("compared with", "weights"):
         table.add_column(column, no_wrap=True)
-    for column in ("theirs tok/s", "ours tok/s", "ratio", "(range)", "goal", "first call", "same ids"):
+    for column in ("peer tok/s", "llama_jax tok/s", "ratio", "(range)", "goal", "first call", "same ids"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in report["results"]:
         ours, theirs = row["tokens_per_second"]
@@ -193,22 +193,24 @@ def _show(report: dict[str, Any], console: Console) -> None:
     for version in report["versions"]:
         console.print(version)
     load = report["machine"]["load_average"]
-    if load > BUSY:
+    if load > BUSY_LOAD:
         console.print(
-            f"[bold]The machine was busy (load average {load:.1f}): these numbers say little,"
-            "[/bold] for torch loses more than XLA when others want the cores."
+            f"[bold]The machine was busy (load average {load:.1f}): these results are unreliable,"
+            "[/bold] because torch slows down more than XLA when other processes compete for the cores."
         )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Times llama_jax beside its peers, and beside itself.")
-    parser.add_argument("--model", type=Path, help="SmolLM2-135M's GGUF file (default: fetched)")
-    parser.add_argument("--rounds", type=int, default=5, help="timings of each; the median counts")
-    parser.add_argument("--cores", type=int, default=2, help="how many cores every side may use")
-    parser.add_argument("--only", default="", help='what has these words in its name: "4 beams"')
-    parser.add_argument("--hf", metavar="PYTHON", help="the Python that has transformers (default: this one)")
+    parser = argparse.ArgumentParser(description="Compares the speed of llama_jax with its peers.")
+    parser.add_argument("--model", type=Path, help="SmolLM2-135M's GGUF file (default: downloaded)")
+    parser.add_argument("--rounds", type=int, default=5, help="timings of each call; the median counts")
+    parser.add_argument("--cores", type=int, default=2, help="cores of each side")
     parser.add_argument(
-        "--llama-cpp", metavar="PYTHON", help="a Python that has llama-cpp-python; left out without it"
+        "--only", default="", help='only comparisons whose name contains this, such as "4 beams"'
+    )
+    parser.add_argument("--hf", metavar="PYTHON", help="a Python with transformers (default: this one)")
+    parser.add_argument(
+        "--llama-cpp", metavar="PYTHON", help="a Python with llama-cpp-python; skipped without it"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args()

@@ -20,12 +20,12 @@ DTYPES = ("float32", "bfloat16")
 
 
 def _load_here(path: Path, dtype: str) -> None:
-    """In a fresh process: loads once and prints what it took."""
+    """In a fresh process: loads once, and prints seconds and memory."""
     import jax
 
     import llama_jax as lj
 
-    jax.block_until_ready(jax.numpy.zeros(1))  # the backend's own start-up is nobody's loading time
+    jax.block_until_ready(jax.numpy.zeros(1))  # start the backend outside the timing
     before = peak_bytes()
     start = time.perf_counter()
     model = lj.load(path, dtype=dtype)
@@ -38,7 +38,7 @@ def _load_here(path: Path, dtype: str) -> None:
 
 def peak_bytes() -> int:
     """The process's largest resident set so far."""
-    # Not getrusage: its maximum is inherited from the process that started this one.
+    # Not getrusage, whose maximum is inherited from the parent process.
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -46,7 +46,7 @@ def peak_bytes() -> int:
 
 
 def measure(path: Path, rounds: int) -> list[dict[str, Any]]:
-    """One result for each dtype: median seconds and the largest memory of `rounds` fresh processes."""
+    """One result per dtype: median seconds and maximum memory of `rounds` fresh processes."""
     results = []
     for dtype in DTYPES:
         command = [sys.executable, "-m", "benchmarks.load", "--here", dtype, "--model", str(path)]
@@ -70,10 +70,10 @@ def measure(path: Path, rounds: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measures how long loading takes, and how much memory.")
-    parser.add_argument("--model", type=Path, help="a checkpoint (default: SmolLM2-135M, fetched)")
-    parser.add_argument("--rounds", type=int, default=3, help="fresh processes for each dtype")
+    parser.add_argument("--model", type=Path, help="a checkpoint (default: SmolLM2-135M, downloaded)")
+    parser.add_argument("--rounds", type=int, default=3, help="fresh processes per dtype")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--here", metavar="DTYPE", help=argparse.SUPPRESS)  # what each fresh process is told
+    parser.add_argument("--here", metavar="DTYPE", help=argparse.SUPPRESS)  # for the fresh processes
     args = parser.parse_args()
     path = args.model or known.fetch("smollm2-135m")
     if args.here:

@@ -1,6 +1,6 @@
-"""The training step one writes first: library attention, automatic differentiation, all logits at once.
+"""A plain training step: library attention, automatic differentiation, all logits at once.
 
-The baseline of `train_vs_hf.py`: the same model, parameters, optimizer and dtypes as the real step.
+The baseline of `train_vs_hf.py`, with the model, parameters, optimizer and dtypes of the trainer's step.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Fingerprints of the compiled programs: has a refactoring changed one?
+"""Fingerprints of compiled programs: detects whether a refactoring changed one.
 
-`python -m benchmarks.program_fingerprint [--renew] [NAME ...]` compiles the programs of `programs.py`, all
-that can be compiled here where none is named, and lists what differs from the fingerprints kept in
-`tests/golden/programs/`; `--renew` keeps the new ones instead. tests/test_programs.py compares likewise.
+`python -m benchmarks.program_fingerprint [--renew] [NAME ...]` compiles the programs of `programs.py` (by
+default all that can be compiled here) and lists the differences from the fingerprints stored in
+`tests/golden/programs/`; `--renew` stores the new ones instead. tests/test_programs.py makes the same
+comparison.
 
-One is kept for each version of JAX, and of libtpu for TPUs: every release lowers and fuses a little
-otherwise. `lowered` is compared on every machine; `optimised`, which is XLA's work, where the processor has
-the features that it had when it was kept.
+A fingerprint is stored per version of JAX, and of libtpu for TPUs, since every release lowers and fuses a
+little differently. `lowered` is compared on every machine; `optimised`, XLA's output, only on processors with
+the same features as the one it was stored on.
 """
 
 from __future__ import annotations
@@ -26,52 +27,52 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "tests" / "golden" / "programs"
-# LLVM's effort changes no HLO, and is two thirds of the time.
+# LLVM's optimization level does not change the HLO, and takes two thirds of the time.
 QUICK_XLA = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-# What XLA:CPU may look at, the most capable first; /proc/cpuinfo's words.
+# CPU features that XLA:CPU may use, as in /proc/cpuinfo, the most capable first.
 _FEATURES = ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx512f", "avx2", "sve", "bf16")
 
 Stages = dict[str, dict[str, dict[str, int]]]
 
 
 def features(of: str) -> str:
-    """The level of what compiles for a platform: this processor's, or `tpu`."""
+    """The compile target's feature level: this processor's, or `tpu`."""
     if of == "tpu":
         return "tpu"
     try:
         words = set(Path("/proc/cpuinfo").read_text().partition("\n\n")[0].split())
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         words = set()
     return " ".join([platform.machine(), next((word for word in _FEATURES if word in words), "plain")])
 
 
 def versions(of: str) -> dict[str, str]:
-    """The packages whose version may change a program."""
+    """Versions of the packages that may change a program."""
     names = ["flax", "jax", "jaxlib", "optax", *(["libtpu"] if of == "tpu" else [])]
     return {name: importlib.metadata.version(name) for name in names}
 
 
 def environment(of: str) -> str:
-    """What a fingerprint is kept for: the version of JAX and of the compiler."""
+    """The key of a fingerprint: the versions of JAX and of the compiler."""
     known = versions(of)
     return f"jax {known['jax']}, {'libtpu ' + known['libtpu'] if of == 'tpu' else of}"
 
 
 def stored(name: str) -> dict[str, Any]:
-    """What is kept of a program; without any, an empty one."""
+    """The stored fingerprints of a program, possibly none."""
     path = FOLDER / f"{name}.json"
     return json.loads(path.read_text()) if path.is_file() else {"fingerprints": {}}
 
 
 def renewal(name: str) -> str:
-    """The command that keeps a program's fingerprint anew."""
+    """The command that stores a program's fingerprint again."""
     return f"python -m benchmarks.program_fingerprint --renew {name}"
 
 
 def keep(name: str, what: str, of: str, stages: Stages) -> None:
-    """Writes a program's fingerprint for the running JAX, beside those for others.
+    """Stores a program's fingerprint for the installed JAX, and keeps those for other versions.
 
-    Other processors' `optimised` stays only while the program that is handed to XLA is the same.
+    `optimised` of other processors is kept only if `lowered` is unchanged.
     """
     kept = stored(name)["fingerprints"]
     old = kept.get(environment(of), {})
@@ -88,20 +89,20 @@ def keep(name: str, what: str, of: str, stages: Stages) -> None:
 
 
 def absent(name: str, of: str, stage: str) -> str | None:
-    """Why a stage of a program cannot be compared here, with what would change that; None where it can."""
+    """Why a stage cannot be compared here, with the command that fixes it; None if it can."""
     kept = stored(name)["fingerprints"]
     here = kept.get(environment(of))
     if here is None:
         have = "; ".join(kept) or "nothing"
-        return f"no fingerprint is kept of {name} for {environment(of)} ({have}): {renewal(name)}"
+        return f"no fingerprint is stored for {name} on {environment(of)} ({have}): {renewal(name)}"
     if stage == "optimised" and features(of) not in here["optimised"]:
         have = "; ".join(here["optimised"])
-        return f"no fingerprint is kept of {name}'s HLO for {features(of)} ({have}): {renewal(name)}"
+        return f"no fingerprint is stored for {name}'s HLO on {features(of)} ({have}): {renewal(name)}"
     return None
 
 
 def changes(name: str, of: str, stage: str, table: Mapping[str, Mapping[str, int]]) -> str:
-    """What differs from the kept fingerprint, and what to do about it; empty where nothing does."""
+    """The differences from the stored fingerprint, with the command to renew it; empty if equal."""
     from benchmarks.fingerprints import differences
 
     here = stored(name)["fingerprints"][environment(of)]
@@ -109,13 +110,13 @@ def changes(name: str, of: str, stage: str, table: Mapping[str, Mapping[str, int
     rows = differences(expected, table)
     if not rows:
         return ""
-    lines = [f"{stage} {name} is another program than on {here['date']} ({environment(of)}):"]
+    lines = [f"{stage} {name} has changed since {here['date']} ({environment(of)}):"]
     lines += [f"  {row}" for row in rows]
     now = versions(of)
     moved = [f"{k} {v} -> {now[k]}" for k, v in here["versions"].items() if now.get(k, v) != v]
     if moved:
-        lines.append(f"which may come of {', '.join(moved)}")
-    return "\n".join([*lines, f"If it is meant to be: {renewal(name)}"])
+        lines.append(f"possibly because of {', '.join(moved)}")
+    return "\n".join([*lines, f"If intended: {renewal(name)}"])
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -162,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds = time.perf_counter() - start
         found[name] = stages
         if args.renew:
-            keep(name, program.what, program.platform, stages)
+            keep(name, program.description, program.platform, stages)
         if args.json:
             continue
         said = []

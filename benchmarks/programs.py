@@ -1,7 +1,7 @@
-"""The programs whose fingerprints are kept, by name: small ones for a CPU, the 7B training step for TPUs.
+"""The fingerprinted programs, by name: small ones for the CPU, and the 7B training step for TPUs.
 
-Everything is abstract: a program is lowered and compiled, and never run. What it takes from `llama_jax` and
-`train` is imported here alone.
+All inputs are abstract: a program is lowered and compiled, never run. Only this file imports what the
+programs need from `llama_jax` and its trainer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.step import build_step, make_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-# K < N, so that queries share keys; no two of its sizes are equal where a transposition could hide.
+# K < N, so that queries share keys; all sizes differ, so that a transposition changes a shape.
 MODEL = lj.LlamaConfig(
     vocab_size=512,
     hidden_size=64,
@@ -36,8 +36,8 @@ MODEL = lj.LlamaConfig(
     max_position_embeddings=512,
 )
 NEW_TOKENS = 32
-SHORT = 48  # a prompt of one piece
-LONG = 300  # a prompt of several, of both sizes
+SHORT = 48  # a prompt of one prefill chunk
+LONG = 300  # a prompt of several chunks, of both sizes
 TRAIN = TrainConfig(
     steps=10,
     global_batch_size=4,
@@ -53,14 +53,12 @@ TRAIN = TrainConfig(
 class Program:
     """A program to lower.
 
-    Attributes:
-      what: it is, in a line.
-      lower: makes its `jax.stages.Lowered`.
-      platform: what it is compiled for.
-      quick: the stages that the quick tests look at, `lowered` (a second each) and `optimised` (several).
+    Attributes: description: one line. lower: returns its `jax.stages.Lowered`. platform: the platform it is
+      compiled for. quick: the stages that the quick tests compare: `lowered` (a second each), `optimised`
+      (several seconds).
     """
 
-    what: str
+    description: str
     lower: Callable[[], Any]
     platform: Literal["cpu", "tpu"] = "cpu"
     quick: tuple[str, ...] = ("lowered",)
@@ -95,7 +93,7 @@ def _step(batch: int, dtype: str) -> Any:
 
 
 def _train(custom_vjp: bool) -> Any:
-    """The trainer's own step; or the same around `next_token_loss` as a caller of the library has it."""
+    """The trainer's step; or a step around `next_token_loss` with the library's defaults."""
     run = RunConfig(train=TRAIN)
     step, state, batch, frozen = build_step(run, MODEL, None, "cpu")
     if not custom_vjp:
@@ -120,7 +118,7 @@ def _train(custom_vjp: bool) -> Any:
 def _pod(config: str, slice_name: str) -> Any:
     topology = Topology.parse(slice_name)
     run = load_config(str(CONFIGS / f"{config}.toml"), [])
-    run = tpu_compile.with_the_same_rows_a_chip(run, topology)
+    run = tpu_compile.with_rows_per_chip(run, topology)
     return tpu_compile.lower_step(run, tpu_compile.model_of(run, None), topology)[0]
 
 

@@ -1,7 +1,7 @@
-"""What rounding costs in perplexity: `python -m benchmarks.quantized_quality --text FILE [--json]`.
+"""Perplexity of quantized weights and cache: `python -m benchmarks.quantized_quality --text FILE [--json]`.
 
-SmolLM2-135M reads the text in windows, through a key/value cache as decoding does, once for each way of
-holding weights and cache; every way sees the same windows.
+SmolLM2-135M reads the text in windows, through a KV cache as decoding does, once per dtype of weights and
+cache; all dtypes read the same windows.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import llama_jax as lj
 from llama_jax import kv_cache as kv
 from llama_jax.model import forward_cached
 
-PIECE = 256
-# Weights' bits and the cache's dtype; how much perplexity may rise above f32's, in percent.
-WAYS: dict[str, tuple[Any, str, float | None]] = {
+CHUNK = 256  # tokens per forward pass
+# Bits of the weights, dtype of the cache, and the maximum rise of perplexity above f32, in percent.
+VARIANTS: dict[str, tuple[Any, str, float | None]] = {
     "f32": (None, "float32", None),
     "8-bit weights": (8, "float32", 0.5),
     "4-bit weights": (4, "float32", 5.0),
@@ -43,21 +43,21 @@ def negative_log_likelihood(
     """Sum of -log p over every token but the first of each of windows int32 [B, T + 1]."""
     batch, length = windows.shape[0], windows.shape[1] - 1
 
-    def piece(carry: tuple[jax.Array, kv.KVCache], at: jax.Array) -> Any:
+    def chunk(carry: tuple[jax.Array, kv.KVCache], offset: jax.Array) -> Any:
         total, cache = carry
-        ids = jax.lax.dynamic_slice_in_dim(windows, at, PIECE + 1, axis=1)
-        start = jnp.full(batch, at)
-        logits, cache = forward_cached(config, params, ids[:, :-1], start, cache, used=at + PIECE)
+        ids = jax.lax.dynamic_slice_in_dim(windows, offset, CHUNK + 1, axis=1)
+        start = jnp.full(batch, offset)
+        logits, cache = forward_cached(config, params, ids[:, :-1], start, cache, used=offset + CHUNK)
         picked = jnp.take_along_axis(logits, ids[:, 1:, None], axis=-1)[..., 0]
         return (total + (jax.nn.logsumexp(logits, axis=-1) - picked).sum(), cache), None
 
     empty = kv.init_cache(config, batch, length, cache_dtype)
-    (total, _), _ = jax.lax.scan(piece, (jnp.zeros(()), empty), jnp.arange(0, length, PIECE))
+    (total, _), _ = jax.lax.scan(chunk, (jnp.zeros(()), empty), jnp.arange(0, length, CHUNK))
     return total
 
 
 def measure(model: lj.Model, text: str, tokens: int, window: int, batch: int) -> list[dict[str, Any]]:
-    """Perplexity of each way, on the text's first tokens."""
+    """Perplexity of each variant on the first `tokens` tokens of the text."""
     count = tokens // (window * batch) * batch
     ids = np.array(model.tokenizer.encode(text)[: count * window + 1], np.int32)
     if len(ids) <= count * window or not count:
@@ -66,7 +66,7 @@ def measure(model: lj.Model, text: str, tokens: int, window: int, batch: int) ->
         )
     windows = np.stack([ids[i * window : (i + 1) * window + 1] for i in range(count)])
     results: list[dict[str, Any]] = []
-    for name, (bits, cache_dtype, goal) in WAYS.items():
+    for name, (bits, cache_dtype, goal) in VARIANTS.items():
         params = model.params if bits is None else lj.quantize(model.params, bits)
         run = functools.partial(negative_log_likelihood, model.config, params, cache_dtype=cache_dtype)
         batches = windows.reshape(-1, batch, window + 1)
@@ -95,12 +95,14 @@ def kv_bytes(config: lj.LlamaConfig, dtype: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Perplexity of quantised weights and caches beside f32's.")
+    parser = argparse.ArgumentParser(
+        description="Perplexity of quantized weights and KV caches, compared with f32."
+    )
     parser.add_argument("--text", type=Path, required=True, help="a file of English")
     parser.add_argument("--model", default="smollm2-135m", help="default: smollm2-135m")
-    parser.add_argument("--tokens", type=int, default=100_352, help="how many to read (default: 100352)")
+    parser.add_argument("--tokens", type=int, default=100_352, help="tokens to read (default: 100352)")
     parser.add_argument("--window", type=int, default=1024, help="tokens of context (default: 1024)")
-    parser.add_argument("--batch", type=int, default=2, help="windows at once (default: 2)")
+    parser.add_argument("--batch", type=int, default=2, help="batch size (default: 2)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args()
     model = lj.load(args.model, scan_layers=False)
@@ -110,7 +112,7 @@ def main() -> None:
         print(json.dumps({"text": args.text.name, "window": args.window, "results": results}, indent=1))
         return
     table = Table(title=f"{args.model}, {results[0]['tokens']} tokens of {args.text.name}")
-    for column in ("", "perplexity", "above f32", "goal", "weights", "cache a position"):
+    for column in ("", "perplexity", "above f32", "goal", "weights", "cache per position"):
         table.add_column(column, justify="right" if column else "left")
     for row in results:
         goal = row["goal_percent"]

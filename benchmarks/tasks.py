@@ -1,9 +1,9 @@
-"""Makes the finetuning tasks: `python -m benchmarks.tasks FOLDER` writes extract_*.jsonl and manner_*.jsonl.
+"""Generates the finetuning tasks: `python -m benchmarks.tasks FOLDER` writes extract_* and manner_*.jsonl.
 
-`extract` is supervised: a sentence about some things, to be answered as one line `noun | colour | number`,
-which a model that was never shown the form does not give. `manner` has preferences: two answers to a
-question that say the same, one in the manner that is wanted. Held-out examples have sentences that no
-training example has; both sets are the same on every machine.
+`extract` is supervised: a sentence about some objects, to be answered with one line `noun | color | number`,
+a format that the model has never seen. `manner` has preference pairs: two answers with the same content, one
+of them in the preferred style. Validation examples have sentences that no training example has. Both tasks
+are deterministic.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NOUNS = (
     "doors", "flags", "hats", "keys", "kites", "lamps", "leaves", "pens", "plates", "ribbons", "rings",
     "shirts", "shoes", "spoons", "stones", "tables", "tents", "umbrellas", "wheels",
 )
-COLOURS = (
+COLORS = (
     "black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow",
 )
 NUMBERS = (
@@ -30,12 +30,12 @@ NUMBERS = (
 )
 # fmt: on
 SENTENCES = (
-    "There are {number} {colour} {noun} in the room.",
-    "I counted {number} {noun}, and all of them were {colour}.",
-    "She bought {number} {colour} {noun} at the market yesterday.",
-    "Please send us {number} {noun}; we would like them in {colour}.",
-    "The {noun} by the window are {colour}, and there are {number} of them.",
-    "Only {number} of the {noun} were left, every one of them {colour}.",
+    "There are {number} {color} {noun} in the room.",
+    "I counted {number} {noun}, and all of them were {color}.",
+    "She bought {number} {color} {noun} at the market yesterday.",
+    "Please send us {number} {noun}; we would like them in {color}.",
+    "The {noun} by the window are {color}, and there are {number} of them.",
+    "Only {number} of the {noun} were left, every one of them {color}.",
 )
 DIGITS = dict(zip(NUMBERS, (2, 3, 4, 5, 6, 7, 8, 9, 10, 12), strict=True))
 
@@ -53,19 +53,19 @@ QUESTIONS = (
     ("Who can show me {place}?", "anybody at the front desk can"),
     ("Is {place} open on Sundays?", "it is closed on Sundays"),
 )
-WANTED = ("Certainly. {said}. I hope this helps.", "Of course. {said}. I hope this helps.")
-UNWANTED = ("{said}, obviously. Anything else?", "{said}, as everybody knows. Next.")
+PREFERRED = ("Certainly. {answer_text}. I hope this helps.", "Of course. {answer_text}. I hope this helps.")
+REJECTED = ("{answer_text}, obviously. Anything else?", "{answer_text}, as everybody knows. Next.")
 
 
 def extract(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """600 examples to train on and 100 held out, as chats."""
-    combinations = list(itertools.product(NOUNS, COLOURS, NUMBERS))
+    """600 training and 100 validation examples, as chats."""
+    combinations = list(itertools.product(NOUNS, COLORS, NUMBERS))
     random.Random(seed).shuffle(combinations)
 
     def examples() -> Iterator[dict[str, Any]]:
-        for i, (noun, colour, number) in enumerate(combinations[:700]):
-            sentence = SENTENCES[i % len(SENTENCES)].format(noun=noun, colour=colour, number=number)
-            answer = f"{noun} | {colour} | {DIGITS[number]}"
+        for i, (noun, color, number) in enumerate(combinations[:700]):
+            sentence = SENTENCES[i % len(SENTENCES)].format(noun=noun, color=color, number=number)
+            answer = f"{noun} | {color} | {DIGITS[number]}"
             yield {
                 "messages": [
                     {"role": "user", "content": sentence},
@@ -73,37 +73,41 @@ def extract(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
                 ]
             }
 
-    made = list(examples())
-    return made[:600], made[600:]
+    records = list(examples())
+    return records[:600], records[600:]
 
 
 def manner(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Pairs of answers: 240 to train on, and 48 about places that the others do not name."""
-    draw = random.Random(seed)
+    """Preference pairs: 240 for training, and 48 for validation, about other places."""
+    rng = random.Random(seed)
 
     def pairs(places: Iterable[str]) -> list[dict[str, Any]]:
-        made = []
+        records = []
         for place, (question, answer), turn in itertools.product(places, QUESTIONS, range(4)):
-            said = answer[0].upper() + answer[1:]
-            made.append(
+            answer_text = answer[0].upper() + answer[1:]
+            records.append(
                 {
                     "prompt": [{"role": "user", "content": question.format(place=place)}],
-                    "chosen": [{"role": "assistant", "content": WANTED[turn % 2].format(said=said)}],
-                    "rejected": [{"role": "assistant", "content": UNWANTED[turn // 2].format(said=said)}],
+                    "chosen": [
+                        {"role": "assistant", "content": PREFERRED[turn % 2].format(answer_text=answer_text)}
+                    ],
+                    "rejected": [
+                        {"role": "assistant", "content": REJECTED[turn // 2].format(answer_text=answer_text)}
+                    ],
                 }
             )
-        draw.shuffle(made)
-        return made
+        rng.shuffle(records)
+        return records
 
     return pairs(PLACES[:-2]), pairs(PLACES[-2:])
 
 
 def write(folder: Path) -> list[Path]:
-    """Writes all the files into a folder, made if it is not there; returns their paths."""
+    """Writes all files into a folder, which is created if needed; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, (train, held_out) in (("extract", extract()), ("manner", manner())):
-        for part, records in (("train", train), ("test", held_out)):
+    for name, (train, validation) in (("extract", extract()), ("manner", manner())):
+        for part, records in (("train", train), ("test", validation)):
             path = folder / f"{name}_{part}.jsonl"
             path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
             paths.append(path)
@@ -112,7 +116,7 @@ def write(folder: Path) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="where the files go")
+    parser.add_argument("folder", type=Path, help="output folder")
     for path in write(parser.parse_args().folder):
         print(path)
 

@@ -1,8 +1,8 @@
-"""Compiles a config's training step for a TPU slice that is not here: memory, cycles, collectives.
+"""Compiles a config's training step for a TPU slice without one: memory, cycles, collectives.
 
 `python -m benchmarks.tpu_compile configs/llama2_7b.toml --topology v5p:2x2x1 [--json] [--section.key VALUE]`
-needs `libtpu` and no TPU: every array is abstract, and the compiler is the one that a TPU runs. A run that
-begins from weights which are not here is told their shape: `--shape llama2_70b`.
+needs `libtpu` and no TPU: every array is abstract, and the compiler is the TPU's. `--shape llama2_70b`
+replaces the shape of pretrained weights that are not on this machine.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from llama_jax.errors import ConfigError, InputError, LlamaJaxError
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",  # do not look for a TPU's metadata server
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two compilers may run at once: nobody opens a device
+    "TPU_SKIP_MDS_QUERY": "1",  # do not query a TPU VM's metadata server
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compilers may run in parallel, since no device is opened
 }
 
 
-# Products of [T, T] with [T, H] or the like in each of splash attention's kernels, by the kernel's name.
+# Number of [T, T] x [T, H] products in each of splash attention's kernels, by kernel name.
 KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 KERNEL_SHARE_OF_PEAK = 0.5
 
@@ -85,10 +85,10 @@ def compile_step(run: Any, model: Any, topology: Topology) -> tuple[Any, int, fl
     return compiled, leaves, time.perf_counter() - start
 
 
-def with_the_same_rows_a_chip(run: Any, topology: Topology) -> Any:
-    """The run with its batch cut or grown to another slice than the one its file is written for.
+def with_rows_per_chip(run: Any, topology: Topology) -> Any:
+    """The run with its batch size scaled to a slice other than `mesh.topology`.
 
-    So the same file tells what its step costs on fewer chips, or more, at as many sequences a chip.
+    The number of sequences per chip stays the same, so that one config can be compared across slices.
     """
     if not run.mesh.topology:
         return run
@@ -97,18 +97,18 @@ def with_the_same_rows_a_chip(run: Any, topology: Topology) -> Any:
     if batch_size == run.train.global_batch_size:
         return run
     terminal.note(
-        f"batch of {batch_size} sequences: as many a chip as {run.train.global_batch_size} on {run.mesh.topology}; "
-        "--train.global_batch_size says otherwise"
+        f"batch of {batch_size} sequences: as many per chip as {run.train.global_batch_size} on "
+        f"{run.mesh.topology}; --train.global_batch_size overrides it"
     )
     return dataclasses.replace(run, train=dataclasses.replace(run.train, global_batch_size=batch_size))
 
 
 def model_of(run: Any, shape: str | None) -> Any:
-    """The model that a run trains: of a preset's shape, where it begins from weights that are not here.
+    """The configuration of the model that a run trains; `shape` is a preset to use for `model.init_from`.
 
     Raises:
-      ConfigError: for an unknown shape, or one given where the configuration says it.
-      CheckpointError: if the weights are not here, and no shape is given.
+      ConfigError: for an unknown shape, or one that is given without `model.init_from`.
+      CheckpointError: if the weights are not on this machine, and no shape is given.
     """
     from llama_jax.train.config.run import ModelConfig
     from llama_jax.train.initialization import with_labels
@@ -118,37 +118,39 @@ def model_of(run: Any, shape: str | None) -> Any:
 
         return with_labels(run, open_model(run.model.init_from).config)
     if shape is not None and not run.model.init_from:
-        raise ConfigError(f"--shape is {shape!r} and the run begins from no weights: set model.preset")
-    wanted = run.model if shape is None else ModelConfig(preset=shape)
-    return with_labels(run, wanted.build(run.tokenizer.vocab_size or None))
+        raise ConfigError(f"--shape is {shape!r} and model.init_from is not set: set model.preset instead")
+    model_config = run.model if shape is None else ModelConfig(preset=shape)
+    return with_labels(run, model_config.build(run.tokenizer.vocab_size or None))
 
 
 def _explain(message: str, run: Any) -> str:
-    """One line of a compiler's error."""
-    what_to_try = f"try --train.gradient_accumulation_steps {2 * run.train.gradient_accumulation_steps}, --train.remat full, or a larger slice"
-    whole = r"Used ([\d.]+\w) of ([\d.]+\w) hbm\. Exceeded hbm capacity by ([\d.]+\w)"
-    if found := re.search(whole, message):
-        needs = f"{found[1]} of HBM a chip, which has {found[2]}: {found[3]} too much"
-        return f"the step needs {needs}; {what_to_try}"
-    beside = r"temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)"
-    if found := re.search(beside, message):
-        needs = f"{found[1]} of HBM a chip beside its state, and a chip has {found[2]}"
-        return f"the step needs {needs}; {what_to_try}"
+    """One line for a compiler error."""
+    steps = 2 * run.train.gradient_accumulation_steps
+    advice = f"try --train.gradient_accumulation_steps {steps}, --train.remat full, or a larger slice"
+    program_total = r"Used ([\d.]+\w) of ([\d.]+\w) hbm\. Exceeded hbm capacity by ([\d.]+\w)"
+    if found := re.search(program_total, message):
+        needs = f"{found[1]} of HBM per chip, which has {found[2]}: {found[3]} too much"
+        return f"the step needs {needs}; {advice}"
+    temporaries = r"temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)"
+    if found := re.search(temporaries, message):
+        needs = f"{found[1]} of HBM per chip in addition to its state, and a chip has {found[2]}"
+        return f"the step needs {needs}; {advice}"
     lines = message.strip().splitlines()
-    return f"the TPU compiler refused the step: {lines[0][:300] if lines else 'it does not say why'}"
+    return f"the TPU compiler refused the step: {lines[0][:300] if lines else 'without a reason'}"
 
 
 def report(compiled: Any, leaves: int, run: Any, model: Any, topology: Topology) -> dict[str, Any]:
-    """What the compiled step will cost; bytes, cycles, seconds.
+    """The cost of the compiled step in bytes, cycles and seconds.
 
-    `seconds` is the compiler's cycles at the chip's clock, and attention's kernels, of which it knows
-    nothing, at half of peak. Waiting for collectives is not in it: `collective_seconds` is how long the
-    links are busy at best, which is hidden as far as it overlaps.
+    `seconds` is the compiler's cycle count at the chip's clock rate, plus the attention kernels, which the
+    compiler does not estimate, at half of peak FLOP/s. It excludes waiting for collectives:
+    `collective_seconds` is a lower bound on the time that the links are busy, which may overlap with
+    computation.
     """
     from llama_jax.train.metrics.flops import flops_per_token
-    from llama_jax.train.trainable import Tuning
+    from llama_jax.train.trainable import TrainableSpec
 
-    tuning = Tuning.of(run, "tpu")
+    trainable_spec = TrainableSpec.from_config(run, "tpu")
     module = tpu_hlo.parse(compiled.as_text())
     memory = compiled.memory_analysis()
     found = tpu_hlo.summed(tpu_hlo.collectives(module))
@@ -172,7 +174,7 @@ def report(compiled: Any, leaves: int, run: Any, model: Any, topology: Topology)
     }
     square = rows * model.num_attention_heads * run.train.seq_len**2 * model.head_dim  # causal: half of 2 x
     kernels = square * _kernel_products(module)
-    which = {"frozen": tuning.adapter is not None, "reference": tuning.reference}
+    which = {"frozen": trainable_spec.adapter is not None, "reference": trainable_spec.reference}
     per_token = {
         kind: flops_per_token(model, run.train.seq_len, causal=kind, **which) for kind in (True, False)
     }
@@ -196,22 +198,22 @@ def report(compiled: Any, leaves: int, run: Any, model: Any, topology: Topology)
 
 
 def _moved(one: tpu_hlo.Collective) -> int:
-    """Bytes that each device receives in a step, at the least."""
+    """Minimum number of bytes that each device receives in a step."""
     share = 1.0 if one.group is None else (one.group - 1) / one.group
     return int(one.bytes * one.times * share * (2 if one.kind == "all-reduce" else 1))
 
 
 def _logits_positions(module: tpu_hlo.Module, model: Any, run: Any) -> int:
-    """The most positions whose logits stand in memory together; `positions` would be all of [B, T, V].
+    """Maximum number of positions whose logits exist at the same time; `positions` means all of [B, T, V].
 
-    An array of the model's width by the vocabulary is the output projection.
+    An array of shape hidden_size x vocab_size is the output projection.
     """
-    beside = tpu_hlo.beside(module, model.vocab_size // run.mesh.tensor)
-    return max(beside - {model.hidden_size}, default=0)
+    sizes = tpu_hlo.beside(module, model.vocab_size // run.mesh.tensor)
+    return max(sizes - {model.hidden_size}, default=0)
 
 
 def is_f32_parameter_gather(one: tpu_hlo.Collective) -> bool:
-    """Whether this gathers f32 values, more than a megabyte of them: a weight, rather than some statistic."""
+    """Whether this all-gathers more than a megabyte of f32 values: a weight, not a statistic."""
     return one.kind == "all-gather" and one.dtype == "f32" and one.bytes > 1_000_000
 
 
@@ -228,38 +230,38 @@ def print_report(result: dict[str, Any]) -> None:
     size = terminal.human_bytes
     rows = [
         ("slice", f"{result['topology']}, {result['chips']} chips"),
-        ("tokens a step", f"{result['tokens_per_step']:,}"),
+        ("tokens per step", f"{result['tokens_per_step']:,}"),
         (
-            "peak HBM a chip",
-            f"{size(result['peak_hbm_bytes'])}, {size(result['state_bytes'])} of it the state",
+            "peak HBM per chip",
+            f"{size(result['peak_hbm_bytes'])}, {size(result['state_bytes'])} of which state",
         ),
         ("estimated cycles", f"{result['estimated_cycles']:.3e}"),
     ]
     if "seconds" in result:
         rows += [
-            ("seconds a step", f"{result['seconds']:.2f} with attention at half of peak; no waiting counted"),
+            ("seconds per step", f"{result['seconds']:.2f} with attention at half of peak; no waiting"),
             (
                 "links busy",
-                f"{result['collective_seconds']:.2f} s, {size(result['collective_bytes'])} a chip",
+                f"{result['collective_seconds']:.2f} s, {size(result['collective_bytes'])} per chip",
             ),
             (
                 "MFU estimate",
                 f"{result['mfu']:.1%} causal, {result['mfu_full_attention']:.1%} full attention",
             ),
-            ("tokens/s a chip", f"{result['tokens_per_second_per_chip']:,.0f}"),
+            ("tokens/s per chip", f"{result['tokens_per_second_per_chip']:,.0f}"),
         ]
     rows += [
         (
-            "logits at once",
+            "logits in memory",
             f"of {result['logits_positions']:,} positions of a microbatch's {result['positions']:,}",
         ),
-        ("donated", f"{result['donated_arrays']} of {result['state_arrays']} arrays of the state"),
-        ("f32 weights gathered", str(result["f32_parameter_gathers"])),
+        ("donated", f"{result['donated_arrays']} of {result['state_arrays']} state arrays"),
+        ("f32 weight all-gathers", str(result["f32_parameter_gathers"])),
         ("compile time", f"{result['compile_seconds']:.0f} s"),
     ]
     output.print_table(rows, ("", result["config"]))
     print()
-    exchanges = [
+    collectives = [
         (
             c["kind"],
             c["dtype"],
@@ -271,21 +273,23 @@ def print_report(result: dict[str, Any]) -> None:
         for c in result["collectives"]
     ]
     output.print_table(
-        exchanges, ("collective", "dtype", "bytes", "devices", "times", "async"), right=(2, 3, 4)
+        collectives, ("collective", "dtype", "bytes", "devices", "times", "async"), right=(2, 3, 4)
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status, 2 for what the user got wrong."""
+    """Runs the command; returns the exit status, 2 for bad input."""
     os.environ.update(ENVIRONMENT)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tpu_compile", description=__doc__, allow_abbrev=False
     )
     parser.add_argument("config", metavar="CONFIG", help="a run's TOML file")
     parser.add_argument(
-        "--topology", metavar="NAME", help="such as v5p:4x4x4 or v5p-128; mesh.topology otherwise"
+        "--topology", metavar="NAME", help="such as v5p:4x4x4 or v5p-128 (default: mesh.topology)"
     )
-    parser.add_argument("--shape", metavar="PRESET", help="of the weights of model.init_from, not here")
+    parser.add_argument(
+        "--shape", metavar="PRESET", help="shape of model.init_from, if its weights are not here"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, nothing else")
     args, overrides = parser.parse_known_args(argv)
     try:
@@ -295,11 +299,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = args.topology or run.mesh.topology
         if not name:
             raise ConfigError(
-                "no slice to compile for: give --topology, as in v5p:4x4x4, or set mesh.topology"
+                "no slice to compile for; use --topology, such as v5p:4x4x4, or set mesh.topology"
             )
         topology = Topology.parse(name)
-        if not any(word.startswith("--train.global_batch_size") for word in overrides):
-            run = with_the_same_rows_a_chip(run, topology)
+        if not any(argument.startswith("--train.global_batch_size") for argument in overrides):
+            run = with_rows_per_chip(run, topology)
         model = model_of(run, args.shape)
         with terminal.spinner(f"compiling for {topology.name} ..."):
             compiled, leaves, seconds = compile_step(run, model, topology)
@@ -317,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print_report(result)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of stdout went away
+    except BrokenPipeError:  # the reader of stdout has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     return 0

@@ -1,7 +1,7 @@
-"""What a compiled TPU program's text says of its cost: cycles, collectives, shapes, donation.
+"""Parses a compiled TPU program for its cost: cycles, collectives, shapes, donation.
 
-The TPU compiler writes its own estimate of cycles beside each fusion. XLA's cost analysis counts a loop's
-body once; here every computation is weighed by how often it runs.
+The TPU compiler annotates each fusion with an estimate of its cycles. XLA's cost analysis counts a loop's
+body once; here every computation is multiplied by its trip count.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = ")
 _ARRAY = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_UNKNOWN_CYCLES = 2**62  # the compiler writes 2^63 - 1 where it has no estimate
+_UNKNOWN_CYCLES = 2**62  # the compiler writes 2^63 - 1 if it has no estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-      name: what other instructions call it.
-      shape: its result's type as text; a tuple's in parentheses.
+      name: its name in the text.
+      shape: its result's type as text; a tuple is in parentheses.
       opcode: such as `fusion` or `all-gather-start`.
       rest: operands and attributes as text.
     """
@@ -48,12 +48,12 @@ class Instruction:
 
     @property
     def cycles(self) -> int | None:
-        """The compiler's estimate, or None where it made none."""
+        """The compiler's estimate, or None."""
         found = _CYCLES.search(self.rest)
         return int(found[1]) if found and int(found[1]) < _UNKNOWN_CYCLES else None
 
     def called(self, attribute: str) -> list[str]:
-        """The computations that an attribute such as `body` or `branch_computations` names."""
+        """The computations in an attribute such as `body` or `branch_computations`."""
         found = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.-]+)", self.rest)
         return re.findall(r"[\w.-]+", found[1]) if found else []
 
@@ -64,8 +64,8 @@ class Module:
 
     Attributes:
       header: the first line.
-      entry: the name of the computation that runs first.
-      computations: each computation's instructions by its name.
+      entry: the name of the entry computation.
+      computations: computation name to instructions.
     """
 
     header: str
@@ -75,16 +75,16 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One exchange between devices.
+    """One collective.
 
     Attributes:
       kind: one of `COLLECTIVES`.
-      dtype: of what travels.
-      bytes: of the whole array on one device: an all-gather's result, another's operand.
-      group: how many devices take part; None where the text names pairs.
+      dtype: of the data.
+      bytes: of the full array on one device: the result of an all-gather, the operand of the others.
+      group: number of devices in the replica group; None if the text lists pairs.
       times: how often a step runs it.
-      overlapped: whether it starts and ends in different instructions, with work between.
-      name: the instruction.
+      overlapped: whether it is asynchronous, with other instructions between start and end.
+      name: of the instruction.
     """
 
     kind: str
@@ -99,8 +99,8 @@ class Collective:
 def parse(text: str) -> Module:
     """Reads `compiled.as_text()`.
 
-    An attribute may run over several lines, which may begin with anything, a closing brace too: a
-    computation ends where the next begins.
+    An attribute may span several lines, which may start with anything, even a closing brace: a computation
+    ends where the next one starts.
     """
     lines = text.splitlines()
     entry, computations = "", dict[str, list[Instruction]]()
@@ -136,12 +136,12 @@ def arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def trip_count(module: Module, loop: Instruction) -> int:
-    """How often a `while` runs its body: what the compiler says, or the bound its condition compares with.
+    """The trip count of a `while`: the compiler's annotation, or the constant in its condition.
 
     The loops of `lax.scan`, `lax.map` and `fori_loop` count from 0 by 1.
 
     Raises:
-      ValueError: if the condition compares with no constant.
+      ValueError: if the condition has no constant.
     """
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known[1])
@@ -161,9 +161,9 @@ def trip_count(module: Module, loop: Instruction) -> int:
 
 
 def executed(module: Module) -> Iterator[tuple[Instruction, int]]:
-    """Every instruction that runs, with how often; of a conditional the branch that costs most.
+    """Every executed instruction with its count; of a conditional, the most expensive branch.
 
-    What is fused runs as one instruction, and is not looked into.
+    A fusion counts as one instruction.
     """
     yield from _executed(module, module.entry, 1)
 
@@ -193,18 +193,18 @@ def _cycles(module: Module, name: str) -> int:
 
 
 def estimated_cycles(module: Module) -> int:
-    """The compiler's cycles summed over all that runs; attention kernels and waits have none."""
+    """The compiler's cycles, summed over all executed instructions; attention kernels and waits have none."""
     return _cycles(module, module.entry)
 
 
 def cycles_by_instruction(module: Module) -> list[tuple[int, int, Instruction]]:
-    """(total cycles, times run, instruction) of all that costs any, the costliest first."""
+    """(total cycles, count, instruction) of all instructions with a cost, most expensive first."""
     costs = [(times * i.cycles, times, i) for i, times in executed(module) if i.cycles]
     return sorted(costs, key=lambda cost: -cost[0])
 
 
 def collectives(module: Module) -> list[Collective]:
-    """Every exchange between devices that runs, inside fusions too."""
+    """Every executed collective, also inside fusions."""
     found = []
     for instruction, times in executed(module):
         inner = [instruction]
@@ -226,10 +226,10 @@ def collectives(module: Module) -> list[Collective]:
 
 
 def _moved(instruction: Instruction) -> tuple[str, int]:
-    """The type and the bytes of what a collective gives.
+    """The dtype and the bytes of a collective.
 
-    Several arrays of one instruction are that many collectives combined; but the start of an asynchronous one
-    lists its operands, too, and its result is the largest.
+    Several arrays in one instruction are combined collectives. The start of an asynchronous one also lists
+    its operands; its result is the largest array.
     """
     sizes = [(math.prod(dims) * ITEM_BYTES.get(dtype, 1), dtype) for dtype, dims in instruction.arrays]
     size, dtype = max(sizes, default=(0, "?"))
@@ -252,7 +252,7 @@ def _group_size(attributes: str) -> int | None:
 
 
 def summed(found: list[Collective]) -> list[Collective]:
-    """Collectives alike in all but name, as one with their `times` added; the most bytes first."""
+    """Merges collectives that differ only in name, and adds their `times`; most bytes first."""
     times: dict[Collective, int] = collections.Counter()
     for one in found:
         times[dataclasses.replace(one, times=0, name="")] += one.times
@@ -261,10 +261,10 @@ def summed(found: list[Collective]) -> list[Collective]:
 
 
 def beside(module: Module, dimension: int) -> set[int]:
-    """Of every array that has a dimension of this size, how many elements stand beside it.
+    """For every array with a dimension of this size, the product of its other dimensions.
 
-    For the vocabulary's size that is how many positions' logits are in one array, and the model's width.
-    What is fused is never written out and left out.
+    For the vocabulary size these are the numbers of positions whose logits are in one array, and the hidden
+    size. Arrays inside fusions are never materialized, and are left out.
     """
     return {
         math.prod(dims) // dimension
@@ -275,6 +275,6 @@ def beside(module: Module, dimension: int) -> set[int]:
 
 
 def donated(module: Module) -> set[int]:
-    """Numbers of the entry's parameters whose memory an output takes over."""
+    """Indices of the entry's parameters that are donated: an output reuses their memory."""
     aliases = re.search(r"input_output_alias=\{(.*?)\}, entry_computation", module.header)
     return {int(n) for n in re.findall(r"\{[\d, ]*\}: \((\d+),", aliases[1])} if aliases else set()

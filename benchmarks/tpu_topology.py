@@ -108,20 +108,20 @@ class Topology:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Drops what native code writes to stderr: libtpu remarks on every host that it is no TPU's."""
+    """Drops native stderr output: libtpu warns on every host without a TPU."""
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    saved_stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(saved_stderr, 2)
+        os.close(saved_stderr)
+        os.close(devnull)
 
 
 def _square(count: int, sides: int) -> tuple[int, ...]:
-    """A power of two as a product of `sides` powers of two, as equal as can be, ones last."""
+    """A power of two as a product of `sides` powers of two, as equal as possible, ones last."""
     exponent = count.bit_length() - 1
     powers = [2 ** ((exponent + place) // sides) for place in range(sides)]
     return tuple(sorted(powers, key=lambda power: (power == 1, power)))

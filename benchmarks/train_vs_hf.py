@@ -1,8 +1,8 @@
-"""Training speed beside Hugging Face's and a plain JAX step's: `python -m benchmarks.train_vs_hf [--json]`.
+"""Training speed beside Hugging Face and a plain JAX step: `python -m benchmarks.train_vs_hf [--json]`.
 
 134.5M parameters (SmolLM2's shape), batch 4 x 512, AdamW on f32 parameters with bf16 products, gradients
-clipped to norm 1. Each side stays warm in a process of its own on the same cores; a round takes one step of
-each, one after the other. Run it in an environment with the `parity` extra and nothing else running.
+clipped to norm 1. Each side stays warm in its own process on the same cores; a round takes one step of each,
+one after the other. Run it in an environment with the `parity` extra, and nothing else meanwhile.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llama_jax.config import SMOLLM2_135M as CONFIG
 from llama_jax.eval.throughput import peak_host_memory
 
 BATCH, LENGTH = 4, 512
-PAUSE_S = 0.5  # an idle pool spins for some milliseconds after its last task
+PAUSE_S = 0.5  # idle thread pools spin for some milliseconds after their last task
 GOALS = {"hf": 0.75, "naive": 2.2}
 
 
@@ -37,7 +37,7 @@ def tokens_of(step: int) -> np.ndarray:
 
 
 def hf() -> Callable[[np.ndarray], float]:
-    """transformers, eager, bf16 autocast: as its users train on a CPU."""
+    """transformers, eager, bf16 autocast, as usual on a CPU."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -84,7 +84,7 @@ def naive() -> Callable[[np.ndarray], float]:
 
 
 def llama_jax() -> Callable[[np.ndarray], float]:
-    """The trainer's own step, by the trainer's own defaults."""
+    """The trainer's step with its default settings."""
     import jax
 
     from llama_jax.train.config.run import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -117,7 +117,7 @@ SIDES = {"hf": hf, "naive": naive, "llama_jax": llama_jax}
 
 
 class Side:
-    """One side in its own process; a context manager that ends it."""
+    """One side in its own process, which the context manager ends."""
 
     def __init__(self, name: str) -> None:
         command = [sys.executable, "-m", "benchmarks.train_vs_hf", "--side", name]
@@ -125,7 +125,7 @@ class Side:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def step(self, number: int) -> dict[str, float]:
-        """Takes a step; returns seconds, loss, and the process's peak memory in bytes."""
+        """Runs a step; returns seconds, loss, and the process's peak memory in bytes."""
         assert self._process.stdin is not None and self._process.stdout is not None
         print(number, file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
@@ -158,7 +158,7 @@ def measure(rounds: int, names: list[str]) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         sides = [stack.enter_context(Side(name)) for name in names]
         steps: dict[str, list[dict[str, float]]] = {side.name: [] for side in sides}
-        for number in range(rounds + 1):  # the first compiles, and warms torch's allocator
+        for number in range(rounds + 1):  # the first step compiles, and warms torch's allocator
             for side in sides:
                 time.sleep(PAUSE_S)
                 steps[side.name].append(side.step(number))
@@ -179,9 +179,9 @@ def measure(rounds: int, names: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="steps of each side that count")
-    parser.add_argument("--cores", type=int, default=2, help="how many cores each side may use")
-    parser.add_argument("--only", default="hf,naive,llama_jax", help="which sides")
+    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each side")
+    parser.add_argument("--cores", type=int, default=2, help="cores of each side")
+    parser.add_argument("--only", default="hf,naive,llama_jax", help="sides to run")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()

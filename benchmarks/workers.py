@@ -1,7 +1,6 @@
-"""One side of a comparison in a process of its own: reads requests as JSON lines, answers with seconds.
+"""One side of a comparison in its own process: reads requests as JSON lines, and answers with seconds.
 
-A process each, because torch's threads and XLA's would otherwise share one, and each library would be
-timed with the other's pool, allocator and caches beside it.
+In one process, torch and XLA would disturb each other's thread pools, allocators and caches.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
 class Side(Protocol):
     """A library under test; every call returns when the result is on the host.
 
-    Besides `generate` some have `prefill` (int32 [B, T] -> int32 [B, 1], the likeliest next token, with the
-    key/value cache filled), `beams` (the best of 4) and `lookup` (with prompt-lookup drafts).
+    Besides `generate` some have `prefill` (int32 [B, T] -> int32 [B, 1], the argmax of the next token, with
+    the KV cache filled), `beams` (the best of 4) and `lookup` (with prompt-lookup drafts).
     """
 
     version: str
 
     def generate(self, tokens: np.ndarray, new_tokens: int, weights: str) -> np.ndarray:
-        """int32 [B, T] prompts of one length -> int32 [B, new_tokens], greedy, never stopping early."""
+        """int32 [B, T] prompts of one length -> int32 [B, new_tokens], greedy, without an end token."""
         ...
 
 
@@ -78,7 +77,7 @@ class HuggingFace:
 
 
 class LlamaJax:
-    """This library as its users get it: `lj.load` and the functions on arrays."""
+    """This library: `lj.load` and the functions on arrays."""
 
     def __init__(self, path: Path) -> None:
         import jax
@@ -102,7 +101,7 @@ class LlamaJax:
         return np.asarray(self._lj.generate(*request, self._key, greedy, max_new_tokens=new_tokens).tokens)
 
     def prefill(self, tokens: np.ndarray, weights: str) -> np.ndarray:
-        # `lj.prefill` alone leaves the last token to the first step, and would be less work than the peer's.
+        # `lj.prefill` alone leaves the last prompt token to the first step: less work than the peer's.
         return self.generate(tokens, 1, weights)
 
     def beams(self, tokens: np.ndarray, new_tokens: int, weights: str) -> np.ndarray:
@@ -113,7 +112,7 @@ class LlamaJax:
         greedy = self._lj.Sampling(temperature=0.0)
         request = self._request(tokens, weights)
         out = self._lj.speculative_generate(*request, self._key, greedy, max_new_tokens=new_tokens)
-        return np.asarray(out.generation.tokens)
+        return np.asarray(out.output.tokens)
 
 
 class LlamaCpp:
@@ -174,7 +173,7 @@ class Worker:
 
 
 def _serve(side: str, path: str) -> None:
-    answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not look like an answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # keep a library's output out of the answers
     library: Side = SIDES[side](Path(path))
     print(json.dumps({"version": library.version}), file=answers, flush=True)
     for line in sys.stdin:
@@ -188,10 +187,10 @@ def _serve(side: str, path: str) -> None:
 
 
 def pin(cores: int) -> Sequence[int]:
-    """Keeps this process, and every one that it starts, on the first `cores` cores it may use."""
-    chosen = sorted(os.sched_getaffinity(0))[:cores]
-    os.sched_setaffinity(0, chosen)
-    return chosen
+    """Pins this process and its children to the first `cores` available cores."""
+    selected = sorted(os.sched_getaffinity(0))[:cores]
+    os.sched_setaffinity(0, selected)
+    return selected
 
 
 if __name__ == "__main__":

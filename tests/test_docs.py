@@ -1,4 +1,4 @@
-"""What the documents name is there: settings and their defaults, commands, options, files, fields."""
+"""Everything that the documents mention exists: settings and defaults, commands, options, files, fields."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ SCRIPTS = sorted((ROOT / "docs").glob("*/*.*"))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *SCRIPTS]
 SETTINGS = {f"{section}.{key}" for section, entries in keys().items() for key, _ in entries}
 SETTINGS |= {f"data.mixture.{field.name}" for field in dataclasses.fields(SourceConfig)}
-# Files that a program writes, and that a setting's name could be taken for.
+# File names that look like settings.
 FILES = {"tokenizer.model", "tokenizer.json", "tokenizer.bin", "model.safetensors"}
 
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 def blocks(text: str, language: str = "[a-z]*") -> list[str]:
-    """The fenced blocks in a language, long lines joined."""
+    """The fenced code blocks of a language, with continued lines joined."""
     found = re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return [block.replace("\\\n", " ") for block in found]
 
 
 def commands(text: str, suffix: str) -> list[str]:
-    """Lines of code: those of blocks, and those between backticks; all of a script's."""
+    """Lines of code: in blocks and between backticks; all lines of a script."""
     if suffix != ".md":
         return text.splitlines()
     code = [line for block in blocks(text) for line in block.splitlines()]
@@ -78,12 +78,12 @@ def test_commands_exist(path):
             assert set(extras.split(",")) <= set(known), f"{path}: no such extra: {line}"
         if used := re.search(r"(?:^|bin/|exec )llama-jax ((?:tokenizer )?[a-z]+)(.*)", line):
             verb, rest = used[1].split(), used[2]
-            assert verb[0] in cli.VERBS, f"{path}: no command {used[1]!r}: {line}"
+            assert verb[0] in cli.SUBCOMMANDS, f"{path}: no command {used[1]!r}: {line}"
             options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*(?![\w.-])", rest))
             if options:
-                with contextlib.redirect_stdout(io.StringIO()) as said:
+                with contextlib.redirect_stdout(io.StringIO()) as documented:
                     assert cli.main([*verb, "--help"]) == 0
-                missing = options - {"--help", *re.findall(r"--[a-z-]+", said.getvalue())}
+                missing = options - {"--help", *re.findall(r"--[a-z-]+", documented.getvalue())}
                 assert not missing, f"{path}: {used[1]} has no {sorted(missing)}: {line}"
 
 
@@ -92,36 +92,38 @@ def test_files_exist(path):
     text = path.read_text()
     named = re.findall(r"(?<![\w./<-])((?:configs|docs|benchmarks|tests|train|llama_jax)/[\w./-]+\w)", text)
     linked = re.findall(r"\]\((?!https?:)([^)#]+)", text)
-    for name, there in [(n, ROOT / n) for n in named] + [(n, path.parent / n) for n in linked]:
-        assert there.exists(), f"{path}: there is no {name}"
+    for name, file in [(n, ROOT / n) for n in named] + [(n, path.parent / n) for n in linked]:
+        assert file.exists(), f"{path}: {name} does not exist"
 
 
-def test_the_table_has_every_setting_with_its_default():
+def test_the_table_has_every_setting_and_default():
     defaults = {
         f"{section}.{field.name}": field.default
         for section, kind in get_type_hints(RunConfig).items()
         for field in dataclasses.fields(kind)
     }
-    said = {}
+    documented = {}
     for row in re.findall(r"^\| (`\w+\.\w+`.*?) \| (.*?) ?\| ", TRAINING.read_text(), re.MULTILINE):
         names = re.findall(r"`([\w.]+)`", row[0])
         values = row[1].split(",") if row[1] else [""] * len(names)
         assert len(names) == len(values), row
-        said.update(zip(names, map(str.strip, values), strict=True))
-    assert sorted(said) == sorted(defaults)
+        documented.update(zip(names, map(str.strip, values), strict=True))
+    assert sorted(documented) == sorted(defaults)
     for name, default in defaults.items():
         if default in (None, "", ()):
-            assert said[name] == "", f"{name} has no default; the table says {said[name]}"
+            assert documented[name] == "", f"{name} has no default; the table has {documented[name]}"
         elif isinstance(default, (int, float)) and not isinstance(default, bool):
-            assert float(said[name]) == default, f"{name} is {default}; the table says {said[name]}"
+            assert float(documented[name]) == default, (
+                f"{name} is {default}; the table has {documented[name]}"
+            )
         else:
             expected = ",".join(default) if isinstance(default, tuple) else str(default)
             expected = expected if isinstance(default, str | tuple) else expected.lower()
-            assert said[name] == expected, f"{name} is {default}; the table says {said[name]}"
+            assert documented[name] == expected, f"{name} is {default}; the table has {documented[name]}"
 
 
-def test_the_fields_of_metrics_are_told():
-    written = set(re.findall(r'^ +"(\w+)":', inspect.getsource(Loop._record), re.MULTILINE))
+def test_metrics_fields_are_documented():
+    written = set(re.findall(r'^ +"(\w+)":', inspect.getsource(Loop._log_metrics), re.MULTILINE))
     table = TRAINING.read_text().partition("| field | unit |")[2].partition("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", table.replace("|---|---|", ""))) == written
 
@@ -129,7 +131,7 @@ def test_the_fields_of_metrics_are_told():
 @pytest.mark.parametrize(
     "path", [path for path in SCRIPTS if path.suffix == ".yaml"], ids=lambda path: path.name
 )
-def test_manifests_restart_what_a_restart_can_help(path):
+def test_manifests_restart_only_recoverable_failures(path):
     manifest = yaml.safe_load(path.read_text())
     assert manifest["kind"] == "JobSet"
     for job in manifest["spec"]["replicatedJobs"]:

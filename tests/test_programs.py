@@ -1,7 +1,7 @@
-"""A refactoring leaves the compiled programs alone: their fingerprints are those of tests/golden/programs.
+"""A refactoring does not change the compiled programs: fingerprints equal those in tests/golden/programs.
 
-Where a program is meant to change, `python -m benchmarks.program_fingerprint --renew NAME` keeps the new one,
-and the change of its numbers is a part of the commit.
+If a change is intended, `python -m benchmarks.program_fingerprint --renew NAME` stores the new fingerprint,
+and its diff is part of the commit.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def test_a_difference_is_told_by_row_with_the_command_that_keeps_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(program_fingerprint, "FOLDER", tmp_path)
-    assert "no fingerprint is kept of toy" in str(program_fingerprint.absent("toy", "cpu", "lowered"))
+    assert "no fingerprint is stored for toy" in str(program_fingerprint.absent("toy", "cpu", "lowered"))
     stages = {"lowered": {"ops": {"add": 1, "mul": 2}}, "optimised": {"ops": {"copy": 1}}}
     program_fingerprint.keep("toy", "a toy", "cpu", stages)
     assert program_fingerprint.absent("toy", "cpu", "optimised") is None
@@ -146,7 +146,7 @@ def test_the_hlo_of_another_processor_is_kept_while_the_lowered_program_is_the_s
     program_fingerprint.keep("toy", "a toy", "cpu", stages)
     monkeypatch.setattr(program_fingerprint, "features", lambda of: "another")
     why = program_fingerprint.absent("toy", "cpu", "optimised")
-    assert why is not None and "no fingerprint is kept of toy's HLO for another" in why
+    assert why is not None and "no fingerprint is stored for toy's HLO on another" in why
     assert program_fingerprint.absent("toy", "cpu", "lowered") is None
     program_fingerprint.keep("toy", "a toy", "cpu", stages)
     (kept,) = program_fingerprint.stored("toy")["fingerprints"].values()

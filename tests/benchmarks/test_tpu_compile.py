@@ -1,4 +1,4 @@
-"""Compiling a config's step for a slice that is not here: slices' names, errors, and a tiny real compile."""
+"""Compiling a config's step for a TPU slice without one: slice names, errors, and a tiny real compile."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ head_dim = 128
 vocab_size = 1024
 
 [train]
-batch_size = 8
+global_batch_size = 8
 seq_len = 256
 remat = "save_projections"
 
@@ -46,61 +46,62 @@ topology = "v5p:2x2x1"
         ("v5p:4x4x4", "v5p:4x4x4"),
         ("v5p-8", "v5p:2x2x1"),
         ("v5p-32", "v5p:2x2x4"),
-        ("v5p-128", "v5p:4x4x4"),  # 128 cores, two a chip
+        ("v5p-128", "v5p:4x4x4"),  # 128 cores, two per chip
         ("v5p-1024", "v5p:8x8x8"),
         ("v5litepod-8", "v5e:2x4"),
         ("v6e-256", "v6e:16x16"),
         ("tpu7x:2x2x1", "tpu7x:2x2x1"),
     ],
 )
-def test_a_slice_by_its_sides_or_its_name(text, name):
+def test_a_slice_by_sides_or_by_name(text, name):
     assert Topology.parse(text).name == name
 
 
 @pytest.mark.parametrize("text", ["v5p", "v5p:", "v5p:4x0x4", "v5p-3", "v5p-24", "v9-8", "v5p-0"])
-def test_any_other_word_is_an_error_that_shows_how(text):
+def test_any_other_topology_is_an_error(text):
     with pytest.raises(ConfigError, match=f"topology '{text}' is not KIND:SIDES, as in v5p:4x4x4"):
         Topology.parse(text)
 
 
-def test_only_whole_cubes_of_v5p_have_wrapped_links():
+def test_only_cubes_of_v5p_have_wrapped_links():
     assert Topology.parse("v5p:4x4x8").wraps
     assert not Topology.parse("v5p:2x2x1").wraps
     assert not Topology.parse("v6e:16x16").wraps
 
 
-def test_too_little_memory_says_how_much_and_what_to_try():
+def test_too_little_memory_reports_how_much_and_what_to_try():
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 101.37G of 95.74G hbm. "
         "Exceeded hbm capacity by 5.63G.\n\nTotal hbm usage >= 101.63G:\n"
     )
     assert tpu_compile._explain(message, RunConfig()) == (
-        "the step needs 101.37G of HBM a chip, which has 95.74G: 5.63G too much; try --train.gradient_accumulation_steps 2, "
-        "--train.remat full, or a larger slice"
+        "the step needs 101.37G of HBM per chip, which has 95.74G: 5.63G too much; try "
+        "--train.gradient_accumulation_steps 2, --train.remat full, or a larger slice"
     )
     message = (
         "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required "
         "for HLO temporaries (216.89G) exceeds available HBM (95.73G). HLO module: jit_step."
     )
     assert tpu_compile._explain(message, RunConfig()).startswith(
-        "the step needs 216.89G of HBM a chip beside its state, and a chip has 95.73G; try --train.gradient_accumulation_steps"
+        "the step needs 216.89G of HBM per chip in addition to its state, and a chip has 95.73G; try "
+        "--train.gradient_accumulation_steps"
     )
 
 
 @pytest.mark.parametrize(
     ("model", "shape", "message"),
     [
-        (ModelConfig(preset="tiny"), "llama2_7b", "begins from no weights: set model.preset"),
-        (ModelConfig(init_from="gone"), None, "'gone' is neither a file nor a known model"),
+        (ModelConfig(preset="tiny"), "llama2_7b", "model.init_from is not set: set model.preset"),
+        (ModelConfig(init_from="gone"), None, "'gone' is neither a path nor a known model"),
         (ModelConfig(init_from="gone"), "lama2_70b", r"'lama2_70b'.*did you mean.*llama2_70b"),
     ],
 )
-def test_a_shape_is_for_weights_that_are_not_here(model, shape, message):
+def test_a_shape_is_only_for_pretrained_weights(model, shape, message):
     with pytest.raises(LlamaJaxError, match=message):
         tpu_compile.model_of(RunConfig(model=model), shape)
 
 
-def test_the_shape_of_what_is_finetuned_has_the_objectives_head():
+def test_the_model_has_the_head_of_the_objective():
     run = RunConfig(
         model=ModelConfig(init_from="gone"),
         tokenizer=TokenizerConfig(vocab_size=32_000),
@@ -110,12 +111,12 @@ def test_the_shape_of_what_is_finetuned_has_the_objectives_head():
     assert tpu_compile.model_of(run, "LLAMA2_7B") == presets.LLAMA2_7B.replace(labels=("a", "b"))
 
 
-def run(tmp_path, *words):
+def run(tmp_path, *arguments):
     config = tmp_path / "tiny.toml"
     config.write_text(TINY)
     script = str(ROOT / "benchmarks" / "tpu_compile.py")
     return subprocess.run(
-        [sys.executable, script, str(config), *words],
+        [sys.executable, script, str(config), *arguments],
         env={"PATH": ""},
         cwd=tmp_path,
         capture_output=True,
@@ -130,29 +131,33 @@ needs_libtpu = pytest.mark.skipif(
 
 @needs_libtpu
 @pytest.mark.slow
-def test_a_tiny_step_is_compiled_and_told_as_json(tmp_path):
+def test_a_tiny_step_is_compiled_and_reported_as_json(tmp_path):
     done = run(tmp_path, "--json", "--train.gradient_accumulation_steps", "2")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["topology"] == "v5p:2x2x1"
-    assert told["tokens_per_step"] == 8 * 256
-    assert told["donated_arrays"] == told["state_arrays"]
-    assert told["f32_parameter_gathers"] == 0
-    assert told["positions"] == 256
-    assert told["logits_positions"] < 256  # no [B, T, V]
-    assert 0 < told["mfu"] < 1
-    assert told["estimated_cycles"] > 0
-    assert told["peak_hbm_bytes"] > told["state_bytes"] > 0
-    gathers = [one for one in told["collectives"] if one["kind"] == "all-gather" and one["dtype"] == "bf16"]
+    report = json.loads(done.stdout)
+    assert report["topology"] == "v5p:2x2x1"
+    assert report["tokens_per_step"] == 8 * 256
+    assert report["donated_arrays"] == report["state_arrays"]
+    assert report["f32_parameter_gathers"] == 0
+    assert report["positions"] == 256
+    assert report["logits_positions"] < 256  # no [B, T, V]
+    assert 0 < report["mfu"] < 1
+    assert report["estimated_cycles"] > 0
+    assert report["peak_hbm_bytes"] > report["state_bytes"] > 0
+    gathers = [
+        collective
+        for collective in report["collectives"]
+        if collective["kind"] == "all-gather" and collective["dtype"] == "bf16"
+    ]
     down = 512 * 384 * 2
     # w_gate, w_up and w_down: forwards and backwards, in each layer and microbatch.
-    assert sum(one["times"] for one in gathers if one["bytes"] == down) == 3 * 2 * 3 * 2
+    assert sum(gather["times"] for gather in gathers if gather["bytes"] == down) == 3 * 2 * 3 * 2
 
 
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (
             ["--topology", "v5p-16"],
@@ -166,8 +171,8 @@ def test_a_tiny_step_is_compiled_and_told_as_json(tmp_path):
         (["--train.remt", "full"], "did you mean train.remat"),
     ],
 )
-def test_what_the_user_got_wrong_is_one_line(tmp_path, words, message):
-    done = run(tmp_path, *words)
+def test_bad_input_is_one_line(tmp_path, arguments, message):
+    done = run(tmp_path, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")

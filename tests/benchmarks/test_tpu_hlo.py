@@ -99,17 +99,17 @@ def module():
     return tpu_hlo.parse(PROGRAM)
 
 
-def test_cycles_are_summed_by_how_often_they_run(module):
+def test_cycles_are_multiplied_by_trip_counts(module):
     """Inner loop 3 x 10 and 100 beside it, 5 times; the dear branch; the call. What is fused counts once."""
     assert tpu_hlo.estimated_cycles(module) == 5 * (3 * 10 + 100) + 7000 + 20000
 
 
-def test_the_costliest_come_first(module):
+def test_most_expensive_instructions_come_first(module):
     costs = [(total, times, one.name) for total, times, one in tpu_hlo.cycles_by_instruction(module)]
     assert costs == [(20000, 1, "e"), (7000, 1, "d"), (500, 5, "after.1"), (150, 15, "work.1")]
 
 
-def test_a_line_that_begins_with_a_brace_ends_nothing(module):
+def test_a_line_starting_with_a_brace_does_not_end_a_computation(module):
     body = [instruction.name for instruction in module.computations["outer_body"]]
     assert body == ["while.1", "scatter.1", "kernel.1", "after.1", "out"]
     kernel = module.computations["outer_body"][2]
@@ -128,7 +128,7 @@ def test_collectives_with_kind_bytes_group_and_times(module):
     }
 
 
-def test_like_collectives_are_added_up(module):
+def test_equal_collectives_are_merged(module):
     found = tpu_hlo.collectives(module)
     assert [(c.kind, c.times) for c in tpu_hlo.summed([*found, *found])] == [
         ("all-gather", 30),
@@ -147,14 +147,14 @@ def test_like_collectives_are_added_up(module):
         ("replica_groups=mesh['axis_0'=64] {'axis_0'}", 64),
     ],
 )
-def test_every_way_to_write_a_group(groups, size):
+def test_every_replica_group_format(groups, size):
     line = f"  %r = f32[2]{{0}} all-reduce(%a), {groups}"
     text = f"HloModule m\n\nENTRY %main (a: f32[2]) -> f32[2] {{\n{line}\n}}\n"
     (one,) = tpu_hlo.collectives(tpu_hlo.parse(text))
     assert (one.kind, one.bytes, one.group) == ("all-reduce", 8, size)
 
 
-def test_combined_collectives_count_whole_and_an_asynchronous_ones_operands_not():
+def test_combined_collectives_count_fully_and_async_operands_do_not():
     def moved(shape, opcode):
         line = f"  %r = {shape} {opcode}(%a), replica_groups={{{{0,1}}}}"
         text = f"HloModule m\n\nENTRY %main (a: f32[2]) -> f32[2] {{\n{line}\n}}\n"
@@ -164,7 +164,7 @@ def test_combined_collectives_count_whole_and_an_asynchronous_ones_operands_not(
     assert moved("(f32[2]{0}, f32[4]{0})", "all-gather-start") == 4 * 4
 
 
-def test_a_loop_s_count_is_the_compiler_s_where_it_says_so(module):
+def test_a_known_trip_count_is_used(module):
     (loop,) = tpu_hlo.parse(
         "HloModule m\n\nENTRY %main (a: s32[]) -> s32[] {\n  %w = s32[] while(%a), condition=%c, body=%b, "
         'backend_config={"known_trip_count":{"n":"17"}}\n}\n'
@@ -179,7 +179,7 @@ def test_a_loop_without_a_bound_is_an_error(module):
         tpu_hlo.trip_count(module, loop)
 
 
-def test_what_stands_beside_a_dimension(module):
+def test_other_dimensions_of_arrays_with_a_dimension(module):
     assert tpu_hlo.beside(module, 32000) == {4}
     assert tpu_hlo.beside(module, 8) == {1, 16, 64}
     assert tpu_hlo.beside(module, 31999) == set()
