@@ -156,9 +156,8 @@ def _init_worker(worker: int, workers: int) -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # Grain imports JAX for its pytrees
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C signals the whole process group; the parent handles it
+    # Ctrl-C signals the whole process group; the parent handles it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def exit_with_parent() -> None:
