@@ -1,0 +1,1 @@
+"""Mutation testing: one-line faults in every room, and the tests that catch them (`python -m tests.mutants`)."""

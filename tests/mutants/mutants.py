@@ -1,0 +1,374 @@
+"""One-line faults, spread over every room, each with the tests that must catch it.
+
+A fault is a text that occurs exactly once in its file, and what takes its place. `test_mutants.py` checks
+that the texts still occur; `python -m tests.mutants` runs them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """A fault to be caught.
+
+    Attributes:
+      name: what it is called on the command line.
+      path: the file, relative to the checkout.
+      fault: what is wrong with it, in a line.
+      before: the text that is replaced; it occurs once in the file.
+      after: the text that takes its place.
+      tests: arguments of pytest: the tests that should fail.
+    """
+
+    name: str
+    path: str
+    fault: str
+    before: str
+    after: str
+    tests: tuple[str, ...]
+
+    def apply(self, checkout: Path) -> None:
+        """Puts the fault into a checkout.
+
+        Raises:
+          ValueError: if the text does not occur exactly once.
+        """
+        file = checkout / self.path
+        text = file.read_text()
+        if (count := text.count(self.before)) != 1:
+            raise ValueError(f"{self.name}: {self.before!r} occurs {count} times in {self.path}, not once")
+        file.write_text(text.replace(self.before, self.after))
+
+
+MUTANTS = (
+    # The Llama.
+    Mutant(
+        "rope-halves-swapped",
+        "llama_jax/rope.py",
+        "the rotated halves of a head are concatenated in the wrong order",
+        "jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)",
+        "jnp.concatenate([second * cos + first * sin, first * cos - second * sin], axis=-1)",
+        ("tests/test_rope.py", "tests/test_golden.py"),
+    ),
+    Mutant(
+        "rope-llama3-not-divided",
+        "llama_jax/rope.py",
+        "Llama 3's scaling leaves low frequencies undivided",
+        "return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies",
+        "return (1 - smooth) * frequencies + smooth * frequencies",
+        ("tests/test_rope.py", "tests/test_golden.py"),
+    ),
+    Mutant(
+        "mask-excludes-own-position",
+        "llama_jax/attention.py",
+        "a query does not attend to its own position",
+        "allowed = self.k_positions[:, None, :] <= self.q_positions[:, :, None]",
+        "allowed = self.k_positions[:, None, :] < self.q_positions[:, :, None]",
+        ("tests/test_attention.py",),
+    ),
+    Mutant(
+        "mask-ignores-segments",
+        "llama_jax/attention.py",
+        "packed documents attend to each other",
+        "self.k_segments[:, None, :] == self.q_segments[:, :, None]",
+        "self.k_segments[:, None, :] >= -self.q_segments[:, :, None]",
+        ("tests/test_model.py", "tests/test_attention.py"),
+    ),
+    Mutant(
+        "scores-not-scaled",
+        "llama_jax/attention.py",
+        "attention scores are divided by H instead of sqrt(H)",
+        "scores / math.sqrt(q.shape[-1])",
+        "scores / q.shape[-1]",
+        ("tests/test_attention.py",),
+    ),
+    Mutant(
+        "cache-write-off-by-one",
+        "llama_jax/kv_cache.py",
+        "new keys and values are written one slot too far",
+        "return write_slices(cache, new.astype(cache.dtype), start)",
+        "return write_slices(cache, new.astype(cache.dtype), start + 1)",
+        ("tests/decoding/test_generation.py",),
+    ),
+    Mutant(
+        "int8-cache-scale",
+        "llama_jax/kv_cache.py",
+        "an int8 cache's scale is a quarter too small, so large values overflow",
+        "scale = jnp.max(jnp.abs(new), axis=-1) / 127",
+        "scale = jnp.max(jnp.abs(new), axis=-1) / 170",
+        ("tests/decoding/test_generation.py", "tests/ops/test_quantization.py"),
+    ),
+    Mutant(
+        "norm-eps-outside-root",
+        "llama_jax/layers.py",
+        "RMSNorm subtracts the mean",
+        "y = x.astype(jnp.float32)\n",
+        "y = x.astype(jnp.float32) - x.astype(jnp.float32).mean(-1, keepdims=True)\n",
+        ("tests/test_model.py", "tests/test_golden.py"),
+    ),
+    Mutant(
+        "loss-segment-boundary",
+        "llama_jax/loss.py",
+        "a document's last token is trained to predict the next document's first",
+        "weights = jnp.where(_whole(segment_ids) == _next(segment_ids), weights, 0.0)",
+        "weights = jnp.where(_whole(segment_ids) <= _next(segment_ids), weights, 0.0)",
+        ("tests/test_loss.py", "tests/test_golden.py"),
+    ),
+    Mutant(
+        "z-loss-not-squared",
+        "llama_jax/loss.py",
+        "z-loss uses log Z instead of log^2 Z",
+        "z_loss * log_total**2",
+        "z_loss * log_total",
+        ("tests/test_loss.py",),
+    ),
+    Mutant(
+        "spec-down-unsharded",
+        "llama_jax/sharding.py",
+        "the down projection is replicated over fsdp",
+        'DOWN_FD = P("tensor", "fsdp")',
+        'DOWN_FD = P("tensor", None)',
+        ("tests/test_sharding.py", "tests/train/test_step.py"),
+    ),
+    # ops
+    Mutant(
+        "reduce-scatter-skips-data",
+        "llama_jax/ops/spmd.py",
+        "gradients are not summed over the data axis",
+        'whole = ("data", "context") if dimension is not None',
+        'whole = ("context",) if dimension is not None',
+        ("tests/ops/test_linear.py", "tests/test_sharding.py"),
+    ),
+    Mutant(
+        "swiglu-gradient",
+        "llama_jax/ops/swiglu.py",
+        "SiLU's derivative lacks a term",
+        "d_y * up * (sigmoid + silu * (1 - sigmoid))",
+        "d_y * up * sigmoid",
+        ("tests/ops/test_linear.py",),
+    ),
+    Mutant(
+        "fused-loss-gradient-unweighted",
+        "llama_jax/ops/fused_cross_entropy.py",
+        "the gradient of the logits ignores the loss mask",
+        "jnp.where(is_target, weights[..., None], 0.0)",
+        "jnp.where(is_target, 1.0, 0.0)",
+        ("tests/ops/test_fused_cross_entropy.py",),
+    ),
+    Mutant(
+        "int4-minimum-dropped",
+        "llama_jax/ops/quantization.py",
+        "4-bit groups lose their offset",
+        "(groups * scale + least)",
+        "(groups * scale)",
+        ("tests/ops/test_quantization.py",),
+    ),
+    # decoding
+    Mutant(
+        "top-p-keeps-too-few",
+        "llama_jax/decoding/sampling.py",
+        "nucleus sampling drops the token that reaches p",
+        "return jnp.where((probabilities >= threshold[:, None]) | (p >= 1)[:, None], logits, -jnp.inf)",
+        "return jnp.where((probabilities > threshold[:, None]) | (p >= 1)[:, None], logits, -jnp.inf)",
+        ("tests/decoding/test_sampling.py",),
+    ),
+    Mutant(
+        "repetition-penalty-sign",
+        "llama_jax/decoding/logits_processors.py",
+        "the repetition penalty makes negative logits larger",
+        "jnp.where(logits > 0, logits / penalty[:, None], logits * penalty[:, None])",
+        "logits / penalty[:, None]",
+        ("tests/decoding/test_logits_processors.py",),
+    ),
+    Mutant(
+        "limit-off-by-one",
+        "llama_jax/decoding/state.py",
+        "generation stops one token late",
+        "(lengths >= state.limit)",
+        "(lengths > state.limit)",
+        ("tests/decoding/test_generation.py",),
+    ),
+    Mutant(
+        "end-token-of-one-row-ends-all",
+        "llama_jax/decoding/state.py",
+        "a row that is done keeps sampling",
+        "done=state.done | (live & ends)",
+        "done=live & ends",
+        ("tests/decoding/test_generation.py",),
+    ),
+    Mutant(
+        "beam-length-penalty",
+        "llama_jax/decoding/beam_hypotheses.py",
+        "scores are multiplied by the length penalty instead of divided",
+        "return total / length.astype(jnp.float32) ** length_penalty[:, None]",
+        "return total * length.astype(jnp.float32) ** length_penalty[:, None]",
+        ("tests/decoding/test_beam_search.py",),
+    ),
+    Mutant(
+        "speculative-acceptance",
+        "llama_jax/decoding/speculative.py",
+        "every draft is accepted, so the distribution is the draft model's",
+        "jnp.where(uniform * q < p, draft,",
+        "jnp.where(uniform * q < p + 1, draft,",
+        ("tests/decoding/test_speculative.py",),
+    ),
+    # adapters
+    Mutant(
+        "lora-scale",
+        "llama_jax/adapters/lora.py",
+        "rsLoRA's scaling for plain LoRA and the reverse",
+        "self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)",
+        "self.alpha / (self.rank if self.rslora else math.sqrt(self.rank))",
+        ("tests/weights/test_peft.py", "tests/adapters/test_lora.py"),
+    ),
+    Mutant(
+        "prefix-shape-unchecked",
+        "llama_jax/adapters/prefix.py",
+        "keys of a prefix are computed one position late",
+        "forward_cached(config, params, tokens, jnp.zeros(batch, jnp.int32), cache)",
+        "forward_cached(config, params, tokens, jnp.ones(batch, jnp.int32), cache)",
+        ("tests/adapters/test_prefix.py",),
+    ),
+    # weights
+    Mutant(
+        "rotary-permutation-inverse",
+        "llama_jax/weights/names.py",
+        "queries and keys are permuted the wrong way between formats",
+        "pairs = (2, x.shape[-1] // 2) if inverse else (x.shape[-1] // 2, 2)",
+        "pairs = (x.shape[-1] // 2, 2) if inverse else (2, x.shape[-1] // 2)",
+        ("tests/weights/test_gguf.py", "tests/weights/test_meta.py"),
+    ),
+    Mutant(
+        "checksum-skipped",
+        "llama_jax/weights/manifest.py",
+        "a file's checksum is not compared",
+        ".hexdigest() != entry.sha256:",
+        ".hexdigest() == '':",
+        ("tests/weights/test_manifest.py",),
+    ),
+    Mutant(
+        "overlap-unchecked",
+        "llama_jax/weights/source.py",
+        "overlapping tensors of a file are accepted",
+        "if begin < last_end:",
+        "if begin < 0:",
+        ("tests/weights/test_hf.py", "tests/weights/test_gguf.py"),
+    ),
+    Mutant(
+        "peft-padding",
+        "llama_jax/weights/peft.py",
+        "modules with a scale of their own lose it",
+        "module.scale / settings.scale",
+        "settings.scale / settings.scale",
+        ("tests/weights/test_peft.py",),
+    ),
+    # tokenizer, chat, text, hub
+    Mutant(
+        "bos-twice",
+        "llama_jax/tokenizer/base.py",
+        "BOS is prepended to a text that begins with it",
+        "if ids[:1] != [bos]:",
+        "if ids[:1] != []:",
+        ("tests/tokenizer", "tests/chat"),
+    ),
+    Mutant(
+        "stop-string-kept",
+        "llama_jax/text/stop_strings.py",
+        "the text that is returned includes the stop string",
+        "return pending[: end - completed], True",
+        "return pending[:end], True",
+        ("tests/text/test_stop_strings.py",),
+    ),
+    Mutant(
+        "download-unverified",
+        "llama_jax/hub/known.py",
+        "a downloaded file's checksum is not compared",
+        "if digest.hexdigest() != model.sha256:",
+        "if digest.hexdigest() == model.name:",
+        ("tests/hub/test_known.py",),
+    ),
+    # train
+    Mutant(
+        "accumulation-unweighted",
+        "train/step.py",
+        "gradients are divided by the number of rows instead of by the number of tokens",
+        "scale = 1 / count\n",
+        "scale = 1 / jnp.float32(batch['tokens'].shape[0])\n",
+        ("tests/train/test_step.py",),
+    ),
+    Mutant(
+        "clip-is-off",
+        "train/step.py",
+        "gradients are never clipped",
+        "scale *= jnp.minimum(1.0, max_grad_norm / jnp.maximum(norm, 1e-12))",
+        "scale *= jnp.maximum(1.0, max_grad_norm / jnp.maximum(norm, 1e-12))",
+        ("tests/train/test_step.py",),
+    ),
+    Mutant(
+        "warmup-from-zero",
+        "train/optimizer.py",
+        "the first step's learning rate is 0",
+        "ramp = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))",
+        "ramp = optax.linear_schedule(0.0, peak, max(warmup - 1, 1))",
+        ("tests/train/test_optimizer.py",),
+    ),
+    Mutant(
+        "dpo-sign",
+        "train/objectives/preference.py",
+        "DPO prefers the rejected answer",
+        "margin = beta * (chosen - rejected)",
+        "margin = beta * (rejected - chosen)",
+        ("tests/train/test_objectives.py",),
+    ),
+    Mutant(
+        "packed-positions",
+        "train/data/packing.py",
+        "positions do not restart in each packed example",
+        'row["positions"][offset:end] = np.arange(len(segment))',
+        'row["positions"][offset:end] = np.arange(offset, end)',
+        ("tests/train/data/test_packing.py",),
+    ),
+    Mutant(
+        "validation-leaks",
+        "train/data/records.py",
+        "the validation set is empty and its records are trained on",
+        "mask = keys < np.uint64(fraction * 2.0**64)",
+        "mask = keys < np.uint64(0)",
+        ("tests/train/data/test_held_out.py",),
+    ),
+    Mutant(
+        "feed-rows-swapped",
+        "train/feed.py",
+        "a device is fed another device's rows",
+        "local_row = {start: i * rows for i, start in enumerate(local)}",
+        "local_row = {start: 0 for i, start in enumerate(local)}",
+        ("tests/train/test_feed.py",),
+    ),
+    Mutant(
+        "flops-not-causal",
+        "train/metrics/flops.py",
+        "MFU counts the masked half of attention",
+        "attention * (0.5 if causal else 1.0)",
+        "attention * 1.0",
+        ("tests/train/test_flops.py",),
+    ),
+    Mutant(
+        "ema-weights-swapped",
+        "train/step.py",
+        "the averaged weights follow the newest step",
+        "decay * old + (1 - decay) * new",
+        "(1 - decay) * old + decay * new",
+        ("tests/train/test_optimizer.py", "tests/train/test_step.py"),
+    ),
+    Mutant(
+        "error-status",
+        "llama_jax/console/exit_status.py",
+        "bad input exits with status 1",
+        "    return 2\n",
+        "    return 1\n",
+        ("tests/cli/test_cli.py",),
+    ),
+)
