@@ -1,4 +1,4 @@
-"""`[checkpoint]`: when steps are saved, and which are kept."""
+"""`[checkpoint]`: when checkpoints are saved, and how long they are retained."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from llama_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When steps are saved, and which stay.
+    """When checkpoints are saved, and which of them are retained.
 
     Attributes:
-      every: save each time after so many steps; 0 is at the end only.
-      every_minutes: save also when so long has passed since the last; 0 is off.
-      keep: so many of the newest stay.
-      keep_every: steps that are multiples of it stay for ever; 0 is off.
-      keep_hours: one step in so many hours stays for ever; 0 is off.
-      best: so many of the least held-out loss stay.
-      asynchronous: write beside the training, instead of before it goes on.
+      every: steps between checkpoints; 0 saves at the end only.
+      every_minutes: also save when this many minutes have passed since the last save; 0 is off.
+      keep: number of newest checkpoints to retain.
+      keep_every: retain forever the steps that are multiples of it; 0 is off.
+      keep_hours: retain one checkpoint per this many hours forever; 0 is off.
+      best: number of checkpoints with the lowest eval_loss to retain.
+      asynchronous: write checkpoints in the background instead of blocking the training loop.
 
     Raises:
-      ConfigError: for a value that cannot work, naming field and value.
+      ConfigError: for an invalid value, naming field and value.
     """
 
     every: int = 1000
@@ -34,11 +34,11 @@ class CheckpointConfig:
     asynchronous: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 0), ("keep", 1), ("keep_every", 0), ("best", 0)):
+        for name, minimum in (("every", 0), ("keep", 1), ("keep_every", 0), ("best", 0)):
             value = getattr(self, name)
-            if type(value) is not int or value < least:
+            if type(value) is not int or value < minimum:
                 raise ConfigError(
-                    f"checkpoint.{name} is {value!r}; it must be a whole number, at least {least}"
+                    f"checkpoint.{name} is {value!r}; it must be a whole number, at least {minimum}"
                 )
         for name in ("every_minutes", "keep_hours"):
             value = getattr(self, name)

@@ -1,4 +1,4 @@
-"""Checks of settings, whose errors name the setting, its value, and what would do."""
+"""Validation of settings: errors name the setting, its value and the accepted values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llama_jax.console.parser import suggestion
 from llama_jax.errors import ConfigError
 
 
-def one_of(name: str, value: Any, choices: Iterable[str]) -> None:
+def check_one_of(name: str, value: Any, choices: Iterable[str]) -> None:
     """Checks that `value` is one of `choices`.
 
     Raises:
@@ -22,13 +22,18 @@ def one_of(name: str, value: Any, choices: Iterable[str]) -> None:
         raise ConfigError(f"{name} is {value!r}{close}; it must be one of {', '.join(choices)}")
 
 
-def at_least(section: str, config: Any, **least: float) -> None:
-    """Checks that attributes of `config` are finite and no less than given.
+def check_at_least(section: str, config: Any, **minimums: float) -> None:
+    """Checks that attributes of `config` are finite and not below their minimum.
+
+    Args:
+      section: the section's name in the TOML file, for the error.
+      config: the section's dataclass.
+      **minimums: the minimum of each attribute, by its name.
 
     Raises:
       ConfigError: naming section, attribute and value.
     """
-    for name, low in least.items():
+    for name, minimum in minimums.items():
         value = getattr(config, name)
-        if not low <= value < math.inf:
-            raise ConfigError(f"{section}.{name} is {value}; it must be a number, at least {low}")
+        if not minimum <= value < math.inf:
+            raise ConfigError(f"{section}.{name} is {value}; it must be a number, at least {minimum}")

@@ -1,4 +1,4 @@
-"""Which model a run trains, and with which vocabulary."""
+"""`[model]`: the architecture, or a checkpoint to start from."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from typing import Any
 from llama_jax.config import LlamaConfig, presets
 from llama_jax.errors import ConfigError
 
-from .checks import one_of
+from .checks import check_one_of
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Which model is trained.
+    """The model to train.
 
     Attributes:
-      preset: a name of `llama_jax.presets`, in any case; the fields below change it.
-      init_from: a checkpoint (a path or a known name) whose weights and shape training starts from.
-      vocab_size and the rest: as in `LlamaConfig`. The vocabulary is the tokenizer's unless given.
+      preset: a name in `llama_jax.presets`, case-insensitive; the fields below override its values.
+      init_from: a checkpoint (a path or a known name) with the initial weights and the architecture.
+      vocab_size and the rest: as in `LlamaConfig`; vocab_size defaults to the tokenizer's.
+
+    Raises:
+      ConfigError: for an unknown preset, or architecture settings beside init_from.
     """
 
     preset: str = ""
@@ -37,61 +40,40 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.preset:
-            one_of("model.preset", self.preset.lower(), [name.lower() for name in vars(presets)])
-        if self.init_from and (self.preset or self.changes):
+            check_one_of("model.preset", self.preset.lower(), [name.lower() for name in vars(presets)])
+        if self.init_from and (self.preset or self.overrides):
             raise ConfigError(
-                f"model.init_from is {self.init_from!r}, which decides the shape: drop "
-                f"model.{next(iter(self.changes), 'preset')}"
+                f"model.init_from is {self.init_from!r}, which determines the architecture; remove "
+                f"model.{next(iter(self.overrides), 'preset')}"
             )
 
     @property
-    def changes(self) -> dict[str, Any]:
-        """The fields that were given."""
+    def overrides(self) -> dict[str, Any]:
+        """The architecture fields that are set."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {k: v for k, v in fields.items() if v is not None and k not in ("preset", "init_from")}
 
     def build(self, vocab_size: int | None = None) -> LlamaConfig:
-        """The model's configuration; `vocab_size` is the tokenizer's, where there is one by now.
+        """Makes the model's configuration.
+
+        Args:
+          vocab_size: the tokenizer's, if it is known yet.
 
         Raises:
-          ConfigError: for a shape that cannot work, or a vocabulary smaller than the tokenizer's.
+          ConfigError: for an invalid architecture, or a vocabulary of another size than the tokenizer's.
         """
         by_name = {name.lower(): value for name, value in vars(presets).items()}
-        changes = dict(self.changes)
+        overrides = dict(self.overrides)
         if vocab_size is not None:
-            changes.setdefault("vocab_size", vocab_size)
-            if changes["vocab_size"] != vocab_size:
+            overrides.setdefault("vocab_size", vocab_size)
+            if overrides["vocab_size"] != vocab_size:
                 raise ConfigError(
-                    f"model.vocab_size is {changes['vocab_size']}; the tokenizer has {vocab_size} tokens: "
-                    "leave it out, or give that"
+                    f"model.vocab_size is {overrides['vocab_size']}; the tokenizer has {vocab_size} tokens: "
+                    "leave it out, or set it to that"
                 )
         try:
             if self.preset:
-                return by_name[self.preset.lower()].replace(**changes)
-            return LlamaConfig(**changes)
+                return by_name[self.preset.lower()].replace(**overrides)
+            return LlamaConfig(**overrides)
         except ConfigError as error:
             raise ConfigError(f"model: {error}") from None
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
-    """Which vocabulary.
-
-    Attributes:
-      path: a tokenizer file, a model's folder, or a known model's name.
-      vocab_size: without `path`, a SentencePiece BPE of this size is trained on the run's own text.
-      max_bytes: how much of the text it is trained on.
-    """
-
-    path: str = ""
-    vocab_size: int = 0
-    max_bytes: int = 20_000_000
-
-    def __post_init__(self) -> None:
-        if bool(self.path) == bool(self.vocab_size):
-            raise ConfigError(
-                "tokenizer: give either tokenizer.path (a file, a folder or a known model) or "
-                "tokenizer.vocab_size (to train one on the run's text)"
-            )
-        if self.vocab_size < 0 or self.max_bytes < 1:
-            raise ConfigError("tokenizer.vocab_size and tokenizer.max_bytes must be above 0")

@@ -1,11 +1,9 @@
-"""The objectives that a run can have, and the losses of preference training."""
+"""The training objectives, and the groups of them that share a data format or a head."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 Objective = Literal["pretrain", "sft", "dpo", "reward", "classify", "regress"]
-PAIRS: tuple[Objective, ...] = ("dpo", "reward")
-
-# Losses of `dpo`: sigmoid (arXiv 2305.18290) and IPO (arXiv 2310.12036).
-LossType = Literal["sigmoid", "ipo"]
+PAIR_OBJECTIVES: tuple[Objective, ...] = ("dpo", "reward")  # trained on chosen and rejected answers
+HEAD_OBJECTIVES: tuple[Objective, ...] = ("reward", "classify", "regress")  # a head replaces the LM head

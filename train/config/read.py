@@ -1,4 +1,4 @@
-"""A `RunConfig` from a TOML file and the `--section.key VALUE` words of a command line; and back to TOML."""
+"""Reads a `RunConfig` from a TOML file and `--section.key VALUE` flags, and writes it back as TOML."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llama_jax.errors import ConfigError
 
 from .run import RunConfig
 
-# Former names of settings, for the error that names the new one.
+# Former names of settings: the error for an old name gives the new one.
 RENAMED = {
     "train.batch_size": "train.global_batch_size",
     "train.accumulate": "train.gradient_accumulation_steps",
@@ -32,6 +32,8 @@ RENAMED = {
     "distributed.processes": "distributed.num_processes",
     "distributed.process": "distributed.process_id",
 }
+# Former values of settings, likewise.
+RENAMED_VALUES = {"train.remat": {"dots": "save_projections"}}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -39,33 +41,38 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
       path: a TOML file.
-      overrides: words such as `--train.steps 40` or `--train.steps=40`; the last of a key wins.
+      overrides: flags such as `--train.steps 40` or `--train.steps=40`; the last one for a key wins.
 
     Raises:
-      ConfigError: for a file that cannot be read, an unknown section or key, or a value that cannot work,
-        each with its name and, for a mistyped name, the closest one.
+      ConfigError: for a file that cannot be read, an unknown section or key, or an invalid value; a mistyped
+        name comes with the closest known one, a renamed one with its new name.
+      UsageError: for an unknown flag or a flag without a value.
     """
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}; give a .toml file") from None
-    except (ValueError, RecursionError) as error:  # nested or numbered beyond what Python reads, too
+    except (ValueError, RecursionError) as error:  # also nesting and numbers beyond Python's limits
         raise ConfigError(f"{path}: not TOML: {error}") from None
     sections = _fields(RunConfig)
     for name, section in table.items():
         if name not in sections:
-            raise ConfigError(f"{path}: unknown section [{name}]{_close(name, sections)}")
+            raise ConfigError(f"{path}: unknown section [{name}]{_closest(name, sections)}")
         if not isinstance(section, Mapping):
             raise ConfigError(f"{path}: {name} is {section!r}; it must be a section, [{name}]")
+        known = _fields(sections[name])
         for key in section:
-            _check_key(f"{path}: ", name, key)
-    for name, key, text in _words(overrides):
-        table.setdefault(name, {})[key] = _parse(f"--{name}.{key}", text, _fields(sections[name])[key])
+            if key not in known:
+                new = RENAMED.get(f"{name}.{key}")
+                hint = f"; it is now {new}" if new else _closest(key, known)
+                raise ConfigError(f"{path}: unknown key {name}.{key}{hint}")
+    for name, key, text in _parse_flags(overrides):
+        table.setdefault(name, {})[key] = _parse_value(f"--{name}.{key}", text, _fields(sections[name])[key])
     return _build(RunConfig, table, "")
 
 
 def to_toml(config: RunConfig) -> str:
-    """The TOML of a configuration, every key in it, so that defaults of another version change nothing."""
+    """Writes a configuration as TOML, with every key, so that later changes of defaults do not affect it."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -76,111 +83,101 @@ def to_toml(config: RunConfig) -> str:
 
 
 def keys() -> dict[str, list[tuple[str, str]]]:
-    """Every section with its keys and their defaults as TOML would write them: what `--help` shows."""
-    shown = {}
+    """Returns (key, default) of every setting, by section: what `--help` prints."""
+    sections = {}
     for name, section in _fields(RunConfig).items():
-        shown[name] = [
+        sections[name] = [
             (f.name, "" if f.default in (None, dataclasses.MISSING) else str(f.default))
             for f in dataclasses.fields(section)
         ]
-    return shown
+    return sections
 
 
 def _fields(cls: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields, by name."""
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def _close(word: str, known: Any) -> str:
-    return suggestion(word, known) or f"; there are {', '.join(known)}"
+def _closest(name: str, known: Any) -> str:
+    return suggestion(name, known) or f"; there are {', '.join(known)}"
 
 
-def _check_key(where: str, section: str, key: str) -> None:
-    known = _fields(_fields(RunConfig)[section])
-    if key not in known:
-        raise ConfigError(f"{where}unknown key {section}.{key}{_renamed(section, key) or _close(key, known)}")
-
-
-def _renamed(section: str, key: str) -> str:
-    new = RENAMED.get(f"{section}.{key}")
-    return f"; it is now {new}" if new else ""
-
-
-def _words(words: Sequence[str]) -> list[tuple[str, str, str]]:
-    """(section, key, value) of each override."""
-    found, pending, sections = [], list(words), _fields(RunConfig)
-    dotted = [f"{name}.{key}" for name, cls in sections.items() for key in _fields(cls)]
+def _parse_flags(arguments: Sequence[str]) -> list[tuple[str, str, str]]:
+    """(section, key, value) of each flag."""
+    parsed, pending, sections = [], list(arguments), _fields(RunConfig)
+    settings = [f"{name}.{key}" for name, cls in sections.items() for key in _fields(cls)]
     while pending:
-        word = pending.pop(0)
-        if not word.startswith("--"):
-            raise UsageError(f"unexpected argument {word!r}; settings are --section.key VALUE")
-        name, equals, value = word[2:].partition("=")
-        if name not in dotted:
-            close = _renamed(*name.split(".", 1)) if "." in name else ""
-            raise UsageError(
-                f"unknown setting --{name}{close or suggestion(name, dotted) or '; see: --help'}"
-            )
+        argument = pending.pop(0)
+        if not argument.startswith("--"):
+            raise UsageError(f"unexpected argument {argument!r}; settings are --section.key VALUE")
+        name, equals, value = argument[2:].partition("=")
+        if name not in settings:
+            new = RENAMED.get(name)
+            hint = f"; it is now --{new}" if new else suggestion(name, settings) or "; see: --help"
+            raise UsageError(f"unknown setting --{name}{hint}")
         if not equals:
             if not pending:
                 raise UsageError(f"--{name} needs a value")
             value = pending.pop(0)
         section, _, key = name.partition(".")
-        found.append((section, key, value))
-    return found
+        parsed.append((section, key, value))
+    return parsed
 
 
-def _parse(name: str, text: str, kind: Any) -> Any:
-    """The text of an override as TOML would have it: text stays text where text is wanted."""
-    kinds = _alternatives(kind)
-    if str in kinds or any(get_origin(k) is Literal for k in kinds):
+def _parse_value(name: str, text: str, annotation: Any) -> Any:
+    """Parses the value of a flag as TOML, except that strings need no quotes."""
+    types_ = _alternatives(annotation)
+    if str in types_ or any(get_origin(t) is Literal for t in types_):
         return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
-        raise ConfigError(f"{name} is {_short(text)}; it must be {_describe(kind)}") from None
+        raise ConfigError(f"{name} is {reprlib.repr(text)}; it must be {_describe(annotation)}") from None
 
 
-def _alternatives(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union; any other type alone."""
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
 
-def _build(cls: Any, table: Mapping[str, Any], where: str) -> Any:
+def _build(cls: Any, table: Mapping[str, Any], prefix: str) -> Any:
+    """Makes a dataclass from a TOML table; `prefix` is the table's dotted name, for errors."""
     fields = _fields(cls)
     for key in table:
         if key not in fields:
-            raise ConfigError(f"unknown key {where}{key}{_close(key, fields)}")
+            raise ConfigError(f"unknown key {prefix}{key}{_closest(key, fields)}")
     for field in dataclasses.fields(cls):
         if field.default is field.default_factory is dataclasses.MISSING and field.name not in table:
-            raise ConfigError(f"{where}{field.name} is missing; give {_describe(fields[field.name])}")
-    return cls(**{key: _convert(value, fields[key], f"{where}{key}") for key, value in table.items()})
+            raise ConfigError(f"{prefix}{field.name} is missing; give {_describe(fields[field.name])}")
+    return cls(**{key: _convert(value, fields[key], f"{prefix}{key}") for key, value in table.items()})
 
 
-def _convert(value: Any, kind: Any, where: str) -> Any:
-    for one in _alternatives(kind):
-        if dataclasses.is_dataclass(one) and isinstance(value, Mapping):
-            return _build(one, value, f"{where}.")
-        if get_origin(one) is tuple and isinstance(value, list):
-            return tuple(_convert(item, get_args(one)[0], where) for item in value)
-        if get_origin(one) is Literal and isinstance(value, str):
-            return value  # whether it is one of them, the dataclass says
-        if one is float and type(value) is int and abs(value) < 1 << 1000:
+def _convert(value: Any, annotation: Any, name: str) -> Any:
+    """Converts a TOML value to a field's type: tables to dataclasses, lists to tuples, integers to floats."""
+    for target in _alternatives(annotation):
+        if dataclasses.is_dataclass(target) and isinstance(value, Mapping):
+            return _build(target, value, f"{name}.")
+        if get_origin(target) is tuple and isinstance(value, list):
+            return tuple(_convert(item, get_args(target)[0], name) for item in value)
+        if get_origin(target) is Literal and isinstance(value, str):
+            if new := RENAMED_VALUES.get(name, {}).get(value):
+                raise ConfigError(f"{name} is {value!r}, which is now {new!r}")
+            return value  # the dataclass checks that it is one of the choices
+        if target is float and type(value) is int and abs(value) < 1 << 1000:
             return float(value)
-        if one in (int, float, str, bool) and type(value) is one:
+        if target in (int, float, str, bool) and type(value) is target:
             return value
-    raise ConfigError(f"{where} is {_short(value)}; it must be {_describe(kind)}")
+    raise ConfigError(f"{name} is {reprlib.repr(value)}; it must be {_describe(annotation)}")
 
 
-def _short(value: Any) -> str:
-    return reprlib.repr(value)
+def _describe(annotation: Any) -> str:
+    """A type in the words of an error message."""
+    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
 
+    def describe(target: Any) -> str:
+        if dataclasses.is_dataclass(target):
+            return f"a table of {', '.join(_fields(target))}"
+        return names.get(target, "a list" if get_origin(target) is tuple else "a string")
 
-def _describe(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    kinds = [k for k in _alternatives(kind) if k is not type(None)]
-
-    def name(kind: Any) -> str:
-        if dataclasses.is_dataclass(kind):
-            return f"a table of {', '.join(_fields(kind))}"
-        return names.get(kind, "a list" if get_origin(kind) is tuple else "text")
-
-    return " or ".join(map(name, kinds))
+    return " or ".join(describe(t) for t in _alternatives(annotation) if t is not type(None))

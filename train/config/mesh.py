@@ -1,0 +1,41 @@
+"""`[mesh]`: the device mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from llama_jax.errors import ConfigError
+
+from .checks import check_at_least
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """The sizes of the mesh axes; see `llama_jax.sharding` for their meaning.
+
+    Attributes:
+      data, fsdp, context, tensor: axis sizes; one may be -1, which is inferred from the number of devices.
+      slices: number of TPU slices connected by the data-center network (DCN); it must divide `data`.
+      topology: the TPU topology that the file is meant for, such as `v5p:4x4x4`: what
+        `benchmarks/tpu_compile.py` compiles for. Training ignores it.
+
+    Raises:
+      ConfigError: for a size that is not positive, or more than one -1.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    context: int = 1
+    tensor: int = 1
+    slices: int = 1
+    topology: str = ""
+
+    def __post_init__(self) -> None:
+        check_at_least("mesh", self, slices=1)
+        sizes = {name: getattr(self, name) for name in ("data", "fsdp", "context", "tensor")}
+        for name, size in sizes.items():
+            if size < 1 and size != -1:
+                raise ConfigError(f"mesh.{name} is {size}; it must be at least 1, or -1 to infer it")
+        if list(sizes.values()).count(-1) > 1:
+            inferred = [f"mesh.{name}" for name, size in sizes.items() if size == -1]
+            raise ConfigError(f"{' and '.join(inferred)} are both -1; only one axis size can be inferred")
