@@ -1,14 +1,31 @@
-"""Losses over pairs of answers: DPO and its kin, and the reward model's, from numbers of each answer.
-
-Everything here is plain arithmetic on arrays of one number a pair; `objectives.py` makes those numbers.
-"""
+"""Direct preference optimization over packed pairs: DPO, conservative DPO and IPO."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ..config.objective import LossType
+from llama_jax import LlamaConfig, token_logprobs
+from llama_jax.loss import Loss
+
+from ..config.preference import LossType, PreferenceConfig
+from ..config.train import TrainConfig
+from .common import (
+    Batch,
+    Metrics,
+    MetricsFn,
+    forward_options,
+    masked_sums,
+    pair_ends,
+    pair_metrics,
+    pair_sums,
+    segment_cumsum,
+    segment_ends,
+    unshard_sequence,
+)
 
 
 def dpo_loss(
@@ -22,20 +39,20 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     lengths: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Direct preference optimisation (arXiv 2305.18290), conservative DPO, and IPO (arXiv 2310.12036).
+    """Direct preference optimization (arXiv 2305.18290), conservative DPO, and IPO (arXiv 2310.12036).
 
     With r = log p / p_ref of an answer, and m = r_chosen - r_rejected:
 
-        sigmoid: -(1 - e) log s(beta m) - e log s(-beta m), e the label smoothing (cDPO where it is not 0)
-        ipo:     (m - 1 / (2 beta))^2, log-probabilities taken as means over an answer's tokens
+        sigmoid: -(1 - e) log s(beta m) - e log s(-beta m), e the label smoothing (cDPO if it is not 0)
+        ipo:     (m - 1 / (2 beta))^2, with log-probabilities averaged over an answer's tokens
 
     Args:
-      policy_chosen, policy_rejected: f32 [P], the answers' summed log-probabilities.
-      reference_chosen, reference_rejected: f32 [P], those of the model that training began with.
-      beta: how strongly the policy is held to the reference.
+      policy_chosen, policy_rejected: f32 [P], the policy's summed log-probabilities of the answers.
+      reference_chosen, reference_rejected: f32 [P], the reference model's.
+      beta: strength of the implicit KL penalty towards the reference model.
       loss_type: which loss.
-      label_smoothing: the share of pairs that are thought to be labelled the wrong way round, below 0.5.
-      lengths: f32 [P] each, the answers' numbers of tokens; `ipo` divides by them.
+      label_smoothing: assumed probability that a pair's labels are swapped, below 0.5.
+      lengths: f32 [P] each, the numbers of tokens of the answers; `ipo` divides by them.
 
     Returns:
       The losses; the implicit rewards beta r of the chosen and of the rejected answers, without gradients;
@@ -54,14 +71,65 @@ def dpo_loss(
     return losses, *rewards
 
 
-def ranking_loss(chosen: jax.Array, rejected: jax.Array, margin: jax.Array | float = 0.0) -> jax.Array:
-    """-log s(r_chosen - r_rejected - margin): Bradley-Terry with Llama 2's margin (arXiv 2307.09288, eq. 2).
+def direct_preference(
+    model: LlamaConfig, config: TrainConfig, platform: str, preference: PreferenceConfig
+) -> MetricsFn:
+    """`dpo_loss` over a batch's pairs; `Loss.count` is the number of pairs.
+
+    The function takes `reference`, the reference model's parameters, unless the batch carries its precomputed
+    log-probabilities. Its metrics are `accuracy`, the fraction of pairs whose chosen answer has the larger
+    implicit reward (ties count half), and `reward_margin`.
 
     Args:
-      chosen, rejected: f32 [P], the rewards of both answers.
-      margin: f32 [P], how much better the chosen answer was judged to be; the paper's tables 27 and 28.
-
-    Returns:
-      f32 [P].
+      model: the model's configuration.
+      config: the `train` section.
+      platform: the platform that it is compiled for, such as `tpu`.
+      preference: the `preference` section.
     """
-    return -jax.nn.log_sigmoid(chosen - rejected - margin)
+    masked_logprobs = _masked_logprobs(model, config, platform)
+
+    def metrics_fn(params: Any, batch: Batch, *, reference: Any = None) -> tuple[Loss, Metrics]:
+        policy_logprobs = pair_sums(masked_logprobs(params, batch), batch)
+        if reference is None:
+            reference_logprobs = pair_sums(unshard_sequence(batch["reference"]), batch)
+        else:
+            reference_logprobs = jax.lax.stop_gradient(pair_sums(masked_logprobs(reference, batch), batch))
+        losses, chosen, rejected = dpo_loss(
+            *policy_logprobs,
+            *reference_logprobs,
+            beta=preference.beta,
+            loss_type=preference.loss_type,
+            label_smoothing=preference.label_smoothing,
+            lengths=pair_sums(unshard_sequence(batch["mask"]).astype(jnp.float32), batch),
+        )
+        return masked_sums(pair_ends(batch), losses, **pair_metrics(chosen, rejected))
+
+    return metrics_fn
+
+
+def answer_logprobs(
+    model: LlamaConfig, config: TrainConfig, platform: str
+) -> Callable[[Any, Batch], jax.Array]:
+    """Makes the function (params, batch) -> answers' log-probabilities, `reference` of `Batch`."""
+    masked_logprobs = _masked_logprobs(model, config, platform)
+
+    def logprobs(params: Any, batch: Batch) -> jax.Array:
+        segments = unshard_sequence(batch["segment_ids"])
+        sums = segment_cumsum(masked_logprobs(params, batch), segments)
+        return jnp.where(segment_ends(segments), sums, 0.0)
+
+    return logprobs
+
+
+def _masked_logprobs(
+    model: LlamaConfig, config: TrainConfig, platform: str
+) -> Callable[[Any, Batch], jax.Array]:
+    """Makes the function (params, batch) -> log-probabilities f32 [B, T] of tokens in the mask, else 0."""
+    options = forward_options(config, platform)
+
+    def logprobs(params: Any, batch: Batch) -> jax.Array:
+        inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
+        values = token_logprobs(model, params, *inputs, num_chunks=config.loss_chunks, options=options)
+        return values * unshard_sequence(batch["mask"])
+
+    return logprobs

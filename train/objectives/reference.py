@@ -1,7 +1,7 @@
-"""The reference model's log-probabilities: computed once, of every pair, and kept with the run.
+"""Precomputed log-probabilities of DPO's reference model: computed once for every pair, cached in the run.
 
 The file is a line of a fingerprint and a SHA-256, then f32 [records, 2] in the order of the data's records:
-log p_ref of the chosen and of the rejected answer, NaN where a record is no usable pair.
+log p_ref of the chosen and of the rejected answer, NaN where a record is not a usable pair.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from llama_jax.errors import DataError
 from llama_jax.text.pretrained import open_model
 from llama_jax.weights.adapters import adapter_folder
 
-from ..checkpoints.atomic_write import write_whole
+from ..checkpoints.atomic_write import write_atomically
 from ..config.run import RunConfig
 from ..data import Data
 from ..data.files import File, sampled_digest
 from ..devices import compute_dtype
 from ..feed import Feed
-from ..trainable import Tuning
-from .objective import answer_logprobs
+from ..trainable import TrainableSpec
+from .preference import answer_logprobs
 
-NAME = "reference.f32"
+REFERENCE_FILE = "reference.f32"
 
 
 def reference_logprobs(
@@ -44,42 +44,42 @@ def reference_logprobs(
     platform: str,
     data: Data,
     feed: Feed,
-    tuning: Tuning,
+    trainable_spec: TrainableSpec,
     *,
-    beginning: Callable[[], Any],
+    initial_params: Callable[[], Any],
     stop: Callable[[], int],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> np.ndarray | None:
-    """Reads what an earlier launch of the run computed, or computes it; every process gets the same.
+    """Reads the cached log-probabilities, or computes them; every process gets the same array.
 
-    A file that is damaged, or of other data, weights or settings, is replaced: what counts is what the model
-    gives that the run would compare with if it computed as it went.
+    A file that is damaged, or that was computed from other data, weights or settings, is replaced: the values
+    are those that the reference model would give if it ran in each step.
 
     Args:
-      run, model, platform, data, feed, tuning: of the run.
+      run, model, platform, data, feed, trainable_spec: of the run.
       run_dir: its directory.
-      beginning: gives the parameters that training began with; called only where there is work for them.
-      stop: the signal that any process was asked to stop by, or 0; all processes call it.
-      say: called with a line about what takes time.
+      initial_params: returns the initial parameters; called only if something has to be computed.
+      stop: returns the signal that asked any process to stop, or 0; every process calls it.
+      log: called with status messages.
 
     Returns:
-      f32 [records, 2], what `Data.with_reference` takes; None if it was stopped, of which nothing is kept.
+      f32 [records, 2], the argument of `Data.with_reference`; None if it was stopped: nothing is saved then.
 
     Raises:
-      DataError: if a record cannot be read, or the model gives an answer no finite number.
+      DataError: if a record cannot be read, or an answer's log-probability is not finite.
       InputError: if the file cannot be written.
     """
-    first, path, known, table = jax.process_index() == 0, run_dir / NAME, "", None
-    if first:
-        known = _fingerprint(run, model, platform, data, tuning)
-        table = _read(path, known, data.records, say)
-    table = _agreed(table, data.records)
+    is_primary, path, fingerprint, table = jax.process_index() == 0, run_dir / REFERENCE_FILE, "", None
+    if is_primary:
+        fingerprint = _fingerprint(run, model, platform, data, trainable_spec)
+        table = _read(path, fingerprint, data.records, log)
+    table = _broadcast(table, data.records)
     if table is not None:
         return table
-    say(f"reference: the log-probabilities of {data.records} pairs, once, into {path}")
-    table = _compute(run, model, platform, data, feed, beginning(), stop)
-    if first and table is not None:
-        write_whole(path, _encoded(known, table))
+    log(f"reference: computing the log-probabilities of {data.records} pairs once, into {path}")
+    table = _compute(run, model, platform, data, feed, initial_params(), stop)
+    if is_primary and table is not None:
+        write_atomically(path, _encode(fingerprint, table))
     return table
 
 
@@ -92,12 +92,13 @@ def _compute(
     params: Any,
     stop: Callable[[], int],
 ) -> np.ndarray | None:
-    answers = answer_logprobs(model, run.train, platform)
+    logprobs_fn = answer_logprobs(model, run.train, platform)
 
     @jax.jit
-    def placed(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-        """Both whole in every process: which rows are whose is the mesh's business."""
-        return tuple(sharding.constrain(x, P(None, None)) for x in (batch["place"], answers(params, batch)))  # type: ignore[return-value]
+    def replicated(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        """Places and log-probabilities, replicated: every process fills the whole table."""
+        places, logprobs = batch["place"], logprobs_fn(params, batch)
+        return sharding.constrain(places, P(None, None)), sharding.constrain(logprobs, P(None, None))
 
     table = np.full((data.records, 2), np.nan, np.float32)
     console = Console(stderr=True)
@@ -107,67 +108,72 @@ def _compute(
         for batch in data.pairs():
             if stop():
                 return None
-            place, found = map(np.asarray, placed(params, feed.put(batch)))
-            here = place > 0
-            at = place[here] - 1
-            table.reshape(-1)[at] = found[here]
-            if not (finite := np.isfinite(found[here])).all():
-                record = int(at[~finite].min()) // 2
+            places, logprobs = map(np.asarray, replicated(params, feed.put(batch)))
+            is_answer = places > 0
+            indices, values = places[is_answer] - 1, logprobs[is_answer]
+            table.reshape(-1)[indices] = values
+            if not (finite := np.isfinite(values)).all():
+                record = int(indices[~finite].min()) // 2
                 raise DataError(
-                    f"{data.where(record)}: the model that training begins with gives an answer the "
-                    f"log-probability {found[here][~finite][0]}; look at model.init_from, or set "
+                    f"{data.location(record)}: the reference model gives an answer the log-probability "
+                    f"{values[~finite][0]}; check model.init_from, or set "
                     'train.dtype = "float32"'
                 )
-            bar.update(task, completed=int(at.max()) // 2 + 1)
+            bar.update(task, completed=int(indices.max()) // 2 + 1)
     return table
 
 
-def _fingerprint(run: RunConfig, model: LlamaConfig, platform: str, data: Data, tuning: Tuning) -> str:
-    """A hash of what decides the numbers: pairs, initial weights, and what they are held and computed in.
+def _fingerprint(
+    run: RunConfig, model: LlamaConfig, platform: str, data: Data, trainable_spec: TrainableSpec
+) -> str:
+    """A hash of everything that determines the values: pairs, initial weights, base and compute dtypes.
 
-    Of the weights' files sizes and samples are hashed.
+    Weight files are hashed by their sizes and samples.
     """
     digest = hashlib.blake2b(digest_size=16)
-    computed = [compute_dtype(run.train, platform).name, tuning.adapter is not None and tuning.base]
-    said = [data.pairs_fingerprint, dataclasses.asdict(model), computed, run.train.seed]
-    digest.update(json.dumps(said[:3] if run.model.init_from else said).encode())
+    dtypes = [
+        compute_dtype(run.train, platform).name,
+        trainable_spec.adapter is not None and trainable_spec.base,
+    ]
+    inputs = [data.pairs_fingerprint, dataclasses.asdict(model), dtypes]
+    digest.update(json.dumps(inputs if run.model.init_from else [*inputs, run.train.seed]).encode())
     if run.model.init_from:
         opened = open_model(run.model.init_from)
-        held = {info.file for info in opened.source.tensors.values()}
-        for file in [*sorted(held), *map(adapter_folder, opened.adapters)]:
-            for part in sorted(file.rglob("*")) if file.is_dir() else [file]:
-                if part.is_file():
-                    info = part.stat()
-                    digest.update(sampled_digest(File(str(part), part.name, info.st_size, info.st_mtime_ns)))
+        weight_files = {info.file for info in opened.source.tensors.values()}
+        for path in [*sorted(weight_files), *map(adapter_folder, opened.adapters)]:
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                if file.is_file():
+                    info = file.stat()
+                    digest.update(sampled_digest(File(str(file), file.name, info.st_size, info.st_mtime_ns)))
     return digest.hexdigest()
 
 
-def _encoded(fingerprint: str, table: np.ndarray) -> bytes:
-    numbers = table.astype("<f4").tobytes()
-    return f"{fingerprint} {hashlib.sha256(numbers).hexdigest()}\n".encode() + numbers
+def _encode(fingerprint: str, table: np.ndarray) -> bytes:
+    values = table.astype("<f4").tobytes()
+    return f"{fingerprint} {hashlib.sha256(values).hexdigest()}\n".encode() + values
 
 
-def _read(path: Path, fingerprint: str, records: int, say: Callable[[str], None]) -> np.ndarray | None:
-    """What a file holds, or None where it is not there or not what `_encoded` made of these records."""
+def _read(path: Path, fingerprint: str, records: int, log: Callable[[str], None]) -> np.ndarray | None:
+    """The table in a file; None if it is missing, or not what `_encode` wrote for these records."""
     empty = np.zeros((records, 2), np.float32)
-    start = len(_encoded(fingerprint, empty)) - empty.nbytes
+    start = len(_encode(fingerprint, empty)) - empty.nbytes
     try:
         if path.stat().st_size == start + empty.nbytes:
             content = path.read_bytes()
             table = np.frombuffer(content[start:], "<f4").reshape(records, 2).astype(np.float32)
-            if content == _encoded(fingerprint, table):
+            if content == _encode(fingerprint, table):
                 return table
     except FileNotFoundError:
         return None
     except OSError as error:
-        say(f"{path} cannot be read ({error.strerror}): it is computed again")
+        log(f"{path} cannot be read ({error.strerror}); computing it again")
         return None
-    say(f"{path} is damaged, or of other data, weights or settings: it is computed again")
+    log(f"{path} is damaged, or was computed from other data, weights or settings; computing it again")
     return None
 
 
-def _agreed(table: np.ndarray | None, records: int) -> np.ndarray | None:
-    """What the first process has, in every process."""
+def _broadcast(table: np.ndarray | None, records: int) -> np.ndarray | None:
+    """Process 0's table, in every process."""
     if jax.process_count() == 1:
         return table
     if not multihost_utils.broadcast_one_to_all(np.bool_(table is not None)):
