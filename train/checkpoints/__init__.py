@@ -1,1 +1,1 @@
-"""Saving and restoring runs: Orbax behind one class, every file sealed by a checksum."""
+"""Checkpoints: Orbax behind one class, with checksums for every file; atomic writes; the run's lock."""

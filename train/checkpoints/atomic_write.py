@@ -1,4 +1,4 @@
-"""Files of a run's directory that are there whole or not at all."""
+"""Atomic file writes: a file is either complete or absent."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from llama_jax.errors import InputError
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file beside its place, and puts it there by one rename.
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a temporary file in the same directory, then renames it to `path`.
 
     Raises:
       InputError: if it cannot be written.
@@ -19,5 +19,5 @@ def write_whole(path: Path, content: bytes) -> None:
         partial.replace(path)
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be written: {error.strerror}; make room, or choose another"
+            f"{path}: cannot be written: {error.strerror}; free some space, or choose another directory"
         ) from None

@@ -1,7 +1,7 @@
-"""Orbax's CheckpointManager with our manifest in its commit.
+"""Orbax's CheckpointManager, with a checksum manifest as part of the commit.
 
-What Orbax offers: writing beside the training, every process its own part, a commit by rename, and steps
-kept by rules. What is added: everything is hashed before the rename, so that what has a step's name is whole.
+Orbax writes asynchronously, each process its own shards, commits a step by a rename, and applies retention
+policies. Added here: all files are hashed before the rename, so a directory with a step's name is complete.
 """
 
 from __future__ import annotations
@@ -24,70 +24,75 @@ from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint.path import atomicity
 
 from llama_jax.weights import manifest
-from llama_jax.weights.orbax import quiet
-from llama_jax.weights.runs import DATA, PARAMS, RECORD, RUN, STATE, keep_policies
+from llama_jax.weights.orbax import silence_orbax_log
+from llama_jax.weights.runs import DATA, PARAMS, RUN, STATE, STEP_METADATA_FILE, keep_policies
 
-DELETED = "deleted"  # where Orbax moves steps that are no longer kept
-TEMPORARY = atomicity.TMP_DIR_SUFFIX  # a part of the names of steps that are not committed yet
+DELETED = "deleted"  # the directory that Orbax moves steps to that are no longer retained
+TEMPORARY = atomicity.TMP_DIR_SUFFIX  # part of the name of a step that is not committed yet
 
 
 def make_manager(folder: Path, keep: Mapping[str, float]) -> ocp.CheckpointManager:
     """Makes the manager of a run's checkpoints.
 
     Args:
-      folder: where the steps are.
-      keep: which of them stay, as `keep_policies` takes it.
+      folder: the directory of the steps.
+      keep: the retention settings, as for `keep_policies`.
     """
-    here = ocp.options.MultiprocessingOptions(primary_host=None)  # every process writes a file of its own
+    per_process = ocp.options.MultiprocessingOptions(primary_host=None)  # every process writes its own file
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for name in (PARAMS, STATE):
         registry.add(name, ocp.args.PyTreeSave, _HashedTree(use_compression=False))
-    data = ocp.JsonCheckpointHandler(f"process_{jax.process_index()}.json", multiprocessing_options=here)
+    data = ocp.JsonCheckpointHandler(
+        f"process_{jax.process_index()}.json", multiprocessing_options=per_process
+    )
     registry.add(DATA, ocp.args.JsonSave, data)
-    registry.add(RUN, ocp.args.JsonSave, ocp.JsonCheckpointHandler(RECORD))
+    registry.add(RUN, ocp.args.JsonSave, ocp.JsonCheckpointHandler(STEP_METADATA_FILE))
     return ocp.CheckpointManager(
         folder,
         options=ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(list(keep_policies(keep).values())),
-            best_fn=lambda metrics: metrics,  # has the metrics written; the policies say which is best
+            best_fn=lambda metrics: metrics,  # needed for metrics to be saved; the policies select the best
             cleanup_tmp_directories=True,
             todelete_subdir=DELETED,
-            temporary_path_class=_SealedPath,
+            temporary_path_class=_HashedPath,
         ),
         handler_registry=registry,
     )
 
 
-class _SealedPath(atomicity.AtomicRenameTemporaryPath):
-    """Orbax's commit by rename, in two steps: to a second temporary name, and when sealed to the final one.
+class _HashedPath(atomicity.AtomicRenameTemporaryPath):
+    """Orbax's commit by rename in two steps: to a second temporary name, and after hashing to the final one.
 
-    The manifest can so cover everything, even what Orbax writes last.
+    So the manifest covers all files, even those that Orbax writes last.
     """
 
     async def finalize(self) -> None:
         final = self._final_path  # type: ignore[has-type]
-        unsealed = final.parent / f"{final.name}{atomicity.TMP_DIR_SUFFIX}-unsealed"
-        self._final_path = unsealed
+        unhashed = final.parent / f"{final.name}{atomicity.TMP_DIR_SUFFIX}-unsealed"
+        self._final_path = unhashed
         try:
             await super().finalize()
         finally:
             self._final_path = final
-        manifest.write_manifest(Path(unsealed))
-        unsealed.rename(final)
+        manifest.write_manifest(Path(unhashed))
+        unhashed.rename(final)
 
 
 class _HashedTree(ocp.PyTreeCheckpointHandler):
-    """Orbax's trees; each process hashes the arrays that it has written, so that none reads all of them."""
+    """Orbax's handler of trees; each process hashes the shards that it wrote, so that none reads them all."""
 
     async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> Any:
         written = await super().async_save(directory, *args, **kwargs)
-        share = Path(directory) / f"ocdbt.process_{jax.process_index()}"
-        return [*(written or ()), _Then(lambda: manifest.write_manifest(share) if share.is_dir() else None)]
+        shards = Path(directory) / f"ocdbt.process_{jax.process_index()}"
+        return [
+            *(written or ()),
+            _DeferredWork(lambda: manifest.write_manifest(shards) if shards.is_dir() else None),
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Then:
-    """What Orbax waits for after it has waited for the futures before: work to do at that time."""
+class _DeferredWork:
+    """A future whose work runs when Orbax waits for it, after the futures before it."""
 
     work: Callable[[], Any]
 
@@ -98,41 +103,41 @@ class _Then:
         return None
 
 
-_FOR_EVER: list[contextlib.AbstractContextManager[None]] = []
+_PERMANENT: list[contextlib.AbstractContextManager[None]] = []
 
 
-def silence() -> Callable[[], None]:
-    """Keeps off stderr what a failed save leaves behind, beside the one error that is raised.
+def silence_save_failures() -> Callable[[], None]:
+    """Suppresses the messages that a failed save prints on stderr besides raising its error.
 
-    The first tensor that cannot be written ends Orbax's event loop under the others, and each of them
-    complains in its own way: a log with a traceback, an exception that nothing catches, a warning.
+    The first tensor that cannot be written closes Orbax's event loop under the others, and each of them fails
+    in its own way: a logged traceback, an unraisable exception, a warning.
 
     Returns:
-      A function that undoes it; after a failure don't, since the last complaints come at exit.
+      A function that undoes it; do not call it after a failure, since the last messages come at exit.
     """
     logger, hook, stack = logging.getLogger("asyncio"), sys.unraisablehook, contextlib.ExitStack()
 
-    def unraisable(what: sys.UnraisableHookArgs) -> None:
-        if not (isinstance(what.exc_value, RuntimeError) and str(what.exc_value) == "Event loop is closed"):
-            hook(what)
+    def unraisable(args: sys.UnraisableHookArgs) -> None:
+        if not (isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == "Event loop is closed"):
+            hook(args)
 
-    def retrieved(record: logging.LogRecord) -> bool:
+    def is_other(record: logging.LogRecord) -> bool:
         return "never retrieved" not in record.getMessage()
 
-    silent = quiet()
+    silent = silence_orbax_log()
     silent.__enter__()
     stack.callback(silent.__exit__, None, None, None)
-    _FOR_EVER.append(silent)  # collected, it would end: after a failure it is to last as long as the process
-    logger.addFilter(retrieved)
-    stack.callback(logger.removeFilter, retrieved)
+    _PERMANENT.append(silent)  # a collected context would end, and after a failure it must last until exit
+    logger.addFilter(is_other)
+    stack.callback(logger.removeFilter, is_other)
     sys.unraisablehook = unraisable
     stack.callback(setattr, sys, "unraisablehook", hook)
     warnings.filterwarnings("ignore", "coroutine 'async_serialize_from_host", RuntimeWarning)
     return stack.close
 
 
-def one_line(error: BaseException) -> str:
-    """Returns what went wrong, in the operating system's words where it was the first to say."""
+def error_line(error: BaseException) -> str:
+    """Returns the cause of an error in one line: the operating system's message if there is one."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno:
