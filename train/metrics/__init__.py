@@ -1,1 +1,1 @@
-"""What a run reports: metrics, evaluation, FLOPs, plots."""
+"""A run's metrics: logging, evaluation, FLOPs, plots."""

@@ -1,4 +1,4 @@
-"""What a model is worth part-way: its loss on held-out text, and a text of its own."""
+"""Evaluation during training: metrics on the validation set, and sampled text."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ from llama_jax import LlamaConfig, Sampling, generate
 from llama_jax.errors import ConfigError
 from llama_jax.tokenizer import Tokenizer
 
-from ..config.run import EvalConfig, RunConfig
+from ..config.eval import EvalConfig
+from ..config.run import RunConfig
 from ..data import Data
 from ..devices import compute_dtype
 from ..feed import Feed
-from ..objectives.objective import Measure, make_measure
-from ..state import FULL
-from ..trainable import Frozen, Tuning, cast
+from ..objectives import make_metrics_fn
+from ..trainable import FULL_FINETUNING, Frozen, TrainableSpec, cast
 
 
-def make_held_out_loss(
+def make_eval_fn(
     run: RunConfig,
     model: LlamaConfig,
     platform: str,
     data: Data,
     feed: Feed,
-    tuning: Tuning = FULL,
+    trainable_spec: TrainableSpec = FULL_FINETUNING,
     frozen: Frozen = None,
 ) -> Callable[[Any], dict[str, float]]:
-    """Makes the function of what is trained that measures it on the held-out examples.
+    """Makes the function from trainable parameters to metrics on the validation set.
 
-    It returns `eval_loss` (nats a token, or the objective's own loss an example or pair) and what else
-    the objective tells, such as `accuracy`; where tokens are predicted, `perplexity` and `bits_per_byte`; the
-    empty dict where nothing is held out. The z-loss is left out: these numbers compare with everybody's.
+    The metrics are `eval_loss` (nats per token, or the objective's loss per example or pair) and the
+    objective's own, such as `accuracy`; for language modeling `eval_perplexity` and `bits_per_byte`. The dict
+    is empty without a validation set. The z-loss is excluded, so that losses are comparable.
     """
-    plain = dataclasses.replace(run, train=dataclasses.replace(run.train, z_loss=0.0))
-    told: Measure = jax.jit(tuning.over(make_measure(plain, model, platform)))
+    without_z_loss = dataclasses.replace(run, train=dataclasses.replace(run.train, z_loss=0.0))
+    metrics_fn = jax.jit(trainable_spec.wrap(make_metrics_fn(without_z_loss, model, platform)))
 
-    def measure(params: Any) -> dict[str, float]:
+    def evaluate(trainable: Any) -> dict[str, float]:
         count = nbytes = 0.0
         totals: dict[str, np.ndarray] = {}
-        for batch in itertools.islice(data.held_out(), run.eval.batches):
-            loss, numbers = told(params, frozen, feed.put(batch))
-            for name, number in {"eval_loss": loss.total, **numbers}.items():
-                totals[name] = totals.get(name, 0.0) + np.asarray(number, np.float64)
+        for batch in itertools.islice(data.validation_batches(), run.eval.batches):
+            loss, metrics = metrics_fn(trainable, frozen, feed.put(batch))
+            for name, value in {"eval_loss": loss.total, **metrics}.items():
+                totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
             count += float(loss.count)
             nbytes += batch["bytes"]
         if not count:
@@ -67,71 +67,71 @@ def make_held_out_loss(
             "bits_per_byte": float(totals["eval_loss"]) / math.log(2) / nbytes if nbytes else math.nan,
         }
 
-    return measure
+    return evaluate
 
 
 def macro_f1(confusion: np.ndarray) -> float:
-    """The mean over classes of the harmonic mean of precision and recall, 2 hits / (true + taken).
+    """The mean of the classes' F1 scores, 2 hits / (labels + predictions).
 
     Args:
-      confusion: [C, C], how often each class, by row, was taken for each. Classes that neither occur nor are
-        found do not count.
+      confusion: [C, C], the confusion matrix, labels by row. Classes that are neither labels nor predictions
+        are excluded.
     """
-    seen = confusion.sum(0) + confusion.sum(1)
-    return float(np.mean(2 * np.diag(confusion)[seen > 0] / seen[seen > 0]))
+    totals = confusion.sum(0) + confusion.sum(1)
+    return float(np.mean(2 * np.diag(confusion)[totals > 0] / totals[totals > 0]))
 
 
-def make_sampler(
+def make_sample_fn(
     run: RunConfig,
     model: LlamaConfig,
     platform: str,
     tokenizer: Tokenizer,
     mesh: Mesh | None,
-    tuning: Tuning = FULL,
+    trainable_spec: TrainableSpec = FULL_FINETUNING,
     frozen: Frozen = None,
 ) -> Callable[[Any, jax.Array], str]:
-    """Makes the function of what is trained and a key that writes `eval.max_new_tokens` tokens.
+    """Makes the function from trainable parameters and a key to a sampled text.
 
-    They follow `eval.prompt`, and are fewer where the model's context is shorter.
+    It continues `eval.prompt` by up to `eval.max_new_tokens` tokens, as far as the model's context allows.
 
     Raises:
-      ConfigError: if the prompt alone fills it.
+      ConfigError: if the prompt alone fills the context.
     """
     config: EvalConfig = run.eval
-    rows = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]  # each device needs one
+    batch_size = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]  # at least a row per device
     prompt = tokenizer.encode(config.prompt, add_bos=tokenizer.bos_id is not None)
     prompt = prompt or [*tokenizer.eos_ids, 0][:1]
-    room = model.max_position_embeddings - len(prompt)
-    if config.max_new_tokens and room < 1:
+    max_new_tokens = min(config.max_new_tokens, model.max_position_embeddings - len(prompt))
+    if config.max_new_tokens and max_new_tokens < 1:
         raise ConfigError(
             f"eval.prompt has {len(prompt)} tokens and the model's context {model.max_position_embeddings}; "
             "shorten it"
         )
-    tokens = jnp.asarray(np.tile(np.array(prompt, np.int32), (rows, 1)))
+    tokens = jnp.asarray(np.tile(np.array(prompt, np.int32), (batch_size, 1)))
     dtype = compute_dtype(run.train, platform)
 
     @jax.jit
-    def weights(params: Any, frozen: Frozen) -> Any:
-        return cast(tuning.model(params, frozen), dtype)
+    def merged_params(trainable: Any, frozen: Frozen) -> Any:
+        return cast(trainable_spec.merge(trainable, frozen), dtype)
 
-    def write(params: Any, key: jax.Array) -> str:
+    def sample(trainable: Any, key: jax.Array) -> str:
         out = generate(
             model,
-            weights(params, frozen),
+            merged_params(trainable, frozen),
             tokens,
-            jnp.full(rows, len(prompt), jnp.int32),
+            jnp.full(batch_size, len(prompt), jnp.int32),
             key,
             Sampling(temperature=config.temperature),
-            max_new_tokens=min(config.max_new_tokens, room),
+            max_new_tokens=max_new_tokens,
             eos_id=tokenizer.eos_ids,
         )
         ids, lengths = out.tokens, out.lengths
         if jax.process_count() > 1:
             ids, lengths = (multihost_utils.process_allgather(x, tiled=True) for x in (ids, lengths))
-        # A text's first piece loses its space in decoding, and a continuation's must not.
+        # SentencePiece drops the first piece's leading space in decoding; a continuation must keep it.
         text = tokenizer.stream()
         text.extend(prompt)
-        new = np.asarray(ids)[0, : int(np.asarray(lengths)[0])]
-        return config.prompt + text.extend(new) + text.flush()
+        new_ids = np.asarray(ids)[0, : int(np.asarray(lengths)[0])]
+        return config.prompt + text.extend(new_ids) + text.flush()
 
-    return write
+    return sample

@@ -1,4 +1,4 @@
-"""How many operations a token costs, and how many a device can do: what MFU is made of."""
+"""FLOPs per token and peak FLOP/s of the devices, for model FLOPs utilization (MFU)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from llama_jax import LlamaConfig
 
-# Dense bf16 FLOP/s of one JAX device, from the makers' data sheets, by the beginning of `device_kind`.
-_PEAKS = {
+# Dense bf16 FLOP/s of one JAX device, from the vendors' data sheets, by prefix of `device_kind`.
+_PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
@@ -29,17 +29,22 @@ _PEAKS = {
 def flops_per_token(
     model: LlamaConfig, seq_len: int, *, causal: bool, frozen: bool = False, reference: bool = False
 ) -> float:
-    """Operations of a forward and backward pass for each token, rematerialisation not counted.
+    """FLOPs of the forward and backward pass per token, without rematerialization.
 
-    6 for every weight of a matrix product (the output projection included, the embedding look-up not), and
-    12 L N H T for attention's two products (PaLM, arXiv 2204.02311, appendix B), half of it if `causal`: a
-    token sees half of the row on average. Both conventions are in use; compare like with like.
+    6 per weight of a matrix product (including the output projection, not the embedding lookup), and
+    12 L N H T for attention's two products (PaLM, arXiv 2204.02311, appendix B), half of that if `causal`: a
+    token attends to half of the sequence on average. Both conventions are in use; compare like with like.
 
-    Weights that are `frozen` under an adapter have no gradient, 4 in place of 6, and the adapter's own are
-    not counted; a `reference` model's forward pass beside the policy's is 2 more, and 4 more of attention.
+    Args:
+      model: the model's configuration.
+      seq_len: T.
+      causal: whether to count attention's masked half not at all.
+      frozen: base weights are frozen under an adapter: no weight gradients, so 4 per weight instead of 6; the
+        adapter's own weights are not counted.
+      reference: a reference model's forward pass runs beside the policy's: 2 more per weight, and 4 L N H T.
     """
-    looked_up = model.has_output or model.labels  # alone: a tied table is the output projection too
-    embedding = model.vocab_size * model.hidden_size if looked_up else 0
+    lookup_only = model.has_output or model.labels  # a tied embedding is also the output projection
+    embedding = model.vocab_size * model.hidden_size if lookup_only else 0
     norms = (2 * model.num_hidden_layers + 1) * model.hidden_size
     weights = model.num_params - embedding - norms
     attention = (
@@ -53,24 +58,24 @@ def flops_per_token(
 
 
 def peak_flops(dtype: jnp.dtype) -> float:
-    """FLOP/s of all devices: the data sheet's, or, as for a CPU, what a matrix product reaches here."""
+    """Peak FLOP/s of all devices: from the data sheet, or measured with a matrix product, as on CPUs."""
     kind = jax.devices()[0].device_kind
-    for name, peak in _PEAKS.items():
+    for name, peak in _PEAK_FLOPS.items():
         if kind.startswith(name):
             return peak * jax.device_count()
-    # Simulated devices share the processor of their process.
-    return _measured(dtype) * (jax.process_count() if kind == "cpu" else jax.device_count())
+    # Simulated CPU devices share the processor of their process.
+    return _measured_flops(dtype) * (jax.process_count() if kind == "cpu" else jax.device_count())
 
 
-def _measured(dtype: jnp.dtype) -> float:
+def _measured_flops(dtype: jnp.dtype) -> float:
     size = 1024
     with jax.default_device(jax.local_devices()[0]):
         x = jnp.ones((size, size), dtype)
         product = jax.jit(lambda x: jnp.einsum("ij,jk->ik", x, x, preferred_element_type=jnp.float32))
         product(x).block_until_ready()
-        best = float("inf")
+        fastest = float("inf")
         for _ in range(5):
             start = time.perf_counter()
             product(x).block_until_ready()
-            best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+            fastest = min(fastest, time.perf_counter() - start)
+    return 2 * size**3 / fastest

@@ -1,4 +1,4 @@
-"""A run's losses as a picture."""
+"""Plots a run's training loss and eval_loss."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from .report import EVALUATIONS, METRICS, read_records
 PLOT = "loss.png"
 
 
-def plot_losses(run_dir: Path, unigram: float) -> Path | None:
-    """Draws training and held-out loss over steps, with the unigram model's as a line to be below.
+def plot_losses(run_dir: Path, unigram_loss: float) -> Path | None:
+    """Plots training loss and eval_loss over steps, with a unigram model's eval_loss as the baseline.
+
+    Args:
+      run_dir: the run's directory.
+      unigram_loss: the baseline, in nats per token; NaN for none.
 
     Returns:
-      The picture's path; None where matplotlib is not installed.
+      The path of the image; None if matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
         return None
@@ -23,15 +27,17 @@ def plot_losses(run_dir: Path, unigram: float) -> Path | None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    trained = read_records(run_dir / METRICS)
-    axes.plot([r["step"] for r in trained], [r["loss"] for r in trained], label="training", linewidth=1)
-    measured = [r for r in read_records(run_dir / EVALUATIONS) if r.get("eval_loss") is not None]
-    if measured:
-        steps, losses = zip(*((r["step"], r["eval_loss"]) for r in measured), strict=True)
-        axes.plot(steps, losses, "o-", label="held out", markersize=4)
-    if math.isfinite(unigram):
-        axes.axhline(unigram, color="gray", linestyle="--", linewidth=1, label="unigram model, held out")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=run_dir.name)
+    records = read_records(run_dir / METRICS)
+    axes.plot([r["step"] for r in records], [r["loss"] for r in records], label="loss", linewidth=1)
+    evaluations = [r for r in read_records(run_dir / EVALUATIONS) if r.get("eval_loss") is not None]
+    if evaluations:
+        steps, losses = zip(*((r["step"], r["eval_loss"]) for r in evaluations), strict=True)
+        axes.plot(steps, losses, "o-", label="eval_loss", markersize=4)
+    if math.isfinite(unigram_loss):
+        axes.axhline(
+            unigram_loss, color="gray", linestyle="--", linewidth=1, label="eval_loss of a unigram model"
+        )
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=run_dir.name)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(run_dir / PLOT, dpi=150)

@@ -1,7 +1,8 @@
-"""What a run says of itself before its first step and after its last."""
+"""Log messages before a run's first step and after its last."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,84 +12,84 @@ from jax.sharding import Mesh
 
 from llama_jax import LlamaConfig
 from llama_jax.console import terminal
-from llama_jax.weights.adapters import IN_RUN
+from llama_jax.weights.adapters import RUN_ADAPTER_DIR
 
-from ..config.finetune import HEADS
+from ..config.objective import HEAD_OBJECTIVES
 from ..config.run import RunConfig
 from ..data import Data
 from ..devices import compute_dtype
 from ..trainable import Frozen
 from .plot import plot_losses
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def introduce(run: RunConfig, model: LlamaConfig, data: Data, mesh: Mesh | None, say: Say) -> None:
-    """The first words: model, data, and what a step is."""
+def log_run(run: RunConfig, model: LlamaConfig, data: Data, mesh: Mesh | None, log: Log) -> None:
+    """Logs the sizes of model, data, batch and mesh."""
     facts = data.describe()
-    sizes = "" if mesh is None else " x ".join(f"{n} {s}" for n, s in mesh.shape.items() if s > 1)
+    axes = "" if mesh is None else " x ".join(f"{n} {s}" for n, s in mesh.shape.items() if s > 1)
     platform = jax.devices()[0].platform
-    say(
+    log(
         f"model: {model.num_params / 1e6:,.1f}M parameters, {model.num_hidden_layers} layers; vocabulary "
         f"{model.vocab_size}"
     )
-    say(
-        f"data: {facts['documents']} documents, {facts['held_out_documents']} of them held out, "
+    log(
+        f"data: {facts['documents']} documents, {facts['validation_documents']} of them for validation, "
         f"{terminal.human_bytes(facts['bytes'])}"
     )
-    tell_examples(data, say)
+    log_example_lengths(data, log)
     if 0 < run.optimizer.schedule_steps < run.train.steps and run.optimizer.schedule != "constant":
-        say(
-            f"the learning rate's schedule ends after step {run.optimizer.schedule_steps} of "
+        log(
+            f"the learning-rate schedule ends after step {run.optimizer.schedule_steps} of "
             f"{run.train.steps}: optimizer.schedule_steps"
         )
-    say(
+    log(
         f"step: {run.train.global_batch_size} x {run.train.seq_len} tokens in "
         f"{compute_dtype(run.train, platform).name} on {jax.device_count()} {jax.devices()[0].device_kind} "
-        f"device{'s' * (jax.device_count() > 1)}{f' ({sizes})' if sizes else ''}"
+        f"device{'s' * (jax.device_count() > 1)}{f' ({axes})' if axes else ''}"
     )
 
 
-def tell_examples(data: Data, say: Say) -> None:
-    """Says of finetuning's examples how long they are, and what of them is learned or was left out."""
+def log_example_lengths(data: Data, log: Log) -> None:
+    """Logs the lengths of finetuning examples, the fraction of tokens in the loss, and skipped examples."""
     sample = data.describe().get("sample")
     if not sample or not sample["examples"]:
         return
     skipped = ", ".join(f"{count} {reason}" for reason, count in sample["skipped"].items())
-    say(
-        f"of the first {sample['examples']} examples: {sample['tokens'] / sample['examples']:.0f} tokens "
-        f"each, the longest {sample['longest']}; {sample['learned'] / sample['tokens']:.0%} are learned"
-        + (f"; left out: {skipped}" if skipped else "")
+    log(
+        f"first {sample['examples']} examples: {sample['tokens'] / sample['examples']:.0f} tokens "
+        f"on average, at most {sample['longest']}; {sample['learned'] / sample['tokens']:.0%} of them in "
+        "the loss" + (f"; skipped: {skipped}" if skipped else "")
     )
 
 
-def tell_adapter(run: RunConfig, trained: Any, frozen: Frozen, say: Say) -> None:
-    """How much is trained, and what the base takes."""
+def log_adapter(run: RunConfig, trainable: Any, frozen: Frozen, log: Log) -> None:
+    """Logs the number of trainable parameters and the size of the frozen base, if an adapter is trained."""
     if frozen is None or run.adapter.type == "none":
         return
-    count = sum(leaf.size for leaf in jax.tree.leaves(trained))
+    count = sum(leaf.size for leaf in jax.tree.leaves(trainable))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(frozen["base"]))
-    say(
-        f"{run.adapter.settings}: {count / 1e6:,.2f}M parameters are trained, over a frozen base of "
+    log(
+        f"{run.adapter.settings}: {count / 1e6:,.2f}M trainable parameters on a frozen base of "
         f"{terminal.human_bytes(size)}"
     )
 
 
-def finish(run: RunConfig, run_dir: Path, data: Data, say: Say) -> None:
-    """The last words: how good the model is beside counting words, the plot, and what to do next."""
-    unigram = data.unigram_loss()
-    if unigram == unigram:  # not NaN: something is held out
-        say(f"held-out loss of a unigram model of the same tokens: {unigram:.4f}")
+def log_results(run: RunConfig, run_dir: Path, data: Data, log: Log) -> None:
+    """Logs a unigram baseline, the files that were written, and the command to try next; plots the losses."""
+    unigram_loss = data.unigram_loss()
+    if not math.isnan(unigram_loss):  # there is a validation set
+        log(f"eval_loss of a unigram model of the same tokens: {unigram_loss:.4f}")
     if run.log.plot:
-        drawn = plot_losses(run_dir, unigram)
-        say(f"loss plot: {drawn}" if drawn else "loss plot: needs pip install 'llama-jax[plot]'")
+        path = plot_losses(run_dir, unigram_loss)
+        log(f"loss plot: {path}" if path else "loss plot: needs pip install 'llama-jax[plot]'")
     if run.adapter.type != "none":
-        whose = "AdapterHub" if run.adapter.type == "bottleneck" else "PEFT"
-        say(f"the adapter is in {run_dir / IN_RUN}, in {whose}'s format")
-    if run.train.objective not in HEADS:
-        then = f"llama-jax generate {run_dir} --prompt ..."
+        library = "AdapterHub" if run.adapter.type == "bottleneck" else "PEFT"
+        log(f"the adapter is in {run_dir / RUN_ADAPTER_DIR}, in {library} format")
+    if run.train.objective not in HEAD_OBJECTIVES:
+        command = f"llama-jax generate {run_dir} --prompt ..."
     elif run.adapter.type in ("none", "lora"):
-        then = f"llama-jax convert {run_dir} OUT --to hf"
+        command = f"llama-jax convert {run_dir} OUT --to hf"
     else:
-        then = f"llama_jax.train.scorer.Scorer.load({str(run_dir)!r}) in Python"
-    say(f"the model is in {run_dir}; try: {then}")
+        command = f"llama_jax.train.scorer.Scorer.load({str(run_dir)!r}) in Python"
+    log(f"the model is in {run_dir}; next: {command}")
