@@ -30,6 +30,6 @@ def test_the_golden_notices_a_wrong_setting(change: str, monkeypatch: pytest.Mon
     if change == "eps":
         config = dataclasses.replace(config, eps=1e-8)
     else:
-        monkeypatch.setattr(optimizer, "decayed", None)  # optax then decays every leaf
+        monkeypatch.setattr(optimizer, "weight_decay_mask", None)  # optax then decays every leaf
     curve = training.our_curve(config, remat="none", attention="xla", loss_chunks=1)
     assert training.difference(curve, training.golden_curve()) > 10 * training.TOLERANCE

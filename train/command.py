@@ -11,9 +11,8 @@ from llama_jax.console.parser import UsageError
 HELP = """\
 usage: llama-jax train CONFIG [--show-batch] [--section.key VALUE ...]
 
-Train a Llama: text to tokenizer, to packed batches, to checkpoints, to text; or finetune one. CONFIG is a
-TOML file (see configs/); every key of it can be given on the command line. The same command again resumes
-the run, bit for bit, from its newest whole checkpoint.
+Pretrain or finetune a Llama. CONFIG is a TOML file (see configs/); every key can also be set on the command
+line. The same command again resumes the run, bit for bit, from its newest intact checkpoint.
 
 examples:
   llama-jax train configs/tiny_cpu.toml
@@ -22,14 +21,14 @@ examples:
   llama-jax generate runs/tiny_cpu --prompt "def main("
   llama-jax train configs/sft_smollm2.toml --show-batch
 
---show-batch prints the first batch instead of training: what is learned, token by token.
+--show-batch prints the first batch instead of training, and marks the tokens in the loss.
 
-RUN_DIR then holds config.toml, metrics.jsonl (a line every log.every steps), evaluations.jsonl, checkpoints/,
-the tokenizer, tensorboard/, and loss.png at the end.
+The run directory contains config.toml, metrics.jsonl (a line every log.every steps), evaluations.jsonl,
+checkpoints/, the tokenizer, tensorboard/, and loss.png at the end.
 
 exit status: 0 done; 2 bad input, or a checkpoint that cannot be written; 3 the loss was not finite for
-train.max_bad_steps steps in a row; 130 after Ctrl-C and 143 after SIGTERM, with everything saved (a second
-Ctrl-C stops at once). SIGUSR1 takes a profiler trace of the next train.profile_steps steps.
+train.max_bad_steps consecutive steps; 130 after Ctrl-C and 143 after SIGTERM, with the state saved (a second
+Ctrl-C exits immediately). SIGUSR1 takes a profiler trace of the next train.profile_steps steps.
 """
 
 
@@ -42,18 +41,18 @@ def run(argv: Sequence[str]) -> None:
         return
     if argv[0].startswith("-"):
         raise UsageError(f"missing CONFIG before {argv[0]}; see: llama-jax train --help")
-    for needed in ("optax", "grain", "tensorboardX", "tomli_w"):
-        if importlib.util.find_spec(needed) is None:
-            raise UsageError(f"training needs {needed}: pip install 'llama-jax[train]'")
+    for package in ("optax", "grain", "tensorboardX", "tomli_w"):
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f"training needs {package}: pip install 'llama-jax[train]'")
 
     from .config.read import load_config
-    from .launch import first_batch, train
+    from .launch import print_first_batch, train
     from .loop import Diverged
 
-    words = [word for word in argv[1:] if word != "--show-batch"]
-    config = load_config(argv[0], words)
-    if len(words) < len(argv) - 1:
-        first_batch(config)
+    overrides = [argument for argument in argv[1:] if argument != "--show-batch"]
+    config = load_config(argv[0], overrides)
+    if "--show-batch" in argv[1:]:
+        print_first_batch(config)
         return
     try:
         stopped = train(config)

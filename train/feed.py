@@ -1,4 +1,4 @@
-"""Rows from this process's data to the devices of the mesh."""
+"""Transfers this process's rows of a batch to the devices of the mesh."""
 
 from __future__ import annotations
 
@@ -14,88 +14,95 @@ from llama_jax.errors import ConfigError
 from llama_jax.sharding import TOKENS_BT, named
 
 
-def batch_arrays(objective: str, *, reference: bool = False) -> dict[str, np.dtype]:
-    """The arrays [B, T] of an objective's batches, and their dtypes; see `objectives.Batch`.
+def batch_dtypes(objective: str, *, reference: bool = False) -> dict[str, np.dtype]:
+    """Names and dtypes of the arrays [B, T] of an objective's batches; see `objectives.common.Batch`.
 
-    Pairs whose `reference` log-probabilities were computed beforehand carry them.
+    Args:
+      objective: `train.objective`.
+      reference: whether batches carry precomputed reference log-probabilities.
     """
-    whole, number = np.dtype(np.int32), np.dtype(np.float32)
-    arrays = dict.fromkeys(("tokens", "segment_ids", "positions"), whole)
+    int32, float32 = np.dtype(np.int32), np.dtype(np.float32)
+    dtypes = dict.fromkeys(("tokens", "segment_ids", "positions"), int32)
     if objective == "pretrain":
-        return arrays
-    return {**arrays, "mask": whole, "value": number, **({"reference": number} if reference else {})}
+        return dtypes
+    return {**dtypes, "mask": int32, "value": float32, **({"reference": float32} if reference else {})}
 
 
-def arrays_of(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """A batch without what else is said of it, such as how many bytes of text it spells."""
+def only_arrays(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Drops a batch's metadata, such as the number of bytes of its text."""
     return {name: x for name, x in batch.items() if isinstance(x, np.ndarray)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """Which share of every global batch this process reads, and where it goes.
+    """This process's shard of every global batch, and its transfer to the devices.
 
-    Processes whose devices hold the same rows (a `tensor` axis that spans processes) read the same share.
-    Which share goes to which devices follows the mesh, so on pods whose devices are not in order of their
-    processes a batch's rows are permuted: the same ones in every step.
+    Processes whose devices hold the same rows (a `tensor` axis that spans processes) read the same shard.
+    The mesh determines which devices a shard goes to, so if devices are not in the order of their processes,
+    as on some pods, the rows of a batch are permuted: in every step in the same way.
 
     Attributes:
-      share, shares: this process reads share number `share` of so many, each batch_size / shares rows.
+      shard, num_shards: this process reads shard `shard` of `num_shards`, batch_size / num_shards rows each.
     """
 
-    share: int
-    shares: int
-    _layout: Any
+    shard: int
+    num_shards: int
+    _sharding: Any
     _shape: tuple[int, int]
-    _place: Mapping[int, int]  # first row of a device's part -> its place among the rows read here
+    _local_row: Mapping[
+        int, int
+    ]  # first global row of a device's block -> the same row among those read here
 
     @staticmethod
-    def over(mesh: Mesh | None, batch_size: int, seq_len: int) -> Feed:
-        """Works out the shares.
+    def for_mesh(mesh: Mesh | None, batch_size: int, seq_len: int) -> Feed:
+        """Computes the shards.
 
         Raises:
-          ConfigError: if the mesh does not divide the batch, or splits it in a way that no equal shares fit.
+          ConfigError: if the mesh does not divide the batch, or the shards of processes overlap or differ in
+            size.
         """
         if mesh is None:
             return Feed(0, 1, None, (batch_size, seq_len), {})
         sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
-        parts = sizes["data"] * sizes["fsdp"]
-        if batch_size % parts:
+        num_blocks = sizes["data"] * sizes["fsdp"]
+        if batch_size % num_blocks:
             raise ConfigError(
-                f"train.global_batch_size is {batch_size}, which mesh.data x mesh.fsdp = {parts} does not divide; "
-                f"make it {-(-batch_size // parts) * parts}"
+                f"train.global_batch_size is {batch_size}, which mesh.data x mesh.fsdp = {num_blocks} does "
+                f"not divide; make it {-(-batch_size // num_blocks) * num_blocks}"
             )
         if seq_len % sizes["context"]:
             raise ConfigError(
                 f"train.seq_len is {seq_len}, which mesh.context {sizes['context']} does not divide; "
                 f"make it {-(-seq_len // sizes['context']) * sizes['context']}"
             )
-        layout, shape = named(mesh, TOKENS_BT), (batch_size, seq_len)
-        rows: dict[int, set[int]] = {}
-        parts_of: Mapping[Any, Any] = layout.devices_indices_map(shape)
-        for device, index in parts_of.items():
-            rows.setdefault(device.process_index, set()).add(index[0].start or 0)
-        shares = sorted({tuple(sorted(starts)) for starts in rows.values()})
-        if len({len(share) for share in shares}) > 1 or sum(map(len, shares)) != parts:
+        sharding, shape = named(mesh, TOKENS_BT), (batch_size, seq_len)
+        starts_of: dict[int, set[int]] = {}  # process -> first rows of its devices' blocks
+        indices: Mapping[Any, Any] = sharding.devices_indices_map(shape)
+        for device, index in indices.items():
+            starts_of.setdefault(device.process_index, set()).add(index[0].start or 0)
+        shards = sorted({tuple(sorted(starts)) for starts in starts_of.values()})
+        if len({len(shard) for shard in shards}) > 1 or sum(map(len, shards)) != num_blocks:
             raise ConfigError(
                 f"mesh {sizes}: processes would need overlapping rows of a batch; let mesh.tensor x "
                 "mesh.context divide the devices of a process, or be a multiple of them"
             )
-        mine = tuple(sorted(rows[jax.process_index()])) if jax.process_index() in rows else shares[0]
-        size = batch_size // parts
-        return Feed(shares.index(mine), len(shares), layout, shape, {s: i * size for i, s in enumerate(mine)})
+        process = jax.process_index()
+        local = tuple(sorted(starts_of[process])) if process in starts_of else shards[0]
+        rows = batch_size // num_blocks
+        local_row = {start: i * rows for i, start in enumerate(local)}
+        return Feed(shards.index(local), len(shards), sharding, shape, local_row)
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """The global arrays of a batch of which this process has read its share, [rows, T] each."""
-        arrays = arrays_of(batch)
-        if self._layout is None:
+        """Makes the global arrays [B, T] of a batch from this process's shard, [rows, T] each."""
+        arrays = only_arrays(batch)
+        if self._sharding is None:
             return {name: jax.device_put(x) for name, x in arrays.items()}
-        return {name: self._array(x) for name, x in arrays.items()}
+        return {name: self._global_array(x) for name, x in arrays.items()}
 
-    def _array(self, local: np.ndarray) -> jax.Array:
-        def part(index: Any) -> np.ndarray:
+    def _global_array(self, local: np.ndarray) -> jax.Array:
+        def block(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(self._shape[0])
-            first = self._place[start]
+            first = self._local_row[start]
             return local[first : first + stop - start, index[1]]
 
-        return jax.make_array_from_callback(self._shape, self._layout, part)
+        return jax.make_array_from_callback(self._shape, self._sharding, block)

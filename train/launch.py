@@ -1,4 +1,4 @@
-"""From a configuration to a finished run: devices, vocabulary, data, state, compiled step; then the loop."""
+"""From a configuration to a finished run: devices, tokenizer, data, state, compiled step; then the loop."""
 
 from __future__ import annotations
 
@@ -14,190 +14,210 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from rich.console import Console
 
 from llama_jax import LlamaConfig, adapters
 from llama_jax.console import terminal
-from llama_jax.console.compilation_cache import keep_compiled_programs
+from llama_jax.console.compilation_cache import enable_compilation_cache
 from llama_jax.errors import ConfigError, DataError, InputError
 from llama_jax.sharding import check_mesh, use_mesh
 from llama_jax.tokenizer import Tokenizer
-from llama_jax.weights.adapters import IN_RUN
+from llama_jax.weights.adapters import RUN_ADAPTER_DIR
 from llama_jax.weights.derived import Head
 from llama_jax.weights.write.adapters import save_adapter
 
-from .checkpoints.atomic_write import write_whole
-from .checkpoints.checkpoints import Checkpoints
+from .checkpoints.atomic_write import write_atomically
+from .checkpoints.checkpoints import Checkpoints, Restored
 from .checkpoints.lock import run_lock
 from .config.read import to_toml
 from .config.run import RunConfig
 from .data import Data, open_data, show_batch
 from .devices import compute_dtype, join_processes, run_mesh
 from .feed import Feed
-from .initialization import starting_model, starting_weights
-from .loop import MEASURED, Loop
-from .metrics.evaluate import make_held_out_loss, make_sampler
+from .initialization import load_pretrained, model_config
+from .loop import EVAL_LOSSES, Loop
+from .metrics.evaluate import make_eval_fn, make_sample_fn
 from .metrics.flops import flops_per_token, peak_flops
 from .metrics.report import Report
-from .metrics.run_log import finish, introduce, tell_adapter, tell_examples
-from .objectives.objective import make_objective
+from .metrics.run_log import log_adapter, log_example_lengths, log_results, log_run
+from .objectives import make_loss_fn
 from .objectives.reference import reference_logprobs
 from .optimizer import make_optimizer, make_schedule
 from .signals import Interrupts
-from .state import begin, take_apart
+from .state import TrainState, init_state, split_params
 from .step import build_step
 from .tokenizer import run_tokenizer
-from .trainable import Frozen, Tuning
+from .trainable import Frozen, TrainableSpec
 
-CONFIG = "config.toml"
+CONFIG_FILE = "config.toml"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Everything about a run that is known before its state exists.
+
+    Attributes:
+      run: the configuration.
+      run_dir: the run's directory.
+      platform: such as `cpu`, `gpu` or `tpu`.
+      mesh: the device mesh; None for a single device.
+      feed: transfers batches to the devices.
+      tokenizer: the run's tokenizer.
+      model: the model's configuration.
+      trainable_spec: which parameters are trained.
+      data: the training and validation data.
+      is_primary: whether this is process 0, which writes files and logs.
+      log: prints a line on stderr; does nothing in other processes.
+    """
+
+    run: RunConfig
+    run_dir: Path
+    platform: str
+    mesh: Mesh | None
+    feed: Feed
+    tokenizer: Tokenizer
+    model: LlamaConfig
+    trainable_spec: TrainableSpec
+    data: Data
+    is_primary: bool
+    log: Callable[[str], None]
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What determines the order of batches: saved in checkpoints, compared when the run is resumed."""
+        train = self.run.train
+        return {"data": self.data.fingerprint, "seed": train.seed, "seq_len": train.seq_len}
+
+    def load_pretrained(self) -> Any:
+        """The weights of `model.init_from`; None if weights start random."""
+        return load_pretrained(self.run, self.mesh, self.trainable_spec)
+
+    def split_initial_params(self) -> tuple[Any, Frozen]:
+        """The initial trainable and frozen parameters."""
+        params = self.load_pretrained()
+        return split_params(self.model, self.run.train.seed, params, self.trainable_spec)
 
 
 def train(run: RunConfig) -> int:
-    """Trains, or goes on with the run that `train.run_dir` holds.
+    """Trains a model, or resumes the run in `train.run_dir`.
 
     Returns:
-      0 when the last step is done, or the number of the signal that stopped it with everything saved.
+      0 when the last step is done, or the number of the signal that stopped the run, with its state saved.
 
     Raises:
-      LlamaJaxError: for whatever a user can mend, in one line.
+      LlamaJaxError: with a one-line message for bad input, and for files that cannot be read or written.
     """
-    if run.log.wandb and importlib.util.find_spec("wandb") is None:
-        raise InputError(
-            f"log.wandb is {run.log.wandb!r} and wandb is not installed: pip install 'llama-jax[wandb]'"
-        )
-    join_processes(run.distributed)  # where JAX takes SIGTERM for itself, so before Interrupts takes it back
+    _check_wandb(run)
+    join_processes(run.distributed)  # JAX installs a SIGTERM handler there, which Interrupts replaces
     with Interrupts() as interrupts, contextlib.ExitStack() as stack:
-        first = jax.process_index() == 0
-        say: Callable[[str], None] = terminal.note if first else lambda _: None
-        keep_compiled_programs()
-        mesh = run_mesh(run.mesh)
-        feed = Feed.over(mesh, run.train.global_batch_size, run.train.seq_len)
-        run_dir = Path(run.train.run_dir).expanduser()
-        if first:
-            stack.enter_context(run_lock(run_dir, warn=say))
-        tokenizer = run_tokenizer(run, run_dir)
-        model = starting_model(run, tokenizer)
-        platform = jax.devices()[0].platform
-        tuning = Tuning.of(run, platform, outputs=len(model.labels))
-        if mesh is not None:
-            check_mesh(model, mesh)
-        data = _open_data(run, tokenizer, feed.share, feed.shares)
-        notes = {"data": data.fingerprint, "seed": run.train.seed, "seq_len": run.train.seq_len}
+        setup = _set_up(run, stack)
         checkpoints = stack.enter_context(
-            Checkpoints(run_dir, run.checkpoint, model=model, run=notes, warn=say)
-        )
-        stack.enter_context(use_mesh(mesh))
-        step, abstract, abstract_batch, abstract_frozen = build_step(run, model, mesh, platform, tuning)
-        restored, measured = checkpoints.restore(abstract), []
-        if restored is None:
-            optimizer = make_optimizer(run.optimizer, make_schedule(run.optimizer, run.train.steps))
-            params, done = starting_weights(run, mesh, tuning), 0
-            state, frozen = begin(model, optimizer, run.train.seed, params, tuning)
-        else:
-            _check_same(restored.run, notes, run_dir)
-            state, done = restored.state, restored.step
-            frozen = None
-            if abstract_frozen is not None:  # no checkpoint holds it
-                frozen = take_apart(model, run.train.seed, starting_weights(run, mesh, tuning), tuning)[1]
-            measured = restored.data_states[0].get(MEASURED, [])
-            say(f"resuming {run_dir} after step {done}")
-        if first:
-            write_whole(run_dir / CONFIG, to_toml(run).encode())
-        introduce(run, model, data, mesh, say)
-        tell_adapter(run, state.params, frozen, say)
-        if done >= run.train.steps:
-            say(f"{run_dir} has had its {done} steps; train.steps makes it go on")
-            return 0
-        if run.preference.precompute_ref_log_probs:
-
-            def beginning() -> Any:
-                if restored is None or frozen is not None:
-                    return tuning.beginning(state.params, frozen)
-                return take_apart(model, run.train.seed, starting_weights(run, mesh, tuning), tuning)[0]
-
-            logprobs = reference_logprobs(
-                run,
-                run_dir,
-                model,
-                platform,
-                data,
-                feed,
-                tuning,
-                beginning=beginning,
-                stop=interrupts.agreed_stop,
-                say=say,
+            Checkpoints(
+                setup.run_dir, run.checkpoint, model=setup.model, run=setup.provenance, warn=setup.log
             )
-            if logprobs is None:
-                say("stopped before the first batch; nothing is saved")
-                return interrupts.agreed_stop()
-            data = data.with_reference(logprobs)
+        )
+        stack.enter_context(use_mesh(setup.mesh))
+        step, *abstract_args = build_step(run, setup.model, setup.mesh, setup.platform, setup.trainable_spec)
+        restored = checkpoints.restore(abstract_args[0])
+        state, frozen = _initialize(setup, restored, has_frozen=abstract_args[2] is not None)
+        start_step = 0 if restored is None else restored.step
+        if setup.is_primary:
+            write_atomically(setup.run_dir / CONFIG_FILE, to_toml(run).encode())
+        log_run(run, setup.model, setup.data, setup.mesh, setup.log)
+        log_adapter(run, state.params, frozen, setup.log)
+        if start_step >= run.train.steps:
+            setup.log(
+                f"{setup.run_dir} is complete after {start_step} steps; increase train.steps to continue"
+            )
+            return 0
+        data = _with_reference_logprobs(setup, state, frozen, restored, interrupts)
+        if data is None:
+            setup.log("stopped before the first batch; nothing is saved")
+            return interrupts.agreed_stop()
         batches = data.train()
         stack.callback(batches.close)
         if restored is not None:
             batches.restore(restored.data_states)
         with terminal.spinner("compiling the step ..."):
-            compiled = step.lower(abstract, abstract_batch, abstract_frozen).compile()
-        report = Report(
-            run_dir,
-            run.log,
-            steps=run.train.steps,
-            done=done,
-            first=first,
-            settings=dataclasses.asdict(run),
-        )
+            compiled = step.lower(*abstract_args).compile()
+        model, platform, spec = setup.model, setup.platform, setup.trainable_spec
         loop = Loop(
             run=run,
-            run_dir=run_dir,
+            run_dir=setup.run_dir,
             step=lambda state, batch: compiled(state, batch, frozen),
             state=state,
-            done=done,
+            steps_done=start_step,
             batches=batches,
-            feed=feed,
+            feed=setup.feed,
             checkpoints=checkpoints,
-            report=stack.enter_context(report),
+            report=stack.enter_context(_make_report(setup, start_step)),
             interrupts=interrupts,
-            held_out=make_held_out_loss(run, model, platform, data, feed, tuning, frozen),
-            sample=make_sampler(run, model, platform, tokenizer, mesh, tuning, frozen),
-            diagnose=_diagnosis(run, model, platform, tuning, frozen),
-            flops={
-                kind: flops_per_token(
-                    model,
-                    run.train.seq_len,
-                    causal=kind == "causal",
-                    frozen=tuning.adapter is not None,
-                    reference=tuning.reference,
-                )
-                for kind in ("causal", "full")
-            },
-            peak=peak_flops(compute_dtype(run.train, platform)),
-            measured=list(measured),
+            evaluate=make_eval_fn(run, model, platform, data, setup.feed, spec, frozen),
+            sample=make_sample_fn(run, model, platform, setup.tokenizer, setup.mesh, spec, frozen),
+            find_nonfinite=_make_find_nonfinite(setup, frozen),
+            flops_per_token=_flops_per_token(setup),
+            peak_flops=peak_flops(compute_dtype(run.train, platform)),
+            eval_losses=[] if restored is None else list(restored.data_states[0].get(EVAL_LOSSES, [])),
         )
         stopped = loop.train()
-        if stopped:
-            report.say(f"saved after step {loop.done}; the same command goes on from there")
-            return stopped
-        if tuning.adapter is not None:
-            _save_adapter(run, run_dir, model, tuning.adapter, loop.state.params)
-        if first:
-            finish(run, run_dir, data, report.say)
+        _finish(setup, data, loop, stopped)
         return stopped
 
 
-def first_batch(run: RunConfig) -> None:
-    """Prints the first batch of a run, token by token, and leaves no trace of it.
+def print_first_batch(run: RunConfig) -> None:
+    """Prints the first batch of a run, token by token, without creating the run.
 
     Raises:
-      LlamaJaxError: for whatever a user can mend, in one line.
+      LlamaJaxError: with a one-line message for bad input.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = run_tokenizer(run, Path(folder))
-        data = _open_data(run, tokenizer, 0, 1)
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer = run_tokenizer(run, Path(directory))
+        data = _open_data(run, tokenizer, shard=0, num_shards=1)
         with contextlib.closing(data.train()) as batches:
             show_batch(next(batches), tokenizer, Console(highlight=False))
-    tell_examples(data, terminal.note)
+    log_example_lengths(data, terminal.note)
 
 
-def _open_data(run: RunConfig, tokenizer: Tokenizer, share: int, shares: int) -> Data:
+def _check_wandb(run: RunConfig) -> None:
+    if run.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise InputError(
+            f"log.wandb is {run.log.wandb!r} and wandb is not installed: pip install 'llama-jax[wandb]'"
+        )
+
+
+def _set_up(run: RunConfig, stack: contextlib.ExitStack) -> Setup:
+    """Locks the run's directory, and opens devices, tokenizer, model and data."""
+    is_primary = jax.process_index() == 0
+    log: Callable[[str], None] = terminal.note if is_primary else lambda _: None
+    enable_compilation_cache()
+    mesh = run_mesh(run.mesh)
+    feed = Feed.for_mesh(mesh, run.train.global_batch_size, run.train.seq_len)
+    run_dir = Path(run.train.run_dir).expanduser()
+    if is_primary:
+        stack.enter_context(run_lock(run_dir, warn=log))
+    tokenizer = run_tokenizer(run, run_dir)
+    model = model_config(run, tokenizer)
+    platform = jax.devices()[0].platform
+    trainable_spec = TrainableSpec.from_config(run, platform, head_outputs=len(model.labels))
+    if mesh is not None:
+        check_mesh(model, mesh)
+    return Setup(
+        run=run,
+        run_dir=run_dir,
+        platform=platform,
+        mesh=mesh,
+        feed=feed,
+        tokenizer=tokenizer,
+        model=model,
+        trainable_spec=trainable_spec,
+        data=_open_data(run, tokenizer, shard=feed.shard, num_shards=feed.num_shards),
+        is_primary=is_primary,
+        log=log,
+    )
+
+
+def _open_data(run: RunConfig, tokenizer: Tokenizer, *, shard: int, num_shards: int) -> Data:
     return open_data(
         run.data,
         tokenizer,
@@ -205,58 +225,139 @@ def _open_data(run: RunConfig, tokenizer: Tokenizer, share: int, shares: int) ->
         seq_len=run.train.seq_len,
         batch_size=run.train.global_batch_size,
         seed=run.train.seed,
-        process_index=share,
-        process_count=shares,
+        process_index=shard,
+        process_count=num_shards,
     )
 
 
-def _save_adapter(
-    run: RunConfig, run_dir: Path, model: LlamaConfig, settings: adapters.Settings, trained: Any
-) -> None:
-    """Writes the adapter, of all processes' parts."""
-    if jax.process_count() > 1:
-        trained = multihost_utils.process_allgather(trained, tiled=True)
-    if jax.process_index() == 0:
-        adapter, head = {"layers": trained["layers"]}, None
-        if model.labels:
-            head = Head(np.asarray(trained["score"]["kernel"]).T, model.labels)
-        where, base = run_dir / IN_RUN, run.model.init_from
-        save_adapter(where, settings, adapter, model, base_model=base, replace=True, head=head)
+def _initialize(setup: Setup, restored: Restored | None, *, has_frozen: bool) -> tuple[TrainState, Frozen]:
+    """The state, new or from a checkpoint, and the frozen parameters, which no checkpoint stores."""
+    run = setup.run
+    if restored is None:
+        optimizer = make_optimizer(run.optimizer, make_schedule(run.optimizer, run.train.steps))
+        params = setup.load_pretrained()
+        return init_state(setup.model, optimizer, run.train.seed, params, setup.trainable_spec)
+    _check_provenance(restored.run, setup.provenance, setup.run_dir)
+    frozen = setup.split_initial_params()[1] if has_frozen else None
+    setup.log(f"resuming {setup.run_dir} after step {restored.step}")
+    return restored.state, frozen
 
 
-def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:
-    """Checks that a resumed run reads the data that it began with, in the same order."""
-    if before.get("data") != now["data"]:
+def _check_provenance(saved: Mapping[str, Any], current: Mapping[str, Any], run_dir: Path) -> None:
+    """Checks that a resumed run reads the same data in the same order."""
+    if saved.get("data") != current["data"]:
         raise DataError(
-            f"{run_dir}: the data is not what this run began with (files, text, tokenizer or weights have "
-            "changed); put it back, or begin another run with --train.run_dir and --model.init_from"
+            f"{run_dir}: the data is not what this run was started with (files, text, tokenizer or weights "
+            "have changed); restore it, or start another run with --train.run_dir and --model.init_from"
         )
     for name in ("seed", "seq_len"):
-        if before.get(name) != now[name]:
+        if saved.get(name) != current[name]:
             raise ConfigError(
-                f"train.{name} is {now[name]} and the run in {run_dir} began with {before.get(name)}; its "
-                "batches follow from it: give the same, or another train.run_dir"
+                f"train.{name} is {current[name]} and the run in {run_dir} was started with "
+                f"{saved.get(name)}; the order of its batches depends on it: set it to that, or choose "
+                "another train.run_dir"
             )
 
 
-def _diagnosis(
-    run: RunConfig, model: LlamaConfig, platform: str, tuning: Tuning, frozen: Frozen
-) -> Callable[[Any, Any], dict[str, Any]]:
-    objective = tuning.over(make_objective(run, model, platform))
+def _with_reference_logprobs(
+    setup: Setup, state: TrainState, frozen: Frozen, restored: Restored | None, interrupts: Interrupts
+) -> Data | None:
+    """The data, with precomputed reference log-probabilities if they are configured; None if stopped."""
+    if not setup.run.preference.precompute_ref_log_probs:
+        return setup.data
 
-    def total(params: Any, frozen: Frozen, batch: Any) -> jax.Array:
-        return objective(params, frozen, batch).total
+    def initial_params() -> Any:
+        if restored is None or frozen is not None:
+            return setup.trainable_spec.initial_params(state.params, frozen)
+        return setup.split_initial_params()[0]
 
-    def diagnose(params: Any, batch: Any) -> dict[str, Any]:
-        """Which tensors of the parameters, and of their gradient on this batch, hold what is not finite."""
-        grads = jax.jit(jax.grad(total))(params, frozen, batch)
+    logprobs = reference_logprobs(
+        setup.run,
+        setup.run_dir,
+        setup.model,
+        setup.platform,
+        setup.data,
+        setup.feed,
+        setup.trainable_spec,
+        initial_params=initial_params,
+        stop=interrupts.agreed_stop,
+        log=setup.log,
+    )
+    return None if logprobs is None else setup.data.with_reference(logprobs)
+
+
+def _make_report(setup: Setup, start_step: int) -> Report:
+    return Report(
+        setup.run_dir,
+        setup.run.log,
+        total_steps=setup.run.train.steps,
+        start_step=start_step,
+        is_primary=setup.is_primary,
+        settings=dataclasses.asdict(setup.run),
+    )
+
+
+def _finish(setup: Setup, data: Data, loop: Loop, stopped: int) -> None:
+    """Logs how the run ended; writes the adapter and the plot of a run that was not stopped."""
+    if stopped:
+        loop.report.log(f"saved after step {loop.steps_done}; run the same command again to resume")
+        return
+    if setup.trainable_spec.adapter is not None:
+        _save_adapter(setup, setup.trainable_spec.adapter, loop.state.params)
+    if setup.is_primary:
+        log_results(setup.run, setup.run_dir, data, loop.report.log)
+
+
+def _flops_per_token(setup: Setup) -> dict[str, float]:
+    """FLOPs per token by how attention is counted: `causal` or `full`."""
+    return {
+        attention: flops_per_token(
+            setup.model,
+            setup.run.train.seq_len,
+            causal=attention == "causal",
+            frozen=setup.trainable_spec.adapter is not None,
+            reference=setup.trainable_spec.reference,
+        )
+        for attention in ("causal", "full")
+    }
+
+
+def _make_find_nonfinite(setup: Setup, frozen: Frozen) -> Callable[[Any, Any], dict[str, Any]]:
+    """Makes the function that reports which parameters and gradients are not finite on a batch."""
+    loss_fn = setup.trainable_spec.wrap(make_loss_fn(setup.run, setup.model, setup.platform))
+
+    def total_loss(trainable: Any, frozen: Frozen, batch: Any) -> jax.Array:
+        return loss_fn(trainable, frozen, batch).total
+
+    def find_nonfinite(trainable: Any, batch: Any) -> dict[str, Any]:
+        grads = jax.jit(jax.grad(total_loss))(trainable, frozen, batch)
         report = {}
-        for name, tree in (("parameters", params), ("gradients", grads)):
-            bad = {
+        for name, tree in (("parameters", trainable), ("gradients", grads)):
+            counts = {
                 jax.tree_util.keystr(path, simple=True, separator="."): int(jnp.sum(~jnp.isfinite(leaf)))
                 for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
             }
-            report[f"not_finite_in_{name}"] = {path: count for path, count in bad.items() if count}
+            report[f"not_finite_in_{name}"] = {path: count for path, count in counts.items() if count}
         return report
 
-    return diagnose
+    return find_nonfinite
+
+
+def _save_adapter(setup: Setup, settings: adapters.Settings, trainable: Any) -> None:
+    """Writes the adapter, gathered from all processes, and its head into the run's directory."""
+    if jax.process_count() > 1:
+        trainable = multihost_utils.process_allgather(trainable, tiled=True)
+    if not setup.is_primary:
+        return
+    head = None
+    if setup.model.labels:
+        head = Head(np.asarray(trainable["score"]["kernel"]).T, setup.model.labels)
+    save_adapter(
+        setup.run_dir / RUN_ADAPTER_DIR,
+        settings,
+        {"layers": trainable["layers"]},
+        setup.model,
+        base_model=setup.run.model.init_from,
+        replace=True,
+        head=head,
+    )

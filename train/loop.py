@@ -1,4 +1,4 @@
-"""The loop: batch, step, record, evaluate, save; until the steps are done or something stops it."""
+"""The training loop: batch, step, log, evaluate, save; until the last step, a signal or early stopping."""
 
 from __future__ import annotations
 
@@ -16,33 +16,34 @@ import numpy as np
 from llama_jax.errors import LlamaJaxError
 
 from .checkpoints.checkpoints import Checkpoints
-from .config.finetune import HEADS
-from .config.run import EvalConfig, RunConfig
+from .config.eval import EvalConfig
+from .config.objective import HEAD_OBJECTIVES
+from .config.run import RunConfig
 from .data import Batches
-from .feed import Feed, arrays_of
+from .feed import Feed, only_arrays
 from .metrics.report import Report
 from .signals import Interrupts
 from .state import TrainState
 from .step import StepMetrics
 
-MEASURED = "eval_losses"  # in a checkpoint, beside the data's own state
+EVAL_LOSSES = "eval_losses"  # key in a checkpoint's data state
 
 
 class Diverged(LlamaJaxError):
-    """The loss or its gradient was not finite for too many steps in a row."""
+    """Loss or gradient were not finite for `train.max_bad_steps` consecutive steps."""
 
 
-def out_of_patience(losses: Sequence[float], config: EvalConfig) -> bool:
-    """Whether the last `config.patience` losses are none of them lower than the lowest before."""
+def should_stop_early(losses: Sequence[float], config: EvalConfig) -> bool:
+    """Whether none of the last `config.patience` eval losses improved on the lowest before them."""
     if not config.patience or len(losses) <= config.patience:
         return False
-    before, since = losses[: -config.patience], losses[-config.patience :]
-    return min(since) > min(before) - max(config.min_improvement, 1e-12)
+    before, last = losses[: -config.patience], losses[-config.patience :]
+    return min(last) > min(before) - max(config.min_improvement, 1e-12)
 
 
 @dataclasses.dataclass
-class Clock:
-    """Where the time since the last record went, in seconds."""
+class Timer:
+    """Seconds since the last record, by what they were spent on."""
 
     start: float = dataclasses.field(default_factory=time.perf_counter)
     data: float = 0.0
@@ -50,215 +51,220 @@ class Clock:
     evaluation: float = 0.0
 
     @contextlib.contextmanager
-    def count(self, what: str) -> Any:
+    def measure(self, name: str) -> Any:
         """Adds the time of the block to `data`, `checkpoint` or `evaluation`."""
-        begin = time.perf_counter()
+        start = time.perf_counter()
         yield
-        setattr(self, what, getattr(self, what) + time.perf_counter() - begin)
+        setattr(self, name, getattr(self, name) + time.perf_counter() - start)
 
     @property
     def training(self) -> float:
-        """Seconds that went into steps and their data."""
+        """Seconds spent on steps and their data."""
         return time.perf_counter() - self.start - self.checkpoint - self.evaluation
 
 
 @dataclasses.dataclass
 class Loop:
-    """Everything the loop needs, made by `launch.py`.
+    """The training loop's state and functions, set up by `launch.py`.
 
     Attributes:
       run: the configuration.
       run_dir: the run's directory.
       step: the compiled step.
-      state: after `done` steps.
-      done: how many.
-      batches: of this process, at the same place.
-      feed: from there to the devices.
-      checkpoints, report, interrupts: as their modules say.
-      held_out: parameters to the held-out numbers.
-      sample: parameters and key to a text.
-      diagnose: parameters and a batch to what is wrong with their gradient.
-      flops: operations a token: `causal` and `full`.
-      peak: FLOP/s of all devices.
-      measured: the held-out losses of the run so far, for `eval.patience`.
+      state: the training state.
+      steps_done: number of steps in `state`.
+      batches: this process's batches from the next step on.
+      feed: transfers batches to the devices.
+      checkpoints, report, interrupts: see their classes.
+      evaluate: trainable parameters -> metrics on the validation set.
+      sample: (trainable parameters, key) -> sampled text.
+      find_nonfinite: (trainable parameters, batch) -> which parameters and gradients are not finite.
+      flops_per_token: FLOPs per token with `causal` and `full` attention.
+      peak_flops: FLOP/s of all devices.
+      eval_losses: the eval losses of the run so far, for `eval.patience`.
     """
 
     run: RunConfig
     run_dir: Path
     step: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
     state: TrainState
-    done: int
+    steps_done: int
     batches: Batches
     feed: Feed
     checkpoints: Checkpoints
     report: Report
     interrupts: Interrupts
-    held_out: Callable[[Any], dict[str, float]]
+    evaluate: Callable[[Any], dict[str, float]]
     sample: Callable[[Any, jax.Array], str]
-    diagnose: Callable[[Any, Any], dict[str, Any]]
-    flops: Mapping[str, float]
-    peak: float
-    measured: list[float] = dataclasses.field(default_factory=list)
+    find_nonfinite: Callable[[Any, Any], dict[str, Any]]
+    flops_per_token: Mapping[str, float]
+    peak_flops: float
+    eval_losses: list[float] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._began = time.perf_counter()
-        self._clock = Clock()
-        self._since: list[tuple[int, StepMetrics]] = []  # steps that no record has yet
+        self._start = time.perf_counter()
+        self._timer = Timer()
+        self._unlogged: list[tuple[int, StepMetrics]] = []  # steps since the last record
         self._latest: tuple[int, StepMetrics] | None = None
-        self._recent: dict[int, Mapping[str, np.ndarray]] = {}  # batches of the last two steps
-        self._numbers: dict[str, float] = {}  # measured at this very step
-        self._trace_until = 0
+        self._recent_batches: dict[int, Mapping[str, np.ndarray]] = {}  # of the last two steps
+        self._eval_metrics: dict[str, float] = {}  # of this step, if it was evaluated
+        self._trace_end = 0  # the step after which the profiler trace ends; 0 without one
 
     def train(self) -> int:
-        """Runs to the last step.
+        """Runs the remaining steps.
 
         Returns:
-          0, or the signal that stopped it; everything so far is saved in either case.
+          0, or the signal that stopped it; the state is saved in either case.
 
         Raises:
-          Diverged: after `max_bad_steps` steps in a row that were skipped as not finite; nothing of them is
-            saved but a dump that shows why.
-          CheckpointError, DataError: as they come.
+          Diverged: after `max_bad_steps` consecutive steps whose loss or gradient was not finite; the last of
+            them is not saved, but dumped for debugging.
+          CheckpointError, DataError: from saving checkpoints and reading data.
         """
         stopped = 0
-        while self.done < self.run.train.steps and not (stopped := self.interrupts.agreed_stop()):
-            if out_of_patience(self.measured, self.run.eval):
-                self.report.say(
-                    f"the held-out loss has not fallen in {self.run.eval.patience} evaluations: stopped "
-                    f"after step {self.done}; eval.patience 0 goes on"
+        while self.steps_done < self.run.train.steps and not (stopped := self.interrupts.agreed_stop()):
+            if should_stop_early(self.eval_losses, self.run.eval):
+                self.report.log(
+                    f"eval_loss has not improved in {self.run.eval.patience} evaluations: stopped after step "
+                    f"{self.steps_done}; set eval.patience to 0 to continue"
                 )
                 break
-            self._one()
-        self._check(self._latest)
+            self._run_step()
+        self._check_finite(self._latest)
         if not stopped:
             self._evaluate(final=True)
-        self._record()
+        self._log_metrics()
         self._stop_trace()
         self._save()
         self.checkpoints.wait()
         return stopped
 
-    def _one(self) -> None:
-        """One step, and whatever is due after it."""
+    def _run_step(self) -> None:
+        """Runs a step, and the logging, evaluation and checkpoint that are due after it."""
         self._profile()
-        with self._clock.count("data"):
+        with self._timer.measure("data"):
             batch = next(self.batches)
         self.state, metrics = self.step(self.state, self.feed.put(batch))
-        self.done += 1
-        self._since.append((self.done, metrics))
-        self._recent = {k: v for k, v in self._recent.items() if k > self.done - 2} | {self.done: batch}
-        self._check(self._latest)  # the step before: this one is still running
-        self._latest = (self.done, metrics)
-        if self.done % self.run.log.every == 0:
-            self._record()
-        if self.done == self.run.train.steps:
+        self.steps_done += 1
+        self._unlogged.append((self.steps_done, metrics))
+        self._recent_batches[self.steps_done] = batch
+        self._recent_batches.pop(self.steps_done - 2, None)
+        self._check_finite(self._latest)  # of the previous step, so that this one runs asynchronously
+        self._latest = (self.steps_done, metrics)
+        if self.steps_done % self.run.log.every == 0:
+            self._log_metrics()
+        if self.steps_done == self.run.train.steps:
             return
         self._evaluate(final=False)
-        if self.checkpoints.should_save(self.done):
-            self._check(self._latest)  # waits for the step, which is not the checkpoint's time
+        if self.checkpoints.should_save(self.steps_done):
+            self._check_finite(self._latest)  # waits for the step, whose time is not the checkpoint's
             self._save()
 
-    def _check(self, step: tuple[int, StepMetrics] | None) -> None:
-        """Aborts if with this step too many in a row were bad."""
+    def _check_finite(self, step: tuple[int, StepMetrics] | None) -> None:
+        """Aborts if this was the last of `max_bad_steps` consecutive skipped steps."""
         if step is None or int(step[1].bad_run) < self.run.train.max_bad_steps:
             return
         number, metrics = step
-        where = self._dump(number, metrics)
-        self._record()
+        dump = self._dump(number, metrics)
+        self._log_metrics()
         raise Diverged(
-            f"step {number}: loss {float(metrics.loss)}, gradient norm {float(metrics.grad_norm)}, bad "
-            f"for {int(metrics.bad_run)} steps in a row, all of them skipped; {where} says where; lower "
-            "optimizer.learning_rate, or look at the data of that step"
+            f"step {number}: loss {float(metrics.loss)}, gradient norm {float(metrics.grad_norm)}; not "
+            f"finite for {int(metrics.bad_run)} consecutive steps, which were skipped; {dump} lists the "
+            "tensors; lower optimizer.learning_rate, or check the data of that step"
         )
 
     def _dump(self, number: int, metrics: StepMetrics) -> Path:
+        """Writes a step's batch, and which parameters and gradients are not finite; returns the directory."""
         folder = self.run_dir / "not_finite" / f"step_{number}"
-        batch = self._recent.get(number)
+        batch = self._recent_batches.get(number)
         report: dict[str, Any] = {
             "step": number,
             "loss": str(metrics.loss),
             "grad_norm": str(metrics.grad_norm),
         }
         if batch is not None:
-            report.update(self.diagnose(self.state.params, self.feed.put(batch)))
+            report.update(self.find_nonfinite(self.state.params, self.feed.put(batch)))
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "report.json").write_text(json.dumps(report, indent=1))
             if batch is not None:
-                arrays: dict[str, Any] = {**arrays_of(batch)}
+                arrays: dict[str, Any] = {**only_arrays(batch)}
                 np.savez(folder / "batch.npz", **arrays)
         return folder
 
-    def _record(self) -> None:
-        """Writes the line of the steps since the last one."""
-        if not self._since:
+    def _log_metrics(self) -> None:
+        """Writes the record of the steps since the last one."""
+        if not self._unlogged:
             return
-        metrics = [jax.device_get(m) for _, m in self._since]
-        seconds, clock, steps = self._clock.training, self._clock, len(metrics)
-        counted = sum(float(m.tokens) for m in metrics)
-        read = self.run.train.global_batch_size * self.run.train.seq_len
-        rate = steps * read / seconds
-        losses = sum(float(m.loss) * float(m.tokens) for m in metrics)
+        metrics = [jax.device_get(m) for _, m in self._unlogged]
+        seconds, timer, steps = self._timer.training, self._timer, len(metrics)
+        count = sum(float(m.tokens) for m in metrics)
+        tokens_per_step = self.run.train.global_batch_size * self.run.train.seq_len
+        rate = steps * tokens_per_step / seconds
+        total_loss = sum(float(m.loss) * float(m.tokens) for m in metrics)
         self.report.step(
             {
-                "step": self._since[-1][0],
-                "loss": losses / max(counted, 1.0),
-                "tokens": self._since[-1][0] * read,
+                "step": self._unlogged[-1][0],
+                "loss": total_loss / max(count, 1.0),
+                "tokens": self._unlogged[-1][0] * tokens_per_step,
                 "tokens_per_second": rate,
-                "mfu": rate * self.flops["causal"] / self.peak,
-                "mfu_full_attention": rate * self.flops["full"] / self.peak,
+                "mfu": rate * self.flops_per_token["causal"] / self.peak_flops,
+                "mfu_full_attention": rate * self.flops_per_token["full"] / self.peak_flops,
                 "learning_rate": float(metrics[-1].learning_rate),
                 "grad_norm": float(metrics[-1].grad_norm),
-                "seconds": time.perf_counter() - self._began,
-                "step_seconds": (seconds - clock.data) / steps,
-                "data_seconds": clock.data / steps,
-                "checkpoint_seconds": clock.checkpoint / steps,
-                "evaluation_seconds": clock.evaluation / steps,
+                "seconds": time.perf_counter() - self._start,
+                "step_seconds": (seconds - timer.data) / steps,
+                "data_seconds": timer.data / steps,
+                "checkpoint_seconds": timer.checkpoint / steps,
+                "evaluation_seconds": timer.evaluation / steps,
                 "skipped_steps": int(metrics[-1].skipped),
                 "skipped_records": sum(self.batches.skipped.values()),
             }
         )
-        self._since, self._clock = [], Clock()
+        self._unlogged, self._timer = [], Timer()
 
     def _evaluate(self, *, final: bool) -> None:
-        every, sample = self.run.eval.every, self.run.eval.sample_every
-        measure = final or (every and self.done % every == 0)
-        write = self.run.eval.max_new_tokens and (final or (sample and self.done % sample == 0))
-        write = write and self.run.train.objective not in HEADS  # which predict no tokens
-        record: dict[str, Any] = {"step": self.done}
-        self._numbers = {}
-        if measure or write:  # the steps' own time ends before the evaluation's begins
+        """Evaluates, and samples text, if this step is due for it."""
+        config, objective = self.run.eval, self.run.train.objective
+        evaluate = final or (config.every and self.steps_done % config.every == 0)
+        sample = final or (config.sample_every and self.steps_done % config.sample_every == 0)
+        sample = sample and config.max_new_tokens and objective not in HEAD_OBJECTIVES  # they have no LM head
+        record: dict[str, Any] = {"step": self.steps_done}
+        self._eval_metrics = {}
+        if evaluate or sample:  # pending steps are not evaluation time
             jax.block_until_ready(self.state.step)
-        with self._clock.count("evaluation"):
-            if measure:
-                self._numbers = self.held_out(self.state.params)
-                record |= self._numbers
-                self.measured += [self._numbers["eval_loss"]] if self._numbers else []
-            if write:
-                key = jax.random.fold_in(self.state.key, self.done)
+        with self._timer.measure("evaluation"):
+            if evaluate:
+                self._eval_metrics = self.evaluate(self.state.params)
+                record |= self._eval_metrics
+                self.eval_losses += [self._eval_metrics["eval_loss"]] if self._eval_metrics else []
+            if sample:
+                key = jax.random.fold_in(self.state.key, self.steps_done)
                 record["text"] = self.sample(self.state.params, key)
         if len(record) > 1:
             self.report.evaluation(record)
 
     def _save(self) -> None:
-        if self.done:
-            with self._clock.count("checkpoint"):
-                kept = {**self.batches.state(), MEASURED: self.measured}
-                self.checkpoints.save(self.done, self.state, kept, self._numbers)
+        if self.steps_done:
+            with self._timer.measure("checkpoint"):
+                data_state = {**self.batches.state(), EVAL_LOSSES: self.eval_losses}
+                self.checkpoints.save(self.steps_done, self.state, data_state, self._eval_metrics)
 
     def _profile(self) -> None:
-        """Starts a trace when it is asked for, and ends it so many steps later."""
-        wanted = self.run.train.profile_at and self.done + 1 == self.run.train.profile_at
-        if (wanted or self.interrupts.profile) and not self._trace_until:
+        """Starts a profiler trace at `profile_at` or on SIGUSR1, and ends it after `profile_steps` steps."""
+        is_due = self.run.train.profile_at and self.steps_done + 1 == self.run.train.profile_at
+        if (is_due or self.interrupts.profile) and not self._trace_end:
             self.interrupts.profile = False
             jax.profiler.start_trace(str(self.run_dir / "profile"))
-            self._trace_until = self.done + self.run.train.profile_steps
-        elif self._trace_until and self.done >= self._trace_until:
+            self._trace_end = self.steps_done + self.run.train.profile_steps
+        elif self._trace_end and self.steps_done >= self._trace_end:
             self._stop_trace()
 
     def _stop_trace(self) -> None:
-        if self._trace_until:
+        if self._trace_end:
             jax.block_until_ready(self.state.step)
             jax.profiler.stop_trace()
-            self._trace_until = 0
-            self.report.say(f"profiler trace in {self.run_dir / 'profile'}; tensorboard --logdir shows it")
+            self._trace_end = 0
+            self.report.log(
+                f"profiler trace in {self.run_dir / 'profile'}; view it with tensorboard --logdir"
+            )

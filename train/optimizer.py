@@ -1,4 +1,4 @@
-"""Learning-rate schedules, and optimizers by name, from optax."""
+"""Learning-rate schedules and optimizers, built from optax."""
 
 from __future__ import annotations
 
@@ -12,104 +12,107 @@ from optax import contrib
 
 from llama_jax.errors import ConfigError
 
-from .config.run import OptimizerConfig
+from .config.optimizer import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate of each step, from 0: linear warm-up, then what `config.schedule` says.
+    """The learning rate by step, from 0: linear warmup, then `config.schedule`.
 
     Args:
-      config: the section of the run's configuration.
-      steps: how many the run has, which the schedule spans unless `config.schedule_steps` says otherwise.
+      config: the `optimizer` section.
+      steps: the run's number of steps: the length of the schedule unless `config.schedule_steps` is set.
     """
     peak, steps = config.learning_rate, config.schedule_steps or steps
     warmup = min(config.warmup_steps, steps)
-    # Step 0 would do nothing at a rate of 0: the ramp's first value is peak / warmup.
+    # Step 0 would be lost at a learning rate of 0: warmup starts at peak / warmup.
     ramp = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
-    left = max(steps - warmup, 1)
+    remaining = max(steps - warmup, 1)
     if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, left, alpha=config.min_lr_ratio)
+        after = optax.cosine_decay_schedule(peak, remaining, alpha=config.min_lr_ratio)
     elif config.schedule == "wsd":
-        decay = min(max(round(steps * config.decay_fraction), 1), left)
-        fall = optax.linear_schedule(peak, peak * config.min_lr_ratio, decay)
-        after = optax.join_schedules([optax.constant_schedule(peak), fall], [left - decay])
+        decay = min(max(round(steps * config.decay_fraction), 1), remaining)
+        decay_schedule = optax.linear_schedule(peak, peak * config.min_lr_ratio, decay)
+        after = optax.join_schedules([optax.constant_schedule(peak), decay_schedule], [remaining - decay])
     else:
         after = optax.constant_schedule(peak)
     return optax.join_schedules([ramp, after], [warmup]) if warmup else after
 
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The update rule without clipping, which the step does together with averaging.
+    """The optimizer without gradient clipping, which the step does together with averaging.
 
     Frozen parameters have no moments and get no update.
 
     Raises:
-      ConfigError: when it is first handed parameters none of which a pattern of `freeze` matches.
+      ConfigError: at initialization, if a pattern of `freeze` matches no parameter.
     """
-    rule = _rule(config, schedule)
+    transform = _optimizer(config, schedule)
     if config.layer_decay != 1:
-        rule = optax.chain(rule, _scale_by_layer(config.layer_decay))
+        transform = optax.chain(transform, _scale_by_layer(config.layer_decay))
     if not config.freeze:
-        return rule
+        return transform
 
-    def kinds(params: Any) -> Any:
-        return jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "trained", frozen(config, params))
+    def labels(params: Any) -> Any:
+        mask = frozen_mask(config, params)
+        return jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "trained", mask)
 
-    return optax.partition({"trained": rule, "frozen": optax.set_to_zero()}, kinds)
+    return optax.partition({"trained": transform, "frozen": optax.set_to_zero()}, labels)
 
 
-def frozen(config: OptimizerConfig, params: Any) -> Any:
-    """Which leaves `config.freeze` keeps as they are: bool for each.
+def frozen_mask(config: OptimizerConfig, params: Any) -> Any:
+    """Which leaves match a pattern of `config.freeze`: a bool for each.
 
     Raises:
-      ConfigError: for a pattern that matches none, naming them, or patterns that match all.
+      ConfigError: for a pattern that matches no parameter, or patterns that match all.
     """
     names = jax.tree_util.tree_map_with_path(
         lambda path, _: jax.tree_util.keystr(path, simple=True, separator="."), params
     )
-    every = jax.tree.leaves(names)
+    all_names = jax.tree.leaves(names)
     for pattern in config.freeze:
-        if not fnmatch.filter(every, pattern):
-            known = ", ".join(dict.fromkeys(every))
-            raise ConfigError(f"optimizer.freeze: {pattern!r} matches no parameter (they are {known})")
-    chosen = jax.tree.map(lambda name: any(fnmatch.fnmatch(name, p) for p in config.freeze), names)
-    if all(jax.tree.leaves(chosen)):
+        if not fnmatch.filter(all_names, pattern):
+            known = ", ".join(dict.fromkeys(all_names))
+            raise ConfigError(f"optimizer.freeze: {pattern!r} matches no parameter (there are {known})")
+    mask = jax.tree.map(lambda name: any(fnmatch.fnmatch(name, p) for p in config.freeze), names)
+    if all(jax.tree.leaves(mask)):
         raise ConfigError(f"optimizer.freeze {list(config.freeze)} leaves nothing to train; freeze less")
-    return chosen
+    return mask
 
 
 def _scale_by_layer(decay: float) -> optax.GradientTransformation:
-    """Updates of layer l of L times decay^(L - 1 - l), of the embedding times decay^L."""
+    """Scales updates of layer l of L by decay^(L - 1 - l), of the embedding by decay^L."""
 
     def scale(updates: Any, params: Any = None) -> Any:
         del params
         count = jax.tree.leaves(updates["layers"])[0].shape[0]
 
-        def one(path: Any, update: jax.Array) -> jax.Array:
+        def scale_leaf(path: Any, update: jax.Array) -> jax.Array:
             if path[0].key == "embed":
                 return update * decay**count
             if path[0].key != "layers":
                 return update
-            rates = decay ** jnp.arange(count - 1, -1, -1, dtype=jnp.float32)
-            return update * rates.reshape(-1, *(1,) * (update.ndim - 1))
+            factors = decay ** jnp.arange(count - 1, -1, -1, dtype=jnp.float32)
+            return update * factors.reshape(-1, *(1,) * (update.ndim - 1))
 
-        return jax.tree_util.tree_map_with_path(one, updates)
+        return jax.tree_util.tree_map_with_path(scale_leaf, updates)
 
     return optax.stateless(scale)
 
 
-def _rule(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+def _optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     c = config
     if c.name == "adamw":
-        return optax.adamw(schedule, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay, mask=decayed)
+        return optax.adamw(
+            schedule, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay, mask=weight_decay_mask
+        )
     if c.name == "lion":
-        return optax.lion(schedule, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, mask=decayed)
+        return optax.lion(schedule, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, mask=weight_decay_mask)
     if c.name == "adafactor":
-        # Optax decays by this rate itself, not by rate x learning rate; and its own clipping and scaling by
-        # parameter size stay on: they are what the paper (arXiv 1804.04235) calls Adafactor.
+        # optax.adafactor's weight decay is not multiplied by the learning rate, so it is applied here. Its
+        # update clipping and parameter scaling stay on: they are part of Adafactor (arXiv 1804.04235).
         return optax.chain(
             optax.adafactor(None, weight_decay_rate=None),
-            optax.add_decayed_weights(-c.weight_decay, mask=decayed),
+            optax.add_decayed_weights(-c.weight_decay, mask=weight_decay_mask),
             optax.scale_by_schedule(schedule),
         )
     muon = contrib.muon(
@@ -118,39 +121,39 @@ def _rule(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTr
         eps=c.eps,
         adam_b1=c.b1,
         adam_b2=c.b2,
-        # AdamW's learning rates then suit Muon too (arXiv 2502.16982, section 2.2).
+        # Makes AdamW's learning rates suitable for Muon (arXiv 2502.16982, section 2.2).
         consistent_rms=0.2,
         muon_weight_dimension_numbers=_matrices,
     )
-    # Optax's own decay of what AdamW updates would take the norm scales in.
-    decay = optax.add_decayed_weights(-c.weight_decay, mask=decayed)
+    # contrib.muon's own weight decay would include the norm scales, which AdamW updates.
+    decay = optax.add_decayed_weights(-c.weight_decay, mask=weight_decay_mask)
     return optax.chain(muon, decay, optax.scale_by_schedule(schedule))
 
 
-def decayed(params: Any) -> Any:
-    """Which leaves weight decay is for: all but norm scales and biases."""
+def weight_decay_mask(params: Any) -> Any:
+    """Which leaves get weight decay: all but norm scales and biases."""
 
-    def one(path: Any, _: jax.Array) -> bool:
+    def is_decayed(path: Any, _: jax.Array) -> bool:
         name = jax.tree_util.keystr(path)
         return "norm" not in name and "bias" not in name
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
 def _matrices(params: Any) -> Any:
-    """Which axes of each leaf are a matrix's input and output; None for what AdamW updates.
+    """Input and output axes of the matrices that Muon updates; None for leaves that AdamW updates.
 
-    Hidden layers' matrices are Muon's; embedding, output projection and norms are not (Keller Jordan's
+    Muon is for the matrices of hidden layers, not for embedding, output projection and norms (Keller Jordan,
     "Muon", 2024). The leading axis of layer leaves is a batch of matrices.
     """
-    numbers = contrib.MuonDimensionNumbers
+    axes = contrib.MuonDimensionNumbers
     by_name = {
-        "wq": numbers(1, (2, 3)),
-        "wk": numbers(1, (2, 3)),
-        "wv": numbers(1, (2, 3)),
-        "wo": numbers((1, 2), 3),
-        "w_gate": numbers(1, 2),
-        "w_up": numbers(1, 2),
-        "w_down": numbers(1, 2),
+        "wq": axes(1, (2, 3)),
+        "wk": axes(1, (2, 3)),
+        "wv": axes(1, (2, 3)),
+        "wo": axes((1, 2), 3),
+        "w_gate": axes(1, 2),
+        "w_up": axes(1, 2),
+        "w_down": axes(1, 2),
     }
     return jax.tree_util.tree_map_with_path(lambda path, _: by_name.get(path[-1].key), params)

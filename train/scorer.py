@@ -1,4 +1,4 @@
-"""The numbers that a head gives: rewards of answers, classes and values of texts, by a run or a model."""
+"""Scores of a trained head: rewards of answers, and classes or values of texts."""
 
 from __future__ import annotations
 
@@ -19,26 +19,25 @@ from llama_jax.model import hidden_states
 from llama_jax.text.pretrained import resolve
 from llama_jax.weights import open_source
 
-from .config.finetune import HEADS
-from .config.objective import Objective
+from .config.objective import HEAD_OBJECTIVES, Objective
 from .config.read import load_config
 from .data.encode import Encoder
 from .data.examples import ExampleEncoder, Segment
-from .data.forms import Example, Plain, Turns
+from .data.formats import Conversation, Example, PlainText
 from .data.records import BadRecord
 
-_ROUND = 64  # rows are padded to a multiple of it, so that few programs are compiled
+_PAD_MULTIPLE = 64  # sequences are padded to a multiple of it, to limit the number of compiled programs
 
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """A run of `train.objective` reward, classify or regress, or any such model, ready to be asked.
+    """A model with a head: a reward model, classifier or regressor.
 
     Attributes:
-      model: its model, with its adapter; the configuration has the labels.
-      objective: of the run; of another model, reward where its head has one number, else classify.
-      encode: from an example to ids, as in training.
-      pad_id: where a model comes from elsewhere, the token that it does not read its numbers at.
+      model: the model, with its adapter merged; its configuration has the labels.
+      objective: the run's; for other models, `reward` if the head has one output, else `classify`.
+      encode: encodes an example to token ids, as in training.
+      pad_id: for models of other libraries, the padding token: the head is read at the last other token.
     """
 
     model: lj.Model
@@ -48,12 +47,12 @@ class Scorer:
 
     @staticmethod
     def load(name_or_path: str | Path, dtype: str = "float32", *, template: str = "") -> Scorer:
-        """Loads a run, or any other model with a head: Hugging Face's LlamaForSequenceClassification.
+        """Loads a run, or another model with a head, such as Hugging Face's LlamaForSequenceClassification.
 
         Args:
-          name_or_path: the run's directory, or the model's.
-          dtype: to compute in.
-          template: for conversations, where the model comes with none.
+          name_or_path: the directory of the run or model.
+          dtype: compute dtype.
+          template: chat template for conversations, if the model comes with none.
 
         Raises:
           InputError: if it has no head.
@@ -63,88 +62,94 @@ class Scorer:
         objective: Objective
         if (folder / "config.toml").is_file():
             run = load_config(folder / "config.toml")
-            objective, wanted, longest = run.train.objective, run.data.template, run.train.seq_len
-            if objective not in HEADS:
+            objective = encoding_objective = run.train.objective
+            model_template, seq_len = run.data.template, run.train.seq_len
+            if objective not in HEAD_OBJECTIVES:
                 raise InputError(
                     f'{folder}: its train.objective is "{objective}", which has no head; give a run of '
-                    f"{', '.join(HEADS)}"
+                    f"{', '.join(HEAD_OBJECTIVES)}"
                 )
-            model, pad_id, reads = lj.load(folder, dtype=dtype), None, objective
+            model, pad_id = lj.load(folder, dtype=dtype), None
         else:
             source = open_source(folder)
             if not source.config.labels:
                 raise InputError(
-                    f"{folder}: is a language model, which has no head; give a run of {', '.join(HEADS)}, or "
-                    "a Hugging Face directory of LlamaForSequenceClassification"
+                    f"{folder}: is a language model, which has no head; give a run of "
+                    f"{', '.join(HEAD_OBJECTIVES)}, or a Hugging Face directory of "
+                    "LlamaForSequenceClassification"
                 )
             model, pad_id = lj.load(folder, dtype=dtype), source.metadata.get("pad_token_id")
             objective = "reward" if len(source.config.labels) == 1 else "classify"
-            wanted, longest, reads = "", model.config.max_position_embeddings, "classify"
+            encoding_objective, model_template = "classify", ""
+            seq_len = model.config.max_position_embeddings
         try:
-            chat: ChatTemplate | None = chat_template(model.tokenizer, wanted or None)
+            chat: ChatTemplate | None = chat_template(model.tokenizer, model_template or None)
         except TokenizerError:
             chat = chat_template(model.tokenizer, template) if template else None
-        longest = min(longest, model.config.max_position_embeddings)
-        encode = ExampleEncoder(Encoder(model.tokenizer), chat, reads, longest, "fail")
+        seq_len = min(seq_len, model.config.max_position_embeddings)
+        encode = ExampleEncoder(Encoder(model.tokenizer), chat, encoding_objective, seq_len, "fail")
         return Scorer(model, objective, encode, pad_id)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The names of the head's numbers."""
+        """The names of the head's outputs."""
         return self.model.config.labels
 
-    def scores(self, asked: Sequence[Any], batch_size: int = 16) -> np.ndarray:
-        """Returns f32 [n, C], the head's numbers for each text or conversation.
+    def scores(self, inputs: Sequence[Any], batch_size: int = 16) -> np.ndarray:
+        """Returns the head's outputs f32 [n, C] for each text or conversation.
 
         Args:
-          asked: each a text, or a list of messages; of a reward model, that ends with the answer, or (prompt,
-            answer) in plain text.
-          batch_size: rows that are run together.
+          inputs: texts, or lists of messages; for a reward model these end with the answer, and plain text is
+            a pair (prompt, answer).
+          batch_size: sequences per forward pass.
 
         Raises:
-          InputError: for one that cannot be encoded, naming it.
+          InputError: for one that cannot be encoded, with its index.
         """
-        segments = [self._segment(i, one) for i, one in enumerate(asked)]
-        found = []
+        segments = [self._segment(i, one) for i, one in enumerate(inputs)]
+        outputs = []
         for start in range(0, len(segments), batch_size):
-            part = segments[start : start + batch_size]
-            width = -(-max(map(len, part)) // _ROUND) * _ROUND
+            batch = segments[start : start + batch_size]
+            width = -(-max(map(len, batch)) // _PAD_MULTIPLE) * _PAD_MULTIPLE
             tokens = np.zeros((batch_size, width), np.int32)
-            for row, segment in zip(tokens, part, strict=False):
+            for row, segment in zip(tokens, batch, strict=False):
                 row[: len(segment)] = segment.ids
-            ends = np.array([self._end(segment) for segment in part] + [0] * (batch_size - len(part)))
-            numbers = _at_ends(self.model.config, self.model.params, tokens, ends)
-            found.append(np.asarray(numbers)[: len(part)])
-        return np.concatenate(found) if found else np.zeros((0, len(self.labels)), np.float32)
+            last = np.array(
+                [self._last_token(segment) for segment in batch] + [0] * (batch_size - len(batch))
+            )
+            values = _head_outputs(self.model.config, self.model.params, tokens, last)
+            outputs.append(np.asarray(values)[: len(batch)])
+        return np.concatenate(outputs) if outputs else np.zeros((0, len(self.labels)), np.float32)
 
-    def classes(self, asked: Sequence[Any], batch_size: int = 16) -> list[str]:
-        """Returns the name of the likeliest class of each text or conversation."""
-        return [self.labels[i] for i in self.scores(asked, batch_size).argmax(-1)]
+    def classes(self, inputs: Sequence[Any], batch_size: int = 16) -> list[str]:
+        """Returns the most likely class of each text or conversation."""
+        return [self.labels[i] for i in self.scores(inputs, batch_size).argmax(-1)]
 
-    def _segment(self, number: int, one: Any) -> Segment:
-        side: Turns | Plain
+    def _segment(self, index: int, value: Any) -> Segment:
+        side: Conversation | PlainText
         encode = self.encode
-        if isinstance(one, str):
-            side = Plain("", one)
-        elif isinstance(one, tuple):
-            side = Plain(*one)
-            encode = dataclasses.replace(encode, objective=self.objective)  # an answer has an end
+        if isinstance(value, str):
+            side = PlainText("", value)
+        elif isinstance(value, tuple):
+            side = PlainText(*value)
+            encode = dataclasses.replace(encode, objective=self.objective)  # appends EOS to the answer
         else:
-            last = max(len(one) - 1, 0) if self.objective == "reward" else 0
-            side = Turns([dict(message) for message in one], last)
+            answer = max(len(value) - 1, 0) if self.objective == "reward" else 0
+            side = Conversation([dict(message) for message in value], answer)
         try:
             return encode(Example((side,))).segments[0]
         except BadRecord as bad:
-            raise InputError(f"number {number}: {bad.message}") from None
+            raise InputError(f"input {index}: {bad.message}") from None
 
-    def _end(self, segment: Segment) -> int:
-        """Where the numbers are read: at the last token that is no padding."""
-        said = np.flatnonzero(segment.ids != (-1 if self.pad_id is None else self.pad_id))
-        return int(said[-1]) if len(said) else 0
+    def _last_token(self, segment: Segment) -> int:
+        """The position of the last token that is not padding, where the head is read."""
+        positions = np.flatnonzero(segment.ids != (-1 if self.pad_id is None else self.pad_id))
+        return int(positions[-1]) if len(positions) else 0
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _at_ends(config: lj.LlamaConfig, params: Any, tokens: jax.Array, ends: jax.Array) -> jax.Array:
+def _head_outputs(config: lj.LlamaConfig, params: Any, tokens: jax.Array, last: jax.Array) -> jax.Array:
+    """The head's outputs f32 [B, C] at positions `last` int32 [B]."""
     x = hidden_states(config, params, tokens)
-    last = jnp.take_along_axis(x, ends[:, None, None], axis=1)[:, 0].astype(jnp.float32)
-    return last @ params["score"]["kernel"]
+    x_last = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0].astype(jnp.float32)
+    return x_last @ params["score"]["kernel"]

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks the loop to save and stop, a second Ctrl-C stops at once."""
+"""Signal handling: the first Ctrl-C or SIGTERM saves and stops, a second Ctrl-C exits immediately."""
 
 from __future__ import annotations
 
@@ -15,56 +15,56 @@ from jax.experimental import multihost_utils
 
 
 class Interrupts:
-    """While entered, signals set flags that the loop reads between steps.
+    """A context in which signals set flags that the loop reads between steps.
 
     Attributes:
-      stop: the signal that asked this process to stop, or 0.
-      profile: whether SIGUSR1 has asked for a profiler trace.
+      stop: the last SIGINT or SIGTERM that this process received, or 0.
+      profile: whether SIGUSR1 has requested a profiler trace.
     """
 
     def __init__(self) -> None:
         self.stop = 0
         self.profile = False
-        self._undo = contextlib.ExitStack()
+        self._cleanup = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            # Python's own handlers wait while the main thread is in a step or the compiler. What the kernel
-            # wakes is a pipe; a thread at its other end acts at once.
-            self._undo = contextlib.ExitStack()
-            ours, theirs = os.pipe()
-            os.set_blocking(theirs, False)
-            thread = threading.Thread(target=self._watch, args=(ours,), daemon=True)
+            # Python runs signal handlers in the main thread only, when a step or a compilation has returned.
+            # The wakeup descriptor is written immediately, and a thread at the pipe's other end reacts.
+            self._cleanup = contextlib.ExitStack()
+            read_end, write_end = os.pipe()
+            os.set_blocking(write_end, False)
+            thread = threading.Thread(target=self._watch, args=(read_end,), daemon=True)
             thread.start()
-            self._undo.callback(thread.join)
-            self._undo.callback(os.close, theirs)
-            self._undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(theirs))
+            self._cleanup.callback(thread.join)
+            self._cleanup.callback(os.close, write_end)
+            self._cleanup.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(write_end))
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                self._undo.callback(signal.signal, number, signal.signal(number, lambda *_: None))
+                self._cleanup.callback(signal.signal, number, signal.signal(number, lambda *_: None))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._undo.close()
+        self._cleanup.close()
 
     def agreed_stop(self) -> int:
-        """The signal by which any process of the run was asked to stop, or 0; every process calls it."""
+        """The signal that any process of the run received, or 0; a collective: every process must call it."""
         if jax.process_count() == 1:
             return self.stop
         return int(np.max(multihost_utils.process_allgather(np.int32(self.stop))))
 
     def _watch(self, pipe: int) -> None:
-        with open(pipe, "rb", buffering=0) as numbers:
-            while number := numbers.read(1):
-                self._note(number[0])
+        with open(pipe, "rb", buffering=0) as signal_numbers:
+            while number := signal_numbers.read(1):
+                self._handle(number[0])
 
-    def _note(self, number: int) -> None:
+    def _handle(self, number: int) -> None:
         if number == signal.SIGUSR1:
             self.profile = True
         elif number == signal.SIGINT and self.stop:
-            os.write(2, b"\nstopped without saving; the last checkpoint is where the run goes on\n")
+            os.write(2, b"\nstopped without saving; the run resumes from its last checkpoint\n")
             os._exit(128 + number)
         elif number in (signal.SIGINT, signal.SIGTERM):
             self.stop = number
-            os.write(2, b"\nstopping after this step (Ctrl-C again: at once) ...\n")
+            os.write(2, b"\nstopping after this step (Ctrl-C again to exit immediately) ...\n")

@@ -1,4 +1,4 @@
-"""Everything that a step changes and a checkpoint must hold."""
+"""The training state: everything that a step changes and a checkpoint stores."""
 
 from __future__ import annotations
 
@@ -14,23 +14,21 @@ from jax.sharding import PartitionSpec as P
 from llama_jax import LlamaConfig, init
 from llama_jax.sharding import use_mesh
 
-from .trainable import Frozen, Trainable, Tuning
-
-FULL = Tuning()  # every weight is trained
+from .trainable import FULL_FINETUNING, Frozen, Trainable, TrainableSpec
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
 class TrainState:
-    """The state of a run after some steps.
+    """The state of a run after some steps; checkpoints store its leaves by these names.
 
     Attributes:
-      step: int32 [], steps taken, skipped ones too.
-      params: what is trained, f32: the parameter tree, or an adapter.
-      opt_state: optax's, its moments laid out as the parameters are.
+      step: int32 [], steps so far, including skipped ones.
+      params: the trainable parameters, f32: the model's, or an adapter's.
+      opt_state: optax's; moments are sharded like the parameters.
       key: the run's random key; each use folds in the step.
-      skipped: int32 [], steps that were skipped as not finite.
-      bad_run: int32 [], how many of them are the latest in a row.
-      moved: where `params` is a running average, the weights that the optimizer moves; else None.
+      skipped: int32 [], steps that were skipped because loss or gradient was not finite.
+      bad_run: int32 [], how many of the last steps in a row were skipped.
+      moved: with an EMA, which is then `params`, the parameters that the optimizer updates; else None.
     """
 
     step: jax.Array
@@ -48,34 +46,36 @@ def create_state(
     seed: int,
     params: Any = None,
 ) -> TrainState:
-    """The state before the first step where every weight is trained; see `begin`."""
-    return begin(model, optimizer, seed, params)[0]
+    """The initial state if all weights are trained; see `init_state`."""
+    return init_state(model, optimizer, seed, params)[0]
 
 
-def take_apart(model: LlamaConfig, seed: int, params: Any, tuning: Tuning) -> tuple[Trainable, Frozen]:
-    """What is trained and what is frozen at the beginning of a run; as `begin`, without an optimizer."""
+def split_params(
+    model: LlamaConfig, seed: int, params: Any, trainable_spec: TrainableSpec
+) -> tuple[Trainable, Frozen]:
+    """The initial trainable and frozen parameters: `init_state` without an optimizer."""
     key = jax.random.key(seed)
     params = init(model, key) if params is None else params
-    return tuning.begin(model, params, jax.random.fold_in(key, 2))
+    return trainable_spec.split(model, params, jax.random.fold_in(key, 2))
 
 
-def begin(
+def init_state(
     model: LlamaConfig,
     optimizer: optax.GradientTransformation,
     seed: int,
     params: Any = None,
-    tuning: Tuning = FULL,
+    trainable_spec: TrainableSpec = FULL_FINETUNING,
 ) -> tuple[TrainState, Frozen]:
-    """The state before the first step and what is frozen, made directly into the current mesh's shards.
+    """Initializes the state and the frozen parameters, directly sharded over the current mesh.
 
     Args:
-      model: the model.
-      optimizer: whose state to begin.
-      seed: of the initial weights.
-      params: weights to start from instead, f32, laid out already.
-      tuning: what of them is trained.
+      model: the model's configuration.
+      optimizer: the optimizer.
+      seed: of the random initial weights.
+      params: pretrained weights to start from instead, f32, already sharded.
+      trainable_spec: which parameters are trained.
     """
-    trainable, frozen = take_apart(model, seed, params, tuning)
+    trainable, frozen = split_params(model, seed, params, trainable_spec)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=trainable,
@@ -83,25 +83,28 @@ def begin(
         key=jax.random.fold_in(jax.random.key(seed), 1),
         skipped=jnp.zeros((), jnp.int32),
         bad_run=jnp.zeros((), jnp.int32),
-        moved=jax.tree.map(jnp.copy, trainable) if tuning.averaged else None,
+        moved=jax.tree.map(jnp.copy, trainable) if trainable_spec.uses_ema else None,
     )
     return state, frozen
 
 
-def abstract_begin(
-    model: LlamaConfig, optimizer: optax.GradientTransformation, mesh: Mesh | None, tuning: Tuning = FULL
+def abstract_state(
+    model: LlamaConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None,
+    trainable_spec: TrainableSpec = FULL_FINETUNING,
 ) -> tuple[TrainState, Frozen]:
-    """`begin`'s shapes, dtypes and layouts over `mesh`, without computing anything.
+    """Shapes, dtypes and shardings of `init_state`'s result over `mesh`, without computing anything.
 
-    The mesh may be of devices that are not here.
+    The mesh may consist of devices of another machine.
     """
     with use_mesh(mesh):
-        shapes = jax.eval_shape(lambda: begin(model, optimizer, 0, tuning=tuning))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_layout(x, mesh)), shapes)
+        shapes = jax.eval_shape(lambda: init_state(model, optimizer, 0, trainable_spec=trainable_spec))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x, mesh)), shapes)
 
 
-def _layout(x: Any, mesh: Mesh | None) -> jax.sharding.Sharding:
+def _sharding(x: Any, mesh: Mesh | None) -> jax.sharding.Sharding:
     if mesh is None:
         return SingleDeviceSharding(jax.devices()[0])
-    spec = getattr(x.sharding, "spec", None)  # eval_shape knows the abstract mesh alone
+    spec = getattr(x.sharding, "spec", None)  # eval_shape's sharding is over the abstract mesh
     return NamedSharding(mesh, P() if spec is None else spec)

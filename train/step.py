@@ -1,4 +1,4 @@
-"""The training step: state and batch in, state and metrics out; jitted, donated, sharded."""
+"""The training step (state, batch) -> (state, metrics): jitted, sharded, with the state donated."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from llama_jax.loss import Loss
 from llama_jax.sharding import TOKENS_BT, explicit_axes
 
 from .config.run import RunConfig
-from .feed import batch_arrays
-from .objectives.objective import Batch, Objective, make_objective
+from .feed import batch_dtypes
+from .objectives import make_loss_fn
+from .objectives.common import Batch, LossFn
 from .optimizer import make_optimizer, make_schedule
-from .state import FULL, TrainState, abstract_begin
-from .trainable import Frozen, Tuning
+from .state import TrainState, abstract_state
+from .trainable import FULL_FINETUNING, Frozen, TrainableSpec
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
 class StepMetrics:
-    """What one step tells, all of it [].
+    """The metrics of a step, all of shape [].
 
     Attributes:
-      loss: f32, nats a token.
-      tokens: f32, how many predictions counted.
+      loss: f32, nats per token; of other objectives, their loss per example or pair.
+      tokens: f32, number of predictions (examples, pairs) in the loss.
       grad_norm: f32, global norm before clipping.
       learning_rate: f32.
       skipped: int32, skipped steps so far.
-      bad_run: int32, skipped steps in a row up to this one.
+      bad_run: int32, consecutive skipped steps up to this one.
     """
 
     loss: jax.Array
@@ -45,106 +46,108 @@ class StepMetrics:
     bad_run: jax.Array
 
 
-# (state, batch, what is frozen beside it) -> (state, metrics)
+# (state, batch, frozen parameters) -> (state, metrics)
 Step = Callable[..., tuple[TrainState, StepMetrics]]
 
 
 def make_step(
-    objective: Objective,
+    loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
     gradient_accumulation_steps: int = 1,
     max_grad_norm: float = 1.0,
-    automatic: bool = False,
-    tuning: Tuning = FULL,
-    noisy: bool = False,
+    auto_sharding: bool = False,
+    trainable_spec: TrainableSpec = FULL_FINETUNING,
+    needs_key: bool = False,
     ema_decay: float = 0.0,
 ) -> Step:
-    """Makes the (not yet jitted) step.
+    """Makes the step, not yet jitted.
 
-    A step whose loss or gradient is not finite changes nothing but the counters.
+    A step whose loss or gradient is not finite is skipped: it changes nothing but the counters.
 
     Args:
-      objective: parameters and batch to a `Loss`.
-      optimizer: the update rule.
-      schedule: for the metrics; the optimizer holds it too.
-      gradient_accumulation_steps: microbatches. Losses are summed over all of them before dividing, so that tokens weigh
-        the same wherever padding falls.
-      max_grad_norm: global norm to clip to; 0 is off.
-      automatic: leave the layout of the optimizer's own products to the compiler (Muon, Adafactor).
-      tuning: what of the model the state's parameters are.
-      noisy: whether the objective is handed a key, another one each step.
-      ema_decay: of the running average, where the state has one.
+      loss_fn: (params, batch) -> `Loss`.
+      optimizer: the optimizer, without gradient clipping.
+      schedule: the optimizer's learning-rate schedule, for the metrics.
+      gradient_accumulation_steps: number of microbatches. Their loss sums are added before dividing by the
+        total count, so that every token has the same weight however padding is distributed.
+      max_grad_norm: global norm to clip gradients to; 0 is off.
+      auto_sharding: let the compiler choose the shardings within the optimizer's update (Muon, Adafactor).
+      trainable_spec: which parameters are trained.
+      needs_key: whether loss_fn takes a random `key`, a different one in each step.
+      ema_decay: decay of the EMA of the parameters, if the state has one.
     """
-    whole = tuning.over(objective)
+    split_loss_fn = trainable_spec.wrap(loss_fn)
 
-    def gradient(params: Any, batch: Batch, frozen: Frozen, key: jax.Array) -> tuple[Loss, Any]:
-        extras = {"key": key} if noisy else {}
+    def value_and_grad(params: Any, batch: Batch, frozen: Frozen, key: jax.Array) -> tuple[Loss, Any]:
+        kwargs = {"key": key} if needs_key else {}
 
         def total(params: Any) -> tuple[jax.Array, Loss]:
-            loss = whole(params, frozen, batch, **extras)
+            loss = split_loss_fn(params, frozen, batch, **kwargs)
             return loss.total, loss
 
         (_, loss), grads = jax.value_and_grad(total, has_aux=True)(params)
         return loss, grads
 
-    def accumulated(params: Any, batch: Batch, frozen: Frozen, key: jax.Array) -> tuple[Loss, Any]:
+    def accumulate(params: Any, batch: Batch, frozen: Frozen, key: jax.Array) -> tuple[Loss, Any]:
+        """Loss and gradient summed over the microbatches."""
         if gradient_accumulation_steps == 1:
-            return gradient(params, batch, frozen, key)
+            return value_and_grad(params, batch, frozen, key)
 
-        def one(sums: Any, turn: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, gradient(params, turn[0], frozen, turn[1])), None
+        def add_microbatch(sums: Any, microbatch: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            rows, microbatch_key = microbatch
+            return jax.tree.map(jnp.add, sums, value_and_grad(params, rows, frozen, microbatch_key)), None
 
         zero = jnp.zeros((), jnp.float32)
-        start = (Loss(total=zero, count=zero), jax.tree.map(jnp.zeros_like, params))
-        cut = {name: _microbatches(x, gradient_accumulation_steps) for name, x in batch.items()}
-        return jax.lax.scan(one, start, (cut, jax.random.split(key, gradient_accumulation_steps)))[0]
+        zeros = (Loss(total=zero, count=zero), jax.tree.map(jnp.zeros_like, params))
+        batches = {name: _microbatches(x, gradient_accumulation_steps) for name, x in batch.items()}
+        keys = jax.random.split(key, gradient_accumulation_steps)
+        return jax.lax.scan(add_microbatch, zeros, (batches, keys))[0]
 
-    def apply(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+    def update(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    def averaged(params: Any, state: TrainState) -> Any:
-        """The running average with one step more."""
-        taken = (state.step - state.skipped).astype(jnp.float32)
-        decay = jnp.minimum(ema_decay, (1 + taken) / (10 + taken))
+    def update_ema(params: Any, state: TrainState) -> Any:
+        updates = (state.step - state.skipped).astype(jnp.float32)
+        decay = jnp.minimum(ema_decay, (1 + updates) / (10 + updates))
         return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.params, params)
 
     def step(state: TrainState, batch: Batch, frozen: Frozen = None) -> tuple[TrainState, StepMetrics]:
-        moved = state.params if state.moved is None else state.moved
-        loss, grads = accumulated(moved, batch, frozen, jax.random.fold_in(state.key, state.step))
+        old_params = state.params if state.moved is None else state.moved
+        loss, grads = accumulate(old_params, batch, frozen, jax.random.fold_in(state.key, state.step))
         count = jnp.maximum(loss.count, 1.0)
         norm = optax.tree.norm(grads) / count
         scale = 1 / count
         if max_grad_norm:
             scale *= jnp.minimum(1.0, max_grad_norm / jnp.maximum(norm, 1e-12))
         grads = jax.tree.map(lambda g: g * scale, grads)
-        update = _in_automatic_mode(apply, state) if automatic and explicit_axes() else apply
-        params, opt_state = update(grads, state.opt_state, moved)
-        good = jnp.isfinite(loss.total) & jnp.isfinite(norm)
-        choose = lambda new, old: jnp.where(good, new, old)  # noqa: E731
-        new = TrainState(
+        update_fn = _with_auto_sharding(update, state) if auto_sharding and explicit_axes() else update
+        params, opt_state = update_fn(grads, state.opt_state, old_params)
+        finite = jnp.isfinite(loss.total) & jnp.isfinite(norm)
+        select = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        new_state = TrainState(
             step=state.step + 1,
             params=jax.tree.map(
-                choose, params if state.moved is None else averaged(params, state), state.params
+                select, params if state.moved is None else update_ema(params, state), state.params
             ),
-            opt_state=jax.tree.map(choose, opt_state, state.opt_state),
+            opt_state=jax.tree.map(select, opt_state, state.opt_state),
             key=state.key,
-            skipped=state.skipped + ~good,
-            bad_run=jnp.where(good, 0, state.bad_run + 1),
-            moved=None if state.moved is None else jax.tree.map(choose, params, moved),
+            skipped=state.skipped + ~finite,
+            bad_run=jnp.where(finite, 0, state.bad_run + 1),
+            moved=None if state.moved is None else jax.tree.map(select, params, old_params),
         )
         metrics = StepMetrics(
             loss=loss.mean,
             tokens=loss.count,
             grad_norm=norm,
-            # The optimizer counts the steps it took, and a skipped one is none.
+            # The optimizer's own step count excludes skipped steps.
             learning_rate=jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
-            skipped=new.skipped,
-            bad_run=new.bad_run,
+            skipped=new_state.skipped,
+            bad_run=new_state.bad_run,
         )
-        return new, metrics
+        return new_state, metrics
 
     return step
 
@@ -154,54 +157,58 @@ def _microbatches(x: jax.Array, count: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(-1, count, x.shape[-1]), 1, 0)
 
 
-def _in_automatic_mode(apply: Callable[..., Any], state: TrainState) -> Callable[..., Any]:
-    layouts = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (state.params, state.opt_state))
-    return jax.sharding.auto_axes(apply, out_sharding=layouts)
+def _with_auto_sharding(update: Callable[..., Any], state: TrainState) -> Callable[..., Any]:
+    """Runs an update with automatic axes; its results have the shardings of the state."""
+    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (state.params, state.opt_state))
+    return jax.sharding.auto_axes(update, out_sharding=specs)
 
 
 def build_step(
-    run: RunConfig, model: LlamaConfig, mesh: Mesh | None, platform: str, tuning: Tuning | None = None
+    run: RunConfig,
+    model: LlamaConfig,
+    mesh: Mesh | None,
+    platform: str,
+    trainable_spec: TrainableSpec | None = None,
 ) -> tuple[Any, TrainState, dict[str, jax.ShapeDtypeStruct], Frozen]:
-    """The jitted step of a run, and the abstract state, batch and frozen weights it takes.
+    """The jitted step of a run, and the abstract state, batch and frozen parameters to lower it with.
 
-    Everything is abstract: the mesh may be of devices that are not here, as when the step is compiled for
-    a pod on another machine. Lower and call it within `state.on(mesh)`.
+    Everything is abstract: the mesh may consist of devices of another machine, as when the step is compiled
+    for a pod. Lower and call it within `use_mesh(mesh)`.
 
     Returns:
-      The step (state, batch, frozen) -> (state, metrics), which donates the state; the state's shapes, dtypes
-      and layouts; the global batch's; those of what is frozen, None where everything is trained.
+      The step (state, batch, frozen) -> (state, metrics), which donates the state; shapes, dtypes and
+      shardings of the state, of the global batch, and of the frozen parameters (None if all are trained).
 
     Raises:
       ConfigError: if the mesh does not divide a microbatch.
     """
-    each = run.train.global_batch_size // run.train.gradient_accumulation_steps
-    parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    if each % parts:
+    accumulation_steps = run.train.gradient_accumulation_steps
+    rows = run.train.global_batch_size // accumulation_steps
+    shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % shards:
         raise ConfigError(
-            f"train.global_batch_size / train.gradient_accumulation_steps is {run.train.global_batch_size} / {run.train.gradient_accumulation_steps} = "
-            f"{each}, which mesh.data x mesh.fsdp = {parts} does not divide; "
-            f"make train.global_batch_size {-(-each // parts) * parts * run.train.gradient_accumulation_steps}"
+            "train.global_batch_size / train.gradient_accumulation_steps is "
+            f"{run.train.global_batch_size} / {accumulation_steps} = {rows}, which mesh.data x mesh.fsdp = "
+            f"{shards} does not divide; set train.global_batch_size to "
+            f"{-(-rows // shards) * shards * accumulation_steps}"
         )
     schedule = make_schedule(run.optimizer, run.train.steps)
     optimizer = make_optimizer(run.optimizer, schedule)
-    tuning = Tuning.of(run, platform) if tuning is None else tuning
+    trainable_spec = TrainableSpec.from_config(run, platform) if trainable_spec is None else trainable_spec
     step = make_step(
-        make_objective(run, model, platform),
+        make_loss_fn(run, model, platform),
         optimizer,
         schedule,
-        gradient_accumulation_steps=run.train.gradient_accumulation_steps,
+        gradient_accumulation_steps=accumulation_steps,
         max_grad_norm=run.optimizer.max_grad_norm,
-        automatic=run.optimizer.name in ("muon", "adafactor"),
-        tuning=tuning,
-        noisy=run.train.neftune_alpha > 0,
+        auto_sharding=run.optimizer.name in ("muon", "adafactor"),
+        trainable_spec=trainable_spec,
+        needs_key=run.train.neftune_alpha > 0,
         ema_decay=run.optimizer.ema_decay,
     )
     shape = (run.train.global_batch_size, run.train.seq_len)
     layout = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, TOKENS_BT)
-    arrays = batch_arrays(run.train.objective, reference=run.preference.precompute_ref_log_probs)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in arrays.items()}
-    state, frozen = abstract_begin(model, optimizer, mesh, tuning)
+    dtypes = batch_dtypes(run.train.objective, reference=run.preference.precompute_ref_log_probs)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in dtypes.items()}
+    state, frozen = abstract_state(model, optimizer, mesh, trainable_spec)
     return jax.jit(step, donate_argnums=0), state, batch, frozen
-
-
-__all__ = ["Step", "StepMetrics", "build_step", "make_step"]

@@ -1,4 +1,4 @@
-"""What of a model is trained and what is frozen beside it: all the weights, or an adapter on them."""
+"""Which parameters are trained and which are frozen: all weights, or an adapter on frozen base weights."""
 
 from __future__ import annotations
 
@@ -12,92 +12,93 @@ import jax.numpy as jnp
 from llama_jax import LlamaConfig, adapters, quantize, sharding
 from llama_jax.ops.quantization import Quantized
 
-from .config.finetune import HEADS
-from .config.run import OptimizerConfig, RunConfig
+from .config.objective import HEAD_OBJECTIVES
+from .config.optimizer import OptimizerConfig
+from .config.run import RunConfig
 from .devices import compute_dtype
-from .optimizer import frozen as frozen_by_name
+from .optimizer import frozen_mask
 
 Params = Any
-Trainable = Any  # what the optimizer sees and a checkpoint holds
-Frozen = Mapping[str, Any] | None  # what a step reads beside it
+Trainable = Any  # what the optimizer updates and a checkpoint stores
+Frozen = Mapping[str, Any] | None  # a step's other, constant parameters: `base` or `reference`
 
 
 @dataclasses.dataclass(frozen=True)
-class Tuning:
-    """How a run's parameters are made of what it trains and what it does not.
+class TrainableSpec:
+    """How a model's parameters are split into trainable and frozen ones, and merged again.
 
     Attributes:
-      adapter: the settings of the adapter that is trained alone, or None.
-      base: `float32`, `bfloat16`, `int8` or `nf4`: what the frozen weights under an adapter are held in.
-      reference: whether steps need the model that training began with, to compare with.
-      outputs: how many numbers the head gives that is trained along; 0 is none.
-      optimizer: its section, which says what is frozen by name; None freezes nothing.
+      adapter: settings of the adapter that is trained on frozen base weights; None trains all weights.
+      base: dtype or quantization of the frozen base weights: `float32`, `bfloat16`, `int8` or `nf4`.
+      reference: whether a step runs the reference model, the initial parameters.
+      head_outputs: number of outputs of the head that replaces the LM head; 0 for none.
+      optimizer: the `optimizer` section, whose `freeze` patterns apply; None freezes nothing.
     """
 
     adapter: adapters.Settings | None = None
     base: str = "float32"
     reference: bool = False
-    outputs: int = 0
+    head_outputs: int = 0
     optimizer: OptimizerConfig | None = None
 
     @property
-    def averaged(self) -> bool:
-        """Whether what is evaluated and saved is a running average of what is trained."""
+    def uses_ema(self) -> bool:
+        """Whether an exponential moving average of the trainable parameters is evaluated and saved."""
         return self.optimizer is not None and self.optimizer.ema_decay > 0
 
     @staticmethod
-    def of(run: RunConfig, platform: str, outputs: int = 1) -> Tuning:
-        """What a run's configuration says.
+    def from_config(run: RunConfig, platform: str, head_outputs: int = 1) -> TrainableSpec:
+        """Makes the spec of a run.
 
         Args:
-          run: the configuration.
-          platform: what is trained on, such as `tpu`.
-          outputs: of the head, where the objective has one.
+          run: the run's configuration.
+          platform: the platform that is trained on, such as `tpu`.
+          head_outputs: number of outputs of the head, if the objective has one.
         """
         base = run.adapter.base
-        return Tuning(
+        return TrainableSpec(
             adapter=run.adapter.settings,
             base=compute_dtype(run.train, platform).name if base == "auto" else base,
             reference=run.train.objective == "dpo" and not run.preference.precompute_ref_log_probs,
-            outputs=outputs if run.train.objective in HEADS else 0,
+            head_outputs=head_outputs if run.train.objective in HEAD_OBJECTIVES else 0,
             optimizer=run.optimizer,
         )
 
-    def begin(self, model: LlamaConfig, params: Params, key: jax.Array) -> tuple[Trainable, Frozen]:
-        """Takes a model's f32 weights apart into what is trained and what is frozen.
+    def split(self, model: LlamaConfig, params: Params, key: jax.Array) -> tuple[Trainable, Frozen]:
+        """Splits a model's f32 parameters into trainable and frozen ones.
 
         Args:
-          model: the model.
-          params: stacked, laid out over the current mesh, if there is one.
-          key: for what begins at random.
+          model: the model's configuration.
+          params: stacked, sharded over the current mesh, if there is one.
+          key: for the random initial values of adapter and head.
         """
         adapter_key, head_key = jax.random.split(key)
         head = params.get("score")
-        if self.outputs:  # a head is in the place of the output projection
+        if self.head_outputs:  # the head replaces the output projection
             params = {name: tree for name, tree in params.items() if name not in ("lm_head", "score")}
         trainable: Any = params
         frozen: dict[str, Any] = {}
         if self.adapter is not None:
-            frozen["base"] = held_in(params, self.base)
+            frozen["base"] = cast_base(params, self.base)
             trainable = adapters.init(self.adapter, model, frozen["base"], adapter_key)
         elif self.reference:
-            # A copy, since a step gives away the buffers of what it trains.
+            # A copy, since a step donates the buffers of the trainable parameters.
             frozen["reference"] = jax.tree.map(jnp.copy, params)
-        if self.outputs:
+        if self.head_outputs:
             if head is None:
                 width = params["embed"]["embedding"].shape[1]
-                kernel = 0.02 * jax.random.normal(head_key, (width, self.outputs), jnp.float32)
+                kernel = 0.02 * jax.random.normal(head_key, (width, self.head_outputs), jnp.float32)
                 head = {"kernel": sharding.constrain(kernel, sharding.SCORE_DC)}
             trainable = {**trainable, "score": head}
         return trainable, frozen or None
 
-    def model(self, trainable: Trainable, frozen: Frozen) -> Params:
-        """The parameters as a model's functions take them; what is frozen by name has no gradient."""
+    def merge(self, trainable: Trainable, frozen: Frozen) -> Params:
+        """Merges both into the model's parameters; those that match `optimizer.freeze` get no gradient."""
         if self.optimizer is not None and self.optimizer.freeze:
             trainable = jax.tree.map(
-                lambda x, keep: jax.lax.stop_gradient(x) if keep else x,
+                lambda x, is_frozen: jax.lax.stop_gradient(x) if is_frozen else x,
                 trainable,
-                frozen_by_name(self.optimizer, trainable),
+                frozen_mask(self.optimizer, trainable),
             )
         if self.adapter is None:
             return trainable
@@ -105,42 +106,44 @@ class Tuning:
         attached = adapters.attach(self.adapter, frozen["base"], {"layers": trainable["layers"]})
         return {**attached, **{name: tree for name, tree in trainable.items() if name != "layers"}}
 
-    def beginning(self, trainable: Trainable, frozen: Frozen) -> Params:
-        """The model that training began with, of what it began with."""
+    def initial_params(self, trainable: Trainable, frozen: Frozen) -> Params:
+        """The model's initial parameters, from the initial trainable and the frozen ones."""
         if self.adapter is None:
             return trainable
         assert frozen is not None
         return frozen["base"]
 
-    def over(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """An objective, or its like, of (trainable, frozen, batch) in place of (parameters, batch)."""
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Turns a function of (params, batch), such as a loss, into one of (trainable, frozen, batch).
 
-        def applied(trainable: Trainable, frozen: Frozen, batch: Any, **more: Any) -> Any:
-            return function(self.model(trainable, frozen), batch, **self.extras(frozen), **more)
+        The reference model's parameters are passed to it as `reference` if the spec has one.
+        """
 
-        return applied
+        def wrapped(trainable: Trainable, frozen: Frozen, batch: Any, **kwargs: Any) -> Any:
+            if self.reference:
+                assert frozen is not None
+                kwargs["reference"] = frozen["reference"] if self.adapter is None else frozen["base"]
+            return function(self.merge(trainable, frozen), batch, **kwargs)
 
-    def extras(self, frozen: Frozen) -> dict[str, Any]:
-        """What an objective is handed beside parameters and batch."""
-        if not self.reference:
-            return {}
-        assert frozen is not None
-        return {"reference": frozen["reference"] if self.adapter is None else frozen["base"]}
+        return wrapped
 
 
-def held_in(params: Params, form: str) -> Params:
-    """The weights in one of the forms of `Tuning.base`."""
-    if form in ("float32", "bfloat16"):
-        return cast(params, jnp.dtype(form))
-    return quantize(cast(params, jnp.bfloat16), 8 if form == "int8" else "nf4")
+FULL_FINETUNING = TrainableSpec()  # all weights are trained
+
+
+def cast_base(params: Params, base: str) -> Params:
+    """Casts or quantizes frozen base weights as `TrainableSpec.base` says."""
+    if base in ("float32", "bfloat16"):
+        return cast(params, jnp.dtype(base))
+    return quantize(cast(params, jnp.bfloat16), 8 if base == "int8" else "nf4")
 
 
 def cast(params: Params, dtype: jax.typing.DTypeLike) -> Params:
-    """Every plain weight in `dtype`; quantised ones stay, and are computed with in it."""
+    """Casts floating-point leaves to `dtype`; quantized ones stay, and are dequantized to it."""
 
-    def one(leaf: Any) -> Any:
+    def cast_leaf(leaf: Any) -> Any:
         if isinstance(leaf, Quantized):
             return dataclasses.replace(leaf, dtype=jnp.dtype(dtype))
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    return jax.tree.map(cast_leaf, params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
