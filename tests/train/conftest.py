@@ -1,4 +1,4 @@
-"""What tests of whole runs share: a folder to run them in, one a file of tests."""
+"""The directory in which a test module runs training processes."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Real processes of `python -m llama_jax.train`: a tiny run's configuration, and what it left behind."""
+"""Runs `python -m llama_jax.train` in subprocesses: a tiny configuration, and readers of its output."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 
-# A corpus of few distinct characters, so that a vocabulary of 300 has room for merges.
+# A corpus with few distinct characters, so that a vocabulary of 300 has room for merges.
 _WORDS = [
     "the",
     "cat",
@@ -71,7 +70,7 @@ plot = false
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """How a process ended."""
+    """A finished process."""
 
     status: int
     out: str
@@ -79,7 +78,7 @@ class Done:
 
     @property
     def error(self) -> str:
-        """The one line of a failure, with all that a user must never see ruled out."""
+        """The one-line error message; fails on tracebacks and anything after it."""
         assert "Traceback" not in self.err, self.err
         lines = [line for line in self.err.splitlines() if line.startswith("error:")]
         assert len(lines) == 1 and self.err.splitlines()[-1] == lines[0], self.err
@@ -88,11 +87,11 @@ class Done:
 
 @dataclasses.dataclass(frozen=True)
 class Workshop:
-    """A folder with a configuration and its text, and the means to train there.
+    """A directory with a configuration and its corpus, in which tests run training processes.
 
     Attributes:
-      folder: where everything is.
-      cache: of compiled programs, shared by all processes.
+      folder: the directory.
+      cache: JAX's compilation cache, shared by all processes.
     """
 
     folder: Path
@@ -113,12 +112,12 @@ class Workshop:
         return self
 
     def start(
-        self, *words: object, devices: int = 1, verb: str = "train", **more: Any
+        self, *arguments: object, devices: int = 1, verb: str = "train", **more: Any
     ) -> subprocess.Popen[str]:
-        """Starts `llama-jax VERB words ...`."""
+        """Starts `llama-jax VERB ARGUMENTS ...`."""
         module = ["-m", "llama_jax.train"] if verb == "train" else ["-m", "llama_jax.cli", verb]
         return subprocess.Popen(
-            [sys.executable, *module, *map(str, words)],
+            [sys.executable, *module, *map(str, arguments)],
             env=os.environ | self.environment(devices) | more.pop("env", {}),
             cwd=self.folder,
             text=True,
@@ -139,19 +138,19 @@ class Workshop:
             "COLUMNS": "500",
         }
 
-    def run(self, *words: object, verb: str = "train", **more: Any) -> Done:
-        """Runs a command to its end."""
-        return finish(self.start(*words, verb=verb, **more))
+    def run(self, *arguments: object, verb: str = "train", **more: Any) -> Done:
+        """Runs a command until it ends."""
+        return finish(self.start(*arguments, verb=verb, **more))
 
-    def train(self, run_dir: str, *words: object, status: int = 0, **more: Any) -> Done:
+    def train(self, run_dir: str, *arguments: object, status: int = 0, **more: Any) -> Done:
         """Trains in `folder/run_dir`."""
-        done = self.run(self.config, "--train.run_dir", run_dir, *words, **more)
+        done = self.run(self.config, "--train.run_dir", run_dir, *arguments, **more)
         assert done.status == status, (done.status, done.err)
         return done
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 120) -> Done:
-    """Waits for a process, and kills it should it hang."""
+    """Waits for a process; kills it after the timeout."""
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
@@ -162,7 +161,7 @@ def finish(process: subprocess.Popen[str], timeout: float = 120) -> Done:
 
 @contextlib.contextmanager
 def running(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
-    """Sees to it that a process ends with the block."""
+    """Kills a process at the end of the block."""
     try:
         yield process
     finally:
@@ -171,22 +170,22 @@ def running(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 60) -> None:
-    """Waits until something is so; fails if the process ends before."""
+    """Waits until a condition holds; fails if the process ends before."""
     end = time.monotonic() + timeout
     while not condition():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.005)
 
 
 def records(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """The lines of a run's metrics that are whole."""
+    """The complete lines of a run's metrics."""
     lines = (run / name).read_text().splitlines() if (run / name).exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def losses(run: Path) -> dict[int, float]:
-    """Loss by step; every step was recorded once."""
+    """Loss by step; checks that every step was recorded once."""
     found = records(run)
     by_step = {record["step"]: record["loss"] for record in found}
     assert [record["step"] for record in found] == list(range(1, len(found) + 1))
@@ -194,22 +193,22 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def steps(run: Path) -> list[int]:
-    """The steps of which a checkpoint was committed."""
+    """The steps with a committed checkpoint."""
     return sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
 
 
-def everything(run: Path, step: int) -> tuple[Mapping[str, np.ndarray], Mapping[str, Any]]:
-    """All that one checkpoint holds: every array by its name, and every process's data state."""
+def checkpoint_contents(run: Path, step: int) -> tuple[Mapping[str, np.ndarray], Mapping[str, Any]]:
+    """Every array of a checkpoint by name, and the data states of all processes."""
     import jax
 
-    from llama_jax.weights.orbax import describe_tree, read_tree
+    from llama_jax.weights.orbax import read_tree, tree_metadata
 
     folder = run / "checkpoints" / str(step)
     arrays = {}
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for part in ("params", "state"):
         tree: dict[str, Any] = {}
-        for name, info in describe_tree(folder / part).items():
+        for name, info in tree_metadata(folder / part).items():
             *parents, last = name.split(".") if part == "params" else [name]
             inner = tree
             for parent in parents:
@@ -224,15 +223,11 @@ def everything(run: Path, step: int) -> tuple[Mapping[str, np.ndarray], Mapping[
 
 
 def assert_same(left: Path, right: Path, step: int) -> None:
-    """Asserts that two runs are at the same place bit for bit: parameters, moments, counters, keys, data."""
-    (a, data_a), (b, data_b) = everything(left, step), everything(right, step)
+    """Asserts that two checkpoints are equal bit for bit: parameters, moments, counters, keys, data state."""
+    (a, data_a), (b, data_b) = checkpoint_contents(left, step), checkpoint_contents(right, step)
     assert a.keys() == b.keys() and len(a) > 10
     different = [
         name for name in a if (a[name].dtype, a[name].tobytes()) != (b[name].dtype, b[name].tobytes())
     ]
     assert not different
     assert data_a == data_b and len(data_a) == 8
-
-
-def interrupt(process: subprocess.Popen[str], number: signal.Signals = signal.SIGTERM) -> None:
-    process.send_signal(number)

@@ -1,4 +1,4 @@
-"""A training state of a few kilobytes, and runs of it: what the tests of checkpoints save and load."""
+"""A training state of a few kilobytes and runs of it, for the tests of checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llama_jax.train.checkpoints.checkpoints import Checkpoints
 from llama_jax.train.config.checkpoint import CheckpointConfig
 from tests.tiny import CONFIG, PIECES, write_vocabulary
 
-# Sizes that 8 divides, so that any mesh of the tests' devices takes it.
+# All sizes are multiples of 8, so that any mesh of the 8 test devices can shard it.
 MODEL = CONFIG.replace(
     vocab_size=len(PIECES) // 8 * 8, num_attention_heads=8, num_key_value_heads=8, head_dim=2
 )
@@ -43,20 +43,20 @@ def abstract_state(mesh: Mesh, config: lj.LlamaConfig = MODEL, optimizer: Any = 
     specs = param_specs(config)
     params = jax.eval_shape(lambda: lj.init(config, jax.random.key(0)))
 
-    def lay(leaf: Any, spec: P) -> jax.ShapeDtypeStruct:
+    def with_sharding(leaf: Any, spec: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=named(mesh, spec))
 
     replicated = NamedSharding(mesh, P())
     opt_state = optax.tree_map_params(
         optimizer,
-        lay,
+        with_sharding,
         jax.eval_shape(optimizer.init, params),
         specs,
-        transform_non_params=lambda leaf: lay(leaf, P()),
+        transform_non_params=lambda leaf: with_sharding(leaf, P()),
         is_leaf=lambda leaf: isinstance(leaf, P),
     )
     return State(
-        params=jax.tree.map(lay, params, specs),
+        params=jax.tree.map(with_sharding, params, specs),
         opt_state=opt_state,
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
         key=jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=replicated),
@@ -64,7 +64,7 @@ def abstract_state(mesh: Mesh, config: lj.LlamaConfig = MODEL, optimizer: Any = 
 
 
 def make_state(mesh: Mesh, seed: int = 0, **kind: Any) -> State:
-    """A state of random numbers, every leaf of it."""
+    """A state in which every leaf is random."""
     abstract = abstract_state(mesh, **kind)
     rng = np.random.default_rng(seed)
 
@@ -77,25 +77,25 @@ def make_state(mesh: Mesh, seed: int = 0, **kind: Any) -> State:
     return jax.tree.map(fill, abstract)
 
 
-def numbers(state: Any) -> list[np.ndarray]:
-    """Every leaf's bits, on the host."""
-    words = [
+def host_leaves(state: Any) -> list[np.ndarray]:
+    """Every leaf as a NumPy array, random keys as their key data."""
+    leaves = [
         jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
         for leaf in jax.tree.leaves(state)
     ]
-    return [np.array(leaf) for leaf in words]
+    return [np.array(leaf) for leaf in leaves]
 
 
 def same(left: Any, right: Any) -> bool:
     """Whether two states are equal bit for bit, in structure and dtypes too."""
     return jax.tree.structure(left) == jax.tree.structure(right) and all(
         a.dtype == b.dtype and a.tobytes() == b.tobytes()
-        for a, b in zip(numbers(left), numbers(right), strict=True)
+        for a, b in zip(host_leaves(left), host_leaves(right), strict=True)
     )
 
 
 def save_run(folder: Path, *steps: int, config: CheckpointConfig | None = None, **kind: Any) -> Path:
-    """Saves a state for each step, seeded by it, with a held-out loss of 10 / step, and a tokenizer."""
+    """Saves a state for each step, seeded by it, with an eval_loss of 10 / step, and a tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     write_vocabulary(folder / "tok.bin", PIECES[: MODEL.vocab_size])
     config = config or CheckpointConfig(every=1, keep=100)

@@ -1,4 +1,4 @@
-"""Laws of checkpoints: what comes back is what was saved, whatever happened to the files or the process."""
+"""Checkpoints: a restored state equals the saved one bit for bit, whatever happened to files or process."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from tests.train.small_runs import (
     MODEL,
     State,
     abstract_state,
+    host_leaves,
     make_state,
-    numbers,
     one_device,
     same,
     save_run,
@@ -56,43 +56,43 @@ def one_line(caught: pytest.ExceptionInfo[BaseException]) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def intact_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_run(tmp_path_factory.mktemp("whole"), 1, 2)
 
 
 @pytest.fixture
-def two_steps(whole_run: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
-    return shutil.copytree(whole_run, tmp_path / "run")
+def two_steps(intact_run: Path, tmp_path: Path) -> Path:
+    """A copy for a test to damage."""
+    return shutil.copytree(intact_run, tmp_path / "run")
 
 
 @pytest.mark.parametrize("mesh", ["data=8", "data=4,tensor=2", "data=2,fsdp=2,tensor=2", "fsdp=8", ""])
-def test_a_state_comes_back_bit_for_bit_on_any_mesh(mesh, tmp_path):
-    saved_on, read_on = make_mesh("fsdp=4,tensor=2"), make_mesh(mesh) if mesh else one_device()
-    state = make_state(saved_on)
+def test_restore_is_bitwise_exact_on_any_mesh(mesh, tmp_path):
+    saved_mesh, restore_mesh = make_mesh("fsdp=4,tensor=2"), make_mesh(mesh) if mesh else one_device()
+    state = make_state(saved_mesh)
     with checkpoints_of(tmp_path) as checkpoints:
         checkpoints.save(7, state, {"files": ["ä"], "at": 2**60})
     with checkpoints_of(tmp_path) as checkpoints:
-        restored = checkpoints.restore(abstract_state(read_on))
+        restored = checkpoints.restore(abstract_state(restore_mesh))
     assert (restored.step, restored.data_states) == (7, [{"files": ["ä"], "at": 2**60}])
     assert same(restored.state, state)
     assert all(
-        leaf.sharding == wanted.sharding
-        for leaf, wanted in zip(
+        leaf.sharding == expected.sharding
+        for leaf, expected in zip(
             jax.tree.leaves((restored.state.params, restored.state.opt_state)),
-            jax.tree.leaves((abstract_state(read_on).params, abstract_state(read_on).opt_state)),
+            jax.tree.leaves((abstract_state(restore_mesh).params, abstract_state(restore_mesh).opt_state)),
             strict=True,
         )
     )
 
 
-def test_notes_and_metrics_come_back(tmp_path):
+def test_run_metadata_and_metrics_are_restored(tmp_path):
     restored = restore(save_run(tmp_path, 4))
     assert restored.run == {"data": "abc"}
     assert restored.metrics == {"eval_loss": 2.5, "tokens": 4000.0}
 
 
-def test_what_is_saved_is_what_was_there_when_save_was_called(tmp_path):
+def test_save_copies_the_state_when_it_is_called(tmp_path):
     """The next steps donate the state's buffers while it is being written."""
 
     @jax.jit
@@ -105,23 +105,23 @@ def test_what_is_saved_is_what_was_there_when_save_was_called(tmp_path):
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     with checkpoints_of(tmp_path) as checkpoints:
         for number in range(1, 6):
-            wanted = numbers(state)
+            expected = host_leaves(state)
             checkpoints.save(number, state, {})
             for _ in range(10):
                 state = step(state)
             checkpoints.wait()
-            found = numbers(checkpoints.restore(abstract).state)
-            assert all(np.array_equal(a, b) for a, b in zip(wanted, found, strict=True))
+            found = host_leaves(checkpoints.restore(abstract).state)
+            assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-def test_a_new_run_has_nothing_to_restore(tmp_path):
+def test_new_run_has_nothing_to_restore(tmp_path):
     with checkpoints_of(tmp_path / "new") as checkpoints:
         assert checkpoints.restore(abstract_state(one_device())) is None
         assert checkpoints.steps() == []
     assert not (tmp_path / "new").exists()
 
 
-def test_steps_to_save(tmp_path):
+def test_should_save(tmp_path):
     checkpoints = checkpoints_of(tmp_path, every=3)
     assert [step for step in range(1, 10) if checkpoints.should_save(step)] == [3, 6, 9]
     assert not any(checkpoints_of(tmp_path, every=0).should_save(step) for step in range(1, 10))
@@ -129,20 +129,20 @@ def test_steps_to_save(tmp_path):
     assert often.should_save(1)
 
 
-def test_any_step_can_be_saved_and_saving_it_again_changes_nothing(tmp_path):
+def test_saving_a_saved_step_again_does_nothing(tmp_path):
     with checkpoints_of(tmp_path, every=1000) as checkpoints:
         checkpoints.save(3, make_state(one_device(), 3), {})
         checkpoints.save(3, make_state(one_device(), 4), {})
     assert same(restore(tmp_path).state, make_state(one_device(), 3))
 
 
-def test_saving_in_the_foreground_has_saved_when_it_returns(tmp_path):
+def test_synchronous_save_is_committed_when_it_returns(tmp_path):
     with checkpoints_of(tmp_path, asynchronous=False) as checkpoints:
         checkpoints.save(3, make_state(one_device()), {})
         assert (tmp_path / "checkpoints" / "3" / "checksums.json").is_file()
 
 
-def test_steps_are_kept_by_number_by_metric_and_for_ever(tmp_path):
+def test_retention_by_number_by_metric_and_forever(tmp_path):
     losses = {1: 5.0, 2: 1.0, 3: 4.0, 4: float("nan"), 5: 3.0, 6: 3.0, 7: 2.0, 8: 3.0, 9: 4.0}
     with checkpoints_of(tmp_path, keep=2, keep_every=4, best=1) as checkpoints:
         for step, loss in losses.items():
@@ -150,16 +150,16 @@ def test_steps_are_kept_by_number_by_metric_and_for_ever(tmp_path):
             checkpoints.wait()
             assert {step, max(1, step - 1)} <= set(checkpoints.steps())
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "8", "9"]
-    why = {step.step: step.kept for step in list_steps(tmp_path)}
-    assert why == {
-        2: ["least held-out loss"],
+    kept_by = {step.step: step.kept_by for step in list_steps(tmp_path)}
+    assert kept_by == {
+        2: ["lowest eval_loss"],
         4: ["every 4"],
         8: ["newest 2", "every 4"],
         9: ["newest 2"],
     }
 
 
-def test_one_step_in_so_many_hours_is_kept_for_ever(tmp_path):
+def test_keep_hours_retains_one_step_per_interval(tmp_path):
     with checkpoints_of(tmp_path, keep=1, keep_hours=4 / 3600, best=0) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(step, make_state(one_device(), step), {})
@@ -191,36 +191,36 @@ DAMAGE = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 @pytest.mark.parametrize("item", ["params", "state"])
-def test_a_damaged_step_is_named_and_the_one_before_is_taken(kind, item, two_steps):
+def test_damaged_step_is_reported_and_the_previous_one_restored(kind, item, two_steps):
     damage, message = DAMAGE[kind]
     path = largest_file(two_steps / "checkpoints" / "2" / item)
     damage(path)
-    said: list[str] = []
-    restored = restore(two_steps, said.append)
+    warnings: list[str] = []
+    restored = restore(two_steps, warnings.append)
     assert restored.step == 1 and same(restored.state, make_state(one_device(), 1))
     name = path.parent / "x" if kind == "an unexpected file" else path
-    assert said[0].startswith("checkpoint of step 2 is not used: ")
-    assert str(name) in said[0] and message in said[0]
-    assert said[1] == "going back to step 1, the newest checkpoint that is whole"
+    assert warnings[0].startswith("skipping the checkpoint of step 2: ")
+    assert str(name) in warnings[0] and message in warnings[0]
+    assert warnings[1] == "resuming from step 1, the newest intact checkpoint"
     assert (two_steps / "checkpoints" / "2").is_dir()
 
 
-def test_a_damaged_step_is_set_aside_when_its_number_comes_again(two_steps):
+def test_damaged_step_is_renamed_when_its_step_is_saved_again(two_steps):
     folder = two_steps / "checkpoints"
     for again in ("2.damaged", "2.damaged-2"):
         flip(largest_file(folder / "2"))
         before = largest_file(folder / "2").read_bytes()
-        said: list[str] = []
-        with checkpoints_of(two_steps, said.append) as checkpoints:
+        warnings: list[str] = []
+        with checkpoints_of(two_steps, warnings.append) as checkpoints:
             assert checkpoints.restore(abstract_state(one_device())).step == 1
             assert (folder / "2").is_dir()
             checkpoints.save(2, make_state(one_device(), 22), {})
         assert same(restore(two_steps).state, make_state(one_device(), 22))
         assert largest_file(folder / again).read_bytes() == before
-        assert str(folder / again) in said[-1]
+        assert str(folder / again) in warnings[-1]
 
 
-def test_where_every_step_is_damaged_nothing_is_restored_or_deleted(two_steps):
+def test_if_every_step_is_damaged_nothing_is_restored_or_deleted(two_steps):
     paths = [largest_file(two_steps / "checkpoints" / step) for step in "12"]
     for path in paths:
         flip(path)
@@ -236,20 +236,20 @@ def test_where_every_step_is_damaged_nothing_is_restored_or_deleted(two_steps):
     [
         ({"config": MODEL.replace(intermediate_size=32)}, ["feed_forward.w_gate", "24]", "32]", "float32"]),
         ({"config": MODEL.replace(num_hidden_layers=3)}, ["layers.attention.wq", "[2, ", "[3, "]),
-        ({"config": MODEL.replace(tie_word_embeddings=False)}, ["this run alone has lm_head.kernel"]),
+        ({"config": MODEL.replace(tie_word_embeddings=False)}, ["only this run has lm_head.kernel"]),
         (
             {"optimizer": optax.sgd(0.1, momentum=0.9)},
-            ["this run alone has opt_state.0.trace", "opt_state.1"],
+            ["only this run has opt_state.0.trace", "opt_state.1"],
         ),
     ],
 )
-def test_another_model_or_optimizer_is_refused(kind, parts, two_steps):
+def test_checkpoint_of_another_model_or_optimizer_is_an_error(kind, parts, two_steps):
     with checkpoints_of(two_steps) as checkpoints, pytest.raises(CheckpointError) as caught:
         checkpoints.restore(abstract_state(one_device(), **kind))
     assert all(part in one_line(caught) for part in [*parts, "of another model or optimizer"])
 
 
-def test_another_dtype_is_refused_instead_of_cast(two_steps):
+def test_another_dtype_is_an_error_instead_of_cast(two_steps):
     abstract = abstract_state(one_device())
     half = jax.tree.map(lambda x: x.update(dtype=jnp.bfloat16), abstract.params)
     with checkpoints_of(two_steps) as checkpoints, pytest.raises(CheckpointError) as caught:
@@ -257,7 +257,7 @@ def test_another_dtype_is_refused_instead_of_cast(two_steps):
     assert "float32" in one_line(caught) and "bfloat16" in one_line(caught)
 
 
-def test_what_a_killed_save_left_behind_is_removed(tmp_path):
+def test_files_of_a_killed_save_are_removed(tmp_path):
     save_run(tmp_path, 1)
     folder = tmp_path / "checkpoints"
     for name in ("2.orbax-checkpoint-tmp", "3.orbax-checkpoint-tmp-unsealed", "deleted/0"):
@@ -268,7 +268,7 @@ def test_what_a_killed_save_left_behind_is_removed(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["1", "4"]
 
 
-def test_a_save_that_cannot_be_written_is_one_error_and_leaves_earlier_steps(tmp_path, capfd):
+def test_failed_save_is_one_error_and_keeps_earlier_steps(tmp_path, capfd):
     save_run(tmp_path, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -291,7 +291,7 @@ def test_a_save_that_cannot_be_written_is_one_error_and_leaves_earlier_steps(tmp
     assert restore(tmp_path).step == 2
 
 
-def test_the_trainer_hears_of_a_failed_save_at_its_next_step(tmp_path):
+def test_failed_background_save_raises_at_the_next_step(tmp_path):
     checkpoints = checkpoints_of(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -306,12 +306,18 @@ def test_the_trainer_hears_of_a_failed_save_at_its_next_step(tmp_path):
     checkpoints.close()
 
 
-def python(code: str, *words: object, **more) -> subprocess.Popen[str]:
+def python(code: str, *arguments: object, **kwargs) -> subprocess.Popen[str]:
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    command = [sys.executable, "-c", code, *map(str, words)]
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(
-        command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more
+        command,
+        env=environment,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **kwargs,
     )
 
 
@@ -329,8 +335,8 @@ with checkpoints_of(pathlib.Path(sys.argv[1])) as checkpoints:
 """
 
 
-def test_a_full_disk_is_one_line_and_leaves_earlier_steps(tmp_path):
-    """On a real file system of 1 MB, in a mount namespace of its own."""
+def test_full_disk_is_a_one_line_error_and_keeps_earlier_steps(tmp_path):
+    """On a real file system of 1 MB, in its own mount namespace."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("this system does not let a user mount a small file system")
     code = (
@@ -348,7 +354,7 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_steps(tmp_path):
         capture_output=True,
     )
     error, restored = done.stdout.splitlines()
-    assert "No space left on device; the earlier checkpoints are whole" in error
+    assert "No space left on device; the earlier checkpoints are intact" in error
     step, whole = restored.split()
     assert int(step) >= 1 and whole == "True" and f"newest is of step {step};" in error
     assert done.returncode == 0 and done.stderr == ""
@@ -367,21 +373,21 @@ with checkpoints_of(pathlib.Path(sys.argv[1]), keep=2) as checkpoints:
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_from_the_newest_whole_step(tmp_path):
-    """kill -9 at random moments, nearly all of them within a save, since this run does nothing else."""
-    chance = random.Random(0)
+def test_killed_run_resumes_from_the_newest_committed_step(tmp_path):
+    """kill -9 at random times, mostly during a save, since this run does nothing else."""
+    rng = random.Random(0)
     newest = 0
     for _ in range(3):
         process = python(KILLED, tmp_path)
         assert process.stdout is not None
-        for _ in range(3):  # the third begins when the second is committed
-            begun = int(process.stdout.readline())
-        time.sleep(chance.random() / 10)
+        for _ in range(3):  # the third save starts when the second is committed
+            started = int(process.stdout.readline())
+        time.sleep(rng.random() / 10)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        said: list[str] = []
-        restored = restore(tmp_path, said.append)
-        assert restored.step >= begun - 1 > newest and not said
+        warnings: list[str] = []
+        restored = restore(tmp_path, warnings.append)
+        assert restored.step >= started - 1 > newest and not warnings
         assert same(restored.state, make_state(one_device(), restored.step))
         assert restored.data_states == [{"batch": restored.step}]
         newest = restored.step
@@ -393,12 +399,12 @@ import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
 from llama_jax.sharding import make_mesh
-from tests.train.small_runs import abstract_state, make_state, numbers
+from tests.train.small_runs import abstract_state, make_state, host_leaves
 from tests.train.test_checkpoint import checkpoints_of
 folder, index = pathlib.Path(sys.argv[1]), jax.process_index()
 mesh = make_mesh("fsdp=2,tensor=2")
-said = []
-with checkpoints_of(folder, said.append) as checkpoints:
+warnings = []
+with checkpoints_of(folder, warnings.append) as checkpoints:
     for step in (1, 2):
         checkpoints.save(step, make_state(mesh, step), {"process": index})
     checkpoints.wait()
@@ -406,7 +412,7 @@ with checkpoints_of(folder, said.append) as checkpoints:
         files = sorted((folder / "checkpoints/2/params/ocdbt.process_1/d").iterdir())
         data = bytearray(files[0].read_bytes()); data[0] ^= 1; files[0].write_bytes(data)
     restored = checkpoints.restore(abstract_state(mesh))
-    assert restored.step == 1 and "ocdbt.process_1" in said[0], said
+    assert restored.step == 1 and "ocdbt.process_1" in warnings[0], warnings
     assert restored.data_states == [{"process": 0}, {"process": 1}]
     for saved, found in zip(jax.tree.leaves(make_state(mesh, 1)), jax.tree.leaves(restored.state)):
         for a, b in zip(saved.addressable_shards, found.addressable_shards):
@@ -416,7 +422,7 @@ with checkpoints_of(folder, said.append) as checkpoints:
 
 
 @pytest.mark.slow
-def test_two_processes_save_what_one_restores(tmp_path):
+def test_one_process_restores_what_two_saved(tmp_path):
     import socket
 
     with socket.socket() as probe:
@@ -433,7 +439,7 @@ def test_two_processes_save_what_one_restores(tmp_path):
     assert shares == ["ocdbt.process_0", "ocdbt.process_1"]
 
 
-def test_files_are_as_documented(tmp_path):
+def test_directory_layout(tmp_path):
     step = save_run(tmp_path, 5) / "checkpoints" / "5"
     items = ["data", "metrics", "params", "run", "state"]
     assert sorted(path.name for path in step.iterdir() if path.is_dir()) == items
@@ -449,7 +455,7 @@ def test_files_are_as_documented(tmp_path):
         *(("every_minutes", -1.0), ("keep_hours", float("inf")), ("asynchronous", "yes")),
     ],
 )
-def test_settings_that_cannot_work(field, value):
+def test_invalid_settings_are_named(field, value):
     with pytest.raises(ConfigError) as caught:
         CheckpointConfig(**{field: value})
     assert one_line(caught).startswith(f"checkpoint.{field} is {value!r}; it must be ")

@@ -1,4 +1,4 @@
-"""A run's configuration: TOML and back, words over file, Llama 2's defaults, every way to get it wrong."""
+"""A run's configuration: TOML round trip, flags override the file, Llama 2's defaults, one-line errors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import llama_jax as lj
 from llama_jax.console.parser import UsageError
 from llama_jax.errors import ConfigError, LlamaJaxError
 from llama_jax.train.config.data import SourceConfig
-from llama_jax.train.config.read import keys, load_config, to_toml
+from llama_jax.train.config.read import RENAMED, RENAMED_VALUES, keys, load_config, to_toml
 from llama_jax.train.config.run import EvalConfig, ModelConfig, RunConfig
-from llama_jax.train.loop import out_of_patience
+from llama_jax.train.loop import should_stop_early
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 
@@ -29,17 +29,17 @@ def write(tmp_path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_config_of_the_repository_survives_toml_and_makes_a_model(path, write):
+def test_shipped_config_round_trips_through_toml_and_builds_a_model(path, write):
     run = load_config(path)
     assert load_config(write(to_toml(run))) == run
     assert run.model.build(run.tokenizer.vocab_size or 32_000).num_params > 0
     assert len(path.read_text().splitlines()) < 60
 
 
-def test_a_mixture_survives_toml(write):
+def test_mixture_round_trips_through_toml(write):
     text = """
         [data]
-        held_out = 0
+        validation_fraction = 0
         mixture = [
             { files = "a/*.txt", weight = 2 },
             { files = 'b "c".jsonl', exclude = ["*/é*"], field = "body" },
@@ -53,7 +53,7 @@ def test_a_mixture_survives_toml(write):
     assert load_config(write(to_toml(run))) == run
 
 
-def test_an_empty_file_is_the_defaults_and_they_are_llama_2s(write):
+def test_empty_file_gives_the_defaults_of_llama_2(write):
     """arXiv 2307.09288, section 2.2."""
     run = load_config(write(""))
     assert run == RunConfig()
@@ -63,29 +63,29 @@ def test_an_empty_file_is_the_defaults_and_they_are_llama_2s(write):
     assert run.model.build() == lj.presets.LLAMA2_7B
 
 
-def test_words_win_over_the_file_and_the_last_over_the_first(write):
+def test_flags_override_the_file_and_the_last_flag_wins(write):
     path = write("[train]\nsteps = 10\nseed = 3\n[model]\ntie_word_embeddings = true\n")
-    words = "--train.steps 20 --train.steps=30 --mesh.fsdp -1 --optimizer.learning_rate 1 --train.run_dir a=b"
+    flags = "--train.steps 20 --train.steps=30 --mesh.fsdp -1 --optimizer.learning_rate 1 --train.run_dir a=b"
     run = load_config(
-        path, [*words.split(), "--model.tie_word_embeddings=false", "--data.exclude", "['*/x']"]
+        path, [*flags.split(), "--model.tie_word_embeddings=false", "--data.exclude", "['*/x']"]
     )
     assert (run.train.steps, run.train.seed, run.mesh.fsdp, run.train.run_dir) == (30, 3, -1, "a=b")
     assert run.model.tie_word_embeddings is False and run.data.exclude == ("*/x",)
     assert run.optimizer.learning_rate == 1.0 and type(run.optimizer.learning_rate) is float
-    assert load_config(path, ["--train.run_dir", "7"]).train.run_dir == "7"  # text stays text
+    assert load_config(path, ["--train.run_dir", "7"]).train.run_dir == "7"  # strings are not parsed
 
 
-def test_a_preset_is_changed_by_what_stands_beside_it():
+def test_model_fields_override_the_preset():
     assert ModelConfig(preset="LLaMA2_70B").build() == lj.presets.LLAMA2_70B
     model = ModelConfig(preset="tiny", num_hidden_layers=3).build(vocab_size=500)
     assert model == lj.presets.TINY.replace(num_hidden_layers=3, vocab_size=500)
     assert ModelConfig(preset="tiny", vocab_size=512).build(vocab_size=512).vocab_size == 512
 
 
-def test_every_key_is_shown():
-    shown = keys()
-    assert list(shown) == [f.name for f in dataclasses.fields(RunConfig)]
-    assert ("warmup_steps", "2000") in shown["optimizer"] and ("mixture", "()") in shown["data"]
+def test_keys_lists_every_section():
+    sections = keys()
+    assert list(sections) == [f.name for f in dataclasses.fields(RunConfig)]
+    assert ("warmup_steps", "2000") in sections["optimizer"] and ("mixture", "()") in sections["data"]
 
 
 @pytest.mark.parametrize(
@@ -102,10 +102,10 @@ def test_every_key_is_shown():
             "[[data.mixture]]\nfiles = 'a'\nwieght = 2",
             "unknown key data.mixture.wieght; did you mean weight?",
         ),
-        ("[[data.mixture]]\nweight = 2", "data.mixture.files is missing; give text"),
+        ("[[data.mixture]]\nweight = 2", "data.mixture.files is missing; give a string"),
         ("[data]\nmixture = ['a']", "data.mixture is 'a'; it must be a table of files, exclude,"),
         ("[data]\nmixture = 'a'", "data.mixture is 'a'; it must be a list"),
-        ("[data]\nexclude = [3]", "data.exclude is 3; it must be text"),
+        ("[data]\nexclude = [3]", "data.exclude is 3; it must be a string"),
         ("[train]\nsteps = 2.5", "train.steps is 2.5; it must be a whole number"),
         ("[train]\nsteps = true", "train.steps is True; it must be a whole number"),
         ("[train]\nsteps = '3'", "train.steps is '3'; it must be a whole number"),
@@ -118,14 +118,14 @@ def test_every_key_is_shown():
         ("[train]\nremat = 'ful'", "train.remat is 'ful'; did you mean full?"),
         ("[train]\nattention = 'flash'", "train.attention is 'flash'"),
         (
-            "[train]\nbatch_size = 7\naccumulate = 2",
+            "[train]\nglobal_batch_size = 7\ngradient_accumulation_steps = 2",
             "train.global_batch_size 7 is not a multiple of train.gradient_accumulation_steps 2",
         ),
         ("[optimizer]\nname = 'adam'", "optimizer.name is 'adam'; did you mean adamw?"),
         ("[optimizer]\nschedule = 'cosin'", "did you mean cosine?; it must be one of cosine, wsd, constant"),
         ("[optimizer]\nb2 = 1.0", "optimizer.b2 is 1.0; it must be at least 0 and below 1"),
         (
-            "[optimizer]\nfinal_fraction = 1.5",
+            "[optimizer]\nmin_lr_ratio = 1.5",
             "optimizer.min_lr_ratio is 1.5; it must be at least 0 and at most 1",
         ),
         (
@@ -133,13 +133,13 @@ def test_every_key_is_shown():
             "optimizer.learning_rate is -1.0; it must be a number, at least 0",
         ),
         ("[optimizer]\nlearning_rate = inf", "optimizer.learning_rate is inf"),
-        ("[mesh]\nfsdp = 0", "mesh.fsdp is 0; it must be at least 1, or -1 for what is left"),
-        ("[mesh]\ndata = -1", "mesh.data and mesh.fsdp are both -1; only one can take what is left"),
+        ("[mesh]\nfsdp = 0", "mesh.fsdp is 0; it must be at least 1, or -1 to infer it"),
+        ("[mesh]\ndata = -1", "mesh.data and mesh.fsdp are both -1; only one axis size can be inferred"),
         ("[mesh]\nslices = 0", "mesh.slices is 0"),
         ("[model]\npreset = 'llama2_8b'", "model.preset is 'llama2_8b'; did you mean llama2_7b?"),
         (
             "[model]\ninit_from = 'x'\nhidden_size = 8",
-            "model.init_from is 'x', which decides the shape: drop model.hidden",
+            "model.init_from is 'x', which determines the architecture; remove model.hidden",
         ),
         ("[tokenizer]\n", "tokenizer: give either tokenizer.path"),
         ("[tokenizer]\npath = 'a'\nvocab_size = 3", "tokenizer: give either tokenizer.path"),
@@ -151,8 +151,8 @@ def test_every_key_is_shown():
             "distributed.num_processes and distributed.process_id go together",
         ),
         (
-            "[distributed]\ncoordinator = 'a:1'\nprocesses = 2\nprocess = 2",
-            "distributed.process_id is 2; of 2 processes the last is 1",
+            "[distributed]\ncoordinator = 'a:1'\nnum_processes = 2\nprocess_id = 2",
+            "distributed.process_id is 2; with 2 processes it must be at most 1",
         ),
         ("steps = = 3", "run.toml: not TOML: Invalid value (at line 1, column 9)"),
         (b"\xff", "run.toml: not TOML: 'utf-8' codec"),
@@ -161,14 +161,14 @@ def test_every_key_is_shown():
         ("[optimizer]\nlearning_rate = " + "1" * 400, "optimizer.learning_rate is 111"),
     ],
 )
-def test_a_bad_file_is_one_line_that_says_where(text, message, write):
+def test_bad_file_is_a_one_line_error_that_names_the_place(text, message, write):
     with pytest.raises(ConfigError) as error:
         load_config(write(text))
     assert message in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("flags", "message"),
     [
         (["--train.stpes", "3"], "unknown setting --train.stpes; did you mean train.steps?"),
         (["--zzz.yyy", "3"], "unknown setting --zzz.yyy; see: --help"),
@@ -191,34 +191,84 @@ def test_a_bad_file_is_one_line_that_says_where(text, message, write):
         ),
     ],
 )
-def test_a_bad_word_is_one_line_that_names_it(words, message, write):
+def test_bad_flag_is_a_one_line_error_that_names_it(flags, message, write):
     with pytest.raises((ConfigError, UsageError)) as error:
-        load_config(write(""), words)
+        load_config(write(""), flags)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_file_that_is_not_there(tmp_path):
+# Spelled out once more, so that RENAMED cannot lose one unnoticed.
+NEW_OF_OLD = {
+    "train.batch_size": "train.global_batch_size",
+    "train.accumulate": "train.gradient_accumulation_steps",
+    "optimizer.clip_norm": "optimizer.max_grad_norm",
+    "optimizer.final_fraction": "optimizer.min_lr_ratio",
+    "data.held_out": "data.validation_fraction",
+    "data.held_out_files": "data.validation_files",
+    "adapter.kind": "adapter.type",
+    "adapter.targets": "adapter.target_modules",
+    "preference.kind": "preference.loss_type",
+    "preference.reference": "preference.precompute_ref_log_probs",
+    "distributed.processes": "distributed.num_processes",
+    "distributed.process": "distributed.process_id",
+}
+
+
+def test_every_renamed_setting_leads_to_one_that_exists():
+    assert RENAMED == NEW_OF_OLD
+    settings = {f"{section}.{key}" for section, entries in keys().items() for key, _ in entries}
+    assert set(RENAMED.values()) | set(RENAMED_VALUES) <= settings
+    assert not set(RENAMED) & settings
+
+
+@pytest.mark.parametrize(("old", "new"), NEW_OF_OLD.items())
+def test_renamed_setting_is_an_error_that_gives_the_new_name(old, new, write):
+    section, key = old.split(".")
+    path = write(f"[{section}]\n{key} = 1\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert str(error.value) == f"{path}: unknown key {old}; it is now {new}"
+    for flags in ([f"--{old}", "1"], [f"--{old}=1"]):
+        with pytest.raises(UsageError) as usage:
+            load_config(write(""), flags)
+        assert str(usage.value) == f"unknown setting --{old}; it is now --{new}"
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [(name, old, new) for name, values in RENAMED_VALUES.items() for old, new in values.items()],
+)
+def test_renamed_value_is_an_error_that_gives_the_new_value(name, old, new, write):
+    section, key = name.split(".")
+    for text, flags in ((f"[{section}]\n{key} = '{old}'\n", []), ("", [f"--{name}", old])):
+        with pytest.raises(ConfigError) as error:
+            load_config(write(text), flags)
+        assert str(error.value) == f"{name} is '{old}', which is now '{new}'"
+    assert getattr(getattr(load_config(write(""), [f"--{name}", new]), section), key) == new
+
+
+def test_unreadable_file_is_named(tmp_path):
     for path, reason in ((tmp_path / "no.toml", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(LlamaJaxError) as error:
             load_config(path)
         assert str(error.value).startswith(f"{path}: cannot be read: {reason}")
 
 
-def test_a_model_that_cannot_be_says_so():
+def test_invalid_model_is_a_config_error():
     with pytest.raises(
-        ConfigError, match=r"model.vocab_size is 100; the tokenizer has 300 tokens: leave it out"
+        ConfigError, match=r"model.vocab_size is 100; the tokenizer has 300 tokens: leave it out, or set it"
     ):
         ModelConfig(vocab_size=100).build(300)
     with pytest.raises(ConfigError, match="model: hidden_size 10 is not a multiple of num_attention_heads 4"):
         ModelConfig(hidden_size=10, num_attention_heads=4).build()
 
 
-def test_patience_counts_evaluations_without_a_lower_loss():
-    ends = lambda losses, **c: out_of_patience(losses, EvalConfig(patience=2, every=1, **c))  # noqa: E731
-    assert not ends([3.0, 3.0])
-    assert ends([3.0, 3.0, 3.0]) and ends([3.0, 2.0, 2.5, 2.1])
-    assert not ends([3.0, 2.0, 2.5, 1.9]) and not ends([3.0, 2.9, 2.8])
-    assert ends([3.0, 2.95, 2.9], min_improvement=0.2)
-    assert not out_of_patience([3.0] * 9, EvalConfig())
+def test_early_stopping_counts_evaluations_without_a_lower_loss():
+    stops = lambda losses, **c: should_stop_early(losses, EvalConfig(patience=2, every=1, **c))  # noqa: E731
+    assert not stops([3.0, 3.0])
+    assert stops([3.0, 3.0, 3.0]) and stops([3.0, 2.0, 2.5, 2.1])
+    assert not stops([3.0, 2.0, 2.5, 1.9]) and not stops([3.0, 2.9, 2.8])
+    assert stops([3.0, 2.95, 2.9], min_improvement=0.2)
+    assert not should_stop_early([3.0] * 9, EvalConfig())
     with pytest.raises(ConfigError, match=r"eval\.every is 0"):
         EvalConfig(patience=2, every=0)

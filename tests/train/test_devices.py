@@ -1,4 +1,4 @@
-"""Meshes of a run, slices outermost; processes found or not; what `auto` means on a platform."""
+"""Run meshes with slices outermost, multi-process initialization, and `auto` settings by platform."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llama_jax.train.config.run import DistributedConfig, MeshConfig, TrainConfi
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a mesh needs to know of a device of a pod slice."""
+    """The attributes of a device that a mesh reads."""
 
     id: int
     slice_index: int
@@ -27,12 +27,12 @@ class Chip:
 
 
 def pod(slices: int, chips: int) -> list[Any]:
-    """The devices of several slices, two chips a process, in an order that mixes the slices."""
+    """The devices of several slices, two chips per process, with the slices interleaved."""
     chips_in_order = [Chip(i, i // chips, i // 2) for i in range(slices * chips)]
     return chips_in_order[1::2] + chips_in_order[::2]
 
 
-def test_a_run_takes_every_device_and_one_needs_no_mesh():
+def test_mesh_uses_every_device_and_one_device_has_none():
     assert dict(devices.run_mesh(MeshConfig()).shape) == {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}
     mesh = devices.run_mesh(MeshConfig(data=2, fsdp=-1, tensor=2))
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
@@ -42,15 +42,15 @@ def test_a_run_takes_every_device_and_one_needs_no_mesh():
 @pytest.mark.parametrize(
     "sizes", [{"data": 2, "fsdp": 4}, {"data": 4, "fsdp": 1, "tensor": 2}, {"data": -1, "fsdp": 2}]
 )
-def test_data_goes_over_the_slices_first(sizes):
+def test_data_axis_spans_the_slices_first(sizes):
     mesh = devices.run_mesh(MeshConfig(**sizes, slices=2))
     ids = np.vectorize(lambda device: device.id)(mesh.devices)
     half = len(ids) // 2
     assert set(ids[:half].ravel()) == {0, 1, 2, 3} and set(ids[half:].ravel()) == {4, 5, 6, 7}
 
 
-def test_slices_are_told_by_the_devices_that_know_theirs(monkeypatch):
-    monkeypatch.setattr(devices, "Mesh", lambda grid, *_, **__: grid)  # a real one takes no made-up device
+def test_slices_follow_slice_index(monkeypatch):
+    monkeypatch.setattr(devices, "Mesh", lambda grid, *_, **__: grid)  # a real Mesh rejects fake devices
     grid = devices.run_mesh(MeshConfig(data=4, fsdp=2, tensor=2, slices=2), pod(2, 8))
     assert grid.shape == (4, 2, 1, 2)
     slices = np.vectorize(lambda chip: chip.slice_index)(grid)
@@ -72,8 +72,8 @@ def test_a_mesh_that_does_not_fit_the_devices(config, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_gpus_host_is_no_slice():
-    """JAX gives GPUs of each host a slice index of their own; any axis may cross hosts all the same."""
+def test_slice_index_of_gpus_is_ignored():
+    """JAX sets a GPU's slice_index to its host, but any axis may span hosts."""
     gpus = sorted(pod(2, 8), key=lambda chip: chip.id)
     mesh = devices.run_mesh(MeshConfig(fsdp=8, tensor=2), gpus)
     assert mesh.axis_sizes == (1, 8, 1, 2)
@@ -83,19 +83,19 @@ def test_a_gpus_host_is_no_slice():
 @pytest.mark.parametrize(
     ("slices", "message"),
     [
-        (1, "mesh.slices is 1 and the devices are of 2 slices; set mesh.slices to 2"),
+        (1, "mesh.slices is 1 and the devices are in 2 slices; set mesh.slices to 2"),
         (4, "mesh.slices is 4: Number of slices 2 must equal"),
     ],
 )
-def test_slices_that_are_not_there(slices, message):
+def test_wrong_number_of_slices_is_an_error(slices, message):
     chips = [dataclasses.replace(chip, platform="tpu") for chip in pod(2, 8)]
     with pytest.raises(ConfigError, match=message):
         devices.run_mesh(MeshConfig(data=4, fsdp=4, slices=slices), chips)
 
 
-def test_processes_are_joined_by_address_or_not_at_all(monkeypatch):
+def test_distributed_is_initialized_only_with_an_address(monkeypatch):
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **rest: calls.append((args, rest)))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: calls.append((args, kwargs)))
     devices.join_processes(DistributedConfig())
     assert calls == []
     devices.join_processes(
@@ -104,7 +104,7 @@ def test_processes_are_joined_by_address_or_not_at_all(monkeypatch):
     assert calls == [(("here:1", 2, 1), {"heartbeat_timeout_seconds": 7})]
 
 
-def test_processes_that_cannot_be_reached_are_one_line(monkeypatch):
+def test_unreachable_processes_are_a_one_line_error(monkeypatch):
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("DEADLINE_EXCEEDED: no answer\nand a page more")
 
@@ -117,7 +117,7 @@ def test_processes_that_cannot_be_reached_are_one_line(monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_auto_suits_the_platform(monkeypatch):
+def test_auto_depends_on_the_platform(monkeypatch):
     auto = TrainConfig()
     assert devices.attention_backend(auto, "tpu") == "splash"
     assert devices.attention_backend(auto, "cpu") == devices.attention_backend(auto, "gpu") == "blockwise"

@@ -1,4 +1,4 @@
-"""Rows from processes to devices: each lands once, where its mesh says, whoever read it."""
+"""Feed: every row of a batch reaches the devices once, with the mesh's sharding, for any process layout."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def rows(count: int = BATCH) -> dict[str, np.ndarray]:
         "tensor=8",
     ],
 )
-def test_one_process_puts_the_batch_as_it_is(spec):
+def test_one_process_puts_the_batch_unchanged(spec):
     mesh, batch = make_mesh(spec), rows()
-    feed = Feed.over(mesh, BATCH, LENGTH)
-    assert (feed.share, feed.shares) == (0, 1)
+    feed = Feed.for_mesh(mesh, BATCH, LENGTH)
+    assert (feed.shard, feed.num_shards) == (0, 1)
     put = feed.put(batch)
     assert set(put) == {"tokens", "segment_ids", "positions"}
     for name, array in put.items():
@@ -44,37 +44,37 @@ def test_one_process_puts_the_batch_as_it_is(spec):
         assert array.sharding == named(mesh, TOKENS_BT) and array.dtype == np.int32
 
 
-def test_without_a_mesh_too():
-    put = Feed.over(None, BATCH, LENGTH).put(rows())
+def test_put_without_a_mesh():
+    put = Feed.for_mesh(None, BATCH, LENGTH).put(rows())
     np.testing.assert_array_equal(put["tokens"], rows()["tokens"])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Elsewhere:
-    """A device that belongs to a process of the test's choosing."""
+class FakeDevice:
+    """A device of a given process."""
 
     process_index: int
 
 
-class Layout:
-    """A mesh's layout of the batch whose devices belong to several processes."""
+class FakeSharding:
+    """A mesh's sharding of the batch, with devices that belong to several processes."""
 
     def __init__(self, mesh: Any, process_of: Any) -> None:
         self.real, self.process_of = named(mesh, TOKENS_BT), process_of
 
     def devices_indices_map(self, shape: tuple[int, int]) -> Any:
         real = self.real.devices_indices_map(shape)
-        return {Elsewhere(self.process_of(device.id)): index for device, index in real.items()}
+        return {FakeDevice(self.process_of(device.id)): index for device, index in real.items()}
 
 
 def feeds(monkeypatch: pytest.MonkeyPatch, spec: str, process_of: Any) -> dict[int, Feed]:
-    """What each process makes of the mesh."""
-    monkeypatch.setattr(feed_module, "named", lambda mesh, _: Layout(mesh, process_of))
-    made = {}
+    """Each process's feed for the mesh."""
+    monkeypatch.setattr(feed_module, "named", lambda mesh, _: FakeSharding(mesh, process_of))
+    by_process = {}
     for process in sorted({process_of(device.id) for device in jax.devices()}):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        made[process] = Feed.over(make_mesh(spec), BATCH, LENGTH)
-    return made
+        by_process[process] = Feed.for_mesh(make_mesh(spec), BATCH, LENGTH)
+    return by_process
 
 
 PROCESSES = {
@@ -91,26 +91,26 @@ PROCESSES = {
 )
 def test_several_processes_put_every_row_once(spec, processes, monkeypatch):
     process_of, whole = PROCESSES[processes], rows()["tokens"]
-    made = feeds(monkeypatch, spec, process_of)
-    landed = np.full((BATCH, LENGTH), -1)
+    by_process = feeds(monkeypatch, spec, process_of)
+    result = np.full((BATCH, LENGTH), -1)
 
-    def callback(shape: Any, layout: Layout, part: Any) -> None:
-        """What JAX does: asks each process for the parts of its own devices, and for no others."""
-        for device, index in layout.real.devices_indices_map(shape).items():
+    def callback(shape: Any, sharding: FakeSharding, block: Any) -> None:
+        """As in JAX, each process provides the blocks of its own devices only."""
+        for device, index in sharding.real.devices_indices_map(shape).items():
             if process_of(device.id) == process:
-                before, now = landed[index], part(index)
-                assert ((before == -1) | (before == now)).all()  # copies of a part are equal
-                landed[index] = now
+                before, now = result[index], block(index)
+                assert ((before == -1) | (before == now)).all()  # replicas are equal
+                result[index] = now
 
     monkeypatch.setattr(jax, "make_array_from_callback", callback)
-    for process, feed in made.items():  # noqa: B007  # the callback reads `process`
-        size = BATCH // feed.shares
-        feed.put(dict.fromkeys(rows(), whole[feed.share * size : (feed.share + 1) * size]))
-    assert sorted(landed[:, 0]) == sorted(whole[:, 0])  # each row once
-    np.testing.assert_array_equal(landed, whole[landed[:, 0] // LENGTH])  # and in one piece
+    for process, feed in by_process.items():  # noqa: B007  # the callback reads `process`
+        size = BATCH // feed.num_shards
+        feed.put(dict.fromkeys(rows(), whole[feed.shard * size : (feed.shard + 1) * size]))
+    assert sorted(result[:, 0]) == sorted(whole[:, 0])  # each row once
+    np.testing.assert_array_equal(result, whole[result[:, 0] // LENGTH])  # and whole
     if processes == "in order":
-        np.testing.assert_array_equal(landed, whole)  # as one process would have it
-    assert {feed.share for feed in made.values()} == set(range(made[0].shares))
+        np.testing.assert_array_equal(result, whole)  # as with one process
+    assert {feed.shard for feed in by_process.values()} == set(range(by_process[0].num_shards))
 
 
 @pytest.mark.parametrize(
@@ -125,13 +125,13 @@ def test_several_processes_put_every_row_once(spec, processes, monkeypatch):
         ("fsdp=2,context=4", 2, 10, "train.seq_len is 10, which mesh.context 4 does not divide; make it 12"),
     ],
 )
-def test_a_batch_that_does_not_divide_is_named_with_one_that_would(spec, batch, length, message):
+def test_batch_that_the_mesh_does_not_divide_is_an_error_with_one_that_works(spec, batch, length, message):
     with pytest.raises(ConfigError) as error:
-        Feed.over(make_mesh(spec), batch, length)
+        Feed.for_mesh(make_mesh(spec), batch, length)
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("process_of", [lambda i: i // 3, lambda i: min(i, 1)], ids=["overlap", "uneven"])
-def test_processes_that_no_equal_shares_fit(process_of, monkeypatch):
+def test_processes_without_equal_shards_are_an_error(process_of, monkeypatch):
     with pytest.raises(ConfigError, match=r"let mesh.tensor x mesh.context divide the devices of a process"):
         feeds(monkeypatch, "fsdp=4,tensor=2", process_of)

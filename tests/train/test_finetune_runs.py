@@ -1,4 +1,4 @@
-"""Finetuning as a process: it learns, resumes bit for bit, and leaves an adapter that the library loads."""
+"""Finetuning processes: they learn, resume bit for bit, and write adapters that the library loads."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from llama_jax.tokenizer import load_tokenizer
 from llama_jax.train import rejection_sampling
 from llama_jax.train.config.data import DataConfig
 from llama_jax.train.config.run import ModelConfig, RunConfig, TrainConfig
-from llama_jax.train.initialization import starting_model
-from llama_jax.train.objectives.reference import NAME as REFERENCE
+from llama_jax.train.initialization import model_config
+from llama_jax.train.objectives.reference import REFERENCE_FILE
 from llama_jax.train.scorer import Scorer
 from llama_jax.weights.adapters import load_adapter
 from tests import tiny
@@ -60,14 +60,14 @@ every = 1
 tensorboard = false
 plot = false
 """
-LORA = '[adapter]\nkind = "lora"\nrank = 4\n'
-BOTTLENECK = '[adapter]\nkind = "bottleneck"\nbottleneck_size = 8\n'
-PREFIX = '[adapter]\nkind = "prefix"\nprefix_length = 4\n'
-ASKED_BEFORE = '[preference]\nreference = "precomputed"\n'
+LORA = '[adapter]\ntype = "lora"\nrank = 4\n'
+BOTTLENECK = '[adapter]\ntype = "bottleneck"\nbottleneck_size = 8\n'
+PREFIX = '[adapter]\ntype = "prefix"\nprefix_length = 4\n'
+PRECOMPUTED = "[preference]\nprecompute_ref_log_probs = true\n"
 
 
 def set_up(workshop: Workshop, shared_data, objective: str, adapter: str = "", rate: float = 1e-2) -> str:
-    """Writes examples and a configuration; returns its name."""
+    """Writes examples and a configuration; returns the name of its file."""
     rows = []
     for number in range(40):
         animal, sound = PAIRS[number % len(PAIRS)]
@@ -96,68 +96,70 @@ def set_up(workshop: Workshop, shared_data, objective: str, adapter: str = "", r
         ("sft", BOTTLENECK, 2e-2),
         ("sft", PREFIX, 2e-2),
         ("dpo", "", 1e-3),
-        ("dpo", ASKED_BEFORE, 1e-3),
+        ("dpo", PRECOMPUTED, 1e-3),
     ],
     ids=["lora", "bottleneck", "prefix", "dpo", "precomputed"],
 )
-def test_resumed_in_the_middle_it_is_the_run_in_one_go(
-    workshop, shared_data, request, objective, adapter, rate
-):
+def test_resumed_run_equals_uninterrupted_run(workshop, shared_data, request, objective, adapter, rate):
     config = set_up(workshop, shared_data, objective, adapter, rate)
     prefix = request.node.callspec.id
     for name, stops in (("whole", [STEPS]), ("halves", [STEPS // 2, STEPS])):
         for stop in stops:
-            kept = workshop.folder / f"{prefix}_{name}" / REFERENCE
-            if damaged := kept.exists():  # from the initial weights it is computed as before
-                kept.write_bytes(kept.read_bytes()[:-1])
+            cached = workshop.folder / f"{prefix}_{name}" / REFERENCE_FILE
+            if damaged := cached.exists():  # the initial weights are loaded to compute it again
+                cached.write_bytes(cached.read_bytes()[:-1])
             done = workshop.run(config, "--train.run_dir", f"{prefix}_{name}", "--train.steps", stop)
             assert done.status == 0, done.err
-            assert ("reference: the log-probabilities of 40 pairs" in done.err) == (adapter == ASKED_BEFORE)
-            assert ("is damaged, or of other data" in done.err) == damaged
+            assert ("reference: computing the log-probabilities of 40 pairs" in done.err) == (
+                adapter == PRECOMPUTED
+            )
+            assert ("is damaged, or was computed from other data" in done.err) == damaged
     whole, halves = (workshop.folder / f"{prefix}_{name}" for name in ("whole", "halves"))
     assert_same(whole, halves, STEPS)
     assert losses(whole) == losses(halves)
     assert losses(whole)[STEPS] < losses(whole)[1]
-    told = records(whole, "evaluations.jsonl")[-1]
+    metrics = records(whole, "evaluations.jsonl")[-1]
     if objective == "dpo":
-        assert 0 <= told["accuracy"] <= 1 and "perplexity" not in told
+        assert 0 <= metrics["accuracy"] <= 1 and "eval_perplexity" not in metrics
         return
-    made = [path.read_bytes() for path in sorted((whole / "adapter").iterdir())]
-    assert made == [path.read_bytes() for path in sorted((halves / "adapter").iterdir())]
+    assert metrics["eval_perplexity"] == pytest.approx(np.exp(metrics["eval_loss"]))
+    assert f"eval_perplexity {metrics['eval_perplexity']:.2f}" in done.err
+    files = [path.read_bytes() for path in sorted((whole / "adapter").iterdir())]
+    assert files == [path.read_bytes() for path in sorted((halves / "adapter").iterdir())]
     settings, adapter = load_adapter(whole)
     base = shared_data / "stories260K" / "stories260K.bin"
-    plain, loaded = lj.load(base), lj.load(base, adapter=whole)  # merged, where that can be done
+    plain, loaded = lj.load(base), lj.load(base, adapter=whole)  # merged if the adapter type allows it
     tokens = np.array([plain.tokenizer.encode("There were 3 of them. The duck said: ", add_bos=True)])
     attached = lj.adapters.attach(settings, plain.params, adapter)
     expected = lj.forward(plain.config, attached, tokens)
     np.testing.assert_allclose(lj.forward(loaded.config, loaded.params, tokens), expected, atol=1e-4)
-    run = lj.load(whole)  # the run is its adapter on its base
+    run = lj.load(whole)  # a run loads as its base with its adapter
     jax.tree.map(np.testing.assert_array_equal, run.params, loaded.params)
     assert np.abs(expected - lj.forward(plain.config, plain.params, tokens)).max() > 0.1
 
 
-def test_show_batch_prints_what_is_learned_and_leaves_nothing(workshop, shared_data):
+def test_show_batch_prints_the_tokens_in_the_loss_and_writes_nothing(workshop, shared_data):
     config = set_up(workshop, shared_data, "sft", LORA)
     before = sorted(workshop.folder.iterdir())
     done = workshop.run(config, "--show-batch", "--train.run_dir", "shown")
     assert done.status == 0, done.err
     assert "row 7: " in done.out and "⟦" in done.out
-    assert "examples:" in done.err and "are learned" in done.err
+    assert "examples:" in done.err and "of them in the loss" in done.err
     assert sorted(workshop.folder.iterdir()) == before
 
 
-def test_an_adapter_without_a_base_is_one_line(workshop, shared_data):
+def test_adapter_without_a_base_is_a_one_line_error(workshop, shared_data):
     config = set_up(workshop, shared_data, "sft", LORA)
     done = workshop.run(config, "--model.init_from", "", "--train.run_dir", "none")
     assert done.status == 2
-    assert done.err.count("\n") == 1 and "an adapter needs the weights of a model" in done.err
+    assert done.err.count("\n") == 1 and "an adapter needs the weights of a base model" in done.err
 
 
 @pytest.fixture(scope="module")
 def reward_run(workshop, shared_data):
-    """A reward model that has learned to like answers that say please."""
+    """A reward model trained to prefer answers with "please"."""
     config = set_up(workshop, shared_data, "reward", LORA, rate=2e-2)
-    words = (
+    flags = (
         "--train.run_dir",
         "reward",
         "--train.steps",
@@ -167,16 +169,14 @@ def reward_run(workshop, shared_data):
         "--data.template",
         "llama-2",
     )
-    done = workshop.run(config, *words)
+    done = workshop.run(config, *flags)
     assert done.status == 0, done.err
     assert records(workshop.folder / "reward", "evaluations.jsonl")[-1]["accuracy"] > 0.9
     return workshop.folder / "reward"
 
 
 @pytest.mark.slow
-def test_a_reward_model_scores_as_in_training_and_picks_the_best_of_several(
-    workshop, reward_run, shared_data
-):
+def test_reward_model_scores_and_rejection_sampling(workshop, reward_run, shared_data):
     scorer = Scorer.load(reward_run)
     prompt = "There were 7 of them. The owl said: "
     rewards = scorer.scores([(prompt, "hoot, please"), (prompt, "hoot! hoot!"), (prompt, "moo, please")])
@@ -189,69 +189,73 @@ def test_a_reward_model_scores_as_in_training_and_picks_the_best_of_several(
         '{"prompt": "The cow said"}\n{"messages": [{"role": "user", "content": "The pig said"}]}\n'
     )
     base = str(shared_data / "stories260K" / "stories260K.bin")
-    words = (base, str(reward_run), str(prompts), str(out), "--template", "llama-2", "--max-new-tokens", "8")
-    whole = convert(reward_run, workshop.folder / "reward_hf")
-    again = Scorer.load(whole)
-    asked = [(prompt, "hoot, please"), (prompt, "hoot! hoot!")]
-    np.testing.assert_allclose(again.scores(asked), rewards[:2], atol=1e-5)
+    flags = (base, str(reward_run), str(prompts), str(out), "--template", "llama-2", "--max-new-tokens", "8")
+    converted = convert(reward_run, workshop.folder / "reward_hf")
+    again = Scorer.load(converted)
+    inputs = [(prompt, "hoot, please"), (prompt, "hoot! hoot!")]
+    np.testing.assert_allclose(again.scores(inputs), rewards[:2], atol=1e-5)
     with pytest.raises(ConfigError, match="a classifier or reward model"):
         again.model.generate("The cow", max_new_tokens=2)
     with pytest.raises(InputError, match="samples is 0"):
-        rejection_sampling.main([*words, "--samples", "0"])
-    rejection_sampling.main([*words, "--samples", "3"])
-    by_other = workshop.folder / "best_hf.jsonl"
-    rejection_sampling.main([base, str(whole), str(prompts), str(by_other), *words[4:], "--samples", "3"])
-    assert [json.loads(line)["messages"] for line in by_other.read_text().splitlines()] == [
+        rejection_sampling.main([*flags, "--samples", "0"])
+    rejection_sampling.main([*flags, "--samples", "3"])
+    out_converted = workshop.folder / "best_hf.jsonl"
+    rejection_sampling.main(
+        [base, str(converted), str(prompts), str(out_converted), *flags[4:], "--samples", "3"]
+    )
+    assert [json.loads(line)["messages"] for line in out_converted.read_text().splitlines()] == [
         json.loads(line)["messages"] for line in out.read_text().splitlines()
     ]
-    made = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [record["messages"][0]["content"] for record in made] == ["The cow said", "The pig said"]
-    for record in made:
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["messages"][0]["content"] for record in answers] == ["The cow said", "The pig said"]
+    for record in answers:
         assert record["reward"] == max(record["rewards"]) and len(record["rewards"]) > 1
         assert record["messages"][-1]["role"] == "assistant" and record["messages"][-1]["content"]
-    with pytest.raises(InputError, match="is there already"):
-        rejection_sampling.main([*words])
+    with pytest.raises(InputError, match="already exists"):
+        rejection_sampling.main([*flags])
     prompts.write_text('{"prompt": "a"}\n{"messages": [{"role": "bot", "content": "b"}]}\n')
     with pytest.raises(DataError, match=r"prompts\.jsonl:2: messages\[0\]: role is 'bot'"):
-        rejection_sampling.main([*words[:3], str(workshop.folder / "other.jsonl")])
+        rejection_sampling.main([*flags[:3], str(workshop.folder / "other.jsonl")])
     assert not (workshop.folder / "other.jsonl").exists()
 
 
 @pytest.mark.slow
-def test_a_classifier_of_all_the_weights_names_its_classes(workshop, shared_data):
+def test_classifier_with_full_finetuning(workshop, shared_data):
     config = set_up(workshop, shared_data, "classify", rate=2e-3)
     text = (workshop.folder / config).read_text()
-    (workshop.folder / config).write_text(text.replace("held_out", 'labels = ["beast", "bird"]\nheld_out'))
+    (workshop.folder / config).write_text(
+        text.replace("validation_fraction", 'labels = ["beast", "bird"]\nvalidation_fraction')
+    )
     done = workshop.run(config, "--train.run_dir", "classes", "--train.steps", 25, "--eval.every", 25)
     assert done.status == 0, done.err
-    assert "accuracy" in done.err and "macro f1" in done.err
+    assert "accuracy" in done.err and "macro_f1" in done.err
     scorer = Scorer.load(workshop.folder / "classes")
-    asked = [f"There were 5 of them. The {animal} said: " for animal, _ in PAIRS]
-    right = ["bird" if animal in ("duck", "owl") else "beast" for animal, _ in PAIRS]
-    assert scorer.classes(asked) == right
+    inputs = [f"There were 5 of them. The {animal} said: " for animal, _ in PAIRS]
+    expected = ["bird" if animal in ("duck", "owl") else "beast" for animal, _ in PAIRS]
+    assert scorer.classes(inputs) == expected
 
-    # Out to Hugging Face, and in again as where the next run begins; at a rate of 0 it ends there too.
+    # Converted to Hugging Face, it initializes another run, which a learning rate of 0 leaves unchanged.
     out = convert(workshop.folder / "classes", workshop.folder / "classes_hf")
-    np.testing.assert_allclose(Scorer.load(out).scores(asked), scorer.scores(asked), atol=1e-6)
-    words = ("--model.init_from", out, "--optimizer.learning_rate", 0, "--train.steps", 1)
-    done = workshop.run(config, "--train.run_dir", "again", *words)
+    np.testing.assert_allclose(Scorer.load(out).scores(inputs), scorer.scores(inputs), atol=1e-6)
+    flags = ("--model.init_from", out, "--optimizer.learning_rate", 0, "--train.steps", 1)
+    done = workshop.run(config, "--train.run_dir", "again", *flags)
     assert done.status == 0, done.err
     again = lj.load(convert(workshop.folder / "again", workshop.folder / "again_hf"))
     assert again.config == scorer.model.config and again.config.labels == ("beast", "bird")
     jax.tree.map(np.testing.assert_array_equal, again.params, scorer.model.params)
-    done = workshop.run(config, "--train.run_dir", "swapped", *words, "--data.labels", '["bird", "beast"]')
-    assert done.status == 2 and "list them in its order" in done.error
+    done = workshop.run(config, "--train.run_dir", "swapped", *flags, "--data.labels", '["bird", "beast"]')
+    assert done.status == 2 and "list them in that order" in done.error
 
 
 @pytest.mark.slow
-def test_a_head_is_in_the_place_of_the_output_projection(workshop, shared_data):
-    """Of a model whose output is its own, and which begins at random: it trains, resumes and is written."""
+def test_head_replaces_the_lm_head(workshop, shared_data):
+    """Of a randomly initialized model with an untied LM head: it trains, resumes and converts."""
     config = set_up(workshop, shared_data, "regress")
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    words = ["--model.init_from", "", *(f"--model.{name}={size}" for name, size in sizes.items())]
+    flags = ["--model.init_from", "", *(f"--model.{name}={size}" for name, size in sizes.items())]
     for name, stops in (("regress_whole", [4]), ("regress_halves", [2, 4])):
         for stop in stops:
-            done = workshop.run(config, *words, "--train.run_dir", name, "--train.steps", stop)
+            done = workshop.run(config, *flags, "--train.run_dir", name, "--train.steps", stop)
             assert done.status == 0, done.err
     whole, halves = (workshop.folder / f"regress_{name}" for name in ("whole", "halves"))
     assert_same(whole, halves, 4)
@@ -260,7 +264,7 @@ def test_a_head_is_in_the_place_of_the_output_projection(workshop, shared_data):
     jax.tree.map(np.testing.assert_array_equal, model.params, lj.load(whole).params)
 
 
-def test_what_has_no_head_cannot_be_asked(tmp_path, shared_data):
+def test_model_without_a_head_is_an_error(tmp_path, shared_data):
     with pytest.raises(CheckpointError, match="holds no model"):
         Scorer.load(tmp_path)
     with pytest.raises(InputError, match="is a language model, which has no head"):
@@ -268,36 +272,48 @@ def test_what_has_no_head_cannot_be_asked(tmp_path, shared_data):
 
 
 @pytest.mark.parametrize(
-    ("labels", "objective", "own", "message"),
+    ("pretrained_labels", "objective", "labels", "message"),
     [
-        (("a", "b"), "sft", (), 'train.objective "sft" needs a language model; give the one'),
-        (("a", "b"), "reward", (), r'has a head of 2 \(a, b\), and train.objective "reward" needs one'),
-        (("a", "b"), "classify", ("a", "b", "c"), r'"classify" with 3 data.labels; make them fit'),
-        (("a", "b"), "classify", ("b", "a"), "data.labels are b, a, and the head of .* has them as a, b"),
+        (("a", "b"), "sft", (), 'train.objective "sft" needs a language model; give the language'),
+        (
+            ("a", "b"),
+            "reward",
+            (),
+            r'has a head with 2 outputs \(a, b\), and train.objective "reward" needs one',
+        ),
+        (("a", "b"), "classify", ("a", "b", "c"), r'"classify" has 3 data.labels; change data.labels'),
+        (
+            ("a", "b"),
+            "classify",
+            ("b", "a"),
+            "data.labels are b, a, and the head of .* has them in the order a, b",
+        ),
     ],
 )
-def test_a_head_that_does_not_fit_what_is_trained_is_one_line(labels, objective, own, message, tmp_path):
+def test_head_that_does_not_fit_the_objective_is_an_error(
+    pretrained_labels, objective, labels, message, tmp_path
+):
     tiny.write_vocabulary(tmp_path / "tok.bin", tiny.PIECES)
-    config, tokenizer = tiny.CONFIG.replace(labels=labels), load_tokenizer(tmp_path / "tok.bin")
+    config, tokenizer = tiny.CONFIG.replace(labels=pretrained_labels), load_tokenizer(tmp_path / "tok.bin")
     path = lj.save(lj.Model(config, random_model(3, config)[1], tokenizer, tmp_path), tmp_path / "model")
     run = RunConfig(
         model=ModelConfig(init_from=str(path)),
         train=TrainConfig(objective=objective),
-        data=DataConfig(labels=own),
+        data=DataConfig(labels=labels),
     )
     with pytest.raises(ConfigError, match=message):
-        starting_model(run, tokenizer)
+        model_config(run, tokenizer)
 
 
 @pytest.mark.slow
-def test_a_run_begins_from_the_adapter_of_another_and_resumes(workshop, shared_data):
-    """Finetuned by one adapter and then by another: the second holds to base and first merged."""
+def test_run_starts_from_the_adapter_of_another_and_resumes(workshop, shared_data):
+    """Two adapters in sequence: the second is trained on the base with the first merged."""
     first = set_up(workshop, shared_data, "sft", LORA, rate=2e-2)
     done = workshop.run(first, "--train.run_dir", "stage1", "--train.steps", 4)
     assert done.status == 0, done.err
     stage1, base = workshop.folder / "stage1", shared_data / "stories260K" / "stories260K.bin"
-    words = ("--model.init_from", stage1, "--train.steps")
-    still = workshop.run(first, "--train.run_dir", "still", *words, 1, "--optimizer.learning_rate", 0)
+    flags = ("--model.init_from", stage1, "--train.steps")
+    still = workshop.run(first, "--train.run_dir", "still", *flags, 1, "--optimizer.learning_rate", 0)
     assert still.status == 0, still.err
     one, two = lj.load(stage1), lj.load(workshop.folder / "still")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), two.params, one.params)
@@ -309,18 +325,18 @@ def test_a_run_begins_from_the_adapter_of_another_and_resumes(workshop, shared_d
 
     unfinished = workshop.folder / "unfinished"
     shutil.copytree(stage1, unfinished, ignore=shutil.ignore_patterns("adapter"))
-    with pytest.raises(CheckpointError, match="a run that trains an adapter and is not done; finish it"):
+    with pytest.raises(CheckpointError, match="an unfinished run that trains an adapter; finish it"):
         lj.load(unfinished)
 
     second = set_up(workshop, shared_data, "dpo", LORA, rate=1e-2)
     for name, stops in (("stage2", [4]), ("stage2_halves", [2, 4])):
         for stop in stops:
-            done = workshop.run(second, "--train.run_dir", name, *words, stop)
+            done = workshop.run(second, "--train.run_dir", name, *flags, stop)
             assert done.status == 0, done.err
     stage2, halves = workshop.folder / "stage2", workshop.folder / "stage2_halves"
     assert_same(stage2, halves, 4)
-    np.testing.assert_allclose(losses(stage2)[1], np.log(2), rtol=1e-5)  # the policy is its reference
-    # What is loaded is all three, and what is converted is that.
+    np.testing.assert_allclose(losses(stage2)[1], np.log(2), rtol=1e-5)  # the policy equals its reference
+    # Loading and converting merge base and both adapters.
     settings, adapter = load_adapter(stage2)
     expected = lj.adapters.lora.merge(lj.adapters.lora.attach(settings, one.params, adapter))
     found = lj.load(stage2)
@@ -329,20 +345,20 @@ def test_a_run_begins_from_the_adapter_of_another_and_resumes(workshop, shared_d
     jax.tree.map(np.testing.assert_array_equal, whole.params, found.params)
 
 
-def test_adapters_that_go_round_in_a_circle_are_one_line(tmp_path):
+def test_circular_adapters_are_an_error(tmp_path):
     for name, base in (("a", "b"), ("b", "a")):
         adapters.write(tmp_path / name / "adapter", base_model_name_or_path=str(tmp_path / base))
-    with pytest.raises(CheckpointError, match="more than 16 adapters on one another, if they end at all"):
+    with pytest.raises(CheckpointError, match="a chain of more than 16 adapters, or a cycle"):
         lj.load(tmp_path / "a")
 
 
 @pytest.mark.slow
-def test_a_run_that_no_longer_gets_better_ends_and_says_so(workshop, shared_data):
+def test_early_stopping(workshop, shared_data):
     config = set_up(workshop, shared_data, "sft", LORA)
-    words = ("--train.run_dir", "patient", "--eval.every", 1, "--eval.patience", 2, "--train.steps", 50)
-    done = workshop.run(config, *words, "--optimizer.learning_rate", 0)
+    flags = ("--train.run_dir", "patient", "--eval.every", 1, "--eval.patience", 2, "--train.steps", 50)
+    done = workshop.run(config, *flags, "--optimizer.learning_rate", 0)
     assert done.status == 0, done.err
-    assert "has not fallen in 2 evaluations: stopped after step 3" in done.err
+    assert "eval_loss has not improved in 2 evaluations: stopped after step 3" in done.err
     assert (workshop.folder / "patient" / "adapter").is_dir()
-    again = workshop.run(config, *words, "--optimizer.learning_rate", 0)
+    again = workshop.run(config, *flags, "--optimizer.learning_rate", 0)
     assert "stopped after step 3" in again.err and len(losses(workshop.folder / "patient")) == 3

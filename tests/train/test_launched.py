@@ -1,4 +1,4 @@
-"""Which launchers are noticed: those by which JAX finds its other processes, and none for a process alone."""
+"""Detection of multi-process launchers: those that JAX supports, and none for a single process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ JOB = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
 
 @pytest.fixture
 def launch(monkeypatch):
-    """Puts a launcher's variables into an environment that has none."""
+    """Sets a launcher's variables in an environment without any."""
     for name in list(os.environ):
         if name.startswith(PREFIXES):
             monkeypatch.delenv(name)
@@ -55,13 +55,13 @@ def launch(monkeypatch):
     jax.config.update("jax_platforms", "cpu")
 
 
-def found_by_jax() -> str | None:
+def cluster_detected_by_jax() -> str | None:
     kinds = (kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method)
     return next((kind.__name__ for kind in kinds if kind.is_env_present()), None)
 
 
 @pytest.mark.parametrize(
-    ("variables", "on_tpu", "by"),
+    ("variables", "on_tpu", "cluster"),
     [
         (SLURM, False, "SlurmCluster"),
         (OPEN_MPI_4, False, "OmpiCluster"),
@@ -71,15 +71,15 @@ def found_by_jax() -> str | None:
         ({}, True, "GceTpuCluster"),
     ],
 )
-def test_what_jax_finds_is_noticed(launch, variables, on_tpu, by):
+def test_clusters_of_jax_are_detected(launch, variables, on_tpu, cluster):
     launch(variables, on_tpu=on_tpu)
-    assert found_by_jax() == by
-    assert devices._launched_with_others()
+    assert cluster_detected_by_jax() == cluster
+    assert devices._is_multi_process()
 
 
-def test_a_pod_of_an_indexed_job_is_noticed(launch):
-    launch(JOB)  # JAX needs the package `kubernetes` to see more than that
-    assert devices._launched_with_others()
+def test_pod_of_an_indexed_job_is_detected(launch):
+    launch(JOB)  # without the package `kubernetes` JAX does not detect it
+    assert devices._is_multi_process()
 
 
 @pytest.mark.parametrize(
@@ -89,22 +89,22 @@ def test_a_pod_of_an_indexed_job_is_noticed(launch):
         (SLURM | {"SLURM_NTASKS": "1"}, False),
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, False),  # the batch script itself, without srun
         (OPEN_MPI_4 | {"OMPI_COMM_WORLD_SIZE": "1"}, False),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),  # a pod for development
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),  # not an indexed job
         (GKE, True),
         ({"TPU_SKIP_MDS_QUERY": "1"}, True),
     ],
 )
-def test_a_process_alone_joins_nobody(launch, monkeypatch, variables, on_tpu):
+def test_single_process_does_not_initialize_distributed(launch, monkeypatch, variables, on_tpu):
     launch(variables, on_tpu=on_tpu)
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("joins"))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("initialized"))
     devices.join_processes(DistributedConfig())
 
 
 @pytest.mark.parametrize(("variables", "method"), [(OPEN_MPI_4, None), (OPEN_MPI, "mpi4py"), (SLURM, None)])
-def test_open_mpi_5_is_asked_by_mpi4py(launch, monkeypatch, variables, method):
+def test_open_mpi_5_is_detected_through_mpi4py(launch, monkeypatch, variables, method):
     launch(variables)
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **kwargs: calls.append(kwargs))
     devices.join_processes(DistributedConfig(heartbeat_seconds=7))
     assert calls == [{"cluster_detection_method": method, "heartbeat_timeout_seconds": 7}]
 
@@ -112,7 +112,7 @@ def test_open_mpi_5_is_asked_by_mpi4py(launch, monkeypatch, variables, method):
 @pytest.mark.parametrize(
     "error", [ModuleNotFoundError("No module named 'mpi4py'"), ConnectionError("no route")]
 )
-def test_a_launcher_that_cannot_be_asked_is_one_line(launch, monkeypatch, error):
+def test_failed_detection_is_a_one_line_error(launch, monkeypatch, error):
     def fail(**_: object) -> None:
         raise error
 
@@ -120,9 +120,9 @@ def test_a_launcher_that_cannot_be_asked_is_one_line(launch, monkeypatch, error)
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     with pytest.raises(InputError) as raised:
         devices.join_processes(DistributedConfig())
-    said = str(raised.value)
-    assert said.startswith(f"cannot join the other processes at the launcher's coordinator: {error}; ")
-    assert "or give them, in every process" in said and "\n" not in said
+    message = str(raised.value)
+    assert message.startswith(f"cannot join the other processes at the launcher's coordinator: {error}; ")
+    assert "check or set distributed.coordinator" in message and "\n" not in message
 
 
 def test_two_processes_under_slurm_find_each_other():
@@ -130,7 +130,9 @@ def test_two_processes_under_slurm_find_each_other():
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     program = (
-        "from train.config import DistributedConfig; from train.devices import join_processes; import jax\n"
+        "from llama_jax.train.config.distributed import DistributedConfig\n"
+        "from llama_jax.train.devices import join_processes\n"
+        "import jax\n"
         "join_processes(DistributedConfig()); print(jax.process_index(), jax.process_count())"
     )
     started = [

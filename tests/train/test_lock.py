@@ -1,4 +1,4 @@
-"""Two runs never share a directory, and a killed one leaves it free."""
+"""The run lock: two runs never share a directory, and a killed run releases it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from llama_jax.errors import InputError
 from llama_jax.train.checkpoints.lock import run_lock
 
 ROOT = Path(__file__).parents[2]
-# Holds the lock, and starts a child without it (as data workers are) that outlives it.
+# Takes the lock, and starts a child process, like a data worker, that outlives it.
 HOLD = """
 import os, sys, time
-from train.lock import run_lock
+from llama_jax.train.checkpoints.lock import run_lock
 with run_lock(sys.argv[1]):
     if os.fork() == 0:
         time.sleep(float(sys.argv[2])); os._exit(0)
@@ -38,25 +38,25 @@ def holder(tmp_path):
     process.wait()
 
 
-def test_a_second_run_is_told_who_holds_the_directory(holder, tmp_path):
+def test_second_run_is_an_error_that_names_the_first(holder, tmp_path):
     with pytest.raises(InputError) as caught, run_lock(tmp_path):
         pytest.fail("two runs in one directory")
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith(
-        f"{tmp_path}: another run holds it: process {holder.pid} on {os.uname().nodename}"
+        f"{tmp_path}: in use by another run: process {holder.pid} on {os.uname().nodename}"
     )
     assert ", since 20" in message and "choose another train.run_dir" in message
 
 
-def test_a_killed_run_frees_the_directory_though_its_workers_live(holder, tmp_path):
+def test_killed_run_releases_the_lock_while_its_workers_live(holder, tmp_path):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     with run_lock(tmp_path):
         pass
 
 
-def test_a_run_frees_the_directory_when_it_ends_or_fails(tmp_path):
+def test_lock_is_released_when_a_run_ends_or_fails(tmp_path):
     with pytest.raises(KeyError), run_lock(tmp_path / "new" / "run"):
         raise KeyError
     with run_lock(tmp_path / "new" / "run"):
@@ -65,24 +65,26 @@ def test_a_run_frees_the_directory_when_it_ends_or_fails(tmp_path):
 
 def test_one_process_cannot_train_twice_in_a_directory(tmp_path):
     with run_lock(tmp_path):
-        with pytest.raises(InputError, match="this process trains there already"), run_lock(tmp_path):
+        with pytest.raises(InputError, match="this process already trains there"), run_lock(tmp_path):
             pass
-        code = f"from train.lock import run_lock\nwith run_lock({str(tmp_path)!r}): pass"
+        code = (
+            f"from llama_jax.train.checkpoints.lock import run_lock\nwith run_lock({str(tmp_path)!r}): pass"
+        )
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-        assert "another run holds it" in done.stderr, "the second attempt released the lock of the first"
+        assert "in use by another run" in done.stderr, "the second attempt released the lock of the first"
 
 
-def test_a_file_system_without_locks_is_said_so(tmp_path, monkeypatch):
+def test_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "lockf", no_locks)
-    said: list[str] = []
-    with run_lock(tmp_path, warn=said.append):
-        assert len(said) == 1 and "No locks available" in said[0]
+    warnings: list[str] = []
+    with run_lock(tmp_path, warn=warnings.append):
+        assert len(warnings) == 1 and "No locks available" in warnings[0]
 
 
-def test_a_directory_that_cannot_be_made(tmp_path):
+def test_directory_that_cannot_be_created(tmp_path):
     (tmp_path / "file").touch()
     with (
         pytest.raises(InputError, match="cannot be written: Not a directory"),

@@ -1,4 +1,4 @@
-"""Finetuning's objectives are what each example alone gives; and every one has one curve on every mesh."""
+"""Objectives on packed rows equal those of each example alone; losses are the same on every mesh."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ import llama_jax as lj
 from llama_jax.adapters import lora
 from llama_jax.errors import ConfigError, InputError
 from llama_jax.sharding import make_mesh, use_mesh
+from llama_jax.train.config.adapter import AdapterConfig
 from llama_jax.train.config.data import DataConfig
-from llama_jax.train.config.finetune import AdapterConfig, PreferenceConfig
+from llama_jax.train.config.preference import PreferenceConfig
 from llama_jax.train.config.run import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from llama_jax.train.feed import Feed
 from llama_jax.train.metrics.evaluate import macro_f1
-from llama_jax.train.objectives.objective import make_measure
-from llama_jax.train.objectives.preference import dpo_loss, ranking_loss
-from llama_jax.train.objectives.segments import last, running_sums
+from llama_jax.train.objectives import make_metrics_fn
+from llama_jax.train.objectives.common import segment_cumsum, segment_ends
+from llama_jax.train.objectives.heads import ranking_loss
+from llama_jax.train.objectives.preference import dpo_loss
 from llama_jax.train.optimizer import make_optimizer, make_schedule
-from llama_jax.train.state import abstract_begin, begin
+from llama_jax.train.state import abstract_state, init_state
 from llama_jax.train.step import build_step
-from llama_jax.train.trainable import Tuning
+from llama_jax.train.trainable import TrainableSpec
 
 MODEL = lj.LlamaConfig(
     vocab_size=96,
@@ -36,7 +38,7 @@ MODEL = lj.LlamaConfig(
     num_key_value_heads=2,
     max_position_embeddings=64,
 )
-# Several of NF4's blocks of 64 inputs a device, over either axis of four and two.
+# Several NF4 blocks of 64 inputs per device, over mesh axes of sizes 4 and 2.
 WIDE = MODEL.replace(hidden_size=512, intermediate_size=256, head_dim=64)
 BATCH, LENGTH = 8, 32
 COMPUTE = {"dtype": "float32", "remat": "none", "attention": "xla", "loss_chunks": 2}
@@ -54,7 +56,7 @@ def run_of(objective: str, adapter: AdapterConfig | None = None, **preference: A
 
 
 def examples(seed: int = 0) -> dict[str, np.ndarray]:
-    """Rows of two pairs, or four examples, of different lengths, and padding."""
+    """Packed rows of two pairs, or four examples, of random lengths, and padding."""
     rng = np.random.default_rng(seed)
     ids = np.zeros((BATCH, LENGTH), np.int32)
     batch = {name: ids.copy() for name in ("tokens", "segment_ids", "positions", "mask")}
@@ -73,7 +75,7 @@ def examples(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def segments(batch: dict[str, np.ndarray]) -> list[tuple[int, np.ndarray]]:
-    """Where each example is: its row and its places."""
+    """The row and positions of each example."""
     found = []
     for row, ids in enumerate(batch["segment_ids"]):
         found += [(row, np.flatnonzero(ids == segment)) for segment in range(1, ids.max() + 1)]
@@ -86,15 +88,15 @@ def _run(params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     return logprobs, lj.model.hidden_states(MODEL, params, tokens)
 
 
-def alone(params: Any, batch: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Of each example by itself: its answer's log-probability and length, its last state, its value."""
-    told = []
+def unpacked(params: Any, batch: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Each example by itself: its answer's log-probability and length, last hidden state, and value."""
+    results = []
     for row, at in segments(batch):
-        tokens = np.zeros((1, 8), np.int32)  # what is after the example changes nothing in it
+        tokens = np.zeros((1, 8), np.int32)  # causal: padding after the example has no effect
         tokens[0, : len(at)] = batch["tokens"][row, at]
         logprobs, hidden = map(np.asarray, _run(params, tokens))
         answer = [i for i in range(1, len(at)) if batch["mask"][row, at[i]]]
-        told.append(
+        results.append(
             {
                 "logprob": sum(float(logprobs[0, i - 1, tokens[0, i]]) for i in answer),
                 "count": len(answer),
@@ -102,17 +104,17 @@ def alone(params: Any, batch: dict[str, np.ndarray]) -> list[dict[str, Any]]:
                 "value": float(batch["value"][row, at[-1]]),
             }
         )
-    return told
+    return results
 
 
 @pytest.fixture(scope="module")
 def params():
-    return weights_of(MODEL)
+    return init_params(MODEL)
 
 
-def weights_of(model: lj.LlamaConfig) -> Any:
-    made = lj.init(model, jax.random.key(0))
-    return jax.tree.map(lambda x: 3 * x if x.ndim > 2 else x, made)
+def init_params(model: lj.LlamaConfig) -> Any:
+    params = lj.init(model, jax.random.key(0))
+    return jax.tree.map(lambda x: 3 * x if x.ndim > 2 else x, params)
 
 
 @pytest.fixture(scope="module")
@@ -120,21 +122,21 @@ def score():
     return {"kernel": jax.random.normal(jax.random.key(5), (64, 3))}
 
 
-def told(objective: str, params: Any, batch: Any, **extras: Any) -> tuple[float, float, dict[str, Any]]:
+def measure(objective: str, params: Any, batch: Any, **extras: Any) -> tuple[float, float, dict[str, Any]]:
     run = run_of(objective, **extras.pop("preference", {}))
-    loss, numbers = jax.jit(make_measure(run, MODEL, "cpu"))(params, batch, **extras)
-    return float(loss.total), float(loss.count), {name: np.asarray(x) for name, x in numbers.items()}
+    loss, metrics = jax.jit(make_metrics_fn(run, MODEL, "cpu"))(params, batch, **extras)
+    return float(loss.total), float(loss.count), {name: np.asarray(x) for name, x in metrics.items()}
 
 
-def test_sums_are_over_each_run_of_equal_ids():
+def test_segment_cumsum_and_ends():
     ids = jnp.array([[1, 1, 2, 2, 2, 0], [3, 3, 3, 3, 4, 4]])
     values = jnp.arange(12.0).reshape(2, 6)
-    sums, ends = running_sums(values, ids), last(ids)
+    sums, ends = segment_cumsum(values, ids), segment_ends(ids)
     np.testing.assert_array_equal(sums[ends], [1, 9, 30, 21])
     np.testing.assert_array_equal(ends, [[0, 1, 0, 0, 1, 0], [0, 0, 0, 1, 0, 1]])
 
 
-def test_token_logprobs_are_log_softmax_of_forward(params):
+def test_token_logprobs_equal_log_softmax_of_forward(params):
     batch = examples()
     where = (batch["tokens"], batch["positions"], batch["segment_ids"])
     found = lj.token_logprobs(MODEL, params, *where, num_chunks=3)
@@ -144,21 +146,23 @@ def test_token_logprobs_are_log_softmax_of_forward(params):
         np.testing.assert_allclose(found[row, at], expected, atol=1e-5)
 
 
-def test_sft_counts_the_tokens_of_the_mask_alone(params):
+def test_sft_loss_is_over_the_mask(params):
     batch = examples()
-    total, count, _ = told("sft", params, batch)
-    each = alone(params, batch)
+    total, count, _ = measure("sft", params, batch)
+    each = unpacked(params, batch)
     assert count == sum(one["count"] for one in each)
     np.testing.assert_allclose(total, -sum(one["logprob"] for one in each), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "preference", [{}, {"label_smoothing": 0.2, "beta": 0.3}, {"kind": "ipo"}], ids=["dpo", "cdpo", "ipo"]
+    "preference",
+    [{}, {"label_smoothing": 0.2, "beta": 0.3}, {"loss_type": "ipo"}],
+    ids=["dpo", "cdpo", "ipo"],
 )
-def test_preferences_of_packed_pairs_are_those_of_each_alone(params, preference):
+def test_dpo_on_packed_pairs_equals_each_pair_alone(params, preference):
     batch = examples()
     reference = jax.tree.map(lambda x: 0.7 * x, params)
-    policy, before = alone(params, batch), alone(reference, batch)
+    policy, before = unpacked(params, batch), unpacked(reference, batch)
     pairs = range(0, len(policy), 2)
     numbers = [
         jnp.array([side[i + which]["logprob"] for i in pairs])
@@ -167,39 +171,39 @@ def test_preferences_of_packed_pairs_are_those_of_each_alone(params, preference)
     lengths = tuple(jnp.array([float(policy[i + which]["count"]) for i in pairs]) for which in (0, 1))
     settings = {"beta": 0.1, **preference}
     losses, chosen, rejected = dpo_loss(*numbers, **settings, lengths=lengths)
-    total, count, others = told("dpo", params, batch, preference=preference, reference=reference)
+    total, count, others = measure("dpo", params, batch, preference=preference, reference=reference)
     assert count == len(losses) == 2 * BATCH
     np.testing.assert_allclose(total, losses.sum(), rtol=1e-4)
     np.testing.assert_allclose(others["accuracy"], (chosen > rejected).sum())
     np.testing.assert_allclose(others["reward_margin"], (chosen - rejected).sum(), rtol=1e-3, atol=1e-4)
 
 
-def test_a_policy_that_is_its_reference_has_half_of_the_pairs_right(params):
-    total, count, others = told("dpo", params, examples(), reference=params)
+def test_policy_equal_to_its_reference_has_accuracy_one_half(params):
+    total, count, others = measure("dpo", params, examples(), reference=params)
     np.testing.assert_allclose(total / count, np.log(2), rtol=1e-6)
     assert others["accuracy"] == count / 2
 
 
-def test_rewards_of_packed_pairs_are_those_of_each_alone(params, score):
+def test_rewards_on_packed_pairs_equal_each_pair_alone(params, score):
     batch = examples()
-    each = alone(params, batch)
+    each = unpacked(params, batch)
     head = {"kernel": score["kernel"][:, :1]}
     rewards = jnp.array([one["hidden"] @ head["kernel"][:, 0] for one in each])
     margins = jnp.array([one["value"] for one in each])[::2]
     expected = ranking_loss(rewards[::2], rewards[1::2], margins)
-    total, count, others = told("reward", {**params, "score": head}, batch)
+    total, count, others = measure("reward", {**params, "score": head}, batch)
     np.testing.assert_allclose(total, expected.sum(), rtol=1e-5)
     assert count == len(expected)
     assert others["accuracy"] == (rewards[::2] > rewards[1::2]).sum()
 
 
-def test_heads_read_the_last_token_of_each_example(params, score):
+def test_heads_are_read_at_the_last_token_of_each_example(params, score):
     batch = examples()
-    each = alone(params, batch)
+    each = unpacked(params, batch)
     hidden = jnp.stack([one["hidden"] for one in each])
     values = np.array([one["value"] for one in each])
     logits = hidden @ score["kernel"]
-    total, count, others = told("classify", {**params, "score": score}, batch)
+    total, count, others = measure("classify", {**params, "score": score}, batch)
     picked = jax.nn.log_softmax(logits)[np.arange(len(values)), values.astype(int)]
     np.testing.assert_allclose(total, -picked.sum(), rtol=1e-5)
     assert count == len(values)
@@ -210,15 +214,15 @@ def test_heads_read_the_last_token_of_each_example(params, score):
     mesh = make_mesh("fsdp=4,tensor=2")
     with jax.set_mesh(mesh):
         laid = {**lj.shard_params(params, mesh, MODEL), "score": score}
-        spread = Feed.over(mesh, BATCH, LENGTH).put(batch)
-        _, on_mesh = jax.jit(make_measure(run_of("classify"), MODEL, "cpu"))(laid, spread)
+        spread = Feed.for_mesh(mesh, BATCH, LENGTH).put(batch)
+        _, on_mesh = jax.jit(make_metrics_fn(run_of("classify"), MODEL, "cpu"))(laid, spread)
     np.testing.assert_array_equal(on_mesh["confusion"], confusion)
-    total, _, others = told("regress", {**params, "score": score}, batch)
+    total, _, others = measure("regress", {**params, "score": score}, batch)
     np.testing.assert_allclose(total, ((logits[:, 0] - values) ** 2).sum(), rtol=1e-5)
     np.testing.assert_allclose(others["mean_absolute_error"], np.abs(logits[:, 0] - values).sum(), rtol=1e-5)
 
 
-def test_macro_f1_is_the_mean_of_the_classes_f1():
+def test_macro_f1_is_the_mean_f1_of_the_classes():
     found = [[5, 1, 0, 0], [2, 3, 0, 1], [0, 0, 0, 2], [0, 0, 0, 0]]
     by_hand = []
     for i in range(4):
@@ -228,21 +232,21 @@ def test_macro_f1_is_the_mean_of_the_classes_f1():
         elif true or taken:
             by_hand.append(0.0)
     assert macro_f1(np.array(found)) == pytest.approx(np.mean(by_hand))
-    assert macro_f1(np.diag([3, 0, 1])) == 1.0  # what neither occurs nor is found does not count
+    assert macro_f1(np.diag([3, 0, 1])) == 1.0  # absent classes are excluded
 
 
-def curve(
+def train_curve(
     run: RunConfig, spec: str | None, params: Any, steps: int = 4, model: lj.LlamaConfig = MODEL
 ) -> tuple[np.ndarray, Any]:
     mesh = spec and make_mesh(spec)
-    tuning = Tuning.of(run, "cpu", outputs=3)
-    feed = Feed.over(mesh, BATCH, LENGTH)
+    trainable_spec = TrainableSpec.from_config(run, "cpu", head_outputs=3)
+    feed = Feed.for_mesh(mesh, BATCH, LENGTH)
     optimizer = make_optimizer(run.optimizer, make_schedule(run.optimizer, run.train.steps))
     with use_mesh(mesh):
-        step, *abstract = build_step(run, model, mesh, "cpu", tuning)
+        step, *abstract = build_step(run, model, mesh, "cpu", trainable_spec)
         compiled = step.lower(*abstract).compile()
         laid = params if mesh is None else lj.shard_params(params, mesh, model)
-        state, frozen = begin(model, optimizer, 0, jax.tree.map(jnp.copy, laid), tuning)
+        state, frozen = init_state(model, optimizer, 0, jax.tree.map(jnp.copy, laid), trainable_spec)
         losses = []
         for seed in range(steps):
             state, metrics = compiled(state, feed.put(examples(seed % 2)), frozen)
@@ -264,14 +268,14 @@ CASES = [("dpo", None), *HEADS, ("dpo", "lora"), *(("sft", name) for name in ADA
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("objective", "adapter"), CASES)
-def test_the_curve_on_a_mesh_is_that_of_one_device(objective, adapter, params):
+def test_losses_on_a_mesh_equal_a_single_device(objective, adapter, params):
     run, model = run_of(objective, adapter and ADAPTERS[adapter]), MODEL
     if adapter in ("int8", "qlora"):
-        model, params = WIDE, weights_of(WIDE)
-    one, state = curve(run, None, params, model=model)
-    many, there = curve(run, "fsdp=4,tensor=2", params, model=model)
+        model, params = WIDE, init_params(WIDE)
+    one, state = train_curve(run, None, params, model=model)
+    many, there = train_curve(run, "fsdp=4,tensor=2", params, model=model)
     np.testing.assert_allclose(many, one, rtol=1e-4 if adapter not in ("int8", "qlora") else 1e-3)
-    assert one[-2:].mean() < one[:2].mean()  # the same two batches again
+    assert one[-2:].mean() < one[:2].mean()  # on the same two batches
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), there.params, state.params)
 
 
@@ -282,61 +286,62 @@ def test_the_curve_on_a_mesh_is_that_of_one_device(objective, adapter, params):
         ("data=4,tensor=2", "wo: its 64 inputs .* mesh axis tensor of size 2"),
     ],
 )
-def test_blocks_that_a_mesh_would_cut_are_named(spec, message, params):
+def test_quantization_blocks_that_the_mesh_does_not_divide_are_named(spec, message, params):
     with pytest.raises(InputError, match=message):
-        curve(run_of("sft", ADAPTERS["qlora"]), spec, params)
+        train_curve(run_of("sft", ADAPTERS["qlora"]), spec, params)
 
 
 @pytest.mark.slow
-def test_noise_on_embeddings_is_of_the_step_and_none_of_it_is_in_evaluation(params):
-    """Two runs have the same noise; it is not that of no noise, nor of another seed's; on a mesh the same."""
+def test_neftune_noise_depends_on_the_step_and_is_off_in_evaluation(params):
+    """The noise changes the loss, and is the same in two runs and on a mesh."""
     run = run_of("sft")
     noisy = dataclasses.replace(run, train=dataclasses.replace(run.train, neftune_alpha=50.0))
-    quiet, loud = (curve(r, None, params, steps=2)[0] for r in (run, noisy))
+    quiet, loud = (train_curve(r, None, params, steps=2)[0] for r in (run, noisy))
     assert np.abs(loud - quiet).min() > 1e-4
-    np.testing.assert_array_equal(curve(noisy, None, params, steps=2)[0], loud)
-    np.testing.assert_allclose(curve(noisy, "fsdp=4,tensor=2", params, steps=2)[0], loud, rtol=1e-4)
+    np.testing.assert_array_equal(train_curve(noisy, None, params, steps=2)[0], loud)
+    np.testing.assert_allclose(train_curve(noisy, "fsdp=4,tensor=2", params, steps=2)[0], loud, rtol=1e-4)
     batch = examples()
-    measure = jax.jit(make_measure(noisy, MODEL, "cpu"))
+    metrics_fn = jax.jit(make_metrics_fn(noisy, MODEL, "cpu"))
     np.testing.assert_array_equal(
-        measure(params, batch)[0].total, jax.jit(make_measure(run, MODEL, "cpu"))(params, batch)[0].total
+        metrics_fn(params, batch)[0].total,
+        jax.jit(make_metrics_fn(run, MODEL, "cpu"))(params, batch)[0].total,
     )
 
 
 @pytest.mark.slow
-def test_what_is_saved_may_be_the_average_of_the_weights_so_far(params):
+def test_ema_of_the_parameters(params):
     run = run_of("sft")
     averaged = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, ema_decay=0.9))
-    plain = [curve(run, None, params, steps=n)[1].params for n in (1, 2, 3)]
-    losses, state = curve(averaged, None, params, steps=3)
-    np.testing.assert_array_equal(losses, curve(run, None, params, steps=3)[0])
+    plain = [train_curve(run, None, params, steps=n)[1].params for n in (1, 2, 3)]
+    losses, state = train_curve(averaged, None, params, steps=3)
+    np.testing.assert_array_equal(losses, train_curve(run, None, params, steps=3)[0])
     jax.tree.map(np.testing.assert_array_equal, state.moved, plain[-1])
     expected = params
     for taken, weights in enumerate(plain):
         decay = min(0.9, (1 + taken) / (10 + taken))
         expected = jax.tree.map(lambda a, b, d=decay: d * a + (1 - d) * b, expected, weights)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, expected)
-    on_mesh = curve(averaged, "fsdp=8", params, steps=3)[1].params
+    on_mesh = train_curve(averaged, "fsdp=8", params, steps=3)[1].params
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), on_mesh, state.params)
 
 
 @pytest.mark.parametrize("adapter", [None, "lora"])
-def test_a_head_takes_the_outputs_place_or_goes_on_where_it_was(adapter, params, score):
-    """What is trained has the form that a run expects, from a language model and from a classifier."""
+def test_head_replaces_the_lm_head_or_keeps_its_weights(adapter, params, score):
+    """From a language model and from a classifier, the state has the structure of `abstract_state`."""
     run, labelled = run_of("classify", adapter and ADAPTERS[adapter]), MODEL.replace(labels=("a", "b", "c"))
-    tuning = Tuning.of(run, "cpu", outputs=3)
+    trainable_spec = TrainableSpec.from_config(run, "cpu", head_outputs=3)
     optimizer = make_optimizer(run.optimizer, make_schedule(run.optimizer, 8))
-    expected = jax.tree.structure(abstract_begin(labelled, optimizer, None, tuning))
+    expected = jax.tree.structure(abstract_state(labelled, optimizer, None, trainable_spec))
     classifier = {name: tree for name, tree in params.items() if name != "lm_head"} | {"score": score}
     for weights in (params, classifier, None):
-        state, frozen = begin(labelled, optimizer, 0, weights, tuning)
+        state, frozen = init_state(labelled, optimizer, 0, weights, trainable_spec)
         assert jax.tree.structure((state, frozen)) == expected
-        assert "lm_head" not in tuning.model(state.params, frozen)
+        assert "lm_head" not in trainable_spec.merge(state.params, frozen)
         if weights is classifier:
             np.testing.assert_array_equal(state.params["score"]["kernel"], score["kernel"])
 
 
-def test_the_optimizer_sees_the_adapter_alone(params):
+def test_optimizer_updates_only_the_adapter(params):
     run = run_of("sft", ADAPTERS["lora"])
     _, state, _, frozen = build_step(run, MODEL, None, "cpu")
     names = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.params)}
@@ -346,16 +351,16 @@ def test_the_optimizer_sees_the_adapter_alone(params):
     assert jax.tree.map(jnp.shape, frozen["base"]) == jax.tree.map(jnp.shape, params)
 
 
-def test_a_base_that_is_frozen_gives_the_adapters_gradient_in_full(params):
-    """The step through a bf16 base is LoRA's on that base in f32, to bf16's rounding."""
+def test_bf16_base_gives_the_outputs_of_that_base_in_f32(params):
+    """LoRA on a bf16 base computes in f32 what LoRA on the same weights in f32 does."""
     adapter = AdapterConfig(type="lora", rank=4, base="bfloat16")
-    tuning = Tuning.of(run_of("sft", adapter), "cpu")
-    trainable, frozen = tuning.begin(MODEL, params, jax.random.key(1))
+    trainable_spec = TrainableSpec.from_config(run_of("sft", adapter), "cpu")
+    trainable, frozen = trainable_spec.split(MODEL, params, jax.random.key(1))
     assert {leaf.dtype for leaf in jax.tree.leaves(frozen["base"])} == {jnp.dtype("bfloat16")}
     rounded = jax.tree.map(lambda x: x.astype(jnp.float32), frozen["base"])
     trainable = jax.tree.map(lambda x: x + 0.05, trainable)
     expected = lora.attach(adapter.settings, rounded, trainable)
-    found = tuning.model(trainable, frozen)
+    found = trainable_spec.merge(trainable, frozen)
     tokens = jnp.asarray(examples()["tokens"])
     np.testing.assert_allclose(
         lj.forward(MODEL, found, tokens, dtype=jnp.float32), lj.forward(MODEL, expected, tokens), atol=1e-4
@@ -365,23 +370,26 @@ def test_a_base_that_is_frozen_gives_the_adapters_gradient_in_full(params):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: AdapterConfig(type="lroa"), r"adapter\.kind is 'lroa'.*did you mean.*lora"),
-        (lambda: AdapterConfig(rank=4), 'adapter.rank is given and adapter.type is "none"; it is for lora:'),
-        (lambda: AdapterConfig(base="nf4"), "it is for lora or bottleneck or prefix"),
+        (lambda: AdapterConfig(type="lroa"), r"adapter\.type is 'lroa'.*did you mean.*lora"),
+        (
+            lambda: AdapterConfig(rank=4),
+            'adapter.rank is set and adapter.type is "none"; it applies to lora:',
+        ),
+        (lambda: AdapterConfig(base="nf4"), "it applies to lora or bottleneck or prefix"),
         (
             lambda: AdapterConfig(type="prefix", target_modules=("wq",)),
-            "it is for lora or bottleneck: set that",
+            "it applies to lora or bottleneck: set that type",
         ),
-        (lambda: AdapterConfig(type="lora", prefix_length=4), "it is for prefix: set that"),
+        (lambda: AdapterConfig(type="lora", prefix_length=4), "it applies to prefix: set that type"),
         (lambda: AdapterConfig(type="prefix", prefix_length=0), r"adapter\.prefix_length is 0"),
-        (lambda: AdapterConfig(type="bottleneck", target_modules=("wq",)), "'wq' matches no part of a layer"),
+        (lambda: AdapterConfig(type="bottleneck", target_modules=("wq",)), "'wq' matches no sublayer"),
         (
             lambda: RunConfig(
                 model=ModelConfig(init_from="x"),
                 adapter=AdapterConfig(type="prefix"),
                 train=TrainConfig(attention="splash"),
             ),
-            r'train\.attention is "splash", which takes no prefix',
+            r'train\.attention is "splash", which does not support a prefix',
         ),
         (lambda: AdapterConfig(type="lora", target_modules=("wx",)), r"'wx' matches no projection"),
         (lambda: AdapterConfig(type="lora", base="int3"), r"adapter\.base is 'int3'"),
@@ -389,10 +397,10 @@ def test_a_base_that_is_frozen_gives_the_adapters_gradient_in_full(params):
         (lambda: PreferenceConfig(label_smoothing=0.5), "below 0.5"),
         (lambda: PreferenceConfig(loss_type="ipo", label_smoothing=0.1), "leave it out"),
         (lambda: TrainConfig(objective="sfd"), r"train\.objective is 'sfd'"),
-        (lambda: RunConfig(adapter=AdapterConfig(type="lora")), r"model\.init_from is not given"),
-        (lambda: RunConfig(train=TrainConfig(objective="classify")), r"data\.labels is not given"),
+        (lambda: RunConfig(adapter=AdapterConfig(type="lora")), r"model\.init_from is not set"),
+        (lambda: RunConfig(train=TrainConfig(objective="classify")), r"data\.labels is not set"),
     ],
 )
-def test_settings_that_cannot_work_are_named(make, message):
+def test_invalid_settings_are_named(make, message):
     with pytest.raises(ConfigError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""Schedules at their landmarks, update rules against their formulas, and settings that reach them."""
+"""Learning-rate schedules, optimizers against their papers' formulas, and the settings of each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import llama_jax as lj
 from llama_jax.adapters import bottleneck
 from llama_jax.errors import ConfigError
 from llama_jax.train.config.run import OptimizerConfig
-from llama_jax.train.optimizer import decayed, frozen, make_optimizer, make_schedule
+from llama_jax.train.optimizer import frozen_mask, make_optimizer, make_schedule, weight_decay_mask
 
 MODEL = lj.LlamaConfig(
     vocab_size=24, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, head_dim=4
@@ -30,19 +30,19 @@ def rates(steps: int, **config) -> np.ndarray:
     return np.array([schedule(step) for step in range(steps + 1)])
 
 
-def test_no_biases_decay():
+def test_biases_have_no_weight_decay():
     adapter = bottleneck.init(bottleneck.Bottleneck(4), PARAMS, jax.random.key(0))["layers"]["attention"]
-    assert decayed(adapter) == {"down": True, "down_bias": False, "up": True, "up_bias": False}
+    assert weight_decay_mask(adapter) == {"down": True, "down_bias": False, "up": True, "up_bias": False}
 
 
-def test_warm_up_is_linear_from_the_first_step_to_the_peak():
+def test_warmup_is_linear_from_the_first_step_to_the_peak():
     for schedule in ("cosine", "wsd", "constant"):
         np.testing.assert_allclose(
             rates(40, schedule=schedule, warmup_steps=8)[:9], [*np.arange(1, 9) / 4, 2.0], rtol=1e-6
         )
 
 
-def test_cosine_passes_the_middle_and_ends_at_its_fraction():
+def test_cosine_at_its_midpoint_and_end():
     values = rates(110, warmup_steps=10)
     assert values.max() == values[9] == values[10] == 2.0
     np.testing.assert_allclose(values[60], 2.0 * (1 + 0.1) / 2, rtol=1e-6)
@@ -52,7 +52,7 @@ def test_cosine_passes_the_middle_and_ends_at_its_fraction():
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
-def test_a_schedule_of_its_own_length_makes_a_short_run_the_beginning_of_a_long_one(schedule):
+def test_with_schedule_steps_a_short_run_has_the_rates_of_a_long_one(schedule):
     long = rates(40, schedule=schedule, warmup_steps=30)
     np.testing.assert_array_equal(
         rates(20, schedule=schedule, warmup_steps=30, schedule_steps=40)[:20], long[:20]
@@ -60,13 +60,13 @@ def test_a_schedule_of_its_own_length_makes_a_short_run_the_beginning_of_a_long_
     assert (rates(20, schedule=schedule, warmup_steps=30)[:20] != long[:20]).any()
 
 
-def test_wsd_is_flat_and_then_falls_in_a_line():
+def test_wsd_is_constant_and_then_decays_linearly():
     values = rates(100, schedule="wsd", warmup_steps=10, decay_fraction=0.2, min_lr_ratio=0.0)
     assert (values[10:81] == 2.0).all()
     np.testing.assert_allclose(values[80:], 2.0 * np.arange(20, -1, -1) / 20, atol=1e-6)
 
 
-def test_constant_stays():
+def test_constant():
     assert (rates(30, schedule="constant", warmup_steps=3)[2:] == 2.0).all()
     assert (rates(3, schedule="constant", warmup_steps=0) == 2.0).all()
 
@@ -84,7 +84,7 @@ def gradient(seed: int):
 
 
 def run(config: OptimizerConfig, steps: int = 3, gradients=gradient):
-    """The parameters after so many updates."""
+    """The parameters after `steps` updates."""
     optimizer = make_optimizer(config, make_schedule(config, steps))
 
     @jax.jit
@@ -98,7 +98,7 @@ def run(config: OptimizerConfig, steps: int = 3, gradients=gradient):
     return params
 
 
-def test_adamw_is_the_papers_formula():
+def test_adamw_matches_the_paper():
     """Decoupled weight decay, arXiv 1711.05101, algorithm 2, in numpy; none on norm scales."""
     config = OptimizerConfig(learning_rate=0.03, warmup_steps=2)
     got, schedule = run(config), make_schedule(config, 3)
@@ -112,11 +112,11 @@ def test_adamw_is_the_papers_formula():
             p = p - float(schedule(t)) * (step + 0.1 * decay * p)
         return p
 
-    expected = jax.tree_util.tree_map_with_path(by_hand, PARAMS, decayed(PARAMS))
+    expected = jax.tree_util.tree_map_with_path(by_hand, PARAMS, weight_decay_mask(PARAMS))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7), got, expected)
 
 
-def test_lion_is_the_papers_formula():
+def test_lion_matches_the_paper():
     """arXiv 2302.06675, algorithm 2."""
     config = OptimizerConfig(name="lion", learning_rate=0.01, warmup_steps=0, schedule="constant")
     got = run(config)["layers"]["attention"]["wo"]
@@ -128,7 +128,7 @@ def test_lion_is_the_papers_formula():
     np.testing.assert_allclose(got, p, rtol=1e-5)
 
 
-def test_muons_update_of_a_matrix_is_near_orthogonal_and_has_adamws_size():
+def test_muon_updates_are_near_orthogonal_with_adamw_rms():
     config = OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.0)
     new = run(config, steps=1)
     for name, shape in (("wq", (8, 8)), ("wo", (8, 8))):
@@ -146,8 +146,8 @@ def test_muons_update_of_a_matrix_is_near_orthogonal_and_has_adamws_size():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_weight_decay_shrinks_every_matrix_and_leaves_norm_scales_alone(name):
-    """With no gradient an update is the decay alone: rate x decay, whatever the rule."""
+def test_weight_decay_applies_to_matrices_and_not_to_norm_scales(name):
+    """Without a gradient the update is learning rate x weight decay for every optimizer."""
     config = OptimizerConfig(
         name=name, learning_rate=0.5, warmup_steps=0, schedule="constant", weight_decay=0.2
     )
@@ -170,7 +170,7 @@ OTHER = {"learning_rate": 0.02, "b1": 0.5, "b2": 0.6, "eps": 0.5, "weight_decay"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_settings_reach_their_rule(name):
+def test_every_setting_affects_its_optimizer(name):
     config = OptimizerConfig(name=name, learning_rate=0.01, warmup_steps=0)
     base = run(config)
     for setting in SETTINGS[name]:
@@ -180,10 +180,10 @@ def test_settings_reach_their_rule(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_rule_fits_a_toy(name):
-    """A small Llama learns a fixed text; norms and embeddings move too."""
+def test_every_optimizer_fits_a_small_model(name):
+    """A small Llama memorizes a text; norms and embeddings are updated too."""
     tokens = np.tile(np.arange(24, dtype=np.int32), (2, 1))
-    rate = 0.2 if name == "adafactor" else 0.02  # relative to the size of what it changes
+    rate = 0.2 if name == "adafactor" else 0.02  # relative to the RMS of the parameter
     config = OptimizerConfig(name=name, learning_rate=rate, warmup_steps=5)
     optimizer = make_optimizer(config, make_schedule(config, 40))
 
@@ -201,22 +201,22 @@ def test_every_rule_fits_a_toy(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_frozen_parameters_stay_and_have_no_moments(name):
+def test_frozen_parameters_do_not_change_and_have_no_moments(name):
     freeze = ("embed.*", "layers.attention.w[kv]", "*norm*")
     config = OptimizerConfig(name=name, learning_rate=0.1, warmup_steps=0, freeze=freeze)
     rule = make_optimizer(config, make_schedule(config, 10))
     state = jax.jit(rule.init)(PARAMS)
     grads = jax.tree.map(jnp.ones_like, PARAMS)
     updates, _ = jax.jit(rule.update)(grads, state, PARAMS)
-    still = frozen(config, PARAMS)
-    assert sum(jax.tree.leaves(still)) == 6
-    jax.tree.map(lambda u, keep: np.testing.assert_equal(bool((u == 0).all()), keep), updates, still)
+    mask = frozen_mask(config, PARAMS)
+    assert sum(jax.tree.leaves(mask)) == 6
+    jax.tree.map(lambda u, keep: np.testing.assert_equal(bool((u == 0).all()), keep), updates, mask)
     whole = make_optimizer(dataclasses.replace(config, freeze=()), make_schedule(config, 10))
     size = lambda state: sum(x.size for x in jax.tree.leaves(state))  # noqa: E731
     assert size(state) < size(jax.jit(whole.init)(PARAMS))
 
 
-def test_layers_learn_at_rates_that_fall_towards_the_input():
+def test_layer_decay_scales_updates_by_depth():
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, layer_decay=0.5, weight_decay=0.0)
     flat = dataclasses.replace(config, layer_decay=1.0)
     grads = jax.tree.map(jnp.ones_like, PARAMS)
@@ -237,12 +237,12 @@ def test_layers_learn_at_rates_that_fall_towards_the_input():
     [
         (
             {"freeze": ("embed.*", "layers.wq")},
-            r"'layers\.wq' matches no parameter \(they are embed\.embedding",
+            r"'layers\.wq' matches no parameter \(there are embed\.embedding",
         ),
         ({"freeze": ("*",)}, "leaves nothing to train"),
     ],
 )
-def test_patterns_that_cannot_be_meant(settings, message):
+def test_patterns_that_freeze_nothing_or_everything_are_errors(settings, message):
     config = OptimizerConfig(**settings)
     with pytest.raises(ConfigError, match=message):
         make_optimizer(config, make_schedule(config, 10)).init(PARAMS)

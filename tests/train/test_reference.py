@@ -1,4 +1,4 @@
-"""A reference that was asked beforehand is the one asked at each step, and nobody asks it twice."""
+"""Precomputed reference log-probabilities: same losses as with the reference model in each step; caching."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ import llama_jax as lj
 from llama_jax.errors import ConfigError, DataError, InputError
 from llama_jax.sharding import make_mesh, use_mesh
 from llama_jax.tokenizer import load_tokenizer
-from llama_jax.train.config.finetune import AdapterConfig, PreferenceConfig
+from llama_jax.train.config.adapter import AdapterConfig
+from llama_jax.train.config.preference import PreferenceConfig
 from llama_jax.train.config.run import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from llama_jax.train.data import Data, DataConfig, open_data
 from llama_jax.train.feed import Feed
-from llama_jax.train.metrics.evaluate import make_held_out_loss
-from llama_jax.train.objectives.reference import NAME, reference_logprobs
+from llama_jax.train.metrics.evaluate import make_eval_fn
+from llama_jax.train.objectives.reference import REFERENCE_FILE, reference_logprobs
 from llama_jax.train.optimizer import make_optimizer, make_schedule
-from llama_jax.train.state import begin
+from llama_jax.train.state import init_state
 from llama_jax.train.step import build_step
-from llama_jax.train.trainable import Tuning
+from llama_jax.train.trainable import TrainableSpec
 from tests.tiny import PIECES, write_model
 
 BATCH, LENGTH, COUNT = 8, 64, 40
-TOO_LONG = 5  # which record
+TOO_LONG = 5  # index of the record
 MODEL = lj.LlamaConfig(
     vocab_size=len(PIECES),
     hidden_size=64,
@@ -61,13 +62,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def params():
-    made = lj.init(MODEL, jax.random.key(0))
-    return jax.tree.map(lambda x: 3 * x if x.ndim > 2 else x, made)
+    params = lj.init(MODEL, jax.random.key(0))
+    return jax.tree.map(lambda x: 3 * x if x.ndim > 2 else x, params)
 
 
-def run_of(
-    folder, reference: str = "precomputed", adapter: AdapterConfig | None = None, **train: Any
-) -> RunConfig:
+def run_of(folder, precompute: bool = True, adapter: AdapterConfig | None = None, **train: Any) -> RunConfig:
     settings = {"dtype": "float32", "remat": "none", "attention": "xla", "loss_chunks": 2, "seq_len": LENGTH}
     return RunConfig(
         model=ModelConfig(init_from=f"{folder}/tiny.bin") if adapter else ModelConfig(),
@@ -75,7 +74,7 @@ def run_of(
         train=TrainConfig(objective="dpo", steps=8, global_batch_size=BATCH, **{**settings, **train}),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1, weight_decay=0.0),
         adapter=adapter or AdapterConfig(),
-        preference=PreferenceConfig(reference=reference),
+        preference=PreferenceConfig(precompute_ref_log_probs=precompute),
     )
 
 
@@ -85,69 +84,75 @@ def data_of(run: RunConfig, folder) -> Data:
 
 
 class Launch:
-    """A launch of a run as far as its reference."""
+    """A run up to its reference log-probabilities, and its first steps."""
 
     def __init__(self, folder, run_dir, params, run: RunConfig | None = None, mesh: Any = None):
         self.run, self.run_dir = run or run_of(folder), run_dir
         self.data, self.mesh = data_of(self.run, folder), mesh
-        self.feed = Feed.over(mesh, BATCH, self.run.train.seq_len)
-        self.tuning = Tuning.of(self.run, "cpu")
+        self.feed = Feed.for_mesh(mesh, BATCH, self.run.train.seq_len)
+        self.trainable_spec = TrainableSpec.from_config(self.run, "cpu")
         self.params = params if mesh is None else lj.shard_params(params, mesh, MODEL)
-        self.said: list[str] = []
-        self.asked = 0
+        self.messages: list[str] = []
+        self.computed = 0
 
-    def beginning(self) -> Any:
-        self.asked += 1
+    def initial_params(self) -> Any:
+        self.computed += 1
         return self.params
 
-    def numbers(self, stop=lambda: 0) -> np.ndarray | None:
-        what = (self.run, self.run_dir, MODEL, "cpu", self.data, self.feed, self.tuning)
+    def logprobs(self, stop=lambda: 0) -> np.ndarray | None:
+        args = (self.run, self.run_dir, MODEL, "cpu", self.data, self.feed, self.trainable_spec)
         with use_mesh(self.mesh):
-            return reference_logprobs(*what, beginning=self.beginning, stop=stop, say=self.said.append)
+            return reference_logprobs(
+                *args, initial_params=self.initial_params, stop=stop, log=self.messages.append
+            )
 
     def train(self, steps: int = 8) -> tuple[np.ndarray, dict[str, float], Any]:
-        """Losses, held-out numbers and what is frozen."""
+        """Losses, evaluation metrics, and the frozen parameters."""
         optimizer = make_optimizer(self.run.optimizer, make_schedule(self.run.optimizer, 8))
         if self.run.preference.precompute_ref_log_probs:
-            self.data = self.data.with_reference(self.numbers())
+            self.data = self.data.with_reference(self.logprobs())
         with use_mesh(self.mesh):
-            step, *abstract = build_step(self.run, MODEL, self.mesh, "cpu", self.tuning)
+            step, *abstract = build_step(self.run, MODEL, self.mesh, "cpu", self.trainable_spec)
             compiled = step.lower(*abstract).compile()
-            state, frozen = begin(MODEL, optimizer, 0, jax.tree.map(jnp.copy, self.params), self.tuning)
+            state, frozen = init_state(
+                MODEL, optimizer, 0, jax.tree.map(jnp.copy, self.params), self.trainable_spec
+            )
             losses, batches = [], self.data.train()
             for _ in range(steps):
                 state, metrics = compiled(state, self.feed.put(next(batches)), frozen)
                 losses.append(float(metrics.loss))
             batches.close()
-            held_out = make_held_out_loss(self.run, MODEL, "cpu", self.data, self.feed, self.tuning, frozen)
-            return np.array(losses), held_out(state.params), frozen
+            evaluate = make_eval_fn(self.run, MODEL, "cpu", self.data, self.feed, self.trainable_spec, frozen)
+            return np.array(losses), evaluate(state.params), frozen
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("adapter", "specs"), [(None, ("", "fsdp=4,tensor=2")), (LORA, ("",))], ids=["full", "lora"]
 )
-def test_the_curve_is_that_of_asking_at_each_step(folder, tmp_path, params, adapter, specs):
-    """Over more than an epoch of shuffled, packed pairs; full finetuning holds no second copy."""
-    known, told, frozen = Launch(folder, tmp_path, params, run_of(folder, "on_the_fly", adapter)).train()
+def test_losses_equal_those_with_the_reference_model_in_each_step(folder, tmp_path, params, adapter, specs):
+    """Over more than an epoch of shuffled, packed pairs; full finetuning keeps no copy of the weights."""
+    expected, expected_metrics, frozen = Launch(
+        folder, tmp_path, params, run_of(folder, False, adapter)
+    ).train()
     assert set(frozen) == {"reference" if adapter is None else "base"}
     for spec in specs:
         (tmp_path / f"mesh {spec}").mkdir()
-        run = run_of(folder, "precomputed", adapter)
+        run = run_of(folder, True, adapter)
         launch = Launch(folder, tmp_path / f"mesh {spec}", params, run, make_mesh(spec) if spec else None)
-        assert not launch.tuning.reference
-        losses, numbers, frozen = launch.train()
-        np.testing.assert_allclose(losses, known, rtol=1e-4 if spec else 1e-5)
-        assert numbers["accuracy"] == told["accuracy"]
-        for name, value in told.items():
-            np.testing.assert_allclose(numbers[name], value, rtol=1e-3)
+        assert not launch.trainable_spec.reference
+        losses, metrics, frozen = launch.train()
+        np.testing.assert_allclose(losses, expected, rtol=1e-4 if spec else 1e-5)
+        assert metrics["accuracy"] == expected_metrics["accuracy"]
+        for name, value in expected_metrics.items():
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-3)
         assert (frozen is None) == (adapter is None)
-    assert known[-1] < known[0]
+    assert expected[-1] < expected[0]
 
 
-def test_the_numbers_are_those_of_each_answer_alone(folder, tmp_path, params):
+def test_logprobs_are_those_of_each_answer_alone(folder, tmp_path, params):
     launch = Launch(folder, tmp_path, params)
-    table = launch.numbers()
+    table = launch.logprobs()
     source = launch.data._parts[0].source
     assert np.isnan(table[TOO_LONG]).all() and np.isnan(table).sum() == 2
     for record in (0, 17, COUNT - 1):
@@ -155,30 +160,32 @@ def test_the_numbers_are_those_of_each_answer_alone(folder, tmp_path, params):
             tokens = np.zeros((1, LENGTH), np.int32)
             tokens[0, : len(segment)] = segment.ids
             logprobs = jax.nn.log_softmax(lj.forward(MODEL, params, tokens))[0]
-            learned = np.flatnonzero(segment.mask)
-            expected = sum(float(logprobs[t - 1, segment.ids[t]]) for t in learned)
+            in_loss = np.flatnonzero(segment.mask)
+            expected = sum(float(logprobs[t - 1, segment.ids[t]]) for t in in_loss)
             np.testing.assert_allclose(number, expected, rtol=1e-5)
     mesh = Launch(folder, tmp_path / "mesh", params, mesh=make_mesh("data=2,fsdp=2,tensor=2"))
     (tmp_path / "mesh").mkdir()
-    np.testing.assert_allclose(mesh.numbers(), table, rtol=1e-5)
+    np.testing.assert_allclose(mesh.logprobs(), table, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
-def kept(folder, tmp_path_factory, params):
-    """The file that a launch leaves, and what is in it."""
-    run_dir = tmp_path_factory.mktemp("kept")
-    table = Launch(folder, run_dir, params).numbers()
-    return (run_dir / NAME).read_bytes(), table
+def cached(folder, tmp_path_factory, params):
+    """The file that a run writes, and its table."""
+    run_dir = tmp_path_factory.mktemp("cached")
+    table = Launch(folder, run_dir, params).logprobs()
+    return (run_dir / REFERENCE_FILE).read_bytes(), table
 
 
-def test_a_second_launch_reads_what_the_first_computed(folder, tmp_path, params):
+def test_second_launch_reads_the_cached_file(folder, tmp_path, params):
     first, second = (Launch(folder, tmp_path, params) for _ in range(2))
-    computed, read = first.numbers(), second.numbers()
+    computed, read = first.logprobs(), second.logprobs()
     assert computed.dtype == read.dtype == np.float32 and computed.tobytes() == read.tobytes()
-    assert (first.asked, second.asked) == (1, 0)
-    assert first.said == [f"reference: the log-probabilities of {COUNT} pairs, once, into {tmp_path / NAME}"]
-    assert not second.said
-    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+    assert (first.computed, second.computed) == (1, 0)
+    assert first.messages == [
+        f"reference: computing the log-probabilities of {COUNT} pairs once, into {tmp_path / REFERENCE_FILE}"
+    ]
+    assert not second.messages
+    assert [path.name for path in tmp_path.iterdir()] == [REFERENCE_FILE]
 
 
 def flipped(content: bytes) -> bytes:
@@ -195,67 +202,66 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_computed_again_and_said_to_be(folder, tmp_path, params, kept, damage):
-    content, table = kept
-    (tmp_path / NAME).write_bytes(DAMAGES[damage](content))
+def test_damaged_file_is_reported_and_computed_again(folder, tmp_path, params, cached, damage):
+    content, table = cached
+    (tmp_path / REFERENCE_FILE).write_bytes(DAMAGES[damage](content))
     again = Launch(folder, tmp_path, params)
-    found = again.numbers(stop=lambda: 0 if damage == "flipped" else 15)  # once to the end
-    assert again.asked == 1
-    assert again.said[0] == (
-        f"{tmp_path / NAME} is damaged, or of other data, weights or settings: it is computed again"
+    result = again.logprobs(stop=lambda: 0 if damage == "flipped" else 15)  # once to the end
+    assert again.computed == 1
+    assert again.messages[0] == (
+        f"{tmp_path / REFERENCE_FILE} is damaged, or was computed from other data, weights or settings; "
+        "computing it again"
     )
     if damage == "flipped":
-        np.testing.assert_array_equal(found, table)
-        assert (tmp_path / NAME).read_bytes() == content
+        np.testing.assert_array_equal(result, table)
+        assert (tmp_path / REFERENCE_FILE).read_bytes() == content
 
 
-def test_a_file_that_cannot_be_read_or_written_is_named(folder, tmp_path, params):
-    (tmp_path / NAME).mkdir()
+def test_file_that_cannot_be_read_or_written_is_named(folder, tmp_path, params):
+    (tmp_path / REFERENCE_FILE).mkdir()
     launch = Launch(folder, tmp_path, params)
-    with pytest.raises(InputError, match=rf"{NAME}: cannot be written: Is a directory; make room"):
-        launch.numbers()
-    assert "it is computed again" in launch.said[0]
+    with pytest.raises(
+        InputError, match=rf"{REFERENCE_FILE}: cannot be written: Is a directory; free some space"
+    ):
+        launch.logprobs()
+    assert "computing it again" in launch.messages[0]
 
 
 @pytest.mark.parametrize("train", [{"seq_len": 48}, {"dtype": "bfloat16"}, {"seed": 1}])
-def test_other_settings_are_computed_anew(folder, tmp_path, params, kept, train):
-    (tmp_path / NAME).write_bytes(kept[0])
+def test_other_settings_invalidate_the_file(folder, tmp_path, params, cached, train):
+    (tmp_path / REFERENCE_FILE).write_bytes(cached[0])
     other = Launch(folder, tmp_path, params, run_of(folder, **train))
-    other.numbers(stop=lambda: 15)
-    assert other.asked == 1 and "of other data, weights or settings" in other.said[0]
+    other.logprobs(stop=lambda: 15)
+    assert other.computed == 1 and "from other data, weights or settings" in other.messages[0]
 
 
-def test_other_initial_weights_are_computed_anew(folder, tmp_path, params):
+def test_other_initial_weights_invalidate_the_file(folder, tmp_path, params):
     path = write_model(tmp_path)
     run = dataclasses.replace(run_of(folder), model=ModelConfig(init_from=str(path)))
     first, second = (Launch(folder, tmp_path, params, run) for _ in range(2))
-    first.numbers()
+    first.logprobs()
     content = bytearray(path.read_bytes())
     content[3000] ^= 1
     path.write_bytes(content)
-    second.numbers(stop=lambda: 15)
-    assert second.asked == 1 and "of other data, weights or settings" in second.said[0]
+    second.logprobs(stop=lambda: 15)
+    assert second.computed == 1 and "from other data, weights or settings" in second.messages[0]
 
 
-def test_stopped_on_the_way_it_leaves_nothing(folder, tmp_path, params):
+def test_nothing_is_written_when_stopped(folder, tmp_path, params):
     signals = iter([0, 15])
-    assert Launch(folder, tmp_path, params).numbers(stop=lambda: next(signals)) is None
+    assert Launch(folder, tmp_path, params).logprobs(stop=lambda: next(signals)) is None
     assert not list(tmp_path.iterdir())
 
 
-def test_a_reference_that_gives_no_number_is_refused_by_the_pair(folder, tmp_path, params):
+def test_nonfinite_logprob_is_an_error_that_names_the_pair(folder, tmp_path, params):
     bad = jax.tree.map(lambda x: x * jnp.nan, params)
-    message = (
-        r"pairs\.jsonl:\d+: the model that training begins with gives an answer the log-probability nan; look"
-    )
+    message = r"pairs\.jsonl:\d+: the reference model gives an answer the log-probability nan; check"
     with pytest.raises(DataError, match=message):
-        Launch(folder, tmp_path, bad).numbers()
+        Launch(folder, tmp_path, bad).logprobs()
     assert not list(tmp_path.iterdir())
 
 
-def test_settings_that_make_no_sense_are_named():
-    with pytest.raises(ConfigError, match=r"preference\.reference is 'never'; .*on_the_fly"):
-        PreferenceConfig(reference="never")
+def test_precomputed_logprobs_need_a_reference_model():
     for objective in ("pretrain", "sft", "reward"):
         with pytest.raises(ConfigError, match=f'train.objective "{objective}", which has no reference model'):
             RunConfig(

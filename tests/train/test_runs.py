@@ -1,4 +1,4 @@
-"""Laws of a run as a process: stopped in any way and started again, it ends where it would have ended."""
+"""Training processes: a run that is stopped in any way and resumed equals an uninterrupted one bitwise."""
 
 from __future__ import annotations
 
@@ -18,55 +18,55 @@ STEPS = 40
 
 
 @pytest.fixture(scope="module")
-def whole(workshop: Workshop) -> Path:
-    """A run in one go, of which every step is kept."""
-    words = ("--train.steps", STEPS, "--checkpoint.every", 1, "--checkpoint.keep", 1000)
-    workshop.train("whole", *words)
-    return workshop.folder / "whole"
+def uninterrupted(workshop: Workshop) -> Path:
+    """An uninterrupted run that keeps the checkpoint of every step."""
+    flags = ("--train.steps", STEPS, "--checkpoint.every", 1, "--checkpoint.keep", 1000)
+    workshop.train("uninterrupted", *flags)
+    return workshop.folder / "uninterrupted"
 
 
-def test_the_run_learns(whole):
-    by_step = losses(whole)
+def test_loss_decreases(uninterrupted):
+    by_step = losses(uninterrupted)
     assert len(by_step) == STEPS
     assert by_step[1] > 5 > 4 > by_step[STEPS]
-    assert steps(whole) == list(range(1, STEPS + 1))
+    assert steps(uninterrupted) == list(range(1, STEPS + 1))
 
 
-def test_forty_steps_are_twenty_and_twenty_more(workshop, whole):
+def test_resumed_run_equals_uninterrupted_run(workshop, uninterrupted):
     workshop.train("halves", "--train.steps", 20)
     again = workshop.train("halves", "--train.steps", STEPS)
     assert "resuming halves after step 20" in again.err
-    assert_same(whole, workshop.folder / "halves", STEPS)
-    assert losses(workshop.folder / "halves") == losses(whole)
-    assert workshop.train("halves", "--train.steps", STEPS).err.count("has had its 40 steps") == 1
-    assert losses(workshop.folder / "halves") == losses(whole)
+    assert_same(uninterrupted, workshop.folder / "halves", STEPS)
+    assert losses(workshop.folder / "halves") == losses(uninterrupted)
+    assert workshop.train("halves", "--train.steps", STEPS).err.count("is complete after 40 steps") == 1
+    assert losses(workshop.folder / "halves") == losses(uninterrupted)
 
 
-def test_generate_and_inspect_read_the_run_by_the_name_that_was_given(workshop, whole):
-    json_of = lambda verb, *words: json.loads(workshop.run("whole", *words, "--json", verb=verb).out)  # noqa: E731
-    words = ("--prompt", "the cat", "--max-new-tokens", 8)
-    text = workshop.run("whole", *words, verb="generate")
+def test_generate_and_inspect_read_a_run_by_its_path(workshop, uninterrupted):
+    json_of = lambda verb, *flags: json.loads(workshop.run("uninterrupted", *flags, "--json", verb=verb).out)  # noqa: E731
+    flags = ("--prompt", "the cat", "--max-new-tokens", 8)
+    text = workshop.run("uninterrupted", *flags, verb="generate")
     assert text.status == 0, text.err
     assert len(text.out) > 8
-    assert json_of("generate", *words)["prompt_tokens"] > 0
+    assert json_of("generate", *flags)["prompt_tokens"] > 0
     about = json_of("inspect")
     assert about["format"] == "orbax"
     assert about["training"]["step"] == STEPS
     assert about["training"]["metrics"]["eval_loss"] < 4
     assert len(about["training"]["steps"]) == STEPS
-    measured = [step["step"] for step in about["training"]["steps"] if step["metrics"]]
-    assert measured == [10, 20, 30, 40]  # only where it was measured, eval.every
-    assert "eval_loss" in workshop.run("whole", verb="inspect").out
+    evaluated = [step["step"] for step in about["training"]["steps"] if step["metrics"]]
+    assert evaluated == [10, 20, 30, 40]  # those evaluated, eval.every
+    assert "eval_loss" in workshop.run("uninterrupted", verb="inspect").out
 
 
-def test_fine_tuning_starts_from_what_is_known(workshop, shared_data):
-    """A llama2.c model with the vocabulary beside it: its loss is far below ln 512 = 6.24 from the first."""
+def test_finetuning_starts_from_pretrained_weights(workshop, shared_data):
+    """A llama2.c model with its tokenizer: eval_loss is far below ln 512 = 6.24 from the start."""
     config = workshop.folder / "tune.toml"
     files = workshop.folder / "text" / "*.txt"
     model = shared_data / "stories260K" / "stories260K.bin"
     config.write_text(
-        f'[model]\ninit_from = "{model}"\n[data]\nfiles = "{files}"\nheld_out = 0.2\n'
-        '[train]\nsteps = 5\nbatch_size = 4\nseq_len = 32\ndtype = "float32"\nrun_dir = "tuned"\n'
+        f'[model]\ninit_from = "{model}"\n[data]\nfiles = "{files}"\nvalidation_fraction = 0.2\n'
+        '[train]\nsteps = 5\nglobal_batch_size = 4\nseq_len = 32\ndtype = "float32"\nrun_dir = "tuned"\n'
         "[optimizer]\nlearning_rate = 1e-4\nwarmup_steps = 0\n[eval]\nevery = 1\nmax_new_tokens = 4\n"
         'prompt = "Once"\n[log]\ntensorboard = false\nplot = false\n'
     )
@@ -76,17 +76,17 @@ def test_fine_tuning_starts_from_what_is_known(workshop, shared_data):
     assert evaluations[0]["eval_loss"] < 5.5
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
     assert evaluations[-1]["text"].startswith("Once upon")
-    assert "has had its 5 steps" in workshop.run(config).err
+    assert "is complete after 5 steps" in workshop.run(config).err
 
 
 def stopped(workshop: Workshop, name: str, number: signal.Signals) -> int:
-    """Starts a run that saves at its end alone, stops it on the way; returns its status."""
-    words = ("--train.steps", STEPS, "--checkpoint.every", 0, "--eval.every", 1)
-    process = workshop.start(workshop.config, "--train.run_dir", name, *words)
+    """Starts a run that saves at its end only, stops it by a signal, and returns its exit status."""
+    flags = ("--train.steps", STEPS, "--checkpoint.every", 0, "--eval.every", 1)
+    process = workshop.start(workshop.config, "--train.run_dir", name, *flags)
     wait_for(lambda: len(records(workshop.folder / name)) >= 3, process)
     process.send_signal(number)
     done = finish(process)
-    assert "the same command goes on from there" in done.err
+    assert "run the same command again to resume" in done.err
     assert "Traceback" not in done.err
     return done.status
 
@@ -95,22 +95,22 @@ def stopped(workshop: Workshop, name: str, number: signal.Signals) -> int:
     ("number", "status"),
     [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
 )
-def test_a_signal_saves_the_step_it_finds_and_the_same_command_goes_on(workshop, whole, number, status):
+def test_signal_saves_the_current_step_and_the_same_command_resumes(workshop, uninterrupted, number, status):
     name = number.name
     assert stopped(workshop, name, number) == status
     run = workshop.folder / name
     (step,) = steps(run)
     assert 3 <= step < STEPS and len(losses(run)) == step
-    assert_same(whole, run, step)
+    assert_same(uninterrupted, run, step)
     workshop.train(name, "--train.steps", STEPS, "--checkpoint.every", 0, "--eval.every", 1)
-    assert_same(whole, run, STEPS)
-    assert losses(run) == losses(whole)
+    assert_same(uninterrupted, run, STEPS)
+    assert losses(run) == losses(uninterrupted)
     evaluations = [record["step"] for record in records(run, "evaluations.jsonl")]
     assert evaluations == list(range(1, STEPS + 1))
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_stops_at_once(workshop):
+def test_second_ctrl_c_exits_immediately(workshop):
     slow = ("--train.global_batch_size", 1024, "--checkpoint.every", 0)  # a step takes a second
     run = workshop.folder / "twice"
     with running(workshop.start(workshop.config, "--train.run_dir", "twice", *slow)) as process:
@@ -123,27 +123,27 @@ def test_a_second_ctrl_c_stops_at_once(workshop):
     assert not (run / "checkpoints").exists()
 
 
-def read_until(process: subprocess.Popen[str], words: str) -> str:
+def read_until(process: subprocess.Popen[str], message: str) -> str:
     assert process.stderr is not None
     for line in process.stderr:
-        if words in line:
+        if message in line:
             return line
-    raise AssertionError(f"it never said {words!r}")
+    raise AssertionError(f"{message!r} was not printed")
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_ends_where_it_would_have_ended(workshop, whole):
-    """Ten tries; in each, kills at a random moment until the run is done, mid-checkpoint among them."""
+def test_killed_and_resumed_run_equals_uninterrupted_run(workshop, uninterrupted):
+    """Ten runs, each killed once at a random time, half of them during a checkpoint."""
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")  # shown on failure
     rng = random.Random(seed)
-    words = ("--train.steps", STEPS, "--checkpoint.every", 2, "--checkpoint.keep", 3)
+    flags = ("--train.steps", STEPS, "--checkpoint.every", 2, "--checkpoint.keep", 3)
     in_checkpoint = kills = 0
     for attempt in range(10):
         name = f"killed-{attempt}"
         run = workshop.folder / name
-        with running(workshop.start(workshop.config, "--train.run_dir", name, *words)) as process:
-            if attempt % 2:  # within a checkpoint: its folder is there under another name until it is whole
+        with running(workshop.start(workshop.config, "--train.run_dir", name, *flags)) as process:
+            if attempt % 2:  # during a save: its directory has a temporary name
                 after = rng.randrange(0, STEPS - 10)
                 wait_for(lambda: len(records(run)) >= after and saving(run), process)  # noqa: B023
                 time.sleep(rng.uniform(0, 0.02))
@@ -154,9 +154,9 @@ def test_killed_at_any_moment_it_ends_where_it_would_have_ended(workshop, whole)
             process.wait()
         kills += process.returncode == -signal.SIGKILL
         in_checkpoint += saving(run)
-        workshop.train(name, *words)
-        assert_same(whole, run, STEPS)
-        assert losses(run) == losses(whole)
+        workshop.train(name, *flags)
+        assert_same(uninterrupted, run, STEPS)
+        assert losses(run) == losses(uninterrupted)
         assert not saving(run)
         shutil.rmtree(run)
     assert kills >= 8
@@ -164,6 +164,6 @@ def test_killed_at_any_moment_it_ends_where_it_would_have_ended(workshop, whole)
 
 
 def saving(run: Path) -> bool:
-    """Whether a step is half saved."""
+    """Whether a save is in progress."""
     folder = run / "checkpoints"
     return folder.is_dir() and any(not path.name.isdigit() for path in folder.iterdir())

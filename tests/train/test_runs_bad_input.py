@@ -1,4 +1,4 @@
-"""What a user can get wrong with `llama-jax train`: one line that says so, status 2, nothing half-written."""
+"""User errors of `llama-jax train`: a one-line message, exit status 2, no partial files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llama_jax.train.checkpoints.lock import run_lock
 from tests.train.processes import (
     Workshop,
     assert_same,
-    everything,
+    checkpoint_contents,
     finish,
     losses,
     records,
@@ -49,14 +49,14 @@ Fail = Callable[..., str]
 
 @pytest.fixture
 def fail(workshop: Workshop, tmp_path: Path, capsys, monkeypatch) -> Fail:
-    """Trains in this process, in `run` unless it is told otherwise; returns the one line of the error."""
+    """Trains in this process, in `run` by default; returns the one-line error."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(workshop.cache))
     monkeypatch.chdir(tmp_path)
 
-    def fail(*words: object, config: Path = workshop.config, status: int = 2) -> str:
-        where = [] if "--train.run_dir" in words else ["--train.run_dir", "run"]
+    def fail(*flags: object, config: Path = workshop.config, status: int = 2) -> str:
+        run_dir = [] if "--train.run_dir" in flags else ["--train.run_dir", "run"]
         capsys.readouterr()
-        assert main(["train", str(config), *where, *map(str, words)]) == status
+        assert main(["train", str(config), *run_dir, *map(str, flags)]) == status
         shown = capsys.readouterr()
         assert shown.out == ""
         *notes, error = shown.err.splitlines()
@@ -68,7 +68,7 @@ def fail(workshop: Workshop, tmp_path: Path, capsys, monkeypatch) -> Fail:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("flags", "message"),
     [
         (["--train.stepz", 3], "unknown setting --train.stepz; did you mean train.steps?"),
         (["--trian.steps", 3], "unknown setting --trian.steps; did you mean train.steps?"),
@@ -86,13 +86,13 @@ def fail(workshop: Workshop, tmp_path: Path, capsys, monkeypatch) -> Fail:
         ),
         (["--data.files", "nowhere/*.txt"], "no file matches data.files = 'nowhere/*.txt' (relative to "),
         (["--tokenizer.vocab_size", 40], "vocab_size is 40; it must be above 259"),
-        (["--tokenizer.vocab_size", 100_000], "vocab_size is 100000; this text makes at most"),
+        (["--tokenizer.vocab_size", 100_000], "vocab_size is 100000; this text allows at most"),
         (["--model.vocab_size", 100], "model.vocab_size is 100; the tokenizer has 300 tokens"),
         (
             ["--model.num_attention_heads", 5],
             "model: hidden_size 32 is not a multiple of num_attention_heads 5",
         ),
-        (["--model.init_from", "nothing"], "drop model.hidden_size"),
+        (["--model.init_from", "nothing"], "remove model.hidden_size"),
         (["--train.run_dir", "/dev/null/x"], "/dev/null/x: cannot be written: Not a directory"),
         (
             ["--distributed.num_processes", 2],
@@ -101,14 +101,14 @@ def fail(workshop: Workshop, tmp_path: Path, capsys, monkeypatch) -> Fail:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_settings(fail, tmp_path, words, said):
-    assert said in fail(*words)
-    left = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {path.name for path in left} <= {"lock", "tokenizer.model"}
+def test_settings(fail, tmp_path, flags, message):
+    assert message in fail(*flags)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in files} <= {"lock", "tokenizer.model"}
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("[trian]\nsteps = 3\n", "unknown section [trian]; did you mean train?"),
         ("[train]\nstep = 3\n", "unknown key train.step; did you mean steps?"),
@@ -117,17 +117,17 @@ def test_settings(fail, tmp_path, words, said):
         (None, "cannot be read: No such file or directory"),
     ],
 )
-def test_files(fail, tmp_path, text, said):
+def test_files(fail, tmp_path, text, expected):
     path = tmp_path / "bad.toml"
     if text is not None:
         path.write_text(text)
     message = fail(config=path)
-    assert message.startswith(f"{path}: ") or said.startswith("train.steps is")
-    assert said in message
+    assert message.startswith(f"{path}: ") or expected.startswith("train.steps is")
+    assert expected in message
     assert not (tmp_path / "run").exists()
 
 
-def test_wandb_that_is_not_installed(fail, tmp_path, monkeypatch):
+def test_wandb_is_not_installed(fail, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
     assert fail("--log.wandb", "me") == (
@@ -136,7 +136,7 @@ def test_wandb_that_is_not_installed(fail, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tokenizer_that_does_not_fit_the_weights(fail, trained, tmp_path, shared_data):
+def test_tokenizer_that_does_not_fit_the_weights(fail, trained, tmp_path, shared_data):
     config = tmp_path / "tune.toml"
     model = shared_data / "stories260K" / "stories260K.bin"
     config.write_text(
@@ -148,16 +148,16 @@ def test_a_tokenizer_that_does_not_fit_the_weights(fail, trained, tmp_path, shar
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
 
 
-def test_a_file_where_the_run_should_go(fail, tmp_path):
+def test_run_dir_is_a_file(fail, tmp_path):
     (tmp_path / "run").write_text("mine")
     assert "run: cannot be written: File exists" in fail()
     assert (tmp_path / "run").read_text() == "mine"
 
 
-def test_another_run_in_the_directory(fail, run):
+def test_run_dir_is_in_use(fail, run):
     with run_lock(run):
         message = fail()
-    assert "this process trains there already" in message
+    assert "this process already trains there" in message
 
 
 def test_corpora(fail, tmp_path):
@@ -165,7 +165,9 @@ def test_corpora(fail, tmp_path):
     text.mkdir()
     files = ("--data.files", f"{text}/*.*")
     (text / "a.txt").write_text("")
-    assert f"no tokenizer of '{text}/*.*': there is no text to learn a vocabulary from" in fail(*files)
+    assert f"cannot train a tokenizer on '{text}/*.*': there is no text to train a vocabulary on" in fail(
+        *files
+    )
     (text / "a.txt").write_bytes(b"good\n" * 2000 + b"\xff\xfe bad \xff\n")
     assert "a.txt:2001" in fail(*files, "--data.validation_fraction", 0)
     (text / "a.txt").unlink()
@@ -182,7 +184,7 @@ def test_bad_records_are_skipped_and_counted(workshop, tmp_path):
     lines = ['{"text": "the cat sat on the mat and ran in the rain"}'] * 50
     lines[7] = '{"text": "the cat'
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    words = (
+    flags = (
         "--data.files",
         tmp_path / "a.jsonl",
         "--data.bad_records",
@@ -190,27 +192,27 @@ def test_bad_records_are_skipped_and_counted(workshop, tmp_path):
         "--tokenizer.vocab_size",
         280,
     )
-    workshop.train(tmp_path / "skipping", *words, "--train.steps", 10, "--data.validation_fraction", 0)
+    workshop.train(tmp_path / "skipping", *flags, "--train.steps", 10, "--data.validation_fraction", 0)
     assert records(tmp_path / "skipping")[-1]["skipped_records"] >= 1
 
 
-def test_what_a_run_began_with_it_keeps(fail, run, workshop, tmp_path):
+def test_settings_that_must_not_change_when_a_run_is_resumed(fail, run, workshop, tmp_path):
     more = ("--train.steps", STEPS + 4)
-    assert "train.seed is 7 and the run in run began with 0" in fail("--train.seed", 7, *more)
-    assert "train.seq_len is 16 and the run in run began with 32" in fail("--train.seq_len", 16, *more)
+    assert "train.seed is 7 and the run in run was started with 0" in fail("--train.seed", 7, *more)
+    assert "train.seq_len is 16 and the run in run was started with 32" in fail("--train.seq_len", 16, *more)
     assert "the checkpoint's data state is of batch_size 8, and the run's is 16" in fail(
         "--train.global_batch_size", 16, *more
     )
     message = fail("--model.hidden_size", 64, *more)
     assert "layers.attention.wq is float32 [2, 32," in message and "[2, 64," in message
     assert "of another model or optimizer" in fail("--optimizer.name", "lion", *more)
-    assert "tokenizer.vocab_size 310 is not what run was begun with" in fail(
+    assert "tokenizer.vocab_size 310 is not the tokenizer that run was started with" in fail(
         "--tokenizer.vocab_size", 310, *more
     )
     changed = shutil.copytree(workshop.folder / "text", tmp_path / "text")
     (changed / "3.txt").write_text("the cat sat on the mat and ran in the rain\n" * 50)
     message = fail("--data.files", f"{changed}/*.txt", *more)
-    assert "the data is not what this run began with" in message
+    assert "the data is not what this run was started with" in message
     assert steps(run) == [4, 8, 12] and (run / "config.toml").read_text().count("seed = 0") == 1
 
 
@@ -227,7 +229,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(workshop, run, trained, damage):
+def test_damaged_checkpoint_is_skipped_for_the_previous_one(workshop, run, trained, damage):
     path = newest_file(run)
     if damage == "flip":
         flip(path)
@@ -236,8 +238,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(workshop, run,
     else:
         path.unlink()
     done = workshop.train(run, "--train.steps", 8)
-    assert f"checkpoint of step {STEPS} is not used: " in done.err and path.name in done.err
-    assert "going back to step 8, the newest checkpoint that is whole" in done.err
+    assert f"skipping the checkpoint of step {STEPS}: " in done.err and path.name in done.err
+    assert "resuming from step 8, the newest intact checkpoint" in done.err
     if damage == "flip":
         workshop.train(run, "--train.steps", STEPS)
         assert_same(trained, run, STEPS)
@@ -249,11 +251,11 @@ def test_every_checkpoint_damaged(fail, run):
         flip(newest_file(run, step))
     message = fail().splitlines()[-1]
     assert "every checkpoint is damaged: step 12: " in message
-    assert "move the directory away to begin again" in message
+    assert "move the directory away to start over" in message
 
 
 def test_a_full_disk(workshop, run, trained):
-    """Files may grow to 24 kB: the save fails as on a full disk, and what was saved before is whole."""
+    """With a file size limit of 24 kB the save fails as on a full disk; earlier checkpoints stay intact."""
     before = steps(run)
 
     process = workshop.start(workshop.config, "--train.run_dir", run, "--train.steps", STEPS + 4)
@@ -266,12 +268,12 @@ def test_a_full_disk(workshop, run, trained):
     assert_same(run, trained, STEPS)
 
 
-def test_a_step_that_is_not_finite_aborts_with_a_dump_and_saves_nothing_of_it(workshop, tmp_path):
-    words = ("--optimizer.learning_rate", 1e30, "--optimizer.max_grad_norm", 0, "--train.max_bad_steps", 3)
-    done = workshop.train(tmp_path / "wild", *words, "--train.steps", 30, "--checkpoint.every", 1, status=3)
-    assert "bad for 3 steps in a row, all of them skipped" in done.error
+def test_nonfinite_steps_abort_with_a_dump_and_are_not_saved(workshop, tmp_path):
+    flags = ("--optimizer.learning_rate", 1e30, "--optimizer.max_grad_norm", 0, "--train.max_bad_steps", 3)
+    done = workshop.train(tmp_path / "wild", *flags, "--train.steps", 30, "--checkpoint.every", 1, status=3)
+    assert "not finite for 3 consecutive steps, which were skipped" in done.error
     (dump,) = (tmp_path / "wild" / "not_finite").iterdir()
-    assert f"{dump} says where" in done.error
+    assert f"{dump} lists the tensors" in done.error
     assert {path.name for path in dump.iterdir()} == {"report.json", "batch.npz"}
     report = json.loads((dump / "report.json").read_text())
     assert report["not_finite_in_parameters"] == {} and report["not_finite_in_gradients"]
@@ -280,16 +282,16 @@ def test_a_step_that_is_not_finite_aborts_with_a_dump_and_saves_nothing_of_it(wo
     assert last["skipped_steps"] == 3 and f"step_{last['step']}" == dump.name
     assert max(steps(tmp_path / "wild")) == last["step"] - 1
     for step in steps(tmp_path / "wild"):
-        assert all(np.isfinite(x).all() for x in everything(tmp_path / "wild", step)[0].values())
+        assert all(np.isfinite(x).all() for x in checkpoint_contents(tmp_path / "wild", step)[0].values())
 
 
 @pytest.mark.slow
-def test_a_profiler_trace_at_a_step_and_on_demand(workshop, tmp_path):
-    words = ("--train.steps", 8, "--train.profile_at", 3, "--train.profile_steps", 2)
-    done = workshop.train(tmp_path / "profiled", *words)
+def test_profiler_trace_at_a_step_and_on_sigusr1(workshop, tmp_path):
+    flags = ("--train.steps", 8, "--train.profile_at", 3, "--train.profile_steps", 2)
+    done = workshop.train(tmp_path / "profiled", *flags)
     assert "profiler trace in " in done.err
     assert list((tmp_path / "profiled" / "profile").rglob("*.xplane.pb"))
-    run = tmp_path / "asked"
+    run = tmp_path / "on_demand"
     process = workshop.start(workshop.config, "--train.run_dir", run, "--train.steps", 100_000)
     with running(process):
         wait_for(lambda: len(records(run)) >= 2, process)

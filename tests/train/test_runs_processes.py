@@ -1,4 +1,4 @@
-"""Several processes of one run: together they are one process with their devices."""
+"""Several processes of a run equal one process with all their devices, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llama_jax.train.objectives.reference import NAME as REFERENCE
+from llama_jax.train.objectives.reference import REFERENCE_FILE
 from tests.train.processes import (
     Workshop,
     assert_same,
-    everything,
+    checkpoint_contents,
     finish,
     losses,
     records,
@@ -21,41 +21,41 @@ from tests.train.processes import (
     steps,
     wait_for,
 )
-from tests.train.test_finetune_runs import ASKED_BEFORE, set_up
+from tests.train.test_finetune_runs import PRECOMPUTED, set_up
 
 pytestmark = pytest.mark.slow
 STEPS = 20
 
 
-def words_for(axis: str) -> tuple[object, ...]:
+def flags_for(axis: str) -> tuple[object, ...]:
     sizes = {"data": 1, "fsdp": 1, axis: 2}
-    mesh = [word for name, size in sizes.items() for word in (f"--mesh.{name}", size)]
+    mesh = [argument for name, size in sizes.items() for argument in (f"--mesh.{name}", size)]
     return (*mesh, "--checkpoint.keep", 100, "--eval.max_new_tokens", 4, "--eval.sample_every", 10)
 
 
-def start_two(workshop: Workshop, run_dir: str, *words: object, config: object = None):
+def start_two(workshop: Workshop, run_dir: str, *flags: object, config: object = None):
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        where = f"localhost:{free.getsockname()[1]}"
-    shared = (config or workshop.config, "--train.run_dir", run_dir, *words)
-    shared = (*shared, "--distributed.coordinator", where, "--distributed.num_processes", 2)
+        address = f"localhost:{free.getsockname()[1]}"
+    shared = (config or workshop.config, "--train.run_dir", run_dir, *flags)
+    shared = (*shared, "--distributed.coordinator", address, "--distributed.num_processes", 2)
     return [workshop.start(*shared, "--distributed.process_id", i) for i in range(2)]
 
 
 @pytest.fixture(scope="module", params=["data", "fsdp"])
 def pair(request: pytest.FixtureRequest, workshop: Workshop) -> tuple[Path, Path]:
-    """A run of one process with two devices, and half of it by two processes with one each."""
-    words = words_for(request.param)
+    """A run of one process with two devices, and its first half by two processes with one device each."""
+    flags = flags_for(request.param)
     one, two = f"one-{request.param}", f"two-{request.param}"
-    workshop.train(one, "--train.steps", STEPS, "--checkpoint.every", 10, *words, devices=2)
-    done = [finish(process) for process in start_two(workshop, two, "--train.steps", STEPS // 2, *words)]
+    workshop.train(one, "--train.steps", STEPS, "--checkpoint.every", 10, *flags, devices=2)
+    done = [finish(process) for process in start_two(workshop, two, "--train.steps", STEPS // 2, *flags)]
     assert [each.status for each in done] == [0, 0], done
-    assert "step" not in done[1].err  # the first alone speaks
+    assert "step" not in done[1].err  # only process 0 logs
     return workshop.folder / one, workshop.folder / two
 
 
-def test_two_processes_are_one_of_two_devices(pair):
-    """Bit for bit: losses, held-out numbers, texts, and every array of the checkpoints."""
+def test_two_processes_equal_one_with_two_devices(pair):
+    """Losses, evaluations, sampled texts, and every array of the checkpoints."""
     one, two = pair
     assert_same(one, two, STEPS // 2)
     assert losses(one).items() >= losses(two).items()
@@ -65,38 +65,38 @@ def test_two_processes_are_one_of_two_devices(pair):
 
 
 @pytest.mark.parametrize("pair", ["fsdp"], indirect=True)
-def test_one_process_goes_on_from_what_two_saved(workshop, pair):
+def test_one_process_resumes_a_run_of_two(workshop, pair):
     one, two = pair
-    workshop.train(two, "--train.steps", STEPS, *words_for("fsdp"), devices=2)
+    workshop.train(two, "--train.steps", STEPS, *flags_for("fsdp"), devices=2)
     assert_same(one, two, STEPS)
     assert losses(one) == losses(two)
     assert records(one, "evaluations.jsonl") == records(two, "evaluations.jsonl")
     assert "text" in records(two, "evaluations.jsonl")[-1]
     workshop.train(two, "--train.steps", STEPS + 2)  # on one device
     assert losses(two)[STEPS + 1] < 4
-    assert all(np.isfinite(x).all() for x in everything(two, STEPS + 2)[0].values())
+    assert all(np.isfinite(x).all() for x in checkpoint_contents(two, STEPS + 2)[0].values())
 
 
-def test_two_processes_ask_their_reference_together_and_read_it_again(workshop, shared_data):
-    """Bit for bit as one of two devices does, which goes on with what they wrote."""
-    config = set_up(workshop, shared_data, "dpo", ASKED_BEFORE, 1e-3)
-    one, two = workshop.folder / "asked-one", workshop.folder / "asked-two"
-    for steps_, asks in ((2, True), (4, False)):
-        words = ("--train.steps", steps_, *words_for("fsdp"), "--eval.max_new_tokens", 0)
-        done = [finish(process) for process in start_two(workshop, "asked-two", *words, config=config)]
+def test_two_processes_precompute_and_reread_the_reference(workshop, shared_data):
+    """The file equals that of one process with two devices."""
+    config = set_up(workshop, shared_data, "dpo", PRECOMPUTED, 1e-3)
+    one, two = workshop.folder / "reference-one", workshop.folder / "reference-two"
+    for num_steps, computes in ((2, True), (4, False)):
+        flags = ("--train.steps", num_steps, *flags_for("fsdp"), "--eval.max_new_tokens", 0)
+        done = [finish(process) for process in start_two(workshop, "reference-two", *flags, config=config)]
         assert [each.status for each in done] == [0, 0], done
-        assert ("reference: the log-probabilities of 40 pairs" in done[0].err) == asks
-    alone = workshop.run(config, "--train.run_dir", "asked-one", *words, devices=2)
+        assert ("reference: computing the log-probabilities of 40 pairs" in done[0].err) == computes
+    alone = workshop.run(config, "--train.run_dir", "reference-one", *flags, devices=2)
     assert alone.status == 0, alone.err
-    assert (one / REFERENCE).read_bytes() == (two / REFERENCE).read_bytes()
+    assert (one / REFERENCE_FILE).read_bytes() == (two / REFERENCE_FILE).read_bytes()
     assert_same(one, two, 4)
     assert losses(one) == losses(two)
     assert records(one, "evaluations.jsonl")[-1] == records(two, "evaluations.jsonl")[-1]
 
 
-def test_a_signal_to_one_stops_both_with_everything_saved(workshop):
-    words = ("--train.steps", 10_000, *words_for("fsdp"), "--checkpoint.every", 0)
-    first, second = start_two(workshop, "stopped", *words)
+def test_signal_to_one_process_stops_and_saves_both(workshop):
+    flags = ("--train.steps", 10_000, *flags_for("fsdp"), "--checkpoint.every", 0)
+    first, second = start_two(workshop, "stopped", *flags)
     run = workshop.folder / "stopped"
     with running(first), running(second):
         wait_for(lambda: len(records(run)) >= 5, first)
@@ -105,12 +105,12 @@ def test_a_signal_to_one_stops_both_with_everything_saved(workshop):
     assert [one.status for one in done] == [143, 143], done
     (step,) = steps(run)
     assert len(losses(run)) == step
-    workshop.train("reference", "--train.steps", step, *words_for("fsdp"), devices=2)
+    workshop.train("reference", "--train.steps", step, *flags_for("fsdp"), devices=2)
     assert_same(run, workshop.folder / "reference", step)
 
 
-def test_both_end_when_the_first_cannot_begin(workshop):
-    first, second = start_two(workshop, "nothing", *words_for("fsdp"), "--data.files", "nowhere/*.txt")
+def test_both_processes_exit_if_the_first_cannot_start(workshop):
+    first, second = start_two(workshop, "nothing", *flags_for("fsdp"), "--data.files", "nowhere/*.txt")
     with running(first), running(second):
         done = finish(first)
         assert done.status == 2

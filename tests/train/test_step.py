@@ -1,4 +1,4 @@
-"""The step: one curve on every mesh; microbatches and remat change nothing, and bad steps neither."""
+"""The training step: same losses on every mesh, with microbatches and remat; non-finite steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llama_jax.loss import Loss
 from llama_jax.sharding import make_mesh, param_specs, use_mesh
 from llama_jax.train.config.run import OptimizerConfig, RunConfig, TrainConfig
 from llama_jax.train.feed import Feed
-from llama_jax.train.objectives.objective import pretraining
+from llama_jax.train.objectives.language_modeling import language_modeling
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import TrainState, create_state
 from llama_jax.train.step import build_step, make_step
@@ -38,7 +38,7 @@ RUN = RunConfig(
     train=TrainConfig(steps=20, global_batch_size=BATCH, seq_len=LENGTH, dtype="float32", loss_chunks=3),
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=4),
 )
-# What compiles in the least time; the laws below say that nothing depends on it.
+# Compiles fastest; the tests below show that results do not depend on it.
 CHEAP = {"remat": "none", "attention": "xla", "loss_chunks": 1}
 MESHES = ["fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2", "fsdp=2,context=2,tensor=2"]
 
@@ -50,7 +50,7 @@ def changed(run: RunConfig = RUN, **sections: dict[str, Any]) -> RunConfig:
 
 
 def packed(seed: int) -> dict[str, np.ndarray]:
-    """Rows of two documents each and some padding, unevenly; tokens that mostly follow a rule."""
+    """Rows of two documents and padding of random lengths; tokens mostly follow a rule."""
     rng = np.random.default_rng(seed)
     steps = np.where(rng.random((BATCH, LENGTH)) < 0.9, 5, rng.integers(0, 96, (BATCH, LENGTH)))
     at, second, end = np.arange(LENGTH), rng.integers(3, 9, (BATCH, 1)), rng.integers(9, 17, (BATCH, 1))
@@ -64,7 +64,7 @@ def packed(seed: int) -> dict[str, np.ndarray]:
     return {name: array.astype(np.int32) for name, array in arrays.items()}
 
 
-def begin(run: RunConfig = RUN) -> TrainState:
+def initial_state(run: RunConfig = RUN) -> TrainState:
     return create_state(
         MODEL, make_optimizer(run.optimizer, make_schedule(run.optimizer, run.train.steps)), 0
     )
@@ -78,50 +78,56 @@ def compiled(run: RunConfig, spec: str | None) -> Any:
         return step.lower(state, batch).compile()
 
 
-def curve(run: RunConfig, spec: str | None, steps: int) -> tuple[np.ndarray, TrainState]:
+def train_curve(run: RunConfig, spec: str | None, steps: int) -> tuple[np.ndarray, TrainState]:
     """Losses and gradient norms [steps, 2], and the state at the end."""
     mesh = spec and make_mesh(spec)
-    step, feed = compiled(run, spec), Feed.over(mesh, BATCH, LENGTH)
+    step, feed = compiled(run, spec), Feed.for_mesh(mesh, BATCH, LENGTH)
     with use_mesh(mesh):
-        state, told = begin(run), []
+        state, curve = initial_state(run), []
         for seed in range(steps):
             state, metrics = step(state, feed.put(packed(seed)))
-            told.append([metrics.loss, metrics.grad_norm])
-    return np.array(told, np.float32), state
+            curve.append([metrics.loss, metrics.grad_norm])
+    return np.array(curve, np.float32), state
 
 
 @pytest.fixture(scope="module")
-def alone() -> tuple[np.ndarray, TrainState]:
-    told, state = curve(RUN, None, 20)
-    assert told[-1, 0] < told[0, 0] - 0.5
-    return told, state
+def single_device() -> tuple[np.ndarray, TrainState]:
+    curve, state = train_curve(RUN, None, 20)
+    assert curve[-1, 0] < curve[0, 0] - 0.5
+    return curve, state
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", MESHES)
-def test_the_curve_is_the_same_on_every_mesh(alone, spec):
-    told, state = curve(RUN, spec, 20)
-    np.testing.assert_allclose(told[:, 0], alone[0][:, 0], atol=1e-5)
-    np.testing.assert_allclose(told[:, 1], alone[0][:, 1], rtol=1e-4)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.params, alone[1].params)
+def test_losses_are_the_same_on_every_mesh(single_device, spec):
+    curve, state = train_curve(RUN, spec, 20)
+    np.testing.assert_allclose(curve[:, 0], single_device[0][:, 0], atol=1e-5)
+    np.testing.assert_allclose(curve[:, 1], single_device[0][:, 1], rtol=1e-4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.params, single_device[1].params
+    )
 
 
-def data(state: TrainState) -> list[np.ndarray]:
-    """Every leaf's numbers, on the host."""
+def host_leaves(state: TrainState) -> list[np.ndarray]:
+    """Every leaf as a NumPy array."""
     plain = dataclasses.replace(state, key=jax.random.key_data(state.key))
     return [np.array(leaf) for leaf in jax.tree.leaves(plain)]
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_the_state_is_born_in_its_shards_with_the_bits_of_no_mesh(name):
+def test_state_is_initialized_sharded_with_the_values_of_a_single_device(name):
     run = changed(optimizer={"name": name})
-    mesh, without = make_mesh("fsdp=4,tensor=2"), begin(run)
+    mesh, without = make_mesh("fsdp=4,tensor=2"), initial_state(run)
     with use_mesh(mesh):
-        state = begin(run)
+        state = initial_state(run)
         abstract = build_step(run, MODEL, mesh, "cpu")[1]
-    for ours, theirs in zip(data(state), data(without), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    jax.tree.map(lambda leaf, said: leaf.sharding == said.sharding or pytest.fail(str(said)), state, abstract)
+    for sharded, unsharded in zip(host_leaves(state), host_leaves(without), strict=True):
+        np.testing.assert_array_equal(sharded, unsharded)
+    jax.tree.map(
+        lambda leaf, expected: leaf.sharding == expected.sharding or pytest.fail(str(expected)),
+        state,
+        abstract,
+    )
     specs = {leaf.shape: leaf.sharding.spec for leaf in jax.tree.leaves(state.params)}
     expected = jax.tree.leaves(param_specs(MODEL), is_leaf=lambda x: isinstance(x, jax.P))
     assert [leaf.sharding.spec for leaf in jax.tree.leaves(state.params)] == expected
@@ -129,22 +135,24 @@ def test_the_state_is_born_in_its_shards_with_the_bits_of_no_mesh(name):
     assert len(moments) >= len(expected)
     for leaf in moments:
         assert leaf.sharding.spec == specs[leaf.shape], leaf.shape
-    here, whole = (sum(map(size, moments)) for size in (lambda x: x.addressable_shards[0].data.size, np.size))
-    assert here < whole / 7  # an eighth on each device, but for norm scales
+    local, total = (
+        sum(map(size, moments)) for size in (lambda x: x.addressable_shards[0].data.size, np.size)
+    )
+    assert local < total / 7  # an eighth on each device, except norm scales
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["muon", "adafactor"])
-def test_optimizers_whose_layout_is_the_compilers_have_one_curve_too(name):
+def test_optimizers_with_auto_sharding_have_the_same_losses(name):
     rate = 0.1 if name == "adafactor" else 3e-3
     run = changed(optimizer={"name": name, "learning_rate": rate}, train=CHEAP)
-    told, _ = curve(run, "fsdp=4,tensor=2", 5)
-    np.testing.assert_allclose(told, curve(run, None, 5)[0], rtol=1e-4)
+    curve, _ = train_curve(run, "fsdp=4,tensor=2", 5)
+    np.testing.assert_allclose(curve, train_curve(run, None, 5)[0], rtol=1e-4)
 
 
 def one_step(*, gradient_accumulation_steps: int = 1, batch: Any = None, **train: Any) -> Any:
-    """The metrics of one step of plain descent, and what it took from the parameters: the gradient."""
-    step = descent(
+    """The metrics of one SGD step at learning rate 1, and the parameter change: the gradient."""
+    step = sgd_step(
         dataclasses.replace(
             RUN.train, gradient_accumulation_steps=gradient_accumulation_steps, **{**CHEAP, **train}
         )
@@ -155,11 +163,11 @@ def one_step(*, gradient_accumulation_steps: int = 1, batch: Any = None, **train
 
 
 @functools.cache
-def descent(config: TrainConfig) -> Any:
-    objective, rate = pretraining(MODEL, config, "cpu"), optax.constant_schedule(1.0)
+def sgd_step(config: TrainConfig) -> Any:
+    loss_fn, rate = language_modeling(MODEL, config, "cpu"), optax.constant_schedule(1.0)
     return jax.jit(
         make_step(
-            objective,
+            loss_fn,
             optax.sgd(1.0),
             rate,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -180,11 +188,11 @@ def assert_same(got, expected, atol=2e-7):
 
 
 @pytest.mark.parametrize("gradient_accumulation_steps", [2, 4])
-def test_microbatches_change_nothing_however_uneven_their_padding(plain, gradient_accumulation_steps):
+def test_microbatches_with_uneven_padding_give_the_same_gradient(plain, gradient_accumulation_steps):
     assert_same(one_step(gradient_accumulation_steps=gradient_accumulation_steps), plain)
 
 
-def test_microbatches_change_nothing_on_a_mesh(plain):
+def test_microbatches_on_a_mesh_give_the_same_gradient(plain):
     with use_mesh(make_mesh("fsdp=2,context=2,tensor=2")):
         assert_same(one_step(gradient_accumulation_steps=2), plain)
 
@@ -193,27 +201,27 @@ def test_microbatches_change_nothing_on_a_mesh(plain):
     ("remat", "chunks"),
     [("none", 16), ("save_projections", 3), ("attention", 1), ("full", 5), ("offload", 3)],
 )
-def test_remat_blockwise_attention_and_chunks_change_nothing(plain, remat, chunks):
+def test_remat_blockwise_attention_and_loss_chunks_give_the_same_gradient(plain, remat, chunks):
     assert_same(one_step(remat=remat, attention="blockwise", loss_chunks=chunks), plain)
 
 
 @pytest.mark.parametrize("attention", ["blockwise", "xla"])
-def test_packed_documents_are_separate_ones_in_loss_and_gradient(plain, attention):
-    """Each document in a row of its own, and nothing beside it."""
+def test_packed_documents_have_the_loss_and_gradient_of_separate_rows(plain, attention):
+    """Compared with a batch of one document per row."""
     batch = packed(0)
     rows = [
         {name: array[row][batch["segment_ids"][row] == segment] for name, array in batch.items()}
         for row in range(BATCH)
         for segment in (1, 2)
     ]
-    apart = {
+    unpacked = {
         name: np.stack([np.pad(row[name], (0, LENGTH - len(row[name]))) for row in rows]) for name in batch
     }
-    assert apart["tokens"].shape == (2 * BATCH, LENGTH)
-    assert_same(one_step(attention=attention, batch=apart), plain)
+    assert unpacked["tokens"].shape == (2 * BATCH, LENGTH)
+    assert_same(one_step(attention=attention, batch=unpacked), plain)
 
 
-def test_a_step_of_padding_alone_is_no_nan():
+def test_step_with_padding_only_is_finite():
     empty = {name: np.zeros((BATCH, LENGTH), np.int32) for name in packed(0)}
     metrics, update = one_step(batch=empty)
     assert metrics.loss == metrics.tokens == metrics.grad_norm == 0 and metrics.bad_run == 0
@@ -233,11 +241,11 @@ def toy_state(optimizer: optax.GradientTransformation) -> TrainState:
 
 
 @pytest.mark.parametrize("clip", [0.05, 1e3])
-def test_clipping_is_optaxs_of_the_mean_and_the_norm_is_told_before_it(clip):
+def test_clipping_matches_optax_and_grad_norm_is_before_clipping(clip):
     rate = optax.constant_schedule(1.0)
-    objective = lambda p, batch: Loss(total=batch["tokens"].sum() * (p["w"] ** 2).sum(), count=jnp.float32(4))  # noqa: E731
+    loss_fn = lambda p, batch: Loss(total=batch["tokens"].sum() * (p["w"] ** 2).sum(), count=jnp.float32(4))  # noqa: E731
     state = toy_state(optax.sgd(rate))
-    step = make_step(objective, optax.sgd(rate), rate, max_grad_norm=clip)
+    step = make_step(loss_fn, optax.sgd(rate), rate, max_grad_norm=clip)
     new, metrics = jax.jit(step)(state, {"tokens": jnp.full((2, 2), 3.0)})
     mean = {"w": 12 / 4 * 2 * state.params["w"]}
     expected, _ = optax.clip_by_global_norm(clip).update(mean, optax.EmptyState())
@@ -247,10 +255,10 @@ def test_clipping_is_optaxs_of_the_mean_and_the_norm_is_told_before_it(clip):
 
 
 def poisoned(params: Any, batch: Any) -> Loss:
-    """A toy objective that batch["tokens"] spoils: 1 makes the loss NaN, 2 the gradient alone, 3 infinite."""
+    """A loss that depends on batch["tokens"]: 1 makes it NaN, 2 the gradient only, 3 makes it infinite."""
     kind = batch["tokens"][0, 0]
     x = params["w"]
-    # sqrt at 0 is 0, and its slope is infinite.
+    # sqrt at 0 is 0, and its derivative is infinite.
     loss = (x**2).sum() + jnp.sqrt(x[0] - x[0] + (kind != 2))
     loss = jnp.where(kind == 1, jnp.nan, jnp.where(kind == 3, jnp.inf, loss))
     return Loss(total=loss, count=jnp.float32(1.0))
@@ -258,7 +266,7 @@ def poisoned(params: Any, batch: Any) -> Loss:
 
 @pytest.mark.parametrize("gradient_accumulation_steps", [1, 2])
 @pytest.mark.parametrize("kind", [1, 2, 3])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(kind, gradient_accumulation_steps):
+def test_nonfinite_step_is_skipped_and_counted(kind, gradient_accumulation_steps):
     schedule = make_schedule(OptimizerConfig(warmup_steps=4), 10)
     optimizer = optax.adam(schedule)
     step = jax.jit(
@@ -277,35 +285,35 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(kind, gradient
             jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(before, name))
     after, metrics = step(state, good)
     assert (after.skipped, after.bad_run, after.step) == (2, 0, 4)
-    # The next good step is the second that was taken: rate and moments go on from the first.
+    # The next finite step is the second update: learning rate and moments continue from the first.
     assert metrics.learning_rate == pytest.approx(float(schedule(1)))
     expected, _ = step(before, good)
     jax.tree.map(np.testing.assert_array_equal, after.params, expected.params)
 
 
-def test_a_nan_in_one_weight_skips_the_real_step():
-    state = begin()
+def test_nan_in_one_weight_skips_the_step():
+    state = initial_state()
     state.params["layers"]["attention"]["wo"] = (
         state.params["layers"]["attention"]["wo"].at[1, 0, 0, 0].set(jnp.nan)
     )
-    before = data(state)
+    before = host_leaves(state)
     new, metrics = compiled(RUN, None)(state, jax.tree.map(jnp.asarray, packed(0)))
     assert (metrics.skipped, metrics.bad_run) == (1, 1)
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(new)]
-    for name, was, now in zip(names, before, data(new), strict=True):
+    for name, was, now in zip(names, before, host_leaves(new), strict=True):
         if name not in (".step", ".skipped", ".bad_run"):
             np.testing.assert_array_equal(now, was, err_msg=name)
 
 
 @pytest.mark.parametrize("spec", [None, "fsdp=4,tensor=2"])
-def test_the_whole_state_is_donated(spec):
+def test_state_is_donated(spec):
     text = compiled(RUN, spec).as_text()
     aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", text.splitlines()[0])[1]
-    assert aliases.count("-alias") == len(jax.tree.leaves(begin()))
+    assert aliases.count("-alias") == len(jax.tree.leaves(initial_state()))
 
 
-def test_no_logits_of_a_whole_batch_exist():
-    """Not in the program, and no room for them: the peak is below the size they would have."""
+def test_logits_of_a_whole_batch_are_never_materialized():
+    """The program has no array of their shape, and its temporary memory is below their size."""
     model, run = (
         MODEL.replace(vocab_size=16_000),
         changed(train={"global_batch_size": 4, "seq_len": 64, "loss_chunks": 8}),
@@ -313,19 +321,22 @@ def test_no_logits_of_a_whole_batch_exist():
     step, state, batch, _ = build_step(run, model, None, "cpu")
     program = step.lower(state, batch).compile()
     logits = 4 * 64 * 16_000 * 4
-    beside = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))  # the gradients
-    assert program.memory_analysis().temp_size_in_bytes - beside < logits
+    gradients = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
+    assert program.memory_analysis().temp_size_in_bytes - gradients < logits
     shapes = {
         tuple(map(int, dims.split(","))) for dims in re.findall(r"\bf32\[([\d,]+)\]", program.as_text())
     }
-    assert any(16_000 in shape for shape in shapes)  # the text does show shapes
+    assert any(16_000 in shape for shape in shapes)  # the text contains shapes
     assert not [shape for shape in shapes if 16_000 in shape and np.prod(shape) * 4 >= logits]
 
 
-MICROBATCHES = r"train.global_batch_size / train.gradient_accumulation_steps is 8 / 2 = 4, which mesh.data x mesh.fsdp = 8 does not divide"
+MICROBATCHES = (
+    r"train.global_batch_size / train.gradient_accumulation_steps is 8 / 2 = 4, which mesh.data x "
+    r"mesh.fsdp = 8 does not divide; set train.global_batch_size to 16"
+)
 
 
-def test_microbatches_that_the_mesh_does_not_divide_are_an_error():
+def test_microbatch_that_the_mesh_does_not_divide_is_an_error():
     run = changed(train={"gradient_accumulation_steps": 2})
     with use_mesh(mesh := make_mesh("fsdp=8")), pytest.raises(ConfigError, match=MICROBATCHES):
         build_step(run, MODEL, mesh, "cpu")
