@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,8 @@ from llama_jax import sharding
 from llama_jax.errors import ConfigError
 from llama_jax.kv_cache import Int8, Layer
 from llama_jax.ops import spmd
-from llama_jax.ops.blockwise_attention import EVERY_SEGMENT, MASKED, blockwise_attention
-from llama_jax.ops.products import dot
+from llama_jax.ops.blockwise_attention import MASKED, sharded_blockwise_attention
+from llama_jax.ops.products import dot, query_key_product
 from llama_jax.ops.splash_attention import splash_attention
 
 Backend = Literal["xla", "blockwise", "splash"]
@@ -103,7 +103,9 @@ def attention(
     k_segments = None if where.k_segments is None else _whole(where.k_segments)
     where = where._replace(k_positions=_whole(where.k_positions), k_segments=k_segments)
     if backend == "blockwise":
-        out = _blockwise(grouped, k, v, where, prefix, block_size)
+        queries = where.q_positions, where.q_segments
+        keys = where.k_positions, where.k_segments
+        out = sharded_blockwise_attention(grouped, k, v, queries, keys, prefix, block_size=block_size)
     else:
         out = checkpoint_name(_xla(grouped, k, v, where, prefix), "attention_out")
     return _ungrouped(out, q)
@@ -187,12 +189,7 @@ def _prefix_weighted(weights: jax.Array, prefix: KeyValues, dtype: jnp.dtype) ->
 def _scores(q: jax.Array, k: Layer, mask: jax.Array) -> jax.Array:
     """f32 [B, K, G, T, S], scaled and masked."""
     keys = (k.values if isinstance(k, Int8) else k).astype(q.dtype)
-    if q.shape[3] == 1:
-        # Of one query it is the scores that are transposed. XLA:CPU copies the right side of a product over
-        # its last dimension, which is the whole cache.
-        scores = dot("bksh,bkgth->bksgt", keys, q).transpose(0, 1, 3, 4, 2)
-    else:
-        scores = dot("bkgth,bksh->bkgts", q, keys)
+    scores = query_key_product(q, keys)
     if isinstance(k, Int8):
         scores = scores * k.scale[:, :, None, None]
     return jnp.where(mask, scores / math.sqrt(q.shape[-1]), MASKED)
@@ -247,45 +244,6 @@ def _in_blocks(
     blocks = -(-used // block_size)
     _, total, out = jax.lax.fori_loop(0, blocks, lambda index, state: block(state, index), state)
     return (out / total[..., None]).astype(q.dtype)
-
-
-def _blockwise(
-    q: jax.Array, k: jax.Array, v: jax.Array, where: AttentionMask, prefix: KeyValues | None, block_size: int
-) -> jax.Array:
-    """The same in tiles, each device its own rows, heads and queries."""
-    q_segments, k_segments = where.q_segments, where.k_segments
-    if q_segments is None or k_segments is None:
-        q_segments, k_segments = jnp.zeros_like(where.q_positions), jnp.zeros_like(where.k_positions)
-
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, q_at: Any, k_at: Any, prefix: Any) -> jax.Array:
-        if prefix is not None:
-            k, v, k_at = _behind(prefix, k, v, k_at)
-        kv_heads = k.shape[1]
-        merge = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731  # rows and heads are one dimension
-        q_at, k_at = jax.tree.map(lambda x: jnp.repeat(x, kv_heads, axis=0), (q_at, k_at))
-        out = blockwise_attention(merge(q), merge(k), merge(v), q_at, k_at, block_size=block_size)
-        return out.reshape(q.shape)
-
-    queries, keys = sharding.QUERIES_BKGTH, sharding.CACHE_BKSH
-    at = (sharding.TOKENS_BT,) * 2, (P(sharding.BATCH, None),) * 2
-    laid = None if prefix is None else dict.fromkeys(prefix, sharding.PREFIX_KPH)
-    run = spmd.shard_map_or_call(local, (queries, keys, keys, *at, laid), queries)
-    return run(q, k, v, (where.q_positions, q_segments), (where.k_positions, k_segments), prefix)
-
-
-def _behind(prefix: KeyValues, k: jax.Array, v: jax.Array, k_at: Any) -> tuple[jax.Array, jax.Array, Any]:
-    """Keys and values [B, K, S, H] with a prefix before them, whose keys are of every segment."""
-
-    def joined(first: jax.Array, rest: jax.Array) -> jax.Array:
-        first = jnp.broadcast_to(first.astype(rest.dtype), (rest.shape[0], *first.shape))
-        return jnp.concatenate(spmd.pvary_all(first, rest), axis=2)
-
-    before = jnp.zeros((k.shape[0], prefix["k"].shape[1]), jnp.int32)
-    widened = [
-        jnp.concatenate(spmd.pvary_all(jnp.full_like(before, fill), at), axis=1)
-        for fill, at in zip((-1, EVERY_SEGMENT), k_at, strict=True)
-    ]
-    return joined(prefix["k"], k), joined(prefix["v"], v), tuple(widened)
 
 
 def _whole(x: jax.Array) -> jax.Array:

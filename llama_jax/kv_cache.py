@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from llama_jax import sharding
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
+from llama_jax.ops.layouts import write_slices
 
 CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
@@ -56,6 +57,8 @@ class KVCache:
 def init_cache(config: LlamaConfig, batch: int, length: int, dtype: jax.typing.DTypeLike) -> KVCache:
     """An empty cache for `batch` rows of up to `length` positions, laid out over the current mesh.
 
+    A batch that the mesh's batch axes do not divide is replicated.
+
     Args:
       config: the model.
       batch: rows.
@@ -64,12 +67,10 @@ def init_cache(config: LlamaConfig, batch: int, length: int, dtype: jax.typing.D
 
     Raises:
       InputError: for another dtype.
-      ConfigError: for rows that do not divide over the mesh.
     """
     dtype = checked_dtype(dtype)
-    sharding.check_batch(batch)
     shape = (batch, config.num_key_value_heads, length, config.head_dim)
-    spec = sharding.out_sharding(sharding.CACHE_BKSH)
+    spec = sharding.out_sharding(sharding.CACHE_BKSH, shape)
 
     def zeros() -> tuple[Layer, ...]:
         return tuple(_empty(shape, dtype, spec) for _ in range(config.num_hidden_layers))
@@ -118,18 +119,11 @@ def write(cache: Layer, new: jax.Array, start: jax.Array) -> Layer:
     Returns:
       The updated layer; in place where XLA can donate the buffer.
     """
-
-    def update(rows: jax.Array, new: jax.Array) -> jax.Array:
-        each = lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=1)  # noqa: E731
-        if len(rows) > 1 or sharding.explicit_axes():
-            return jax.vmap(each)(rows, new, start)
-        # A single index makes it an update that XLA:CPU fuses with what reads it, in copies of the cache.
-        heads = jnp.broadcast_to(start, rows.shape[1])
-        return jax.vmap(each, in_axes=(1, 1, 0), out_axes=1)(rows, new, heads)
-
     if not isinstance(cache, Int8):
-        return update(cache, new.astype(cache.dtype))
+        return write_slices(cache, new.astype(cache.dtype), start)
     new = new.astype(jnp.float32)
     scale = jnp.max(jnp.abs(new), axis=-1) / 127
     values = jnp.round(new / jnp.where(scale > 0, scale, 1.0)[..., None]).astype(jnp.int8)
-    return Int8(values=update(cache.values, values), scale=update(cache.scale, scale))
+    return Int8(
+        values=write_slices(cache.values, values, start), scale=write_slices(cache.scale, scale, start)
+    )

@@ -7,23 +7,23 @@ its `attend` function, and `model.py` decides the rest.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 
 from llama_jax import rope, sharding
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
-from llama_jax.ops import spmd
 from llama_jax.ops.adapted import Adapted
-from llama_jax.ops.linear import contract, project, swiglu, swiglu_down, through
-from llama_jax.ops.products import materialize_cotangent, row_major
+from llama_jax.ops.embedding import embed_custom_vjp
+from llama_jax.ops.layouts import materialize_cotangent, row_major
+from llama_jax.ops.linear import contract, project, project_heads, through
 from llama_jax.ops.quantization import Quantized
+from llama_jax.ops.swiglu import swiglu_down
 
 # (q [B,T,N,H], k [B,K,T,H], v [B,K,T,H]) -> (out [B,T,N,H], whatever the caller wants back); with a prefix
 # on the layer, an `attention.KeyValues` is the fourth argument.
@@ -40,75 +40,21 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
     return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def embed(table: jax.Array | Quantized, tokens: jax.Array, *, dtype: jax.typing.DTypeLike) -> jax.Array:
+def embed(
+    table: jax.Array | Quantized, tokens: jax.Array, *, dtype: jax.typing.DTypeLike, custom_vjp: bool = False
+) -> jax.Array:
     """Rows of the embedding table [V, D] for tokens int [B, T] -> [B, T, D] in `dtype`.
 
-    Ids outside the vocabulary, negative ones too, give NaN rows rather than somebody else's embedding.
+    An id outside the vocabulary, a negative one too, gives a row of NaN.
     """
-    out = sharding.out_sharding(sharding.ACT_BTD, (*tokens.shape, 0))
+    out_spec = sharding.out_sharding(sharding.ACT_BTD, (*tokens.shape, 0))
     if isinstance(table, Quantized):
-        return table.rows(tokens, out).astype(dtype)
+        return table.rows(tokens, out_spec).astype(dtype)
+    if custom_vjp:
+        return embed_custom_vjp(table, tokens, dtype=dtype)
     rows = jnp.asarray(table).at[tokens]
-    return rows.get(out_sharding=out, mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(
-        dtype
-    )
-
-
-def embed_custom_vjp(
-    table: jax.Array | Quantized, tokens: jax.Array, *, dtype: jax.typing.DTypeLike
-) -> jax.Array:
-    """`embed` for training: the table is gathered in `dtype`; its gradient is summed in f32."""
-    if isinstance(table, Quantized):  # which is frozen
-        return embed(table, tokens, dtype=dtype)
-    return _embed(jnp.dtype(dtype), *spmd.pvary_all(table, tokens))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _embed(dtype: jnp.dtype, table: jax.Array, tokens: jax.Array) -> jax.Array:
-    axes = sharding.explicit_axes()
-
-    def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
-        rows = table.at[_local_ids(table.shape[0], tokens, axes)]
-        if "tensor" not in axes:  # ids outside the vocabulary give NaN, as in `embed`
-            return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        return jax.lax.psum(rows.get(mode="fill", fill_value=0, wrap_negative_indices=False), "tensor")
-
-    # One device reads the rows it needs and no more; several each need the whole of their part.
-    table = sharding.gather(table.astype(dtype), sharding.EMBEDDING_VD) if axes else table
-    whole = P("tensor", None)
-    return spmd.shard_map_or_call(local, (whole, sharding.TOKENS_BT), sharding.ACT_BTD)(table, tokens).astype(
-        dtype
-    )
-
-
-def _embed_forward(dtype: jnp.dtype, table: jax.Array, tokens: jax.Array) -> Any:
-    return _embed(dtype, table, tokens), (table, tokens)
-
-
-def _embed_backward(dtype: jnp.dtype, saved: Any, d_out: jax.Array) -> Any:
-    table, tokens = saved
-    axes = sharding.explicit_axes()
-    vocabulary = table.shape[0] // axes.get("tensor", 1)
-
-    def local(d_out: jax.Array, tokens: jax.Array) -> jax.Array:
-        d_out, tokens = spmd.pvary_all(d_out, tokens)
-        d_table = spmd.pvary_like(jnp.zeros((vocabulary, d_out.shape[-1]), jnp.float32), d_out)
-        at = d_table.at[_local_ids(vocabulary, tokens, axes)]
-        d_table = at.add(d_out.astype(jnp.float32), mode="drop", wrap_negative_indices=False)
-        return spmd.reduce_scatter_grad(d_table, 1, axes)
-
-    specs = (sharding.ACT_BTD, sharding.TOKENS_BT)
-    return spmd.shard_map_or_call(local, specs, sharding.EMBEDDING_VD)(d_out, tokens).astype(
-        table.dtype
-    ), None
-
-
-_embed.defvjp(_embed_forward, _embed_backward)
-
-
-def _local_ids(vocabulary: int, tokens: jax.Array, axes: Mapping[str, int]) -> jax.Array:
-    """Ids as rows of this device's part of the table, and out of its range where another has the row."""
-    return tokens - jax.lax.axis_index("tensor") * vocabulary if "tensor" in axes else tokens
+    found = rows.get(out_sharding=out_spec, mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    return found.astype(dtype)
 
 
 def output_matrix(params: Any) -> jax.Array | Quantized:
@@ -138,12 +84,13 @@ class RMSNorm(nn.Module):
     """`rms_norm` with its scale [D]."""
 
     eps: float
+    custom_vjp: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(
-            x, self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32), eps=self.eps
-        )
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        y = rms_norm(x, scale, eps=self.eps)
+        return materialize_cotangent(y) if self.custom_vjp else y
 
 
 class Attention(nn.Module):
@@ -164,8 +111,8 @@ class Attention(nn.Module):
         q = linear("btd,dnh->btnh", x, wq, stored=sharding.WQ_DNH, out=sharding.ACT_BTNH)
         keys = linear("btd,dkh->btkh", x, wk, stored=sharding.WKV_DKH, out=sharding.ACT_BTNH)
         values = linear("btd,dkh->btkh", x, wv, stored=sharding.WKV_DKH, out=sharding.ACT_BTNH)
-        rotate = rope.rotate_custom_vjp if self.custom_vjp else rope.rotate
-        q, keys = rotate(q, table), rotate(keys, table)
+        rotate = functools.partial(rope.rotate, table=table, custom_vjp=self.custom_vjp)
+        q, keys = rotate(q), rotate(keys)
         q, keys, values = checkpoint_name(q, "q"), checkpoint_name(keys, "k"), checkpoint_name(values, "v")
         # Every query needs every key before it, so `context` is gathered here and nowhere else.
         keys, values = (
@@ -173,11 +120,7 @@ class Attention(nn.Module):
         )
         prefix: Any = self.get_variable("params", "prefix")
         out, kept = attend(q, keys, values, *(() if prefix is None else (prefix,)))
-        if self.custom_vjp:  # TPU: the kernel's [B, N, T, H] is not turned into [B, T, N*H]
-            return linear("btnh,nhd->btd", out, wo, stored=sharding.WO_NHD, out=sharding.ACT_BTD), kept
-        # As one matrix [N*H, D]: contracting two axes of wo makes XLA:CPU transpose it at every token.
-        out, wo = out.reshape(*x.shape[:2], n * h), wo.reshape(n * h, d)
-        return linear("btf,fd->btd", out, wo, stored=sharding.DOWN_FD, out=sharding.ACT_BTD), kept
+        return project_heads(out, wo, custom_vjp=self.custom_vjp), kept
 
 
 class FeedForward(nn.Module):
@@ -196,10 +139,7 @@ class FeedForward(nn.Module):
         gate = linear("btd,df->btf", x, w_gate, stored=sharding.GATE_UP_DF, out=sharding.ACT_BTF)
         up = linear("btd,df->btf", x, w_up, stored=sharding.GATE_UP_DF, out=sharding.ACT_BTF)
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-        if self.custom_vjp and isinstance(w_down, jax.Array):
-            return swiglu_down(gate, up, w_down)
-        y = swiglu(gate, up)
-        return linear("btf,fd->btd", y, w_down, stored=sharding.DOWN_FD, out=sharding.ACT_BTD)
+        return swiglu_down(gate, up, w_down, custom_vjp=self.custom_vjp)
 
 
 class Block(nn.Module):
@@ -210,15 +150,13 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, table: rope.Rotary, attend: Attend) -> tuple[jax.Array, Any]:
-        norm = functools.partial(RMSNorm, self.config.rms_norm_eps)
+        norm = functools.partial(RMSNorm, self.config.rms_norm_eps, self.custom_vjp)
         attention = Attention(self.config, self.custom_vjp, name="attention")
         feed_forward = FeedForward(self.config, self.custom_vjp, name="feed_forward")
-        fast = self.custom_vjp
-        x = row_major(x) if fast else x
-        hand = materialize_cotangent if fast else lambda y: y
-        y, kept = attention(hand(norm(name="attention_norm")(x)), table, attend)
+        x = row_major(x) if self.custom_vjp else x
+        y, kept = attention(norm(name="attention_norm")(x), table, attend)
         x = x + self._adapted(attention, y)
-        y = feed_forward(hand(norm(name="ffn_norm")(x)))
+        y = feed_forward(norm(name="ffn_norm")(x))
         return x + self._adapted(feed_forward, y), kept
 
     def _adapted(self, part: nn.Module, y: jax.Array) -> jax.Array:

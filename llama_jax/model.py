@@ -20,7 +20,7 @@ from llama_jax import rope, sharding
 from llama_jax.attention import AttentionMask, Backend, KeyValues, attention, cached_attention
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError, InputError
-from llama_jax.layers import Attend, Block, embed, embed_custom_vjp, rms_norm, unembed
+from llama_jax.layers import Attend, Block, embed, rms_norm, unembed
 
 Params = Any  # the nested dict of arrays that this module's docstring describes
 Remat = Literal["none", "save_projections", "attention", "full", "offload"]
@@ -183,6 +183,7 @@ def hidden_states(
     `embedding_noise` [B, T, D] is added to the embeddings, as NEFTune does in training (arXiv 2310.05914).
     """
     _check(config, params, tokens)
+    sharding.check_batch(tokens.shape[0])
     for name, array in (("positions", positions), ("segment_ids", segment_ids)):
         if array is not None and jnp.shape(array) != jnp.shape(tokens):
             raise InputError(f"{name} has shape {jnp.shape(array)}; tokens has {jnp.shape(tokens)}")
@@ -200,8 +201,8 @@ def hidden_states(
     ) -> tuple[jax.Array, None]:
         return attention(q, k, v, where, prefix, backend=options.attention_backend), None
 
-    look_up = embed_custom_vjp if options.custom_vjp else embed
-    x = look_up(params["embed"]["embedding"], tokens, dtype=options.dtype or compute_dtype(params))
+    dtype = options.dtype or compute_dtype(params)
+    x = embed(params["embed"]["embedding"], tokens, dtype=dtype, custom_vjp=options.custom_vjp)
     if embedding_noise is not None:
         x = x + sharding.constrain(embedding_noise, sharding.ACT_BTD).astype(x.dtype)
     x, _ = _run_layers(
@@ -310,7 +311,6 @@ def _check(config: LlamaConfig, params: Params, tokens: jax.Array) -> None:
         )
     if sharding.explicit_axes():
         sharding.check_mesh(config, jax.sharding.get_abstract_mesh())
-        sharding.check_batch(tokens.shape[0])
 
 
 def _prefix_length(params: Params) -> int:

@@ -7,14 +7,14 @@ interleaved layout is the same model with the columns of wq and wk permuted, whi
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config import LlamaConfig, RopeScaling
-from llama_jax.ops import spmd
+from llama_jax.ops.rotary import rotate_custom_vjp
 
 
 class Rotary(NamedTuple):
@@ -97,55 +97,19 @@ def rotary(config: LlamaConfig, positions: jax.Array) -> Rotary:
     return Rotary(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
 
 
-def rotate(x: jax.Array, table: Rotary) -> jax.Array:
-    """Rotates the pairs (i, i + H/2) of every head by its position's angles.
+def rotate(x: jax.Array, table: Rotary, *, custom_vjp: bool = False) -> jax.Array:
+    """Rotates the pairs (i, i + H/2) of every head by the angles of its position.
 
     Args:
       x: [B, T, N, H] queries or keys, any float dtype.
       table: from `rotary`.
+      custom_vjp: compute the same with a custom backward pass, for training.
 
     Returns:
       [B, T, N, H] in x's dtype; computed in f32.
     """
+    if custom_vjp:
+        return rotate_custom_vjp(x, table.cos, table.sin)
     cos, sin = table.cos[:, :, None], table.sin[:, :, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def rotate_custom_vjp(x: jax.Array, table: Rotary) -> jax.Array:
-    """`rotate` for training: each pair's halves change places in a product with a signed permutation.
-
-    The product is exact, and costs a TPU's matrix unit a thirtieth of what moving half a register's lanes
-    costs its vector unit. Its result and its gradient are written out, so that the products before and
-    after run alone.
-    """
-    return _rotate(*spmd.pvary_all(x, table.cos, table.sin))
-
-
-@jax.custom_vjp
-def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    half = x.shape[-1] // 2
-    swap = np.zeros((2 * half, 2 * half), np.float32)
-    swap[np.arange(half) + half, np.arange(half)] = -1
-    swap[np.arange(half), np.arange(half) + half] = 1
-    other = jnp.einsum(
-        "btnh,hj->btnj",
-        x,
-        jnp.asarray(swap, x.dtype),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    cos, sin = (jnp.concatenate([a, a], axis=-1)[:, :, None] for a in (cos, sin))
-    return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
-
-
-def _rotate_fast_forward(x: jax.Array, cos: jax.Array, sin: jax.Array) -> Any:
-    return _rotate(jax.lax.optimization_barrier(x), cos, sin), (cos, sin)
-
-
-def _rotate_fast_backward(saved: Any, d_out: jax.Array) -> Any:
-    cos, sin = saved
-    return jax.lax.optimization_barrier(_rotate(d_out, cos, -sin)), None, None
-
-
-_rotate.defvjp(_rotate_fast_forward, _rotate_fast_backward)

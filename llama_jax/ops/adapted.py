@@ -68,6 +68,10 @@ class Adapted:
     def dtype(self) -> jnp.dtype:
         return self.base.dtype
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
     def reshape(self, *shape: int) -> Adapted:
         """The same matrix with its inputs or outputs named as one dimension or several."""
         return dataclasses.replace(self, base=self.base.reshape(*shape))

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
+from llama_jax import sharding
 from llama_jax.ops import spmd
 from llama_jax.ops.products import dot, weight_gradient
 
@@ -56,6 +58,67 @@ def blockwise_attention(
     return out.reshape(*out.shape[:2], -1, out.shape[-1])[:, :, :length]
 
 
+def sharded_blockwise_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    queries: tuple[jax.Array, jax.Array | None],
+    keys: tuple[jax.Array, jax.Array | None],
+    prefix: Mapping[str, jax.Array] | None,
+    *,
+    block_size: int,
+) -> jax.Array:
+    """`blockwise_attention` on the current mesh: each device computes its own batch rows, heads and queries.
+
+    Args:
+      q: [B, K, G, T, H].
+      k: [B, K, S, H].
+      v: [B, K, S, H].
+      queries: positions int [B, T] and segments int [B, T], or None where each row is one segment.
+      keys: the same, int [B, S] each.
+      prefix: keys `k` and values `v` [K, P, H] that every query attends to, or None.
+      block_size: the side of a tile.
+
+    Returns:
+      [B, K, G, T, H] in q's dtype.
+    """
+    q_at, k_at = (
+        (positions, jnp.zeros_like(positions) if queries[1] is None or keys[1] is None else segments)
+        for positions, segments in (queries, keys)
+    )
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, q_at: Any, k_at: Any, prefix: Any) -> jax.Array:
+        if prefix is not None:
+            k, v, k_at = _prepend(prefix, k, v, k_at)
+        kv_heads = k.shape[1]
+        merge = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731  # batch and key/value heads
+        q_at, k_at = jax.tree.map(lambda x: jnp.repeat(x, kv_heads, axis=0), (q_at, k_at))
+        out = blockwise_attention(merge(q), merge(k), merge(v), q_at, k_at, block_size=block_size)
+        return out.reshape(q.shape)
+
+    at = (sharding.TOKENS_BT,) * 2, (P(sharding.BATCH, None),) * 2
+    prefix_specs = None if prefix is None else dict.fromkeys(prefix, sharding.PREFIX_KPH)
+    in_specs = (sharding.QUERIES_BKGTH, sharding.CACHE_BKSH, sharding.CACHE_BKSH, *at, prefix_specs)
+    return spmd.shard_map_or_call(local, in_specs, sharding.QUERIES_BKGTH)(q, k, v, q_at, k_at, prefix)
+
+
+def _prepend(
+    prefix: Mapping[str, jax.Array], k: jax.Array, v: jax.Array, k_at: Any
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Keys and values [B, K, S, H] after those of a prefix, which every segment attends to."""
+
+    def joined(first: jax.Array, rest: jax.Array) -> jax.Array:
+        first = jnp.broadcast_to(first.astype(rest.dtype), (rest.shape[0], *first.shape))
+        return jnp.concatenate(spmd.pvary_all(first, rest), axis=2)
+
+    before = jnp.zeros((k.shape[0], prefix["k"].shape[1]), jnp.int32)
+    extended = [
+        jnp.concatenate(spmd.pvary_all(jnp.full_like(before, fill), at), axis=1)
+        for fill, at in zip((-1, EVERY_SEGMENT), k_at, strict=True)
+    ]
+    return joined(prefix["k"], k), joined(prefix["v"], v), tuple(extended)
+
+
 def _zeros(like: jax.Array) -> jax.Array:
     return spmd.pvary_like(jnp.zeros_like(like, jnp.float32), like)
 
@@ -84,17 +147,19 @@ def _skip_if_masked(q_at: Any, k_at: Any, visit: Any, carry: Any) -> Any:
     return jax.lax.cond(jnp.any(_mask(q_at, k_at)), visit, lambda c: c, carry)
 
 
-def _each_head(function: Callable[..., Any], arrays: Any) -> Any:
+def _map_heads(function: Callable[..., Any], arrays: Any) -> Any:
     """`function` over arrays [n, M, ...]: at once, or on a CPU one head after the other.
 
     One at a time, a head's scores stay in the processor's cache from product to product. Its results are
     f32 in both cases: XLA:CPU writes a part of a bf16 array by converting all of it to f32 and back.
     """
-    if jax.default_backend() != "cpu":
-        return function(*arrays)
-    heads = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], arrays)
-    results = jax.lax.map(lambda head: function(*head), heads)
-    return jax.tree.map(lambda x: jnp.moveaxis(x[:, :, 0], 0, 1), results)
+
+    def sequentially(*arrays: Any) -> Any:
+        heads = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], arrays)
+        results = jax.lax.map(lambda head: function(*head), heads)
+        return jax.tree.map(lambda x: jnp.moveaxis(x[:, :, 0], 0, 1), results)
+
+    return jax.lax.platform_dependent(*arrays, cpu=sequentially, default=function)
 
 
 @jax.custom_vjp
@@ -103,13 +168,13 @@ def _tiles(q: jax.Array, k: jax.Array, v: jax.Array, q_at: Any, k_at: Any) -> ja
 
 
 def _tiles_forward(q: jax.Array, k: jax.Array, v: jax.Array, q_at: Any, k_at: Any) -> Any:
-    out, log_total = _each_head(_forward, (q, k, v, q_at, k_at))
+    out, log_total = _map_heads(_forward, (q, k, v, q_at, k_at))
     out = checkpoint_name(out.astype(q.dtype), "attention_out")
     return out, (q, k, v, q_at, k_at, out, checkpoint_name(log_total, "attention_out"))
 
 
 def _tiles_backward(saved: Any, d_out: jax.Array) -> Any:
-    gradients = _each_head(_backward, (*saved, d_out))
+    gradients = _map_heads(_backward, (*saved, d_out))
     return *(d.astype(x.dtype) for d, x in zip(gradients, saved, strict=False)), None, None
 
 

@@ -1,4 +1,4 @@
-"""Matrix products of activations with weights, and SwiGLU: accumulated in f32, with a backward pass to match.
+"""Products of activations with weights, accumulated in f32, with a custom backward pass.
 
 Automatic differentiation of a bf16 product hands its two backward products f32 cotangents, which no
 backend likes. `custom_vjp=True` forms them in the compute dtype with f32 accumulation instead, and gathers
@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from llama_jax import sharding
 from llama_jax.ops import spmd
 from llama_jax.ops.adapted import Adapted, Network, specs
-from llama_jax.ops.products import dot, one_row, weight_gradient
+from llama_jax.ops.products import dot, matvec, weight_gradient
 from llama_jax.ops.quantization import Quantized
 
 
@@ -42,9 +42,8 @@ def contract(equation: str, x: jax.Array, weight: jax.Array | Quantized, *, stor
         outputs = [size for axis, size in enumerate(weight.shape) if axis not in weight.summed]
         return result.reshape(*x.shape[:2], *outputs)
     weight = sharding.gather(weight.astype(x.dtype), stored)
-    if x.shape[0] * x.shape[1] == 1 and jax.default_backend() == "cpu":
-        return one_row(equation, x, weight, layout)
-    return dot(equation, x, weight, layout)
+    product = matvec if x.shape[0] * x.shape[1] == 1 else dot
+    return product(equation, x, weight, layout)
 
 
 def project(
@@ -81,7 +80,7 @@ def _project_backward(equation: str, stored: P, out: P, saved: Any, d_out: jax.A
     left, right = operands.split(",")
     whole = sharding.gather(weight.astype(x.dtype), stored)
     d_x = dot(f"{result},{right}->{left}", d_out, whole, sharding.layout_of(x))
-    d_weight = _stored_gradient(stored, left, x, result, d_out, right)
+    d_weight = weight_gradient_as_stored(stored, left, x, result, d_out, right)
     return d_x.astype(x.dtype), d_weight.astype(weight.dtype)
 
 
@@ -142,6 +141,23 @@ def _project_adapted(
     return total.astype(x.dtype)
 
 
+def project_heads(
+    heads: jax.Array, wo: jax.Array | Quantized | Adapted, *, custom_vjp: bool = False
+) -> jax.Array:
+    """Attention's output projection: [B, T, N, H] by wo [N, H, D] -> [B, T, D].
+
+    Work-around for XLA:CPU (JAX 0.10.2, 0.12.0.1): it transposes a weight whose two leading dimensions are
+    contracted, here at every token. As a matrix [N H, D] it is read where it is. With `custom_vjp`, for
+    training, the heads stay apart: on TPU the kernel's [B, N, T, H] is then not rearranged in memory.
+    """
+    linear = functools.partial(project, out=sharding.ACT_BTD, custom_vjp=custom_vjp)
+    if custom_vjp:
+        return linear("btnh,nhd->btd", heads, wo, stored=sharding.WO_NHD)
+    n, h, d = wo.shape
+    heads, wo = heads.reshape(*heads.shape[:2], n * h), wo.reshape(n * h, d)
+    return linear("btf,fd->btd", heads, wo, stored=sharding.DOWN_FD)
+
+
 def through(network: Network, y: jax.Array, *, custom_vjp: bool = False) -> jax.Array:
     """y + f(y down + down_bias) up + up_bias, [B, T, D] in y's dtype, biases and f in f32."""
     linear = functools.partial(project, custom_vjp=custom_vjp, out=sharding.ACT_BTD)
@@ -151,7 +167,7 @@ def through(network: Network, y: jax.Array, *, custom_vjp: bool = False) -> jax.
     return (y.astype(jnp.float32) + change.astype(jnp.float32) + network.up_bias).astype(y.dtype)
 
 
-def _stored_gradient(
+def weight_gradient_as_stored(
     stored: P, x_dims: str, x: jax.Array, y_dims: str, y: jax.Array, out_dims: str
 ) -> jax.Array:
     """`weight_gradient` over every device's rows, summed in f32 into the weight's own layout."""
@@ -163,45 +179,3 @@ def _stored_gradient(
         return spmd.reduce_scatter_grad(gradient, stored.index("fsdp") if "fsdp" in stored else None, axes)
 
     return spmd.shard_map_or_call(local, (sharding.layout_of(x), sharding.layout_of(y)), stored)(x, y)
-
-
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up in f32, in gate's dtype (arXiv 2002.05202)."""
-    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
-
-
-def swiglu_down(gate: jax.Array, up: jax.Array, w_down: jax.Array) -> jax.Array:
-    """w_down (silu(gate) * up) for training: [B, T, F] by [F, D] -> [B, T, D]; keeps gate and up alone.
-
-    On a TPU, XLA fuses SiLU into the products around it, which then run at half their speed. The barriers
-    have it computed alone: once forwards, and once backwards together with both gradients.
-    """
-    return _swiglu_down(*spmd.pvary_all(gate, up, w_down))
-
-
-@jax.custom_vjp
-def _swiglu_down(gate: jax.Array, up: jax.Array, w_down: jax.Array) -> jax.Array:
-    gate, up = jax.lax.optimization_barrier((gate, up))
-    y = jax.lax.optimization_barrier(swiglu(gate, up))
-    return project("btf,fd->btd", y, w_down, stored=sharding.DOWN_FD, out=sharding.ACT_BTD)
-
-
-def _swiglu_down_forward(gate: jax.Array, up: jax.Array, w_down: jax.Array) -> Any:
-    return _swiglu_down(gate, up, w_down), (gate, up, w_down)
-
-
-def _swiglu_down_backward(saved: Any, d_out: jax.Array) -> Any:
-    gate, up, w_down = saved
-    dtype, whole = gate.dtype, sharding.gather(w_down.astype(gate.dtype), sharding.DOWN_FD)
-    d_y = dot("btd,fd->btf", d_out, whole, sharding.layout_of(gate)).astype(dtype)
-    gate, up, d_y = (a.astype(jnp.float32) for a in (gate, up, jax.lax.optimization_barrier(d_y)))
-    sigmoid = jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
-    d_gate, d_up, y = jax.lax.optimization_barrier(
-        tuple(a.astype(dtype) for a in (d_y * up * (sigmoid + silu * (1 - sigmoid)), d_y * silu, silu * up))
-    )
-    d_down = _stored_gradient(sharding.DOWN_FD, "btf", y, "btd", d_out, "fd")
-    return d_gate, d_up, d_down.astype(w_down.dtype)
-
-
-_swiglu_down.defvjp(_swiglu_down_forward, _swiglu_down_backward)

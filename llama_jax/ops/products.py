@@ -1,7 +1,4 @@
-"""Products and layouts in the forms that each platform's compiler runs fast.
-
-Every work-around for a compiler in a product or a layout stands here, once.
-"""
+"""Matrix products accumulated in f32, each in the form that the compiler of the target platform runs fast."""
 
 from __future__ import annotations
 
@@ -9,43 +6,72 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from llama_jax import sharding
 
-# How many parts `one_row` reads a matrix in: the best or as good as any from [288, 288] to [11008, 4096].
+# Parts of the contracted dimension in `matvec`: the fastest number, or as fast as any, from [288, 288] to
+# [11008, 4096].
 _PARTS = 4
 
 
-def dot(equation: str, a: jax.Array, b: jax.Array, layout: P | None = None) -> jax.Array:
-    """einsum accumulated, and returned, in f32: bf16 dots fall off XLA:CPU's fast path without it."""
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32, out_sharding=layout)
+def dot(equation: str, a: jax.Array, b: jax.Array, out_sharding: P | None = None) -> jax.Array:
+    """einsum accumulated and returned in f32, whatever the dtype of the operands."""
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32, out_sharding=out_sharding)
 
 
-def one_row(equation: str, x: jax.Array, weight: jax.Array, layout: P | None) -> jax.Array:
-    """`dot` of a single row, which is decoding a text, in the forms that XLA:CPU is quick at."""
-    if x.dtype == jnp.bfloat16:
-        # There is a bf16 matmul but no bf16 matvec worth the name: two rows are 2-10x faster than one.
-        return dot(equation, jnp.concatenate([x, x], axis=1), weight, layout)[:, :1]
+def matvec(equation: str, x: jax.Array, weight: jax.Array, out_sharding: P | None = None) -> jax.Array:
+    """`dot` of a single row x [1, 1, ...] with a weight: the products of decoding one sequence.
+
+    Work-around for XLA:CPU (JAX 0.10.2, 0.12.0.1), which runs a matrix-vector product in a loop of its own
+    rather than in its matrix library. bf16: the row is duplicated, which makes it a matrix product, 2 to 10
+    times faster. f32: the contracted dimension is split into `_PARTS`, which are read from memory as
+    concurrent streams, up to a third faster.
+    """
+    plain = functools.partial(dot, equation, out_sharding=out_sharding)
     operands, result = equation.split("->")
     left, right = operands.split(",")
-    whole = right[0] != left[-1] or weight.shape[0] % _PARTS
-    if whole or x.dtype != jnp.float32 or sharding.explicit_axes():
-        return dot(equation, x, weight, layout)
-    # As so many products side by side, each of some rows of the matrix: several whole streams out of memory
-    # in the place of one of slices of rows, up to a third faster.
-    x = x.reshape(*x.shape[:-1], _PARTS, -1)
-    weight = weight.reshape(_PARTS, -1, *weight.shape[1:])
-    return dot(f"{left[:-1]}p{left[-1]},p{right}->p{result}", x, weight).sum(0)
+
+    def duplicated(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return plain(jnp.concatenate([x, x], axis=1), weight)[:, :1]
+
+    def in_parts(x: jax.Array, weight: jax.Array) -> jax.Array:
+        x = x.reshape(*x.shape[:-1], _PARTS, -1)
+        weight = weight.reshape(_PARTS, -1, *weight.shape[1:])
+        return dot(f"{left[:-1]}p{left[-1]},p{right}->p{result}", x, weight).sum(0)
+
+    divides = right[0] == left[-1] and weight.shape[0] % _PARTS == 0
+    if x.dtype == jnp.bfloat16:
+        return jax.lax.platform_dependent(x, weight, cpu=duplicated, default=plain)
+    if x.dtype == jnp.float32 and divides and not sharding.explicit_axes():
+        return jax.lax.platform_dependent(x, weight, cpu=in_parts, default=plain)
+    return plain(x, weight)
+
+
+def query_key_product(q: jax.Array, keys: jax.Array) -> jax.Array:
+    """q k^T: [B, K, G, T, H] by [B, K, S, H] -> f32 [B, K, G, T, S].
+
+    Work-around for XLA:CPU (JAX 0.10.2, 0.12.0.1): it transposes the right operand of a product over that
+    operand's last dimension, here the whole key cache. With one query the operands change places, and the
+    scores are transposed instead.
+    """
+    plain = functools.partial(dot, "bkgth,bksh->bkgts")
+    if q.shape[3] != 1:
+        return plain(q, keys)
+
+    def keys_first(q: jax.Array, keys: jax.Array) -> jax.Array:
+        return dot("bksh,bkgth->bksgt", keys, q).transpose(0, 1, 3, 4, 2)
+
+    return jax.lax.platform_dependent(q, keys, cpu=keys_first, default=plain)
 
 
 def weight_gradient(x_dims: str, x: jax.Array, y_dims: str, y: jax.Array, out_dims: str) -> jax.Array:
-    """The product of x and y over the dimensions that `out_dims` leaves out, f32.
+    """The product of x and y over the dimensions that are not in `out_dims`, f32.
 
-    It contracts the leading dimensions of its left side, where XLA:CPU on some processors falls from its
-    bf16 path to f32 code, four times slower. There, and on the CPU alone, x is really transposed first:
-    XLA would fold a plain transpose back into the product, but not one inside a conditional.
+    Work-around for XLA:CPU (JAX 0.10.2, 0.12.0.1): the product contracts the leading dimensions of its left
+    operand, which some processors run in f32 code, four times slower than their bf16 instructions. On CPU, x
+    is transposed in memory first. XLA folds a plain transpose back into the product; it does not fold one
+    that is inside a conditional.
     """
     plain = functools.partial(dot, f"{x_dims},{y_dims}->{out_dims}")
     if x.dtype != jnp.bfloat16 or sharding.explicit_axes():
@@ -57,35 +83,14 @@ def weight_gradient(x_dims: str, x: jax.Array, y_dims: str, y: jax.Array, out_di
 
     def transposed(x: jax.Array, y: jax.Array) -> jax.Array:
         corner = y[(0,) * y.ndim]
-        # Always the first branch; the second is there for XLA not to know it, and gives the same.
+        # XLA cannot prove which branch is taken (a NaN differs from itself); both compute the same.
         x = jax.lax.cond(
             corner == corner,
             lambda x: jnp.transpose(x, order),
             lambda x: jnp.flip(jnp.transpose(jnp.flip(x), order)),
             x,
         )
-        # A later transpose must not be folded in either: that product XLA:CPU refuses to run in bf16.
+        # Keeps a later transpose out of the product too: XLA:CPU does not run that product in bf16.
         return jax.lax.optimization_barrier(dot(f"{dims},{y_dims}->{out_dims}", x, y))
 
     return jax.lax.platform_dependent(x, y, cpu=transposed, default=plain)
-
-
-def row_major(x: jax.Array) -> jax.Array:
-    """x as it is, last dimension fastest in memory: XLA on a TPU would transpose it in every layer.
-
-    Elsewhere nothing is asked for: the request is not partitioned there, and would gather x from all devices.
-    """
-
-    def constrained(x: jax.Array) -> jax.Array:
-        return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
-
-    return jax.lax.platform_dependent(x, tpu=constrained, default=lambda x: x)
-
-
-@jax.custom_vjp
-def materialize_cotangent(x: jax.Array) -> jax.Array:
-    """x as it is; its gradient is written out, rather than fused with what is done with it next."""
-    return x
-
-
-materialize_cotangent.defvjp(lambda x: (x, None), lambda _, d_out: (jax.lax.optimization_barrier(d_out),))

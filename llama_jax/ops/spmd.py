@@ -45,7 +45,11 @@ def shard_map_or_call(function: Callable[..., Any], in_specs: Any, out_specs: An
 
 
 def reduce_scatter_grad(x: jax.Array, dimension: int | None, axes: Iterable[str]) -> jax.Array:
-    """Inside `shard_map_or_call`: the sum of `x` over `data`, `context` and `fsdp`, this device's `fsdp` part of it.
+    """Inside `shard_map_or_call`: sums `x` over `data`, `context` and `fsdp`; returns this device's shard.
+
+    Work-around for XLA:TPU (JAX 0.12.0.1): over all three dimensions of a TPU torus, from 64 devices on, it
+    compiles a reduce-scatter to an all-reduce, which moves twice the bytes. Over one dimension of four
+    devices and then over the other two it does not.
 
     Args:
       x: a device's share of a weight's gradient.
@@ -64,11 +68,13 @@ def reduce_scatter_grad(x: jax.Array, dimension: int | None, axes: Iterable[str]
     size = jax.lax.axis_size("fsdp")
     if size < 64 or size % 4:
         return scatter(x)
-    # Over all three dimensions of a TPU torus, the compiler makes a reduce-scatter an all-reduce, which
-    # moves twice the bytes; over one of four and then over the other two it does not.
     rest = size // 4
-    x = scatter(x, axis_index_groups=[[a * rest + b for a in range(4)] for b in range(rest)])
-    return scatter(x, axis_index_groups=[[a * rest + b for b in range(rest)] for a in range(4)])
+
+    def in_two_stages(x: jax.Array) -> jax.Array:
+        x = scatter(x, axis_index_groups=[[a * rest + b for a in range(4)] for b in range(rest)])
+        return scatter(x, axis_index_groups=[[a * rest + b for b in range(rest)] for a in range(4)])
+
+    return jax.lax.platform_dependent(x, tpu=in_two_stages, default=scatter)
 
 
 def pvary_all(*arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -10,9 +10,11 @@ from jax.sharding import PartitionSpec as P
 
 import llama_jax as lj
 from llama_jax import rope, sharding
-from llama_jax.layers import embed, embed_custom_vjp
-from llama_jax.ops.linear import contract, project, swiglu, swiglu_down
+from llama_jax.layers import embed
+from llama_jax.ops.embedding import embed_custom_vjp
+from llama_jax.ops.linear import contract, project
 from llama_jax.ops.products import weight_gradient
+from llama_jax.ops.swiglu import swiglu_down
 from llama_jax.sharding import make_mesh
 from tests.random_models import random_model
 
@@ -147,10 +149,7 @@ def test_project_has_the_gradient_of_autodiff(case):
 
 def test_swiglu_down_has_the_gradient_of_autodiff():
     def run(gate, up, w_down, custom_vjp):
-        if custom_vjp:
-            return swiglu_down(gate, up, w_down)
-        y = swiglu(gate, up)
-        return project("btf,fd->btd", y, w_down, stored=sharding.DOWN_FD, out=sharding.ACT_BTD)
+        return swiglu_down(gate, up, w_down, custom_vjp=custom_vjp)
 
     gate, up, w_down = 3 * draw(0, 2, 7, 5), draw(1, 2, 7, 5), draw(2, 5, 4)
     (value, grads), (fast_value, fast) = both(run, gate, up, w_down)
@@ -166,11 +165,11 @@ def test_rotate_fast_has_the_values_and_gradient_of_rotate(dtype):
     table = rope.rotary(lj.presets.TINY, jnp.arange(14).reshape(2, 7))
     x, weight = draw(0, 2, 7, 3, 8, dtype=dtype), draw(1, 2, 7, 3, 8, dtype=dtype)
 
-    def run(rotate):
-        out, back = jax.vjp(lambda x: rotate(x, table), x)
+    def run(custom_vjp):
+        out, back = jax.vjp(lambda x: rope.rotate(x, table, custom_vjp=custom_vjp), x)
         return out, *back(weight)
 
-    for ours, theirs in zip(run(rope.rotate_custom_vjp), run(rope.rotate), strict=True):
+    for ours, theirs in zip(run(True), run(False), strict=True):
         assert ours.dtype == dtype
         np.testing.assert_allclose(ours.astype(F32), theirs.astype(F32), atol=1e-6 if dtype == F32 else 0.02)
 
@@ -206,7 +205,7 @@ def test_per_example_gradients_by_vmap():
 
     each = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, tokens)
     for i in range(3):
-        alone = jax.grad(loss)(params, tokens[i], "autodiff")
+        alone = jax.grad(loss)(params, tokens[i], False)
         assert distance(jax.tree.map(lambda leaf, i=i: leaf[i], each), alone) < 1e-5
 
 
@@ -228,7 +227,7 @@ def test_data_parallelism_by_hand_in_shard_map():
         return jax.lax.psum((value, grads), "mine")
 
     value, grads = step(params, tokens)
-    expected, expected_grads = jax.value_and_grad(loss)(params, tokens, "autodiff")
+    expected, expected_grads = jax.value_and_grad(loss)(params, tokens, False)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert distance(grads, expected_grads) < 1e-5
     # And with the collective that `shard_map` itself inserts for replicated parameters.
@@ -244,11 +243,11 @@ def test_forward_mode_is_autodiffs_alone():
         loss = lambda p: lj.next_token_loss(config, p, tokens, custom_vjp=custom_vjp).mean  # noqa: E731
         return jax.jvp(loss, (params,), (jax.tree.map(jnp.ones_like, params),))
 
-    _, slope = run("autodiff")
+    _, slope = run(False)
     grads = jax.grad(lambda p: lj.next_token_loss(config, p, tokens, custom_vjp=True).mean)(params)
     np.testing.assert_allclose(slope, sum(leaf.sum() for leaf in jax.tree.leaves(grads)), rtol=1e-3)
     with pytest.raises(TypeError, match=r"forward-mode autodiff .* custom_vjp"):
-        run("fast")
+        run(True)
 
 
 @pytest.mark.parametrize("spec", ["fsdp=4,tensor=2", "data=2,context=2,tensor=2"])
@@ -261,7 +260,7 @@ def test_a_mesh_has_the_gradients_of_none(spec, dtype):
     def total(x, w, v, table, tokens):
         x = x + embed_custom_vjp(table, tokens, dtype=dtype)
         up = project("btd,df->btf", x, w, stored=sharding.GATE_UP_DF, out=sharding.ACT_BTF, custom_vjp=True)
-        out = swiglu_down(up, up, v)
+        out = swiglu_down(up, up, v, custom_vjp=True)
         return (out.astype(F32) ** 2).mean()
 
     run = jax.jit(jax.value_and_grad(total, (0, 1, 2, 3)))

@@ -1,0 +1,76 @@
+"""SwiGLU (arXiv 2002.05202) and the projection that follows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax import sharding
+from llama_jax.ops import spmd
+from llama_jax.ops.adapted import Adapted
+from llama_jax.ops.linear import project, weight_gradient_as_stored
+from llama_jax.ops.products import dot
+from llama_jax.ops.quantization import Quantized
+
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up in f32, in gate's dtype (arXiv 2002.05202)."""
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
+
+
+def swiglu_down(
+    gate: jax.Array, up: jax.Array, w_down: jax.Array | Quantized | Adapted, *, custom_vjp: bool = False
+) -> jax.Array:
+    """(silu(gate) * up) w_down.
+
+    Work-around for XLA:TPU (JAX 0.12.0.1) with `custom_vjp`: XLA fuses SiLU into the products before and
+    after it, which then run at half their speed. Barriers make it a computation of its own, once in the
+    forward pass and once, with both gradients, in the backward pass. Only `gate` and `up` are kept for it.
+
+    Args:
+      gate: [B, T, F].
+      up: [B, T, F].
+      w_down: [F, D].
+      custom_vjp: use the custom backward pass; a quantized or adapted weight has none.
+
+    Returns:
+      [B, T, D] in gate's dtype.
+    """
+    if custom_vjp and isinstance(w_down, jax.Array):
+        return _swiglu_down(*spmd.pvary_all(gate, up, w_down))
+    return _down(swiglu(gate, up), w_down, custom_vjp)
+
+
+def _down(y: jax.Array, w_down: jax.Array | Quantized | Adapted, custom_vjp: bool = False) -> jax.Array:
+    return project(
+        "btf,fd->btd", y, w_down, stored=sharding.DOWN_FD, out=sharding.ACT_BTD, custom_vjp=custom_vjp
+    )
+
+
+@jax.custom_vjp
+def _swiglu_down(gate: jax.Array, up: jax.Array, w_down: jax.Array) -> jax.Array:
+    gate, up = jax.lax.optimization_barrier((gate, up))
+    return _down(jax.lax.optimization_barrier(swiglu(gate, up)), w_down)
+
+
+def _swiglu_down_forward(gate: jax.Array, up: jax.Array, w_down: jax.Array) -> Any:
+    return _swiglu_down(gate, up, w_down), (gate, up, w_down)
+
+
+def _swiglu_down_backward(residuals: Any, d_out: jax.Array) -> Any:
+    gate, up, w_down = residuals
+    dtype, whole = gate.dtype, sharding.gather(w_down.astype(gate.dtype), sharding.DOWN_FD)
+    d_y = dot("btd,fd->btf", d_out, whole, sharding.layout_of(gate)).astype(dtype)
+    gate, up, d_y = (a.astype(jnp.float32) for a in (gate, up, jax.lax.optimization_barrier(d_y)))
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    d_gate, d_up, y = jax.lax.optimization_barrier(
+        tuple(a.astype(dtype) for a in (d_y * up * (sigmoid + silu * (1 - sigmoid)), d_y * silu, silu * up))
+    )
+    d_down = weight_gradient_as_stored(sharding.DOWN_FD, "btf", y, "btd", d_out, "fd")
+    return d_gate, d_up, d_down.astype(w_down.dtype)
+
+
+_swiglu_down.defvjp(_swiglu_down_forward, _swiglu_down_backward)
