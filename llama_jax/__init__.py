@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llama_jax.config import LlamaConfig, RopeScaling, presets
-    from llama_jax.decoding.beam_search import BeamSearchOutput, beam_search
+    from llama_jax.decoding.beam_hypotheses import BeamSearchOutput
+    from llama_jax.decoding.beam_search import beam_search
     from llama_jax.decoding.drafts import DraftModel, PromptLookup
     from llama_jax.decoding.generation import generate, stream, warm_up
     from llama_jax.decoding.sampling import Sampling
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 # Imported when first asked for: `llama-jax --help` and its error messages need no JAX.
 _HOMES = {
-    "decoding.beam_search": ("BeamSearchOutput", "beam_search"),
+    "decoding.beam_hypotheses": ("BeamSearchOutput",),
+    "decoding.beam_search": ("beam_search",),
     "config": ("LlamaConfig", "RopeScaling", "presets"),
     "text.conversation": ("Conversation",),
     "text.convert": ("save",),

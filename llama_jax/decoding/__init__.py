@@ -1,1 +1,1 @@
-"""From a request to tokens: sampling, logits processors, generation, beam search, speculative decoding."""
+"""Decoding: sampling, logits processors, generate and stream, beam search, speculative decoding."""

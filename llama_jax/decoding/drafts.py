@@ -1,4 +1,4 @@
-"""Where speculative decoding's drafts come from: the text itself, or a smaller model."""
+"""Sources of draft tokens for speculative decoding: the token history itself, or a smaller model."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ from llama_jax import sharding
 from llama_jax.config import LlamaConfig
 from llama_jax.decoding import arguments, logits_processors
 from llama_jax.decoding.logits_processors import TokenHistory
-from llama_jax.decoding.sampling import argmax, draw, is_greedy, transform
-from llama_jax.decoding.state import DecodeState, fold_each, read_prompt
+from llama_jax.decoding.sampling import argmax, categorical, is_greedy, transform
+from llama_jax.decoding.state import DecodeState, fold_in_rows, prefill_cache
 from llama_jax.errors import InputError
 from llama_jax.model import Params, compute_dtype, forward_cached, unstack
 from llama_jax.ops import spmd
 
-# Token t of a row is chosen by its key fold_in(key, t); this is folded into that key to draw its draft.
-DRAFTING = 1
+# Token t of a row has the key fold_in(key, t); its draft is sampled with this folded into that key.
+DRAFT_SALT = 1
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["max_ngram", "min_ngram"])
 @dataclasses.dataclass(frozen=True)
 class PromptLookup:
-    """Drafts are copied from the text: what followed its last tokens where they came before.
+    """Drafts are copied from the token history: what followed the last n-gram where it occurred before.
 
     Attributes:
-      max_ngram: how many last tokens to look for; where they did not come before, fewer. The longest match
-        counts, and of several the latest.
-      min_ngram: how few may match. Where fewer do, nothing is drafted: judging drafts takes time on a CPU,
-        and what followed a single token seldom follows it again.
+      max_ngram: the longest n-gram to look for. The longest match counts, and of several the latest.
+      min_ngram: the shortest. Without a match nothing is drafted: verifying drafts takes time on a CPU, and
+        what followed a single token seldom follows it again.
     """
 
     max_ngram: int = 3
@@ -45,7 +44,7 @@ class PromptLookup:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
 @dataclasses.dataclass(frozen=True)
 class DraftModel:
-    """Drafts come from a smaller model with the same vocabulary, under the same settings.
+    """Drafts are sampled from a smaller model of the same vocabulary, with the same settings.
 
     Attributes:
       config: the smaller model.
@@ -60,28 +59,28 @@ Draft = PromptLookup | DraftModel
 
 
 class Drafts(NamedTuple):
-    """What a round is to judge.
+    """The draft tokens of a round.
 
     Attributes:
-      tokens: int32 [B, K], the drafts, and -1 after them.
-      probabilities: f32 [K, B, V], what each was drawn from; None if that was no draw.
+      tokens: int32 [B, K], followed by -1 where there are fewer.
+      probabilities: f32 [K, B, V], the distribution that each was sampled from; None for prompt lookup.
     """
 
     tokens: jax.Array
     probabilities: jax.Array | None = None
 
 
-def check(config: LlamaConfig, draft: Any, lengths: Any, max_new_tokens: int) -> None:
-    """Checks that `draft` can draft for a model, as far as its context goes for prompts of known lengths.
+def check_draft(config: LlamaConfig, draft: Any, lengths: Any, max_new_tokens: int) -> None:
+    """Checks that `draft` can draft for a model, and that its context holds prompts of known lengths.
 
     Raises:
       InputError: if not.
     """
     if isinstance(draft, PromptLookup):
-        least = arguments.whole_number("min_ngram", draft.min_ngram)
-        if arguments.whole_number("max_ngram", draft.max_ngram) < least:
+        min_ngram = arguments.check_int("min_ngram", draft.min_ngram)
+        if arguments.check_int("max_ngram", draft.max_ngram) < min_ngram:
             raise InputError(
-                f"max_ngram is {draft.max_ngram} and min_ngram {least}; the first must not be smaller"
+                f"max_ngram is {draft.max_ngram} and min_ngram {min_ngram}; the first must not be smaller"
             )
         return
     if not isinstance(draft, DraftModel):
@@ -91,112 +90,115 @@ def check(config: LlamaConfig, draft: Any, lengths: Any, max_new_tokens: int) ->
             f"the draft model has a vocabulary of {draft.config.vocab_size} and the model one of "
             f"{config.vocab_size}; they must be the same"
         )
-    known = arguments.known(lengths)
+    counts = arguments.concrete(lengths)
     context = draft.config.max_position_embeddings
-    if known is not None and known.max() + max_new_tokens > context:
+    if counts is not None and counts.max() + max_new_tokens > context:
         raise InputError(
-            f"the prompt's {known.max()} tokens and max_new_tokens {max_new_tokens} need "
-            f"{known.max() + max_new_tokens} positions; the draft model's context has {context}: shorten one "
-            "of them, or draft by PromptLookup"
+            f"the prompt's {counts.max()} tokens and max_new_tokens {max_new_tokens} need "
+            f"{counts.max() + max_new_tokens} positions; the draft model's context has {context}: shorten "
+            "one of them, or use PromptLookup"
         )
 
 
-def read(
-    draft: Draft, tokens: jax.Array, stop: jax.Array, room: int, dtype: jax.typing.DTypeLike | None
+def prefill_draft(
+    draft: Draft, tokens: jax.Array, stop: jax.Array, capacity: int, dtype: jax.typing.DTypeLike | None
 ) -> kv.KVCache | None:
-    """The draft model's cache, of `room` slots, after positions 0..stop-1 of tokens int32 [B, C]."""
+    """The draft model's cache of `capacity` slots after positions 0..stop-1 of tokens int32 [B, C]."""
     if not isinstance(draft, DraftModel):
         return None
     params = unstack(draft.params)
-    cache = kv.init_cache(draft.config, tokens.shape[0], room, dtype or compute_dtype(params))
-    return read_prompt(draft.config, params, cache, tokens, 0, stop)
+    cache = kv.init_cache(draft.config, tokens.shape[0], capacity, dtype or compute_dtype(params))
+    return prefill_cache(draft.config, params, cache, tokens, 0, stop)
 
 
-def following(
+def propose(
     draft: Draft, cache: kv.KVCache | None, state: DecodeState, count: int
 ) -> tuple[Drafts, kv.KVCache | None]:
-    """Up to `count` drafts a row: none for rows that are done, and none for the last token of any.
+    """Up to `count` drafts per row: none for rows that are done, and none for a row's last possible token.
 
     Args:
-      draft: where they come from.
-      cache: the draft model's; it holds all tokens but the last two of each text, or more. None for lookup.
-      state: what they are to follow.
+      draft: their source.
+      cache: the draft model's; it may lack the last two tokens of a row. None for prompt lookup.
+      state: the rows so far.
       count: K.
 
     Returns:
-      the drafts, and the cache with all of them but the last.
+      The drafts, and the cache with all of them but the last.
     """
     useful = jnp.where(state.done, 0, state.limit - state.output.lengths - 1)
     if isinstance(draft, DraftModel):
-        drafts, cache = _from_model(draft, cache, state, count, jnp.max(useful))
+        drafts, cache = _propose_from_model(draft, cache, state, count, jnp.max(useful))
     else:
-        drafts = Drafts(look_up(state.history, draft, count))
+        drafts = Drafts(prompt_lookup(state.history, draft, count))
     return drafts._replace(tokens=jnp.where(jnp.arange(count) < useful[:, None], drafts.tokens, -1)), cache
 
 
-def look_up(text: TokenHistory, lookup: PromptLookup, count: int) -> jax.Array:
-    """Drafts from the text itself.
+def prompt_lookup(history: TokenHistory, lookup: PromptLookup, count: int) -> jax.Array:
+    """Drafts from the token history.
 
-    A copy that reaches the text's end goes on with what it has copied itself: after `a b a b` comes `a b a`.
+    A copy that reaches the end of the history continues with its own tokens: `a b a b` gives `a b a`.
 
     Args:
-      text: what the rows read so far.
-      lookup: how many tokens must agree.
+      history: the tokens of each row so far.
+      lookup: n-gram sizes.
       count: K.
 
     Returns:
-      int32 [B, K]; -1 in rows where too few tokens agree anywhere.
+      int32 [B, K]; -1 in rows without a match.
     """
-    batch, room = text.tokens.shape
-    places, last = jnp.arange(room), text.length[:, None] - 1
+    batch, columns = history.tokens.shape
+    positions, last = jnp.arange(columns), history.length[:, None] - 1
 
-    def compare(back: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        same, run = carry
-        agrees = jnp.roll(text.tokens, back, axis=1) == text.at(text.length - 1 - back)[:, None]
-        same &= agrees & (places >= back)
-        return same, run + same
+    def compare(offset: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        matches, match_length = carry
+        recent = history.token_at(history.length - 1 - offset)[:, None]
+        equal = jnp.roll(history.tokens, offset, axis=1) == recent
+        matches &= equal & (positions >= offset)
+        return matches, match_length + matches
 
-    earlier = jnp.broadcast_to(places, (batch, room)) < last
-    start = earlier, jnp.zeros_like(text.tokens)
-    _, run = jax.lax.fori_loop(0, min(lookup.max_ngram, room), compare, start)
-    best = run.max(-1, keepdims=True)
-    end = jnp.where((run == best) & (best >= lookup.min_ngram), places, -1).max(-1, keepdims=True)
-    # What to copy, [B, K]; past the last token it starts again after the match.
+    earlier = jnp.broadcast_to(positions, (batch, columns)) < last
+    init = earlier, jnp.zeros_like(history.tokens)
+    _, match_length = jax.lax.fori_loop(0, min(lookup.max_ngram, columns), compare, init)
+    longest = match_length.max(-1, keepdims=True)
+    is_match = (match_length == longest) & (longest >= lookup.min_ngram)
+    end = jnp.where(is_match, positions, -1).max(-1, keepdims=True)
+    # Columns to copy from [B, K]; past the last token they restart after the match.
     source = end + 1 + jnp.arange(count) % jnp.maximum(last - end, 1)
-    copied = jnp.where(source[..., None] == places, text.tokens[:, None], 0).sum(-1, dtype=jnp.int32)
+    one_hot = source[..., None] == positions
+    copied = jnp.where(one_hot, history.tokens[:, None], 0).sum(-1, dtype=jnp.int32)
     return jnp.where(end >= 0, copied, -1)
 
 
-def _from_model(
+def _propose_from_model(
     draft: DraftModel, cache: kv.KVCache | None, state: DecodeState, count: int, useful: jax.Array
 ) -> tuple[Drafts, kv.KVCache | None]:
-    """Drafts from the draft model, the first `useful` [] of them alone."""
+    """Drafts from the draft model, only the first `useful` [] of them."""
     params, sampling = unstack(draft.params), state.sampling
     greedy = is_greedy(sampling)
 
-    def propose(index: jax.Array, carry: Any) -> Any:
-        text, cache, drafts = carry
-        last = text.length - 1
-        # After a round that accepted everything, the cache has not seen the last token but one either.
+    def draft_token(index: jax.Array, carry: Any) -> Any:
+        history, cache, drafts = carry
+        last = history.length - 1
+        # Two tokens: after a round that accepted every draft, the cache lacks the last but one too.
         start = jnp.maximum(last - 1, 0)
-        tokens = jnp.stack([text.at(start), text.at(start + 1)], axis=1)
+        tokens = jnp.stack([history.token_at(start), history.token_at(start + 1)], axis=1)
         logits, cache = forward_cached(draft.config, params, tokens, start, cache)
         logits = sharding.constrain(logits, P(sharding.BATCH, None, None))
         logits = jnp.where((last > start)[:, None], logits[:, 1], logits[:, 0])
-        logits = logits_processors.apply(logits, sampling.processors(), text, state.eos_ids)
-        likeliest = argmax(logits)
-        keys = fold_each(state.keys, state.output.lengths + index)
+        logits = logits_processors.apply(logits, sampling.processors(), history, state.eos_ids)
+        most_likely = argmax(logits)
+        keys = fold_in_rows(state.keys, state.output.lengths + index)
 
-        def random(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def sample_random(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
             logits = transform(logits, sampling)
-            drawn = draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, DRAFTING))
-            return jnp.where(greedy, likeliest, drawn), jax.nn.softmax(logits)
+            token = categorical(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, DRAFT_SALT))
+            return jnp.where(greedy, most_likely, token), jax.nn.softmax(logits)
 
-        certain = lambda logits: (likeliest, jnp.zeros_like(logits))  # noqa: E731
-        token, q = jax.lax.cond(jnp.all(greedy), certain, random, logits)
-        put = jax.lax.dynamic_update_index_in_dim
-        drafts = Drafts(put(drafts.tokens, token, index, 1), put(drafts.probabilities, q, index, 0))
-        return text.append(token, token >= 0), cache, drafts
+        take_argmax = lambda logits: (most_likely, jnp.zeros_like(logits))  # noqa: E731
+        token, q = jax.lax.cond(jnp.all(greedy), take_argmax, sample_random, logits)
+        write = jax.lax.dynamic_update_index_in_dim
+        drafts = Drafts(write(drafts.tokens, token, index, 1), write(drafts.probabilities, q, index, 0))
+        return history.append(token, token >= 0), cache, drafts
 
     def full(value: Any, shape: tuple[int, ...], spec: P) -> jax.Array:
         return jnp.full(shape, value, value.dtype, out_sharding=sharding.out_sharding(spec, shape))
@@ -207,5 +209,5 @@ def _from_model(
         full(np.float32(0), (count, batch, draft.config.vocab_size), P(None, sharding.BATCH, None)),
     )
     carry = spmd.pvary_like((state.history, cache, drafts), params, state)
-    _, cache, drafts = jax.lax.fori_loop(0, jnp.clip(useful, 0, count), propose, carry)
+    _, cache, drafts = jax.lax.fori_loop(0, jnp.clip(useful, 0, count), draft_token, carry)
     return drafts, cache

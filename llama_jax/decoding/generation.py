@@ -1,7 +1,7 @@
-"""Whole generations: `generate` on the device, `stream` on the host, and the few programs behind both.
+"""`generate` and `stream`, and the compiled programs that they share.
 
-Called from Python, the two share two compiled programs a size of cache: one reads the prompts, one takes
-as many steps as it is told. While tracing, everything is inlined in the caller's program.
+Called from Python, both run two programs per cache size: one for the prompts, one for any number of decoding
+steps. While tracing, everything is inlined in the caller's program.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.decoding import arguments
 from llama_jax.decoding.arguments import EosId
 from llama_jax.decoding.sampling import Sampling
-from llama_jax.decoding.state import DecodeState, GenerateOutput, advance, begin, prefill
+from llama_jax.decoding.state import DecodeState, GenerateOutput, decode_loop, init_state, prefill
 from llama_jax.errors import InputError
 from llama_jax.model import Params, compute_dtype, unstack
 
@@ -37,29 +37,31 @@ def generate(
     top_logprobs: int = 0,
     cache_dtype: jax.typing.DTypeLike | None = None,
 ) -> GenerateOutput:
-    """Continues each prompt by up to `max_new_tokens`, in a compiled loop that stops when all rows end.
+    """Generates up to `max_new_tokens` tokens per prompt, in a compiled loop that ends with the last row.
 
-    A pure function: call it inside `jit`, `vmap` (over keys, say) or `shard_map` as you would any other.
-    No gradient goes through it: take those of `forward`'s log-probabilities of the tokens it chose.
-    Called from Python it compiles two programs for each batch size and each power of two, from 128, that
-    prompt and new tokens need together; no value of any setting, nor `max_new_tokens`, recompiles them.
-    `warm_up` compiles them beforehand.
+    A pure function: call it inside `jit`, `vmap` (over keys, say) or `shard_map`. It is not differentiable;
+    for policy gradients, take those of `forward`'s log-probabilities of the generated tokens.
+
+    Called from Python it compiles two programs per batch size and cache size (prompt plus new tokens,
+    rounded up to a power of two, at least 128). No setting, nor `max_new_tokens`, recompiles them;
+    `warm_up` compiles them in advance. On a mesh, a batch that `data` x `fsdp` does not divide is replicated.
 
     Args:
       config: the model.
-      params: its parameters. Stacked layers are unstacked first, which copies them once a call; pass
-        `unstack(params)` to save that.
-      tokens: int [B, T], prompts padded on the right with anything.
-      lengths: int [B], how many of each row's tokens are its prompt, at least 1.
-      key: one key, from which row b draws with `fold_in(key, b)`; or one key a row.
-      sampling: temperature, filters and rules, see `Sampling`; its defaults (plain random sampling) if None.
-      max_new_tokens: at least 1; static while tracing.
-      eos_id: the id, or ids, that end a row. None: every row runs to `max_new_tokens`.
-      num_return_sequences: continuations of each prompt, which is read once; row b * n + i of the result
-        is number i of prompt b, as if each prompt were there n times. Static.
-      top_logprobs: how many of each step's likeliest tokens to return with their log-probabilities. Static.
-      cache_dtype: what to hold keys and values in: float32, bfloat16, float16, or int8 with a scale for
-        each head's vector. The parameters' own if None. Static.
+      params: its parameters. Stacked layers are unstacked first, which copies them on every call; pass
+        `unstack(params)` to avoid that.
+      tokens: int [B, T], right-padded prompts; padding may hold any value.
+      lengths: int [B], the prompts' lengths, at least 1.
+      key: a single key, of which row b uses `fold_in(key, b)`; or one key per row [B].
+      sampling: temperature, filters and logits processors, see `Sampling`; None is temperature 1 and
+        nothing else.
+      max_new_tokens: at least 1. Static while tracing.
+      eos_id: the end-of-sequence id or ids. None: every row runs to `max_new_tokens`.
+      num_return_sequences: n continuations of each prompt, which is prefilled once; row b * n + i of the
+        output is continuation i of prompt b, as if each prompt were given n times. Static.
+      top_logprobs: the number of most likely tokens to return per step, with log-probabilities. Static.
+      cache_dtype: dtype of the key/value cache: float32, bfloat16, float16, or int8 with one scale per
+        head and position. None is the parameters' dtype. Static.
 
     Returns:
       A `GenerateOutput`.
@@ -68,14 +70,16 @@ def generate(
       InputError: for values known at the call (not traced) that cannot work: an empty prompt, an id
         outside the vocabulary, a setting out of range, more positions than the model's context.
     """
-    static = _static(config, num_return_sequences, top_logprobs, cache_dtype)
-    request = arguments.check(config, tokens, lengths, sampling, eos_id, max_new_tokens, params, key)
+    static = _static_arguments(config, num_return_sequences, top_logprobs, cache_dtype)
+    request = arguments.prepare_request(
+        config, tokens, lengths, sampling, eos_id, max_new_tokens, params, key
+    )
     if request.capacity is None:
         return _generate(config, params, *request[:4], key, max_new_tokens=max_new_tokens, **static)
-    params = unstacked(params)
-    state = start(config, params, request, key, max_new_tokens, **static)
-    state = advance_jit(config, params, state, np.int32(max_new_tokens))
-    return shortened(state.output, max_new_tokens)
+    params = unstack_jit(params)
+    state = prefill_jit(config, params, request, key, max_new_tokens, **static)
+    state = decode_loop_jit(config, params, state, np.int32(max_new_tokens))
+    return truncate(state.output, max_new_tokens)
 
 
 def stream(
@@ -91,28 +95,27 @@ def stream(
     num_return_sequences: int = 1,
     cache_dtype: jax.typing.DTypeLike | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """`generate`, a token at a time on the host: the same tokens, from the same programs.
+    """`generate`, one token at a time: the same tokens, from the same programs.
 
     Returns:
       An iterator of (tokens int32 [B], live bool [B]): the newest token of each row, and whether the row
-      had not ended before it; the token of a row that had is 0.
+      was still running; the token of a row that was done is 0.
 
     Raises:
-      InputError: as `generate` does, at the call.
+      InputError: as `generate`, at the call.
     """
-    static = _static(config, num_return_sequences, 0, cache_dtype)
-    request = arguments.check(config, tokens, lengths, sampling, eos_id, max_new_tokens)
-    params = unstacked(params)
-    return tokens_of(config, params, start(config, params, request, key, max_new_tokens, **static))
+    static = _static_arguments(config, num_return_sequences, 0, cache_dtype)
+    request = arguments.prepare_request(config, tokens, lengths, sampling, eos_id, max_new_tokens)
+    params = unstack_jit(params)
+    return _iterate(config, params, prefill_jit(config, params, request, key, max_new_tokens, **static))
 
 
-def tokens_of(
+def _iterate(
     config: LlamaConfig, params: Params, state: DecodeState
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Steps a state to its end on the host; see `stream`, which this is the second half of."""
     live = ~np.asarray(state.done)
     while live.any():
-        state = advance_jit(config, params, state, np.int32(1))
+        state = decode_loop_jit(config, params, state, np.int32(1))
         yield np.asarray(state.token), live
         live = ~np.asarray(state.done)
 
@@ -127,45 +130,45 @@ def warm_up(
     top_logprobs: int = 0,
     cache_dtype: jax.typing.DTypeLike | None = None,
 ) -> int:
-    """Compiles all that `generate` and `stream` need, so that no later call waits for a compiler.
+    """Compiles every program that `generate` and `stream` need, so that no later call compiles.
 
     Args:
       config: the model.
       params: its parameters.
-      batch: rows that the calls will have.
-      max_length: prompt and new tokens together, at most; the model's context if None.
-      num_return_sequences: as the calls will give it, like the two after it.
-      top_logprobs: likewise.
-      cache_dtype: likewise.
+      batch: batch size of the later calls.
+      max_length: maximum of prompt plus new tokens; None is the model's context.
+      num_return_sequences: as in the later calls; likewise the next two.
+      top_logprobs: see `generate`.
+      cache_dtype: see `generate`.
 
     Returns:
-      How many sizes of cache it prepared; each has two programs.
+      The number of cache sizes; each has two programs.
 
     Raises:
-      InputError: for a batch, or a length, that is no whole number of at least 1, or past the context.
+      InputError: for a batch or length that is not a positive integer, or a length beyond the context.
     """
     context = config.max_position_embeddings
-    longest = context if max_length is None else arguments.whole_number("max_length", max_length, least=2)
+    longest = context if max_length is None else arguments.check_int("max_length", max_length, minimum=2)
     if longest > context:
         raise InputError(f"max_length is {longest}; the model's context has {context} positions")
-    batch = arguments.whole_number("batch", batch)
-    static = _static(config, num_return_sequences, top_logprobs, cache_dtype)
+    batch = arguments.check_int("batch", batch)
+    static = _static_arguments(config, num_return_sequences, top_logprobs, cache_dtype)
     prompts = np.zeros((batch, 1), np.int32), np.ones(batch, np.int32)
-    params = unstacked(params)
+    params = unstack_jit(params)
     sizes = 0
-    room = arguments.capacity(2)
+    capacity = arguments.cache_capacity(2)
     while True:
-        new = min(room, longest) - 1
-        request = arguments.check(config, *prompts, Sampling(), None, new)
-        state = start(config, params, request, jax.random.key(0), new, **static)
-        jax.block_until_ready(advance_jit(config, params, state, np.int32(1)))
+        new_tokens = min(capacity, longest) - 1
+        request = arguments.prepare_request(config, *prompts, Sampling(), None, new_tokens)
+        state = prefill_jit(config, params, request, jax.random.key(0), new_tokens, **static)
+        jax.block_until_ready(decode_loop_jit(config, params, state, np.int32(1)))
         sizes += 1
-        if room >= longest:
+        if capacity >= longest:
             return sizes
-        room *= 2
+        capacity *= 2
 
 
-def start(
+def prefill_jit(
     config: LlamaConfig,
     params: Params,
     request: arguments.Request,
@@ -173,16 +176,16 @@ def start(
     max_new_tokens: int,
     **static: Any,
 ) -> DecodeState:
-    """The state after reading a request's prompts, from a compiled program."""
+    """The state after the request's prompts, from a compiled program."""
     prompts = request.tokens, request.lengths
-    if request.capacity is None or request.longest is None:
+    if request.capacity is None or request.max_prompt_length is None:
         settings = {"max_new_tokens": max_new_tokens, "eos_id": request.eos_ids}
-        return _prefill(config, params, *prompts, key, request.sampling, **settings, **static)
-    return _start(
+        return _prefill_exact(config, params, *prompts, key, request.sampling, **settings, **static)
+    return _prefill_bucketed(
         config,
         params,
         *prompts,
-        np.int32(request.longest - 1),
+        np.int32(request.max_prompt_length - 1),
         key,
         request.sampling,
         request.eos_ids,
@@ -192,25 +195,27 @@ def start(
 
 
 _STATIC = ("config", "num_return_sequences", "top_logprobs", "cache_dtype")
-_prefill = jax.jit(prefill, static_argnames=(*_STATIC, "max_new_tokens"))
+_prefill_exact = jax.jit(prefill, static_argnames=(*_STATIC, "max_new_tokens"))
 _unstack = jax.jit(unstack)
 
 
-def advance_jit(config: LlamaConfig, params: Params, state: DecodeState, steps: np.int32) -> DecodeState:
-    """`advance`, compiled; the state is used up."""
-    return advancing(jax.default_backend())(config, params, state, steps)
+def decode_loop_jit(config: LlamaConfig, params: Params, state: DecodeState, steps: np.int32) -> DecodeState:
+    """`decode_loop`, compiled; the state is donated."""
+    return decode_program(jax.default_backend())(config, params, state, steps)
 
 
 @functools.cache
-def advancing(backend: str) -> Any:
-    """The program behind `advance_jit`, for a backend."""
-    # By itself XLA:CPU keeps to 256 bits where a processor has 512; weights then come out of memory slower.
+def decode_program(backend: str) -> Any:
+    """The jitted function of `decode_loop_jit` on a backend."""
+    # XLA:CPU prefers 256-bit vectors where the processor has 512, which reads weights more slowly.
     options = {"xla_cpu_prefer_vector_width": 512} if backend == "cpu" else None
-    return jax.jit(advance, static_argnames=("config",), donate_argnames=("state",), compiler_options=options)
+    return jax.jit(
+        decode_loop, static_argnames=("config",), donate_argnames=("state",), compiler_options=options
+    )
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
-def _start(
+def _prefill_bucketed(
     config: LlamaConfig,
     params: Params,
     tokens: jax.Array,
@@ -225,10 +230,10 @@ def _start(
     top_logprobs: int,
     cache_dtype: str | None,
 ) -> DecodeState:
-    """`begin` with a fresh cache as long as `tokens`, which leave room for what is to come."""
-    batch, room = tokens.shape
-    cache = kv.init_cache(config, batch, room, cache_dtype or compute_dtype(params))
-    return begin(
+    """`init_state` with a new cache of the width of `tokens`, which includes the columns for new tokens."""
+    batch, capacity = tokens.shape
+    cache = kv.init_cache(config, batch, capacity, cache_dtype or compute_dtype(params))
+    return init_state(
         config,
         params,
         cache,
@@ -240,7 +245,7 @@ def _start(
         sampling,
         eos_ids,
         limit,
-        new_tokens=room,
+        new_tokens=capacity,
         num_return_sequences=num_return_sequences,
         top_logprobs=top_logprobs,
     )
@@ -259,32 +264,31 @@ def _generate(
 ) -> GenerateOutput:
     params = jax.lax.stop_gradient(unstack(params))
     state = prefill(config, params, tokens, lengths, key, sampling, eos_id=eos_ids, **static)
-    return advance(config, params, state, static["max_new_tokens"]).output
+    return decode_loop(config, params, state, static["max_new_tokens"]).output
 
 
-def unstacked(params: Params) -> Params:
-    """`unstack` for callers outside `jit`: one program rather than one a layer."""
+def unstack_jit(params: Params) -> Params:
+    """`unstack` as one compiled program, instead of one per layer; unstacked parameters pass through."""
     return _unstack(params) if isinstance(params["layers"], Mapping) else params
 
 
-def _static(
+def _static_arguments(
     config: LlamaConfig, num_return_sequences: int, top_logprobs: int, cache_dtype: Any
 ) -> dict[str, Any]:
-    """The arguments that a program is compiled for, checked."""
-    top = arguments.whole_number("top_logprobs", top_logprobs, least=0)
-    if top > config.vocab_size:
-        raise InputError(f"top_logprobs is {top}; the vocabulary has {config.vocab_size} tokens")
+    top_logprobs = arguments.check_int("top_logprobs", top_logprobs, minimum=0)
+    if top_logprobs > config.vocab_size:
+        raise InputError(f"top_logprobs is {top_logprobs}; the vocabulary has {config.vocab_size} tokens")
     return {
-        "num_return_sequences": arguments.whole_number("num_return_sequences", num_return_sequences),
-        "top_logprobs": top,
+        "num_return_sequences": arguments.check_int("num_return_sequences", num_return_sequences),
+        "top_logprobs": top_logprobs,
         "cache_dtype": kv.dtype_name(cache_dtype),
     }
 
 
-def shortened(generation: GenerateOutput, length: int) -> GenerateOutput:
-    """The first `length` columns, cut on the host: a slice on the device is a program for each length."""
+def truncate(output: GenerateOutput, length: int) -> GenerateOutput:
+    """The first `length` columns, sliced on the host: on the device each length would compile a program."""
 
-    def cut(x: jax.Array) -> jax.Array:
+    def slice_columns(x: jax.Array) -> jax.Array:
         return x if x.ndim == 1 else jax.device_put(np.asarray(x)[:, :length], x.sharding)
 
-    return jax.tree.map(cut, generation)
+    return jax.tree.map(slice_columns, output)

@@ -1,4 +1,4 @@
-"""One row's key/value cache, kept between generations: a prompt runs only what the last did not share."""
+"""A key/value cache kept between generations of one row: only tokens that are not in it are run."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from llama_jax import kv_cache as kv
 from llama_jax.config import LlamaConfig
 from llama_jax.decoding import arguments
 from llama_jax.decoding.arguments import EosId
-from llama_jax.decoding.generation import advance_jit, unstacked
+from llama_jax.decoding.generation import decode_loop_jit, unstack_jit
 from llama_jax.decoding.sampling import Sampling
-from llama_jax.decoding.state import DecodeState, begin
+from llama_jax.decoding.state import DecodeState, init_state
 from llama_jax.model import Params, compute_dtype
 
 
 class Session:
-    """Generations of one row, one after the other, over one cache.
+    """Successive generations of one row that share a cache.
 
-    A chat hands over its whole text at every turn; only the part after what the cache holds is run. The
-    cache grows by powers of two as it is needed, up to the model's context.
+    A chat passes its whole history at every turn; only the part after the common prefix with the cache is
+    run. The cache grows by powers of two as needed, up to the model's context.
 
     Attributes:
-      tokens: the ids whose keys and values the cache holds.
-      reused: of the last prompt, how many ids were not run again.
+      tokens: the ids whose keys and values are in the cache.
+      reused: the number of ids of the last prompt that were taken from the cache.
     """
 
     def __init__(
@@ -38,18 +38,18 @@ class Session:
         *,
         cache_dtype: jax.typing.DTypeLike | None = None,
     ) -> None:
-        """Begins with nothing.
+        """Starts with an empty cache.
 
         Args:
           config: the model.
           params: its parameters; stacked ones are unstacked once, which copies them.
-          cache_dtype: what to hold keys and values in, as for `generate`.
+          cache_dtype: dtype of the key/value cache, as for `generate`.
 
         Raises:
-          InputError: for a dtype that no cache has.
+          InputError: for a dtype that a cache cannot have.
         """
         self._config = config
-        self._params = unstacked(params)
+        self._params = unstack_jit(params)
         dtype = compute_dtype(params) if cache_dtype is None else cache_dtype
         self._dtype = kv.checked_dtype(dtype).name
         self._cache: kv.KVCache | None = None
@@ -66,46 +66,44 @@ class Session:
         max_new_tokens: int,
         eos_id: EosId = None,
     ) -> Iterator[int]:
-        """Continues a prompt, an id at a time: the ids that `generate` would give.
+        """Continues a prompt, one id at a time: the same ids as from `generate`.
 
-        The iterator may be closed, or an exception thrown through it, at any moment: the session then holds
-        what it had run, or, if it was interrupted in the middle of a step, nothing. Another call of `stream`
-        ends it.
+        The iterator may be closed, or an exception thrown into it, at any time: the session then keeps the
+        tokens run so far, or, if a step was interrupted, an empty cache. Another call of `stream` ends it.
 
         Args:
           tokens: the whole prompt, at least one id.
           key: one key, as for `generate`.
           sampling: settings of one row.
           max_new_tokens: at least 1.
-          eos_id: the id, or ids, that end the text.
+          eos_id: the end-of-sequence id or ids.
 
         Returns:
-          An iterator of new ids, the end token included.
+          An iterator of new ids, the end-of-sequence token included.
 
         Raises:
-          InputError: as `generate` does, at the call; nothing is lost by it.
+          InputError: as `generate`, at the call; the cache is kept.
         """
         row = np.asarray(tokens)[None] if len(tokens) else np.zeros((1, 0), np.int32)
         lengths = np.array([len(tokens)], np.int32)
-        request = arguments.check(self._config, row, lengths, sampling, eos_id, max_new_tokens)
+        request = arguments.prepare_request(self._config, row, lengths, sampling, eos_id, max_new_tokens)
         return self._run(list(tokens), request, key, max_new_tokens)
 
     def _run(
         self, prompt: list[int], request: arguments.Request, key: jax.Array, max_new_tokens: int
     ) -> Iterator[int]:
         self._turn += 1
-        turn, room = self._turn, request.tokens.shape[1]
-        cache, held = self._release()
+        turn, capacity = self._turn, request.tokens.shape[1]
+        cache, cached_tokens = self._release()
         if cache is None:
-            cache = _empty(self._config, room, self._dtype)
-        elif cache.length < room:
-            cache = _grow(cache, room)
-        room = cache.length
-        # The last id is never taken from the cache: the first step runs it, to choose what follows.
-        self.reused = _shared(held, prompt[:-1])
-        padded = np.zeros((1, room), np.int32)
+            cache = _empty_cache(self._config, capacity, self._dtype)
+        elif cache.length < capacity:
+            cache = _grow_cache(cache, capacity)
+        # The last id is always run, by the first step: its logits give the next token.
+        self.reused = _common_prefix_length(cached_tokens, prompt[:-1])
+        padded = np.zeros((1, cache.length), np.int32)
         padded[0, : len(prompt)] = prompt
-        state = _begin(
+        state = _init_state(
             self._config,
             self._params,
             cache,
@@ -122,7 +120,7 @@ class Session:
         self._cache, self.tokens = state.cache, run
         while not done and turn == self._turn:
             self._release()
-            state = advance_jit(self._config, self._params, state, np.int32(1))
+            state = decode_loop_jit(self._config, self._params, state, np.int32(1))
             token, done = int(np.asarray(state.token)[0]), bool(np.asarray(state.done)[0])
             run.append(last)
             self._cache, self.tokens = state.cache, run
@@ -130,37 +128,34 @@ class Session:
             yield token
 
     def _release(self) -> tuple[kv.KVCache | None, list[int]]:
-        """Takes the cache for a step, which uses it up: whoever interrupts the step leaves nothing behind."""
-        held = self._cache, self.tokens
+        """Returns the cache and drops it: a step donates it, and may be interrupted before it returns."""
+        released = self._cache, self.tokens
         self._cache, self.tokens = None, []
-        return held
+        return released
 
 
-@functools.partial(jax.jit, static_argnames=("config", "room", "dtype"))
-def _empty(config: LlamaConfig, room: int, dtype: str) -> kv.KVCache:
-    return kv.init_cache(config, 1, room, dtype)
+@functools.partial(jax.jit, static_argnames=("config", "capacity", "dtype"))
+def _empty_cache(config: LlamaConfig, capacity: int, dtype: str) -> kv.KVCache:
+    return kv.init_cache(config, 1, capacity, dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("room",))
-def _grow(cache: kv.KVCache, room: int) -> kv.KVCache:
-    """The same cache with free slots after it."""
-
+@functools.partial(jax.jit, static_argnames=("capacity",))
+def _grow_cache(cache: kv.KVCache, capacity: int) -> kv.KVCache:
     def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, room - size if axis == 2 else 0) for axis, size in enumerate(x.shape)])
+        return jnp.pad(x, [(0, capacity - size if axis == 2 else 0) for axis, size in enumerate(x.shape)])
 
     return jax.tree.map(pad, cache)
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
-def _begin(config: LlamaConfig, params: Params, cache: kv.KVCache, *request: Any) -> DecodeState:
-    return begin(config, params, cache, *request, new_tokens=cache.length)
+def _init_state(config: LlamaConfig, params: Params, cache: kv.KVCache, *request: Any) -> DecodeState:
+    return init_state(config, params, cache, *request, new_tokens=cache.length)
 
 
-def _shared(held: Sequence[int], wanted: Sequence[int]) -> int:
-    """How many ids two texts begin with in common."""
+def _common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
     count = 0
-    for one, other in zip(held, wanted, strict=False):
-        if one != other:
+    for x, y in zip(a, b, strict=False):
+        if x != y:
             break
         count += 1
     return count

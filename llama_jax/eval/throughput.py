@@ -1,7 +1,7 @@
-"""How fast a model runs here, beside how fast it could: tokens/s and the share of memory bandwidth.
+"""Generation throughput in tokens/s, and the fraction of memory bandwidth that decoding reaches.
 
-Decoding one row reads every weight once a token, so memory bandwidth bounds it: tokens/s x bytes per
-token <= bandwidth. All three are measured here.
+Decoding a single row reads every weight once per token, so memory bandwidth bounds it: tokens/s x bytes
+per token <= bandwidth. All three are measured here.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config import LlamaConfig
-from llama_jax.decoding.arguments import capacity
+from llama_jax.decoding.arguments import cache_capacity
 from llama_jax.decoding.generation import generate
 from llama_jax.decoding.sampling import Sampling
 from llama_jax.errors import InputError
 
-DECODE_PROMPT = 18  # tokens before the decoded ones; short, as in a chat's first turn
+DECODE_PROMPT = 18  # prompt tokens of the decoding measurement; short, as in a chat's first turn
 
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """What `measure` found; each time behind it is the median of the repeats.
+    """The result of `measure`; times are medians over the repeats.
 
     Attributes:
-      batch: rows decoded together.
-      prompt_tokens: tokens a row in the prefill measurement.
-      new_tokens: tokens a row in the decoding measurement, after a prompt of 18.
-      prefill_tokens_per_second: of all rows together.
-      decode_tokens_per_second: of all rows together.
-      bytes_per_step: weights and key/value cache that one decoding step reads.
-      bytes_per_second: bytes_per_step times steps a second.
-      memory_bandwidth: bytes/s, the better of `memory_bandwidth()` before and after.
+      batch: batch size.
+      prompt_tokens: prompt tokens per row in the prefill measurement.
+      new_tokens: generated tokens per row in the decoding measurement, after a prompt of 18.
+      prefill_tokens_per_second: summed over the batch.
+      decode_tokens_per_second: summed over the batch.
+      bytes_per_step: bytes of weights and key/value cache that a decoding step reads.
+      bytes_per_second: bytes_per_step times steps per second.
+      memory_bandwidth: bytes/s, the larger of `memory_bandwidth()` before and after.
       bandwidth_share: bytes_per_second / memory_bandwidth.
     """
 
@@ -67,15 +67,16 @@ def measure(
     """Measures greedy generation from random prompts.
 
     Prefill is the time to the first token after `prompt_tokens`; decoding is the time of `new_tokens`
-    less that of the first, so neither holds the other. A first run of each, which compiles, does not count.
+    minus that of the first token, so neither includes the other. The first run of each compiles and is
+    discarded.
 
     Args:
       config: the model.
-      params: its parameters, unstacked, or each call copies them.
-      batch: rows at once.
-      prompt_tokens: of the prefill; None is 512, or half the model's context if that is less.
-      new_tokens: to decode, at least 2; None is 128, or half the model's context if that is less.
-      repeats: of each measurement.
+      params: its parameters, unstacked; otherwise each call copies them.
+      batch: batch size.
+      prompt_tokens: prompt length of the prefill; None is 512, or half the model's context if that is less.
+      new_tokens: tokens to decode, at least 2; None is 128, or half the model's context if that is less.
+      repeats: runs of each measurement.
 
     Raises:
       InputError: for fewer than 2 new tokens, or more positions than the model's context.
@@ -87,34 +88,35 @@ def measure(
         raise InputError(f"new_tokens is {new_tokens}; decoding speed needs at least 2")
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (batch, max(prompt_tokens, DECODE_PROMPT)))
 
-    def run(prompt: int, new: int) -> float:
-        tokens, lengths = jnp.asarray(ids[:, :prompt], jnp.int32), jnp.full((batch,), prompt, jnp.int32)
-        key, greedy = jax.random.key(0), Sampling(temperature=0.0)
-        work = functools.partial(generate, config, params, tokens, lengths, key, greedy, max_new_tokens=new)
-        return statistics.median(_seconds(work, repeats))
+    def generate_seconds(length: int, new_tokens: int) -> float:
+        tokens, lengths = jnp.asarray(ids[:, :length], jnp.int32), jnp.full((batch,), length, jnp.int32)
+        arguments = config, params, tokens, lengths, jax.random.key(0), Sampling(temperature=0.0)
+        run = functools.partial(generate, *arguments, max_new_tokens=new_tokens)
+        return statistics.median(_seconds(run, repeats))
 
     bandwidth = memory_bandwidth()
-    prefill = run(prompt_tokens, 1)
-    step = (run(DECODE_PROMPT, new_tokens) - run(DECODE_PROMPT, 1)) / (new_tokens - 1)
-    streamed = bytes_per_step(config, params, batch, capacity(DECODE_PROMPT + new_tokens))
-    bandwidth = max(bandwidth, memory_bandwidth())  # twice, lest a busy moment make decoding look better
+    prefill = generate_seconds(prompt_tokens, 1)
+    decode = generate_seconds(DECODE_PROMPT, new_tokens) - generate_seconds(DECODE_PROMPT, 1)
+    step = decode / (new_tokens - 1)
+    step_bytes = bytes_per_step(config, params, batch, cache_capacity(DECODE_PROMPT + new_tokens))
+    bandwidth = max(bandwidth, memory_bandwidth())  # twice: a busy machine would overstate the fraction
     return Speed(
         batch=batch,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         prefill_tokens_per_second=batch * prompt_tokens / prefill,
         decode_tokens_per_second=batch / step,
-        bytes_per_step=streamed,
-        bytes_per_second=streamed / step,
+        bytes_per_step=step_bytes,
+        bytes_per_second=step_bytes / step,
         memory_bandwidth=bandwidth,
-        bandwidth_share=streamed / step / bandwidth,
+        bandwidth_share=step_bytes / step / bandwidth,
     )
 
 
 def bytes_per_step(config: LlamaConfig, params: dict[str, Any], batch: int, cache_length: int) -> int:
-    """Returns the bytes that one decoding step reads: each weight once, and the whole key/value cache.
+    """Returns the bytes that a decoding step reads: each weight once, and the whole key/value cache.
 
-    An untied embedding table is read one row a token, which does not count.
+    An untied embedding table is not counted: a step reads one row of it per token.
     """
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     if not config.tie_word_embeddings:
@@ -130,9 +132,9 @@ def kv_cache_bytes(config: LlamaConfig, batch: int, length: int, itemsize: int) 
 
 
 def memory_bandwidth(nbytes: int = 1 << 29) -> float:
-    """Measures how fast the default device reads memory, in bytes/s.
+    """Measures the default device's memory read bandwidth in bytes/s.
 
-    The fastest of 7 sums over one float32 array far larger than any cache, on all of the device's cores.
+    The fastest of 7 sums over a float32 array far larger than any processor cache, on all cores.
     """
     array = jnp.ones((nbytes // 4,), jnp.float32)
     total = jax.jit(jnp.sum)
@@ -140,8 +142,8 @@ def memory_bandwidth(nbytes: int = 1 << 29) -> float:
 
 
 def peak_host_memory() -> int:
-    """Returns the most memory this process has held so far, in bytes."""
-    try:  # Linux; getrusage would count what the parent process held before exec
+    """Returns the peak resident memory of this process in bytes."""
+    try:  # on Linux getrusage would include the parent's memory before exec
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     except (OSError, IndexError):
@@ -151,11 +153,11 @@ def peak_host_memory() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _seconds(work: Callable[[], Any], repeats: int) -> list[float]:
-    jax.block_until_ready(work())
+def _seconds(run: Callable[[], Any], repeats: int) -> list[float]:
+    jax.block_until_ready(run())
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(work())
+        jax.block_until_ready(run())
         seconds.append(time.perf_counter() - start)
     return seconds

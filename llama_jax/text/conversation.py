@@ -104,7 +104,7 @@ class Conversation:
                 f"with this turn the conversation has {len(ids)} tokens and leaves no room for an answer in "
                 f"the model's context of {context}; shorten the message, undo turns, or reset"
             )
-        limit = arguments.whole_number("max_new_tokens", max_new_tokens)
+        limit = arguments.check_int("max_new_tokens", max_new_tokens)
         sampling, key = self.model.sampling(**settings)
         stops = StopStrings(stop_strings)
         self.prompt_tokens = len(ids)

@@ -148,7 +148,7 @@ class Model:
         sampling, key = self.sampling(**settings)
         stops = StopStrings(stop_strings)
         count = 1 if num_return_sequences is None else num_return_sequences
-        repeated = [row for row in rows for _ in range(arguments.whole_number("num_return_sequences", count))]
+        repeated = [row for row in rows for _ in range(arguments.check_int("num_return_sequences", count))]
         limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "cache_dtype": cache_dtype}
         options = {**limits, "eos_id": self.tokenizer.eos_ids, "num_return_sequences": count}
         inputs = (self.config, self.params, tokens, lengths)
@@ -169,7 +169,7 @@ class Model:
         elif draft is not None:
             out = self.speculate(
                 repeated, sampling, key, draft=draft, num_draft_tokens=num_draft_tokens, **limits
-            ).generation
+            ).output
             new, counts = np.asarray(out.tokens), np.asarray(out.lengths)
         elif stops.any:
             texts = self._generate_until_stop(inputs, key, sampling, stop_strings, options, repeated)

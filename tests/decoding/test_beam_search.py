@@ -1,4 +1,4 @@
-"""Beam search: Hugging Face's choices and scores, by golden file, and the laws that any search obeys."""
+"""Beam search: parity with Hugging Face by golden file, and invariants of any beam search."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from tests.random_models import random_model, random_prompts
 KEY = jax.random.key(0)
 CONFIG, STACKED = random_model(0, lj.presets.TINY.replace(num_hidden_layers=1))
 PARAMS = lj.unstack(STACKED)
-# One shape for all laws, so that they share a compiled program.
+# One shape for most tests, so that they share a compiled program.
 PROMPTS, LENGTHS = random_prompts(0, CONFIG, [3, 17, 1, 9])
-RULED = {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "suppress_tokens": (5, 6)}
+PROCESSORS = {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "suppress_tokens": (5, 6)}
 END = [7, 30]
 
 
@@ -69,8 +69,8 @@ def test_smollm2_equals_hugging_face(smollm2, golden, number):
     assert_found(out, golden, f"smollm2_{number}", 0)
 
 
-def test_the_golden_tells_the_settings_apart(golden):
-    """Guards the golden itself: settings that change nothing would prove nothing."""
+def test_the_golden_file_distinguishes_the_settings(golden):
+    """Checks the golden file itself: settings without an effect would test nothing."""
     pairs = dict.fromkeys(itertools.combinations(range(7), 2), 0)
     for number in beams.MODELS:
         found = golden[f"tokens_{number}"]
@@ -87,7 +87,7 @@ def search(tokens=PROMPTS, lengths=LENGTHS, beams=4, *, params=PARAMS, **setting
 
 
 @pytest.mark.parametrize("stop", [False, True, "never"])
-@pytest.mark.parametrize("sampling", [{}, RULED], ids=["plain", "ruled"])
+@pytest.mark.parametrize("sampling", [{}, PROCESSORS], ids=["plain", "processors"])
 def test_one_beam_is_greedy_decoding(sampling, stop):
     greedy = lj.Sampling(temperature=0.0, **sampling)
     generate = functools.partial(
@@ -104,7 +104,7 @@ def test_one_beam_is_greedy_decoding(sampling, stop):
 
 
 def test_a_row_in_a_ragged_batch_is_the_row_alone():
-    settings = {"eos_id": END, "num_return_sequences": 3, "sampling": lj.Sampling(**RULED)}
+    settings = {"eos_id": END, "num_return_sequences": 3, "sampling": lj.Sampling(**PROCESSORS)}
     together = search(length_penalty=np.arange(4.0), **settings)
     for row in range(4):
         prompt, length = PROMPTS[row : row + 1, : LENGTHS[row]], LENGTHS[row : row + 1]
@@ -139,7 +139,7 @@ def test_scores_are_those_of_forward(penalty):
         np.testing.assert_allclose(out.scores[row, text], score, rtol=1e-5)
 
 
-def test_texts_are_distinct_and_only_their_last_token_ends_them():
+def test_sequences_are_distinct_and_only_their_last_token_is_eos():
     out = search(eos_id=list(range(40)), num_return_sequences=4)
     early = 0
     for row in range(4):
@@ -155,7 +155,7 @@ def test_texts_are_distinct_and_only_their_last_token_ends_them():
 
 @pytest.mark.parametrize("penalty", [1.0, 0.0, -0.7])
 @pytest.mark.parametrize("ends", [None, 2, [2, 2, 4]], ids=str)
-def test_as_many_beams_as_tokens_find_the_best_of_all_texts_of_two(ends, penalty):
+def test_v_beams_find_the_best_of_all_sequences_of_two_tokens(ends, penalty):
     vocabulary = 7
     config, params = random_model(11, CONFIG.replace(vocab_size=vocabulary))
     tokens, lengths = random_prompts(3, config, [4])
@@ -179,7 +179,7 @@ def test_as_many_beams_as_tokens_find_the_best_of_all_texts_of_two(ends, penalty
 
 
 @pytest.mark.parametrize("penalty", [2.0, 1.0, 0.0, -1.0])
-def test_who_stops_later_finds_nothing_worse(penalty):
+def test_later_stopping_never_lowers_a_score(penalty):
     settings = {"eos_id": list(range(100)), "length_penalty": penalty, "num_return_sequences": 4}
     once, now, never = (search(early_stopping=stop, **settings).scores for stop in (True, False, "never"))
     assert (once <= now).all() and (now <= never).all()
@@ -189,7 +189,7 @@ def test_who_stops_later_finds_nothing_worse(penalty):
         np.testing.assert_array_equal(now, never)
 
 
-def test_rules_hold_for_every_text():
+def test_logits_processors_apply_to_every_sequence():
     sampling = lj.Sampling(
         no_repeat_ngram_size=2, min_new_tokens=6, suppress_tokens=range(10, 90), forced_tokens=[100, -1, 101]
     )
@@ -204,7 +204,7 @@ def test_rules_hold_for_every_text():
         assert not [at for at in new if pairs[at] in pairs[:at] and at - LENGTHS[row] + 1 not in (0, 2)]
 
 
-def test_texts_that_do_not_exist_are_empty():
+def test_missing_sequences_are_empty():
     forced = lj.Sampling(forced_tokens=[8, 9])
     out = search(max_new_tokens=2, num_return_sequences=3, length_penalty=300.0, sampling=forced)
     for row in range(4):
@@ -242,8 +242,8 @@ def test_works_inside_shard_map():
 @pytest.mark.parametrize(
     ("spec", "rows"), [("fsdp=2,context=2,tensor=2", 4), ("fsdp=4,tensor=2", 3), ("fsdp=8", 1)]
 )
-def test_on_a_mesh_it_is_what_it_is_without_one(spec, rows):
-    settings = {"eos_id": END, "num_return_sequences": 4, "sampling": lj.Sampling(**RULED)}
+def test_a_mesh_gives_the_same_sequences(spec, rows):
+    settings = {"eos_id": END, "num_return_sequences": 4, "sampling": lj.Sampling(**PROCESSORS)}
     prompts = PROMPTS[-rows:], LENGTHS[-rows:]
     expected = search(*prompts, **settings)
     mesh = sharding.make_mesh(spec)
@@ -267,7 +267,7 @@ def test_an_int8_cache_changes_little():
     assert np.any(rounded.scores != exact.scores)
 
 
-def test_no_setting_and_no_length_of_a_size_compiles_anything():
+def test_no_setting_and_no_length_within_a_bucket_recompiles():
     forms = [
         {"length_penalty": 0},
         {"length_penalty": np.float64(1.5), "early_stopping": True},
@@ -285,17 +285,17 @@ def test_no_setting_and_no_length_of_a_size_compiles_anything():
 
 
 def test_the_compiled_loop_never_copies_or_reorders_the_cache():
-    request = arguments.check(CONFIG, PROMPTS[:3], LENGTHS[:3], None, None, 20)
-    fixed = module._Search(
+    request = arguments.prepare_request(CONFIG, PROMPTS[:3], LENGTHS[:3], None, None, 20)
+    fixed = module._Arguments(
         lengths=request.lengths,
-        longest=jnp.int32(17),
+        max_prompt_length=jnp.int32(17),
         limit=jnp.int32(20),
         eos_ids=request.eos_ids,
         length_penalty=jnp.ones(3),
         early_stopping=jnp.int32(0),
         sampling=request.sampling,
     )
-    compiled = module._beams.lower(CONFIG, PARAMS, request.tokens, fixed, 4, 144, None).compile()
+    compiled = module._beam_search.lower(CONFIG, PARAMS, request.tokens, fixed, 4, 144, None).compile()
     body = loop_body(compiled.as_text())
     cache = (3, CONFIG.num_key_value_heads, 144, CONFIG.head_dim)
     assert "f32[" + ",".join(map(str, cache)) + "]" in body and "dot" in body
@@ -303,7 +303,7 @@ def test_the_compiled_loop_never_copies_or_reorders_the_cache():
     moves = "copy|transpose|convert|gather|concatenate|slice|dynamic-slice"
     moved = re.findall(rf"= \w+\[([\d,]+)\]\S* (?:{moves})\(", body)
     sizes = {shape: math.prod(map(int, shape.split(","))) for shape in moved}
-    assert f"3,4,{cache[2]}" in sizes  # the mask is what is reordered
+    assert f"3,4,{cache[2]}" in sizes  # the mask is reordered
     assert not [shape for shape, size in sizes.items() if size in large]
 
 
@@ -321,8 +321,8 @@ def test_the_compiled_loop_never_copies_or_reorders_the_cache():
         ({"early_stopping": "always"}, "early_stopping is 'always'; it must be True, False or \"never\""),
         ({"early_stopping": None}, "early_stopping is None"),
         ({"early_stopping": 1}, "early_stopping is 1"),
-        ({"sampling": lj.Sampling(temperature=0.7)}, "temperature is 0.7, but beam search leaves nothing to"),
-        ({"sampling": lj.Sampling(top_k=[0, 5])}, "top_k is 5, but beam search leaves nothing to chance"),
+        ({"sampling": lj.Sampling(temperature=0.7)}, "temperature is 0.7, but beam search does not sample"),
+        ({"sampling": lj.Sampling(top_k=[0, 5])}, "top_k is 5, but beam search does not sample"),
         ({"sampling": lj.Sampling(top_p=0.9)}, "top_p is 0.9, but"),
         ({"sampling": lj.Sampling(min_p=0.1)}, "min_p is 0.1, but"),
         ({"sampling": lj.Sampling(temperature=-1)}, "temperature is -1"),
@@ -335,7 +335,7 @@ def test_the_compiled_loop_never_copies_or_reorders_the_cache():
         ({"max_new_tokens": 254}, "max_new_tokens 254 need 257 positions; the model's context has 256"),
     ],
 )  # fmt: skip
-def test_says_what_cannot_work(given, message):
+def test_invalid_arguments_are_refused(given, message):
     prompts = {"tokens": [[1, 2, 3, 4], [5, 6, 7, 8]], "lengths": [3, 3]}
     settings = {**prompts, "num_beams": 3, "max_new_tokens": 4, **given}
     tokens, lengths = (np.array(settings.pop(name)) for name in prompts)

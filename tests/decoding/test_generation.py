@@ -1,4 +1,4 @@
-"""Decoding's laws: a row depends on itself alone, and generate is a pure function like any other."""
+"""Invariants of decoding: a row does not depend on its batch, and generate is a pure function."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MODEL = random_model(0, lj.presets.TINY)
 
 @contextlib.contextmanager
 def counting_compiles():
-    """Counts programs that XLA compiles, whoever asks for them."""
+    """Collects an event for each program that XLA compiles."""
     compiled = []
 
     def listen(event, duration, **_):
@@ -42,7 +42,7 @@ def counting_compiles():
 
 
 def by_forward(config, params, prompt, count):
-    """Greedy decoding the slow way: the whole text through `forward` for every token."""
+    """Greedy decoding without a cache: the whole sequence through `forward` for every token."""
     text = list(prompt)
     forward = jax.jit(lambda tokens: lj.forward(config, params, tokens))
     for _ in range(count):
@@ -105,7 +105,7 @@ def test_log_probabilities_are_those_of_forward(sampling):
     np.testing.assert_allclose(out.logprobs, picked, atol=2e-5)
 
 
-def test_a_row_ends_with_any_of_its_end_tokens_and_the_loop_with_the_last_row():
+def test_a_row_ends_with_any_eos_id_and_the_loop_with_the_last_row():
     config, params = random_model(1)
     tokens, lengths = random_prompts(1, config, [5, 8])
     free = lj.generate(config, params, tokens, lengths, KEY, GREEDY, max_new_tokens=10)
@@ -176,8 +176,8 @@ def test_works_inside_shard_map():
 
 
 @pytest.mark.parametrize("length", [1, 2, 33, 161, 300])
-def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(length):
-    """300 takes a large piece and small ones, 161 one large piece that is not full, 1 none at all."""
+def test_chunked_prefill_equals_forward(length):
+    """300 tokens take a large chunk and small ones, 161 one large chunk that is not full, 1 none."""
     config, params = MODEL
     config = config.replace(max_position_embeddings=1024)
     tokens, lengths = random_prompts(0, config, [length, max(1, length // 2)])
@@ -187,15 +187,17 @@ def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(length):
         assert out.tokens[row].tolist() == by_forward(config, params, prompt, 4)
 
 
-def test_reading_a_longer_prompt_takes_no_more_memory_than_its_cache():
-    """Prompts are read in pieces: what a program needs besides its cache does not grow with them."""
+def test_prefill_memory_grows_with_the_cache_alone():
+    """Activation memory is that of one chunk, whatever the prompt's length."""
     config = lj.presets.TINY.replace(max_position_embeddings=8192, num_hidden_layers=1)
     weights = jax.eval_shape(lambda key: lj.unstack(lj.init(config, key)), jax.random.key(0))
     static = {"num_return_sequences": 1, "top_logprobs": 0, "cache_dtype": None}
     temporary = []
     for length in (2000, 8000):
-        request = arguments.check(config, np.ones((1, length), int), np.array([length]), GREEDY, None, 8)
-        program = generation._start.lower(
+        request = arguments.prepare_request(
+            config, np.ones((1, length), int), np.array([length]), GREEDY, None, 8
+        )
+        program = generation._prefill_bucketed.lower(
             config, weights, *request[:2], np.int32(length - 1), KEY, *request[2:4], np.int32(8), **static
         )
         temporary.append(program.compile().memory_analysis().temp_size_in_bytes)
@@ -203,8 +205,8 @@ def test_reading_a_longer_prompt_takes_no_more_memory_than_its_cache():
     assert temporary[1] - temporary[0] <= 2 * kv * (8192 - 2048)  # the cache itself, in and out of the loop
 
 
-def test_a_step_too_many_changes_nothing():
-    """The cache never wraps: rows that have reached their limit write no further."""
+def test_steps_past_the_limit_change_nothing():
+    """Rows at their limit write nothing more to output and history."""
     config, params = MODEL
     weights = lj.unstack(params)
     tokens, lengths = random_prompts(0, config, [6, 3])
@@ -219,8 +221,8 @@ def test_a_step_too_many_changes_nothing():
     assert all(jax.tree.leaves(same))
 
 
-def test_every_request_is_answered_by_programs_that_a_warm_up_compiled():
-    """500 requests of lengths 1 to 1500, everything that a request may set varied."""
+def test_after_warm_up_no_request_compiles():
+    """500 requests of lengths 1 to 1500 with random settings."""
     config, params = random_model(0)
     config = config.replace(max_position_embeddings=2048, num_hidden_layers=1)
     weights = {**params, "layers": lj.unstack(params)["layers"][:1]}
@@ -256,7 +258,7 @@ def test_every_request_is_answered_by_programs_that_a_warm_up_compiled():
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, RANDOM], ids=["greedy", "random"])
-def test_several_sequences_of_a_prompt_are_those_of_the_prompt_repeated(sampling):
+def test_num_return_sequences_equals_repeated_prompts(sampling):
     config, params = random_model(2)
     tokens, lengths = random_prompts(2, config, [5, 8])
     out = lj.generate(
@@ -268,7 +270,7 @@ def test_several_sequences_of_a_prompt_are_those_of_the_prompt_repeated(sampling
     assert (sampling is GREEDY) == bool((out.tokens[0] == out.tokens[1]).all())
 
 
-def test_the_likeliest_tokens_of_each_step_are_those_of_forward():
+def test_top_logprobs_are_those_of_forward():
     config, params = random_model(6)
     tokens, lengths = random_prompts(6, config, [6, 6])
     out = lj.generate(config, params, tokens, lengths, KEY, RANDOM, max_new_tokens=7, top_logprobs=5)
@@ -280,7 +282,7 @@ def test_the_likeliest_tokens_of_each_step_are_those_of_forward():
 
 
 @pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-5), ("bfloat16", 0.1), ("int8", 0.1)])
-def test_a_smaller_cache_gives_nearly_the_same_log_probabilities(dtype, close):
+def test_a_cache_of_lower_precision_gives_nearly_the_same_log_probabilities(dtype, close):
     config, params = random_model(6)
     tokens, lengths = random_prompts(6, config, [40, 21])
     forced = np.random.default_rng(0).integers(0, config.vocab_size, 8)
@@ -293,7 +295,7 @@ def test_a_smaller_cache_gives_nearly_the_same_log_probabilities(dtype, close):
 
 
 def test_generate_inside_a_program_that_takes_gradients():
-    """REINFORCE in one jitted function: `generate` is a constant of the gradient, as it should be."""
+    """REINFORCE in one jitted function: `generate` contributes no gradient."""
     config, params = random_model(3)
     tokens, lengths = random_prompts(3, config, [5, 5])
 
@@ -308,8 +310,8 @@ def test_generate_inside_a_program_that_takes_gradients():
 
     drawn = lj.generate(config, params, tokens, lengths, KEY, RANDOM, max_new_tokens=4).tokens
     got = jax.jit(jax.grad(through))(params)
-    wanted = jax.jit(jax.grad(score))(params, tokens, drawn)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, wanted)
+    expected = jax.jit(jax.grad(score))(params, tokens, drawn)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, expected)
     assert any(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(got))
 
 
@@ -331,10 +333,10 @@ def test_the_compiled_loop_never_copies_the_cache_or_a_weight():
     config, params = MODEL
     tokens, lengths = random_prompts(0, config, [16, 16, 9])
     weights = lj.unstack(params)
-    request = arguments.check(config, tokens, lengths, GREEDY, None, 100)
+    request = arguments.prepare_request(config, tokens, lengths, GREEDY, None, 100)
     static = {"num_return_sequences": 1, "top_logprobs": 0, "cache_dtype": None}
-    state = generation.start(config, weights, request, KEY, 100, **static)
-    compiled = generation.advancing("cpu").lower(config, weights, state, np.int32(100))
+    state = generation.prefill_jit(config, weights, request, KEY, 100, **static)
+    compiled = generation.decode_program("cpu").lower(config, weights, state, np.int32(100))
     body = loop_body(compiled.compile().as_text())
     cache = (3, config.num_key_value_heads, 128, config.head_dim)
     assert "f32[" + ",".join(map(str, cache)) + "]" in body and "dot" in body
@@ -344,19 +346,19 @@ def test_the_compiled_loop_never_copies_the_cache_or_a_weight():
     assert moved and not [shape for shape, size in sizes.items() if size in large]
 
 
-def test_the_compiled_loop_of_one_row_copies_no_cache_either():
+def test_the_compiled_loop_of_one_row_never_copies_the_cache():
     config, params = MODEL
     tokens, lengths = random_prompts(0, config, [16])
     weights = lj.unstack(params)
-    request = arguments.check(config, tokens, lengths, GREEDY, None, 100)
+    request = arguments.prepare_request(config, tokens, lengths, GREEDY, None, 100)
     static = {"num_return_sequences": 1, "top_logprobs": 0, "cache_dtype": None}
-    state = generation.start(config, weights, request, KEY, 100, **static)
+    state = generation.prefill_jit(config, weights, request, KEY, 100, **static)
     body = loop_body(
-        generation.advancing("cpu").lower(config, weights, state, np.int32(100)).compile().as_text()
+        generation.decode_program("cpu").lower(config, weights, state, np.int32(100)).compile().as_text()
     )
     heads, width = config.num_key_value_heads, config.head_dim
     assert re.search(rf"f32\[(1,{heads}|{heads},1),128,{width}\]", body)
-    # Nor turned around for the product with the query.
+    # Nor transposed for the product with the query.
     sides = rf"(128,{width}|{width},128)"
     moved = rf"= f32\[(1,{heads}|{heads},1|{heads}),{sides}\]\S* (?:copy|select|transpose)\("
     assert not re.search(moved, body)
@@ -366,7 +368,7 @@ def test_the_compiled_loop_of_one_row_copies_no_cache_either():
     ("arguments", "message"),
     [
         ({"lengths": [0, 3]}, "lengths is 0 in row 0: an empty prompt"),
-        ({"lengths": [3, 9]}, "lengths is 9 in row 1: longer than tokens, which holds 4 a row"),
+        ({"lengths": [3, 9]}, "lengths is 9 in row 1: longer than a row of tokens, which is 4"),
         ({"lengths": [3]}, "lengths has shape (1,); it must be [2]"),
         (
             {"tokens": [[1, 2, 3, 4], [1, 256, 3, 4]]},
@@ -398,7 +400,7 @@ def test_the_compiled_loop_of_one_row_copies_no_cache_either():
         ({"key": jax.random.split(KEY, 3)}, "key has shape (3,); give one key, or one for each of 2 rows"),
     ],
 )
-def test_says_what_cannot_work(arguments, message):
+def test_invalid_arguments_are_refused(arguments, message):
     given = {
         "tokens": [[1, 2, 3, 4], [5, 6, 7, 8]],
         "lengths": [3, 3],
@@ -413,7 +415,7 @@ def test_says_what_cannot_work(arguments, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_no_form_of_a_setting_and_no_length_within_a_bucket_compiles_anything():
+def test_no_type_of_a_setting_and_no_length_within_a_bucket_recompiles():
     config, params = MODEL
     array = lambda x: np.array([x], np.float64)  # noqa: E731
     forms = [
@@ -441,7 +443,7 @@ def test_no_form_of_a_setting_and_no_length_within_a_bucket_compiles_anything():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("spec", ["tensor=2", "context=2"])
-def test_a_single_prompt_on_a_mesh_is_the_prompt_without_one(spec, dtype):
+def test_a_single_prompt_on_a_mesh_gives_the_same_tokens(spec, dtype):
     config, params = MODEL
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     tokens, lengths = random_prompts(0, config, [6])
@@ -457,7 +459,7 @@ def test_a_single_prompt_on_a_mesh_is_the_prompt_without_one(spec, dtype):
 
 
 def test_one_row_of_multi_head_attention_on_a_mesh():
-    """G = 1: a reshape to groups of one must not lose the layout of a batch of one."""
+    """G = 1: a reshape to groups of one must not lose the sharding of a batch of one."""
     config, params = random_model(0, lj.presets.TINY.replace(num_key_value_heads=8, num_hidden_layers=1))
     tokens, lengths = random_prompts(0, config, [6])
     expected = lj.generate(config, params, tokens, lengths, KEY, GREEDY, max_new_tokens=4)

@@ -1,4 +1,4 @@
-"""The rules that go by the text: each against its definition, said slowly in Python."""
+"""Logits processors: each against its definition in plain Python."""
 
 from __future__ import annotations
 
@@ -24,41 +24,41 @@ logits_row = st.lists(st.floats(-8, 8, width=32, allow_subnormal=False), min_siz
 
 
 def text_of(row, prompt=0, room=16):
-    tokens = np.full((1, room), V - 1, np.int32)  # what stands after the text must not count
+    tokens = np.full((1, room), V - 1, np.int32)  # tokens after the history must not count
     tokens[0, : len(row)] = row
     return TokenHistory(jnp.asarray(tokens), jnp.array([len(row)]), jnp.array([prompt]))
 
 
 apply = jax.jit(
-    lambda logits, s, text, eos: logits_processors.apply(logits, s.rows(1).processors(), text, eos)
+    lambda logits, s, text, eos: logits_processors.apply(logits, s.broadcast(1).processors(), text, eos)
 )
 NO_EOS = jnp.full(8, -1)
 
 
-def ruled(logits, text, eos=NO_EOS, **settings):
+def process(logits, text, eos=NO_EOS, **settings):
     return np.asarray(apply(logits, Sampling(**settings), text, eos))
 
 
 @fast
 @given(logits_row, texts)
-def test_rules_that_are_off_change_nothing(logits, row):
-    np.testing.assert_array_equal(ruled(logits, text_of(row)), logits)
+def test_processors_that_are_off_change_nothing(logits, row):
+    np.testing.assert_array_equal(process(logits, text_of(row)), logits)
 
 
 @fast
 @given(logits_row, texts, st.floats(0.5, 3, width=32))
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens(logits, row, x):
-    got = ruled(logits, text_of(row), repetition_penalty=x)
+    got = process(logits, text_of(row), repetition_penalty=x)
     for token, logit in enumerate(logits[0]):
-        wanted = (logit / np.float32(x) if logit > 0 else logit * np.float32(x)) if token in row else logit
-        np.testing.assert_allclose(got[0, token], wanted, rtol=1e-6, atol=1e-30)  # XLA flushes subnormals
+        expected = (logit / np.float32(x) if logit > 0 else logit * np.float32(x)) if token in row else logit
+        np.testing.assert_allclose(got[0, token], expected, rtol=1e-6, atol=1e-30)  # XLA flushes subnormals
 
 
 @fast
 @given(logits_row, texts, st.integers(0, 12), st.floats(-2, 2, width=32), st.floats(-2, 2, width=32))
-def test_presence_and_frequency_count_the_continuation_alone(logits, row, prompt, presence, frequency):
+def test_presence_and_frequency_penalties_count_generated_tokens(logits, row, prompt, presence, frequency):
     prompt = min(prompt, len(row))
-    got = ruled(logits, text_of(row, prompt), presence_penalty=presence, frequency_penalty=frequency)
+    got = process(logits, text_of(row, prompt), presence_penalty=presence, frequency_penalty=frequency)
     for token, logit in enumerate(logits[0]):
         count = row[prompt:].count(token)
         np.testing.assert_allclose(
@@ -68,20 +68,20 @@ def test_presence_and_frequency_count_the_continuation_alone(logits, row, prompt
 
 @fast
 @given(logits_row, texts, st.integers(1, 5))
-def test_no_ngram_comes_twice(logits, row, size):
-    got = ruled(logits, text_of(row), no_repeat_ngram_size=size)
+def test_no_ngram_is_repeated(logits, row, size):
+    got = process(logits, text_of(row), no_repeat_ngram_size=size)
     there = {tuple(row[i : i + size]) for i in range(len(row) - size + 1)}
     start = tuple(row[len(row) - size + 1 :]) if size > 1 else ()
     banned = {token for token in range(V) if len(row) >= size and (*start, token) in there}
-    banned = banned if len(banned) < V else set()  # a row is never left without a token
+    banned = banned if len(banned) < V else set()  # a row always keeps a token
     assert {int(token) for token in np.flatnonzero(np.isinf(got[0]))} == banned
 
 
 @fast
 @given(logits_row, texts, st.integers(0, 12), st.integers(0, 12))
-def test_no_end_before_the_least_length_and_bans_hold(logits, row, prompt, least):
+def test_no_eos_before_min_new_tokens_and_no_suppressed_token(logits, row, prompt, least):
     prompt = min(prompt, len(row))
-    got = ruled(
+    got = process(
         logits, text_of(row, prompt), jnp.array([2, 4, -1]), min_new_tokens=least, suppress_tokens=[0]
     )
     early = {2, 4} if len(row) - prompt < least else set()
@@ -90,8 +90,8 @@ def test_no_end_before_the_least_length_and_bans_hold(logits, row, prompt, least
 
 @fast
 @given(logits_row, st.integers(0, 4))
-def test_forced_tokens_leave_no_choice_and_free_places_leave_it_all(logits, count):
-    got = ruled(logits, text_of([1] * (3 + count), 3), forced_tokens=[5, -1, 2])
+def test_forced_tokens_mask_all_others_and_free_positions_none(logits, count):
+    got = process(logits, text_of([1] * (3 + count), 3), forced_tokens=[5, -1, 2])
     if count in (0, 2):
         assert np.flatnonzero(np.isfinite(got[0])).tolist() == [5 if count == 0 else 2]
     else:
@@ -102,8 +102,8 @@ def test_forced_tokens_leave_no_choice_and_free_places_leave_it_all(logits, coun
 @given(logits_row, texts, st.integers(1, 4))
 def test_bans_are_idempotent(logits, row, size):
     bans = {"no_repeat_ngram_size": size, "suppress_tokens": [1, 3]}
-    once = ruled(logits, text_of(row), **bans)
-    np.testing.assert_array_equal(ruled(once, text_of(row), **bans), once)
+    once = process(logits, text_of(row), **bans)
+    np.testing.assert_array_equal(process(once, text_of(row), **bans), once)
 
 
 ROWS = (
@@ -116,8 +116,8 @@ ROWS = (
 )
 
 
-def test_rows_with_every_kind_of_setting_are_what_each_is_alone():
-    """One batch holds greedy, random, penalised, banned and forced rows; none knows of another."""
+def test_rows_of_a_mixed_batch_equal_each_row_alone():
+    """Greedy, random, penalized, suppressed and forced rows in one batch do not affect each other."""
     config, params = random_model(4)
     tokens, lengths = random_prompts(4, config, [5, 9, 3, 7, 1, 6])
     keys = jax.random.split(KEY, len(ROWS))
@@ -146,4 +146,4 @@ def test_rows_with_every_kind_of_setting_are_what_each_is_alone():
     assert out.lengths[4] >= 6
     assert out.tokens[5, 0] == 3 and out.tokens[5, 2] == 7
     fifth = np.asarray(out.tokens[4, : out.lengths[4]]).tolist()
-    assert len(set(fifth)) == len(fifth), "an n-gram of one token comes once"
+    assert len(set(fifth)) == len(fifth), "an n-gram of one token occurs once"

@@ -1,4 +1,4 @@
-"""The sampling transforms: each against its definition, their laws, and what is refused."""
+"""Sampling transforms: each against its definition, their invariants, and invalid settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jax.extend.core import jaxprs_in_params
 
 from llama_jax.decoding import logits_processors, sampling
 from llama_jax.decoding.logits_processors import TokenHistory
-from llama_jax.decoding.sampling import Sampling, choose
+from llama_jax.decoding.sampling import Sampling, sample
 from llama_jax.errors import InputError
 
 logits_rows = st.lists(
@@ -60,7 +60,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(logits, p):
 
 @fast
 @given(logits_rows, st.floats(0.001, 1.0))
-def test_min_p_keeps_what_is_likely_enough(logits, share):
+def test_min_p_keeps_tokens_above_the_fraction(logits, share):
     got = kept(min_p(logits, rows(share, share, share)))
     ratio = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True).astype(np.float64))
     clear = np.abs(ratio / share - 1) > 1e-4  # away from rounding at the edge
@@ -70,11 +70,11 @@ def test_min_p_keeps_what_is_likely_enough(logits, share):
 
 @fast
 @given(logits_rows, st.integers(1, 11), st.floats(0.05, 0.95), st.floats(0.01, 0.9))
-def test_filters_are_idempotent_where_they_should_be(logits, k, p, share):
+def test_top_k_and_min_p_are_idempotent(logits, k, p, share):
     for apply, value in ((top_k, rows(k, k, k, dtype=jnp.int32)), (min_p, rows(share, share, share))):
         once = apply(logits, value)
         np.testing.assert_array_equal(apply(once, value), once)
-    # Top-p renormalises what is left, so a second pass may cut further, but never what it must keep.
+    # Top-p renormalizes, so a second pass may cut further, but never what it must keep.
     twice = kept(top_p(top_p(logits, rows(p, p, p)), rows(p, p, p)))
     assert twice.any(-1).all() and not (twice & ~kept(top_p(logits, rows(p, p, p)))).any()
 
@@ -82,7 +82,7 @@ def test_filters_are_idempotent_where_they_should_be(logits, k, p, share):
 @fast
 @given(logits_rows)
 def test_settings_that_are_off_change_nothing(logits):
-    np.testing.assert_array_equal(jax.jit(sampling.transform)(logits, Sampling().rows(3)), logits)
+    np.testing.assert_array_equal(jax.jit(sampling.transform)(logits, Sampling().broadcast(3)), logits)
 
 
 def test_order_is_temperature_k_p_min_p():
@@ -90,39 +90,39 @@ def test_order_is_temperature_k_p_min_p():
     s = Sampling(temperature=0.5, top_k=3, top_p=0.9, min_p=0.2)
     expected = sampling.top_k(logits / 0.5, rows(3, dtype=jnp.int32))
     expected = sampling.min_p(sampling.top_p(expected, rows(0.9)), rows(0.2))
-    np.testing.assert_array_equal(sampling.transform(logits, s.rows(1)), expected)
+    np.testing.assert_array_equal(sampling.transform(logits, s.broadcast(1)), expected)
     assert kept(expected).sum() == 1
 
 
-greedy_choose = jax.jit(lambda logits, s, keys: choose(logits, s.rows(logits.shape[0]), keys))
+sample_jit = jax.jit(lambda logits, s, keys: sample(logits, s.broadcast(logits.shape[0]), keys))
 
 
 def drawn(logits, s, count=20_000, seed=0):
     keys = jax.random.split(jax.random.key(seed), count)
-    one = lambda key: choose(logits[None], s.rows(1), key[None])[0]  # noqa: E731
+    one = lambda key: sample(logits[None], s.broadcast(1), key[None])[0]  # noqa: E731
     return np.bincount(np.asarray(jax.jit(jax.vmap(one))(keys)), minlength=logits.size)
 
 
 def chi_square(counts, probabilities):
     expected = probabilities * counts.sum()
     used = expected > 0
-    assert counts[~used].sum() == 0, "a token of probability 0 was drawn"
+    assert counts[~used].sum() == 0, "a token of probability 0 was sampled"
     return ((counts[used] - expected[used]) ** 2 / expected[used]).sum(), used.sum() - 1
 
 
 @pytest.mark.parametrize("vocab", [7, 256, 700])
-def test_draws_follow_the_softmax(vocab):
-    """Chi-square over 20,000 draws; 256 tokens fill one block of the walk, 700 take three."""
+def test_samples_follow_the_softmax(vocab):
+    """Chi-square over 20,000 samples; 256 tokens fill one block of the search, 700 take three."""
     logits = jax.random.normal(jax.random.key(vocab), (vocab,)) * 1.5
     counts = drawn(logits, Sampling(temperature=0.8))
     statistic, freedom = chi_square(counts, np.asarray(jax.nn.softmax(logits / 0.8), np.float64))
     assert statistic < freedom + 5 * np.sqrt(2 * freedom)
 
 
-def test_draws_under_filters_follow_the_filtered_softmax():
+def test_samples_with_filters_follow_the_filtered_softmax():
     logits = jnp.array([2.0, 1.5, 1.0, 0.0, -1.0, -9.0])
     s = Sampling(temperature=1.3, top_k=4, top_p=0.95, min_p=0.05)
-    target = jax.nn.softmax(sampling.transform(logits[None], s.rows(1)))[0]
+    target = jax.nn.softmax(sampling.transform(logits[None], s.broadcast(1)))[0]
     statistic, freedom = chi_square(drawn(logits, s), np.asarray(target, np.float64))
     assert statistic < freedom + 5 * np.sqrt(2 * freedom)
 
@@ -132,16 +132,16 @@ def test_draws_under_filters_follow_the_filtered_softmax():
 def test_top_k_1_and_temperature_0_are_greedy(logits, seed):
     keys = jax.random.split(jax.random.key(seed), 3)
     for s in (Sampling(temperature=0.0), Sampling(top_k=1), Sampling(temperature=7.0, top_k=1)):
-        np.testing.assert_array_equal(greedy_choose(logits, s, keys), logits.argmax(-1))
+        np.testing.assert_array_equal(sample_jit(logits, s, keys), logits.argmax(-1))
 
 
 def test_each_row_has_its_own_settings():
     logits = jnp.tile(jax.random.normal(jax.random.key(0), (1, 40)), (3, 1))
     keys = jax.random.split(jax.random.key(1), 3)
     mixed = Sampling(temperature=rows(0.0, 1.0, 3.0), top_k=rows(0, 5, 0, dtype=jnp.int32))
-    together = greedy_choose(logits, mixed, keys)
+    together = sample_jit(logits, mixed, keys)
     for row, (t, k) in enumerate([(0.0, 0), (1.0, 5), (3.0, 0)]):
-        alone = greedy_choose(logits[:1], Sampling(temperature=t, top_k=k), keys[row : row + 1])
+        alone = sample_jit(logits[:1], Sampling(temperature=t, top_k=k), keys[row : row + 1])
         assert together[row] == alone[0]
 
 
@@ -174,12 +174,12 @@ def test_a_filter_that_is_off_in_every_row_does_not_read_the_logits():
     logits, keys = jnp.zeros((2, 300)), jax.random.split(jax.random.key(0), 2)
     history = TokenHistory(jnp.zeros((2, 40), jnp.int32), jnp.array([9, 9]), jnp.array([3, 3]))
 
-    processors = functools.partial(logits_processors.apply, text=history, eos_ids=jnp.full(8, -1))
+    processors = functools.partial(logits_processors.apply, history=history, eos_ids=jnp.full(8, -1))
 
     def step(logits, settings, keys):
-        return choose(processors(logits, settings.processors()), settings, keys)
+        return sample(processors(logits, settings.processors()), settings, keys)
 
-    settings = Sampling().rows(2)
+    settings = Sampling().broadcast(2)
     program = jax.make_jaxpr(step)(logits, settings, keys).jaxpr
     assert vocabulary_passes(program) == vocabulary_passes(jax.make_jaxpr(sampling.argmax)(logits).jaxpr)
     filters = jax.make_jaxpr(sampling.transform)(logits, settings).jaxpr
@@ -222,7 +222,7 @@ def test_a_filter_that_is_off_in_every_row_does_not_read_the_logits():
         ),
     ],
 )
-def test_refuses_settings_out_of_range(settings, message):
+def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(InputError) as error:
         Sampling(**settings).check(batch=2, vocab_size=50)
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -240,11 +240,11 @@ def test_refuses_settings_out_of_range(settings, message):
         {"temperature": -1.0, "top_p": 0.5},
     ],
 )
-def test_no_setting_draws_an_id_outside_the_vocabulary(settings):
-    """Values that only tracing lets through, and ones that f32 rounds to nothing."""
+def test_no_setting_samples_an_id_outside_the_vocabulary(settings):
+    """Invalid values, which pass unchecked only while tracing, and ones that f32 rounds to 0."""
     logits = jax.random.normal(jax.random.key(0), (4, 300)) * 10
     keys = jax.random.split(jax.random.key(1), 4)
-    token = greedy_choose(logits, Sampling(**settings), keys)
+    token = sample_jit(logits, Sampling(**settings), keys)
     assert (token < 300).all()
     if settings.get("top_k") is None:
         np.testing.assert_array_equal(token, logits.argmax(-1))
@@ -259,7 +259,7 @@ def test_argmax_is_numpys(row):
 
 def test_nan_logits_stay_inside_the_vocabulary():
     keys = jax.random.split(jax.random.key(1), 2)
-    token = greedy_choose(jnp.full((2, 300), jnp.nan), Sampling(), keys)
+    token = sample_jit(jnp.full((2, 300), jnp.nan), Sampling(), keys)
     assert ((token >= 0) & (token < 300)).all()
 
 
@@ -272,7 +272,7 @@ def test_nan_logits_stay_inside_the_vocabulary():
         ({"top_k": None}, "top_k is None; it must be a number"),
     ],
 )
-def test_refuses_what_f32_and_int32_cannot_hold(settings, message):
+def test_settings_that_f32_or_int32_cannot_represent_are_refused(settings, message):
     with pytest.raises(InputError) as error:
         Sampling(**settings).check(batch=2)
     assert message in str(error.value) and "\n" not in str(error.value)

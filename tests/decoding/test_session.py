@@ -1,4 +1,4 @@
-"""A session's law: whatever it holds, it continues a prompt as `generate` does."""
+"""A session continues a prompt as `generate` does, whatever is in its cache."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def alone(prompt, sampling=GREEDY, count=8, **settings):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, RANDOM], ids=["greedy", "random"])
-def test_each_turn_is_a_fresh_generation_and_runs_only_what_is_new(sampling):
-    """Turns that go on, go back, grow the cache past a power of two, and share nothing."""
+def test_each_turn_equals_generate_and_runs_only_new_tokens(sampling):
+    """Turns that extend the last, shorten it, grow the cache, and share no prefix with it."""
     session = Session(CONFIG, WEIGHTS)
     first = list(session.stream(PROMPT[:20], KEY, sampling, max_new_tokens=8))
     assert first == alone(PROMPT[:20], sampling) and session.reused == 0
     assert session.tokens == PROMPT[:20] + first[:-1]
     longer = PROMPT[:20] + first + PROMPT[20:30]
     turns = [
-        (longer, 27),  # the last token was chosen but never run
+        (longer, 27),  # the last token was sampled but never run
         (longer, 37),  # the same again: only the last id is run
         (longer[:10], 9),
         (longer[:10] + PROMPT[40:45], 10),
@@ -51,7 +51,7 @@ def test_each_turn_is_a_fresh_generation_and_runs_only_what_is_new(sampling):
 
 
 @pytest.mark.parametrize("spec", ["fsdp=4,tensor=2", "fsdp=8"])
-def test_on_a_mesh_the_turns_are_the_same(spec):
+def test_a_mesh_gives_the_same_tokens(spec):
     """The one row of a session divides no batch axis: it is replicated."""
     mesh = sharding.make_mesh(spec)
     with jax.set_mesh(mesh):
@@ -70,32 +70,32 @@ def test_an_end_token_ends_a_turn():
     assert out == free[: free.index(free[2]) + 1]
 
 
-def test_a_turn_may_be_closed_at_any_moment():
+def test_a_turn_may_be_closed_at_any_time():
     session = Session(CONFIG, WEIGHTS)
     for taken in range(4):
         stream = session.stream(PROMPT[:12], KEY, GREEDY, max_new_tokens=8)
-        begun = list(itertools.islice(stream, taken))
+        first_tokens = list(itertools.islice(stream, taken))
         stream.close()
-        assert begun == alone(PROMPT[:12])[:taken]
-        prompt = PROMPT[:12] + begun + [7]
+        assert first_tokens == alone(PROMPT[:12])[:taken]
+        prompt = PROMPT[:12] + first_tokens + [7]
         assert list(session.stream(prompt, KEY, GREEDY, max_new_tokens=8)) == alone(prompt)
 
 
-def test_a_step_that_is_interrupted_leaves_a_session_that_works(monkeypatch):
+def test_a_session_works_after_an_interrupted_step(monkeypatch):
     session = Session(CONFIG, WEIGHTS)
     stream = session.stream(PROMPT[:12], KEY, GREEDY, max_new_tokens=8)
-    begun = [next(stream), next(stream)]
+    first_tokens = [next(stream), next(stream)]
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sessions, "advance_jit", interrupted)
+        patch.setattr(sessions, "decode_loop_jit", interrupted)
         with pytest.raises(KeyboardInterrupt):
             next(stream)
     assert session.tokens == []
-    assert list(session.stream(PROMPT[:12] + begun, KEY, GREEDY, max_new_tokens=8)) == alone(
-        PROMPT[:12] + begun
+    assert list(session.stream(PROMPT[:12] + first_tokens, KEY, GREEDY, max_new_tokens=8)) == alone(
+        PROMPT[:12] + first_tokens
     )
     assert session.reused == 0
 
@@ -116,13 +116,13 @@ def test_a_new_turn_ends_the_one_before():
         (PROMPT, 251, "need 401 positions; the model's context has 400"),
     ],
 )
-def test_a_prompt_that_cannot_work_loses_nothing(tokens, count, message):
+def test_an_invalid_prompt_keeps_the_cache(tokens, count, message):
     session = Session(CONFIG, WEIGHTS)
     list(session.stream(PROMPT[:12], KEY, GREEDY, max_new_tokens=3))
-    held = list(session.tokens)
+    cached = list(session.tokens)
     with pytest.raises(InputError, match=message):
         session.stream(tokens, KEY, GREEDY, max_new_tokens=count)
-    assert session.tokens == held
+    assert session.tokens == cached
     list(session.stream(PROMPT[:12], KEY, GREEDY, max_new_tokens=3))
     assert session.reused == 11
     with pytest.raises(InputError, match="cache_dtype is 'int3'"):

@@ -1,4 +1,4 @@
-"""Speculation's laws: the same tokens, or the same distribution, in fewer runs of the model."""
+"""Speculative decoding gives the same tokens, or the same distribution, in fewer forward passes."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ CONFIG = lj.LlamaConfig(
     num_hidden_layers=1,
     num_attention_heads=4,
     num_key_value_heads=2,
-    max_position_embeddings=20 + NEW,  # to its very end go the longest prompt and what follows it
+    max_position_embeddings=20 + NEW,  # the longest prompt and its continuation fill it
 )
 GREEDY = lj.Sampling(temperature=0.0)
-# A greedy row, a random one, and two under rules.
+# A greedy row, a random one, and two with logits processors.
 MIXED = lj.Sampling(
     temperature=np.array([0.0, 0.5, 0.0, 0.5]),
     top_k=np.array([0, 5, 0, 0]),
@@ -65,7 +65,7 @@ def draft_of(seed, config=CONFIG):
 
 
 def run(seed, settings=GREEDY, draft=None, key=KEY, **more):
-    """Model and prompts number `seed`: `generate`, or its speculation where there is a draft."""
+    """`generate` with the model and prompts of a seed, or `speculative_generate` where there is a draft."""
     given = CONFIG, params_of(seed), *prompts(seed), key, settings
     more = {"max_new_tokens": NEW} | more
     if draft is None:
@@ -88,58 +88,58 @@ sources = pytest.mark.parametrize("draft", SOURCES.values(), ids=SOURCES)
 
 
 @pytest.mark.parametrize("settings", [GREEDY, MIXED], ids=["greedy", "mixed"])
-def test_lookup_gives_the_tokens_of_generate(settings):
+def test_prompt_lookup_gives_the_tokens_of_generate(settings):
     accepted = rounds = steps = 0
     for seed in range(6):
         free = run(seed, settings)
         for eos_id in (None, [int(free.tokens[0, 17]), int(free.tokens[1, 29])]):
-            wanted = run(seed, settings, eos_id=eos_id)
+            expected = run(seed, settings, eos_id=eos_id)
             got = run(seed, settings, PromptLookup(), eos_id=eos_id)
-            same(got.generation, wanted)
+            same(got.output, expected)
             assert (got.accepted <= got.drafted).all()
             accepted += got.accepted.sum()
-            rounds, steps = rounds + got.rounds, steps + wanted.lengths.max()
-        assert ROWS < wanted.lengths.sum() < free.lengths.sum()
+            rounds, steps = rounds + got.rounds, steps + expected.lengths.max()
+        assert ROWS < expected.lengths.sum() < free.lengths.sum()
     assert accepted > 100 and rounds < steps
 
 
-def test_greedy_rows_of_a_draft_model_are_those_of_generate_beside_random_ones():
+def test_greedy_rows_with_a_draft_model_equal_generate_in_a_mixed_batch():
     accepted = 0
     for seed in range(6):
         free = run(seed, MIXED)
         for eos_id in (None, [int(free.tokens[0, 17]), int(free.tokens[1, 29])]):
-            wanted = run(seed, MIXED, eos_id=eos_id)
+            expected = run(seed, MIXED, eos_id=eos_id)
             got = run(seed, MIXED, draft_of(seed + 10), eos_id=eos_id)
-            same(rows_of(got.generation, 0, 2), rows_of(wanted, 0, 2))
+            same(rows_of(got.output, 0, 2), rows_of(expected, 0, 2))
             accepted += rows_of(got.accepted, 0, 2).sum()
     assert accepted > 20
 
 
-def test_a_model_accepts_all_of_its_own_drafts_and_ends_where_it_should():
+def test_a_model_accepts_all_of_its_own_drafts_and_stops_at_eos():
     for seed in range(6):
         got = run(seed, MIXED, draft_of(seed))
         assert got.rounds == NEW // (K + 1)
         assert got.accepted.tolist() == got.drafted.tolist() == [NEW // (K + 1) * K] * ROWS
-        ends = [int(got.generation.tokens[0, 17]), int(got.generation.tokens[2, 30])]
-        same(run(seed, GREEDY, draft_of(seed), eos_id=ends).generation, run(seed, eos_id=ends))
+        ends = [int(got.output.tokens[0, 17]), int(got.output.tokens[2, 30])]
+        same(run(seed, GREEDY, draft_of(seed), eos_id=ends).output, run(seed, eos_id=ends))
 
 
 @sources
-def test_a_row_in_a_batch_is_the_row_alone_and_every_round_gives_one_token_more_than_it_accepts(draft):
+def test_a_row_in_a_batch_is_the_row_alone_and_each_round_adds_one_token_to_those_accepted(draft):
     tokens, lengths = prompts(2)
     keys = jax.random.split(KEY, ROWS)
     together = run(2, MIXED, draft, keys)
     for row in range(ROWS):
         alone = speculative_generate(
-            CONFIG, params_of(2), *rows_of((tokens, lengths, keys, MIXED.rows(ROWS)), row),
+            CONFIG, params_of(2), *rows_of((tokens, lengths, keys, MIXED.broadcast(ROWS)), row),
             draft=draft, num_draft_tokens=K, max_new_tokens=NEW,
         )  # fmt: skip
-        same(alone.generation, rows_of(together.generation, row))
+        same(alone.output, rows_of(together.output, row))
         assert (alone.drafted, alone.accepted) == (together.drafted[row], together.accepted[row])
         assert alone.rounds + alone.accepted[0] == NEW
 
 
-# The distribution of the first three tokens, enumerated.
+# The exact distribution of the first three tokens.
 
 SMALL = CONFIG.replace(vocab_size=5, hidden_size=16, num_attention_heads=2, num_key_value_heads=1)
 PROMPT = [1, 3, 3, 0]
@@ -151,12 +151,12 @@ FILTERED = lj.Sampling(
 
 def joint(params, settings, eos_id):
     """Every continuation by up to three tokens, ended by `eos_id` or not: {text: probability}."""
-    eos_ids = arguments.end_ids(eos_id)
+    eos_ids = arguments.pad_eos_ids(eos_id)
 
     @jax.jit
     def following(tokens):
         lengths = jnp.full(len(tokens), tokens.shape[1])
-        rows = settings.rows(len(tokens))
+        rows = settings.broadcast(len(tokens))
         text = TokenHistory(tokens, lengths, jnp.full(len(tokens), len(PROMPT)))
         logits = logits_processors.apply(
             lj.forward(SMALL, params, tokens)[:, -1], rows.processors(), text, eos_ids
@@ -173,12 +173,12 @@ def joint(params, settings, eos_id):
     return found
 
 
-def deviation(counts, wanted):
-    """Chi-square of {text: count}, rare texts taken together, in standard deviations from its mean."""
+def deviation(counts, expected):
+    """Chi-square of {text: count}, rare texts pooled, in standard deviations from its mean."""
     total = sum(counts.values())
-    assert not [text for text in counts if wanted.get(text, 0) <= 0], "an impossible text"
-    common = [text for text, p in wanted.items() if p * total >= 8]
-    cells = [(counts.get(text, 0), wanted[text] * total) for text in common]
+    assert not [text for text in counts if expected.get(text, 0) <= 0], "an impossible text"
+    common = [text for text, p in expected.items() if p * total >= 8]
+    cells = [(counts.get(text, 0), expected[text] * total) for text in common]
     rest = total - sum(n for n, _ in cells), total - sum(p for _, p in cells)
     cells += [rest] if rest[1] >= 8 else []
     freedom = len(cells) - 1
@@ -188,11 +188,11 @@ def deviation(counts, wanted):
 @pytest.mark.parametrize(
     ("settings", "eos_id", "count"),
     [(lj.Sampling(), -1, 2), pytest.param(FILTERED, 2, 3, marks=pytest.mark.slow)],
-    ids=["plain", "rules"],
+    ids=["plain", "processors"],
 )
-def test_a_draft_model_leaves_the_distribution_as_it_is(settings, eos_id, count):
+def test_a_draft_model_preserves_the_distribution(settings, eos_id, count):
     """Chi-square of many rows' first three tokens with the product of `forward`'s distributions."""
-    # Flatter logits, so that every text comes up and both verdicts are common.
+    # Flatter logits, so that every text occurs and both acceptance and rejection are common.
     flat = lambda p: {**p, "final_norm": {"scale": 0.4 * p["final_norm"]["scale"]}}  # noqa: E731
     params, smaller = flat(params_of(3, SMALL)), flat(params_of(13, SMALL))
     rows = 5000
@@ -207,47 +207,47 @@ def test_a_draft_model_leaves_the_distribution_as_it_is(settings, eos_id, count)
 
     out = sample(params, smaller)
     counts = {}
-    for row, length in zip(out.generation.tokens.tolist(), out.generation.lengths.tolist(), strict=True):
+    for row, length in zip(out.output.tokens.tolist(), out.output.lengths.tolist(), strict=True):
         text = tuple(row[:length])
         counts[text] = counts.get(text, 0) + 1
     assert len(counts) > 30 and abs(deviation(counts, joint(params, settings, eos_id))) < 5
     accepted = out.accepted.sum() / out.drafted.sum()
-    assert 0.2 < accepted < 0.9, "or this says nothing about one of the verdicts"
+    assert 0.2 < accepted < 0.9, "both acceptance and rejection must occur"
     if settings is not FILTERED:
-        assert deviation(counts, joint(smaller, settings, eos_id)) > 50, "the models are not told apart"
+        assert deviation(counts, joint(smaller, settings, eos_id)) > 50, "the models are alike"
 
 
 texts = st.lists(st.integers(0, 3), min_size=1, max_size=14)
-looked_up = jax.jit(drafts.look_up, static_argnums=(1, 2))
+looked_up = jax.jit(drafts.prompt_lookup, static_argnums=(1, 2))
 
 
 @settings(max_examples=100, deadline=None)
 @given(texts, st.sampled_from([(1, 1), (2, 1), (3, 2), (9, 3)]))
-def test_lookup_copies_what_followed_the_latest_of_the_longest_matches(row, sizes):
-    tokens = np.full((1, 16), 3, np.int32)  # what stands after the text must not count
+def test_prompt_lookup_copies_what_followed_the_latest_longest_match(row, sizes):
+    tokens = np.full((1, 16), 3, np.int32)  # tokens after the history must not count
     tokens[0, : len(row)] = row
     text = TokenHistory(jnp.asarray(tokens), jnp.array([len(row)]), jnp.array([1]))
     got = looked_up(text, PromptLookup(*sizes), 5)[0].tolist()
-    wanted = [-1] * 5
+    expected = [-1] * 5
     for n in range(min(sizes[0], len(row)), sizes[1] - 1, -1):
         ends = [e for e in range(n, len(row)) if row[e - n : e] == row[len(row) - n :]]
         if ends:
             copy = list(row)
             for i in range(5):
                 copy.append(copy[ends[-1] + i])
-            wanted = copy[len(row) :]
+            expected = copy[len(row) :]
             break
-    assert got == wanted
+    assert got == expected
 
 
 @sources
 def test_works_inside_jit_and_under_vmap_over_keys(draft):
-    # While tracing, the cache is as short as it may be: the longest row fills it.
+    # While tracing, the cache has exactly the length that the longest row fills.
     def sample(params, key, temperature, draft):
         return speculative_generate(
             CONFIG, params, *prompts(0), key, lj.Sampling(temperature=temperature),
             draft=draft, num_draft_tokens=K, max_new_tokens=NEW,
-        ).generation.tokens  # fmt: skip
+        ).output.tokens  # fmt: skip
 
     keys = jax.random.split(KEY, 12)
     program = jax.jit(jax.vmap(sample, (None, 0, None, None)))
@@ -265,12 +265,12 @@ def test_works_inside_shard_map(draft):
 
     def rows(params, draft, tokens, lengths, keys):
         more = {"draft": draft, "num_draft_tokens": K, "max_new_tokens": NEW}
-        return speculative_generate(CONFIG, params, tokens, lengths, keys, settings, **more).generation.tokens
+        return speculative_generate(CONFIG, params, tokens, lengths, keys, settings, **more).output.tokens
 
     lay = (P(), P(), P("rows"), P("rows"), P("rows"))
     split = jax.jit(jax.shard_map(rows, mesh=mesh, in_specs=lay, out_specs=P("rows")))
     out = split(params_of(0), draft, *prompts(0), keys)
-    np.testing.assert_array_equal(out, run(0, settings, draft, keys).generation.tokens)
+    np.testing.assert_array_equal(out, run(0, settings, draft, keys).output.tokens)
 
 
 @sources
@@ -283,8 +283,8 @@ def test_works_inside_shard_map(draft):
         pytest.param("fsdp=2", ROWS, marks=pytest.mark.slow),
     ],
 )
-def test_on_a_mesh_it_is_what_it_is_without_one(spec, rows, draft):
-    given = rows_of((*prompts(1), jax.random.split(KEY, ROWS), MIXED.rows(ROWS)), *range(ROWS)[-rows:])
+def test_a_mesh_gives_the_same_tokens(spec, rows, draft):
+    given = rows_of((*prompts(1), jax.random.split(KEY, ROWS), MIXED.broadcast(ROWS)), *range(ROWS)[-rows:])
     devices = math.prod(int(part.split("=")[1]) for part in spec.split(","))
     mesh = sharding.make_mesh(spec, devices=jax.devices()[:devices])
     more = {"num_draft_tokens": K, "max_new_tokens": NEW}
@@ -294,19 +294,19 @@ def test_on_a_mesh_it_is_what_it_is_without_one(spec, rows, draft):
             draft = DraftModel(CONFIG, lj.shard_params(draft.params, mesh, CONFIG))
         params = lj.shard_params(params_of(1), mesh, CONFIG)
         out = speculative_generate(CONFIG, params, *given, draft=draft, **more)
-    same(out.generation, expected.generation)
+    same(out.output, expected.output)
     np.testing.assert_array_equal(out.accepted, expected.accepted)
 
 
 @pytest.mark.slow
-def test_the_cache_may_hold_int8():
+def test_an_int8_cache():
     got = run(0, GREEDY, draft_of(0), cache_dtype="int8")
-    np.testing.assert_array_equal(got.generation.tokens, run(0, cache_dtype="int8").tokens)
+    np.testing.assert_array_equal(got.output.tokens, run(0, cache_dtype="int8").tokens)
     assert got.accepted.sum() > 0
 
 
 @sources
-def test_no_setting_and_no_length_within_a_bucket_compiles_anything(draft):
+def test_no_setting_and_no_length_within_a_bucket_recompiles(draft):
     weights, (tokens, lengths) = lj.unstack(params_of(0)), prompts(0)
     if isinstance(draft, DraftModel):
         draft = DraftModel(CONFIG, lj.unstack(draft.params))
@@ -321,11 +321,11 @@ def test_no_setting_and_no_length_within_a_bucket_compiles_anything(draft):
 
 @sources
 def test_the_compiled_rounds_never_copy_a_cache_or_a_weight(draft):
-    request = arguments.check(CONFIG, *prompts(0), GREEDY, None, NEW)
+    request = arguments.prepare_request(CONFIG, *prompts(0), GREEDY, None, NEW)
     weights = lj.unstack(params_of(0))
     if isinstance(draft, DraftModel):
         draft = DraftModel(CONFIG, lj.unstack(draft.params))
-    compiled = speculative._speculate.lower(
+    compiled = speculative._speculative_loop.lower(
         CONFIG, weights, draft, request.tokens, request.lengths, np.int32(19), KEY, request.sampling,
         request.eos_ids, np.int32(NEW), num_draft_tokens=K, new_tokens=128, cache_dtype=None,
     ).compile()  # fmt: skip
@@ -362,7 +362,7 @@ def test_the_compiled_rounds_never_copy_a_cache_or_a_weight(draft):
         ({"sampling": lj.Sampling(temperature=-1.0)}, "temperature is -1.0"),
     ],
 )
-def test_says_what_cannot_work(given, message):
+def test_invalid_arguments_are_refused(given, message):
     with pytest.raises(InputError) as error:
         speculative_generate(CONFIG, params_of(0), *prompts(0), KEY, **{"max_new_tokens": 4} | given)
     assert message in str(error.value) and "\n" not in str(error.value)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 import llama_jax as lj
-from llama_jax.decoding.beam_search import BeamSearchOutput, EarlyStopping, beam_search
+from llama_jax.decoding.beam_hypotheses import BeamSearchOutput
+from llama_jax.decoding.beam_search import EarlyStopping, beam_search
 from tests.golden import cases
 
 BEAMS = cases.GOLDEN / "beams.npz"

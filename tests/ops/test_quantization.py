@@ -9,6 +9,7 @@ import pytest
 
 import llama_jax as lj
 from llama_jax import sharding
+from llama_jax.decoding.state import decode_loop
 from llama_jax.errors import InputError
 from llama_jax.kv_cache import init_cache
 from llama_jax.model import forward_cached
@@ -96,7 +97,7 @@ def test_a_matrix_is_widened_when_it_is_needed_and_no_sooner(bits):
     assert read.lower(weights, cache).compile().memory_analysis().temp_size_in_bytes < whole / 3
     # Nor does a loop over tokens.
     state = lj.prefill(config, weights, *(jnp.ones(n, int) for n in ((1, 1), 1)), KEY, max_new_tokens=8)
-    write = jax.jit(lambda weights, state: state.advance(config, weights, state, 8))
+    write = jax.jit(lambda weights, state: decode_loop(config, weights, state, 8))
     assert write.lower(weights, state).compile().memory_analysis().temp_size_in_bytes < whole / 3
 
 

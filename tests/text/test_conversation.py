@@ -181,7 +181,7 @@ def test_the_next_message_closes_the_answer_before_it(chat):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
 def test_an_interrupted_step_keeps_what_was_reply(chat, monkeypatch, error):
-    steps = session.advance_jit
+    steps = session.decode_loop_jit
     left = iter(range(4))
 
     def interrupted(*args):
@@ -190,7 +190,7 @@ def test_an_interrupted_step_keeps_what_was_reply(chat, monkeypatch, error):
         return steps(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session, "advance_jit", interrupted)
+        patch.setattr(session, "decode_loop_jit", interrupted)
         answer, pieces = chat.say("hello", max_new_tokens=NEW), []
         with pytest.raises(error):
             pieces.extend(answer)

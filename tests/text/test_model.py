@@ -84,7 +84,7 @@ def test_a_draft_model_needs_the_same_vocabulary(model, tmp_path):
     assert int(out.rounds) < NEW and (out.accepted == out.drafted).all()
     texts = [
         model.continuation(row, new[:count])
-        for row, new, count in zip(ids, out.generation.tokens, out.generation.lengths, strict=True)
+        for row, new, count in zip(ids, out.output.tokens, out.output.lengths, strict=True)
     ]
     assert texts == model.generate(PROMPTS, max_new_tokens=NEW)
     assert texts == model.generate(PROMPTS, max_new_tokens=NEW, draft=model)
