@@ -74,6 +74,7 @@ def _on_tpu_slice() -> bool:
     if hosts is not None:
         return "," in hosts
     # JAX sets both itself: jax_platforms on hosts with TPU chips, the variable on hosts without.
+    # private: tests/test_private_seams.py
     platforms = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
     return "tpu" in platforms and "TPU_SKIP_MDS_QUERY" not in env
 

@@ -19,7 +19,7 @@ def pvary_like(tree: Any, *others: Any) -> Any:
     """
 
     def varying(leaf: Any) -> frozenset[str]:
-        manual = getattr(jax.typeof(leaf), "manual_axis_type", None)
+        manual = getattr(jax.typeof(leaf), "manual_axis_type", None)  # private: tests/test_private_seams.py
         return frozenset() if manual is None else manual.varying
 
     union = frozenset().union(*map(varying, jax.tree.leaves((tree, others))))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from jax._src import clusters
+from jax._src import clusters  # private: tests/test_private_seams.py
 from jax._src.clusters import cloud_tpu_cluster
 
 from llama_jax.errors import InputError

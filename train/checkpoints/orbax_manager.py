@@ -67,7 +67,7 @@ class _HashedPath(atomicity.AtomicRenameTemporaryPath):
     """
 
     async def finalize(self) -> None:
-        final = self._final_path  # type: ignore[has-type]
+        final = self._final_path  # type: ignore[has-type]  # private: tests/test_private_seams.py
         unhashed = final.parent / f"{final.name}{atomicity.TMP_DIR_SUFFIX}-unsealed"
         self._final_path = unhashed
         try:
@@ -83,6 +83,7 @@ class _HashedTree(ocp.PyTreeCheckpointHandler):
 
     async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> Any:
         written = await super().async_save(directory, *args, **kwargs)
+        # private: tests/test_private_seams.py
         shards = Path(directory) / f"ocdbt.process_{jax.process_index()}"
         return [
             *(written or ()),

@@ -97,7 +97,7 @@ class Batches(Iterator[Batch]):
     def skipped(self) -> dict[str, int]:
         total: collections.Counter[str] = collections.Counter()
         for state in self._states.values():
-            total.update(state["parent_state"]["skipped"])
+            total.update(state["parent_state"]["skipped"])  # private: tests/test_private_seams.py
         return dict(total)
 
     def state(self) -> dict[str, Any]:

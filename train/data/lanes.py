@@ -81,7 +81,7 @@ class _BlockShuffle(grain.MapDataset):
         self._orders: dict[int, tuple[list[int], np.ndarray]] = {}
 
     def __len__(self) -> int:
-        return len(self._parent)
+        return len(self._parent)  # private: tests/test_private_seams.py
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):

@@ -1,0 +1,253 @@
+"""Private names of other packages that this project uses: what is used, where, and what would replace it.
+
+A test fails where the installed version no longer has one. Experimental modules with a public name
+(`jax.experimental.pallas`, `grain.experimental`) are not listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Seam:
+    """One private name.
+
+    Attributes:
+      package: the distribution that it is part of.
+      name: the private name.
+      files: where it is used.
+      replacement: the public interface that would replace it.
+      exists: whether the installed version has it; raises or returns False otherwise.
+    """
+
+    package: str
+    name: str
+    files: tuple[str, ...]
+    replacement: str
+    exists: Callable[[], object]
+
+
+def varying_axes() -> bool:
+    """A value inside `shard_map` carries the mesh axes that it varies over."""
+    found = []
+
+    def local(x: jax.Array) -> jax.Array:
+        found.append(jax.typeof(x).manual_axis_type.varying)
+        return x
+
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("a",), axis_types=auto, devices=jax.devices()[:2])
+    jax.eval_shape(jax.shard_map(local, mesh=mesh, in_specs=P("a"), out_specs=P("a")), jnp.zeros(2))
+    return found == [{"a"}]
+
+
+def final_path() -> bool:
+    from orbax.checkpoint.path import atomicity
+
+    source = inspect.getsource(atomicity.AtomicRenameTemporaryPath.finalize)
+    return "self._final_path" in source and bool(atomicity.TMP_DIR_SUFFIX)
+
+
+def process_folder() -> bool:
+    import orbax.checkpoint as ocp
+
+    package = Path(ocp.__file__).parent
+    assert inspect.iscoroutinefunction(ocp.PyTreeCheckpointHandler.async_save)
+    texts = (path.read_text() for path in package.rglob("serialization/*.py"))
+    return any("ocdbt.process_" in text for text in texts)
+
+
+def orbax_metadata() -> bool:
+    package = Path(importlib.import_module("orbax.checkpoint").__file__ or "").parent
+    texts = [path.read_text() for path in (package / "_src").rglob("*.py")]
+    return all(any(f"'{name}'" in text for text in texts) for name in ("_METADATA", "_CHECKPOINT_METADATA"))
+
+
+def packer_state() -> bool:
+    import grain
+    from grain.experimental import ConcatThenSplitIterDataset
+
+    documents = grain.MapDataset.source([{"tokens": np.arange(3)}]).to_iter_dataset()
+    packer = iter(ConcatThenSplitIterDataset(documents, length_struct={"tokens": 2}))
+    return "parent_state" in packer.get_state()
+
+
+def parent_dataset() -> bool:
+    import grain
+
+    parent = grain.MapDataset.source([1])
+    return parent.map(lambda x: x)._parent is parent
+
+
+def option_strings() -> bool:
+    parser = argparse.ArgumentParser()
+    action = parser.add_argument("--name")
+    return parser._option_string_actions["--name"] is action
+
+
+def jax_clusters() -> bool:
+    from jax._src import clusters
+    from jax._src.clusters import cloud_tpu_cluster
+
+    assert callable(cloud_tpu_cluster.get_metadata) and hasattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm")
+    return all(callable(kind.is_env_present) for kind in clusters.ClusterEnv._cluster_types)
+
+
+SEAMS = (
+    Seam(
+        "jax",
+        "manual_axis_type",
+        ("llama_jax/ops/spmd.py",),
+        "a documented accessor for the device-varying axes of a value inside jax.shard_map",
+        varying_axes,
+    ),
+    Seam(
+        "jax",
+        "_src.clusters",
+        ("tests/train/test_launched.py",),
+        "a public function that returns the cluster environment which jax.distributed.initialize detects",
+        jax_clusters,
+    ),
+    Seam(
+        "jax",
+        "jax_platforms",
+        ("train/devices.py",),
+        "a public getter for the platforms that JAX may use",
+        lambda: hasattr(jax.config, "jax_platforms"),
+    ),
+    Seam(
+        "orbax-checkpoint",
+        "_final_path",
+        ("train/checkpoints/orbax_manager.py",),
+        "a hook of CheckpointManager that runs after everything is written and before the commit",
+        final_path,
+    ),
+    Seam(
+        "orbax-checkpoint",
+        "ocdbt.process_",
+        ("train/checkpoints/orbax_manager.py",),
+        "checksums of the files that each process wrote, computed by Orbax",
+        process_folder,
+    ),
+    Seam(
+        "orbax-checkpoint",
+        "_METADATA",
+        ("llama_jax/weights/orbax.py",),
+        "a function that tells whether a folder is an Orbax tree without reading it",
+        orbax_metadata,
+    ),
+    Seam(
+        "grain",
+        "parent_state",
+        ("train/data/batches.py",),
+        "statistics of a parent iterator, readable through ConcatThenSplitIterDataset",
+        packer_state,
+    ),
+    Seam("grain", "_parent", ("train/data/lanes.py",), "MapDataset.parents", parent_dataset),
+    Seam(
+        "argparse (Python)",
+        "_option_string_actions",
+        ("llama_jax/console/parser.py",),
+        "a public list of a parser's options",
+        option_strings,
+    ),
+    Seam(
+        "transformers",
+        "_attn_implementation",
+        ("benchmarks/workers.py",),
+        "a public getter for the attention implementation of a loaded model",
+        lambda: hasattr(pytest.importorskip("transformers").LlamaConfig(), "_attn_implementation"),
+    ),
+    Seam(
+        "trl",
+        "_compute_loss",
+        ("tests/parity/test_finetuning.py",),
+        "a public loss function of DPOTrainer",
+        lambda: pytest.importorskip("trl").DPOTrainer._compute_loss,
+    ),
+    Seam(
+        "trl",
+        "_metrics",
+        ("tests/parity/test_finetuning.py",),
+        "the metrics of one loss, returned with it",
+        lambda: "self._metrics" in inspect.getsource(pytest.importorskip("trl").DPOTrainer),
+    ),
+)
+
+
+def name_of(seam: Seam) -> str:
+    return f"{seam.package} {seam.name}"
+
+
+@pytest.mark.parametrize("seam", SEAMS, ids=name_of)
+def test_the_installed_version_has_it(seam):
+    try:
+        found = seam.exists()
+    except (AttributeError, ImportError, KeyError, TypeError, AssertionError) as error:
+        found, why = False, f" ({type(error).__name__}: {error})"
+    else:
+        why = ""
+    assert found, (
+        f"{seam.package} no longer has the private {seam.name}{why}: change {', '.join(seam.files)}; "
+        f"look for {seam.replacement}"
+    )
+
+
+@pytest.mark.parametrize("seam", SEAMS, ids=name_of)
+def test_it_is_still_used(seam):
+    for file in seam.files:
+        text = (ROOT / file).read_text()
+        parts = [seam.name, *seam.name.split(".")]
+        assert any(part in text for part in parts), f"{file} no longer uses {seam.name}: delete its row"
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    """Private attributes that a file reads and private modules or names that it imports."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            module = getattr(node, "module", None) or ""
+            found |= {part for name in [module, *(a.name for a in node.names)] for part in name.split(".")}
+    return {name for name in found if name.startswith("_") and not name.endswith("__")}
+
+
+def defined_names(tree: ast.AST) -> set[str]:
+    """Functions, classes, variables and attributes that a file defines."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr if isinstance(node, ast.Attribute) else node.id)
+    return found
+
+
+def test_every_private_name_is_listed():
+    paths = [path for path in (ROOT / "llama_jax").rglob("*.py") if "train" not in path.parts]
+    paths += (ROOT / "train").rglob("*.py")
+    trees = {path: ast.parse(path.read_text()) for path in paths}
+    ours = {name for tree in trees.values() for name in defined_names(tree)}
+    ours -= {"_final_path"}  # which orbax_manager.py sets
+    ours |= {"_replace", "_asdict", "_fields", "_exit"}  # of NamedTuple and os, which are documented
+    for path, tree in trees.items():
+        file = str(path.relative_to(ROOT))
+        listed = {part for seam in SEAMS if file in seam.files for part in seam.name.split(".")}
+        extra = private_names(tree) - ours - listed
+        assert not extra, f"{file} uses {', '.join(sorted(extra))} of another package: list it in SEAMS"
