@@ -21,6 +21,7 @@ from llama_jax.decoding.sampling import Sampling
 from llama_jax.decoding.state import DecodeState, GenerateOutput, decode_loop, init_state, prefill
 from llama_jax.errors import InputError
 from llama_jax.model import Params, compute_dtype, unstack
+from llama_jax.ops.compiler_options import decode_options
 
 
 def generate(
@@ -201,14 +202,14 @@ _unstack = jax.jit(unstack)
 
 def decode_loop_jit(config: LlamaConfig, params: Params, state: DecodeState, steps: np.int32) -> DecodeState:
     """`decode_loop`, compiled; the state is donated."""
-    return decode_program(jax.default_backend())(config, params, state, steps)
+    device = next(iter(jax.tree.leaves(state)[0].devices()))
+    return decode_program(device.platform)(config, params, state, steps)
 
 
 @functools.cache
-def decode_program(backend: str) -> Any:
-    """The jitted function of `decode_loop_jit` on a backend."""
-    # XLA:CPU prefers 256-bit vectors where the processor has 512, which reads weights more slowly.
-    options = {"xla_cpu_prefer_vector_width": 512} if backend == "cpu" else None
+def decode_program(platform: str) -> Any:
+    """The jitted function of `decode_loop_jit` on a platform."""
+    options = decode_options(platform)
     return jax.jit(
         decode_loop, static_argnames=("config",), donate_argnames=("state",), compiler_options=options
     )

@@ -15,6 +15,7 @@ where the plain form compiles as well. Measured with JAX 0.10.2 and 0.12.0.1 (TP
 | `layouts.write_slices`: an index per head | cpu | 0.10, 0.12 | test_write_slices_copies_the_cache |
 | `quantization._late_product` | cpu | 0.10, 0.12 | test_loops_hoist_dequantization |
 | `quantization._int8_product`: two rows | cpu | 0.10, 0.12 | test_int8_matvec_converts_the_weight |
+| `compiler_options.decode_options` | cpu | 0.10, 0.12 | test_xla_prefers_256_bits |
 | `blockwise_attention._map_heads`: head by head | cpu | 0.10, 0.12 | test_tiles_hold_all_heads |
 | `blockwise_attention._map_heads`: f32 results | cpu | 0.10 | test_loops_convert_bf16_stacks |
 | `blockwise_attention.blockwise_attention`: a barrier | all | 0.10, 0.12 | test_scans_hoist_masks |

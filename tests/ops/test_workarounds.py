@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import llama_jax as lj
 from llama_jax import layers, ops, rope, sharding
 from llama_jax.ops import blockwise_attention as blockwise
-from llama_jax.ops import layouts, linear, products, quantization, spmd, swiglu
+from llama_jax.ops import compiler_options, layouts, linear, products, quantization, spmd, swiglu
 from llama_jax.ops.products import dot
 
 F32, BF16, INT8 = jnp.float32, jnp.bfloat16, jnp.int8
@@ -180,6 +180,20 @@ def test_int8_matvec_converts_the_weight():
         plain_is_bad="s32[64,32]" in results(plain, "convert"),
         ours_is_good="s32[64,32]" not in results(ours, "convert") and library_products(ours) == 1,
     )
+
+
+def test_xla_prefers_256_bits(tmp_path):
+    def widths(name: str, options: dict[str, int] | None) -> set[str]:
+        folder = tmp_path / name
+        folder.mkdir()
+        dump = {"xla_dump_to": str(folder), "xla_dump_emitter_re": ".*"}
+        compiled(jnp.dot, array(1, 64), array(64, 64), compiler_options=dump | (options or {}))
+        texts = [path.read_text() for path in folder.glob("*.ll")]
+        return {width for text in texts for width in re.findall(r'"prefer-vector-width"="(\d+)"', text)}
+
+    plain, ours = widths("plain", None), widths("ours", compiler_options.decode_options("cpu"))
+    check("decode_options", plain_is_bad=plain == {"256"}, ours_is_good=ours == {"512"})
+    assert compiler_options.decode_options("tpu") is None
 
 
 def tiles(dtype: Any = F32) -> tuple[Any, ...]:
