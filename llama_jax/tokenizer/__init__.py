@@ -1,4 +1,4 @@
-"""Tokenizers: text to token ids and back, from any vocabulary file that Llama models come with."""
+"""Tokenizers: text to token ids and back, from every vocabulary format that Llama models use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOADERS: Mapping[str, Callable[[Path], Tokenizer]] = {
     ".gguf": gguf_vocab.load,
     ".bin": llama2c_vocab.load,
 }
-# What is looked for in a directory, in this order: the most specific description first.
+# File names to look for in a directory, the most specific format first.
 _PATTERNS = ("tokenizer.json", "tokenizer.model", "tok*.bin", "*.gguf")
 
 
@@ -27,19 +27,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads a tokenizer.
 
     Args:
-      path: a `tokenizer.json`, a SentencePiece `.model`, a `.gguf`, or a llama2.c `tok*.bin`; or a
-        directory with one of them (the first of these), or a llama2.c model `.bin` with one beside it.
+      path: a `tokenizer.json`, a SentencePiece `.model`, a `.gguf`, or a llama2.c `tok*.bin`; a directory
+        with one of them (the first in this order); or a llama2.c model `.bin` with one next to it.
 
     Raises:
       TokenizerError: if there is none, or it cannot be read.
     """
     try:
         path = Path(path).expanduser()
-    except RuntimeError as error:  # no such user's home
-        raise TokenizerError(f"{path}: {error}; give the whole path") from None
+    except RuntimeError as error:  # unknown ~user
+        raise TokenizerError(f"{path}: {error}; give the full path") from None
     try:
         return _load(path)
-    except OSError as error:  # a folder on the way that may not be entered, a name too long, ...
+    except OSError as error:  # no permission on a parent directory, name too long, ...
         raise TokenizerError(
             f"{path} cannot be read ({error.strerror or error}); check its path and permissions"
         ) from None
@@ -54,19 +54,19 @@ def _load(path: Path) -> Tokenizer:
         return _load_from(path.parent, path)
     if path.suffix not in _LOADERS and path.is_file():
         with path.open("rb") as file:
-            if file.read(len(MAGIC)) == MAGIC:  # which may have any name
+            if file.read(len(MAGIC)) == MAGIC:  # a GGUF file may have any name
                 return gguf_vocab.load(path)
     if path.suffix not in _LOADERS:
         raise TokenizerError(
-            f"{path} has no name of a tokenizer file; give a tokenizer.json, a .model, a .gguf, a tok*.bin, "
-            "or a directory with one of them"
+            f"{path} is not named like a tokenizer file; give a tokenizer.json, a .model, a .gguf, a "
+            "tok*.bin, or a directory with one of them"
         )
     return _LOADERS[path.suffix](path)
 
 
 def _load_from(directory: Path, model: Path) -> Tokenizer:
-    """Loads the tokenizer that lies in `directory` for `model`."""
-    # Another model's file is no place to look for a llama2.c model's vocabulary.
+    """Loads the tokenizer of `model` from `directory`."""
+    # A .gguf next to a llama2.c model is another model.
     patterns = _PATTERNS[:-1] if model.suffix == ".bin" and model.is_file() else _PATTERNS
     for pattern in patterns:
         try:
@@ -76,26 +76,27 @@ def _load_from(directory: Path, model: Path) -> Tokenizer:
         if len(found) == 1:
             return _LOADERS[found[0].suffix](found[0])
         if found and model.is_file() and pattern == "tok*.bin":
-            return _of_size(found, model)
+            return _load_matching(found, model)
         if found:
             names = ", ".join(path.name for path in found[:8])
-            raise TokenizerError(f"{directory} holds several vocabularies ({names}); give the path of one")
+            raise TokenizerError(f"{directory} contains several tokenizers ({names}); give the path of one")
     raise MissingTokenizerError(
-        f"{directory} has no tokenizer ({', '.join(patterns)}); put the model's own there"
+        f"{directory} has no tokenizer ({', '.join(patterns)}); copy the model's tokenizer there"
     )
 
 
-def _of_size(paths: list[Path], model: Path) -> Tokenizer:
-    """Loads the one of the vocabularies beside a llama2.c model that has the model's size."""
+def _load_matching(paths: list[Path], model: Path) -> Tokenizer:
+    """Loads the llama2.c vocabulary whose size is that of the model."""
     try:
         vocab_size = open_source(model).config.vocab_size
     except CheckpointError as error:
-        raise TokenizerError(
-            f"cannot tell which of the vocabularies beside it is the model's: {error}"
-        ) from None
+        raise TokenizerError(f"cannot determine which tokenizer is the model's: {error}") from None
     for path in paths:
         tokenizer = llama2c_vocab.load(path)
         if tokenizer.vocab_size == vocab_size:
             return tokenizer
     names = ", ".join(path.name for path in paths[:8])
-    raise TokenizerError(f"{model} has a vocabulary of {vocab_size}; none of {names} beside it has that size")
+    raise TokenizerError(
+        f"{model} has a vocabulary of {vocab_size}; none of {names} next to it has that size, "
+        "copy the model's tokenizer there"
+    )

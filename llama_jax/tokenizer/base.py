@@ -1,7 +1,7 @@
-"""What every tokenizer is: the interface, and the half of it that all vocabularies share.
+"""The tokenizer interface, and the base class with everything but encoding.
 
-A vocabulary, whatever its file format, is a table from id to bytes plus a way to encode text. The
-table alone decides decoding, so `decode` and `stream` are written once, here.
+A vocabulary of any file format is a table from id to bytes plus an encoder. Decoding needs only the table,
+so `decode` and `stream` are implemented here for all formats.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Protocol
 from llama_jax.errors import TokenizerError
 
 # Control tokens that end a turn or a document in the vocabularies of the Llama family. Files often
-# name only one of them as the end token, while the model may write any.
+# declare only one of them as EOS, but the model may generate any.
 END_TOKENS = (
     *("</s>", "<|endoftext|>", "<|end_of_text|>"),
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>"),
@@ -29,11 +29,11 @@ class Tokenizer(Protocol):
 
     Attributes:
       vocab_size: number of ids; every id is in [0, vocab_size).
-      bos_id, eos_id, unk_id, pad_id: the vocabulary's own, or None.
-      eos_ids: every id that ends a text: `eos_id` and the ends of turns and documents.
-      add_bos: whether `encode` begins with BOS unless told otherwise.
-      special_tokens: the control tokens, spelling to id.
-      chat_template: the Jinja template that came with the vocabulary, or None.
+      bos_id, eos_id, unk_id, pad_id: ids of the special tokens, or None.
+      eos_ids: every id that ends a text: `eos_id` and the tokens that end a turn or a document.
+      add_bos: whether `encode` prepends BOS by default.
+      special_tokens: the control tokens and their ids.
+      chat_template: the Jinja chat template that comes with the vocabulary, or None.
     """
 
     vocab_size: int
@@ -58,12 +58,12 @@ class Tokenizer(Protocol):
         """Returns one vocabulary entry as text for display."""
 
     def stream(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
-        """Returns a decoder that takes ids one at a time."""
+        """Returns an incremental decoder."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Roles:
-    """Which ids play which part: what a file says beside its pieces."""
+class TokenizerSettings:
+    """The settings of a vocabulary besides its pieces; see `Tokenizer` for the fields."""
 
     bos_id: int | None = None
     eos_id: int | None = None
@@ -74,146 +74,143 @@ class Roles:
     chat_template: str | None = None
 
     @property
-    def control(self) -> set[int]:
-        """Ids that text must never become, whatever kind of piece the file calls them."""
+    def control_ids(self) -> set[int]:
+        """Ids that ordinary text must never encode to, even if the file does not mark them as control."""
         return {token for token in (self.bos_id, self.eos_id, *self.eos_ids) if token is not None}
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
-    """How ids become bytes.
+class DecodeTable:
+    """The mapping from ids to bytes.
 
     Attributes:
-      pieces: the bytes of each id; a control token's are its spelling.
-      special: control tokens, spelling to id; `decode` skips them unless asked not to.
-      prefixed: ids that lose their leading space when they open a text: the space is the one that
-        SentencePiece puts before every text. Empty for byte-level vocabularies.
-      trims: whether every leading space goes and not the first alone (SentencePiece's
+      pieces: the bytes of each id; for a control token, its name.
+      special: control tokens and their ids; `decode` skips them by default.
+      space_prefixed: ids whose leading space is dropped at the start of a text, because SentencePiece
+        prepends a space to every text. Empty for byte-level vocabularies.
+      strip_all: whether all leading spaces are dropped, not only the first (SentencePiece's
         `remove_extra_whitespaces`).
       errors: name of the codec error handler for bytes that are not UTF-8.
     """
 
     pieces: Sequence[bytes]
     special: Mapping[str, int]
-    prefixed: frozenset[int] = frozenset()
-    trims: bool = False
+    space_prefixed: frozenset[int] = frozenset()
+    strip_all: bool = False
     errors: str = "replace"
 
     @functools.cached_property
-    def visible(self) -> Sequence[bytes]:
-        """`pieces` with nothing for the control tokens."""
-        hidden = frozenset(self.special.values())
-        return [b"" if token in hidden else piece for token, piece in enumerate(self.pieces)]
+    def pieces_without_special(self) -> Sequence[bytes]:
+        """`pieces` with empty bytes for the control tokens."""
+        special = frozenset(self.special.values())
+        return [b"" if token in special else piece for token, piece in enumerate(self.pieces)]
 
 
 class StreamDecoder:
-    """Turns ids into text as they come.
+    """Incremental decoder.
 
-    The pieces that `push` returns, followed by `flush`, are `decode` of all the ids. A character
-    whose bytes are spread over several ids comes with the last of them.
+    The results of `push` and then `flush`, concatenated, equal `decode` of all the ids. A character whose
+    bytes span several ids is returned with the last of them.
     """
 
-    def __init__(self, table: Table, origin: str, skip_special_tokens: bool = True):
+    def __init__(self, table: DecodeTable, origin: str, skip_special_tokens: bool = True):
         self._table = table
         self._origin = origin
-        self._pieces = table.visible if skip_special_tokens else table.pieces
-        self._restart()
+        self._pieces = table.pieces_without_special if skip_special_tokens else table.pieces
+        self._reset()
 
-    def _restart(self) -> None:
+    def _reset(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(self._table.errors)
-        self._opening = bool(self._table.prefixed)
+        self._at_start = bool(self._table.space_prefixed)
 
     def push(self, id: int) -> str:
-        """Returns the text that `id` completes, often one piece, sometimes nothing."""
+        """Returns the text that `id` completes; empty within a multi-byte character."""
         return self.extend((id,))
 
     def extend(self, ids: Iterable[int]) -> str:
-        """Returns the text that `ids` complete, as if each had been pushed."""
-        checked = checked_ids(ids, len(self._pieces), self._origin)
-        data = b"".join(map(self._pieces.__getitem__, checked))
-        if self._opening:
-            data = self._open(checked)
-        return self._utf8.decode(data)
+        """Returns the text that `ids` complete, like `push` of each."""
+        checked = validate_ids(ids, len(self._pieces), self._origin)
+        if self._at_start:
+            return self._utf8.decode(self._without_prefix_space(checked))
+        return self._utf8.decode(b"".join(map(self._pieces.__getitem__, checked)))
 
-    def _open(self, ids: list[int]) -> bytes:
-        """Returns the bytes of `ids` without the prefix space of a text that they may open."""
+    def _without_prefix_space(self, ids: list[int]) -> bytes:
+        """Returns the bytes of `ids`, which may start a text, without its prefix space."""
         chunks = []
         for token in ids:
             chunk = self._pieces[token]
-            if self._opening and chunk:
-                prefixed = token in self._table.prefixed
-                chunk = chunk[1:] if prefixed else chunk
-                self._opening = self._table.trims and not chunk
+            if self._at_start and chunk:
+                chunk = chunk[1:] if token in self._table.space_prefixed else chunk
+                self._at_start = self._table.strip_all and not chunk
             chunks.append(chunk)
         return b"".join(chunks)
 
     def flush(self) -> str:
-        """Ends the text: returns what an unfinished character leaves, and is ready for another."""
+        """Ends the text: returns U+FFFD for the bytes of an incomplete character, and resets the decoder."""
         rest = self._utf8.decode(b"", final=True)
-        self._restart()
+        self._reset()
         return rest
 
 
-class TableTokenizer(abc.ABC):
-    """A `Tokenizer` over a `Table`; a subclass adds `_encode` and `spelling`.
+class BaseTokenizer(abc.ABC):
+    """A `Tokenizer` with a `DecodeTable`; subclasses implement `_encode` and `id_to_token`.
 
     Attributes:
-      table: how ids become bytes.
-      origin: the file that it came from.
+      table: the mapping from ids to bytes.
+      origin: the path of the file it was loaded from.
 
     Raises:
-      TokenizerError: if a role names an id that the table lacks.
+      TokenizerError: if a special id is outside the vocabulary.
     """
 
-    def __init__(self, table: Table, roles: Roles, origin: str):
+    def __init__(self, table: DecodeTable, settings: TokenizerSettings, origin: str):
         self.vocab_size = len(table.pieces)
         for name in ("bos_id", "eos_id", "unk_id", "pad_id"):
-            checked_role(name, getattr(roles, name), self.vocab_size, origin)
-        for token in roles.eos_ids:
-            checked_role("eos_ids", token, self.vocab_size, origin)
-        self.bos_id = roles.bos_id
-        self.eos_id = roles.eos_id
-        self.unk_id = roles.unk_id
-        self.pad_id = roles.pad_id
-        named = [table.special[name] for name in END_TOKENS if name in table.special]
-        main = [] if roles.eos_id is None else [roles.eos_id]
-        self.eos_ids = tuple(dict.fromkeys([*main, *roles.eos_ids, *named]))
-        self.add_bos = roles.add_bos and roles.bos_id is not None
+            validate_special_id(name, getattr(settings, name), self.vocab_size, origin)
+        for token in settings.eos_ids:
+            validate_special_id("eos_ids", token, self.vocab_size, origin)
+        self.bos_id = settings.bos_id
+        self.eos_id = settings.eos_id
+        self.unk_id = settings.unk_id
+        self.pad_id = settings.pad_id
+        end_ids = [table.special[name] for name in END_TOKENS if name in table.special]
+        eos_id = [] if settings.eos_id is None else [settings.eos_id]
+        self.eos_ids = tuple(dict.fromkeys([*eos_id, *settings.eos_ids, *end_ids]))
+        self.add_bos = settings.add_bos and settings.bos_id is not None
         self.special_tokens = table.special
-        self.chat_template = roles.chat_template
+        self.chat_template = settings.chat_template
         self.table = table
         self.origin = origin
 
     @abc.abstractmethod
     def _encode(self, text: str, parse_special: bool) -> list[int]:
-        """Returns the ids of `text` alone; control tokens only where `parse_special`."""
+        """Returns the ids of `text` without BOS and EOS; control tokens only if `parse_special`."""
 
     @abc.abstractmethod
-    def spelling(self, id: int) -> str:
-        """Returns one vocabulary entry as its file spells it."""
+    def id_to_token(self, id: int) -> str:
+        """Returns one vocabulary entry as it is written in the file."""
 
     def encode(
         self, text: str, *, add_bos: bool | None = None, add_eos: bool = False, parse_special: bool = False
     ) -> list[int]:
         """Returns the ids of `text`.
 
-        What the vocabulary cannot spell becomes its unknown token; where it has none, as byte-level
-        vocabularies do not, bytes without a piece are left out, as Hugging Face's tokenizers do.
+        Characters without a piece become the unknown token. In a vocabulary without one (byte-level ones),
+        bytes without a piece are dropped, as in Hugging Face's tokenizers.
 
         Args:
-          text: any text; NUL and other control characters are ordinary.
-          add_bos: whether to begin with BOS, unless the text itself does; None is the vocabulary's
-            own rule, `self.add_bos`.
-          add_eos: whether to end with EOS, unless the text itself does.
-          parse_special: whether control tokens spelled in the text become their ids. Leave it off
-            for text that others wrote: `</s>` then stays four characters.
+          text: any text, including NUL and other control characters.
+          add_bos: whether to prepend BOS, unless the ids begin with it; None means `self.add_bos`.
+          add_eos: whether to append EOS, unless the ids end with it.
+          parse_special: whether control tokens in the text become their ids. Keep it off for untrusted
+            text: `</s>` then stays four characters.
 
         Returns:
           The ids, a list of int.
 
         Raises:
-          TokenizerError: for text that is not a str or has a lone surrogate, and for a BOS or EOS
-            that the vocabulary lacks.
+          TokenizerError: for text that is not a str or has a lone surrogate, and if BOS or EOS is requested
+            but not defined.
         """
         if not isinstance(text, str):
             raise TokenizerError(f"text to encode is of type {type(text).__name__}; it must be a str")
@@ -226,28 +223,28 @@ class TableTokenizer(abc.ABC):
             ) from None
         ids = self._encode(text, parse_special)
         if self.add_bos if add_bos is None else add_bos:
-            bos = self._required("BOS", self.bos_id)
+            bos = self._require_id("BOS", self.bos_id)
             if ids[:1] != [bos]:
                 ids.insert(0, bos)
         if add_eos:
-            eos = self._required("EOS", self.eos_id)
+            eos = self._require_id("EOS", self.eos_id)
             if ids[-1:] != [eos]:
                 ids.append(eos)
         return ids
 
-    def _required(self, name: str, token: int | None) -> int:
+    def _require_id(self, name: str, token: int | None) -> int:
         if token is None:
-            raise TokenizerError(f"{self.origin} names no {name} token; encode without add_{name.lower()}")
+            raise TokenizerError(f"{self.origin} defines no {name} token; encode without add_{name.lower()}")
         return token
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Returns the text of `ids`.
 
-        Bytes that are not UTF-8 become U+FFFD. Skipped tokens are as if they were absent.
+        Bytes that are not UTF-8 become U+FFFD.
 
         Args:
           ids: a flat sequence or array of ids.
-          skip_special_tokens: whether control tokens are left out rather than spelled.
+          skip_special_tokens: whether control tokens are omitted.
 
         Raises:
           TokenizerError: for an id outside the vocabulary.
@@ -256,12 +253,12 @@ class TableTokenizer(abc.ABC):
         return stream.extend(ids) + stream.flush()
 
     def stream(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
-        """Returns a decoder that takes ids one at a time."""
+        """Returns an incremental decoder."""
         return StreamDecoder(self.table, self.origin, skip_special_tokens)
 
     def piece(self, id: int) -> str:
-        """Returns one vocabulary entry as text for display: bytes that are not text as `<0xE4>`."""
-        (token,) = checked_ids((id,), self.vocab_size, self.origin)
+        """Returns one vocabulary entry as text for display; bytes that are not UTF-8 as `<0xE4>`."""
+        (token,) = validate_ids((id,), self.vocab_size, self.origin)
         data = self.table.pieces[token]
         try:
             return data.decode()
@@ -269,7 +266,7 @@ class TableTokenizer(abc.ABC):
             return "".join(f"<0x{byte:02X}>" for byte in data)
 
 
-def checked_ids(ids: Iterable[int], vocab_size: int, origin: str) -> list[int]:
+def validate_ids(ids: Iterable[int], vocab_size: int, origin: str) -> list[int]:
     """Returns `ids` as a list of int, all within the vocabulary.
 
     Raises:
@@ -280,9 +277,7 @@ def checked_ids(ids: Iterable[int], vocab_size: int, origin: str) -> list[int]:
         checked = [operator.index(value) for value in values]
     except TypeError:
         shown = " ".join(repr(ids).split())[:60]
-        raise TokenizerError(
-            f"token ids are {shown}; they must be a flat sequence of whole numbers"
-        ) from None
+        raise TokenizerError(f"token ids are {shown}; they must be a flat sequence of integers") from None
     if checked and not (min(checked) >= 0 and max(checked) < vocab_size):
         bad = next(token for token in checked if not 0 <= token < vocab_size)
         raise TokenizerError(
@@ -292,21 +287,21 @@ def checked_ids(ids: Iterable[int], vocab_size: int, origin: str) -> list[int]:
     return checked
 
 
-def checked_role(name: str, token: int | None, vocab_size: int, origin: str) -> None:
-    """Raises TokenizerError if `token` is an id that the vocabulary lacks."""
+def validate_special_id(name: str, token: int | None, vocab_size: int, origin: str) -> None:
+    """Raises TokenizerError if `token` is not None and outside the vocabulary."""
     if token is not None and not 0 <= token < vocab_size:
         raise TokenizerError(
             f"{origin}: {name} is {token}, but the vocabulary's {vocab_size} ids run from 0 to "
-            f"{vocab_size - 1}; the file contradicts itself, take a fresh copy"
+            f"{vocab_size - 1}; the file is inconsistent, take a fresh copy"
         )
 
 
 def replace_each(error: UnicodeError) -> tuple[str, int]:
-    """Codec error handler: one U+FFFD for each bad byte, which is SentencePiece's rule."""
+    """Codec error handler that replaces each invalid byte by one U+FFFD, like SentencePiece."""
     if not isinstance(error, UnicodeDecodeError):
         raise error
     return "\ufffd" * (error.end - error.start), error.end
 
 
-EACH = "llama_jax.replace_each"
-codecs.register_error(EACH, replace_each)
+REPLACE_EACH = "llama_jax.replace_each"
+codecs.register_error(REPLACE_EACH, replace_each)

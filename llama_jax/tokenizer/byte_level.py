@@ -1,4 +1,4 @@
-"""GPT-2's byte-level alphabet, and the rules by which vocabularies cut text before merging."""
+"""GPT-2's byte-level alphabet, and the pre-tokenizers of byte-level BPE vocabularies."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 
 def _alphabet() -> dict[str, int]:
-    """Maps each of the 256 printable characters that stand for bytes to its byte.
+    """Maps the 256 printable characters that represent bytes to their bytes.
 
-    Printable Latin-1 characters stand for themselves; the other bytes take the code points from 256
-    on, in order (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
+    Printable Latin-1 characters represent themselves; the other bytes are the code points from 256 on, in
+    order (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -24,7 +24,7 @@ BYTE_OF: Mapping[str, int] = _alphabet()
 
 
 def piece_bytes(piece: str) -> bytes:
-    """Returns the bytes that a byte-level piece spells; a piece outside the alphabet is plain text."""
+    """Returns the bytes of a byte-level piece; a piece outside the alphabet is encoded as UTF-8."""
     try:
         return bytes(map(BYTE_OF.__getitem__, piece))
     except KeyError:
@@ -32,13 +32,13 @@ def piece_bytes(piece: str) -> bytes:
 
 
 class PreTokenizer(NamedTuple):
-    """How a byte-level BPE vocabulary prepares text.
+    """The pre-tokenization of a byte-level BPE vocabulary.
 
     Attributes:
-      build: makes the splitter, which must end in the byte-level alphabet.
-      normalizer: applied first, or None.
-      ignore_merges: whether a word that is a piece is taken whole, whatever the merges say.
-      add_bos: whether vocabularies of this kind begin a text with BOS unless they say otherwise.
+      build: builds the pre-tokenizer, whose last step is `ByteLevel`.
+      normalizer: builds the normalizer, applied first; or None.
+      ignore_merges: whether a word that is a piece becomes that piece regardless of the merges.
+      add_bos: whether vocabularies of this kind prepend BOS by default.
     """
 
     build: Callable[[], pre_tokenizers.PreTokenizer]
@@ -75,9 +75,9 @@ _LLAMA3 = PreTokenizer(
 )
 _SINGLE_DIGITS = PreTokenizer(_single_digits)
 
-# `tokenizer.ggml.pre` to the rule. The names are llama.cpp's (src/llama-vocab.cpp); each rule is the
-# one in the tokenizer.json of the models that the name was made for. `default`, which stands for a
-# file that does not say, is llama.cpp's own.
+# By the value of `tokenizer.ggml.pre`. The names are llama.cpp's (src/llama-vocab.cpp); each entry is the
+# pre-tokenizer in the tokenizer.json of the models that the name stands for. `default`, for files without
+# the key, is llama.cpp's own.
 PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "default": PreTokenizer(_split(r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
     "gpt-2": PreTokenizer(_gpt2),
@@ -91,49 +91,50 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
 }
 
 
-def is_byte_level(library: Tokenizer) -> bool:
-    """Whether pieces spell bytes in GPT-2's alphabet."""
-    parts = json.loads(library.to_str())
-    return any(step["type"] == "ByteLevel" for step in steps(parts["decoder"]))
+def is_byte_level(backend: Tokenizer) -> bool:
+    """Whether the pieces are in GPT-2's byte-level alphabet."""
+    parts = json.loads(backend.to_str())
+    return any(step["type"] == "ByteLevel" for step in pipeline_steps(parts["decoder"]))
 
 
-def recognise(library: Tokenizer) -> str | None:
-    """Returns the name in `PRE_TOKENIZERS` of the rule that a byte-level BPE tokenizer follows, or None."""
-    rule = _rule(library)
+def match_pre_tokenizer(backend: Tokenizer) -> str | None:
+    """Returns the name in `PRE_TOKENIZERS` that a byte-level BPE tokenizer is equivalent to, or None."""
+    settings = _encoding_settings(backend)
     for name, pre in PRE_TOKENIZERS.items():
         known = Tokenizer(models.BPE(ignore_merges=pre.ignore_merges))
         known.pre_tokenizer = pre.build()
         if pre.normalizer:
             known.normalizer = pre.normalizer()
-        if _rule(known) == rule:
+        if _encoding_settings(known) == settings:
             return name
     return None
 
 
-def _rule(library: Tokenizer) -> Any:
-    """All that decides the ids of a text but the vocabulary, comparable."""
-    parts = json.loads(library.to_str())
+def _encoding_settings(backend: Tokenizer) -> Any:
+    """Returns all settings that affect encoding, except the vocabulary and the merges."""
+    parts = json.loads(backend.to_str())
     model = parts["model"]
-    switches = [
+    model_settings = [
         model.get(name) or None
         for name in (
             *("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"),
             "ignore_merges",
         )
     ]
-    return list(steps(parts["normalizer"])), list(steps(parts["pre_tokenizer"])), switches
+    steps = [list(pipeline_steps(parts[name])) for name in ("normalizer", "pre_tokenizer")]
+    return steps, model_settings
 
 
-def steps(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """Yields the steps of a normalizer, pre-tokenizer or decoder in a tokenizer.json, one after the other.
+def pipeline_steps(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    """Yields the steps of a normalizer, pre-tokenizer or decoder in a tokenizer.json, flattened.
 
-    What moves the reported offsets alone is left out.
+    Omits `trim_offsets`, which affects only the offsets.
     """
     if part is None:
         return
     if part["type"] == "Sequence":
         kinds = ("normalizers", "pretokenizers", "decoders")
         for step in next(part[kind] for kind in kinds if kind in part):
-            yield from steps(step)
+            yield from pipeline_steps(step)
     else:
         yield {key: value for key, value in part.items() if key != "trim_offsets"}

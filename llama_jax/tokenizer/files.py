@@ -1,4 +1,4 @@
-"""Reading small files whole, with a bound on their size and errors that say what to do."""
+"""Reads whole small files, with a limit on their size and one-line errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from llama_jax.errors import TokenizerError
 
-# The largest vocabularies in use take 35 MB; no more than this is ever read into memory.
+# The largest vocabularies in use have 35 MB; larger files than this are not read.
 MAX_BYTES = 256 << 20
 
 
@@ -16,7 +16,7 @@ def read_bytes(path: Path) -> bytes:
     """Returns a file's bytes.
 
     Raises:
-      TokenizerError: if it is missing, unreadable, no regular file, or larger than any vocabulary.
+      TokenizerError: if it is missing, unreadable, not a regular file, or larger than any vocabulary.
     """
     try:
         if not path.exists():
@@ -36,20 +36,20 @@ def read_bytes(path: Path) -> bytes:
 
 
 def parse_json_object(path: Path, data: bytes) -> dict[str, Any]:
-    """Returns the JSON object that `data`, the bytes of `path`, hold.
+    """Parses `data`, the bytes of `path`, as a JSON object.
 
     Raises:
-      TokenizerError: if they hold anything else.
+      TokenizerError: if it is anything else.
     """
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is not JSON ({one_line(error)}); take a fresh copy") from None
     if not isinstance(value, dict):
-        raise TokenizerError(f"{path} holds a JSON {type(value).__name__}, not an object; take a fresh copy")
+        raise TokenizerError(f"{path} is a JSON {type(value).__name__}, not an object; take a fresh copy")
     return value
 
 
 def one_line(error: BaseException) -> str:
-    """Returns a library's message on one line, at most 120 characters of it."""
+    """Returns the first 120 characters of an error message, on one line."""
     return " ".join(str(error).split())[:120]

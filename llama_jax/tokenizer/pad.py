@@ -1,48 +1,48 @@
-"""A vocabulary with tokens at its end that no text becomes: what a model's added rows are called."""
+"""Pads a vocabulary with control tokens, to match a model whose embedding has more rows."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from llama_jax.errors import TokenizerError
-from llama_jax.tokenizer.base import Roles, Table, TableTokenizer, Tokenizer
+from llama_jax.tokenizer.base import BaseTokenizer, DecodeTable, Tokenizer, TokenizerSettings
 from llama_jax.tokenizer.sentencepiece_model import (
     SentencePieceTokenizer,
+    decode_table,
     load_model,
-    table,
     with_control_pieces,
 )
-from llama_jax.tokenizer.tokenizer_json import LibraryTokenizer
+from llama_jax.tokenizer.tokenizer_json import HuggingFaceTokenizer
 
 
-def pad(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
-    """`tokenizer` with control tokens [PADn] added until it has `vocab_size` of them.
+def pad_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
+    """Appends control tokens [PADn] to a vocabulary until its size is `vocab_size`.
 
     Raises:
-      TokenizerError: if it has more already, or is of a kind that cannot be added to.
+      TokenizerError: if the vocabulary is larger already, or its type cannot be extended.
     """
     if tokenizer.vocab_size == vocab_size:
         return tokenizer
-    if tokenizer.vocab_size > vocab_size or not isinstance(tokenizer, TableTokenizer):
+    if tokenizer.vocab_size > vocab_size or not isinstance(tokenizer, BaseTokenizer):
         raise TokenizerError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}; give the one that "
-            "belongs to it with tokenizer (--tokenizer)"
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}; give the model's "
+            "tokenizer with tokenizer (--tokenizer)"
         )
     names = [f"[PAD{token}]" for token in range(tokenizer.vocab_size, vocab_size)]
-    roles = Roles(**{field.name: getattr(tokenizer, field.name) for field in dataclasses.fields(Roles)})
+    settings = TokenizerSettings(
+        **{field.name: getattr(tokenizer, field.name) for field in dataclasses.fields(TokenizerSettings)}
+    )
     if isinstance(tokenizer, SentencePieceTokenizer):
         model = load_model(with_control_pieces(tokenizer.proto, names), tokenizer.origin)
-        return SentencePieceTokenizer(model, table(model), roles, tokenizer.origin)
-    if not isinstance(tokenizer, LibraryTokenizer):
-        raise TokenizerError(f"a {type(tokenizer).__name__} cannot be added to; give a longer vocabulary")
-    library = tokenizer.library()
-    library.add_special_tokens(names)
-    if library.get_vocab_size() != vocab_size:
-        raise TokenizerError(
-            f"{tokenizer.origin}: has tokens called [PADn] already; give a longer vocabulary"
-        )
+        return SentencePieceTokenizer(model, decode_table(model), settings, tokenizer.origin)
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        raise TokenizerError(f"a {type(tokenizer).__name__} cannot be extended; give a larger vocabulary")
+    backend = tokenizer.copy_backend()
+    backend.add_special_tokens(names)
+    if backend.get_vocab_size() != vocab_size:
+        raise TokenizerError(f"{tokenizer.origin}: has tokens named [PADn] already; give a larger vocabulary")
     old = tokenizer.table
     pieces = [*old.pieces, *map(str.encode, names)]
-    added = {name: old_id for old_id, name in enumerate(names, tokenizer.vocab_size)}
-    wide: Table = dataclasses.replace(old, pieces=pieces, special={**old.special, **added})
-    return LibraryTokenizer(library, wide, roles, tokenizer.origin, tokenizer.pre)
+    added = {name: token for token, name in enumerate(names, tokenizer.vocab_size)}
+    table: DecodeTable = dataclasses.replace(old, pieces=pieces, special={**old.special, **added})
+    return HuggingFaceTokenizer(backend, table, settings, tokenizer.origin, tokenizer.gguf_pre)

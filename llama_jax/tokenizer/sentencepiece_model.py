@@ -1,7 +1,7 @@
-"""SentencePiece vocabularies: `.model` files, and models built from pieces that other files carry.
+"""SentencePiece vocabularies: `.model` files, and models built from the pieces of other file formats.
 
-Text is encoded by the sentencepiece library alone; files that hold only pieces and scores are first
-turned into the protocol buffer that it loads.
+The sentencepiece library does the encoding. Pieces and scores from other formats are first serialized as
+the protocol buffer that it loads.
 """
 
 from __future__ import annotations
@@ -15,33 +15,39 @@ from typing import NamedTuple
 import sentencepiece
 
 from llama_jax.errors import TokenizerError
-from llama_jax.tokenizer import settings
-from llama_jax.tokenizer.base import EACH, Roles, Table, TableTokenizer
+from llama_jax.tokenizer.base import REPLACE_EACH, BaseTokenizer, DecodeTable, TokenizerSettings
 from llama_jax.tokenizer.files import one_line, read_bytes
+from llama_jax.tokenizer.hf_config import read_hf_config
 
-SPACE = "\u2581"  # stands for a space inside pieces
+SPACE = "\u2581"  # represents a space in pieces
 
-# Kinds of pieces, by their numbers in SentencePiece's protocol buffer, which GGUF uses too.
+# Piece types, with their values in SentencePiece's protocol buffer and in GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
 class Piece(NamedTuple):
-    """One entry of a vocabulary whose id is its place: spelling, merge score, kind."""
+    """One entry of a vocabulary: its text, merge score and type."""
 
     text: str
     score: float
     kind: int
 
 
-class SentencePieceTokenizer(TableTokenizer):
-    """A `Tokenizer` over a loaded SentencePiece model.
+class SentencePieceTokenizer(BaseTokenizer):
+    """A `Tokenizer` with a SentencePiece model as its encoder.
 
-    Text between two control tokens that `encode` parses is encoded like a text of its own, with its
-    own prefix space: this is how Meta's code encodes the turns of a conversation.
+    With `parse_special`, each span between control tokens is encoded as a separate text with its own prefix
+    space, as Meta's code encodes the turns of a conversation.
     """
 
-    def __init__(self, model: sentencepiece.SentencePieceProcessor, pieces: Table, roles: Roles, origin: str):
-        super().__init__(pieces, roles, origin)
+    def __init__(
+        self,
+        model: sentencepiece.SentencePieceProcessor,
+        pieces: DecodeTable,
+        settings: TokenizerSettings,
+        origin: str,
+    ):
+        super().__init__(pieces, settings, origin)
         self._model = model
         longest_first = sorted(map(re.escape, self.special_tokens), key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
@@ -54,59 +60,59 @@ class SentencePieceTokenizer(TableTokenizer):
             ids.extend([self.special_tokens[part]] if i % 2 else self._model.encode(part))
         return ids
 
-    def spelling(self, id: int) -> str:
-        """Returns one vocabulary entry as its file spells it."""
+    def id_to_token(self, id: int) -> str:
+        """Returns one vocabulary entry as it is written in the file."""
         return self._model.id_to_piece(id)
 
     @property
     def proto(self) -> bytes:
-        """The model as the protocol buffer that a `.model` file is."""
+        """The model as a serialized protocol buffer, the content of a `.model` file."""
         return self._model.serialized_model_proto()
 
 
 def load(path: Path) -> SentencePieceTokenizer:
     """Loads a SentencePiece `.model` file.
 
-    BOS comes first unless a tokenizer_config.json beside the file says otherwise, as in Meta's code:
-    the file itself has no say.
+    `encode` prepends BOS, as in Meta's code, unless a tokenizer_config.json next to the file disables it: the
+    file itself has no such setting.
 
     Raises:
-      TokenizerError: if it is missing, truncated or no SentencePiece model.
+      TokenizerError: if the file is missing, truncated or not a SentencePiece model.
     """
     data = read_bytes(path)
-    # A cut between two pieces leaves a valid, shorter buffer, and an empty file is a valid buffer too:
-    # the library loads both. Whole models end with the trainer's and the normalizer's settings.
-    if not {1, 2, 3} <= set(_fields(data)):
+    # The library also loads an empty file, or one truncated between two pieces, both valid protocol buffers.
+    # Complete models end with the trainer and normalizer settings.
+    if not {1, 2, 3} <= set(_field_numbers(data)):
         raise TokenizerError(
-            f"{path} is not a whole SentencePiece model ({len(data)} bytes): it is empty, truncated or of "
+            f"{path} is not a complete SentencePiece model ({len(data)} bytes): it is empty, truncated or of "
             "another format; take a fresh copy"
         )
     model = load_model(data, str(path))
-    roles = Roles(
-        bos_id=_role(model.bos_id()),
-        eos_id=_role(model.eos_id()),
-        unk_id=_role(model.unk_id()),
-        pad_id=_role(model.pad_id()),
+    settings = TokenizerSettings(
+        bos_id=_optional_id(model.bos_id()),
+        eos_id=_optional_id(model.eos_id()),
+        unk_id=_optional_id(model.unk_id()),
+        pad_id=_optional_id(model.pad_id()),
         add_bos=model.bos_id() >= 0,
     )
-    pieces = table(model)
+    pieces = decode_table(model)
     return SentencePieceTokenizer(
-        model, pieces, settings.beside(path).apply(roles, pieces.special), str(path)
+        model, pieces, read_hf_config(path).apply(settings, pieces.special), str(path)
     )
 
 
 def load_model(data: bytes, origin: str) -> sentencepiece.SentencePieceProcessor:
-    """Returns the loaded model; raises TokenizerError if the library refuses it."""
+    """Loads a serialized model; raises TokenizerError if the library rejects it."""
     model = sentencepiece.SentencePieceProcessor()
     try:
         model.LoadFromSerializedProto(data)
-        model.id_to_piece(list(range(model.vocab_size())))  # each must be UTF-8, which loading does not check
+        model.id_to_piece(list(range(model.vocab_size())))  # raises if a piece is not UTF-8
     except (RuntimeError, ValueError, IndexError) as error:
         raise TokenizerError(
-            f"{origin} holds no usable SentencePiece vocabulary ({one_line(error)}); take a fresh copy"
+            f"{origin} has no valid SentencePiece vocabulary ({one_line(error)}); take a fresh copy"
         ) from None
     if not model.vocab_size():
-        raise TokenizerError(f"{origin} holds a SentencePiece vocabulary of no pieces; take a fresh copy")
+        raise TokenizerError(f"{origin} has an empty SentencePiece vocabulary; take a fresh copy")
     return model
 
 
@@ -117,15 +123,14 @@ def build_model(
     add_space_prefix: bool = True,
     remove_extra_whitespaces: bool = False,
 ) -> sentencepiece.SentencePieceProcessor:
-    """Builds the BPE model that `pieces` describe, with no text normalisation but spaces.
+    """Builds a BPE model from pieces, with no normalization except of spaces.
 
-    The buffer (google/sentencepiece, src/sentencepiece_model.proto) is written by hand: it has a
-    handful of fields, and the generated protobuf module clashes with other packages' copies of it in
-    the same process.
+    The protocol buffer (google/sentencepiece, src/sentencepiece_model.proto) is serialized by hand: it has
+    few fields, and the generated protobuf module conflicts with copies of it in other packages.
 
     Raises:
-      TokenizerError: if the library refuses the vocabulary (twice the same piece, an empty one, no
-        unknown piece, some of the 256 bytes).
+      TokenizerError: if the library rejects the vocabulary (a duplicate or empty piece, no unknown piece,
+        only some of the 256 bytes).
     """
     out = bytearray()
     has_bytes = False
@@ -141,13 +146,13 @@ def build_model(
 
 
 def with_control_pieces(proto: bytes, names: Iterable[str]) -> bytes:
-    """A model with control pieces added at its end; repeated fields of a protocol buffer are joined."""
+    """Appends control pieces to a serialized model; a parser concatenates repeated fields."""
     return proto + b"".join(_field(1, _field(1, name.encode()) + bytes((0x18, CONTROL))) for name in names)
 
 
-def table(model: sentencepiece.SentencePieceProcessor) -> Table:
-    """Returns how the ids of a loaded model become bytes."""
-    pieces, special, prefixed = [], {}, []
+def decode_table(model: sentencepiece.SentencePieceProcessor) -> DecodeTable:
+    """Returns the mapping from ids to bytes of a loaded model."""
+    pieces, special, space_prefixed = [], {}, []
     for token in range(model.vocab_size()):
         name = model.id_to_piece(token)
         piece = name.replace(SPACE, " ").encode()
@@ -159,16 +164,18 @@ def table(model: sentencepiece.SentencePieceProcessor) -> Table:
             piece = name.encode()
             special[name] = token
         elif name.startswith(SPACE):
-            prefixed.append(token)
+            space_prefixed.append(token)
         pieces.append(piece)
-    # The library has no accessors for its normalizer's settings, but its behaviour shows them.
-    if not (prefixed and model.decode(prefixed[:1]) == pieces[prefixed[0]][1:].decode()):
-        prefixed = []
-    return Table(pieces, special, frozenset(prefixed), trims=not model.encode(" "), errors=EACH)
+    # The library has no accessors for the normalizer settings, so they are inferred from its results.
+    first = space_prefixed[:1]
+    if not (first and model.decode(first) == pieces[first[0]][1:].decode()):
+        space_prefixed = []
+    strip_all = not model.encode(" ")
+    return DecodeTable(pieces, special, frozenset(space_prefixed), strip_all, REPLACE_EACH)
 
 
-def _role(token: int) -> int | None:
-    return token if token >= 0 else None
+def _optional_id(token: int) -> int | None:
+    return token if token >= 0 else None  # the library returns -1 for undefined
 
 
 def _field(number: int, body: bytes) -> bytes:
@@ -177,7 +184,7 @@ def _field(number: int, body: bytes) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    """Encodes a non-negative int the way protocol buffers do: seven bits a byte, low ones first."""
+    """Encodes a non-negative int as a protobuf varint: seven bits per byte, least significant first."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -186,27 +193,27 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _fields(data: bytes) -> Iterator[int]:
-    """Yields the numbers of a buffer's outermost fields; stops where it is malformed."""
-    at = 0
-    while at < len(data):
-        tag, at = read_varint(data, at)
+def _field_numbers(data: bytes) -> Iterator[int]:
+    """Yields the numbers of a message's top-level fields; stops at malformed data."""
+    offset = 0
+    while offset < len(data):
+        tag, offset = read_varint(data, offset)
         if tag & 7 != 2:
             return
-        length, at = read_varint(data, at)
-        at += length
-        if at > len(data):
+        length, offset = read_varint(data, offset)
+        offset += length
+        if offset > len(data):
             return
         yield tag >> 3
 
 
-def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """Decodes what `_varint` encodes, at byte `at`; returns it and where it ends."""
+def read_varint(data: bytes, offset: int) -> tuple[int, int]:
+    """Decodes a protobuf varint; returns its value and the offset after it."""
     value = shift = 0
-    while at < len(data) and shift < 64:
-        value |= (data[at] & 0x7F) << shift
+    while offset < len(data) and shift < 64:
+        value |= (data[offset] & 0x7F) << shift
         shift += 7
-        at += 1
-        if data[at - 1] < 0x80:
+        offset += 1
+        if data[offset - 1] < 0x80:
             break
-    return value, at
+    return value, offset

@@ -1,4 +1,4 @@
-"""Reading text files and JSON lines for a vocabulary to learn from."""
+"""Reads text and JSON Lines files as training data of a vocabulary."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import TextIO
 from llama_jax.errors import TokenizerError
 from llama_jax.tokenizer.files import one_line
 
-_PART = 1 << 20  # characters read at a time
-_LONGEST = 64 << 20  # characters of one JSON line
-_JSON_LINES = (".jsonl", ".ndjson")
+_CHUNK_CHARACTERS = 1 << 20
+_MAX_LINE_CHARACTERS = 64 << 20
+_JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
 
 
 def find_files(names: Sequence[str]) -> list[Path]:
-    """Returns the files that paths and globs name, each once, in the order given.
+    """Returns the files that match paths and globs, in order and without duplicates.
 
     Raises:
-      TokenizerError: naming the first that names none.
+      TokenizerError: for the first name that matches no file.
     """
     found: dict[Path, None] = {}
     for name in names:
@@ -33,18 +33,18 @@ def find_files(names: Sequence[str]) -> list[Path]:
 
 
 def read_texts(paths: Iterable[Path], field: str) -> Iterator[str]:
-    """Yields the text of files, in parts: of JSON lines one `field`, of others everything.
+    """Yields the text of files: one `field` of each line of JSON Lines, other files in chunks.
 
     Raises:
-      TokenizerError: if a file cannot be read, is not UTF-8, or has a line that is no such JSON.
+      TokenizerError: if a file cannot be read or is not UTF-8, or a line is not an object with that field.
     """
     for path in paths:
         try:
             with path.open(encoding="utf-8", newline="") as file:
-                if path.suffix.lower() in _JSON_LINES:
+                if path.suffix.lower() in _JSON_LINES_SUFFIXES:
                     yield from _fields(path, file, field)
                 else:
-                    yield from iter(lambda: file.read(_PART), "")
+                    yield from iter(lambda: file.read(_CHUNK_CHARACTERS), "")
         except UnicodeDecodeError as error:
             raise TokenizerError(f"{path} is not UTF-8 ({error.reason}); give text files only") from None
         except OSError as error:
@@ -52,14 +52,14 @@ def read_texts(paths: Iterable[Path], field: str) -> Iterator[str]:
 
 
 def _fields(path: Path, file: TextIO, field: str) -> Iterator[str]:
-    for number, line in enumerate(iter(lambda: file.readline(_LONGEST), ""), 1):
+    for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE_CHARACTERS), ""), 1):
         if line.isspace():
             continue
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise TokenizerError(f"{path}:{number}: not JSON ({one_line(error)}); mend the line") from None
+            raise TokenizerError(f"{path}:{number}: not JSON ({one_line(error)}); fix the line") from None
         text = value.get(field) if isinstance(value, dict) else None
         if not isinstance(text, str):
-            raise TokenizerError(f"{path}:{number}: no object with the text field {field!r}; see --field")
+            raise TokenizerError(f"{path}:{number}: not an object with a text field {field!r}; see --field")
         yield text

@@ -1,4 +1,4 @@
-"""Hugging Face's `tokenizer.json`, read and encoded by the tokenizers library."""
+"""Hugging Face's `tokenizer.json`, loaded and encoded by the tokenizers library."""
 
 from __future__ import annotations
 
@@ -13,104 +13,109 @@ from typing import Any
 import tokenizers
 
 from llama_jax.errors import TokenizerError
-from llama_jax.tokenizer import settings
-from llama_jax.tokenizer.base import EACH, Roles, Table, TableTokenizer
+from llama_jax.tokenizer.base import REPLACE_EACH, BaseTokenizer, DecodeTable, TokenizerSettings
 from llama_jax.tokenizer.byte_level import piece_bytes
 from llama_jax.tokenizer.files import one_line, parse_json_object, read_bytes
+from llama_jax.tokenizer.hf_config import read_hf_config
 
 _MODELS = ("BPE", "Unigram")
-_MOST_IDS = 1 << 22  # far beyond any vocabulary; ids in a file are believed up to here
+_MAX_IDS = 1 << 22  # far beyond any vocabulary; a larger id in a file would allocate too large a table
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-class LibraryTokenizer(TableTokenizer):
-    """A `Tokenizer` whose text is encoded by a `tokenizers.Tokenizer`.
+class HuggingFaceTokenizer(BaseTokenizer):
+    """A `Tokenizer` with a `tokenizers.Tokenizer` as its encoder.
 
     Attributes:
-      pre: GGUF's name for the way text is cut before merging, where the vocabulary came with one.
+      gguf_pre: GGUF's name of the pre-tokenizer (`tokenizer.ggml.pre`), if loaded from a GGUF file.
     """
 
     def __init__(
-        self, library: tokenizers.Tokenizer, table: Table, roles: Roles, origin: str, pre: str | None = None
+        self,
+        backend: tokenizers.Tokenizer,
+        table: DecodeTable,
+        settings: TokenizerSettings,
+        origin: str,
+        gguf_pre: str | None = None,
     ):
-        super().__init__(table, roles, origin)
-        library.encode_special_tokens = True  # spelled control tokens are encoded as text
-        self._plain = library
-        self.pre = pre
+        super().__init__(table, settings, origin)
+        backend.encode_special_tokens = True  # encodes control tokens in the text as ordinary text
+        self._backend = backend
+        self.gguf_pre = gguf_pre
 
-    def spelling(self, id: int) -> str:
-        """Returns one vocabulary entry as its file spells it; nothing for an id without one."""
-        return self._plain.id_to_token(id) or ""
+    def id_to_token(self, id: int) -> str:
+        """Returns one vocabulary entry as it is written in the file; empty for an unused id."""
+        return self._backend.id_to_token(id) or ""
 
-    def library(self) -> tokenizers.Tokenizer:
-        """Returns a copy of the library's tokenizer."""
-        return tokenizers.Tokenizer.from_str(self._plain.to_str())
+    def copy_backend(self) -> tokenizers.Tokenizer:
+        """Returns a copy of the `tokenizers.Tokenizer`."""
+        return tokenizers.Tokenizer.from_str(self._backend.to_str())
 
     @functools.cached_property
-    def _parsing(self) -> tokenizers.Tokenizer:
-        # A second instance, since the library's switch is state that threads would share.
-        library = self.library()
-        library.encode_special_tokens = False
-        return library
+    def _special_backend(self) -> tokenizers.Tokenizer:
+        # A second instance, because `encode_special_tokens` is mutable state shared by threads.
+        backend = self.copy_backend()
+        backend.encode_special_tokens = False
+        return backend
 
     def _encode(self, text: str, parse_special: bool) -> list[int]:
-        library = self._parsing if parse_special else self._plain
-        return library.encode(text, add_special_tokens=False).ids
+        backend = self._special_backend if parse_special else self._backend
+        return backend.encode(text, add_special_tokens=False).ids
 
 
-def load(path: Path) -> LibraryTokenizer:
-    """Loads a `tokenizer.json`, with what the files beside it say of roles, BOS and chat template.
+def load(path: Path) -> HuggingFaceTokenizer:
+    """Loads a `tokenizer.json`, with the settings of the configuration files next to it.
 
-    BOS comes first if tokenizer_config.json says so, or says nothing and the file's own post-processor
-    puts it there. EOS never comes by itself.
+    BOS is prepended if tokenizer_config.json sets it, or if it does not and the file's post-processor
+    prepends BOS. EOS is never appended by default.
 
     Raises:
       TokenizerError: if the file is missing, malformed, or of a kind that Llama models do not use.
     """
     data = read_bytes(path)
-    spaces = _spaces(path, parse_json_object(path, data))
+    space_style = _space_style(path, parse_json_object(path, data))
     try:
-        library = tokenizers.Tokenizer.from_buffer(data)
+        backend = tokenizers.Tokenizer.from_buffer(data)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library raises bare Exceptions, and what Rust panics with is none
+    except BaseException as error:  # the library raises bare Exceptions; a Rust panic is a BaseException
         raise TokenizerError(f"{path} cannot be loaded ({one_line(error)}); take a fresh copy") from None
-    library.no_truncation()
-    library.no_padding()
-    vocabulary = library.get_vocab(with_added_tokens=True)
-    if not vocabulary or max(vocabulary.values()) >= _MOST_IDS:
-        what = f"goes up to id {max(vocabulary.values())}" if vocabulary else "is empty"
-        raise TokenizerError(f"{path}: the vocabulary {what}; it must hold 1 to {_MOST_IDS} ids")
+    backend.no_truncation()
+    backend.no_padding()
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    if not vocabulary or max(vocabulary.values()) >= _MAX_IDS:
+        problem = f"has ids up to {max(vocabulary.values())}" if vocabulary else "is empty"
+        raise TokenizerError(f"{path}: the vocabulary {problem}; it must have 1 to {_MAX_IDS} ids")
     if len(set(vocabulary.values())) != len(vocabulary):
         ((token, _),) = collections.Counter(vocabulary.values()).most_common(1)
         shared = ", ".join(repr(name[:40]) for name, other in vocabulary.items() if other == token)
         raise TokenizerError(f"{path}: {shared} share the id {token}; take a fresh copy")
-    roles = _roles(path, library, vocabulary)
-    # A token with a role is a control token, whatever the file calls it.
-    hidden = roles.control - _special_ids(library)
-    names = [name for name, token in vocabulary.items() if token in hidden]
-    library.add_special_tokens(
+    settings = _settings(path, backend, vocabulary)
+    # BOS and EOS are control tokens even if the file does not mark them as special.
+    unmarked = settings.control_ids - _special_ids(backend)
+    names = [name for name, token in vocabulary.items() if token in unmarked]
+    backend.add_special_tokens(
         [tokenizers.AddedToken(name, special=True, normalized=False) for name in names]
     )
-    return LibraryTokenizer(library, _table(library, vocabulary, spaces), roles, str(path))
+    return HuggingFaceTokenizer(backend, _decode_table(backend, vocabulary, space_style), settings, str(path))
 
 
-def _spaces(path: Path, content: Mapping[str, Any]) -> str:
-    """Returns how pieces spell text: `byte-level`, or with a mark for spaces as `prefixed` or `plain`.
+def _space_style(path: Path, content: Mapping[str, Any]) -> str:
+    """Returns how pieces represent spaces: `byte-level`, `prefixed` or `plain`.
 
-    The two latter are SentencePiece's; `prefixed` puts a space before every text, `plain` does not.
+    The latter two are SentencePiece's U+2581; `prefixed` prepends a space to every text, `plain` does not.
     """
 
     def kind(value: Any) -> str:
         return str(value.get("type")) if isinstance(value, dict) else str(value)
 
     model = content.get("model")
-    untyped = isinstance(model, dict) and "type" not in model and "merges" in model  # GPT-2's own file
+    untyped = isinstance(model, dict) and "type" not in model and "merges" in model  # as in GPT-2's file
     model_kind = "BPE" if untyped else kind(model)
     if model_kind not in _MODELS:
         raise TokenizerError(
-            f"{path}: the model's type is {model_kind[:40]!r}; llama_jax reads {' and '.join(_MODELS)}, "
-            "which Llama models use"
+            f"{path}: the model type is {model_kind[:40]!r}; llama_jax supports {' and '.join(_MODELS)}, "
+            "the types that Llama models use"
         )
     decoder = content.get("decoder")
     steps: Any = [decoder]
@@ -126,31 +131,33 @@ def _spaces(path: Path, content: Mapping[str, Any]) -> str:
     if "Replace" in kinds or "ByteFallback" in kinds:
         return "prefixed" if "Strip" in kinds else "plain"
     raise TokenizerError(
-        f"{path}: the decoder is {kind(decoder)[:40]!r}; llama_jax reads byte-level vocabularies (ByteLevel) "
-        "and SentencePiece ones (Metaspace, or Replace and ByteFallback)"
+        f"{path}: the decoder is {kind(decoder)[:40]!r}; llama_jax supports byte-level vocabularies "
+        "(ByteLevel) and SentencePiece ones (Metaspace, or Replace and ByteFallback)"
     )
 
 
-def _roles(path: Path, library: tokenizers.Tokenizer, vocabulary: Mapping[str, int]) -> Roles:
-    said = settings.beside(path)
-    roles = said.apply(Roles(), vocabulary)
-    first = next(iter(library.encode("").ids), None)  # what the post-processor puts before every text
-    if roles.bos_id is None and first in _special_ids(library) - {roles.eos_id}:
-        roles = dataclasses.replace(roles, bos_id=first)
-    if said.add_bos is None:
-        roles = dataclasses.replace(roles, add_bos=first is not None and first == roles.bos_id)
-    return roles
+def _settings(path: Path, backend: tokenizers.Tokenizer, vocabulary: Mapping[str, int]) -> TokenizerSettings:
+    hf_config = read_hf_config(path)
+    settings = hf_config.apply(TokenizerSettings(), vocabulary)
+    first = next(iter(backend.encode("").ids), None)  # the token that the post-processor prepends
+    if settings.bos_id is None and first in _special_ids(backend) - {settings.eos_id}:
+        settings = dataclasses.replace(settings, bos_id=first)
+    if hf_config.add_bos is None:
+        settings = dataclasses.replace(settings, add_bos=first is not None and first == settings.bos_id)
+    return settings
 
 
-def _special_ids(library: tokenizers.Tokenizer) -> set[int]:
-    return {token for token, added in library.get_added_tokens_decoder().items() if added.special}
+def _special_ids(backend: tokenizers.Tokenizer) -> set[int]:
+    return {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
 
 
-def _table(library: tokenizers.Tokenizer, vocabulary: Mapping[str, int], spaces: str) -> Table:
-    added = library.get_added_tokens_decoder()
+def _decode_table(
+    backend: tokenizers.Tokenizer, vocabulary: Mapping[str, int], space_style: str
+) -> DecodeTable:
+    added = backend.get_added_tokens_decoder()
     pieces = [b""] * (max(vocabulary.values()) + 1)
     for name, token in vocabulary.items():
-        if spaces == "byte-level":
+        if space_style == "byte-level":
             pieces[token] = name.encode() if token in added else piece_bytes(name)
         elif (byte := BYTE_PIECE.fullmatch(name)) and token not in added:
             pieces[token] = bytes.fromhex(byte[1])
@@ -159,7 +166,8 @@ def _table(library: tokenizers.Tokenizer, vocabulary: Mapping[str, int], spaces:
     special = {entry.content: token for token, entry in added.items() if entry.special}
     for name, token in special.items():
         pieces[token] = name.encode()
-    if spaces == "byte-level":
-        return Table(pieces, special)
-    opening = frozenset(token for token, piece in enumerate(pieces) if piece.startswith(b" "))
-    return Table(pieces, special, opening if spaces == "prefixed" else frozenset(), errors=EACH)
+    if space_style == "byte-level":
+        return DecodeTable(pieces, special)
+    spaced = frozenset(token for token, piece in enumerate(pieces) if piece.startswith(b" "))
+    space_prefixed = spaced if space_style == "prefixed" else frozenset()
+    return DecodeTable(pieces, special, space_prefixed, errors=REPLACE_EACH)

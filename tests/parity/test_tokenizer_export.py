@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llama_jax.tokenizer import Tokenizer
-from llama_jax.tokenizer.export import vocabulary_of
+from llama_jax.tokenizer.export import export_vocabulary
 from tests.tokenizer import corpus
 
 pytestmark = pytest.mark.parity
@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers", reason="needs the `parity` ex
 def theirs(tokenizer: Tokenizer, tmp_path: Path) -> Any:
     folder = tmp_path / "hf"
     folder.mkdir()
-    for name, data in vocabulary_of(tokenizer, "hf").files.items():
+    for name, data in export_vocabulary(tokenizer, "hf").files.items():
         (folder / name).write_bytes(data)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return transformers.AutoTokenizer.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""One small vocabulary of each kind, loaded."""
+"""Fixtures: one small tokenizer of each file format."""
 
 from pathlib import Path
 

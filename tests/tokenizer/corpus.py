@@ -1,8 +1,8 @@
-"""12,000 lines of made-up text that exercise a tokenizer: the same lines on every machine.
+"""12,000 lines of random text for testing tokenizers, identical on every machine.
 
-Prose, code, numbers, emoji, scripts from around the world, whitespace and arbitrary characters. The
-characters are those of Unicode 3.2, which Python carries frozen: later versions of the standard, and so
-of Python and of regex engines, agree on what they are.
+Prose, code, numbers, emoji, scripts from around the world, whitespace and arbitrary characters. All
+characters are in Unicode 3.2, which Python includes as `ucd_3_2_0`: their categories are the same in all
+later versions of Python and of regex engines.
 """
 
 from __future__ import annotations
@@ -69,26 +69,26 @@ _ACCENTS = "\u0300\u0301\u0302\u0303\u0308\u030a\u0327\u0328\u0323\u20dd"
 
 
 def lines() -> list[str]:
-    """Returns the corpus; line ends are not part of the lines, though some hold newlines."""
-    # Only Random.random() promises the same numbers in every version of Python.
+    """Returns the corpus; some lines contain newlines."""
+    # Only Random.random() is guaranteed to be the same in every version of Python.
     random = Random(20_230_718)
-    made: list[str] = []
-    while len(made) < LINES:
-        kind = _KINDS[int(random.random() * len(_KINDS))]
-        made.append(kind(random))
-    return made
+    corpus: list[str] = []
+    while len(corpus) < LINES:
+        generator = _GENERATORS[int(random.random() * len(_GENERATORS))]
+        corpus.append(generator(random))
+    return corpus
 
 
 def _pick(random: Random, choices: Sequence[str]) -> str:
     return choices[int(random.random() * len(choices))]
 
 
-def _some(random: Random, most: int, make: Callable[[Random], str], joint: str = " ") -> str:
-    return joint.join(make(random) for _ in range(1 + int(random.random() * most)))
+def _repeat(random: Random, max_count: int, make: Callable[[Random], str], separator: str = " ") -> str:
+    return separator.join(make(random) for _ in range(1 + int(random.random() * max_count)))
 
 
 def _prose(random: Random) -> str:
-    text = _some(random, 14, lambda r: _pick(r, _WORDS if r.random() < 0.9 else _CONTRACTIONS))
+    text = _repeat(random, 14, lambda r: _pick(r, _WORDS if r.random() < 0.9 else _CONTRACTIONS))
     text = text[0].upper() + text[1:] if random.random() < 0.7 else text
     return _pick(random, ("", " ", '"')) + text + _pick(random, (".", "!", "?", ",", "...", '"', ".\n", ""))
 
@@ -98,7 +98,7 @@ def _code(random: Random) -> str:
     name, value, operator = (_pick(random, choices) for choices in (_NAMES, _NUMBERS, _OPERATORS))
     forms = (
         f"{name} {operator} {value};",
-        f"def {name}({_some(random, 3, lambda r: _pick(r, _NAMES), ', ')}):  # {_pick(random, _WORDS)}",
+        f"def {name}({_repeat(random, 3, lambda r: _pick(r, _NAMES), ', ')}):  # {_pick(random, _WORDS)}",
         f"if ({name}{operator}{value}) {{ return &{name}[{value}]; }}",
         f'print(f"{{{name}!r:>10}} {value}\\n", end="")',
         f"<div class='{name}'>{_prose(random)}</div>",
@@ -112,11 +112,11 @@ def _code(random: Random) -> str:
 
 def _numbers(random: Random) -> str:
     long = "".join(str(int(random.random() * 10)) for _ in range(int(random.random() * 25)))
-    return long + _some(random, 8, lambda r: _pick(r, _NUMBERS), _pick(random, ("", " ", "  ", ", ", "\n")))
+    return long + _repeat(random, 8, lambda r: _pick(r, _NUMBERS), _pick(random, ("", " ", "  ", ", ", "\n")))
 
 
 def _emoji(random: Random) -> str:
-    return _some(
+    return _repeat(
         random, 6, lambda r: _pick(r, _EMOJI if r.random() < 0.6 else _WORDS), _pick(random, ("", " "))
     )
 
@@ -126,14 +126,14 @@ def _scripts(random: Random) -> str:
         if random.random() < 0.5:
             return _pick(random, _PHRASES)
         first, last = _RANGES[int(random.random() * len(_RANGES))]
-        return _some(random, 6, lambda r: chr(first + int(r.random() * (last - first + 1))), "")
+        return _repeat(random, 6, lambda r: chr(first + int(r.random() * (last - first + 1))), "")
 
-    return _some(random, 6, word, _pick(random, ("", " ", "、")))
+    return _repeat(random, 6, word, _pick(random, ("", " ", "、")))
 
 
 def _accents(random: Random) -> str:
-    return _some(
-        random, 12, lambda r: _pick(r, "aeiouncyAEIO ") + _some(r, 3, lambda s: _pick(s, _ACCENTS), ""), ""
+    return _repeat(
+        random, 12, lambda r: _pick(r, "aeiouncyAEIO ") + _repeat(r, 3, lambda s: _pick(s, _ACCENTS), ""), ""
     )
 
 
@@ -143,7 +143,7 @@ def _spaces(random: Random) -> str:
             random, (*_WORDS, "", "1", "\n", "!")
         )
 
-    return _some(random, 6, run, "") + _pick(random, ("", " ", "   ", "\n\n"))
+    return _repeat(random, 6, run, "") + _pick(random, ("", " ", "   ", "\n\n"))
 
 
 def _anything(random: Random) -> str:
@@ -154,15 +154,15 @@ def _anything(random: Random) -> str:
             if unicodedata.ucd_3_2_0.category(found) not in ("Cn", "Cs", "Co"):
                 return found
 
-    return _some(random, 20, character, "")
+    return _repeat(random, 20, character, "")
 
 
 def _mixed(random: Random) -> str:
     parts = (_prose, _code, _numbers, _emoji, _scripts, _accents, _spaces)
-    return _some(random, 3, lambda r: parts[int(r.random() * len(parts))](r), "")
+    return _repeat(random, 3, lambda r: parts[int(r.random() * len(parts))](r), "")
 
 
-_KINDS = (
+_GENERATORS = (
     _prose,
     _prose,
     _code,

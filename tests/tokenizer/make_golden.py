@@ -1,6 +1,6 @@
-"""Writes smollm2_golden.json: the ids that Hugging Face's tokenizer gives SmolLM2's corpus.
+"""Writes smollm2_golden.json: the ids of Hugging Face's SmolLM2 tokenizer for corpus.py.
 
-Run as `python -m tests.tokenizer.make_golden PATH_OF_SMOLLM2.gguf` where transformers is installed.
+Run as `python -m tests.tokenizer.make_golden PATH_OF_SMOLLM2.gguf`; needs transformers.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 from tests.tokenizer import corpus
 
 GOLDEN = Path(__file__).with_name("smollm2_golden.json")
-BLOCK = 100  # lines that share a digest
-STEP = 60  # every so many lines, the ids themselves
+BLOCK = 100  # lines per digest
+STEP = 60  # the ids of every 60th line are stored
 
 
 def digest(rows: Sequence[Sequence[int]]) -> str:
@@ -33,11 +33,11 @@ def corpus_digest(lines: Sequence[str]) -> str:
 
 
 def hugging_face(gguf: Path) -> Any:
-    """Returns transformers' own conversion of the vocabulary, cut as SmolLM2's tokenizer.json cuts.
+    """Returns transformers' conversion of the vocabulary, with the pre-tokenizer of SmolLM2's tokenizer.json.
 
-    The conversion reads tokens, merges and control tokens; for this family it knows no digit rule and
-    takes GPT-2's, so that "x  1" would differ from the published tokenizer. What replaces it is the
-    published `pre_tokenizer`, HuggingFaceTB/SmolLM2-135M, tokenizer.json.
+    The conversion reads tokens, merges and control tokens, but uses GPT-2's pre-tokenizer for this family, so
+    that "x  1" would differ from the published tokenizer. It is replaced by the published `pre_tokenizer`,
+    HuggingFaceTB/SmolLM2-135M, tokenizer.json.
     """
     import transformers
     from tokenizers import pre_tokenizers

@@ -1,4 +1,4 @@
-"""Vocabularies inside GGUF files: the same ids as their sources, pre-tokenizers, contradictions."""
+"""Vocabularies in GGUF files: ids equal to the source vocabulary's, pre-tokenizers, invalid files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load(directory: Path, fields: dict[str, Any], **changes: Any) -> Tokenizer:
     return load_tokenizer(vocabularies.write_gguf(directory / "model.gguf", fields | changes))
 
 
-def test_llama2s_golden_tokenizations_from_its_pieces_and_scores(shared_data: Path, tmp_path: Path) -> None:
+def test_llama2_golden_tokenizations(shared_data: Path, tmp_path: Path) -> None:
     tokenizer = load(
         tmp_path, vocabularies.spm_fields((shared_data / "llama2" / "tokenizer.model").read_bytes())
     )
@@ -31,7 +31,7 @@ def test_llama2s_golden_tokenizations_from_its_pieces_and_scores(shared_data: Pa
         assert tokenizer.decode(ids) == text
 
 
-def test_roles_and_template(by_kind: dict[str, Tokenizer]) -> None:
+def test_special_tokens_and_chat_template(by_kind: dict[str, Tokenizer]) -> None:
     spm, bpe = by_kind["gguf-spm"], by_kind["gguf-bpe"]
     assert (spm.bos_id, spm.eos_id, spm.unk_id, spm.pad_id, spm.add_bos) == (1, 2, 0, None, True)
     assert (bpe.bos_id, bpe.eos_id, bpe.unk_id, bpe.add_bos) == (
@@ -43,7 +43,7 @@ def test_roles_and_template(by_kind: dict[str, Tokenizer]) -> None:
     assert spm.chat_template == bpe.chat_template == vocabularies.TEMPLATE
 
 
-def test_flags_override_the_kinds_own_rule(tmp_path: Path) -> None:
+def test_flags_override_the_defaults(tmp_path: Path) -> None:
     assert not load(tmp_path, SPM, add_bos_token=False).add_bos
     assert load(tmp_path, BPE, bos_token_id=0, add_bos_token=True).encode("fox")[0] == 0
     assert load(tmp_path, BPE, bos_token_id=0, pre="llama-bpe").add_bos
@@ -53,33 +53,33 @@ def test_flags_override_the_kinds_own_rule(tmp_path: Path) -> None:
     assert plain.decode([the]) == " the"
 
 
-def test_roles_that_a_sentencepiece_file_leaves_out_are_llama_cpps(tmp_path: Path) -> None:
+def test_absent_special_tokens_have_llama_cpps_defaults(tmp_path: Path) -> None:
     tokenizer = load(tmp_path, SPM, bos_token_id=None, eos_token_id=None, unknown_token_id=None)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (1, 2, 0)
 
 
-def test_minus_one_is_no_token(tmp_path: Path) -> None:
+def test_minus_one_means_undefined(tmp_path: Path) -> None:
     tokenizer = load(tmp_path, SPM, padding_token_id=2**32 - 1, bos_token_id=2**32 - 1)
     assert (tokenizer.bos_id, tokenizer.pad_id, tokenizer.add_bos) == (None, None, False)
 
 
-def test_text_is_normalised_where_the_vocabulary_says_so(tmp_path: Path) -> None:
+def test_normalization(tmp_path: Path) -> None:
     trimmed = load(tmp_path, SPM, remove_extra_whitespaces=True)
     assert trimmed.encode("  the   fox ") == load(tmp_path, SPM).encode("the fox")
     composed, decomposed = "\u00e9", "e\u0301"
-    qwen2 = load(tmp_path, BPE, pre="qwen2")  # normalises to NFC, as its models' tokenizer.json says
+    qwen2 = load(tmp_path, BPE, pre="qwen2")  # normalizes to NFC, like its models' tokenizer.json
     assert qwen2.encode(composed) == qwen2.encode(decomposed)
     gpt2 = load(tmp_path, BPE)
     assert gpt2.encode(composed) != gpt2.encode(decomposed)
 
 
-def test_ends_of_turns_end_texts(tmp_path: Path) -> None:
+def test_eot_and_eom_are_end_tokens(tmp_path: Path) -> None:
     tokenizer = load(tmp_path, SPM, eot_token_id=300, eom_token_id=301)
     assert tokenizer.eos_ids == (2, 300, 301)
 
 
-def test_a_role_makes_a_control_token(tmp_path: Path) -> None:
-    """Old files mark no kinds: the end token must still not come from text."""
+def test_special_ids_are_control_tokens(tmp_path: Path) -> None:
+    """Old files do not mark control tokens, but text must still not encode to EOS."""
     for fields in (SPM, BPE):
         kinds = [6 if kind == 6 else 2 if kind == 2 else 1 for kind in fields["token_type"]]
         tokenizer = load(tmp_path, fields, token_type=kinds)
@@ -88,7 +88,7 @@ def test_a_role_makes_a_control_token(tmp_path: Path) -> None:
         assert tokenizer.encode(name, add_bos=False, parse_special=True) == [tokenizer.eos_id]
 
 
-def test_user_defined_tokens_are_always_whole(by_kind: dict[str, Tokenizer]) -> None:
+def test_user_defined_tokens_are_never_split(by_kind: dict[str, Tokenizer]) -> None:
     for kind in ("gguf-bpe", "json-bpe"):
         tokenizer = by_kind[kind]
         ids = tokenizer.encode("fox<think here>é")
@@ -96,7 +96,7 @@ def test_user_defined_tokens_are_always_whole(by_kind: dict[str, Tokenizer]) -> 
         assert tokenizer.decode(ids) == "fox<think here>é"
 
 
-CUTS = {
+SPLITS = {
     "gpt-2": ["I", "'m", " 1234", "  ", " aé", "!?", "\n", "\n", "x"],
     "smollm": ["I", "'m", " ", "1", "2", "3", "4", "  ", " aé", "!?", "\n", "\n", "x"],
     "llama-bpe": ["I", "'m", " ", "123", "4", "  ", " aé", "!?\n\n", "x"],
@@ -105,23 +105,23 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("name", CUTS)
-def test_how_each_pre_tokenizer_cuts(name: str) -> None:
+@pytest.mark.parametrize("name", SPLITS)
+def test_splits_of_each_pre_tokenizer(name: str) -> None:
     pieces = [piece for piece, _ in PRE_TOKENIZERS[name].build().pre_tokenize_str("I'm 1234   aé!?\n\nx")]
-    assert [bytes(BYTE_OF[c] for c in piece).decode() for piece in pieces] == CUTS[name]
+    assert [bytes(BYTE_OF[c] for c in piece).decode() for piece in pieces] == SPLITS[name]
 
 
-def test_names_for_the_same_pre_tokenizer() -> None:
+def test_aliases_of_pre_tokenizers() -> None:
     assert PRE_TOKENIZERS["smollm"] is PRE_TOKENIZERS["starcoder"] is PRE_TOKENIZERS["refact"]
     assert PRE_TOKENIZERS["llama-bpe"] is PRE_TOKENIZERS["llama-v3"] is PRE_TOKENIZERS["llama3"]
 
 
-def test_the_byte_alphabet_is_gpt2s() -> None:
+def test_byte_alphabet() -> None:
     assert sorted(BYTE_OF.values()) == list(range(256))
     assert (BYTE_OF["Ġ"], BYTE_OF["Ċ"], BYTE_OF["a"], BYTE_OF["Ń"]) == (ord(" "), ord("\n"), ord("a"), 0xAD)
 
 
-def test_words_that_are_pieces_are_taken_whole_where_merges_are_ignored(tmp_path: Path) -> None:
+def test_ignore_merges(tmp_path: Path) -> None:
     tokens = [*BPE["tokens"], "zqzq"]
     fields = {"tokens": tokens, "token_type": [*BPE["token_type"], 1]}
     assert load(tmp_path, BPE, **fields, pre="llama-bpe").encode("zqzq") == [tokens.index("zqzq")]
@@ -132,29 +132,29 @@ def without(fields: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if key not in keys}
 
 
-TWICE = [*SPM["tokens"][:-1], SPM["tokens"][-2]]
+DUPLICATE = [*SPM["tokens"][:-1], SPM["tokens"][-2]]
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no vocabulary": ({}, "has no vocabulary; give the model's own tokenizer file"),
-    "other kind": (SPM | {"model": "bert"}, "tokenizer.ggml.model is 'bert'; llama_jax reads 'llama'"),
+    "other kind": (SPM | {"model": "bert"}, "tokenizer.ggml.model is 'bert'; llama_jax supports 'llama'"),
     "model of another type": (SPM | {"model": 7}, "tokenizer.ggml.model is '7'"),
     "no tokens": (without(SPM, "tokens"), "tokenizer.ggml.tokens is missing"),
     "tokens of another type": (SPM | {"tokens": [1, 2]}, "tokenizer.ggml.tokens is not a list of strings"),
     "no scores": (without(SPM, "scores"), "tokenizer.ggml.scores is missing"),
     "scores of another type": (
         SPM | {"scores": SPM["token_type"]},
-        "scores is not an array of the right numbers",
+        "scores is not an array of floats",
     ),
     "few scores": (SPM | {"scores": SPM["scores"][:-1]}, "scores has 339 entries for 340 tokens"),
     "score not finite": (
         SPM | {"scores": [float("nan"), *SPM["scores"][1:]]},
-        "scores holds a value that is not finite",
+        "scores contains a value that is not finite",
     ),
     "few types": (SPM | {"token_type": SPM["token_type"][:-3]}, "token_type has 337 entries for 340 tokens"),
     "unknown type": (
         SPM | {"token_type": [9, *SPM["token_type"][1:]]},
-        "token_type holds 9; known are 1 to 6",
+        "token_type contains 9; the types are 1 to 6",
     ),
-    "piece twice": (SPM | {"tokens": TWICE}, "tokenizer.ggml.tokens holds '"),
+    "piece twice": (SPM | {"tokens": DUPLICATE}, "tokenizer.ggml.tokens contains '"),
     "eos out of range": (
         SPM | {"eos_token_id": 340},
         "eos_token_id is 340, but the vocabulary's 340 ids run from 0 to 339",
@@ -163,15 +163,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         BPE | {"bos_token_id": 2**32 - 2},
         "bos_token_id is 4294967294, but the vocabulary's",
     ),
-    "eos of another type": (SPM | {"eos_token_id": "2"}, "eos_token_id is 2; it must be a whole number"),
+    "eos of another type": (SPM | {"eos_token_id": "2"}, "eos_token_id is 2; it must be an integer"),
     "flag of another type": (SPM | {"add_bos_token": "yes"}, "add_bos_token is yes; it must be a bool"),
     "bytes missing": (
         SPM | {"token_type": [*SPM["token_type"][:9], 1, *SPM["token_type"][10:]]},
-        "no usable Sentence",
+        "no valid Sentence",
     ),
     "unknown pre": (
         BPE | {"pre": "viking"},
-        "tokenizer.ggml.pre is 'viking', a way to cut text that is not known here",
+        "tokenizer.ggml.pre is 'viking', an unknown pre-tokenizer",
     ),
     "pre of another type": (BPE | {"pre": 3}, "tokenizer.ggml.pre is '3'"),
     "no merges": (without(BPE, "merges"), "tokenizer.ggml.merges is missing"),
@@ -188,24 +188,24 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_files_that_lack_or_contradict(tmp_path: Path, case: str) -> None:
-    fields, says = BAD[case]
+def test_incomplete_and_inconsistent_files(tmp_path: Path, case: str) -> None:
+    fields, reason = BAD[case]
     path = vocabularies.write_gguf(tmp_path / "model.gguf", fields)
     with pytest.raises(TokenizerError) as raised:
         load_tokenizer(path)
     message = str(raised.value)
     assert message.startswith(str(path))
-    assert says in message
+    assert reason in message
     assert "\n" not in message
 
 
-def test_an_absent_pre_tokenizer_is_the_default_one(tmp_path: Path) -> None:
+def test_absent_pre_tokenizer_is_default(tmp_path: Path) -> None:
     text = "I'm 1234   aé!?\n\nx"
     assert load(tmp_path, without(BPE, "pre")).encode(text) == load(tmp_path, BPE, pre="default").encode(text)
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + bytes(8), b"{}", b"GGUF\3\0\0\0" + b"\xff" * 16])
-def test_files_that_are_no_gguf(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_not_gguf(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
     with pytest.raises(TokenizerError, match=r"model\.gguf") as raised:
@@ -223,8 +223,8 @@ def test_truncated_files(tmp_path: Path) -> None:
         assert "\n" not in str(raised.value)
 
 
-def test_a_real_gguf_file_names_itself_when_it_holds_another_architecture(tmp_path: Path) -> None:
-    """The vocabulary alone is read: the model around it does not matter."""
+def test_vocabulary_of_another_architecture(tmp_path: Path) -> None:
+    """Only the vocabulary is read, whatever the model's architecture."""
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "bert")
     for key in ("tokens", "scores", "token_type"):
         writer.add_array(f"tokenizer.ggml.{key}", SPM[key])

@@ -1,4 +1,4 @@
-"""Laws of every tokenizer, whatever file it came from."""
+"""Properties of tokenizers of every file format."""
 
 from __future__ import annotations
 
@@ -38,28 +38,25 @@ def ids_of(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
 
 @LAW
 @given(st.data(), st.booleans())
-def test_streaming_is_decoding(tokenizer: Tokenizer, data: st.DataObject, skip: bool) -> None:
+def test_stream_equals_decode(tokenizer: Tokenizer, data: st.DataObject, skip: bool) -> None:
     ids = data.draw(ids_of(tokenizer))
     stream = tokenizer.stream(skip_special_tokens=skip)
-    for _ in range(2):  # a flushed decoder is as new
+    for _ in range(2):  # `flush` resets the decoder
         streamed = "".join(map(stream.push, ids)) + stream.flush()
         assert streamed == tokenizer.decode(ids, skip_special_tokens=skip)
 
 
 @LAW
 @given(st.data())
-def test_a_streamed_text_only_grows_until_a_character_is_whole(
-    tokenizer: Tokenizer, data: st.DataObject
-) -> None:
-    """Every prefix that has been pushed reads as the whole text does: nothing is taken back."""
+def test_streamed_text_is_a_prefix_of_the_decoded_text(tokenizer: Tokenizer, data: st.DataObject) -> None:
     text = data.draw(TEXTS)
     ids = tokenizer.encode(text)
-    stream, so_far = tokenizer.stream(), ""
-    whole = tokenizer.decode(ids)
+    stream, streamed = tokenizer.stream(), ""
+    decoded = tokenizer.decode(ids)
     for token in ids:
-        so_far += stream.push(token)
-        assert whole.startswith(so_far)
-    assert stream.flush() == whole[len(so_far) :]
+        streamed += stream.push(token)
+        assert decoded.startswith(streamed)
+    assert stream.flush() == decoded[len(streamed) :]
 
 
 @LAW
@@ -71,7 +68,7 @@ def test_byte_level_round_trip_is_exact(by_kind: dict[str, Tokenizer], text: str
 
 @LAW
 @given(TEXTS)
-def test_sentencepiece_round_trip_is_exact_but_for_its_space_mark(
+def test_sentencepiece_round_trip_is_exact_except_for_its_space_character(
     by_kind: dict[str, Tokenizer], text: str
 ) -> None:
     for kind in EXACT:
@@ -80,15 +77,15 @@ def test_sentencepiece_round_trip_is_exact_but_for_its_space_mark(
 
 @LAW
 @given(TEXTS)
-def test_text_never_becomes_a_control_token(tokenizer: Tokenizer, text: str) -> None:
+def test_text_never_encodes_to_a_control_token(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.special_tokens
     assert not set(tokenizer.encode(text, add_bos=False)) & set(tokenizer.special_tokens.values())
 
 
 @LAW
 @given(TEXTS)
-def test_one_vocabulary_in_four_formats_gives_the_same_ids(by_kind: dict[str, Tokenizer], text: str) -> None:
-    text = text.replace("\u2581", "_")  # the mark itself is a byte in llama2.c and a space in SentencePiece
+def test_formats_of_one_vocabulary_give_the_same_ids(by_kind: dict[str, Tokenizer], text: str) -> None:
+    text = text.replace("\u2581", "_")  # U+2581: bytes in llama2.c, a space in SentencePiece
     first, *others = (by_kind[kind].encode(text) for kind in EXACT)
     assert all(ids == first for ids in others)
     first, second = (by_kind[kind].encode(text) for kind in BYTE_LEVEL)
@@ -105,7 +102,7 @@ def test_special_tokens_are_parsed_on_request(tokenizer: Tokenizer, text: str) -
     assert ids[-1] == token
 
 
-def test_decoding_skips_control_tokens_unless_told(tokenizer: Tokenizer) -> None:
+def test_skip_special_tokens(tokenizer: Tokenizer) -> None:
     name, token = next(iter(tokenizer.special_tokens.items()))
     ids = [token, *tokenizer.encode("the fox", add_bos=False), token]
     assert tokenizer.decode(ids) == "the fox"
@@ -126,7 +123,7 @@ def test_bos_and_eos_are_never_doubled(tokenizer: Tokenizer) -> None:
     assert tokenizer.eos_id not in tokenizer.encode("fox")
 
 
-def test_the_vocabularys_own_bos_rule_is_the_default(by_kind: dict[str, Tokenizer]) -> None:
+def test_add_bos_defaults_to_the_vocabulary(by_kind: dict[str, Tokenizer]) -> None:
     for kind in (*EXACT, "spm-trimmed"):
         assert by_kind[kind].add_bos
         assert by_kind[kind].encode("fox")[0] == by_kind[kind].bos_id == 1
@@ -135,7 +132,7 @@ def test_the_vocabularys_own_bos_rule_is_the_default(by_kind: dict[str, Tokenize
         assert by_kind[kind].encode("fox") == by_kind[kind].encode("fox", add_bos=False)
 
 
-def test_a_character_split_over_ids_comes_whole(by_kind: dict[str, Tokenizer]) -> None:
+def test_multi_byte_character_is_streamed_with_its_last_id(by_kind: dict[str, Tokenizer]) -> None:
     for kind in (*EXACT, *BYTE_LEVEL):
         tokenizer = by_kind[kind]
         ids = tokenizer.encode("🦙", add_bos=False)
@@ -156,10 +153,10 @@ def test_bytes_that_are_not_utf8_become_replacement_characters(by_kind: dict[str
         assert set(stream.flush()) == {"\ufffd"}
         broken = tokenizer.decode([*first, *x])
         assert broken.strip(" \ufffd") == "x"
-        assert broken.count("\ufffd") == (3 if kind in EXACT else 1)  # as each reference library counts
+        assert broken.count("\ufffd") == (3 if kind in EXACT else 1)  # as in the reference libraries
 
 
-def test_pieces_display_what_they_stand_for(tokenizer: Tokenizer) -> None:
+def test_pieces_for_display(tokenizer: Tokenizer) -> None:
     displayed = [tokenizer.piece(token) for token in range(tokenizer.vocab_size)]
     assert all(displayed)
     assert " the" in displayed
@@ -168,13 +165,13 @@ def test_pieces_display_what_they_stand_for(tokenizer: Tokenizer) -> None:
         assert displayed[token] == name
 
 
-def test_a_byte_that_is_no_character_displays_as_its_number(by_kind: dict[str, Tokenizer]) -> None:
+def test_bytes_that_are_not_utf8_display_as_hex(by_kind: dict[str, Tokenizer]) -> None:
     for kind in (*EXACT, *BYTE_LEVEL):
         first = by_kind[kind].encode("🦙", add_bos=False)[-1]
         assert by_kind[kind].piece(first) == "<0x99>"
 
 
-def test_decode_takes_arrays_and_iterators(tokenizer: Tokenizer) -> None:
+def test_decode_accepts_arrays_and_iterators(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("the fox")
     assert tokenizer.decode(np.array(ids, np.int32)) == "the fox"
     assert tokenizer.decode(iter(ids)) == "the fox"
@@ -182,7 +179,7 @@ def test_decode_takes_arrays_and_iterators(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("bad", [-1, 10**6, 2**70])
-def test_an_id_out_of_range_is_named_with_the_vocabularys_size(tokenizer: Tokenizer, bad: int) -> None:
+def test_id_out_of_range(tokenizer: Tokenizer, bad: int) -> None:
     for call in (
         lambda: tokenizer.decode([0, bad]),
         lambda: tokenizer.stream().push(bad),
@@ -197,32 +194,32 @@ def test_an_id_out_of_range_is_named_with_the_vocabularys_size(tokenizer: Tokeni
 
 
 @pytest.mark.parametrize("bad", [[1.5], [[1, 2]], ["a"], [None], 7, np.zeros((2, 2), int)])
-def test_ids_that_are_no_flat_sequence_of_whole_numbers(tokenizer: Tokenizer, bad: object) -> None:
-    with pytest.raises(TokenizerError, match="must be a flat sequence of whole numbers") as raised:
+def test_ids_are_not_a_flat_sequence_of_integers(tokenizer: Tokenizer, bad: object) -> None:
+    with pytest.raises(TokenizerError, match="must be a flat sequence of integers") as raised:
         tokenizer.decode(bad)  # type: ignore[arg-type]
     assert "\n" not in str(raised.value)
 
 
-def test_a_lone_surrogate_is_an_error_that_says_where(tokenizer: Tokenizer) -> None:
+def test_lone_surrogate(tokenizer: Tokenizer) -> None:
     with pytest.raises(TokenizerError, match=r"lone surrogate, '\\ud83e', at character 3") as raised:
         tokenizer.encode("fox\ud83e")
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("bad", [None, b"fox", 3, ["fox"]])
-def test_text_that_is_no_str(tokenizer: Tokenizer, bad: object) -> None:
+def test_text_is_not_a_str(tokenizer: Tokenizer, bad: object) -> None:
     with pytest.raises(
         TokenizerError, match=f"text to encode is of type {type(bad).__name__}; it must be a str"
     ):
         tokenizer.encode(bad)  # type: ignore[arg-type]
 
 
-def test_a_bos_that_the_vocabulary_lacks(by_kind: dict[str, Tokenizer]) -> None:
-    with pytest.raises(TokenizerError, match=r"names no BOS token; encode without add_bos"):
+def test_add_bos_without_a_bos_token(by_kind: dict[str, Tokenizer]) -> None:
+    with pytest.raises(TokenizerError, match=r"defines no BOS token; encode without add_bos"):
         by_kind["gguf-bpe"].encode("fox", add_bos=True)
 
 
-def test_every_end_of_a_text_is_known(by_kind: dict[str, Tokenizer]) -> None:
+def test_eos_ids(by_kind: dict[str, Tokenizer]) -> None:
     for kind in BYTE_LEVEL:
         assert by_kind[kind].eos_id == by_kind[kind].special_tokens["<|im_end|>"]
         assert set(by_kind[kind].eos_ids) == set(by_kind[kind].special_tokens.values())
@@ -231,7 +228,7 @@ def test_every_end_of_a_text_is_known(by_kind: dict[str, Tokenizer]) -> None:
         assert by_kind[kind].eos_ids == (by_kind[kind].eos_id,) == (2,)
 
 
-def test_the_error_handler_replaces_bytes_one_by_one_and_nothing_else() -> None:
+def test_error_handler_replaces_each_byte() -> None:
     assert b"a\xf0\x9f\xa6b".decode("utf-8", "llama_jax.replace_each") == "a\ufffd\ufffd\ufffdb"
     with pytest.raises(UnicodeEncodeError):
         codecs.encode("\ud800", "utf-8", "llama_jax.replace_each")

@@ -1,4 +1,4 @@
-"""llama2.c's vocabularies: its own algorithm as reference, its trained 512-piece file, damaged files."""
+"""llama2.c's vocabularies: its algorithm as reference, its trained file of 512 pieces, malformed files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read(path: Path) -> list[tuple[bytes, float]]:
 
 
 def reference(path: Path, text: str) -> list[int]:
-    """llama2.c's `encode`: a prefix space, characters or their bytes, then the best pairs in turn."""
+    """llama2.c's `encode`: a prefix space, characters or their bytes, then greedy merges by score."""
     rows = read(path)
     ids = {piece: i for i, (piece, _) in enumerate(rows)}
     tokens = [1]
@@ -58,34 +58,34 @@ def story(shared_data: Path) -> str:
 
 @LAW
 @given(TEXT)
-def test_encoding_is_llama2cs_on_a_small_vocabulary(vocabulary_paths: dict[str, Path], text: str) -> None:
+def test_encode_equals_llama2c_with_a_small_vocabulary(vocabulary_paths: dict[str, Path], text: str) -> None:
     path = vocabulary_paths["llama2c"]
     assert load_tokenizer(path).encode(text) == reference(path, text)
 
 
 @LAW
 @given(text=TEXT | st.text("aeinost hTL.,'\n", max_size=60))
-def test_encoding_is_llama2cs_on_the_trained_one(stories: Path, text: str) -> None:
+def test_encode_equals_llama2c_with_the_trained_vocabulary(stories: Path, text: str) -> None:
     assert load_tokenizer(stories).encode(text) == reference(stories, text)
 
 
-def test_the_golden_story(stories: Path, story: str) -> None:
+def test_golden_story(stories: Path, story: str) -> None:
     tokenizer = load_tokenizer(stories)
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids) == (512, 1, 2, (2,))
     ids = tokenizer.encode(story)
     assert ids == reference(stories, story)
-    assert len(ids) == 1 + 200  # BOS, and what the model wrote
+    assert len(ids) == 1 + 200  # BOS, and 200 generated tokens
     assert tokenizer.decode(ids) == story
     stream = tokenizer.stream()
     assert "".join(map(stream.push, ids)) + stream.flush() == story
 
 
-def test_the_model_finds_its_vocabulary_beside_it(shared_data: Path) -> None:
+def test_vocabulary_next_to_the_model(shared_data: Path) -> None:
     assert load_tokenizer(shared_data / "stories260K" / "stories260K.bin").vocab_size == 512
     assert load_tokenizer(shared_data / "stories260K").vocab_size == 512
 
 
-def test_control_pieces_are_spelled_without_their_newlines(by_kind: dict[str, Tokenizer]) -> None:
+def test_names_of_control_tokens_have_no_newlines(by_kind: dict[str, Tokenizer]) -> None:
     assert by_kind["llama2c"].special_tokens == {"<s>": 1, "</s>": 2}
     assert by_kind["llama2c"].encode("\n<s>\n").count(1) == 1
 
@@ -103,7 +103,7 @@ def test_every_truncation_is_an_error(tmp_path: Path) -> None:
         if length not in ends:
             path = write(tmp_path, whole[:length])
             with pytest.raises(
-                TokenizerError, match=r"tok\.bin is not a whole llama2\.c vocabulary: .*take"
+                TokenizerError, match=r"tok\.bin is not a complete llama2\.c vocabulary: .*take"
             ) as raised:
                 load_tokenizer(path)
             assert "\n" not in str(raised.value)
@@ -116,37 +116,40 @@ def write(directory: Path, content: bytes) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "reason"),
     [
         (b"", "it has 0 bytes"),
         (
             struct.pack("<I", 2**31) + bytes(20),
-            "its longest piece would have -2147483648 bytes, the file has 24",
+            "the length of its longest piece is -2147483648, but the file has 24 bytes",
         ),
-        (struct.pack("<i", 2**31 - 1) + bytes(20), "its longest piece would have 2147483647 bytes"),
+        (struct.pack("<i", 2**31 - 1) + bytes(20), "the length of its longest piece is 2147483647"),
         (
             struct.pack("<ifi", 7, 0, 2**31 - 1) + bytes(9),
-            "piece 0 would have 2147483647 bytes of 9, and 7 at most",
+            "the length of piece 0 is 2147483647, with 9 bytes left and a maximum of 7",
         ),
-        (struct.pack("<ifi", 7, 0, -5) + bytes(9), "piece 0 would have -5 bytes"),
-        (struct.pack("<ifi", 2, 0, 3) + b"abc", "piece 0 would have 3 bytes of 3, and 2 at most"),
+        (struct.pack("<ifi", 7, 0, -5) + bytes(9), "the length of piece 0 is -5"),
+        (
+            struct.pack("<ifi", 2, 0, 3) + b"abc",
+            "the length of piece 0 is 3, with 3 bytes left and a maximum of 2",
+        ),
         (struct.pack("<ifi", 7, float("nan"), 3) + b"abc", "piece 0 has the score nan"),
         (struct.pack("<ifi", 7, 0, 2) + b"\xff\xfe", "piece 0 is not UTF-8"),
-        (struct.pack("<ifi", 7, 0, 3) + b"abc", "it has 1 pieces, and needs unknown, BOS and EOS at least"),
-        (struct.pack("<ifi", 7, 0, 3) + b"abc1234", "piece 1 at byte 15 is cut off"),
-        (b"GGUF" + bytes(100), "its longest piece would have"),
-        (b'{"model": {}}' * 9, "its longest piece would have"),
+        (struct.pack("<ifi", 7, 0, 3) + b"abc", "it has 1 pieces; unknown, BOS and EOS are required"),
+        (struct.pack("<ifi", 7, 0, 3) + b"abc1234", "piece 1 at byte 15 is truncated"),
+        (b"GGUF" + bytes(100), "the length of its longest piece is"),
+        (b'{"model": {}}' * 9, "the length of its longest piece is"),
     ],
 )
-def test_damaged_files(tmp_path: Path, content: bytes, says: str) -> None:
+def test_malformed_files(tmp_path: Path, content: bytes, reason: str) -> None:
     with pytest.raises(TokenizerError) as raised:
         load_tokenizer(write(tmp_path, content))
     message = str(raised.value)
-    assert message.startswith(f"{tmp_path / 'tok.bin'} is not a whole llama2.c vocabulary: {says}")
+    assert message.startswith(f"{tmp_path / 'tok.bin'} is not a complete llama2.c vocabulary: {reason}")
     assert message.endswith("take a fresh copy")
     assert "\n" not in message
 
 
-def test_a_piece_that_is_there_twice(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match=r"tok\.bin holds no usable SentencePiece vocabulary"):
+def test_duplicate_piece(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"tok\.bin has no valid SentencePiece vocabulary"):
         load_tokenizer(write(tmp_path, small() + struct.pack("<fi", -1, 1) + b"a"))

@@ -1,4 +1,4 @@
-"""load_tokenizer: which file of which path."""
+"""load_tokenizer: which file it loads for a path."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.tokenizer import vocabularies
 
 
 def model_bin(path: Path, vocab_size: int) -> Path:
-    """A llama2.c model's file: the header, and as many zeros as it asks for."""
+    """A llama2.c model of zeros."""
     dim, hidden, layers, heads, length = 8, 16, 1, 2, 4
     rope = length * dim // heads
     values = vocab_size * dim + layers * (2 * dim + 4 * dim * dim + 3 * dim * hidden) + dim + rope
@@ -26,16 +26,14 @@ def model_bin(path: Path, vocab_size: int) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "llama2c", "gguf-bpe", "json-bpe"])
-def test_a_directory_or_a_str_does_as_well(vocabulary_paths: dict[str, Path], kind: str) -> None:
+def test_directory_and_str(vocabulary_paths: dict[str, Path], kind: str) -> None:
     path = vocabulary_paths[kind]
     ids = load_tokenizer(path).encode("the fox")
     assert load_tokenizer(path.parent).encode("the fox") == ids
     assert load_tokenizer(str(path)).encode("the fox") == ids
 
 
-def test_a_directory_with_several_kinds_takes_the_most_specific(
-    vocabulary_paths: dict[str, Path], tmp_path: Path
-) -> None:
+def test_most_specific_format_of_a_directory(vocabulary_paths: dict[str, Path], tmp_path: Path) -> None:
     shutil.copy(vocabulary_paths["json-bpe"], tmp_path)
     shutil.copy(vocabulary_paths["sentencepiece"], tmp_path)
     shutil.copy(vocabulary_paths["gguf-spm"], tmp_path)
@@ -44,7 +42,7 @@ def test_a_directory_with_several_kinds_takes_the_most_specific(
     assert load_tokenizer(tmp_path).special_tokens == {"<s>": 1, "</s>": 2}
 
 
-def test_a_llama2c_model_takes_the_vocabulary_of_its_size(
+def test_llama2c_model_uses_the_vocabulary_of_its_size(
     vocabulary_paths: dict[str, Path], tmp_path: Path
 ) -> None:
     shutil.copy(vocabulary_paths["llama2c"], tmp_path / "tokenizer.bin")
@@ -60,18 +58,18 @@ def test_a_llama2c_model_takes_the_vocabulary_of_its_size(
     ):
         load_tokenizer(other)
     with pytest.raises(
-        TokenizerError, match=r"holds several vocabularies \(tok300\.bin, tokenizer\.bin\); give the"
+        TokenizerError, match=r"contains several tokenizers \(tok300\.bin, tokenizer\.bin\); give the"
     ):
         load_tokenizer(tmp_path)
     (tmp_path / "broken.bin").write_bytes(b"123")
-    with pytest.raises(TokenizerError, match=r"cannot tell which of the vocabularies beside it.*broken\.bin"):
+    with pytest.raises(TokenizerError, match=r"cannot determine which tokenizer is the model's.*broken\.bin"):
         load_tokenizer(tmp_path / "broken.bin")
 
 
 @pytest.mark.parametrize(
     "name", ["a.model", "tokenizer.json", "tok.bin", "model.bin", "a.gguf", "no/such/tok.bin"]
 )
-def test_a_missing_path(tmp_path: Path, name: str) -> None:
+def test_missing_path(tmp_path: Path, name: str) -> None:
     with pytest.raises(TokenizerError) as raised:
         load_tokenizer(tmp_path / name)
     message = str(raised.value)
@@ -81,13 +79,13 @@ def test_a_missing_path(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer", "vocab.txt"])
-def test_a_name_of_no_tokenizer(tmp_path: Path, name: str) -> None:
+def test_name_is_not_of_a_tokenizer(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(TokenizerError, match=r"has no name of a tokenizer file; give a tokenizer\.json"):
+    with pytest.raises(TokenizerError, match=r"is not named like a tokenizer file; give a tokenizer\.json"):
         load_tokenizer(tmp_path / name)
 
 
-def test_a_directory_without_any(tmp_path: Path) -> None:
+def test_directory_without_a_tokenizer(tmp_path: Path) -> None:
     for path in (tmp_path, model_bin(tmp_path / "model.bin", 7)):
         with pytest.raises(
             TokenizerError, match=r"has no tokenizer \(tokenizer\.json, tokenizer\.model, tok\*\.bin"
@@ -96,14 +94,14 @@ def test_a_directory_without_any(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "a.model", "tok.bin", "a.gguf"])
-def test_a_path_that_is_no_regular_file(tmp_path: Path, name: str) -> None:
+def test_path_is_not_a_regular_file(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
     with pytest.raises(TokenizerError, match="not a regular file"):
         load_tokenizer(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "a.model", "tok.bin"])
-def test_a_file_larger_than_any_vocabulary_is_not_read(tmp_path: Path, name: str) -> None:
+def test_too_large_file_is_not_read(tmp_path: Path, name: str) -> None:
     with (tmp_path / name).open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(
@@ -113,10 +111,10 @@ def test_a_file_larger_than_any_vocabulary_is_not_read(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize(
-    ("path", "why"), [("a" * 5000 + ".model", "File name too long"), ("~nobody-has-it/x.model", "home")]
+    ("path", "reason"), [("a" * 5000 + ".model", "File name too long"), ("~nobody-has-it/x.model", "home")]
 )
-def test_a_path_that_no_system_call_takes(path: str, why: str) -> None:
+def test_invalid_path(path: str, reason: str) -> None:
     for load in (load_tokenizer, open_source):
-        with pytest.raises(LlamaJaxError, match=why) as caught:
+        with pytest.raises(LlamaJaxError, match=reason) as caught:
             load(path)
         assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""SentencePiece models: Llama 2's golden tokenizations, the library as reference, damaged files."""
+"""SentencePiece models: Llama 2's golden tokenizations, the library as reference, malformed files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_llama2_golden_tokenizations(llama2: Tokenizer, shared_data: Path) -> No
         assert llama2.decode(ids) == llama2.decode([1, *ids]) == text
 
 
-def test_llama2_roles(llama2: Tokenizer) -> None:
+def test_llama2_special_tokens(llama2: Tokenizer) -> None:
     assert llama2.vocab_size == 32_000
     assert (llama2.bos_id, llama2.eos_id, llama2.unk_id, llama2.pad_id) == (1, 2, 0, None)
     assert llama2.eos_ids == (2,)
@@ -49,15 +49,15 @@ def test_llama2_roles(llama2: Tokenizer) -> None:
     assert llama2.chat_template is None
 
 
-def test_spelled_control_tokens_stay_text(llama2: Tokenizer) -> None:
+def test_control_tokens_in_text_stay_text(llama2: Tokenizer) -> None:
     ids = llama2.encode("[INST] </s><s> [/INST]")
     assert ids.count(1) == 1
     assert 2 not in ids
     assert llama2.decode(ids) == "[INST] </s><s> [/INST]"
 
 
-def test_text_after_a_parsed_control_token_is_a_text_of_its_own(llama2: Tokenizer) -> None:
-    """Meta's code encodes each turn of a conversation apart, prefix space and all."""
+def test_text_after_a_parsed_control_token_has_a_prefix_space(llama2: Tokenizer) -> None:
+    """Meta's code encodes each turn of a conversation separately, with its prefix space."""
     turns = [
         [1, *llama2.encode(turn, add_bos=False), 2] for turn in ("[INST] hi [/INST] hello ", "[INST] bye")
     ]
@@ -67,7 +67,7 @@ def test_text_after_a_parsed_control_token_is_a_text_of_its_own(llama2: Tokenize
 
 @LAW
 @given(st.data())
-def test_decoding_is_the_librarys(vocabulary_paths: dict[str, Path], data: st.DataObject) -> None:
+def test_decode_equals_the_library(vocabulary_paths: dict[str, Path], data: st.DataObject) -> None:
     path = vocabulary_paths[data.draw(st.sampled_from(["sentencepiece", "spm-trimmed"]))]
     tokenizer = load_tokenizer(path)
     library = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -79,7 +79,7 @@ def test_decoding_is_the_librarys(vocabulary_paths: dict[str, Path], data: st.Da
 
 @LAW
 @given(st.text(st.characters(exclude_categories=["Cs"])))
-def test_a_trimming_model_loses_spaces_alone(by_kind: dict[str, Tokenizer], text: str) -> None:
+def test_remove_extra_whitespaces_removes_only_spaces(by_kind: dict[str, Tokenizer], text: str) -> None:
     tokenizer = by_kind["spm-trimmed"]
     known = "".join(c for c in text if tokenizer.unk_id not in tokenizer.encode(c)) + "  the  fox "
     assert tokenizer.decode(tokenizer.encode(known)) == " ".join(
@@ -87,7 +87,7 @@ def test_a_trimming_model_loses_spaces_alone(by_kind: dict[str, Tokenizer], text
     )
 
 
-def test_an_unknown_piece_decodes_to_the_models_own_mark(llama2: Tokenizer) -> None:
+def test_unknown_token_decodes_to_the_models_unk_surface(llama2: Tokenizer) -> None:
     assert llama2.decode([0]) == " \u2047 "
     assert llama2.decode([0], skip_special_tokens=False) == " \u2047 "
 
@@ -100,7 +100,7 @@ def test_only_the_prefix_space_is_dropped(llama2: Tokenizer) -> None:
     assert llama2.decode([1, hello], skip_special_tokens=False) == "<s> Hello"
 
 
-def test_files_beside_a_model_have_their_say(tmp_path: Path) -> None:
+def test_configuration_files_next_to_a_model(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(vocabularies.sentencepiece_model())
     config = {"add_bos_token": False, "chat_template": "{{ x }}", "bos_token": "<s>", "pad_token": "absent"}
@@ -114,13 +114,13 @@ def test_files_beside_a_model_have_their_say(tmp_path: Path) -> None:
 
 
 def test_every_truncation_is_an_error(tmp_path: Path) -> None:
-    """Cuts between two pieces leave a file that the library would load."""
+    """The library would load a file truncated between two pieces."""
     whole = vocabularies.sentencepiece_model()
     path = tmp_path / "cut.model"
     for length in (*range(200), *range(200, len(whole), 61), len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(
-            TokenizerError, match=r"cut\.model (is not a whole|holds no usable) SentencePiece"
+            TokenizerError, match=r"cut\.model (is not a complete|has no valid) SentencePiece"
         ) as raised:
             load_tokenizer(path)
         assert "\n" not in str(raised.value)
@@ -141,7 +141,7 @@ def test_files_of_other_formats(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "other.model"
     path.write_bytes(content)
     with pytest.raises(
-        TokenizerError, match=r"other\.model is not a whole SentencePiece model .*take a fresh copy"
+        TokenizerError, match=r"other\.model is not a complete SentencePiece model .*take a fresh copy"
     ):
         load_tokenizer(path)
 
@@ -149,9 +149,7 @@ def test_files_of_other_formats(tmp_path: Path, content: bytes) -> None:
 def test_pieces_that_are_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "bad.model"
     path.write_bytes(vocabularies.sentencepiece_model().replace("é".encode(), b"\xff\xff"))
-    with pytest.raises(
-        TokenizerError, match=r"bad\.model holds no usable SentencePiece vocabulary"
-    ) as raised:
+    with pytest.raises(TokenizerError, match=r"bad\.model has no valid SentencePiece vocabulary") as raised:
         load_tokenizer(path)
     assert "\n" not in str(raised.value)
 
@@ -167,18 +165,18 @@ def test_pieces_that_are_not_utf8(tmp_path: Path) -> None:
         [Piece("<unk>", 0, 2), Piece("byte", 0, 6)],
     ],
 )
-def test_vocabularies_that_the_library_refuses(pieces: list[Piece]) -> None:
-    with pytest.raises(TokenizerError, match=r"file\.bin holds no usable SentencePiece vocabulary") as raised:
+def test_invalid_pieces(pieces: list[Piece]) -> None:
+    with pytest.raises(TokenizerError, match=r"file\.bin has no valid SentencePiece vocabulary") as raised:
         build_model(pieces, "file.bin")
     assert "\n" not in str(raised.value)
 
 
-def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> bytes:
+def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_permission_error(path: Path) -> bytes:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     path = tmp_path / "secret.model"
     path.write_bytes(b"x")
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "read_bytes", raise_permission_error)
     with pytest.raises(TokenizerError, match=r"secret\.model cannot be read \(Permission denied\)"):
         load_tokenizer(path)

@@ -1,4 +1,4 @@
-"""SmolLM2's vocabulary out of its GGUF file: Hugging Face's ids, line for line."""
+"""SmolLM2's vocabulary from its GGUF file: the ids equal Hugging Face's."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 from tests.tokenizer import corpus, make_golden
 
-# The published vocabulary has no piece for these bytes. All but the control characters are bytes that
-# no assigned character needs.
+# Bytes without a piece in the published vocabulary: control characters, and bytes that do not occur in the
+# UTF-8 encoding of any assigned character.
 ABSENT = (0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100))
 
 
@@ -33,12 +33,12 @@ def golden() -> dict[str, Any]:
     return json.loads(make_golden.GOLDEN.read_text())
 
 
-def test_the_corpus_is_the_one_that_was_tokenized(lines: list[str], golden: dict[str, Any]) -> None:
+def test_corpus_is_that_of_the_golden_file(lines: list[str], golden: dict[str, Any]) -> None:
     assert len(lines) == corpus.LINES >= 10_000
     assert make_golden.corpus_digest(lines) == golden["corpus"]
 
 
-def test_every_line_has_hugging_faces_ids(
+def test_ids_equal_hugging_face(
     smollm2_tokenizer: Tokenizer, lines: list[str], golden: dict[str, Any]
 ) -> None:
     rows = [smollm2_tokenizer.encode(line) for line in lines]
@@ -52,7 +52,7 @@ def test_every_line_has_hugging_faces_ids(
     assert not wrong, f"blocks of {make_golden.BLOCK} lines that differ: {wrong}"
 
 
-def test_every_line_comes_back(smollm2_tokenizer: Tokenizer, lines: list[str]) -> None:
+def test_round_trip_of_the_corpus(smollm2_tokenizer: Tokenizer, lines: list[str]) -> None:
     whole = [line for line in lines if not set(line.encode()) & set(ABSENT)]
     assert len(whole) > 0.99 * len(lines)
     for line in whole:
@@ -61,19 +61,19 @@ def test_every_line_comes_back(smollm2_tokenizer: Tokenizer, lines: list[str]) -
 
 @settings(deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
-def test_round_trip_of_all_text_whose_bytes_have_pieces(smollm2_tokenizer: Tokenizer, text: str) -> None:
+def test_round_trip_of_random_text(smollm2_tokenizer: Tokenizer, text: str) -> None:
     text = "".join(character for character in text if not set(character.encode()) & set(ABSENT))
     assert smollm2_tokenizer.decode(smollm2_tokenizer.encode(text)) == text
 
 
-def test_bytes_without_a_piece_are_dropped_as_by_hugging_face(smollm2_tokenizer: Tokenizer) -> None:
+def test_bytes_without_a_piece_are_dropped_as_in_hugging_face(smollm2_tokenizer: Tokenizer) -> None:
     pieces = {smollm2_tokenizer.piece(i) for i in range(smollm2_tokenizer.vocab_size)}
     spelled = {byte: chr(byte) if byte < 0x80 else f"<0x{byte:02X}>" for byte in range(256)}
     assert tuple(byte for byte in range(256) if spelled[byte] not in pieces) == ABSENT
     assert smollm2_tokenizer.encode("a\x04b\0c") == [81, 82, 190, 83]
 
 
-def test_roles(smollm2_tokenizer: Tokenizer) -> None:
+def test_special_ids(smollm2_tokenizer: Tokenizer) -> None:
     assert smollm2_tokenizer.vocab_size == 49_152
     assert (smollm2_tokenizer.bos_id, smollm2_tokenizer.eos_id) == (1, 2)
     assert (smollm2_tokenizer.unk_id, smollm2_tokenizer.pad_id) == (0, 2)

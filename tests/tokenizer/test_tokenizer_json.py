@@ -1,4 +1,4 @@
-"""tokenizer.json and the files beside it: roles, the BOS rule, templates, what is refused."""
+"""tokenizer.json and the configuration files next to it: special tokens, BOS, templates, invalid files."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ BYTE_LEVEL = vocabularies.byte_level_json()
 LLAMA = vocabularies.llama_json(vocabularies.sentencepiece_model())
 
 
-def load(directory: Path, content: Any, **beside: Any) -> Tokenizer:
-    for name, settings in beside.items():
+def load(directory: Path, content: Any, **config_files: Any) -> Tokenizer:
+    for name, settings in config_files.items():
         vocabularies.write_json(directory / f"{name}.json", settings)
     return load_tokenizer(vocabularies.write_json(directory / "tokenizer.json", content))
 
@@ -27,7 +27,7 @@ def changed(content: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return copy.deepcopy(content) | changes
 
 
-def test_llama2s_golden_tokenizations(shared_data: Path, tmp_path: Path) -> None:
+def test_llama2_golden_tokenizations(shared_data: Path, tmp_path: Path) -> None:
     model = (shared_data / "llama2" / "tokenizer.model").read_bytes()
     tokenizer = load(tmp_path, vocabularies.llama_json(model))
     for text, ids in goldens(shared_data):
@@ -35,7 +35,7 @@ def test_llama2s_golden_tokenizations(shared_data: Path, tmp_path: Path) -> None
         assert tokenizer.decode(ids) == text
 
 
-def test_a_bare_file_says_bos_by_its_post_processor(tmp_path: Path) -> None:
+def test_bos_from_the_post_processor(tmp_path: Path) -> None:
     llama = load(tmp_path, LLAMA)
     assert (llama.bos_id, llama.add_bos, llama.eos_id, llama.eos_ids) == (1, True, None, (2,))
     assert llama.encode("fox")[0] == 1
@@ -49,14 +49,14 @@ def test_tokenizer_config_overrides_the_post_processor(tmp_path: Path) -> None:
     assert load(tmp_path, BYTE_LEVEL, tokenizer_config=end).encode("fox")[0] == 0
 
 
-def test_an_eos_in_the_post_processor_is_not_added(tmp_path: Path) -> None:
+def test_eos_in_the_post_processor_is_not_appended(tmp_path: Path) -> None:
     content = copy.deepcopy(LLAMA)
     content["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
     content["post_processor"]["special_tokens"]["</s>"] = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
     assert load(tmp_path, content).encode("fox") == load(tmp_path, LLAMA).encode("fox")
 
 
-def test_roles_come_from_the_most_specific_file(tmp_path: Path) -> None:
+def test_special_tokens_come_from_the_most_specific_file(tmp_path: Path) -> None:
     tokenizer = load(
         tmp_path,
         BYTE_LEVEL,
@@ -66,11 +66,11 @@ def test_roles_come_from_the_most_specific_file(tmp_path: Path) -> None:
         config={"bos_token_id": 5, "eos_token_id": 6},
     )
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id) == (0, 1, 0, None)
-    assert tokenizer.eos_ids == (1, 7, 0)  # named, in generation_config.json, and <|endoftext|>
+    assert tokenizer.eos_ids == (1, 7, 0)  # tokenizer_config.json, generation_config.json, <|endoftext|>
     assert load(tmp_path / "..", BYTE_LEVEL, config={"eos_token_id": 1}).eos_id == 1
 
 
-def test_a_role_makes_a_control_token(tmp_path: Path) -> None:
+def test_special_tokens_are_control_tokens(tmp_path: Path) -> None:
     content = copy.deepcopy(BYTE_LEVEL)
     for entry in content["added_tokens"]:
         entry["special"] = False
@@ -95,7 +95,7 @@ def test_chat_templates(tmp_path: Path, config: dict[str, Any], expected: str | 
     assert load(tmp_path, BYTE_LEVEL, tokenizer_config=config).chat_template == expected
 
 
-def test_a_chat_template_in_its_own_file(tmp_path: Path) -> None:
+def test_chat_template_file(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     assert load(tmp_path, BYTE_LEVEL).chat_template == "{{ messages }}"
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
@@ -112,7 +112,7 @@ def test_truncation_and_padding_in_the_file_are_not_applied(tmp_path: Path) -> N
 
 
 def test_metaspace_files(tmp_path: Path) -> None:
-    """The newer spelling of SentencePiece's spaces, and one without a prefix space."""
+    """Metaspace in place of normalizer steps, and a vocabulary without a prefix space."""
     the = LLAMA["model"]["vocab"]["\u2581the"]
     for scheme, text in (("first", "the fox"), ("never", " the fox")):
         metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False}
@@ -126,7 +126,7 @@ def test_metaspace_files(tmp_path: Path) -> None:
     assert plain.decode([the]) == " the"
 
 
-def test_gaps_between_ids_are_empty(tmp_path: Path) -> None:
+def test_unused_ids_decode_to_nothing(tmp_path: Path) -> None:
     content = copy.deepcopy(BYTE_LEVEL)
     last = max(content["model"]["vocab"], key=content["model"]["vocab"].__getitem__)
     content["model"]["vocab"][last] += 5
@@ -137,10 +137,10 @@ def test_gaps_between_ids_are_empty(tmp_path: Path) -> None:
 
 WORDS = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
 BAD: dict[str, tuple[Any, str]] = {
-    "array": ([1], "holds a JSON list, not an object"),
-    "no model": ({}, "the model's type is 'None'; llama_jax reads BPE and Unigram"),
-    "other model": (changed(BYTE_LEVEL, model=WORDS), "the model's type is 'WordLevel'"),
-    "model of another type": (changed(BYTE_LEVEL, model="BPE" * 99), "the model's type is 'BPEBPE"),
+    "array": ([1], "is a JSON list, not an object"),
+    "no model": ({}, "the model type is 'None'; llama_jax supports BPE and Unigram"),
+    "other model": (changed(BYTE_LEVEL, model=WORDS), "the model type is 'WordLevel'"),
+    "model of another type": (changed(BYTE_LEVEL, model="BPE" * 99), "the model type is 'BPEBPE"),
     "no decoder": (changed(BYTE_LEVEL, decoder=None), "the decoder is 'None'"),
     "other decoder": (
         changed(BYTE_LEVEL, decoder={"type": "WordPiece", "prefix": "#", "cleanup": True}),
@@ -162,7 +162,7 @@ BAD: dict[str, tuple[Any, str]] = {
         changed(
             BYTE_LEVEL, model=BYTE_LEVEL["model"] | {"vocab": BYTE_LEVEL["model"]["vocab"] | {"Ġ": 2**32 - 1}}
         ),
-        "the vocabulary goes up to id 4294967295; it must hold 1 to 4194304 ids",
+        "the vocabulary has ids up to 4294967295; it must have 1 to 4194304 ids",
     ),
     "empty": (
         changed(BYTE_LEVEL, model=BYTE_LEVEL["model"] | {"vocab": {}, "merges": []}, added_tokens=[]),
@@ -172,17 +172,17 @@ BAD: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_files_that_are_refused(tmp_path: Path, case: str) -> None:
-    content, says = BAD[case]
+def test_invalid_files(tmp_path: Path, case: str) -> None:
+    content, reason = BAD[case]
     with pytest.raises(TokenizerError) as raised:
         load(tmp_path, content)
     message = str(raised.value)
     assert message.startswith(str(tmp_path / "tokenizer.json"))
-    assert says in message
+    assert reason in message
     assert "\n" not in message
 
 
-def test_a_file_that_the_library_panics_on(tmp_path: Path) -> None:
+def test_file_that_makes_the_library_panic(tmp_path: Path) -> None:
     content = vocabularies.llama_json(vocabularies.sentencepiece_model())
     content["model"]["continuing_subword_prefix"] = "longer than any piece is"
     with pytest.raises(TokenizerError, match="cannot be loaded") as raised:
@@ -191,7 +191,7 @@ def test_a_file_that_the_library_panics_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 200_000, b"GGUF\3\0\0\0", b"\0" * 50])
-def test_files_that_are_no_json(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_not_json(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     with pytest.raises(TokenizerError, match=r"tokenizer\.json is not JSON .*; take a fresh copy") as raised:
@@ -200,16 +200,16 @@ def test_files_that_are_no_json(tmp_path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("beside", "says"),
+    ("config_files", "reason"),
     [
-        ({"tokenizer_config": [1]}, "tokenizer_config.json holds a JSON list"),
+        ({"tokenizer_config": [1]}, "tokenizer_config.json is a JSON list"),
         (
             {"tokenizer_config": {"eos_token": "</end>"}},
-            "tokenizer_config.json: eos_token is '</end>', which the",
+            "tokenizer_config.json: eos_token is '</end>', which is not in the",
         ),
         (
             {"special_tokens_map": {"bos_token": "<b>"}},
-            "special_tokens_map.json: bos_token is '<b>', which the",
+            "special_tokens_map.json: bos_token is '<b>', which is not in the",
         ),
         (
             {"generation_config": {"eos_token_id": "2"}},
@@ -219,14 +219,14 @@ def test_files_that_are_no_json(tmp_path: Path, content: bytes) -> None:
         ({"config": {"bos_token_id": -1}}, "bos_id is -1, but the vocabulary's"),
     ],
 )
-def test_files_beside_it_that_contradict(tmp_path: Path, beside: dict[str, Any], says: str) -> None:
+def test_inconsistent_config_files(tmp_path: Path, config_files: dict[str, Any], reason: str) -> None:
     with pytest.raises(TokenizerError) as raised:
-        load(tmp_path, BYTE_LEVEL, **beside)
-    assert says in str(raised.value)
+        load(tmp_path, BYTE_LEVEL, **config_files)
+    assert reason in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_a_broken_file_beside_it_is_named(tmp_path: Path) -> None:
+def test_malformed_config_file(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(TokenizerError, match=r"tokenizer_config\.json is not JSON"):
         load(tmp_path, BYTE_LEVEL)

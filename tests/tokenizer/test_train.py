@@ -1,4 +1,4 @@
-"""Training a vocabulary: exact round trips, Llama's layout, the same file from the same text."""
+"""Training a vocabulary: exact round trips, Llama's layout, determinism."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def trained(path: Path) -> Tokenizer:
     return load_tokenizer(path)
 
 
-def test_the_layout_is_llamas(trained):
+def test_layout_equals_llamas(trained):
     assert trained.vocab_size == 1000
     assert (trained.unk_id, trained.bos_id, trained.eos_id, trained.pad_id) == (0, 1, 2, None)
     assert dict(trained.special_tokens) == {"<s>": 1, "</s>": 2}
@@ -53,25 +53,25 @@ def test_any_text_round_trips_exactly(trained, text):
     assert not {0, 1, 2} & set(ids)
 
 
-def test_digits_are_apart_and_no_space_is_put_before_text(trained):
+def test_digits_are_split_and_no_space_is_prepended(trained):
     assert [trained.piece(token) for token in trained.encode("12345", add_bos=False)] == list("12345")
 
 
 def test_indentation_and_line_ends_have_pieces(trained):
-    """Code costs far fewer tokens than bytes, its indentation one each."""
+    """Code needs far fewer tokens than bytes, and one token per indentation."""
     assert len(trained.encode("        ", add_bos=False)) == 1
     assert len(trained.encode("):\n", add_bos=False)) == 1
     assert len("".join(SOURCES)) / sum(len(trained.encode(text)) for text in SOURCES) > 2.5
 
 
-def test_the_same_texts_give_the_same_file(path, tmp_path):
+def test_training_is_deterministic(path, tmp_path):
     again = train_sentencepiece(iter(SOURCES), tmp_path / "new" / "tok.model", vocab_size=1000)
     assert again.read_bytes() == path.read_bytes()
     assert [file.name for file in again.parent.iterdir()] == ["tok.model"]
 
 
-def test_of_much_text_an_even_sample_is_taken(tmp_path):
-    """Text from every part of a corpus five times as long as the bound is learned from."""
+def test_large_corpora_are_subsampled_evenly(tmp_path):
+    """The vocabulary has words from every part of a corpus five times as large as `max_bytes`."""
     words = [f"{letter * 5}ing" for letter in "bcdfghjklm"]
     texts = [f"{word} {word}\n" * 2000 for word in words]
     out = train_sentencepiece(texts, tmp_path / "t.model", vocab_size=330, max_bytes=60_000)
@@ -80,7 +80,7 @@ def test_of_much_text_an_even_sample_is_taken(tmp_path):
         assert len(tokenizer.encode(f" {word}", add_bos=False)) == 1, word
 
 
-def test_long_lines_are_learned_from(tmp_path):
+def test_long_lines_are_not_skipped(tmp_path):
     out = train_sentencepiece(["abcé" * 20_000], tmp_path / "t.model", vocab_size=270)
     tokenizer = load_tokenizer(out)
     assert len(tokenizer.encode("abcé" * 100)) < 120
@@ -89,19 +89,19 @@ def test_long_lines_are_learned_from(tmp_path):
 @pytest.mark.parametrize(
     ("texts", "vocab_size", "message"),
     [
-        ([], 300, "there is no text to learn a vocabulary from"),
-        (["", "\t"], 300, "there is no text to learn a vocabulary from"),
+        ([], 300, "there is no text to train a vocabulary on"),
+        (["", "\t"], 300, "there is no text to train a vocabulary on"),
         (["fox"], 259, r"vocab_size is 259; it must be above 259 \(3 control tokens and 256 bytes\)"),
         (["fox"], 1 << 30, r"vocab_size is 1073741824; it must be above 259 .* at most 1048576"),
-        ([SOURCES[0]], 270, r"vocab_size is 270; the characters of this text alone take \d+: ask for more"),
+        ([SOURCES[0]], 270, r"vocab_size is 270; the characters of this text alone need \d+: increase it"),
         (
             ["the fox\n"] * 10,
             5000,
-            r"vocab_size is 5000; this text makes at most \d\d\d: ask for that, or add",
+            r"vocab_size is 5000; this text allows at most \d\d\d: reduce it, or add",
         ),
     ],
 )
-def test_a_vocabulary_that_cannot_be(tmp_path, texts, vocab_size, message, capfd):
+def test_invalid_vocab_size_or_texts(tmp_path, texts, vocab_size, message, capfd):
     with pytest.raises(TokenizerError, match=message) as raised:
         train_sentencepiece(texts, tmp_path / "t.model", vocab_size=vocab_size)
     assert "\n" not in str(raised.value)
@@ -109,7 +109,7 @@ def test_a_vocabulary_that_cannot_be(tmp_path, texts, vocab_size, message, capfd
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_largest_that_works_works(tmp_path):
+def test_suggested_vocab_size_works(tmp_path):
     with pytest.raises(TokenizerError) as raised:
         train_sentencepiece(["the quick fox\n"] * 10, tmp_path / "t.model", vocab_size=5000)
     most = int(str(raised.value).split("at most ")[1].split(":")[0])
@@ -121,7 +121,7 @@ def test_the_largest_that_works_works(tmp_path):
     )
 
 
-def test_a_place_that_cannot_be_written(tmp_path):
+def test_unwritable_output(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TokenizerError, match=r"t\.model cannot be written \(.*\); write it elsewhere"):
         train_sentencepiece(SOURCES[:1], tmp_path / "file" / "t.model", vocab_size=400)
@@ -134,14 +134,14 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 @pytest.fixture
 def run(capsys):
-    def run(*words):
-        status = cli.main(["tokenizer", "train", *map(str, words)])
+    def run(*args):
+        status = cli.main(["tokenizer", "train", *map(str, args)])
         return SimpleNamespace(status=status, **dict(zip(("out", "err"), capsys.readouterr(), strict=True)))
 
     return run
 
 
-def test_the_command_learns_from_files_and_globs(run, tmp_path, path):
+def test_command_accepts_files_and_globs(run, tmp_path, path):
     for i, text in enumerate(SOURCES):
         (tmp_path / f"{i}.py").write_text(text)
     done = run(f"{tmp_path}/*.py", tmp_path / "0.py", "--vocab-size", 1000, "--out", tmp_path / "t.model")
@@ -149,40 +149,40 @@ def test_the_command_learns_from_files_and_globs(run, tmp_path, path):
     assert (tmp_path / "t.model").read_bytes() == path.read_bytes()
 
 
-def test_the_command_reads_json_lines(run, tmp_path, path):
+def test_command_reads_json_lines(run, tmp_path, path):
     with (tmp_path / "a.jsonl").open("w") as file:
         file.writelines(json.dumps({"code": text}) + "\n\n" for text in SOURCES)
-    words = (tmp_path / "a.jsonl", "--vocab-size", 1000, "--out", tmp_path / "t.model", "--json")
-    done = run(*words, "--field", "code")
+    args = (tmp_path / "a.jsonl", "--vocab-size", 1000, "--out", tmp_path / "t.model", "--json")
+    done = run(*args, "--field", "code")
     assert json.loads(done.out) == {"out": str(tmp_path / "t.model"), "vocab_size": 1000, "files": 1}
     assert (tmp_path / "t.model").read_bytes() == path.read_bytes()
-    done = run(*words)
+    done = run(*args)
     assert done.status == 2
-    assert "a.jsonl:1: no object with the text field 'text'; see --field" in done.err
+    assert "a.jsonl:1: not an object with a text field 'text'; see --field" in done.err
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (("none.txt", "--vocab-size", 300, "--out", "t.model"), "no file matches 'none.txt' (relative to "),
         (("bad.txt", "--vocab-size", 300, "--out", "t.model"), "bad.txt is not UTF-8"),
         (("bad.jsonl", "--vocab-size", 300, "--out", "t.model"), "bad.jsonl:2: not JSON"),
-        (("bad.txt", "--vocab-size", "many", "--out", "t.model"), "'many' is not a whole number"),
+        (("bad.txt", "--vocab-size", "many", "--out", "t.model"), "'many' is not an integer"),
         (("bad.txt", "--out", "t.model"), "missing --vocab-size"),
         (("bad.txt", "--vocab-sise", 300, "--out", "t.model"), "did you mean --vocab-size?"),
     ],
 )
-def test_the_command_says_in_one_line_what_is_wrong(run, tmp_path, monkeypatch, words, message):
+def test_command_errors(run, tmp_path, monkeypatch, args, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{')
-    done = run(*words)
+    done = run(*args)
     assert (done.status, done.out) == (2, "")
     assert done.err.count("\n") == 1
     assert message in done.err
     assert not (tmp_path / "t.model").exists()
 
 
-def test_a_mistyped_verb(capsys):
+def test_mistyped_subcommand(capsys):
     assert cli.main(["tokenizer", "trian"]) == 2
-    assert "did you mean train?; it is encode, decode or train" in capsys.readouterr().err
+    assert "did you mean train?; the commands are encode, decode, train" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Small real vocabularies in every format, trained on a few lines, for tests that need no download."""
+"""Small vocabularies in every format, trained on a few lines, for tests without downloads."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 @functools.cache
 def sentencepiece_model(**options: Any) -> bytes:
-    """A SentencePiece BPE model like Llama's: no normalisation, byte fallback; `options` override."""
-    written = io.BytesIO()
+    """A SentencePiece BPE model like Llama's: no normalization, byte fallback; `options` override."""
+    model = io.BytesIO()
     settings = {
         "model_type": "bpe",
         "vocab_size": 340,
@@ -40,13 +40,13 @@ def sentencepiece_model(**options: Any) -> bytes:
         "minloglevel": 2,
     }
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT * 4), model_writer=written, **(settings | options)
+        sentence_iterator=iter(TEXT * 4), model_writer=model, **(settings | options)
     )
-    return written.getvalue()
+    return model.getvalue()
 
 
 def pieces(model: bytes) -> list[tuple[str, float, int]]:
-    """Spelling, score and GGUF kind of each piece of a SentencePiece model."""
+    """Text, score and type of each piece of a SentencePiece model."""
     loaded = sentencepiece.SentencePieceProcessor(model_proto=model)
     rows = []
     for i in range(loaded.vocab_size()):
@@ -56,7 +56,7 @@ def pieces(model: bytes) -> list[tuple[str, float, int]]:
 
 
 def llama2c(rows: Sequence[tuple[str, float, int]]) -> bytes:
-    """The `tok.bin` that llama2.c's exporter makes of these pieces."""
+    """The `tok.bin` that llama2.c's exporter writes for these pieces."""
     out = bytearray(struct.pack("<i", max(len(text.encode()) for text, _, _ in rows)))
     for i, (text, score, _) in enumerate(rows):
         raw = (f"\n{text}\n" if i in (1, 2) else text.replace(SPACE, " ")).encode()
@@ -81,7 +81,7 @@ def byte_level_json() -> dict[str, Any]:
 
 
 def llama_json(model: bytes, *, prefix: bool = True) -> dict[str, Any]:
-    """The `tokenizer.json` of a SentencePiece model, as Hugging Face converts Llama's."""
+    """The `tokenizer.json` of a SentencePiece model, like Hugging Face's conversion of Llama's."""
     rows = pieces(model)
     ids = {text: i for i, (text, _, _) in enumerate(rows)}
     merges = []
@@ -138,7 +138,7 @@ def bpe_fields(content: Mapping[str, Any], pre: str = "gpt-2") -> dict[str, Any]
 
 
 def write_gguf(path: Path, fields: Mapping[str, Any], template: str | None = None) -> Path:
-    """Writes a GGUF file with `tokenizer.ggml.*` fields and no tensors; a field of None is left out."""
+    """Writes a GGUF file with `tokenizer.ggml.*` fields and no tensors; None omits a field."""
     writer = gguf.GGUFWriter(path, "llama")
     writers: dict[type, Callable[[str, Any], None]] = {
         str: writer.add_string,
@@ -163,7 +163,7 @@ def write_json(path: Path, content: Any) -> Path:
 
 
 def write_all(directory: Path) -> dict[str, Path]:
-    """Writes one file of each kind; the keys say what it is."""
+    """Writes one file of each kind; returns the paths by kind."""
     model = sentencepiece_model()
     byte_level = byte_level_json()
     paths = {

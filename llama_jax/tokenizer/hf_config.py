@@ -1,0 +1,113 @@
+"""Hugging Face's configuration files next to a tokenizer: special tokens, BOS rule, chat template."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llama_jax.errors import TokenizerError
+from llama_jax.tokenizer.base import TokenizerSettings
+from llama_jax.tokenizer.files import parse_json_object, read_bytes
+
+_SPECIAL_TOKENS = ("bos", "eos", "unk", "pad")
+
+
+@dataclasses.dataclass(frozen=True)
+class HFConfig:
+    """The settings of the files next to a tokenizer; None or empty if no file has them.
+
+    Attributes:
+      tokens: `bos`, `eos`, `unk` or `pad` to the token, and the file that defines it.
+      ids: `bos` or `eos` to ids, from generation_config.json or config.json, which have only ids.
+      add_bos: whether to prepend BOS.
+      chat_template: Jinja source.
+    """
+
+    tokens: Mapping[str, tuple[str, Path]]
+    ids: Mapping[str, tuple[int, ...]]
+    add_bos: bool | None
+    chat_template: str | None
+
+    def apply(self, settings: TokenizerSettings, vocabulary: Mapping[str, int]) -> TokenizerSettings:
+        """Overrides `settings`, which comes from the vocabulary file, with these settings.
+
+        Args:
+          settings: the settings of the vocabulary file.
+          vocabulary: the tokens that may be special tokens, with their ids.
+
+        Raises:
+          TokenizerError: if BOS or EOS is not in the vocabulary.
+        """
+        ids: dict[str, int] = {}
+        for name in _SPECIAL_TOKENS:
+            if name in self.tokens:
+                token, path = self.tokens[name]
+                if token in vocabulary:
+                    ids[name] = vocabulary[token]
+                elif name in ("bos", "eos"):
+                    raise TokenizerError(
+                        f"{path}: {name}_token is {token[:40]!r}, which is not in the vocabulary next to it; "
+                        "take both files from the same model"
+                    )
+            elif name in self.ids and getattr(settings, f"{name}_id") is None:
+                ids[name] = self.ids[name][0]
+        return dataclasses.replace(
+            settings,
+            **{f"{name}_id": token_id for name, token_id in ids.items()},
+            eos_ids=(*settings.eos_ids, *self.ids.get("eos", ())),
+            add_bos=settings.add_bos if self.add_bos is None else self.add_bos,
+            chat_template=self.chat_template or settings.chat_template,
+        )
+
+
+def read_hf_config(path: Path) -> HFConfig:
+    """Reads the configuration files in the directory of `path`; each may be absent.
+
+    Raises:
+      TokenizerError: if a file is not a JSON object, or a setting has the wrong type.
+    """
+    files = {
+        name: _read(path.with_name(f"{name}.json"))
+        for name in ("tokenizer_config", "special_tokens_map", "generation_config", "config")
+    }
+    tokens: dict[str, tuple[str, Path]] = {}
+    ids: dict[str, tuple[int, ...]] = {}
+    for name in _SPECIAL_TOKENS:
+        for file in ("tokenizer_config", "special_tokens_map"):
+            token = files[file].get(f"{name}_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                tokens.setdefault(name, (token, path.with_name(f"{file}.json")))
+    for name in ("bos", "eos"):
+        for file in ("generation_config", "config"):
+            values = files[file].get(f"{name}_token_id")
+            values = values if isinstance(values, list) else [] if values is None else [values]
+            if not all(type(value) is int for value in values):
+                raise TokenizerError(
+                    f"{path.with_name(f'{file}.json')}: {name}_token_id is {str(values)[:60]}; it must be an "
+                    "integer or a list of integers"
+                )
+            if values:
+                ids.setdefault(name, tuple(values))
+    add_bos = files["tokenizer_config"].get("add_bos_token")
+    return HFConfig(tokens, ids, add_bos if isinstance(add_bos, bool) else None, _chat_template(path, files))
+
+
+def _chat_template(path: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
+    template = files["tokenizer_config"].get("chat_template")
+    if isinstance(template, list):  # several named templates
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if isinstance(template, str):
+        return template
+    jinja = path.with_name("chat_template.jinja")
+    try:
+        return read_bytes(jinja).decode() if jinja.is_file() else None
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{jinja} is not UTF-8 ({error.reason}); take a fresh copy") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return parse_json_object(path, read_bytes(path)) if path.is_file() else {}
