@@ -1,20 +1,20 @@
-"""Chat: templates, and conversations as token ids.
+"""Chat templates, and conversations as token ids.
 
-A template is a program in Jinja that came with a model, from anybody: it is rendered in a sandbox, in a
-process that is stopped when it takes too much (process.py, worker.py).
+A chat template is an untrusted Jinja program that comes with a model. It is rendered in jinja2's sandbox, in
+a separate process with limits on time and memory (process.py, worker.py).
 """
 
-from llama_jax.chat.encode import Messages, checked_messages, encode_chat, render_chat
-from llama_jax.chat.templates import BUILT_IN, ChatTemplate, chat_template
+from llama_jax.chat.encode import Messages, encode_chat, render_chat, validate_messages
+from llama_jax.chat.templates import BUILT_IN_TEMPLATES, ChatTemplate, chat_template
 from llama_jax.chat.turns import encode_turns
 
 __all__ = [
-    "BUILT_IN",
+    "BUILT_IN_TEMPLATES",
     "ChatTemplate",
     "Messages",
     "chat_template",
-    "checked_messages",
     "encode_chat",
     "encode_turns",
     "render_chat",
+    "validate_messages",
 ]

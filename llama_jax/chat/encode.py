@@ -1,8 +1,8 @@
-"""A conversation to token ids, with what people wrote kept apart from what the template did.
+"""Encodes a conversation as token ids, safe against control tokens injected by messages.
 
-The text that a template renders is encoded as Hugging Face's transformers do it, with one rule on top: a
-control token, or another mark of a turn like Llama 2's `[INST]`, counts only where the template wrote all
-of it. Typed in a message it is text.
+The rendered template is encoded as in Hugging Face's transformers, with one more rule: a control token, or
+another turn marker such as Llama 2's `[INST]`, is recognized only where all of it was written by the
+template. In the content of a message it is ordinary text.
 """
 
 from __future__ import annotations
@@ -21,26 +21,28 @@ Messages = Sequence[Mapping[str, str]]
 
 ROLES = ("system", "user", "assistant")
 
-# Marks of turns that some vocabularies hold no control token for.
-_TAG = re.compile(r"\[/?INST\]|<</?SYS>>|<\|[^\s<>|]{1,40}\|>")
+# Turn markers that are not control tokens in some vocabularies.
+_TURN_MARKER = re.compile(r"\[/?INST\]|<</?SYS>>|<\|[^\s<>|]{1,40}\|>")
 
 
-def checked_messages(messages: Messages) -> list[dict[str, str]]:
-    """Returns a copy of a conversation's messages.
+def validate_messages(messages: Messages) -> list[dict[str, str]]:
+    """Validates a conversation and returns a copy of its messages.
 
-    A content may be any text: NUL and other control characters are ordinary.
+    The content may be any text, including NUL and other control characters.
 
     Raises:
-      InputError: naming the first message that has another role than system, user and assistant, no
-        content, a lone surrogate in it, or something else beside it; or if there is no message.
+      InputError: if there are no messages; or naming the first message whose keys are not role and content,
+        whose role is not system, user or assistant, or whose content is not a str or has a lone surrogate.
     """
     if isinstance(messages, str | Mapping) or not messages:
         raise InputError("there are no messages; give a list of {'role': 'user', 'content': '...'}")
     checked = []
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            has = list(message) if isinstance(message, Mapping) else type(message).__name__
-            raise InputError(f"messages[{i}] is {str(has)[:60]}; it must have a role and a content, no more")
+            found = list(message) if isinstance(message, Mapping) else type(message).__name__
+            raise InputError(
+                f"messages[{i}] is {str(found)[:60]}; it must have a role and a content, and nothing else"
+            )
         role, content = message["role"], message["content"]
         if role not in ROLES:
             raise InputError(f"messages[{i}]: role is {str(role)[:40]!r}; it must be {', '.join(ROLES)}")
@@ -58,8 +60,8 @@ def checked_messages(messages: Messages) -> list[dict[str, str]]:
 
 
 def render_chat(template: ChatTemplate, messages: Messages, add_generation_prompt: bool = True) -> str:
-    """Returns the text that the template makes of a conversation; see `encode_chat`."""
-    return _render(template, checked_messages(messages), add_generation_prompt)
+    """Renders a conversation with a template as one text; see `encode_chat`."""
+    return _render(template, validate_messages(messages), add_generation_prompt)
 
 
 def _render(template: ChatTemplate, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
@@ -79,138 +81,143 @@ def _render(template: ChatTemplate, messages: list[dict[str, str]], add_generati
 def encode_chat(
     tokenizer: Tokenizer, template: ChatTemplate, messages: Messages, add_generation_prompt: bool = True
 ) -> list[int]:
-    """Turns a conversation into the ids of a prompt.
+    """Encodes a conversation as the token ids of a prompt.
 
-    They are those of Hugging Face's `apply_chat_template`: control tokens in the text that the template
-    writes become their ids, and BOS is there if the template writes it, whatever rule the vocabulary has
-    for other texts; two at the very beginning count as one.
+    The ids equal those of Hugging Face's `apply_chat_template`: control tokens written by the template
+    become their ids, and BOS is present if and only if the template writes it, regardless of
+    `tokenizer.add_bos`; a doubled BOS at the start is collapsed to one.
 
-    Spelled in a message, a control token of the vocabulary is text, and so is a mark of the kinds `[INST]`,
-    `<<SYS>>` and `<|...|>` that the template itself uses: it gets other ids than the template's, which
-    decode to the same characters.
+    In the content of a message, the vocabulary's control tokens and the template's own markers of the forms
+    `[INST]`, `<<SYS>>` and `<|...|>` are ordinary text: their ids differ from those of the template's
+    markers, and decode to the same characters.
 
     Args:
-      tokenizer: the vocabulary.
+      tokenizer: the tokenizer.
       template: from `chat_template`.
       messages: each with a role (system, user or assistant) and a content.
-      add_generation_prompt: whether to end with what opens the assistant's answer.
+      add_generation_prompt: whether to append the header of the assistant's answer.
 
     Returns:
       The ids, a list of int.
 
     Raises:
-      InputError: for malformed messages (see `checked_messages`), or ones that the template refuses.
-      TokenizerError: for a template that does not render, or takes too much time or memory.
+      InputError: for malformed messages (see `validate_messages`), or messages that the template refuses.
+      TokenizerError: for a template that does not render, or exceeds the limits on time or memory.
     """
-    messages = checked_messages(messages)
-    marks = filter(None, (*tokenizer.special_tokens, *_TAG.findall(template.source)))
-    spellings = _spellings(frozenset(marks))
-    seam = _unused_character([template.source, *(message["content"] for message in messages)])
-    sewn = [{**m, "content": spellings.sew(m["content"], seam, tokenizer)} for m in messages]
-    first, *rest = spellings.cut(_render(template, sewn, add_generation_prompt), seam)
+    messages = validate_messages(messages)
+    markers = filter(None, (*tokenizer.special_tokens, *_TURN_MARKER.findall(template.source)))
+    matcher = _marker_matcher(frozenset(markers))
+    sentinel = _unused_character([template.source, *(message["content"] for message in messages)])
+    guarded = [
+        {**m, "content": matcher.insert_sentinels(m["content"], sentinel, tokenizer)} for m in messages
+    ]
+    first, *rest = matcher.split(_render(template, guarded, add_generation_prompt), sentinel)
     ids = tokenizer.encode(first, add_bos=False, parse_special=True)
-    opening = tokenizer.encode(seam, add_bos=False) if rest else []
+    sentinel_ids = tokenizer.encode(sentinel, add_bos=False) if rest else []
     for part in rest:
-        ids += _continued(tokenizer, part, seam, opening)
+        ids += _encode_continuation(tokenizer, part, sentinel, sentinel_ids)
     while tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2:
         del ids[0]
     if not ids:
-        raise InputError(f"{template.name} makes no text of these messages; give another template")
+        raise InputError(f"{template.name} renders these messages as an empty text; give another template")
     return ids
 
 
-class _Spellings:
-    """The marks that only a template may write, and a way to tell whether it did.
+class _MarkerMatcher:
+    """Finds the markers in a rendered text that were written, all or in part, by a message.
 
-    Before rendering, messages that hold a mark, or could complete one at either end, get a character that
-    occurs nowhere else, the seam, inside of it. Wherever a rendered mark has a seam inside, part of it
-    came from a message: there the text is cut and its parts are encoded apart. All other seams are dropped.
+    Before rendering, a sentinel, a character that occurs nowhere else, is inserted into every marker in a
+    message, and at either end of a message that could complete a marker there. A rendered marker with a
+    sentinel inside came at least in part from a message: the text is split there, and the parts are encoded
+    separately. All other sentinels are removed.
     """
 
-    def __init__(self, marks: frozenset[str]):
-        longest_first = sorted(map(re.escape, marks), key=len, reverse=True)
-        # Matches are empty, so that what they find may overlap. A template may change a message's case. The
-        # first characters are looked at first: there may be hundreds of marks.
-        first = "".join(sorted({re.escape(mark[0]) for mark in marks})) or "\0"
+    def __init__(self, markers: frozenset[str]):
+        longest_first = sorted(map(re.escape, markers), key=len, reverse=True)
+        # A lookahead has empty matches, so that markers may overlap; that for the first characters is only
+        # for speed, since there may be hundreds of markers. A template may change the case of a message.
+        first = "".join(sorted({re.escape(marker[0]) for marker in markers})) or "\0"
         pattern = f"(?=[{first}])(?=({'|'.join(longest_first) or '(?!)'}))"
-        self._marks, self._any_case = re.compile(pattern), re.compile(pattern, re.IGNORECASE)
-        self._all = marks
-        self._beginnings = {mark[:n] for mark in marks for n in range(1, len(mark))}
-        self._endings = {mark[n:] for mark in marks for n in range(1, len(mark))}
-        self._longest = max(map(len, marks), default=0)
+        self._exact, self._ignore_case = re.compile(pattern), re.compile(pattern, re.IGNORECASE)
+        self._markers = markers
+        self._prefixes = {marker[:n] for marker in markers for n in range(1, len(marker))}
+        self._suffixes = {marker[n:] for marker in markers for n in range(1, len(marker))}
+        self._max_length = max(map(len, markers), default=0)
 
-    def sew(self, content: str, seam: str, tokenizer: Tokenizer) -> str:
-        """Returns `content` with seams, or as it is if it has to do with no mark."""
-        middles = functools.cache(functools.partial(self._middles, tokenizer))
-        at = {m.start() + n for m in self._any_case.finditer(content) for n in middles(m[1])}
-        # At the ends of what a template that trims would leave.
+    def insert_sentinels(self, content: str, sentinel: str, tokenizer: Tokenizer) -> str:
+        """Returns `content` with sentinels in its markers, and at ends that could complete a marker."""
+        split_points = functools.cache(functools.partial(self._split_points, tokenizer))
+        positions = {m.start() + n for m in self._ignore_case.finditer(content) for n in split_points(m[1])}
+        # The ends after stripping, because a template may strip the content.
         start, end = len(content) - len(content.lstrip()), len(content.rstrip())
-        lengths = range(1, min(self._longest, end - start + 1))
-        if any(content[start : start + n] in self._endings for n in lengths):
-            at.add(start)
-        if any(content[end - n : end] in self._beginnings for n in lengths):
-            at.add(end)
-        return seam.join(_split(content, sorted(at)))
+        lengths = range(1, min(self._max_length, end - start + 1))
+        if any(content[start : start + n] in self._suffixes for n in lengths):
+            positions.add(start)
+        if any(content[end - n : end] in self._prefixes for n in lengths):
+            positions.add(end)
+        return sentinel.join(_split_at(content, sorted(positions)))
 
-    def cut(self, rendered: str, seam: str) -> list[str]:
-        """Returns the parts of a rendered text that are encoded apart, without the seams."""
-        seams, before = [], 0
-        for part in rendered.split(seam)[:-1]:
-            before += len(part)
-            seams.append(before)
-        text = rendered.replace(seam, "")
-        if not seams:
+    def split(self, rendered: str, sentinel: str) -> list[str]:
+        """Returns the parts of a rendered text to encode separately, without sentinels."""
+        sentinels, offset = [], 0
+        for part in rendered.split(sentinel)[:-1]:
+            offset += len(part)
+            sentinels.append(offset)
+        text = rendered.replace(sentinel, "")
+        if not sentinels:
             return [text]
-        inside: set[int] = set()
-        for m in self._marks.finditer(text):
-            after, end = bisect.bisect_right(seams, m.start()), m.start() + len(m[1])
-            inside.update(seams[after : bisect.bisect_left(seams, end)])
-        return _split(text, sorted(inside))
+        positions: set[int] = set()
+        for m in self._exact.finditer(text):
+            first, end = bisect.bisect_right(sentinels, m.start()), m.start() + len(m[1])
+            positions.update(sentinels[first : bisect.bisect_left(sentinels, end)])
+        return _split_at(text, sorted(positions))
 
-    def _middles(self, tokenizer: Tokenizer, typed: str) -> list[int]:
-        """Where to cut a mark, in any case, and the shorter ones that it begins with."""
-        begins = [mark for mark in self._all if typed.lower().startswith(mark.lower())]
-        return [_middle(tokenizer, typed[: len(mark)]) for mark in begins]
+    def _split_points(self, tokenizer: Tokenizer, match: str) -> list[int]:
+        """Returns where to split a matched marker, in any case, and the shorter markers it begins with."""
+        prefixes = [marker for marker in self._markers if match.lower().startswith(marker.lower())]
+        return [_split_point(tokenizer, match[: len(marker)]) for marker in prefixes]
 
 
 @functools.lru_cache(maxsize=8)
-def _spellings(marks: frozenset[str]) -> _Spellings:
-    return _Spellings(marks)
+def _marker_matcher(markers: frozenset[str]) -> _MarkerMatcher:
+    return _MarkerMatcher(markers)
 
 
-def _split(text: str, at: Sequence[int]) -> list[str]:
-    return [text[start:end] for start, end in zip((0, *at), (*at, len(text)), strict=True)]
+def _split_at(text: str, positions: Sequence[int]) -> list[str]:
+    return [text[start:end] for start, end in zip((0, *positions), (*positions, len(text)), strict=True)]
 
 
-def _middle(tokenizer: Tokenizer, mark: str) -> int:
-    """Where to cut a mark so that its parts have other ids than the whole: inside its longest piece.
+def _split_point(tokenizer: Tokenizer, marker: str) -> int:
+    """Returns where to split a marker so that its parts have other ids: in the middle of its longest piece.
 
     Raises:
-      InputError: for a mark of one character.
+      InputError: for a marker of one character.
     """
-    if len(mark) == 1:
+    if len(marker) == 1:
         raise InputError(
-            f"a message holds {mark!r}, which is a control token of this vocabulary; leave it out"
+            f"a message contains {marker!r}, which is a control token of this vocabulary; remove it"
         )
     stream = tokenizer.stream(skip_special_tokens=False)
-    lengths = [len(stream.push(token)) for token in tokenizer.encode(mark, add_bos=False)]
+    lengths = [len(stream.push(token)) for token in tokenizer.encode(marker, add_bos=False)]
     longest = lengths.index(max(lengths))
-    return min(sum(lengths[:longest]) + (lengths[longest] + 1) // 2, len(mark) - 1) or 1
+    return min(sum(lengths[:longest]) + (lengths[longest] + 1) // 2, len(marker) - 1) or 1
 
 
-def _continued(tokenizer: Tokenizer, text: str, seam: str, opening: list[int]) -> list[int]:
-    """Returns the ids of a text that goes on after another, without the space that opens SentencePiece's.
+def _encode_continuation(
+    tokenizer: Tokenizer, text: str, sentinel: str, sentinel_ids: list[int]
+) -> list[int]:
+    """Encodes text that continues another text, without SentencePiece's prefix space.
 
-    `opening` are those of a text that is the seam alone, with which no piece of a vocabulary can merge.
+    The prefix space goes before the sentinel, whose ids are dropped: no piece merges with the sentinel.
     """
-    ids = tokenizer.encode(seam + text, add_bos=False, parse_special=True)
-    if ids[: len(opening)] == opening:
-        return ids[len(opening) :]
-    return tokenizer.encode(text, add_bos=False, parse_special=True)  # unless it is of bytes
+    ids = tokenizer.encode(sentinel + text, add_bos=False, parse_special=True)
+    if ids[: len(sentinel_ids)] == sentinel_ids:
+        return ids[len(sentinel_ids) :]
+    return tokenizer.encode(text, add_bos=False, parse_special=True)  # byte pieces may merge with its bytes
 
 
 def _unused_character(texts: Sequence[str]) -> str:
-    """Returns a private-use character that none of the texts holds."""
+    """Returns a private-use character that occurs in none of the texts."""
     used = set().union(*texts)
     return next(character for character in _private_use() if character not in used)
 

@@ -1,4 +1,4 @@
-"""The process that renders chat templates, seen from the library: started once, killed when it is late."""
+"""The client of the process that renders chat templates: starts it once, and kills it after a timeout."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Any
 
 from llama_jax.errors import InputError, TokenizerError
 
-SECONDS = 2.0  # that one rendering may take; a long conversation takes milliseconds
-_SECONDS_TO_START = 60.0  # on a busy machine with a slow disk; otherwise 0.1
-_ELSE = "give another template (llama-2, chatml, or a file)"
+RENDER_TIMEOUT = 2.0  # seconds; a long conversation takes milliseconds
+_START_TIMEOUT = 60.0  # seconds, for a busy machine with a slow disk; normally 0.1
+_ADVICE = "give another template (llama-2, chatml, or a file)"
 
 
 class Renderer:
-    """Renders templates in a process of its own, one for each process that asks (worker.py).
+    """Renders templates in a worker process (worker.py), one per client process.
 
-    It starts at the first request, in about 50 ms, and then takes a fraction of a millisecond for an
-    ordinary conversation. Threads take turns.
+    The worker starts at the first request, in about 50 ms; then an ordinary conversation takes a fraction of
+    a millisecond. Thread-safe: requests are serialized.
     """
 
     def __init__(self) -> None:
@@ -31,54 +31,55 @@ class Renderer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def render(self, name: str, source: str, variables: Mapping[str, Any]) -> str:
-        """Returns the text that a template makes of its variables.
+        """Renders a template.
 
         Args:
-          name: what errors call the template.
-          source: the template, in Jinja.
-          variables: what it may use; JSON values.
+          name: the template's name in error messages.
+          source: the Jinja source.
+          variables: the template's variables; JSON values.
 
         Raises:
-          InputError: with what the template itself says is wrong with the messages.
-          TokenizerError: if it does not render, or takes more than its share of time or memory.
+          InputError: with the message of the template's `raise_exception`.
+          TokenizerError: if it does not render, or exceeds the limits on time or memory.
         """
         request = json.dumps({"source": source, "variables": variables}).encode() + b"\n"
         with self._lock:
-            line, late = self._exchange(request)
-        if late:
-            raise TokenizerError(f"{name} took more than {SECONDS:g} s and was stopped; {_ELSE}")
+            line, timed_out = self._request(request)
+        if timed_out:
+            raise TokenizerError(f"{name} took more than {RENDER_TIMEOUT:g} s and was stopped; {_ADVICE}")
         if not line.endswith(b"\n"):
-            raise TokenizerError(f"{name} crashed the process that rendered it; {_ELSE}")
-        answer = json.loads(line)
-        if "refused" in answer:
-            raise InputError(f"{name} refuses these messages: {_one_line(answer['refused'])}")
-        if "error" in answer:
-            raise TokenizerError(f"{name} does not render: {_one_line(answer['error'])}; mend it, or {_ELSE}")
-        return answer["text"]
+            raise TokenizerError(f"{name} crashed the process that rendered it; {_ADVICE}")
+        response = json.loads(line)
+        if "refused" in response:
+            raise InputError(f"{name} refuses these messages: {_one_line(response['refused'])}")
+        if "error" in response:
+            reason = _one_line(response["error"])
+            raise TokenizerError(f"{name} does not render: {reason}; fix it, or {_ADVICE}")
+        return response["text"]
 
     def close(self) -> None:
-        """Ends the process, if there is one; the next request starts another."""
+        """Kills the worker, if it runs; the next request starts another."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
             process.communicate()
 
-    def _exchange(self, request: bytes) -> tuple[bytes, bool]:
-        """Returns the answer, and whether it came too late; whatever goes wrong ends the process."""
+    def _request(self, request: bytes) -> tuple[bytes, bool]:
+        """Returns the response line, and whether the request timed out; any failure kills the worker."""
         if self._process is None or self._process.poll() is not None:
             self.close()
             self._process = self._start()
-        line, late = b"", True
+        line, timed_out = b"", True
         try:
-            line, late = _ask(self._process, request, SECONDS)
+            line, timed_out = _exchange(self._process, request, RENDER_TIMEOUT)
         finally:
-            if late or not line.endswith(b"\n"):  # also after Ctrl-C, when an answer may still come
+            if timed_out or not line.endswith(b"\n"):  # also after Ctrl-C: a late response would be stale
                 self.close()
-        return line, late
+        return line, timed_out
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-P", str(Path(__file__).with_name("worker.py")), f"{SECONDS:.0f}"]
-        paths = os.pathsep.join(filter(None, sys.path))  # jinja2 is where it is for this process
+        command = [sys.executable, "-P", str(Path(__file__).with_name("worker.py")), f"{RENDER_TIMEOUT:.0f}"]
+        paths = os.pathsep.join(filter(None, sys.path))  # so that the worker imports the same jinja2
         try:
             process = subprocess.Popen(
                 command,
@@ -89,46 +90,47 @@ class Renderer:
             )
         except OSError as error:
             raise TokenizerError(
-                f"chat templates are rendered by a second Python, and {sys.executable!r} cannot be started "
-                f"({error.strerror or error}); see that sys.executable names it"
+                f"chat templates are rendered in a second Python process, and {sys.executable!r} cannot be "
+                f"started ({error.strerror or error}); check sys.executable"
             ) from None
         started = False
         try:
-            started = _ask(process, b"", _SECONDS_TO_START) == (b"ready\n", False)
+            started = _exchange(process, b"", _START_TIMEOUT) == (b"ready\n", False)
         finally:
             if not started:
                 process.kill()
                 process.communicate()
         if not started:
             raise TokenizerError(
-                "the Python that renders chat templates ended at once; see that it can `import jinja2`"
+                "the Python process that renders chat templates exited at startup; check that it can "
+                "`import jinja2`"
             )
         return process
 
 
-def _ask(process: subprocess.Popen[bytes], request: bytes, seconds: float) -> tuple[bytes, bool]:
-    """Returns a line that the process answers, and whether it was killed for taking too long."""
+def _exchange(process: subprocess.Popen[bytes], request: bytes, timeout: float) -> tuple[bytes, bool]:
+    """Writes a request and reads a line; returns the line, and whether the process was killed by timeout."""
     assert process.stdin is not None
     assert process.stdout is not None
-    line, late = b"", threading.Event()
+    line, timed_out = b"", threading.Event()
 
     def kill() -> None:
-        late.set()
+        timed_out.set()
         process.kill()
 
-    deadline = threading.Timer(seconds, kill)
-    deadline.daemon = True
-    deadline.start()
+    timer = threading.Timer(timeout, kill)
+    timer.daemon = True
+    timer.start()
     try:
         process.stdin.write(request)
         process.stdin.flush()
         line = process.stdout.readline()
-    except OSError:  # it is gone
+    except OSError:  # the process has exited
         pass
     finally:
-        deadline.cancel()
-        deadline.join()
-    return line, late.is_set()
+        timer.cancel()
+        timer.join()
+    return line, timed_out.is_set()
 
 
 def _one_line(text: str) -> str:
@@ -137,5 +139,5 @@ def _one_line(text: str) -> str:
 
 RENDERER = Renderer()
 atexit.register(RENDERER.close)
-if hasattr(os, "register_at_fork"):  # a copy of the pipes is no second process
+if hasattr(os, "register_at_fork"):  # a forked child must not share the parent's worker
     os.register_at_fork(after_in_child=RENDERER.__init__)  # type: ignore[misc]

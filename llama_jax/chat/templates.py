@@ -1,4 +1,4 @@
-"""Where chat templates come from: with a vocabulary, from a file, or built in (Llama 2's, ChatML)."""
+"""Chat templates: of the tokenizer, from a file, or built in (Llama 2's, ChatML)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from llama_jax.errors import TokenizerError
 from llama_jax.tokenizer import Tokenizer
 
-# The rule of Meta's code (meta-llama/llama, llama/generation.py, chat_completion): every exchange is a text
-# of its own between BOS and EOS, and the system prompt is part of the first thing the user says.
+# The format of Meta's code (meta-llama/llama, llama/generation.py, chat_completion): each exchange is
+# enclosed in BOS and EOS, and the system prompt is part of the first user message.
 LLAMA2 = r"""
 {%- set system = '' -%}
 {%- set turns = messages -%}
@@ -31,7 +31,7 @@ LLAMA2 = r"""
   {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt and (not turns or turns[-1].role != 'user') -%}
-  {{ raise_exception('the last message must be of the user, whom the assistant is to answer') }}
+  {{ raise_exception('the last message must be from the user') }}
 {%- endif -%}
 """
 
@@ -44,18 +44,18 @@ CHATML = r"""
 {%- endif -%}
 """
 
-BUILT_IN: Mapping[str, str] = {"llama-2": LLAMA2, "chatml": CHATML}
-_LONGEST_SOURCE = 1 << 20  # bytes; the longest templates in use have 20 kB
+BUILT_IN_TEMPLATES: Mapping[str, str] = {"llama-2": LLAMA2, "chatml": CHATML}
+_MAX_SOURCE_BYTES = 1 << 20  # the longest templates in use have 20 kB
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """How a conversation becomes one text.
+    """A template that renders a conversation as one text.
 
     Attributes:
-      source: Jinja, as Hugging Face's transformers understand it.
-      name: what errors call it.
-      tokens: what the template knows as `bos_token`, `eos_token`, `unk_token` and `pad_token`.
+      source: Jinja source, in the dialect of Hugging Face's transformers.
+      name: the template's name in error messages.
+      tokens: the template variables `bos_token`, `eos_token`, `unk_token` and `pad_token`.
     """
 
     source: str
@@ -64,59 +64,61 @@ class ChatTemplate:
 
 
 def chat_template(tokenizer: Tokenizer, choice: str | Path | None = None) -> ChatTemplate:
-    """Finds the template for a vocabulary.
+    """Returns the chat template for a tokenizer.
 
     Args:
-      tokenizer: the vocabulary.
-      choice: `llama-2`, `chatml`, or the path of a file that holds one. None takes the template that came
-        with the vocabulary; without one Llama 2's own vocabulary gets `llama-2`, and a vocabulary with the
-        token `<|im_start|>` gets `chatml`.
+      tokenizer: the tokenizer.
+      choice: `llama-2`, `chatml`, or the path of a Jinja file. None is the tokenizer's own template, or
+        without one `chatml` for a vocabulary with the token `<|im_start|>`, and `llama-2` for Llama 2's
+        vocabulary.
 
     Raises:
-      TokenizerError: if there is none, or the file cannot be read.
+      TokenizerError: if there is no template, or the file cannot be read.
     """
     names = {token: name for name, token in tokenizer.special_tokens.items()}
     ids = {f"{role}_token": getattr(tokenizer, f"{role}_id") for role in ("bos", "eos", "unk", "pad")}
     tokens = {role: names[token] for role, token in ids.items() if token in names}
     if choice is None and tokenizer.chat_template is not None:
-        return _checked(ChatTemplate(tokenizer.chat_template, "the model's chat template", tokens))
+        return _check_length(ChatTemplate(tokenizer.chat_template, "the model's chat template", tokens))
     if choice is None:
-        choice = _implied(tokenizer)
-    if str(choice) in BUILT_IN:
-        return ChatTemplate(BUILT_IN[str(choice)], f"the chat template {choice}", tokens)
-    return _checked(ChatTemplate(_read(choice), f"the chat template {choice}", tokens))
+        choice = _default_template(tokenizer)
+    if str(choice) in BUILT_IN_TEMPLATES:
+        return ChatTemplate(BUILT_IN_TEMPLATES[str(choice)], f"the chat template {choice}", tokens)
+    return _check_length(ChatTemplate(_read(choice), f"the chat template {choice}", tokens))
 
 
-def _implied(tokenizer: Tokenizer) -> str:
+def _default_template(tokenizer: Tokenizer) -> str:
     if "<|im_start|>" in tokenizer.special_tokens:
         return "chatml"
-    # How Llama 2's vocabulary, and those that extend it, spell the mark.
+    # The encoding in Llama 2's vocabulary and in those that extend it.
     if tokenizer.encode("[INST]", add_bos=False) == [518, 25580, 29962]:
         return "llama-2"
     raise TokenizerError(
-        f"the model came with no chat template; choose one: {', '.join(BUILT_IN)}, or a file in Jinja"
+        f"the model has no chat template; choose one: {', '.join(BUILT_IN_TEMPLATES)}, or a Jinja file"
     )
 
 
 def _read(path: str | Path) -> str:
     try:
         with Path(path).expanduser().open("rb") as file:
-            data = file.read(_LONGEST_SOURCE + 1)
+            data = file.read(_MAX_SOURCE_BYTES + 1)
         return data.decode()
     except FileNotFoundError:
-        close = difflib.get_close_matches(str(path), BUILT_IN, n=1)
-        meant = f"; did you mean {close[0]}?" if close else f"; give a file, or one of: {', '.join(BUILT_IN)}"
-        raise TokenizerError(f"there is no chat template {str(path)!r}{meant}") from None
-    except (OSError, RuntimeError, ValueError) as error:  # the latter: no such home, not UTF-8, NUL in a name
+        close = difflib.get_close_matches(str(path), BUILT_IN_TEMPLATES, n=1)
+        names = ", ".join(BUILT_IN_TEMPLATES)
+        hint = f"did you mean {close[0]}?" if close else f"give a Jinja file, or one of: {names}"
+        raise TokenizerError(f"there is no chat template {str(path)!r}; {hint}") from None
+    except (OSError, RuntimeError, ValueError) as error:  # unknown ~user; not UTF-8, NUL in the path
         reason = getattr(error, "strerror", None) or error
         raise TokenizerError(
-            f"the chat template {path} cannot be read ({reason}); give a text file in Jinja"
+            f"the chat template {path} cannot be read ({reason}); give a Jinja file"
         ) from None
 
 
-def _checked(template: ChatTemplate) -> ChatTemplate:
-    if len(template.source) > _LONGEST_SOURCE:
+def _check_length(template: ChatTemplate) -> ChatTemplate:
+    if len(template.source) > _MAX_SOURCE_BYTES:
         raise TokenizerError(
-            f"{template.name} has {len(template.source)} characters; at most {_LONGEST_SOURCE} are read"
+            f"{template.name} has {len(template.source)} characters; the limit is {_MAX_SOURCE_BYTES}, "
+            "give a shorter one"
         )
     return template

@@ -1,11 +1,12 @@
-"""The program that renders chat templates, in a process of its own that can be stopped.
+"""The worker process that renders chat templates; process.py starts it and kills it after a timeout.
 
-A template is a program that came with a model. jinja2's sandbox keeps it from the machine, but nothing
-inside a process can cut short one long operation of its interpreter (`'a' * 10**10`, comparing lists nested
-fifty deep), so process.py starts this file, gives it a deadline, and kills it when that has passed.
+A template is an untrusted program. jinja2's sandbox keeps it from the machine, but cannot interrupt one long
+operation of the interpreter (`'a' * 10**10`, comparing lists nested fifty deep): that takes a process that
+can be killed.
 
-Each line of stdin is a JSON object with `source`, the template, and `variables`; each is answered by a line
-on stdout with one of `text`; `refused`, what the template itself says is wrong with the messages; `error`.
+Protocol: each line of stdin is a JSON object with `source`, the template, and `variables`. The response is
+one line of JSON on stdout with one key: `text`; `refused`, the message of the template's `raise_exception`;
+or `error`.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ import jinja2.utils
 
 try:
     import resource
-except ImportError:  # Windows: the deadline alone bounds memory
+except ImportError:  # Windows: memory is bounded only by the timeout
     resource = None  # type: ignore[assignment]
 
-MEMORY = 1 << 29  # bytes that this process may take
-LONGEST = 1 << 22  # characters of a rendered text, more than any context holds
+MAX_MEMORY = 1 << 29  # bytes of address space
+MAX_CHARACTERS = 1 << 22  # of a rendered text; longer than any context
 
 
-class Refused(jinja2.TemplateError):
-    """What a template raises about the messages it was given."""
+class RefusedError(jinja2.TemplateError):
+    """Raised by a template through `raise_exception`."""
 
 
-class GenerateOutput(jinja2.ext.Extension):
-    """`{% generation %}`, which marks for trainers what the assistant says, and changes no text."""
+class GenerationTag(jinja2.ext.Extension):
+    """The tag `{% generation %}` of transformers, which marks the assistant's text; renders its body."""
 
-    tags = {"generation"}  # noqa: RUF012  # as jinja2 declares it
+    tags = {"generation"}  # noqa: RUF012  # declared like this in jinja2
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
@@ -50,9 +51,9 @@ class GenerateOutput(jinja2.ext.Extension):
 
 
 class Namespace(jinja2.utils.Namespace):
-    """jinja2's `namespace`, without the names that mean something to Python."""
+    """jinja2's `namespace`, without names that begin with an underscore, such as `__class__`."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # `self` may be the name of a variable
+    def __init__(*args: Any, **kwargs: Any) -> None:  # no `self`: a template may use that name
         self, *rest = args
         values = dict(*rest, **kwargs)
         for name in values:
@@ -66,11 +67,11 @@ class Namespace(jinja2.utils.Namespace):
 
 def _check_name(name: object) -> None:
     if str(name).startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace may not hold {name!r}")
+        raise jinja2.exceptions.SecurityError(f"a namespace may not contain {name!r}")
 
 
-def _refuse(message: object) -> None:
-    raise Refused(str(message))
+def _raise_exception(message: object) -> None:
+    raise RefusedError(str(message))
 
 
 def _to_json(
@@ -80,68 +81,68 @@ def _to_json(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    # jinja2's own escapes HTML.
+    # jinja2's own filter escapes HTML.
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
 def environment() -> jinja2.Environment:
-    """Returns what chat templates expect of jinja2: the settings of Hugging Face's transformers."""
-    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerateOutput, jinja2.ext.loopcontrols]
+    """Returns a sandboxed jinja2 environment with the settings of Hugging Face's transformers."""
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
     )
-    made.filters["tojson"] = _to_json
-    made.globals["raise_exception"] = _refuse
-    made.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    made.globals["namespace"] = Namespace
-    return made
+    env.filters["tojson"] = _to_json
+    env.globals["raise_exception"] = _raise_exception
+    env.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
+    env.globals["namespace"] = Namespace
+    return env
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(source: str) -> jinja2.Template:
+def _compile_template(source: str) -> jinja2.Template:
     return environment().from_string(source)
 
 
-def answer(request: dict[str, Any]) -> dict[str, str]:
-    """Renders one request."""
+def respond(request: dict[str, Any]) -> dict[str, str]:
+    """Renders the template of one request."""
     try:
-        text = _compiled(request["source"]).render(request["variables"])
+        text = _compile_template(request["source"]).render(request["variables"])
     except MemoryError:
-        return {"error": f"it takes more than {MEMORY >> 20} MB of memory"}
-    except Refused as error:
+        return {"error": f"it takes more than {MAX_MEMORY >> 20} MB of memory"}
+    except RefusedError as error:
         return {"refused": str(error)[:300]}
     except jinja2.TemplateSyntaxError as error:
         return {"error": f"line {error.lineno}: {error.message}"[:300]}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"[:300]}
-    if len(text) > LONGEST:
-        return {"error": f"it writes {len(text)} characters; at most {LONGEST} can be used"}
+    if len(text) > MAX_CHARACTERS:
+        return {"error": f"it writes {len(text)} characters; the limit is {MAX_CHARACTERS}"}
     return {"text": text}
 
 
-def _limit(kind: int, most: int) -> None:
-    """Lowers the limit of one resource to `most`, if it is above."""
+def _lower_limit(kind: int, limit: int) -> None:
+    """Lowers a resource limit to `limit`, unless the hard limit is lower already."""
     _, hard = resource.getrlimit(kind)
-    if hard == resource.RLIM_INFINITY or hard > most:
-        resource.setrlimit(kind, (most, hard))
+    if hard == resource.RLIM_INFINITY or hard > limit:
+        resource.setrlimit(kind, (limit, hard))
 
 
 def main() -> None:
-    """Answers requests until stdin ends; its argument is how many seconds one may take."""
+    """Responds to requests until stdin ends. Takes one argument, the timeout of a request in seconds."""
     seconds = int(sys.argv[1])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C here, too
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to the whole process group
     if resource:
-        _limit(resource.RLIMIT_CORE, 0)
-        _limit(resource.RLIMIT_AS, MEMORY)
+        _lower_limit(resource.RLIMIT_CORE, 0)
+        _lower_limit(resource.RLIMIT_AS, MAX_MEMORY)
     out = sys.stdout.buffer
     out.write(b"ready\n")
     out.flush()
     for line in sys.stdin.buffer:
-        if resource:  # for the case that nobody is left to keep the deadline
+        if resource:  # a CPU limit in case the parent died and cannot enforce the timeout
             usage = resource.getrusage(resource.RUSAGE_SELF)
-            _limit(resource.RLIMIT_CPU, int(usage.ru_utime + usage.ru_stime) + seconds + 2)
-        out.write(json.dumps(answer(json.loads(line))).encode() + b"\n")
+            _lower_limit(resource.RLIMIT_CPU, int(usage.ru_utime + usage.ru_stime) + seconds + 2)
+        out.write(json.dumps(respond(json.loads(line))).encode() + b"\n")
         out.flush()
 
 

@@ -1,4 +1,4 @@
-"""Chat: the reference's ids, typed control tokens that stay text, and where templates come from."""
+"""Chat encoding: the ids of reference implementations, control-token injection, template selection."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.chat import BUILT_IN, chat_template, encode_chat, render_chat
+from llama_jax.chat import BUILT_IN_TEMPLATES, chat_template, encode_chat, render_chat
 from llama_jax.errors import InputError, TokenizerError
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 from tests.messages import assistant, jinja, system, user
@@ -40,11 +40,11 @@ def by_kind(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
     return {kind: load_tokenizer(paths[kind]) for kind in KINDS}
 
 
-# The reference's rules
+# Reference implementations
 
 
-def by_meta(path: Path, messages: list[dict[str, str]]) -> list[int]:
-    """meta-llama/llama, llama/generation.py, chat_completion: its ids of a dialog."""
+def meta_reference(path: Path, messages: list[dict[str, str]]) -> list[int]:
+    """The ids of a dialog by meta-llama/llama, llama/generation.py, chat_completion."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     texts = [message["content"] for message in messages]
     if messages[0]["role"] == "system":
@@ -68,11 +68,11 @@ DIALOGS = [
 
 
 @pytest.mark.parametrize("dialog", DIALOGS)
-def test_llama2_is_metas(llama2, llama2_path, dialog):
+def test_llama2_equals_meta_reference(llama2, llama2_path, dialog):
     template = chat_template(llama2)
-    assert encode_chat(llama2, template, dialog) == by_meta(llama2_path, dialog)
+    assert encode_chat(llama2, template, dialog) == meta_reference(llama2_path, dialog)
     answered = [*dialog, assistant(" Indeed.")]
-    assert encode_chat(llama2, template, answered, False) == by_meta(llama2_path, answered)
+    assert encode_chat(llama2, template, answered, False) == meta_reference(llama2_path, answered)
 
 
 def test_llama2_known_ids(llama2):
@@ -89,14 +89,14 @@ def test_llama2_known_ids(llama2):
         [system("a"), assistant("b")],
     ],
 )
-def test_llama2_refuses_other_orders(llama2, dialog):
+def test_llama2_rejects_other_role_orders(llama2, dialog):
     with pytest.raises(InputError, match="chat template llama-2 refuses these messages: after an optional"):
         encode_chat(llama2, chat_template(llama2), dialog)
 
 
 @pytest.mark.parametrize("dialog", [[system("a")], [user("a"), assistant("b")]])
-def test_llama2_answers_the_user_alone(llama2, dialog):
-    with pytest.raises(InputError, match="refuses these messages: the last message must be of the user"):
+def test_llama2_requires_a_last_user_message(llama2, dialog):
+    with pytest.raises(InputError, match="refuses these messages: the last message must be from the user"):
         encode_chat(llama2, chat_template(llama2), dialog)
 
 
@@ -110,7 +110,7 @@ def test_chatml(smollm2_vocabulary):
     ]
 
 
-def test_smollm2s_own_template_adds_its_system_prompt(smollm2_vocabulary):
+def test_smollm2_template_adds_its_default_system_prompt(smollm2_vocabulary):
     template = chat_template(smollm2_vocabulary)
     assert render_chat(template, [user("Hi")]) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -121,7 +121,7 @@ def test_smollm2s_own_template_adds_its_system_prompt(smollm2_vocabulary):
     )
 
 
-# Typed control tokens
+# Control tokens in messages
 
 FRAGMENTS = ["<s>", "</s>", "<|im_end|>", "<|endoftext|>", "<|im_start|>", "[INST]", "[/INST]", "<<SYS>>"]
 FRAGMENTS += [
@@ -161,16 +161,16 @@ def control_ids(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return [token for token in ids if token in tokenizer.special_tokens.values()]
 
 
-def spelled(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """The text of ids, each stretch between control tokens decoded as a text of its own."""
+def decode_spans(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """Decodes ids, each span between control tokens as a separate text."""
     names = {token: name for name, token in tokenizer.special_tokens.items()}
-    text, stretch = "", []
+    text, span = "", []
     for token in [*ids, None]:
         if token is not None and token not in names:
-            stretch.append(token)
+            span.append(token)
             continue
-        text += tokenizer.decode(stretch) + names.get(token, "")
-        stretch = []
+        text += tokenizer.decode(span) + names.get(token, "")
+        span = []
     return text
 
 
@@ -178,24 +178,24 @@ def spelled(tokenizer: Tokenizer, ids: list[int]) -> str:
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
-def test_typed_control_tokens_stay_text(by_kind, kind, use, data):
+def test_control_tokens_in_messages_stay_text(by_kind, kind, use, data):
     conversation = data.draw(CONVERSATIONS)
     tokenizer, template = by_kind[kind], jinja(WRITTEN.replace("CONTENT", USES[use]), bos_token="<s>")
     ids = encode_chat(tokenizer, template, conversation)
     plain = encode_chat(tokenizer, template, [{**message, "content": "x"} for message in conversation])
     assert control_ids(tokenizer, ids) == control_ids(tokenizer, plain)
     assert control_ids(tokenizer, ids)
-    if use != "in halves":  # which come out elsewhere where a message was sewn
-        assert spelled(tokenizer, ids) == render_chat(template, conversation)
+    if use != "in halves":  # sentinels shift the slice
+        assert decode_spans(tokenizer, ids) == render_chat(template, conversation)
 
 
-def holds(ids: list[int], part: list[int]) -> bool:
+def contains(ids: list[int], part: list[int]) -> bool:
     return any(ids[i : i + len(part)] == part for i in range(len(ids)))
 
 
 @pytest.mark.parametrize("mark", ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "</s>", "<s>"])
 @pytest.mark.parametrize("text", ["{}", "a {} b", "a{}b", "{}{}", "é{}日", " {}\n", "[{}]"])
-def test_llama2s_marks_typed_get_other_ids(llama2, mark, text):
+def test_llama2_markers_in_messages_get_other_ids(llama2, mark, text):
     template, typed = chat_template(llama2), text.replace("{}", mark)
     ids = encode_chat(llama2, template, [user(typed)])
     assert ids[:4] == [1, 518, 25580, 29962]
@@ -203,29 +203,29 @@ def test_llama2s_marks_typed_get_other_ids(llama2, mark, text):
     inner = ids[4:-4]
     assert not set(inner) & {1, 2}
     if mark not in llama2.special_tokens:
-        for before in ("", "a"):  # with and without the space that begins a text
-            assert not holds(inner, llama2.encode(before + mark, add_bos=False)[len(before) :])
-    assert llama2.decode(ids) == f"[INST] {typed.strip()} [/INST]"  # no space came in between
+        for before in ("", "a"):  # with and without SentencePiece's prefix space
+            assert not contains(inner, llama2.encode(before + mark, add_bos=False)[len(before) :])
+    assert llama2.decode(ids) == f"[INST] {typed.strip()} [/INST]"  # no space was inserted
 
 
-def test_marks_that_a_vocabulary_has_no_token_for(llama2):
-    """ChatML's marks are text to a vocabulary without them, and still only the template's to write."""
+def test_markers_without_a_token_in_the_vocabulary(llama2):
+    """ChatML's markers are guarded even in a vocabulary that encodes them as text."""
     template, typed = chat_template(llama2, "chatml"), "<|im_start|>system"
     ids = encode_chat(llama2, template, [user(typed)])
-    own = llama2.encode(typed, add_bos=False)[1:]  # whatever comes before it
-    assert holds(encode_chat(llama2, template, [system("a")]), own)
-    assert not holds(ids, own)
+    marker_ids = llama2.encode(typed, add_bos=False)[1:]  # without the prefix space
+    assert contains(encode_chat(llama2, template, [system("a")]), marker_ids)
+    assert not contains(ids, marker_ids)
     assert llama2.decode(ids) == render_chat(template, [user(typed)])
 
 
-def test_a_message_full_of_marks_takes_linear_work(llama2):
+def test_message_full_of_markers_takes_linear_time(llama2):
     ids = encode_chat(llama2, chat_template(llama2), [user("</s>" * 20_000)])
     assert ids.count(2) == 0
     assert llama2.decode(ids) == f"[INST] {'</s>' * 20_000} [/INST]"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_text_is_encoded_whole(by_kind, kind):
+def test_text_without_markers_is_not_split(by_kind, kind):
     tokenizer = by_kind[kind]
     template = jinja(WRITTEN.replace("CONTENT", "{{ m.content }}"), bos_token="<s>")
     for text in ("> quoted <", "a [list]", "if x < y: s>", "|", "\ue000", ""):
@@ -234,7 +234,7 @@ def test_other_text_is_encoded_whole(by_kind, kind):
         assert ids == tokenizer.encode(rendered, add_bos=False, parse_special=True)
 
 
-def test_bos_is_the_templates_and_never_there_twice(llama2):
+def test_bos_comes_from_the_template_and_is_never_doubled(llama2):
     assert llama2.add_bos
     assert encode_chat(llama2, jinja("a"), [user("x")]) == llama2.encode("a", add_bos=False)
     twice = encode_chat(llama2, jinja("{{ bos_token }}<s>a", bos_token="<s>"), [user("x")])
@@ -243,30 +243,30 @@ def test_bos_is_the_templates_and_never_there_twice(llama2):
     assert typed.count(1) == 1
 
 
-# Where templates come from
+# Template selection
 
 
-def test_the_models_own_template_comes_first(by_kind):
+def test_tokenizer_template_takes_precedence(by_kind):
     for kind in ("gguf-bpe", "json-bpe"):
         assert chat_template(by_kind[kind]).source == vocabularies.TEMPLATE
-    assert chat_template(by_kind["json-bpe"], "chatml").source == BUILT_IN["chatml"]
+    assert chat_template(by_kind["json-bpe"], "chatml").source == BUILT_IN_TEMPLATES["chatml"]
 
 
-def test_implied_templates(llama2, by_kind):
-    assert chat_template(llama2).source == BUILT_IN["llama-2"]
+def test_default_templates(llama2, by_kind):
+    assert chat_template(llama2).source == BUILT_IN_TEMPLATES["llama-2"]
     assert chat_template(llama2).tokens == {"bos_token": "<s>", "eos_token": "</s>"}
     with pytest.raises(
-        TokenizerError, match="came with no chat template; choose one: llama-2, chatml, or a file"
+        TokenizerError, match="the model has no chat template; choose one: llama-2, chatml, or a Jinja file"
     ):
         chat_template(by_kind["sentencepiece"])
 
 
-def test_chatml_is_implied_by_its_token(tmp_path):
+def test_chatml_is_the_default_for_its_token(tmp_path):
     content = vocabularies.byte_level_json()
     entry = {**content["added_tokens"][0], "content": "<|im_start|>", "id": 999}
     content["added_tokens"].append(entry)
     path = vocabularies.write_json(tmp_path / "tokenizer.json", content)
-    assert chat_template(load_tokenizer(path)).source == BUILT_IN["chatml"]
+    assert chat_template(load_tokenizer(path)).source == BUILT_IN_TEMPLATES["chatml"]
 
 
 def test_chat_template_jinja_beside_a_tokenizer(tmp_path):
@@ -288,15 +288,15 @@ def test_a_file(tmp_path, llama2):
         ("chatlm", "there is no chat template 'chatlm'; did you mean chatml?"),
         (
             "nowhere.jinja",
-            "there is no chat template 'nowhere.jinja'; give a file, or one of: llama-2, chatml",
+            "there is no chat template 'nowhere.jinja'; give a Jinja file, or one of: llama-2, chatml",
         ),
         ("{folder}", "cannot be read (Is a directory)"),
         ("{folder}/latin1", "cannot be read ('utf-8' codec"),
-        ("{folder}/long", "has 1048577 characters; at most 1048576 are read"),
+        ("{folder}/long", "has 1048577 characters; the limit is 1048576"),
         ("a\0b", "null"),
     ],
 )
-def test_files_that_are_none(tmp_path, llama2, choice, message):
+def test_unreadable_files(tmp_path, llama2, choice, message):
     (tmp_path / "latin1").write_bytes(b"\xe9")
     (tmp_path / "long").write_text("a" * (1 << 21))
     with pytest.raises(TokenizerError, match=re.escape(message)):
@@ -312,7 +312,7 @@ def test_files_that_are_none(tmp_path, llama2, choice, message):
         ([], "there are no messages; give a list of"),
         ("hi", "there are no messages; give a list of"),
         (user("hi"), "there are no messages; give a list of"),
-        (["hi"], "messages[0] is str; it must have a role and a content, no more"),
+        (["hi"], "messages[0] is str; it must have a role and a content, and nothing else"),
         ([user("a"), {"role": "user"}], "messages[1] is ['role']; it must have a role and a content"),
         ([{**user("a"), "name": "b"}], "messages[0] is ['role', 'content', 'name']; it must have"),
         (
@@ -338,7 +338,7 @@ def test_nul_is_ordinary_text(llama2):
     assert llama2.decode(ids) == "[INST] a\0b [/INST]"
 
 
-def test_a_control_token_of_one_character(tmp_path):
+def test_control_token_of_one_character(tmp_path):
     content = vocabularies.byte_level_json()
     content["added_tokens"].append({**content["added_tokens"][0], "content": "日", "id": 999})
     tokenizer = load_tokenizer(vocabularies.write_json(tmp_path / "tokenizer.json", content))
@@ -348,16 +348,16 @@ def test_a_control_token_of_one_character(tmp_path):
         *tokenizer.encode("a"),
     ]
     with pytest.raises(
-        InputError, match="a message holds '日', which is a control token of this vocabulary; leave it out"
+        InputError, match="a message contains '日', which is a control token of this vocabulary; remove it"
     ):
         encode_chat(tokenizer, template, [user("b日")])
 
 
-def test_a_template_that_writes_nothing(llama2):
-    with pytest.raises(InputError, match="makes no text of these messages"):
+def test_template_that_renders_nothing(llama2):
+    with pytest.raises(InputError, match="renders these messages as an empty text"):
         encode_chat(llama2, jinja("{# nothing #}"), [user("a")])
 
 
-def test_a_lone_surrogate_that_the_template_writes(llama2):
+def test_lone_surrogate_in_the_rendered_text(llama2):
     with pytest.raises(TokenizerError, match="lone surrogate"):
         encode_chat(llama2, jinja(r"{{ '\ud800' }}"), [user("a")])

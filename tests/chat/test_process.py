@@ -1,4 +1,4 @@
-"""Templates as programs: what they may use, how those that misbehave end, and the process they run in."""
+"""Templates as programs: their environment, malicious and broken templates, and the worker process."""
 
 from __future__ import annotations
 
@@ -13,19 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.chat import ChatTemplate, process, render_chat
+from llama_jax.chat import process, render_chat
 from llama_jax.errors import InputError, TokenizerError
+from tests.messages import jinja, user
 
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def jinja(source: str, **tokens: str) -> ChatTemplate:
-    return ChatTemplate(source, "the chat template", tokens)
-
-
-# What templates may use
+# The environment
 
 
 @pytest.mark.parametrize(
@@ -45,16 +37,16 @@ def jinja(source: str, **tokens: str) -> ChatTemplate:
         ("{{ bos_token }}{{ eos_token }}{{ add_generation_prompt }}", "<s>True"),
     ],
 )
-def test_templates_have_what_transformers_gives_them(source, text):
+def test_environment_of_transformers(source, text):
     assert render_chat(jinja(source, bos_token="<s>"), [user("<é>")]) == text
 
 
-# Templates that misbehave
+# Malicious and broken templates
 
 
 @pytest.fixture
-def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "SECONDS", 0.3)
+def _short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "RENDER_TIMEOUT", 0.3)
 
 
 NESTED = "{% set n = namespace(x=[]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}"
@@ -72,7 +64,7 @@ BROKEN = {
         "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
         "it takes more than 512 MB of memory",
     ),
-    "much text": ("{{ 'a' * 5000000 }}", "it writes 5000000 characters; at most 4194304 can be used"),
+    "much text": ("{{ 'a' * 5000000 }}", "it writes 5000000 characters; the limit is 4194304"),
     "a long range": ("{{ range(10 ** 9) | list }}", "OverflowError: Range too big"),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     "deep brackets": ("{{ " + "(" * 9000 + "1" + ")" * 9000 + " }}", "RecursionError"),
@@ -98,7 +90,7 @@ def assert_one_line(error: pytest.ExceptionInfo[Exception]) -> None:
 
 
 @pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS.keys())
-@pytest.mark.usefixtures("_hasty")
+@pytest.mark.usefixtures("_short_timeout")
 def test_endless_templates_are_stopped(source):
     with pytest.raises(
         TokenizerError, match=r"the chat template took more than 0.3 s and was stopped; "
@@ -115,10 +107,10 @@ def test_broken_templates_are_one_line(source, message):
     ) as error:
         render_chat(jinja(source), [user("a")])
     assert_one_line(error)
-    assert "; mend it, or give another template" in str(error.value)
+    assert "; fix it, or give another template" in str(error.value)
 
 
-def test_what_a_template_says_of_the_messages():
+def test_raise_exception():
     source = "{{ raise_exception('roles must\n alternate' + 'e' * 1000) }}"
     with pytest.raises(
         InputError, match="the chat template refuses these messages: roles must alternateee"
@@ -127,10 +119,10 @@ def test_what_a_template_says_of_the_messages():
     assert_one_line(error)
 
 
-# The process
+# The worker process
 
 
-def test_one_process_serves_all():
+def test_process_is_reused():
     render_chat(jinja("a"), [user("a")])
     first = process.RENDERER._process
     for i in range(20):
@@ -138,24 +130,24 @@ def test_one_process_serves_all():
     assert process.RENDERER._process is first
 
 
-def test_threads_get_their_own_answers():
-    def ask(i: int) -> str:
+def test_threads_get_their_own_responses():
+    def render(i: int) -> str:
         return render_chat(jinja("{{ messages[0].content }}"), [user(str(i))])
 
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(ask, range(200))) == [str(i) for i in range(200)]
+        assert list(pool.map(render, range(200))) == [str(i) for i in range(200)]
 
 
 @pytest.fixture
 def ctrl_c():
-    """Ctrl-C as at a terminal: whoever started the tests in the background has it ignored."""
+    """Python's default SIGINT handler: shells start background jobs with SIGINT ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_ctrl_c_leaves_no_old_answer_behind():
+def test_ctrl_c_leaves_no_stale_response():
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
@@ -164,7 +156,7 @@ def test_ctrl_c_leaves_no_old_answer_behind():
     assert render_chat(jinja("{{ messages[0].content }}"), [user("next")]) == "next"
 
 
-def test_a_process_that_died_is_started_again():
+def test_dead_process_is_restarted():
     render_chat(jinja("a"), [user("a")])
     first = process.RENDERER._process
     first.kill()
@@ -172,15 +164,15 @@ def test_a_process_that_died_is_started_again():
     assert render_chat(jinja("b"), [user("a")]) == "b"
 
 
-def test_a_fork_has_a_process_of_its_own():
+def test_fork_has_its_own_process():
     code = (
         "import os\n"
         "from llama_jax.chat.process import RENDERER\n"
-        "def ask(n): return [RENDERER.render('t', '{{ n }}', {'n': n + i}) for i in range(50)]\n"
-        "assert ask(0)[0] == '0'\n"
+        "def render(n): return [RENDERER.render('t', '{{ n }}', {'n': n + i}) for i in range(50)]\n"
+        "assert render(0)[0] == '0'\n"
         "first, child = RENDERER._process, os.fork()\n"
         "n = 100 if child else 500\n"
-        "assert ask(n) == [str(n + i) for i in range(50)]\n"
+        "assert render(n) == [str(n + i) for i in range(50)]\n"
         "assert (RENDERER._process is first) == bool(child)\n"
         "if child: assert os.waitpid(child, 0)[1] == 0\n"
     )
@@ -189,13 +181,11 @@ def test_a_fork_has_a_process_of_its_own():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_no_python_to_start(monkeypatch):
+def test_python_cannot_be_started(monkeypatch):
     process.RENDERER.close()
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    with pytest.raises(
-        TokenizerError, match=r"'/nowhere/python' cannot be started .*see that sys.executable"
-    ):
+    with pytest.raises(TokenizerError, match=r"'/nowhere/python' cannot be started .*check sys.executable"):
         render_chat(jinja("a"), [user("a")])
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(TokenizerError, match="ended at once; see that it can `import jinja2`"):
+    with pytest.raises(TokenizerError, match="exited at startup; check that it can `import jinja2`"):
         render_chat(jinja("a"), [user("a")])

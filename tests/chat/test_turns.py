@@ -1,4 +1,4 @@
-"""What the assistant is to learn: exactly its words and end tokens, after exactly the prompts of generate."""
+"""Loss masks of conversations: exactly the assistant's text and end tokens, after the prompts of generate."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def model(request: pytest.FixtureRequest) -> tuple[Tokenizer, ChatTemplate]:
     return tokenizer, chat_template(tokenizer)
 
 
-def learned(tokenizer: Tokenizer, ids: list[int], mask: list[int]) -> list[str]:
-    """The texts of the runs of learned ids."""
+def masked_texts(tokenizer: Tokenizer, ids: list[int], mask: list[int]) -> list[str]:
+    """The text of each run of ids in the mask."""
     runs: list[list[int]] = []
-    for i, (token, learn) in enumerate(zip(ids, mask, strict=True)):
-        if learn and not (i and mask[i - 1]):
+    for i, (token, in_mask) in enumerate(zip(ids, mask, strict=True)):
+        if in_mask and not (i and mask[i - 1]):
             runs.append([])
-        if learn:
+        if in_mask:
             runs[-1].append(token)
     return [tokenizer.decode(run, skip_special_tokens=False) for run in runs]
 
 
-def assert_laws(tokenizer, template, messages):
+def assert_turns(tokenizer, template, messages):
     ids, mask = encode_turns(tokenizer, template, messages)
     assert ids == encode_chat(tokenizer, template, messages, add_generation_prompt=False)
     assert len(mask) == len(ids)
@@ -67,8 +67,8 @@ DIALOGS = [
 
 
 @pytest.mark.parametrize("dialog", DIALOGS)
-def test_ids_are_encode_chats_and_every_turn_begins_after_its_prompt(model, dialog):
-    assert_laws(*model, dialog)
+def test_ids_equal_encode_chat_and_turns_begin_after_their_prompts(model, dialog):
+    assert_turns(*model, dialog)
 
 
 words = st.text(st.sampled_from("ab \n'.,0é日</s>[INST]<|im_end|>"), max_size=20)
@@ -76,23 +76,23 @@ words = st.text(st.sampled_from("ab \n'.,0é日</s>[INST]<|im_end|>"), max_size=
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(words, min_size=2, max_size=5))
-def test_the_laws_hold_for_any_words(llama2, texts):
+def test_any_content(llama2, texts):
     dialog = [(user, assistant)[i % 2](text) for i, text in enumerate(texts)]
-    assert_laws(llama2, chat_template(llama2), dialog)
+    assert_turns(llama2, chat_template(llama2), dialog)
 
 
-def test_what_llama2_learns(llama2):
+def test_llama2_mask(llama2):
     dialog = [system("S"), user("hi"), assistant(" Hello! "), user("more"), assistant("Bye")]
     ids, mask = encode_turns(llama2, chat_template(llama2), dialog)
-    assert learned(llama2, ids, mask) == ["Hello! </s>", "Bye </s>"]
+    assert masked_texts(llama2, ids, mask) == ["Hello! </s>", "Bye </s>"]
     assert ids[-1] == llama2.eos_id and mask[-1] == 1
 
 
-def test_what_chatml_learns_is_neither_the_header_nor_the_last_newline(smollm2_vocabulary):
+def test_chatml_mask_excludes_the_header_and_the_last_newline(smollm2_vocabulary):
     tokenizer, template = smollm2_vocabulary, chat_template(smollm2_vocabulary)
     dialog = [user("hi"), assistant("Hello!"), user("more"), assistant("Bye")]
     ids, mask = encode_turns(tokenizer, template, dialog)
-    assert learned(tokenizer, ids, mask) == ["Hello!<|im_end|>", "Bye<|im_end|>"]
+    assert masked_texts(tokenizer, ids, mask) == ["Hello!<|im_end|>", "Bye<|im_end|>"]
     assert tokenizer.decode(ids, skip_special_tokens=False) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
@@ -101,80 +101,81 @@ def test_what_chatml_learns_is_neither_the_header_nor_the_last_newline(smollm2_v
     assert mask[-2:] == [1, 0]
 
 
-def test_only_turns_from_the_first_on_and_not_beyond_the_most(smollm2_vocabulary):
+def test_first_and_max_prompt(smollm2_vocabulary):
     tokenizer, template = smollm2_vocabulary, chat_template(smollm2_vocabulary)
     dialog = [user("hi"), assistant("Hello!"), user("more"), assistant("Bye")]
     ids, mask = encode_turns(tokenizer, template, dialog, first=2)
-    assert learned(tokenizer, ids, mask) == ["Bye<|im_end|>"]
-    again, mask = encode_turns(tokenizer, template, dialog, most=mask.index(1))
+    assert masked_texts(tokenizer, ids, mask) == ["Bye<|im_end|>"]
+    again, mask = encode_turns(tokenizer, template, dialog, max_prompt=mask.index(1))
     assert again == ids
-    assert learned(tokenizer, ids, mask) == ["Hello!<|im_end|>"]
+    assert masked_texts(tokenizer, ids, mask) == ["Hello!<|im_end|>"]
 
 
-def test_without_a_turn_nothing_is_learned(smollm2_vocabulary):
+def test_conversation_without_an_assistant_turn(smollm2_vocabulary):
     ids, mask = encode_turns(smollm2_vocabulary, chat_template(smollm2_vocabulary), [user("hi")])
     assert ids and not any(mask)
 
 
-def test_a_template_that_trims_and_one_that_is_not_built_in(llama2):
+def test_custom_template_that_trims(llama2):
     zephyr = jinja(
         "{% for m in messages %}"
         "{{ '<|' + m.role + '|>\n' + m.content | trim + eos_token + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
         eos_token="</s>",
     )
-    ids, mask = assert_laws(llama2, zephyr, [user("hi "), assistant(" Yes \n"), user("a"), assistant("No")])
-    assert learned(llama2, ids, mask) == ["Yes</s>", "No</s>"]
+    ids, mask = assert_turns(llama2, zephyr, [user("hi "), assistant(" Yes \n"), user("a"), assistant("No")])
+    assert masked_texts(llama2, ids, mask) == ["Yes</s>", "No</s>"]
 
 
-# What cannot be told apart
+# Rejected templates and conversations
 
 
-def refused(tokenizer, template, messages, message, kind=InputError):
+def assert_rejected(tokenizer, template, messages, message, kind=InputError):
     with pytest.raises(kind, match=message) as raised:
         encode_turns(tokenizer, template, messages)
     assert "\n" not in str(raised.value)
 
 
-def test_a_template_that_asks_with_other_text(smollm2_vocabulary):
+def test_generation_prompt_that_is_no_prefix(smollm2_vocabulary):
     template = jinja(
         "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: <think>' }}{% endif %}"
     )
     dialog = [user("a"), assistant("b")]
-    refused(
-        smollm2_vocabulary, template, dialog, r"asks for an answer with other text .* before messages\[1\]"
-    )
+    message = r"renders messages\[1\] after other text than its generation prompt"
+    assert_rejected(smollm2_vocabulary, template, dialog, message)
 
 
 @pytest.mark.parametrize("ends", ["", "<|im_end|>"])
-def test_a_template_without_an_end_token(smollm2_vocabulary, ends):
-    """Also where it ends the user's turns: that of the next must not be taken for this one's."""
+def test_template_without_an_end_token(smollm2_vocabulary, ends):
+    """The end token of the next user turn must not count as the assistant's."""
     template = jinja(
         "{% for m in messages %}{{ m.role + ':\n' + m.content }}"
         f"{{% if m.role == 'user' %}}{ends}{{% endif %}}{{{{ '\n' }}}}{{% endfor %}}"
         "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
     )
     dialog = [user("a"), assistant("b"), user("c")]
-    message = r"writes no token that ends messages\[1\].*ends it with <\|endoftext\|> or <\|im_end\|>"
-    refused(smollm2_vocabulary, template, dialog, message)
+    message = r"writes no end token after messages\[1\].*turns with <\|endoftext\|> or <\|im_end\|>"
+    assert_rejected(smollm2_vocabulary, template, dialog, message)
 
 
-def test_an_answer_that_merges_with_the_prompt(smollm2_vocabulary):
+def test_answer_that_merges_with_the_prompt(smollm2_vocabulary):
     tokenizer, template = smollm2_vocabulary, chat_template(smollm2_vocabulary)
-    message = r"messages\[1\]: how the answer begins, '\\n\\n\\nx', makes one token .*; begin it without"
-    refused(tokenizer, template, [user("a"), assistant("\n\n\nx")], message)
+    message = r"messages\[1\]: the beginning of the answer, '\\n\\n\\nx', merges into one token .*; remove"
+    assert_rejected(tokenizer, template, [user("a"), assistant("\n\n\nx")], message)
 
 
-def test_a_conversation_that_the_assistant_begins(smollm2_vocabulary):
+def test_conversation_that_begins_with_the_assistant(smollm2_vocabulary):
     dialog = [assistant("a"), user("b")]
-    message = r"messages\[0\] is the assistant's, which answers nothing; begin with the user's"
-    refused(smollm2_vocabulary, chat_template(smollm2_vocabulary), dialog, message)
+    message = r"messages\[0\] has the role assistant; a conversation must begin with another role"
+    assert_rejected(smollm2_vocabulary, chat_template(smollm2_vocabulary), dialog, message)
 
 
-def test_what_encode_chat_refuses(llama2):
+def test_errors_of_encode_chat(llama2):
     template = chat_template(llama2)
-    refused(llama2, template, [user("a"), {"role": "tool", "content": "b"}], r"messages\[1\]: role is 'tool'")
-    refused(llama2, template, [user("a"), user("b")], "refuses these messages: after an optional")
+    assert_rejected(
+        llama2, template, [user("a"), {"role": "tool", "content": "b"}], r"messages\[1\]: role is 'tool'"
+    )
+    assert_rejected(llama2, template, [user("a"), user("b")], "refuses these messages: after an optional")
     broken = jinja("{{ messages[0].content | nothing }}")
-    refused(llama2, broken, [user("a"), assistant("b")], "does not render", TokenizerError)
+    assert_rejected(llama2, broken, [user("a"), assistant("b")], "does not render", TokenizerError)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llama_jax.chat import BUILT_IN, ChatTemplate, chat_template, encode_chat, render_chat
+from llama_jax.chat import BUILT_IN_TEMPLATES, ChatTemplate, chat_template, encode_chat, render_chat
 from llama_jax.errors import LlamaJaxError
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 from tests.tokenizer import corpus, make_golden
@@ -57,7 +57,7 @@ def test_smollm2s_ids(ours: Tokenizer, theirs: Any, lines: list[str], choice: st
 
 
 SOURCES = {
-    **BUILT_IN,
+    **BUILT_IN_TEMPLATES,
     "blocks and blanks": (
         "{% if messages %}\n  {% for m in messages %}\n    {{- m.role }}:\n    {{ m['content'] | trim }}\n"
         "    {%- if not loop.last %} | {% endif %}\n  {% endfor %}\n{% endif %}\n\n"
