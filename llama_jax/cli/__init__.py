@@ -1,6 +1,6 @@
-"""The command `llama-jax`: one module for each verb, each a thin shell over the library.
+"""The command `llama-jax`: one module per subcommand, each a thin wrapper around the library.
 
-Only the chosen verb is imported, so help and usage errors do not wait for JAX.
+Only the requested subcommand is imported, so help and usage errors do not wait for JAX.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from collections.abc import Sequence
 from llama_jax.console.exit_status import exit_status
 from llama_jax.console.parser import UsageError, suggestion
 
-# Each verb's module has run(argv), which parses the rest of the command line and does the work.
-VERBS = {
+# The module of each subcommand has run(argv), which parses the remaining arguments and does the work.
+SUBCOMMANDS = {
     "generate": "continue a text",
-    "chat": "talk with a model",
-    "train": "train a model, or go on with a run",
-    "inspect": "what a checkpoint holds and how much memory it needs",
-    "convert": "a checkpoint in another format",
-    "verify": "whether two checkpoints hold the same model",
-    "models": "the known models, and which are here",
-    "bench": "speed of prefill, decoding and loading",
-    "tokenizer": "text to token ids and back",
+    "chat": "chat with a model",
+    "train": "train a model, or resume a run",
+    "inspect": "show what a checkpoint contains and how much memory it needs",
+    "convert": "convert a checkpoint to another format",
+    "verify": "check whether two checkpoints hold the same model",
+    "models": "list the known models, and which are cached",
+    "bench": "measure the speed of loading, prefill and decoding",
+    "tokenizer": "encode and decode text, or train a vocabulary",
 }
 
 HELP = """\
@@ -33,7 +33,7 @@ Llama 2 in JAX: load real weights, check them, generate; train from scratch.
 commands:
 {commands}
 
-Each has its own help: llama-jax COMMAND --help
+Help on one command: llama-jax COMMAND --help
 
 examples:
   llama-jax models
@@ -46,21 +46,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line.
 
     Args:
-      argv: the words after `llama-jax`; None means those of this process.
+      argv: the arguments after `llama-jax`; None takes them from `sys.argv`.
 
     Returns:
-      The exit status, as `exit_status` has it.
+      The exit status, see `exit_status`.
     """
     return exit_status(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
 
 
 def _run(argv: list[str]) -> None:
-    verb, *rest = argv or ["--help"]
-    if verb in ("-h", "--help", "help"):
-        print(HELP.format(commands="\n".join(f"  {name:<11}{does}" for name, does in VERBS.items())), end="")
-    elif verb in VERBS:
-        importlib.import_module(f"llama_jax.cli.{verb}").run(rest)
+    name, *rest = argv or ["--help"]
+    if name in ("-h", "--help", "help"):
+        commands = "\n".join(f"  {command:<11}{summary}" for command, summary in SUBCOMMANDS.items())
+        print(HELP.format(commands=commands), end="")
+    elif name in SUBCOMMANDS:
+        importlib.import_module(f"llama_jax.cli.{name}").run(rest)
     else:
-        what = "option" if verb.startswith("-") else "command"
-        close = suggestion(verb, VERBS)
-        raise UsageError(f"unknown {what} {verb!r}{close}; the commands are {', '.join(VERBS)}")
+        kind = "option" if name.startswith("-") else "command"
+        hint = suggestion(name, SUBCOMMANDS)
+        raise UsageError(f"unknown {kind} {name!r}{hint}; the commands are {', '.join(SUBCOMMANDS)}")

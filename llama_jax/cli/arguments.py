@@ -1,22 +1,25 @@
-"""Arguments that several verbs share."""
+"""Arguments shared by several subcommands."""
 
 from __future__ import annotations
 
-from llama_jax.console.parser import Parser, whole
+import sys
+
+from llama_jax.console.parser import Parser, parse_int
+from llama_jax.errors import InputError
 
 MODEL_HELP = """\
 MODEL is a known name (see: llama-jax models) or a path: a .gguf file, a Hugging Face directory
 (config.json and safetensors), a Meta directory (params.json and consolidated.*.pth), the directory of a
-training run (its newest checkpoint) or of one of its checkpoints, or a llama2.c .bin file with its tok*.bin
-beside it; or, with the hub extra, OWNER/NAME[@REVISION][:FILE.gguf] on the Hugging Face hub.
+training run (its latest checkpoint) or of one of its checkpoints, or a llama2.c .bin file with its tok*.bin
+in the same directory; or, with the hub extra, OWNER/NAME[@REVISION][:FILE.gguf] on the Hugging Face Hub.
 """
 
 
 class ModelParser(Parser):
-    """The arguments of a verb that takes a MODEL."""
+    """Argument parser of a subcommand that takes a MODEL."""
 
     def add_model(self) -> None:
-        """Adds the MODEL argument, and says below what it may be."""
+        """Adds the MODEL argument, and describes the accepted forms in the epilog."""
         self.add_argument("model", metavar="MODEL", help="a known name or a path, see below")
         self.epilog = f"{MODEL_HELP}\n{self.epilog}"
 
@@ -25,7 +28,7 @@ class ModelParser(Parser):
         self.add_argument(
             "--adapter",
             metavar="PATH",
-            help="put an adapter on the model: its directory, or that of the run that made it",
+            help="apply an adapter to the model: its directory, or the directory of its training run",
         )
 
     def add_dtype(self) -> None:
@@ -34,13 +37,13 @@ class ModelParser(Parser):
             "--dtype",
             choices=("float32", "bfloat16", "float16"),
             default="float32",
-            help="hold the weights and compute in this type (default: float32)",
+            help="dtype of the weights and of the computation (default: float32)",
         )
         self.add_argument(
             "--bits",
-            type=whole,
+            type=parse_int,
             choices=(4, 8),
-            help="hold the matrices in 8 or 4 bits (8 is faster on a CPU)",
+            help="quantize the weight matrices to 8 or 4 bits (8 is faster on a CPU)",
         )
 
     def add_cache_dtype(self) -> None:
@@ -48,5 +51,21 @@ class ModelParser(Parser):
         self.add_argument(
             "--cache-dtype",
             choices=("float32", "bfloat16", "float16", "int8"),
-            help="hold keys and values in this type (default: --dtype)",
+            help="dtype of the key/value cache (default: --dtype)",
         )
+
+
+def read_stdin() -> str:
+    """Reads a text from stdin.
+
+    Raises:
+      InputError: if stdin is closed, or not UTF-8.
+    """
+    if sys.stdin is None:
+        raise InputError("stdin is closed; give the text as an argument")
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        location = f"byte {data[error.start]:#04x} at offset {error.start}"
+        raise InputError(f"stdin is not UTF-8 text: {location}; convert it first") from None

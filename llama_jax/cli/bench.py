@@ -1,4 +1,4 @@
-"""`llama-jax bench`: speed of loading, prefill and decoding, beside what memory allows."""
+"""`llama-jax bench`: speed of loading, prefill and decoding, and the share of the memory bandwidth used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from llama_jax.cli import output
 from llama_jax.cli.arguments import ModelParser
 from llama_jax.console import loading, terminal
-from llama_jax.console.parser import positive
+from llama_jax.console.parser import parse_positive_int
 
 EXAMPLES = """
 llama-jax bench smollm2-135m
@@ -53,15 +53,16 @@ def run(argv: Sequence[str]) -> None:
     if args.json:
         output.print_json(result)
         return
-    size, numbers = terminal.human_bytes, args.dtype + (f", {args.bits}-bit weights" if args.bits else "")
+    size = terminal.human_bytes
+    precision = args.dtype + (f", {args.bits}-bit weights" if args.bits else "")
     print(
         f"""\
-model      {args.model}, {numbers}, {size(weights)} of weights, on {result["device"]}
+model      {args.model}, {precision}, {size(weights)} of weights, on {result["device"]}
 load       {seconds:.1f} s; peak host memory {size(peak)}, {peak / weights:.2f} x the weights \
 ({size(before)} before loading)
 prefill    {speed.prefill_tokens_per_second:.0f} tokens/s (batch {speed.batch}, {speed.prompt_tokens} tokens)
 decode     {speed.decode_tokens_per_second:.1f} tokens/s (batch {speed.batch}, {speed.new_tokens} tokens)
-streamed   {size(speed.bytes_per_step)} a step (weights and cache), {size(speed.bytes_per_second)}/s
+traffic    {size(speed.bytes_per_step)} per step (weights and cache), {size(speed.bytes_per_second)}/s
 memory     {size(speed.memory_bandwidth)}/s measured; decoding reaches {speed.bandwidth_share:.0%} of it
 Medians of {args.repeats}. Memory: the fastest of 14 sums over a 537 MB array, half before and half after."""
     )
@@ -72,10 +73,12 @@ def _parser() -> ModelParser:
     parser = ModelParser("llama-jax bench", summary, EXAMPLES)
     parser.add_model()
     option = parser.add_argument
-    option("--batch", type=positive, default=1, metavar="B", help="rows at once (default: 1)")
-    option("--prompt-tokens", type=positive, metavar="N", help="prefill this many (default: 512)")
-    option("--new-tokens", type=positive, metavar="N", help="decode this many (default: 128)")
-    option("--repeats", type=positive, default=5, metavar="N", help="measurements of each (default: 5)")
+    option("--batch", type=parse_positive_int, default=1, metavar="B", help="batch size (default: 1)")
+    option("--prompt-tokens", type=parse_positive_int, metavar="N", help="tokens to prefill (default: 512)")
+    option("--new-tokens", type=parse_positive_int, metavar="N", help="tokens to decode (default: 128)")
+    option(
+        "--repeats", type=parse_positive_int, default=5, metavar="N", help="repeats of each run (default: 5)"
+    )
     parser.add_dtype()
     parser.add_json()
     return parser

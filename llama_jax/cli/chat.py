@@ -1,4 +1,4 @@
-"""`llama-jax chat`: a conversation with a model, at a terminal or line by line from stdin."""
+"""`llama-jax chat`: a conversation with a model, interactive or with one message per line of stdin."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from llama_jax.cli import output
 from llama_jax.cli.arguments import ModelParser
-from llama_jax.cli.settings import add_settings, check_settings, settings_of
+from llama_jax.cli.sampling_flags import add_sampling_flags, check_sampling_flags, sampling_kwargs
 from llama_jax.console import loading, terminal
-from llama_jax.console.exit_status import report
+from llama_jax.console.exit_status import report_error
 from llama_jax.console.parser import UsageError, suggestion
 from llama_jax.errors import InputError, LlamaJaxError
 
@@ -28,15 +28,15 @@ llama-jax chat smollm2-135m --json < questions.txt
 """
 
 COMMANDS = {
-    "/help": "this list",
-    "/reset": "forget what was said",
-    "/undo": "take back the last question and its answer",
-    "/system TEXT": "set the system prompt for the turns to come; without TEXT, none",
-    "/quit": "leave, as Ctrl-D does",
+    "/help": "show this list",
+    "/reset": "clear the conversation",
+    "/undo": "remove the last message and its answer",
+    "/system TEXT": "set the system prompt from the next turn on; without TEXT, remove it",
+    "/quit": "quit, like Ctrl-D",
 }
-NOTES = """\
-Each line is a message. Ctrl-C stops an answer; at the prompt it leaves, and so does Ctrl-D. A space before a
-line that begins with / makes it a message. Where stdin is no terminal its lines are taken one after another.
+HELP_NOTES = """\
+Each line is a message. Ctrl-C stops an answer; at the prompt Ctrl-C and Ctrl-D quit. To send a message that
+begins with /, put a space before it. If stdin is not a terminal, each of its lines is answered in turn.
 """
 
 
@@ -44,67 +44,67 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command."""
     args = _parser().parse(argv)
     if sys.stdin is None:
-        raise InputError("stdin is closed; give the messages there, one a line")
+        raise InputError("stdin is closed; give the messages there, one per line")
 
     from llama_jax.text.conversation import Conversation
 
-    check_settings(args)
+    check_sampling_flags(args)
     model = loading.load(args.model, args.dtype, args.bits, args.adapter)
     conversation = Conversation(model, args.system, args.template, cache_dtype=args.cache_dtype)
     _Chat(conversation, args).run()
 
 
 class _Chat:
-    """One run of the command."""
+    """The read-eval-print loop of the command."""
 
     def __init__(self, conversation: Conversation, args: argparse.Namespace):
         self.conversation = conversation
         self.args = args
-        self.at_terminal = sys.stdin.isatty()
-        self.asked = 0
+        self.interactive = sys.stdin.isatty()
+        self.num_answers = 0
 
     def run(self) -> None:
-        """Takes lines until there are no more, or one says to leave."""
-        if self.at_terminal:
-            # A shell that starts a program in the background has it ignore Ctrl-C from then on.
+        """Processes lines until end of input or `/quit`."""
+        if self.interactive:
+            # Shells start background jobs with SIGINT ignored.
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            terminal.note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
-        for line in self.typed_lines() if self.at_terminal else _piped_lines():
+            terminal.note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D quits")
+        for line in self.read_terminal() if self.interactive else _read_pipe():
             try:
                 if line.startswith("/"):
-                    if not self.obey(line):
+                    if not self.run_command(line):
                         return
                 elif message := line.strip():
-                    self.ask(message)
+                    self.answer(message)
             except LlamaJaxError as error:
-                if not self.at_terminal:
+                if not self.interactive:
                     raise
-                report(str(error))
+                report_error(str(error))
 
-    def ask(self, message: str) -> None:
-        """Says something to the model and prints its answer, whole or until Ctrl-C."""
+    def answer(self, message: str) -> None:
+        """Sends a message to the model and prints the answer as it is generated; Ctrl-C stops it."""
         args, conversation = self.args, self.conversation
-        before = len(conversation.messages)
-        said: list[str] = []
-        settings = settings_of(args)
-        settings["seed"] ^= self.asked  # a question that is asked again is answered anew
-        self.asked += 1
+        num_messages = len(conversation.messages)
+        pieces: list[str] = []
+        settings = sampling_kwargs(args)
+        settings["seed"] ^= self.num_answers  # so that a repeated question gets a new sample
+        self.num_answers += 1
         try:
             for piece in conversation.say(
                 message, max_new_tokens=args.max_new_tokens, stop_strings=args.stop_string, **settings
             ):
-                said.append(piece)
+                pieces.append(piece)
                 if not args.json:
                     print(piece, end="", flush=True)
         except KeyboardInterrupt:
             conversation.stop()
-            if not self.at_terminal:
+            if not self.interactive:
                 raise
         if args.json:
             output.print_json(
                 {
                     "user": message,
-                    "assistant": "".join(said),
+                    "assistant": "".join(pieces),
                     "finish_reason": conversation.finish_reason or "interrupted",
                     "prompt_tokens": conversation.prompt_tokens,
                     "reused_tokens": conversation.session.reused,
@@ -113,16 +113,17 @@ class _Chat:
             sys.stdout.flush()
         else:
             print()
-        if len(conversation.messages) == before:
-            terminal.note("(stopped before the answer began; the question is taken back)")
+        if len(conversation.messages) == num_messages:
+            terminal.note("(stopped before the first token; the message is removed)")
 
-    def obey(self, line: str) -> bool:
-        """Does what a command says; returns whether to go on."""
+    def run_command(self, line: str) -> bool:
+        """Runs a slash command; returns False if it is `/quit`."""
         command, _, rest = line.strip().partition(" ")
         if command == "/quit":
             return False
         if command == "/help":
-            terminal.note("\n".join(f"  {name:<14}{does}" for name, does in COMMANDS.items()) + "\n" + NOTES)
+            commands = "\n".join(f"  {name:<14}{summary}" for name, summary in COMMANDS.items())
+            terminal.note(f"{commands}\n{HELP_NOTES}")
         elif command == "/reset":
             self.conversation.reset()
         elif command == "/undo":
@@ -131,14 +132,14 @@ class _Chat:
             self.conversation.system = rest.strip() or None
         else:
             known = [name.split()[0] for name in COMMANDS]
-            meant = suggestion(command, known) or f"; the commands are {', '.join(known)}"
-            raise UsageError(f"unknown command {command[:40]!r}{meant}")
+            hint = suggestion(command, known) or f"; the commands are {', '.join(known)}"
+            raise UsageError(f"unknown command {command[:40]!r}{hint}")
         return True
 
-    def typed_lines(self) -> Iterator[str]:
-        """Yields what is typed at the terminal, until Ctrl-C or Ctrl-D at the prompt."""
+    def read_terminal(self) -> Iterator[str]:
+        """Yields the lines typed at the terminal, until Ctrl-C or Ctrl-D at the prompt."""
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  # history and editing for `input`
+            import readline  # noqa: F401  # gives `input` history and line editing
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
         prompt_is_output = sys.stdout.isatty() and not self.args.json
         while True:
@@ -156,25 +157,25 @@ class _Chat:
             yield line
 
 
-def _piped_lines() -> Iterator[str]:
+def _read_pipe() -> Iterator[str]:
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:
             yield line.decode().rstrip("\r\n")
         except UnicodeDecodeError as error:
-            where = f"line {number}, byte {line[error.start]:#04x} at offset {error.start}"
-            raise InputError(f"stdin is not UTF-8 text: {where}; convert it first") from None
+            location = f"line {number}, byte {line[error.start]:#04x} at offset {error.start}"
+            raise InputError(f"stdin is not UTF-8 text: {location}; convert it first") from None
 
 
 def _parser() -> ModelParser:
-    summary = "Talk with a model; each turn runs only what is new. /help at the prompt lists the commands."
+    summary = "Chat with a model; the key/value cache is kept between turns. Type /help to list commands."
     parser = ModelParser("llama-jax chat", summary, EXAMPLES)
     parser.add_model()
     option = parser.add_argument
-    option("--system", metavar="TEXT", help="a system prompt")
-    option("--template", metavar="T", help="llama-2, chatml, or a file in Jinja (default: the model's own)")
-    add_settings(parser, max_new_tokens=512)
+    option("--system", metavar="TEXT", help="system prompt")
+    option("--template", metavar="T", help="llama-2, chatml, or a Jinja file (default: the model's own)")
+    add_sampling_flags(parser, max_new_tokens=512)
     parser.add_adapter()
     parser.add_dtype()
     parser.add_cache_dtype()
-    option("--json", action="store_true", help="print one JSON object a turn on stdout, nothing else")
+    option("--json", action="store_true", help="print one JSON object per turn on stdout, nothing else")
     return parser

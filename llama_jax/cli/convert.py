@@ -1,4 +1,4 @@
-"""`llama-jax convert`: a checkpoint in another format, or another form."""
+"""`llama-jax convert`: write a checkpoint in another format, dtype or shape."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from llama_jax.cli import output
 from llama_jax.cli.arguments import MODEL_HELP, ModelParser
 from llama_jax.console import loading, terminal
-from llama_jax.console.parser import UsageError, number, positive
+from llama_jax.console.parser import UsageError, parse_float, parse_positive_int
 
 EXAMPLES = """
 llama-jax convert smollm2-135m smollm2-hf
@@ -29,43 +29,70 @@ DTYPES = ("float32", "bfloat16", "float16", "q8_0", "int8")
 def run(argv: Sequence[str]) -> None:
     """Runs the command."""
     summary = (
-        "Write a checkpoint in another format, tensor by tensor: memory stays below 1 GB beside the largest\n"
-        "tensor, whatever the model's size. An interrupted conversion goes on when it is run again."
+        "Convert a checkpoint to another format, one tensor at a time: memory use stays below 1 GB plus the\n"
+        "largest tensor, whatever the model's size. Rerun an interrupted conversion to resume it."
     )
     parser = ModelParser("llama-jax convert", summary, EXAMPLES)
     option = parser.add_argument
     option("source", metavar="SRC", help="a known name or a path, as MODEL below")
-    option("target", metavar="DST", help="where to write: a directory, or a file ending in .gguf")
-    option("--to", choices=FORMATS, help="the format (default: gguf where DST ends so, hf otherwise)")
+    option("target", metavar="DST", help="output: a directory, or a file ending in .gguf")
+    option("--to", choices=FORMATS, help="output format (default: gguf if DST ends in .gguf, otherwise hf)")
     option(
         "--dtype",
         choices=DTYPES,
-        help="of the tensors; q8_0 is gguf's, int8 llama2c's (default: as they are, quantised as float32)",
+        help="dtype of the tensors; q8_0 for gguf only, int8 for llama2c only (default: unchanged, quantized "
+        "tensors as float32)",
     )
-    option("--shards", type=positive, metavar="N", help="write N parts (meta), or N files at most (hf)")
     option(
-        "--kv-heads", type=positive, metavar="K", help="average key and value heads in groups, to K of them"
+        "--shards",
+        type=parse_positive_int,
+        metavar="N",
+        help="write N shards (meta) or at most N files (hf)",
     )
-    several = "other checkpoints to average with SRC; after SRC and DST"
-    option("--average", nargs="+", default=[], metavar="SRC", help=several)
     option(
-        "--weights", nargs="+", type=number, metavar="W", help="of SRC and each of --average; their sum is 1"
+        "--kv-heads",
+        type=parse_positive_int,
+        metavar="K",
+        help="reduce to K key/value heads by mean-pooling groups of heads",
     )
-    option("--vocab-size", type=positive, metavar="V", help="add mean rows to the vocabulary, or cut it")
-    option("--tokenizer", metavar="PATH", help="take the vocabulary from here (default: SRC's)")
+    option(
+        "--average",
+        nargs="+",
+        default=[],
+        metavar="SRC",
+        help="other checkpoints to average with SRC; give it after SRC and DST",
+    )
+    option(
+        "--weights",
+        nargs="+",
+        type=parse_float,
+        metavar="W",
+        help="weights of the average, for SRC and then each of --average; they sum to 1",
+    )
+    option(
+        "--vocab-size",
+        type=parse_positive_int,
+        metavar="V",
+        help="resize the embeddings to V rows: new rows are the mean row, excess rows are dropped",
+    )
+    option("--tokenizer", metavar="PATH", help="tokenizer to write (default: SRC's)")
     parser.add_adapter()
     parser.add_json()
     parser.epilog = f"{MODEL_HELP}\n{parser.epilog}"
     args = parser.parse(argv)
     if args.weights and not args.average:
-        raise UsageError("--weights without --average; name the other checkpoints with --average")
+        raise UsageError("--weights needs --average; name the other checkpoints with --average")
 
     from llama_jax.text import convert as library
     from llama_jax.weights import open_source
 
     source, *average = (loading.resolve(name) for name in (args.source, *args.average))
     started = time.perf_counter()
-    with terminal.warnings_as_notes(), terminal.progress_bar("converting") as bar, _on_interrupt(args.target):
+    with (
+        terminal.warnings_as_notes(),
+        terminal.progress_bar("converting") as progress,
+        _resume_hint_on_interrupt(args.target),
+    ):
         target = library.convert(
             source,
             args.target,
@@ -78,7 +105,7 @@ def run(argv: Sequence[str]) -> None:
             vocab_size=args.vocab_size,
             tokenizer=args.tokenizer,
             shards=args.shards,
-            progress=_telling_of_resumption(bar),
+            progress=_note_resumption(progress),
         )
     seconds = time.perf_counter() - started
     written = open_source(target)
@@ -100,26 +127,26 @@ def run(argv: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _on_interrupt(target: str) -> Iterator[None]:
-    """Says on Ctrl-C that nothing is lost."""
+def _resume_hint_on_interrupt(target: str) -> Iterator[None]:
+    """Notes on Ctrl-C that the conversion can be resumed."""
     try:
         yield
     except KeyboardInterrupt:
         from llama_jax.weights.write.staging import SUFFIX
 
-        terminal.note(f"\ninterrupted; the same command goes on from what is in {target}{SUFFIX}")
+        terminal.note(f"\ninterrupted; rerun the command to resume from {target}{SUFFIX}")
         raise
 
 
-def _telling_of_resumption(progress: Progress) -> Progress:
-    """Passes progress on, with a note first if an earlier run's work is gone on with."""
-    told = False
+def _note_resumption(progress: Progress) -> Progress:
+    """Wraps `progress` so that its first call notes whether an earlier conversion is resumed."""
+    first_call = True
 
     def report(done: int, total: int, name: str) -> None:
-        nonlocal told
-        if not told and done:
-            terminal.note(f"going on from {terminal.human_bytes(done)} of {terminal.human_bytes(total)}")
-        told = True
+        nonlocal first_call
+        if first_call and done:
+            terminal.note(f"resuming at {terminal.human_bytes(done)} of {terminal.human_bytes(total)}")
+        first_call = False
         progress(done, total, name)
 
     return report

@@ -1,18 +1,17 @@
-"""`llama-jax generate`: continue a text, printing it as it is produced."""
+"""`llama-jax generate`: continue a prompt, streaming the text to stdout."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli import output
-from llama_jax.cli.arguments import ModelParser
-from llama_jax.cli.settings import add_settings, check_settings, settings_of
+from llama_jax.cli.arguments import ModelParser, read_stdin
+from llama_jax.cli.sampling_flags import add_sampling_flags, check_sampling_flags, sampling_kwargs
 from llama_jax.console import loading, terminal
-from llama_jax.console.parser import number, positive
+from llama_jax.console.parser import parse_float, parse_positive_int
 from llama_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ llama-jax generate smollm2-135m --prompt "The capital of France is"
 llama-jax generate smollm2-135m --prompt "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 7
 llama-jax generate smollm2-135m --prompt "The best way to learn is" --num-beams 4 --max-new-tokens 16
 llama-jax generate smollm2-135m --prompt "Once upon a time" --bits 8 --cache-dtype int8
-llama-jax generate smollm2-135m --draft prompt --prompt "one two three four five six, one two three"
+llama-jax generate smollm2-135m --prompt-lookup --prompt "one two three four five six, one two three"
 llama-jax generate smollm2-135m --adapter runs/lora --prompt "Once upon a time"
 llama-jax generate smollm2-135m --prompt - --json < question.txt
 """
@@ -34,36 +33,41 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command."""
     args = _parser().parse(argv)
     prompt = read_stdin() if args.prompt == "-" else args.prompt
-    check_settings(args)
-    several = args.num_beams > 1 or args.num_return_sequences > 1 or args.draft is not None
+    check_sampling_flags(args)
+    speculative = args.prompt_lookup or args.draft_model is not None
     if args.num_beams > 1 and args.temperature > 0:
         raise InputError(
-            f"--num-beams {args.num_beams} leaves nothing to chance and --temperature {args.temperature} "
-            "does; leave one of them out"
+            f"--num-beams {args.num_beams} is deterministic and --temperature {args.temperature} samples; "
+            "leave one of them out"
         )
-    if args.num_beams > 1 and args.draft is not None:
+    if args.num_beams > 1 and speculative:
+        flag = "--prompt-lookup" if args.prompt_lookup else f"--draft-model {args.draft_model}"
         raise InputError(
-            f"--num-beams {args.num_beams} follows several texts and --draft {args.draft} drafts one; "
+            f"--num-beams {args.num_beams} does not support speculative decoding ({flag}); "
             "leave one of them out"
         )
     if args.num_beams > 1 and args.num_return_sequences > args.num_beams:
         raise InputError(
-            f"--num-return-sequences {args.num_return_sequences} is more than --num-beams {args.num_beams}"
+            f"--num-return-sequences {args.num_return_sequences} is more than --num-beams "
+            f"{args.num_beams}; raise --num-beams"
         )
     model = loading.load(args.model, args.dtype, args.bits, args.adapter)
     ids = model.encode_prompt(prompt)
-    (_several if several else _one)(args, model, prompt, ids)
+    if speculative or args.num_beams > 1 or args.num_return_sequences > 1:
+        _generate_whole(args, model, prompt, ids)
+    else:
+        _stream(args, model, prompt, ids)
 
 
-def _one(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]) -> None:
-    """Streams one continuation."""
+def _stream(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]) -> None:
+    """Prints one continuation as it is generated."""
     from llama_jax.text.stop_strings import StopStrings
 
-    def show(text: str) -> None:
+    def write(text: str) -> None:
         if not args.json:
             print(text, end="", flush=True)
 
-    sampling, key = model.settings(**settings_of(args))
+    sampling, key = model.sampling(**sampling_kwargs(args))
     clock, stops = TokenClock(), StopStrings(args.stop_string)
     tokens: list[int] = []
     pieces: list[str] = []
@@ -73,15 +77,15 @@ def _one(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]) ->
     )
     for token, text in steps:
         clock.tick()
-        shown, stopped = stops.push(text)
-        show(shown if tokens else prompt + shown)
+        visible, stopped = stops.push(text)
+        write(visible if tokens else prompt + visible)
         tokens.append(token)
-        pieces.append(shown)
+        pieces.append(visible)
         if stopped:
             break
     ended = stops.stopped or tokens[-1] in model.tokenizer.eos_ids
     pieces.append(stops.flush())
-    show(pieces[-1] + "\n")
+    write(pieces[-1] + "\n")
 
     prefill, decode = clock.rates(len(ids))
     if args.json:
@@ -102,18 +106,20 @@ def _one(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]) ->
         speeds = [f"prefill {prefill:.0f} tokens/s ({len(ids)} tokens)"]
         if decode is not None:
             speeds.append(f"decode {decode:.1f} tokens/s ({len(tokens)} tokens)")
-        terminal.note(f"{', '.join(speeds)}, compiling {clock.compiling:.1f} s; {_numbers(args)}")
+        terminal.note(
+            f"{', '.join(speeds)}, compiling {clock.compiling:.1f} s; {_precision_and_devices(args)}"
+        )
 
 
-def _several(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]) -> None:
-    """Prints what comes whole: several continuations, the best of several, one that was drafted."""
-    draft = None if args.draft is None else _draft(args)
+def _generate_whole(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]) -> None:
+    """Prints continuations that are not streamed: several samples, beam search, speculative decoding."""
+    draft = _load_draft(args)
     texts: Any
     counts: dict[str, int] = {}
     start = time.perf_counter()
-    with terminal.spinner("writing ..."):
+    with terminal.spinner("generating ..."):
         if draft is not None:
-            texts, counts = _drafted(args, model, ids, draft)
+            texts, counts = _speculate(args, model, ids, draft)
         else:
             texts = model.generate(
                 prompt,
@@ -123,7 +129,7 @@ def _several(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
                 num_beams=args.num_beams,
                 length_penalty=args.length_penalty,
                 cache_dtype=args.cache_dtype,
-                **settings_of(args),
+                **sampling_kwargs(args),
             )
     seconds = time.perf_counter() - start
     if args.json:
@@ -141,27 +147,29 @@ def _several(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
         return
     for index, text in enumerate(texts, 1):
         print(f"[{index}] {prompt}{text}" if len(texts) > 1 else prompt + text)
-    terminal.note(f"{seconds:.1f} s, compiling included; {_numbers(args)}")
+    terminal.note(f"{seconds:.1f} s including compilation; {_precision_and_devices(args)}")
     if counts:
         terminal.note(
-            "{new_tokens} tokens in {rounds} runs of the model; of {drafted} drafts {accepted} were "
+            "{new_tokens} tokens in {rounds} forward passes; {accepted} of {drafted} draft tokens "
             "accepted".format(**counts)
         )
 
 
-def _draft(args: argparse.Namespace) -> Draft | Model:
+def _load_draft(args: argparse.Namespace) -> Draft | Model | None:
     from llama_jax.decoding.drafts import PromptLookup
 
-    return PromptLookup() if args.draft == "prompt" else loading.load(args.draft, args.dtype, args.bits)
+    if args.prompt_lookup:
+        return PromptLookup()
+    return None if args.draft_model is None else loading.load(args.draft_model, args.dtype, args.bits)
 
 
-def _drafted(
+def _speculate(
     args: argparse.Namespace, model: Model, ids: list[int], draft: Draft | Model
 ) -> tuple[list[str], dict[str, int]]:
-    """Texts that were drafted, and how many runs of the model they took."""
+    """Returns the texts of speculative decoding, and its counts of forward passes and draft tokens."""
     import numpy as np
 
-    sampling, key = model.settings(**settings_of(args))
+    sampling, key = model.sampling(**sampling_kwargs(args))
     out = model.speculate(
         [ids] * args.num_return_sequences,
         sampling,
@@ -171,7 +179,7 @@ def _drafted(
         max_new_tokens=args.max_new_tokens,
         cache_dtype=args.cache_dtype,
     )
-    tokens, lengths = np.asarray(out.generation.tokens), np.asarray(out.generation.lengths)
+    tokens, lengths = np.asarray(out.output.tokens), np.asarray(out.output.lengths)
     texts = [
         model.continuation(ids, row[:length], args.stop_string)
         for row, length in zip(tokens, lengths, strict=True)
@@ -184,55 +192,57 @@ def _drafted(
     }
 
 
-def _numbers(args: argparse.Namespace) -> str:
+def _precision_and_devices(args: argparse.Namespace) -> str:
     import jax
 
     weights = args.dtype if args.bits is None else f"{args.bits}-bit weights, {args.dtype}"
     return f"{weights}, {jax.device_count()} {jax.default_backend()} device(s)"
 
 
-def read_stdin() -> str:
-    """Reads a text from stdin.
-
-    Raises:
-      InputError: if it is closed, or not UTF-8.
-    """
-    if sys.stdin is None:
-        raise InputError("stdin is closed; give the text as an argument")
-    data = sys.stdin.buffer.read()
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        where = f"byte {data[error.start]:#04x} at offset {error.start}"
-        raise InputError(f"stdin is not UTF-8 text: {where}; convert it first") from None
-
-
 def _parser() -> ModelParser:
-    summary = "Continue a text with a model, printing it as it is produced."
+    summary = "Continue a prompt with a model, streaming the text to stdout."
     parser = ModelParser("llama-jax generate", summary, EXAMPLES)
     parser.add_model()
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue; - reads stdin")
-    add_settings(parser, max_new_tokens=64)
-    option = parser.add_argument_group("how many").add_argument
-    option("--num-return-sequences", type=positive, default=1, metavar="N", help="print N texts (default: 1)")
+    add_sampling_flags(parser, max_new_tokens=64)
+    option = parser.add_argument_group("number of sequences").add_argument
     option(
-        "--num-beams",
-        type=positive,
+        "--num-return-sequences",
+        type=parse_positive_int,
         default=1,
         metavar="N",
-        help="beam search: follow N texts, print the best",
+        help="print N texts (default: 1)",
     )
     option(
-        "--length-penalty", type=number, default=1.0, metavar="X", help="of beams; above 0 favours long texts"
+        "--num-beams",
+        type=parse_positive_int,
+        default=1,
+        metavar="N",
+        help="beam search with N beams; prints the best (default: 1, off)",
     )
-    option = parser.add_argument_group("how fast").add_argument
     option(
-        "--draft",
+        "--length-penalty",
+        type=parse_float,
+        default=1.0,
+        metavar="X",
+        help="length penalty of beam search; above 0 favors longer texts (default: 1)",
+    )
+    group = parser.add_argument_group("speculative decoding (fewer forward passes; the text is not streamed)")
+    option = group.add_mutually_exclusive_group().add_argument
+    option("--prompt-lookup", action="store_true", help="copy draft tokens from the prompt and the output")
+    option(
+        "--draft-model",
         metavar="MODEL",
-        help="the same text in fewer runs of the model, by judging drafts of it: 'prompt' copies them from "
-        "the text so far, MODEL is a smaller model of the same vocabulary",
+        help="propose draft tokens with a smaller model of the same vocabulary",
     )
-    option("--num-draft-tokens", type=positive, default=8, metavar="N", help="drafts a run (default: 8)")
+    group.add_argument(
+        "--num-draft-tokens",
+        type=parse_positive_int,
+        default=8,
+        metavar="N",
+        help="draft tokens per forward pass (default: 8)",
+    )
+    parser.replacements["--draft"] = "--prompt-lookup or --draft-model MODEL"
     parser.add_adapter()
     parser.add_dtype()
     parser.add_cache_dtype()
@@ -241,34 +251,34 @@ def _parser() -> ModelParser:
 
 
 class TokenClock:
-    """Times the first token and the later ones, without the time that JAX spends on tracing and compiling."""
+    """Measures the time to the first token and of the later ones, excluding JAX's tracing and compilation."""
 
     def __init__(self) -> None:
-        self._compiling: list[tuple[float, float]] = []  # disjoint spans, in order
-        self._ticks: list[float] = []
         import jax
 
+        self._compile_spans: list[tuple[float, float]] = []  # (start, end), disjoint and sorted
+        self._ticks: list[float] = []
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
         if event.startswith("/jax/core/compile/"):
             end = time.perf_counter()
             start = end - duration_secs
-            while self._compiling and self._compiling[-1][0] >= start:  # one program traced inside another
-                self._compiling.pop()
-            self._compiling.append((start, end))
+            while self._compile_spans and self._compile_spans[-1][0] >= start:  # nested: inner jit functions
+                self._compile_spans.pop()
+            self._compile_spans.append((start, end))
 
     @property
     def compiling(self) -> float:
-        """Seconds spent on compiling so far."""
-        return sum(end - start for start, end in self._compiling)
+        """Seconds spent on compilation so far."""
+        return sum(end - start for start, end in self._compile_spans)
 
     def tick(self) -> None:
-        """Marks the beginning, and then each token."""
+        """Records a time stamp: called once at the start, then after each token."""
         self._ticks.append(time.perf_counter() - self.compiling)
 
     def rates(self, prompt_tokens: int) -> tuple[float, float | None]:
-        """Returns prefill and decode tokens/s; the latter is None where there was one token only."""
-        begin, first, *later = self._ticks
+        """Returns prefill and decode rates in tokens/s; the latter is None if there was only one token."""
+        start, first, *later = self._ticks
         decode = len(later) / (later[-1] - first) if later else None
-        return prompt_tokens / (first - begin), decode
+        return prompt_tokens / (first - start), decode

@@ -1,4 +1,4 @@
-"""`llama-jax inspect`: what a checkpoint holds and how much memory it needs, from its headers alone."""
+"""`llama-jax inspect`: what a checkpoint contains and how much memory it needs; reads only its headers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llama_jax.cli import output
 from llama_jax.cli.arguments import ModelParser
 from llama_jax.config import LlamaConfig
 from llama_jax.console import loading, terminal
-from llama_jax.console.parser import positive
+from llama_jax.console.parser import parse_positive_int
 
 if TYPE_CHECKING:
     from llama_jax.weights import Source
@@ -30,13 +30,13 @@ ITEM_SIZES = {"float32": 4, "bfloat16": 2}
 def run(argv: Sequence[str]) -> None:
     """Runs the command."""
     summary = (
-        "Show what a checkpoint or a training run holds and how much memory it needs; reads headers only."
+        "Show what a checkpoint or a training run contains and how much memory it needs; reads headers only."
     )
     parser = ModelParser("llama-jax inspect", summary, EXAMPLES)
     parser.add_model()
     option = parser.add_argument
-    option("--batch", type=positive, default=1, metavar="B", help="rows of the cache (default: 1)")
-    option("--length", type=positive, metavar="S", help="positions of the cache (default: the context)")
+    option("--batch", type=parse_positive_int, default=1, metavar="B", help="batch size (default: 1)")
+    option("--length", type=parse_positive_int, metavar="S", help="cache length (default: context length)")
     parser.add_json()
     args = parser.parse(argv)
 
@@ -61,7 +61,7 @@ def run(argv: Sequence[str]) -> None:
             {
                 "path": str(source.path),
                 "format": source.format,
-                "why": source.why,
+                "why": source.detected_by,
                 "config": dataclasses.asdict(config),
                 "parameters": config.num_params,
                 "parameters_by_part": parts,
@@ -74,8 +74,8 @@ def run(argv: Sequence[str]) -> None:
         )
         return
     size = terminal.human_bytes
-    print(f"{source.path}\n{source.format}: {source.why}\n")
-    rows = [[name, _show(value)] for name, value in dataclasses.asdict(config).items() if value != ()]
+    print(f"{source.path}\n{source.format}: {source.detected_by}\n")
+    rows = [[name, _format(value)] for name, value in dataclasses.asdict(config).items() if value != ()]
     output.print_table(rows, ("config", ""))
     if steps:
         output.print_table(*_steps_table(steps), right=(0, 1))
@@ -83,25 +83,25 @@ def run(argv: Sequence[str]) -> None:
     for group in groups:
         shape = "x".join(map(str, group["shape"]))
         rows.append([group["name"], str(group["count"]), shape, group["dtype"], size(group["bytes"])])
-    output.print_table(rows, ("tensor", "count", "shape", "type", "in the file"), right=(1, 4))
+    output.print_table(rows, ("tensor", "count", "shape", "dtype", "on disk"), right=(1, 4))
     rows = [[part, f"{count:,}", f"{count / config.num_params:.1%}"] for part, count in parts.items()]
-    output.print_table([*rows, ["all", f"{config.num_params:,}", ""]], ("parameters", "", ""), right=(1, 2))
+    output.print_table([*rows, ["total", f"{config.num_params:,}", ""]], ("parameters", "", ""), right=(1, 2))
     rows = [["weights", size(in_file), *map(size, weights.values())]]
     rows.append([f"key/value cache, batch {args.batch}, {length} positions", "", *map(size, cache.values())])
-    output.print_table(rows, ("memory", "in the file", *ITEM_SIZES), right=(1, 2, 3))
+    output.print_table(rows, ("memory", "on disk", *ITEM_SIZES), right=(1, 2, 3))
 
 
 def _training(source: Source, steps: Sequence[Step]) -> dict[str, Any]:
-    """Returns what is known of how a checkpoint was trained, and of the other steps of its run."""
+    """Returns the training metadata of a checkpoint, and of the other steps of its run."""
     return {
         **{name: source.metadata.get(name) for name in ("step", "metrics", "run")},
         "steps": [
             {
                 "step": step.step,
                 "bytes": step.nbytes,
-                "saved": step.record and step.record.time.isoformat(),
-                "metrics": step.record and step.record.metrics,
-                "kept": step.kept,
+                "saved": step.metadata and step.metadata.time.isoformat(),
+                "metrics": step.metadata and step.metadata.metrics,
+                "kept": step.kept_by,
                 "problem": step.problem,
             }
             for step in steps
@@ -113,17 +113,17 @@ def _steps_table(steps: Sequence[Step]) -> tuple[list[list[str]], tuple[str, ...
     """Returns the rows and the header of a table of a run's steps."""
     rows = []
     for step in steps:
-        record, kept = step.record, ", ".join(step.kept) or "until the next save"
+        record, kept = step.metadata, ", ".join(step.kept_by) or "until the next save"
         metrics = (
-            ", ".join(f"{name} {_show(value)}" for name, value in record.metrics.items()) if record else ""
+            ", ".join(f"{name} {_format(value)}" for name, value in record.metrics.items()) if record else ""
         )
         saved = f"{record.time.astimezone():%Y-%m-%d %H:%M}" if record else ""
         rows.append([str(step.step), terminal.human_bytes(step.nbytes), saved, metrics, step.problem or kept])
-    return rows, ("step", "on disk", "saved", "measured", "kept")
+    return rows, ("step", "on disk", "saved", "metrics", "kept")
 
 
 def group_tensors(source: Source) -> list[dict[str, Any]]:
-    """Returns one entry for all layers' tensors of one name, shape and type, in the file's order."""
+    """Groups tensors by name (layer number as `*`), shape and dtype, in the file's order."""
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, info in source.tensors.items():
         pattern = re.sub(r"\.\d+\.", ".*.", name)
@@ -137,7 +137,7 @@ def group_tensors(source: Source) -> list[dict[str, Any]]:
 
 
 def parameters_by_part(config: LlamaConfig) -> dict[str, int]:
-    """Returns how many values each part of the model has; their sum is `config.num_params`."""
+    """Returns the number of parameters of each part of the model; they sum to `config.num_params`."""
     width, layers = config.hidden_size, config.num_hidden_layers
     heads = config.num_attention_heads + config.num_key_value_heads
     return {
@@ -150,7 +150,7 @@ def parameters_by_part(config: LlamaConfig) -> dict[str, int]:
     }
 
 
-def _show(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name}={inner}" for name, inner in value.items() if inner is not None)
     if isinstance(value, tuple):

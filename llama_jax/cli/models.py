@@ -1,4 +1,4 @@
-"""`llama-jax models`: the known names, where each comes from, its licence, and whether it is here."""
+"""`llama-jax models`: the known models, with their sources and licenses, and which are cached."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ llama-jax models --json
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command."""
-    parser = Parser("llama-jax models", "List the models that are known by name.", EXAMPLES)
+    parser = Parser("llama-jax models", "List the known models.", EXAMPLES)
     parser.add_json()
     args = parser.parse(argv)
     if args.json:
         output.print_json({"models": [_describe(model) for model in known.KNOWN.values()]})
         return
     for model in known.KNOWN.values():
-        where = f"here: {model.path}" if known.is_cached(model.name) else "fetched on first use"
+        status = f"cached: {model.path}" if known.is_cached(model.name) else "downloaded on first use"
         print(
             f"{model.name}\n"
             f"  {model.summary}\n"
-            f"  licence   {model.licence}\n"
-            f"  from      the wheel of {model.requirement}, {terminal.human_bytes(model.wheel_size)} to download\n"
-            f"  {where}"
+            f"  license   {model.license}\n"
+            f"  source    the wheel of {model.requirement}, {terminal.human_bytes(model.wheel_size)}\n"
+            f"  {status}"
         )
 
 
@@ -39,7 +39,7 @@ def _describe(model: known.KnownModel) -> dict[str, object]:
     return {
         "name": model.name,
         "summary": model.summary,
-        "licence": model.licence,
+        "licence": model.license,
         "requirement": model.requirement,
         "download_bytes": model.wheel_size,
         "bytes": model.size,

@@ -1,4 +1,4 @@
-"""What the verbs print on stdout: tables for people, one JSON object for programs."""
+"""Output of the subcommands on stdout: tables for people, one JSON object for programs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def print_table(rows: Sequence[Sequence[str]], header: Sequence[str], right: Seq
 
     Args:
       rows: the cells.
-      header: the columns' names.
-      right: columns of numbers, aligned on the right.
+      header: the column names.
+      right: indices of the right-aligned columns.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column, name in enumerate(header):
@@ -35,4 +35,4 @@ def print_table(rows: Sequence[Sequence[str]], header: Sequence[str], right: Seq
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # rich would exit at once, with another status
+        raise BrokenPipeError  # rich would exit with status 1; `exit_status` handles this error

@@ -1,4 +1,4 @@
-"""`llama-jax tokenizer`: text to token ids and back, and vocabularies from text."""
+"""`llama-jax tokenizer`: encode text, decode token ids, and train a vocabulary."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_jax.cli import output
-from llama_jax.cli.arguments import ModelParser
-from llama_jax.cli.generate import read_stdin
+from llama_jax.cli.arguments import ModelParser, read_stdin
 from llama_jax.console import loading, terminal
-from llama_jax.console.parser import UsageError, positive, suggestion, whole
+from llama_jax.console.parser import UsageError, parse_int, parse_positive_int, suggestion
 from llama_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,11 +19,11 @@ HELP = """\
 usage: llama-jax tokenizer encode|decode MODEL [arguments]
        llama-jax tokenizer train FILE... --vocab-size V --out PATH
 
-  encode   text to token ids
-  decode   token ids to text
-  train    a vocabulary from text
+  encode   convert text to token ids
+  decode   convert token ids to text
+  train    train a vocabulary on text
 
-Each has its own help: llama-jax tokenizer encode --help
+Help on one command: llama-jax tokenizer encode --help
 """
 
 ENCODE_EXAMPLES = """
@@ -45,23 +44,25 @@ llama-jax tokenizer train 'corpus/**/*.txt' stories.jsonl --vocab-size 32000 --o
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command."""
-    verbs = {"encode": _encode, "decode": _decode, "train": _train}
-    verb, *rest = argv or ["--help"]
-    if verb in ("-h", "--help"):
+    commands = {"encode": _encode, "decode": _decode, "train": _train}
+    name, *rest = argv or ["--help"]
+    if name in ("-h", "--help"):
         print(HELP, end="")
-    elif verb in verbs:
-        verbs[verb](rest)
+    elif name in commands:
+        commands[name](rest)
     else:
-        close = suggestion(verb, verbs)
-        raise UsageError(f"unknown command 'tokenizer {verb}'{close}; it is encode, decode or train")
+        hint = suggestion(name, commands)
+        raise UsageError(f"unknown command 'tokenizer {name}'{hint}; the commands are {', '.join(commands)}")
 
 
 def _encode(argv: Sequence[str]) -> None:
     parser = ModelParser("llama-jax tokenizer encode", "Print the token ids of a text.", ENCODE_EXAMPLES)
     parser.add_model()
-    parser.add_argument("text", metavar="TEXT", nargs="?", help="the text; absent or -: stdin")
+    parser.add_argument("text", metavar="TEXT", nargs="?", help="the text (default or -: stdin)")
     parser.add_argument(
-        "--special", action="store_true", help="control tokens spelled in the text count as such"
+        "--special",
+        action="store_true",
+        help="parse special tokens such as </s> in the text into their ids",
     )
     parser.add_json()
     args = parser.parse(argv)
@@ -77,8 +78,10 @@ def _encode(argv: Sequence[str]) -> None:
 def _decode(argv: Sequence[str]) -> None:
     parser = ModelParser("llama-jax tokenizer decode", "Print the text of token ids.", DECODE_EXAMPLES)
     parser.add_model()
-    parser.add_argument("ids", metavar="ID", nargs="*", help="the ids; absent: from stdin")
-    parser.add_argument("--special", action="store_true", help="spell control tokens, do not leave them out")
+    parser.add_argument("ids", metavar="ID", nargs="*", help="the ids (default: from stdin)")
+    parser.add_argument(
+        "--special", action="store_true", help="print special tokens instead of skipping them"
+    )
     parser.add_json()
     args = parser.parse(argv)
     ids = []
@@ -86,8 +89,7 @@ def _decode(argv: Sequence[str]) -> None:
         try:
             ids.append(int(word))
         except ValueError:
-            what = f"{word[:40]!r} is not a token id"
-            raise InputError(f"{what}; give whole numbers, separated by spaces") from None
+            raise InputError(f"{word[:40]!r} is not a token id; give integers separated by spaces") from None
     text = _load(args.model).decode(ids, skip_special_tokens=not args.special)
     if args.json:
         output.print_json({"text": text})
@@ -98,20 +100,20 @@ def _decode(argv: Sequence[str]) -> None:
 def _train(argv: Sequence[str]) -> None:
     parser = ModelParser(
         "llama-jax tokenizer train",
-        "Learn a SentencePiece vocabulary of Llama's kind from text.",
+        "Train a SentencePiece BPE vocabulary like Llama's on text.",
         TRAIN_EXAMPLES,
     )
     parser.add_argument(
-        "files", metavar="FILE", nargs="+", help="text, or JSON lines (.jsonl, .ndjson); quoted globs, too"
+        "files", metavar="FILE", nargs="+", help="text or JSON Lines (.jsonl, .ndjson) files, or quoted globs"
     )
-    parser.add_argument("--vocab-size", type=whole, required=True, help="entries of the vocabulary")
+    parser.add_argument("--vocab-size", type=parse_int, required=True, help="size of the vocabulary")
     parser.add_argument("--out", type=Path, required=True, help="the .model file to write")
-    parser.add_argument("--field", default="text", help="the field of JSON lines to read (default: text)")
+    parser.add_argument("--field", default="text", help="JSON Lines field with the text (default: text)")
     parser.add_argument(
         "--max-bytes",
-        type=positive,
+        type=parse_positive_int,
         default=20_000_000,
-        help="learn from an even sample of about this much text (default: 20 MB)",
+        help="train on an even subsample of about this many bytes (default: 20 MB)",
     )
     parser.add_json()
     args = parser.parse(argv)
@@ -120,7 +122,7 @@ def _train(argv: Sequence[str]) -> None:
     from llama_jax.tokenizer.train import train_sentencepiece
 
     paths = find_files(args.files)
-    with terminal.spinner("learning the vocabulary"):
+    with terminal.spinner("training the vocabulary ..."):
         train_sentencepiece(
             read_texts(paths, args.field), args.out, vocab_size=args.vocab_size, max_bytes=args.max_bytes
         )

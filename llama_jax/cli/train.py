@@ -1,4 +1,4 @@
-"""`llama-jax train`: train a model, or resume a run; a shell over `llama_jax.train`."""
+"""`llama-jax train`: train a model, or resume a run; a wrapper around `llama_jax.train`."""
 
 from __future__ import annotations
 

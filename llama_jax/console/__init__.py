@@ -1,1 +1,1 @@
-"""What a command-line program needs: arguments, notes, progress bars, errors as one line."""
+"""Helpers of command-line programs: argument parsing, notes, progress bars, one-line errors, loading."""

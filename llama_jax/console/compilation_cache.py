@@ -1,4 +1,4 @@
-"""Keeps compiled programs between runs, so that only the first `generate` of a kind waits for XLA."""
+"""JAX's persistent compilation cache, so that only the first run of a program waits for XLA."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from llama_jax.errors import CheckpointError
 from llama_jax.hub.known import cache_folder
 
 
-def keep_compiled_programs() -> None:
-    """Points JAX's persistent compilation cache into our cache folder, unless the user has set one.
+def enable_compilation_cache() -> None:
+    """Stores JAX's persistent compilation cache in our cache directory, unless the user has set another.
 
-    A program compiled for one CPU may hold instructions that another lacks, and a home folder may be
-    shared by both: each kind of CPU has a folder of its own.
+    Each CPU type has its own subdirectory: a program compiled for one CPU may contain instructions that
+    another lacks, and a home directory may be shared between machines.
     """
-    # Where nothing can be kept, or what was kept cannot be read, compiling again is all that happens.
+    # If the cache cannot be written or read, JAX only compiles again: not worth a warning.
     warnings.filterwarnings("ignore", ".*persistent compilation cache")
     with contextlib.suppress(CheckpointError):
         if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-            jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled" / _machine()))
+            jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled" / _cpu_type()))
 
 
-def _machine() -> str:
-    try:  # the first processor's model and instruction sets
+def _cpu_type() -> str:
+    """Returns a hash of the operating system, the CPU model and its instruction sets."""
+    try:  # the first processor's entry
         text = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
         lines = [line for line in text.splitlines() if line.startswith(("model name", "flags", "Features"))]
     except OSError:

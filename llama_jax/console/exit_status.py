@@ -1,4 +1,4 @@
-"""Runs a program so that a user's mistake is one line on stderr and an exit status, never a traceback."""
+"""Runs a program and turns its exceptions into one-line errors and exit statuses, without tracebacks."""
 
 from __future__ import annotations
 
@@ -10,56 +10,56 @@ from pathlib import Path
 
 from llama_jax.errors import LlamaJaxError
 
-LESS_MEMORY = "ask for less at once, or choose --dtype bfloat16"
+OUT_OF_MEMORY_HINT = "use a smaller batch, a shorter length or --dtype bfloat16"
 
 
 def exit_status(program: Callable[[], None]) -> int:
-    """Runs `program` and reports what it raises.
+    """Runs `program`, reports its errors on stderr, and returns the exit status.
 
     Returns:
-      0; 2 for bad input, with one line `error: ...` on stderr; 130 after Ctrl-C; 141 if the reader of stdout
-      has gone; what `program` gave to `sys.exit`.
+      0 on success; 2 for bad input, after one line `error: ...` on stderr; 130 after Ctrl-C; 141 if the
+      reader of stdout closed the pipe (SIGPIPE); the argument of `sys.exit` if `program` called it.
     """
-    if sys.stdout is None or sys.stderr is None:  # closed by the caller: to nowhere, as it asked
-        nowhere = Path(os.devnull).open("w")  # noqa: SIM115  # open as long as the process lives
-        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
+    if sys.stdout is None or sys.stderr is None:  # the caller closed them
+        devnull = Path(os.devnull).open("w")  # noqa: SIM115  # open for the life of the process
+        sys.stdout, sys.stderr = sys.stdout or devnull, sys.stderr or devnull
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? instead of failing
     try:
         program()
         sys.stdout.flush()
     except LlamaJaxError as error:
-        return report(str(error))
-    except SystemExit as stop:  # argparse, after printing help
+        return report_error(str(error))
+    except SystemExit as stop:  # argparse raises it after printing help
         return int(stop.code or 0)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:
-        _drop_output()
+        _discard_stdout()
         return 141
-    except OSError as error:  # files that are read have errors of their own, so this is the output
-        _drop_output()
-        return report(f"cannot write the output: {error.strerror or error}; write it elsewhere")
+    except OSError as error:  # reading a file raises a LlamaJaxError, so this is stdout
+        _discard_stdout()
+        return report_error(f"cannot write the output: {error.strerror or error}; write it elsewhere")
     except MemoryError as error:
-        return report(f"not enough memory: {error}; {LESS_MEMORY}")
+        return report_error(f"not enough memory: {error}; {OUT_OF_MEMORY_HINT}")
     except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):  # as JAX calls it
+        if "RESOURCE_EXHAUSTED" not in str(error):  # XLA's out-of-memory status
             raise
-        return report(f"not enough memory: {str(error)[:200]}; {LESS_MEMORY}")
+        return report_error(f"not enough memory: {str(error)[:200]}; {OUT_OF_MEMORY_HINT}")
     return 0
 
 
-def report(reason: str) -> int:
+def report_error(message: str) -> int:
     """Prints one line `error: ...` on stderr, and returns the exit status for bad input."""
-    with contextlib.suppress(OSError):  # stderr may be full, too
-        line = " ".join(reason.split())
-        # Names in files and paths may hold anything, and a terminal would obey some of it.
+    with contextlib.suppress(OSError):  # the device of stderr may be full
+        line = " ".join(message.split())
+        # Paths and names from files may contain terminal escape sequences.
         line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
         print("error:", line, file=sys.stderr)
     return 2
 
 
-def _drop_output() -> None:
-    """Gives what stdout still holds somewhere to go: Python flushes it once more at exit."""
+def _discard_stdout() -> None:
+    """Redirects stdout to the null device, because Python flushes its buffer once more at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

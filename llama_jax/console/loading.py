@@ -1,4 +1,4 @@
-"""Models for the verbs: found, fetched and loaded with progress bars."""
+"""Resolves, downloads and loads models with progress bars."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ if TYPE_CHECKING:
 
 
 def resolve(name_or_path: str) -> Path:
-    """Returns a model's path, fetching a known one with a progress bar."""
+    """Returns a model's path; downloads a known model with a progress bar."""
     from llama_jax.text import pretrained
 
-    what = f"fetching {name_or_path}"
-    with progress_bar(what, otherwise=f"{what} (once) ...") as progress:
+    title = f"downloading {name_or_path}"
+    with progress_bar(title, fallback=f"{title} (once) ...") as progress:
         return pretrained.resolve(name_or_path, progress)
 
 
 def load(name_or_path: str, dtype: str, bits: Bits | None = None, adapter: str | None = None) -> Model:
-    """Loads a model with progress bars."""
+    """Loads a model with progress bars; see `llama_jax.load`."""
     from llama_jax.text import pretrained
 
-    start_jax()
+    init_jax()
     path = resolve(name_or_path)
     with warnings_as_notes(), progress_bar("loading weights") as progress:
         return pretrained.load(path, dtype, adapter=adapter, bits=bits, scan_layers=False, progress=progress)
 
 
-def start_jax() -> None:
-    """Has JAX find its devices, and keep what it compiles.
+def init_jax() -> None:
+    """Initializes JAX's backend and enables the persistent compilation cache.
 
     Raises:
-      InputError: if it finds none.
+      InputError: if JAX finds no device.
     """
     import jax
 
-    from llama_jax.console.compilation_cache import keep_compiled_programs
+    from llama_jax.console.compilation_cache import enable_compilation_cache
 
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter where the platform is known but not here
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a known platform that is not installed
         platforms = os.environ.get("JAX_PLATFORMS", "")
         raise InputError(
-            f"JAX cannot use the platform {platforms!r}: {str(error)[:200] or 'there is none'}; set "
+            f"JAX cannot use the platform {platforms!r}: {str(error)[:200] or 'it has no device'}; set "
             "JAX_PLATFORMS=cpu, or install JAX for the device"
         ) from None
-    keep_compiled_programs()
+    enable_compilation_cache()

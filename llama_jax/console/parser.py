@@ -1,4 +1,4 @@
-"""argparse with this program's manners: errors of one line, suggestions, and help that shows examples."""
+"""argparse with one-line errors, did-you-mean suggestions and examples in the help."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from llama_jax.errors import LlamaJaxError
 
 
 class UsageError(LlamaJaxError):
-    """A command line that cannot be understood."""
+    """Invalid command-line arguments."""
 
 
 class Parser(argparse.ArgumentParser):
-    """The arguments of one command.
+    """Argument parser of one command.
 
     Args:
-      command: what is typed before the arguments, such as `llama-jax generate`.
+      command: the program and subcommand, such as `llama-jax generate`.
       summary: what the command does, in a sentence or two.
-      examples: command lines a newcomer can run as they stand.
+      examples: complete command lines, one per line.
+
+    Attributes:
+      replacements: removed option to the options that replace it, for the error message.
     """
 
     def __init__(self, command: str, summary: str, examples: str) -> None:
@@ -33,16 +36,17 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self.replacements: dict[str, str] = {}
 
     def add_json(self) -> None:
         """Adds --json."""
         self.add_argument("--json", action="store_true", help="print one JSON object on stdout, nothing else")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parses the words after the command.
+        """Parses the arguments after the command.
 
         Raises:
-          UsageError: if they are no valid arguments.
+          UsageError: if they are invalid.
         """
         args, rest = self.parse_known_args(self._join_values(argv))
         if rest:
@@ -50,58 +54,60 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def _join_values(self, argv: Sequence[str]) -> list[str]:
-        """Writes `--option VALUE` as `--option=VALUE`, so that a value may start with a dash."""
-        words: list[str] = []
+        """Rewrites `--option VALUE` as `--option=VALUE`, so that a value may start with a dash."""
+        joined: list[str] = []
         pending = list(argv)
         while pending:
-            word = pending.pop(0)
-            if word == "--":
-                return [*words, word, *pending]
-            option, equals, _ = word.partition("=")
-            if word.startswith("--") and option not in self._option_string_actions:
-                close = suggestion(option, self._option_string_actions)
-                raise UsageError(f"unknown option {option}{close or f'; see: {self.prog} --help'}")
-            action = self._option_string_actions.get(word)
+            argument = pending.pop(0)
+            if argument == "--":
+                return [*joined, argument, *pending]
+            option, equals, _ = argument.partition("=")
+            if argument.startswith("--") and option not in self._option_string_actions:
+                hint = suggestion(option, self._option_string_actions) or f"; see: {self.prog} --help"
+                if option in self.replacements:
+                    hint = f"; did you mean {self.replacements[option]}?"
+                raise UsageError(f"unknown option {option}{hint}")
+            action = self._option_string_actions.get(argument)  # private: tests/test_private_seams.py
             takes_value = action is not None and action.nargs is None and not equals
             if takes_value and pending and pending[0] not in self._option_string_actions:
-                word = f"{word}={pending.pop(0)}"
-            words.append(word)
-        return words
+                argument = f"{argument}={pending.pop(0)}"
+            joined.append(argument)
+        return joined
 
     def error(self, message: str) -> NoReturn:
-        """Raises what argparse found as one line."""
+        """Raises argparse's error as a `UsageError` of one line."""
         message = message.removeprefix("argument ")
         message = message.replace("the following arguments are required:", "missing")
         raise UsageError(f"{message}; see: {self.prog} --help")
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """Returns `; did you mean ...?` for the closest known word, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Returns `; did you mean ...?` with the closest known name, or an empty string if none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def whole(text: str) -> int:
-    """Reads a whole number of at most 64 bits from the command line."""
+def parse_int(text: str) -> int:
+    """Parses a 64-bit signed integer (an argparse `type`)."""
     try:
         value = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number") from None
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not an integer") from None
     if not -(1 << 63) <= value < 1 << 63:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is too large a number")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is too large; integers have at most 64 bits")
     return value
 
 
-def positive(text: str) -> int:
-    """Reads a whole number, at least 1, from the command line."""
-    value = whole(text)
+def parse_positive_int(text: str) -> int:
+    """Parses an integer of at least 1 (an argparse `type`)."""
+    value = parse_int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be at least 1")
     return value
 
 
-def number(text: str) -> float:
-    """Reads a number from the command line."""
+def parse_float(text: str) -> float:
+    """Parses a float (an argparse `type`)."""
     try:
         return float(text)
     except ValueError:

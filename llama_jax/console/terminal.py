@@ -1,4 +1,4 @@
-"""Notes and progress bars on stderr, where they are in no program's way."""
+"""Notes and progress bars on stderr, so that stdout holds only the output."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from rich.progress import (
 
 
 def note(text: str) -> None:
-    """Prints a remark on stderr, where it is in no program's way."""
+    """Prints a line of information on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def warnings_as_notes() -> Iterator[None]:
-    """Prints what the block warns of as one line each, without the place in the source."""
+    """Prints each warning of the block as one line on stderr, without its source location."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: note(f"warning: {' '.join(str(message).split())}")
         yield
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, *, otherwise: str = "") -> Iterator[Callable[[int, int, str], None]]:
-    """Shows a bar on stderr from the first report until the block ends.
+def progress_bar(title: str, *, fallback: str = "") -> Iterator[Callable[[int, int, str], None]]:
+    """Shows a progress bar on stderr, from the first update until the block ends.
 
     Args:
-      what: the bar's title.
-      otherwise: a note to print once instead, where stderr is no terminal.
+      title: shown before the bar.
+      fallback: a note to print once in place of the bar if stderr is not a terminal.
 
     Yields:
-      A function to call with (bytes done, bytes in all, what is being read).
+      update(bytes_done, bytes_total, name of the item in progress).
     """
     columns = (
         TextColumn("{task.description}"),
@@ -51,7 +51,7 @@ def progress_bar(what: str, *, otherwise: str = "") -> Iterator[Callable[[int, i
     )
     console = Console(stderr=True)
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    task = bar.add_task(what, total=None)
+    task = bar.add_task(title, total=None)
     started = False
 
     def update(done: int, total: int, _: str = "") -> None:
@@ -59,8 +59,8 @@ def progress_bar(what: str, *, otherwise: str = "") -> Iterator[Callable[[int, i
         if not started:
             started = True
             bar.start()
-            if otherwise and not console.is_terminal:
-                note(otherwise)
+            if fallback and not console.is_terminal:
+                note(fallback)
         bar.update(task, completed=done, total=total)
 
     try:
@@ -70,13 +70,13 @@ def progress_bar(what: str, *, otherwise: str = "") -> Iterator[Callable[[int, i
             bar.stop()
 
 
-def spinner(what: str) -> contextlib.AbstractContextManager[object]:
-    """Shows on stderr, if a person is watching, that the block is at work."""
-    return Console(stderr=True).status(what)
+def spinner(text: str) -> contextlib.AbstractContextManager[object]:
+    """Shows a spinner on stderr while the block runs; nothing if stderr is not a terminal."""
+    return Console(stderr=True).status(text)
 
 
 def human_bytes(nbytes: float) -> str:
-    """Returns a number of bytes for people, in powers of 1000."""
+    """Formats a number of bytes with a unit, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""`llama-jax chat`: lines from stdin, and a real terminal with a real Ctrl-C."""
+"""`llama-jax chat`: lines from stdin, and a pseudo-terminal with Ctrl-C."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny_path(folder):
-    """A model whose answers are long: a context of thousands of tokens."""
+    """A model with a context of 8192 tokens, for long answers."""
     config = tiny.CONFIG
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny, "CONFIG", dataclasses.replace(config, max_position_embeddings=8192))
@@ -42,8 +42,8 @@ def tiny_path(folder):
 
 
 @pytest.fixture(scope="module")
-def words(tiny_path, folder):
-    """A command line that chats with it."""
+def args(tiny_path, folder):
+    """Arguments that chat with it."""
     template = folder / "template.jinja"
     template.write_text(TEMPLATE)
     return ["chat", str(tiny_path), "--template", str(template), "--max-new-tokens", "5"]
@@ -53,11 +53,11 @@ def words(tiny_path, folder):
 def run(capsys, monkeypatch):
     """Runs one command line and returns its status, stdout and stderr."""
 
-    def run(words, stdin=""):
+    def run(args, stdin=""):
         data = stdin if isinstance(stdin, bytes) else stdin.encode()
         fake = SimpleNamespace(buffer=io.BytesIO(data), isatty=lambda: False)
         monkeypatch.setattr(sys, "stdin", fake)
-        status = cli.main([str(word) for word in words])
+        status = cli.main([str(arg) for arg in args])
         return SimpleNamespace(status=status, **dict(zip(("out", "err"), capsys.readouterr(), strict=True)))
 
     return run
@@ -65,7 +65,7 @@ def run(capsys, monkeypatch):
 
 @pytest.fixture(scope="module")
 def answers(tiny_path):
-    """What the model says to `a` and then to `ab`, and the conversation that it said it in."""
+    """The model's answers to `a` and then to `ab`, in one conversation."""
     conversation = Conversation(lj.load(tiny_path), template=tiny_path.with_name("template.jinja"))
     return ["".join(conversation.say(text, max_new_tokens=5)) for text in ("a", "ab")]
 
@@ -73,14 +73,14 @@ def answers(tiny_path):
 # Lines from stdin
 
 
-def test_lines_are_answered_one_after_another(run, words, answers):
-    done = run(words, "a\n\n  ab  \n")
+def test_lines_are_answered_in_order(run, args, answers):
+    done = run(args, "a\n\n  ab  \n")
     assert (done.status, done.err) == (0, "")
     assert done.out == "".join(f"{answer}\n" for answer in answers)
 
 
-def test_json_is_one_object_a_turn(run, words, answers):
-    done = run([*words, "--json"], "a\nab")
+def test_json_is_one_object_per_turn(run, args, answers):
+    done = run([*args, "--json"], "a\nab")
     first, second = map(json.loads, done.out.splitlines())
     assert (done.status, done.err) == (0, "")
     assert [first["user"], second["user"]] == ["a", "ab"]
@@ -89,42 +89,42 @@ def test_json_is_one_object_a_turn(run, words, answers):
     assert first["reused_tokens"] == 0 < second["reused_tokens"] < second["prompt_tokens"]
 
 
-def test_commands(run, words, answers):
-    again = run(words, "a\n/reset\na\n/undo\na\n").out
+def test_commands(run, args, answers):
+    again = run(args, "a\n/reset\na\n/undo\na\n").out
     assert again == f"{answers[0]}\n" * 3
-    helped = run(words, "/help\n/quit\na\n")
-    assert (helped.status, helped.out) == (0, "")
+    shown = run(args, "/help\n/quit\na\n")
+    assert (shown.status, shown.out) == (0, "")
     for command in ("/help", "/reset", "/undo", "/system TEXT", "/quit", "Ctrl-C"):
-        assert command in helped.err
+        assert command in shown.err
 
 
-def test_the_system_prompt_is_set_and_taken_away(run, words):
-    given = json.loads(run([*words, "--json", "--system", "abc"], "a\n").out)
-    later = json.loads(run([*words, "--json"], "/system abc\na\n").out)
+def test_the_system_prompt_is_set_and_removed(run, args):
+    given = json.loads(run([*args, "--json", "--system", "abc"], "a\n").out)
+    later = json.loads(run([*args, "--json"], "/system abc\na\n").out)
     assert given == later
-    none = json.loads(run([*words, "--json", "--system", "abc"], "/system\na\n").out)
+    none = json.loads(run([*args, "--json", "--system", "abc"], "/system\na\n").out)
     assert none["prompt_tokens"] < given["prompt_tokens"]
 
 
-def test_a_message_may_begin_with_a_slash(run, words):
-    assert json.loads(run([*words, "--json"], " /reset\n").out)["user"] == "/reset"
+def test_message_may_begin_with_a_slash(run, args):
+    assert json.loads(run([*args, "--json"], " /reset\n").out)["user"] == "/reset"
 
 
-def test_a_stop_string(run, words, answers):
+def test_stop_string(run, args, answers):
     stop = answers[0][1:3]
-    turn = json.loads(run([*words, "--json", "--stop-string", "zzz", "--stop-string", stop], "a\n").out)
+    turn = json.loads(run([*args, "--json", "--stop-string", "zzz", "--stop-string", stop], "a\n").out)
     assert turn["assistant"] == answers[0][: answers[0].index(stop)]
     assert turn["finish_reason"] == "stop"
 
 
-def test_a_seed_decides_what_is_drawn(run, words):
-    def drawn(seed):
-        done = run([*words, "--json", "--temperature", "5", "--seed", seed], "a\n/undo\na\n")
+def test_seed(run, args):
+    def sampled(seed):
+        done = run([*args, "--json", "--temperature", "5", "--seed", seed], "a\n/undo\na\n")
         return [json.loads(line)["assistant"] for line in done.out.splitlines()]
 
-    assert drawn(1) == drawn(1) != drawn(2)
-    first, second = drawn(1)
-    assert first != second  # a question that is asked again is answered anew
+    assert sampled(1) == sampled(1) != sampled(2)
+    first, second = sampled(1)
+    assert first != second  # a repeated question gets a new sample
 
 
 @pytest.mark.parametrize(
@@ -136,9 +136,9 @@ def test_a_seed_decides_what_is_drawn(run, words):
             "/xyzzy\n",
             ["unknown command '/xyzzy'", "the commands are /help, /reset, /undo, /system, /quit"],
         ),
-        ([], "/undo\n", ["nothing to take back"]),
+        ([], "/undo\n", ["nothing to undo"]),
         ([], b"\xff\n", ["stdin is not UTF-8 text: line 1, byte 0xff at offset 0"]),
-        ([], "a" * 9000, ["the conversation has", "the model's context 8192"]),
+        ([], "a" * 9000, ["the conversation has", "context of 8192"]),
         (["--temperature", "-1"], "a\n", ["temperature is -1.0"]),
         (["--stop-string", ""], "a\n", ["stop_strings[0] is empty"]),
         (["--template", "chatlm"], "a\n", ["'chatlm'", "did you mean chatml?"]),
@@ -146,8 +146,8 @@ def test_a_seed_decides_what_is_drawn(run, words):
         (["--templat", "chatml"], "a\n", ["unknown option --templat", "--template"]),
     ],
 )
-def test_bad_input_is_one_line(run, words, extra, stdin, parts):
-    done = run([*words, *extra], stdin)
+def test_bad_input_is_one_line(run, args, extra, stdin, parts):
+    done = run([*args, *extra], stdin)
     assert (done.status, done.out) == (2, "")
     assert done.err.startswith("error: ")
     assert done.err.count("\n") == 1
@@ -155,30 +155,30 @@ def test_bad_input_is_one_line(run, words, extra, stdin, parts):
         assert part in done.err
 
 
-def test_no_template(run, tiny_path):
+def test_model_without_a_template(run, tiny_path):
     done = run(["chat", tiny_path], "a\n")
     assert (done.status, done.out) == (2, "")
-    assert "error: the model came with no chat template; choose one: llama-2, chatml, or a file" in done.err
+    assert "error: the model has no chat template; choose one: llama-2, chatml, or a Jinja file" in done.err
 
 
-def test_stdin_that_is_closed(run, words, monkeypatch, capsys):
+def test_closed_stdin(run, args, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", None)
-    assert cli.main(words) == 2
+    assert cli.main(args) == 2
     assert "stdin is closed" in capsys.readouterr().err
 
 
-def test_help_says_how(run):
+def test_help(run):
     done = run(["chat", "--help"])
     assert done.status == 0
     for part in ("--system", "--template", "--stop-string", "printf", "chatml"):
         assert part in done.out
 
 
-# A terminal
+# In a pseudo-terminal
 
 
-# The terminal becomes the process's own, so that Ctrl-C typed there is a signal to it.
-OWN_TERMINAL = """
+# Makes the pseudo-terminal the controlling terminal, so that Ctrl-C typed there sends SIGINT.
+SET_CONTROLLING_TERMINAL = """
 import fcntl, os, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.executable, [sys.executable, "-m", "llama_jax.cli", *sys.argv[1:]])
@@ -186,12 +186,12 @@ os.execv(sys.executable, [sys.executable, "-m", "llama_jax.cli", *sys.argv[1:]])
 
 
 class Terminal:
-    """The command in a terminal of its own."""
+    """The command in a pseudo-terminal."""
 
-    def __init__(self, words, *, stdout=None):
+    def __init__(self, args, *, stdout=None):
         self.fd, inside = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", OWN_TERMINAL, *words],
+            [sys.executable, "-c", SET_CONTROLLING_TERMINAL, *args],
             stdin=inside,
             stdout=stdout or inside,
             stderr=inside,
@@ -202,7 +202,7 @@ class Terminal:
         self.seen = ""
 
     def read(self) -> bool:
-        """Takes what has been shown meanwhile; returns whether more may come."""
+        """Reads new output; returns False at end of file."""
         if select.select([self.fd], [], [], 0.2)[0]:
             try:
                 self.seen += os.read(self.fd, 1 << 16).decode(errors="replace")
@@ -211,10 +211,10 @@ class Terminal:
         return True
 
     def until(self, pattern: str) -> str:
-        """Reads until the screen shows what matches, and returns all up to there."""
+        """Reads until the output matches `pattern`, and returns it up to the end of the match."""
         end = time.monotonic() + 120
         while not (found := re.search(pattern, self.seen, re.DOTALL)):
-            assert self.read(), f"it ended before {pattern!r}: {self.seen[-2000:]!r}"
+            assert self.read(), f"end of output before {pattern!r}: {self.seen[-2000:]!r}"
             assert time.monotonic() < end, f"no {pattern!r} in {self.seen[-2000:]!r}"
         shown, self.seen = self.seen[: found.end()], self.seen[found.end() :]
         return shown
@@ -223,21 +223,21 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def status(self) -> int:
-        """Waits for the end and returns the exit status."""
+        """Waits for the process to exit and returns its status."""
         end = time.monotonic() + 60
         while self.process.poll() is None:
-            assert time.monotonic() < end, f"it goes on: {self.seen[-2000:]!r}"
+            assert time.monotonic() < end, f"still running: {self.seen[-2000:]!r}"
             self.read()
         return self.process.returncode
 
 
 @pytest.fixture
 def terminal():
-    """Starts terminals; whatever is left of one is killed."""
+    """Starts terminals, and kills their processes at teardown."""
     started = []
 
-    def start(words, **options):
-        started.append(Terminal(words, **options))
+    def start(args, **options):
+        started.append(Terminal(args, **options))
         return started[-1]
 
     yield start
@@ -248,12 +248,12 @@ def terminal():
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_the_answer_and_not_the_program(terminal, words, answers):
-    long = [*words[:-1], "8000"]
+def test_ctrl_c_stops_only_the_answer(terminal, args, answers):
+    long = [*args[:-1], "8000"]
     screen = terminal(long)
     assert "Ctrl-C stops an answer" in screen.until("> ")
     screen.type("ab ab\n")
-    screen.until(r"ab ab\r\n.{20}")  # it is answering
+    screen.until(r"ab ab\r\n.{20}")  # the answer has begun
     screen.type("\x03")
     stopped = screen.until(r"\n> ")
     assert "Traceback" not in stopped
@@ -263,7 +263,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal, words, answers):
     assert "did you mean /undo?" in screen.until(r"\n> ")
     screen.type("a\n")
     shown = screen.until(r"a\r\n.{30}")
-    assert answers[0].replace("\n", "\r\n") in shown  # as if the first had never been
+    assert answers[0].replace("\n", "\r\n") in shown  # the same answer as in a new conversation
     screen.process.send_signal(signal.SIGINT)
     screen.until(r"\n> ")
     screen.type("\x04")  # Ctrl-D
@@ -271,8 +271,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal, words, answers):
 
 
 @pytest.mark.slow
-def test_ctrl_c_at_the_prompt_leaves(terminal, words):
-    screen = terminal(words)
+def test_ctrl_c_at_the_prompt_quits(terminal, args):
+    screen = terminal(args)
     screen.until("> ")
     time.sleep(0.5)  # until readline waits for a key
     screen.type("\x03")
@@ -281,10 +281,10 @@ def test_ctrl_c_at_the_prompt_leaves(terminal, words):
 
 
 @pytest.mark.slow
-def test_json_from_a_terminal_keeps_the_prompt_out(terminal, words, answers, tmp_path):
+def test_json_output_excludes_the_prompt(terminal, args, answers, tmp_path):
     out = tmp_path / "out"
     with out.open("w") as file:
-        screen = terminal([*words, "--json"], stdout=file)
+        screen = terminal([*args, "--json"], stdout=file)
     screen.until("> ")
     screen.type("a\n")
     screen.until(r"\n> ")

@@ -1,4 +1,4 @@
-"""The command line's manners: what it prints where, and one line for whatever is wrong."""
+"""The command line: output on stdout and stderr, exit statuses, one-line errors."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def tiny_path(tmp_path_factory):
 def run(capsys, monkeypatch):
     """Runs one command line and returns its status, stdout and stderr."""
 
-    def run(*words, stdin=b""):
+    def run(*args, stdin=b""):
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
-        status = cli.main([str(word) for word in words])
+        status = cli.main([str(arg) for arg in args])
         return SimpleNamespace(status=status, **dict(zip(("out", "err"), capsys.readouterr(), strict=True)))
 
     return run
 
 
 def assert_error(done, *parts):
-    """Nothing on stdout, one line on stderr that has these parts, exit status 2."""
+    """Asserts exit status 2, an empty stdout, and one line on stderr that contains these parts."""
     assert done.status == 2
     assert done.out == ""
     assert done.err.startswith("error: ")
@@ -46,7 +46,7 @@ def assert_error(done, *parts):
         assert str(part) in done.err
 
 
-# What it prints
+# Output
 
 
 def test_generate_prints_prompt_and_continuation(run, tiny_path):
@@ -59,47 +59,47 @@ def test_generate_prints_prompt_and_continuation(run, tiny_path):
 
 
 def test_generate_json_is_one_object(run, tiny_path):
-    words = ("generate", tiny_path, "--prompt", "ab", "--max-new-tokens", NEW)
-    done = run(*words, "--json")
+    args = ("generate", tiny_path, "--prompt", "ab", "--max-new-tokens", NEW)
+    done = run(*args, "--json")
     result = json.loads(done.out)
     assert done.out.count("\n") == 1
-    assert run(*words).out == result["prompt"] + result["text"] + "\n"
+    assert run(*args).out == result["prompt"] + result["text"] + "\n"
     assert len(result["tokens"]) == NEW
     assert result["finish_reason"] == "length"
     assert result["decode_tokens_per_second"] > 0
 
 
-def test_generate_reads_stdin_and_text_that_begins_with_a_dash(run, tiny_path):
+def test_generate_accepts_stdin_and_prompts_that_begin_with_a_dash(run, tiny_path):
     rest = ("--max-new-tokens", NEW, "--json")
     assert json.loads(run("generate", tiny_path, "--prompt", "-", *rest, stdin=b"a b").out)["prompt"] == "a b"
     assert json.loads(run("generate", tiny_path, "--prompt", "--ab", *rest).out)["prompt"] == "--ab"
 
 
-@pytest.mark.parametrize("draft", ["prompt", "itself"])
-def test_generate_drafts_the_same_text_in_fewer_runs(run, tiny_path, draft):
-    words = ("generate", tiny_path, "--prompt", "abcabcabc", "--max-new-tokens", NEW, "--json")
-    draft = tiny_path if draft == "itself" else draft
-    plain = json.loads(run(*words).out)
-    done = json.loads(run(*words, "--draft", draft, "--num-draft-tokens", 3).out)
+@pytest.mark.parametrize("draft", ["--prompt-lookup", "--draft-model"])
+def test_speculative_decoding_gives_the_same_text_in_fewer_forward_passes(run, tiny_path, draft):
+    args = ("generate", tiny_path, "--prompt", "abcabcabc", "--max-new-tokens", NEW, "--json")
+    flags = [draft, *([tiny_path] if draft == "--draft-model" else []), "--num-draft-tokens", 3]
+    plain = json.loads(run(*args).out)
+    done = json.loads(run(*args, *flags).out)
     assert done["text"] == plain["text"] and done["new_tokens"] == len(plain["tokens"])
     assert done["rounds"] + done["accepted"] >= done["new_tokens"] and done["accepted"] <= done["drafted"]
-    assert draft == "prompt" or done["rounds"] < done["new_tokens"]
-    told = run(*words[:-1], "--draft", draft, "--num-draft-tokens", 3).err
-    assert f"{done['new_tokens']} tokens in {done['rounds']} runs of the model" in told
+    assert draft == "--prompt-lookup" or done["rounds"] < done["new_tokens"]
+    summary = run(*args[:-1], *flags).err
+    assert f"{done['new_tokens']} tokens in {done['rounds']} forward passes" in summary
 
 
-def test_generate_one_token_has_no_decoding_speed(run, tiny_path):
+def test_one_token_has_no_decode_rate(run, tiny_path):
     done = run("generate", tiny_path, "--prompt", "ab", "--max-new-tokens", 1, "--json")
     assert json.loads(done.out)["decode_tokens_per_second"] is None
 
 
-def test_stories260k_prints_its_golden_text(run, shared_data):
+def test_stories260k_golden_text(run, shared_data):
     folder = shared_data / "stories260K"
     done = run("generate", folder / "stories260K.bin", "--prompt", "", "--max-new-tokens", 200)
     assert done.out == (folder / "golden_greedy_200.txt").read_text().rstrip("\n") + "\n"
 
 
-def test_inspect_adds_up(run, tiny_path):
+def test_inspect_totals(run, tiny_path):
     result = json.loads(run("inspect", tiny_path, "--batch", 3, "--length", 8, "--json").out)
     c = tiny.CONFIG
     assert result["format"] == "llama2c"
@@ -117,7 +117,7 @@ def test_inspect_groups_layers(run, tiny_path):
     assert f"{tiny.CONFIG.num_params:,}" in done.out
 
 
-def test_models_says_where_from_and_whether_here(run, tmp_path, monkeypatch):
+def test_models_lists_sources_and_cache_status(run, tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path))
     (model,) = (model for model in json.loads(run("models", "--json").out)["models"] if model["name"] == SMOL)
     assert model["licence"] == "Apache-2.0"
@@ -125,10 +125,10 @@ def test_models_says_where_from_and_whether_here(run, tmp_path, monkeypatch):
     done = run("models")
     assert SMOL in done.out
     assert model["requirement"] in done.out
-    assert "fetched on first use" in done.out
+    assert "downloaded on first use" in done.out
 
 
-def test_tokenizer_there_and_back(run, tiny_path):
+def test_tokenizer_encode_and_decode(run, tiny_path):
     encoded = json.loads(run("tokenizer", "encode", tiny_path, "ab a", "--json").out)
     assert encoded["pieces"][0] == "<s>"
     ids = run("tokenizer", "encode", tiny_path, stdin=b"ab a").out
@@ -140,9 +140,9 @@ def test_tokenizer_there_and_back(run, tiny_path):
     assert run("tokenizer", "decode", tiny_path, *ids.split(), "--special").out.startswith("<s>")
 
 
-def test_bench_measures(run, tiny_path):
-    words = ("bench", tiny_path, "--prompt-tokens", 4, "--new-tokens", 3, "--repeats", 1)
-    done = run(*words, "--json")
+def test_bench_json(run, tiny_path):
+    args = ("bench", tiny_path, "--prompt-tokens", 4, "--new-tokens", 3, "--repeats", 1)
+    done = run(*args, "--json")
     result = json.loads(done.out)
     assert result["batch"] == 1
     assert result["bytes_per_step"] > result["weight_bytes"] == 4 * tiny.CONFIG.num_params
@@ -153,31 +153,31 @@ def test_bench_measures(run, tiny_path):
 @pytest.mark.parametrize(
     "verb", ["generate", "inspect", "models", "bench", "tokenizer encode", "tokenizer decode"]
 )
-def test_help_teaches_by_example(run, verb):
+def test_help_has_examples(run, verb):
     done = run(*verb.split(), "--help")
     assert done.status == 0
     assert f"llama-jax {verb}" in done.out.partition("examples:")[2]
 
 
-def test_the_process_itself(tiny_path):
-    words = [sys.executable, "-m", "llama_jax.cli", "tokenizer"]
-    good = subprocess.run([*words, "encode", tiny_path, "ab"], capture_output=True, text=True)
+def test_exit_status_of_the_process(tiny_path):
+    command = [sys.executable, "-m", "llama_jax.cli", "tokenizer"]
+    good = subprocess.run([*command, "encode", tiny_path, "ab"], capture_output=True, text=True)
     assert (good.returncode, good.stderr) == (0, "")
-    bad = subprocess.run([*words, "decode", tiny_path, "9999"], capture_output=True, text=True)
+    bad = subprocess.run([*command, "decode", tiny_path, "9999"], capture_output=True, text=True)
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr.startswith("error: ")
     assert bad.stderr.count("\n") == 1
 
 
-def test_a_reader_that_goes_away_is_no_error(tiny_path):
-    words = [sys.executable, "-m", "llama_jax.cli", "inspect", tiny_path, "--json"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def test_closed_pipe_prints_no_error(tiny_path):
+    command = [sys.executable, "-m", "llama_jax.cli", "inspect", tiny_path, "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait() == 141
 
 
-def test_interrupting_is_no_error(run, monkeypatch):
+def test_ctrl_c_prints_no_traceback(run, monkeypatch):
     def interrupt(_):
         raise KeyboardInterrupt
 
@@ -187,21 +187,21 @@ def test_interrupting_is_no_error(run, monkeypatch):
     assert "Traceback" not in done.err
 
 
-@pytest.mark.parametrize("words", [["models"], ["models", "--json"], ["nonsense"]])
+@pytest.mark.parametrize("args", [["models"], ["models", "--json"], ["nonsense"]])
 @pytest.mark.parametrize("closed", ["stdin", "stdout", "stderr"])
-def test_a_closed_stream_is_no_traceback(words, closed):
-    code = f"import sys; sys.{closed} = None; from llama_jax import cli; sys.exit(cli.main({words}))"
+def test_closed_stream_prints_no_traceback(args, closed):
+    code = f"import sys; sys.{closed} = None; from llama_jax import cli; sys.exit(cli.main({args}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == (2 if words == ["nonsense"] else 0)
+    assert done.returncode == (2 if args == ["nonsense"] else 0)
     assert "Traceback" not in done.stderr
     assert "error" not in done.stdout
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")  # noqa: PTH110
-def test_output_that_cannot_be_written(tiny_path):
-    words = [sys.executable, "-m", "llama_jax.cli", "inspect", tiny_path]
+def test_unwritable_stdout(tiny_path):
+    command = [sys.executable, "-m", "llama_jax.cli", "inspect", tiny_path]
     with open("/dev/full", "w") as full:  # noqa: PTH123
-        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: cannot write the output")
     assert done.stderr.count("\n") == 1
@@ -210,12 +210,12 @@ def test_output_that_cannot_be_written(tiny_path):
 @pytest.mark.parametrize(
     "raised", [MemoryError("Unable to allocate 13 TiB"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")]
 )
-def test_work_that_does_not_fit_into_memory(run, monkeypatch, raised):
+def test_out_of_memory(run, monkeypatch, raised):
     def fail(_):
         raise raised
 
     monkeypatch.setattr("llama_jax.cli.models.run", fail)
-    assert_error(run("models"), "not enough memory", raised, "ask for less")
+    assert_error(run("models"), "not enough memory", raised, "use a smaller batch")
 
 
 def test_other_runtime_errors_keep_their_traceback(run, monkeypatch):
@@ -227,10 +227,10 @@ def test_other_runtime_errors_keep_their_traceback(run, monkeypatch):
         run("models")
 
 
-def test_a_platform_that_is_not_here(tiny_path):
-    words = [sys.executable, "-m", "llama_jax.cli", "generate", tiny_path, "--prompt", "a"]
+def test_unavailable_platform(tiny_path):
+    command = [sys.executable, "-m", "llama_jax.cli", "generate", tiny_path, "--prompt", "a"]
     environment = os.environ | {"JAX_PLATFORMS": "tpu"}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert "JAX cannot use the platform 'tpu'" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -240,17 +240,25 @@ def test_a_platform_that_is_not_here(tiny_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "parts"),
+    ("args", "parts"),
     [
         (["generte", "x"], ["generte", "did you mean generate?"]),
         (["--verbose"], ["--verbose", "generate"]),
         (["generate"], ["missing", "MODEL", "--prompt", "--help"]),
         (["generate", "m", "--promt", "x"], ["--promt", "did you mean --prompt?"]),
         (["generate", "m", "--zzz"], ["--zzz", "--help"]),
+        (
+            ["generate", "m", "--draft", "prompt"],
+            ["unknown option --draft", "did you mean --prompt-lookup or --draft-model MODEL?"],
+        ),
+        (
+            ["generate", "m", "--prompt", "x", "--prompt-lookup", "--draft-model", "m"],
+            ["--draft-model", "not allowed with argument --prompt-lookup"],
+        ),
         (["generate", "m", "--prompt"], ["--prompt", "expected one argument"]),
         (["generate", "m", "--prompt", "x", "more"], ["unexpected", "more"]),
         (["generate", "m", "--prompt", "x", "--temperature", "hot"], ["--temperature", "hot", "number"]),
-        (["generate", "m", "--prompt", "x", "--top-k", "1.5"], ["--top-k", "1.5", "whole"]),
+        (["generate", "m", "--prompt", "x", "--top-k", "1.5"], ["--top-k", "1.5", "integer"]),
         (
             ["generate", "m", "--prompt", "x", "--max-new-tokens", "0"],
             ["--max-new-tokens", "0", "at least 1"],
@@ -260,11 +268,11 @@ def test_a_platform_that_is_not_here(tiny_path):
         (["inspect", "m", "--batch", "9" * 5000], ["--batch", "9" * 20]),
         (["inspect", "m", "--length", "-1"], ["--length", "-1", "at least 1"]),
         (["tokenizer", "encod", "m"], ["encod", "did you mean encode?"]),
-        (["tokenizer", "decode", "m", "twelve"], ["twelve", "whole numbers"]),
+        (["tokenizer", "decode", "m", "twelve"], ["twelve", "integers"]),
     ],
 )
-def test_bad_usage(run, words, parts):
-    assert_error(run(*words), *parts)
+def test_bad_usage(run, args, parts):
+    assert_error(run(*args), *parts)
 
 
 # Bad input
@@ -289,8 +297,9 @@ def test_no_such_model(run, tmp_path, verb):
         (["--repetition-penalty", "0"], ["repetition_penalty", "0"]),
         (["--max-new-tokens", "1000"], ["1000", tiny.CONFIG.max_position_embeddings]),
         (["--prompt", "a" * 40], ["41", tiny.CONFIG.max_position_embeddings]),
-        (["--num-beams", "2", "--draft", "prompt"], ["--num-beams 2", "--draft prompt", "leave one"]),
-        (["--draft", "nowhere"], ["nowhere"]),
+        (["--num-beams", "2", "--prompt-lookup"], ["--num-beams 2", "(--prompt-lookup)", "leave one"]),
+        (["--num-beams", "2", "--draft-model", "m"], ["--num-beams 2", "(--draft-model m)", "leave one"]),
+        (["--draft-model", "nowhere"], ["nowhere"]),
         (["--prompt", "lone \udc80 surrogate"], ["surrogate"]),
     ],
 )
@@ -298,42 +307,42 @@ def test_bad_generation(run, tiny_path, options, parts):
     assert_error(run("generate", tiny_path, "--prompt", "ab", *options), *parts)
 
 
-def test_stdin_that_is_not_text(run, tiny_path):
+def test_stdin_is_not_utf8(run, tiny_path):
     assert_error(run("generate", tiny_path, "--prompt", "-", stdin=b"ab\xff"), "UTF-8", "0xff", "offset 2")
 
 
-def test_an_empty_prompt_where_no_token_begins_a_text(run, smollm2_path):
+def test_empty_prompt_without_bos(run, smollm2_path):
     assert_error(run("generate", smollm2_path, "--prompt", ""), "prompt is empty")
 
 
 @pytest.mark.parametrize("verb", ["generate", "inspect", "bench"])
-def test_a_truncated_checkpoint(run, tmp_path, verb):
+def test_truncated_checkpoint(run, tmp_path, verb):
     path = tiny.write_model(tmp_path)
     path.write_bytes(path.read_bytes()[:-1000])
     rest = ["--prompt", "x"] if verb == "generate" else []
     assert_error(run(verb, path, *rest), path)
 
 
-def test_a_file_that_is_no_checkpoint(run, tmp_path):
+def test_file_is_not_a_checkpoint(run, tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("hello")
     assert_error(run("inspect", path), path)
 
 
-def test_a_name_that_a_terminal_would_obey_is_escaped(run, tmp_path):
+def test_terminal_escape_sequences_in_names_are_escaped(run, tmp_path):
     path = tmp_path / "\x1b[31m.gguf"
     path.write_bytes(b"")
-    assert_error(run("inspect", path), "\\x1b[31m.gguf: empty")
+    assert_error(run("inspect", path), "\\x1b[31m.gguf: the file is empty")
 
 
 @pytest.mark.parametrize("verb", ["generate", "inspect", "bench", "tokenizer encode"])
-def test_an_empty_name_is_not_the_current_folder(run, verb, tiny_path, monkeypatch):
+def test_empty_name_is_not_the_current_directory(run, verb, tiny_path, monkeypatch):
     monkeypatch.chdir(tiny_path.parent)
     rest = ["--prompt", "x"] if verb == "generate" else []
-    assert_error(run(*verb.split(), "", *rest), "'' is neither a file nor a known model", SMOL)
+    assert_error(run(*verb.split(), "", *rest), "'' is neither a path nor a known model", SMOL)
 
 
-def test_a_vocabulary_of_another_size(run, tmp_path):
+def test_vocabulary_size_mismatch(run, tmp_path):
     path = tiny.write_model(tmp_path)
     tiny.write_vocabulary(tmp_path / "tok.bin", tiny.PIECES[:-1])
     assert_error(run("generate", path, "--prompt", "a"), tiny.CONFIG.vocab_size, tiny.CONFIG.vocab_size - 1)
@@ -344,5 +353,5 @@ def test_ids_out_of_range(run, tiny_path):
     assert_error(run("tokenizer", "decode", tiny_path, "-1"), "-1")
 
 
-def test_bench_needs_two_new_tokens(run, tiny_path):
+def test_bench_requires_two_new_tokens(run, tiny_path):
     assert_error(run("bench", tiny_path, "--new-tokens", 1), "new_tokens", "at least 2")

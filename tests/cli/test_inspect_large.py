@@ -1,4 +1,4 @@
-"""`llama-jax inspect` of a model far larger than this machine: from its headers alone."""
+"""`llama-jax inspect` of a model larger than this machine's memory and disk: it reads only the headers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llama_jax.weights.write.vocabulary import Vocabulary
 
 
 class Shapes:
-    """A model of which nothing can be read."""
+    """A model with shapes and dtypes but no data."""
 
     stacked = False
     config = lj.presets.LLAMA2_70B
@@ -26,9 +26,9 @@ class Shapes:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Headers, and holes where 138 GB of tensors would be."""
+    """A Hugging Face directory of real headers, with 138 GB of tensors as sparse files."""
     plan = plan_hf(Shapes(), None, Vocabulary())
-    for piece in plan.pieces:
+    for piece in plan.blobs:
         (tmp_path / piece.file).write_bytes(piece.data)
     for name, size in plan.files.items():
         os.truncate(tmp_path / name, size)
@@ -44,7 +44,7 @@ def test_70b_is_inspected_from_its_headers(folder, capsys):
     assert report["bytes_in_file"] == 2 * report["parameters"]
     assert sum(report["parameters_by_part"].values()) == report["parameters"]
     assert report["weight_bytes"]["bfloat16"] == 2 * report["parameters"]
-    # Two of 80 layers' 8 heads of 128 numbers, for each of 8 x 4096 positions.
+    # Keys and values: 80 layers, 8 heads, head dim 128, for each of 8 x 4096 positions.
     assert report["kv_cache"]["bytes"]["bfloat16"] == 2 * 80 * 8 * 128 * 8 * 4096 * 2
     counts = {group["name"]: group["count"] for group in report["tensors"]}
     assert counts["model.layers.*.self_attn.q_proj.weight"] == 80

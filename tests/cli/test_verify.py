@@ -1,4 +1,4 @@
-"""`llama-jax verify`: its exit status, its tables, its one JSON object, and a line for whatever is wrong."""
+"""`llama-jax verify`: exit status, tables, JSON output and one-line errors."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ LAYERS = CONFIG.num_hidden_layers
 def run(capsys, monkeypatch):
     """Runs one command line and returns its status, stdout and stderr."""
 
-    def run(*words):
+    def run(*args):
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"")))
-        status = cli.main(["verify", *map(str, words)])
+        status = cli.main(["verify", *map(str, args)])
         return SimpleNamespace(status=status, **dict(zip(("out", "err"), capsys.readouterr(), strict=True)))
 
     return run
 
 
 def assert_error(done, *parts):
-    """Nothing on stdout, one line on stderr that has these parts, exit status 2."""
+    """Asserts exit status 2, an empty stdout, and one line on stderr that contains these parts."""
     assert (done.status, done.out) == (2, "")
     assert done.err.startswith("error: ")
     assert done.err.count("\n") == 1
@@ -49,13 +49,13 @@ def gguf(a):
 
 
 @pytest.fixture(scope="module")
-def spoilt(a):
+def corrupted(a):
     params = random_params()
     params["layers"]["attention"]["wq"][1, 0, 0, 0] = np.nan
-    return write_hf(a.parent / "spoilt", CONFIG, params, rms_norm_eps=1e-3)
+    return write_hf(a.parent / "corrupted", CONFIG, params, rms_norm_eps=1e-3)
 
 
-def test_the_same_model(run, a, gguf):
+def test_same_model(run, a, gguf):
     done = run(a, gguf)
     assert done.status == 0
     lines = done.out.splitlines()
@@ -69,8 +69,8 @@ def test_the_same_model(run, a, gguf):
     assert run(a, a, "--tensors-only").out.splitlines()[-1] == "The same model, bit for bit."
 
 
-def test_another_model(run, a, spoilt):
-    done = run(a, spoilt)
+def test_different_model(run, a, corrupted):
+    done = run(a, corrupted)
     assert done.status == 1
     assert done.err == ""
     lines = done.out.splitlines()
@@ -80,13 +80,13 @@ def test_another_model(run, a, spoilt):
     assert f"{LAYERS - 1} equal, 1 different" in row
     assert row.split()[-3:] == ["inf", "inf", "1"]
     name = "model.layers.1.self_attn.q_proj.weight"
-    assert f"{name} has values that are NaN or infinite: 0 in A, 1 in B" in lines
+    assert f"{name} has NaN or infinite values: 0 in A, 1 in B" in lines
     assert sum(line.startswith("layer ") for line in lines) == LAYERS
-    assert lines[-2] == "They part at layer 0; none of its tensors differs."
+    assert lines[-2] == "The residual streams diverge at layer 0; none of its tensors differs."
     assert lines[-1].startswith("Not the same model: the configurations differ in rms_norm_eps; 1 of ")
 
 
-def test_json(run, a, gguf, spoilt):
+def test_json(run, a, gguf, corrupted):
     done = run(a, gguf, "--json")
     found = json.loads(done.out)
     assert (done.status, done.err, done.out.count("\n")) == (0, "", 1)
@@ -96,7 +96,7 @@ def test_json(run, a, gguf, spoilt):
     assert found["outputs"]["mean_kl"] == 0
     assert found["outputs"]["tokens"] == len(found["text"]["ids"])
 
-    done = run(a, spoilt, "--json")
+    done = run(a, corrupted, "--json")
     found = json.loads(done.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert done.status == 1
     assert found["same"] is False
@@ -107,7 +107,7 @@ def test_json(run, a, gguf, spoilt):
     assert (tensor["layer"], tensor["max_difference"], tensor["not_finite"]) == (1, None, [0, 1])
 
 
-def test_options_reach_the_comparison(run, a, tmp_path):
+def test_options_are_passed_to_the_comparison(run, a, tmp_path):
     params = random_params()
     params["layers"]["attention"]["wv"] *= 1.01
     other = write_hf(tmp_path, CONFIG, params)
@@ -119,14 +119,14 @@ def test_options_reach_the_comparison(run, a, tmp_path):
     assert run(a, other, "--tolerance", "0.02", "--dtype", "bfloat16", "--max-kl", "0").status == 1
 
 
-def test_the_text_of_a_file(run, tmp_path):
+def test_text_file(run, tmp_path):
     path = tiny.write_model(tmp_path)
     file = tmp_path / "text"
     file.write_text("ab a")
     given = json.loads(run(path, path, "--prompt", "ab a", "--json").out)["text"]
     assert json.loads(run(path, path, "--text", file, "--json").out)["text"] == given
     assert len(given["ids"]) < tiny.CONFIG.max_position_embeddings
-    file.write_bytes(b"a" + "é".encode() * (1 << 16))  # cut within a character
+    file.write_bytes(b"a" + "é".encode() * (1 << 16))  # truncated within a character
     assert run(path, path, "--text", file).status == 0
     file.write_bytes(b"ab\xff")
     assert_error(run(path, path, "--text", file), file, "UTF-8", "0xff", "offset 2")
@@ -135,7 +135,7 @@ def test_the_text_of_a_file(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "parts"),
+    ("args", "parts"),
     [
         ([], ["missing", "MODEL"]),
         (["{a}"], ["missing OTHER", "--with transformers"]),
@@ -145,20 +145,20 @@ def test_the_text_of_a_file(run, tmp_path):
         (["{a}", "{a}", "--max-kl", "nan"], ["--max-kl", "nan", "at least 0"]),
         (["{a}", "{a}", "--dtype", "int3"], ["--dtype", "int3", "bfloat16"]),
         (["{a}", "nothing.gguf"], ["nothing.gguf", "neither"]),
-        (["{a}", "{a}", "--prompt", "x"], ["A has no vocabulary"]),
+        (["{a}", "{a}", "--prompt", "x"], ["A has no tokenizer"]),
     ],
 )
-def test_bad_input(run, a, words, parts):
-    assert_error(run(*(word.format(a=a) for word in words)), *parts)
+def test_bad_input(run, a, args, parts):
+    assert_error(run(*(arg.format(a=a) for arg in args)), *parts)
 
 
-def test_a_checkpoint_cut_short(run, a, tmp_path):
+def test_truncated_checkpoint(run, a, tmp_path):
     path = tiny.write_model(tmp_path)
     path.write_bytes(path.read_bytes()[:-1000])
     assert_error(run(a, path), path)
 
 
-def test_help_states_the_rule(run):
+def test_help_lists_the_exit_statuses(run):
     done = run("--help")
     assert done.status == 0
     assert "llama-jax verify" in done.out.partition("examples:")[2]
