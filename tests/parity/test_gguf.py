@@ -18,7 +18,7 @@ import llama_jax as lj
 from llama_jax.config import RopeScaling
 from llama_jax.decoding.arguments import pad_right
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
-from llama_jax.tokenizer.export import vocabulary_of
+from llama_jax.tokenizer.export import export_vocabulary
 from llama_jax.weights.tensors import ParamsTensors
 from llama_jax.weights.write.gguf import plan_gguf
 from llama_jax.weights.write.run import write
@@ -79,7 +79,7 @@ class LlamaCpp:
 
 def written(model: lj.Model, path: Path, dtype: str | None = None) -> Path:
     tensors = ParamsTensors(model.config, model.params)
-    write(plan_gguf(tensors, dtype, vocabulary_of(model.tokenizer, "gguf")), tensors, path)
+    write(plan_gguf(tensors, dtype, export_vocabulary(model.tokenizer, "gguf")), tensors, path)
     return path
 
 
