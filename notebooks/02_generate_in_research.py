@@ -11,17 +11,17 @@
 # %% [markdown]
 # # `generate` inside a research program
 #
-# In most libraries, generation is a method with state: caches change under it, settings are read from an
-# object, and it cannot be part of a larger compiled program. Here it is a function of arrays,
+# In most libraries, generation is a stateful method: it mutates caches, reads settings from an object, and
+# cannot be part of a larger compiled program. Here it is a pure function of arrays,
 #
 # ```python
-# lj.generate(config, params, tokens, lengths, key, sampling, max_new_tokens=...) -> Generation
+# lj.generate(config, params, tokens, lengths, key, sampling, max_new_tokens=...) -> GenerateOutput
 # ```
 #
-# so the transformations of JAX apply to it as to any other. This notebook uses that on a real model, SmolLM2
-# with 135M parameters: samples by `vmap`, a sweep of temperatures in one compiled program, batch invariance,
-# a logit lens, guided decoding from `lj.prefill` and the pieces of a step, self-consistency, and gradients to
-# the prompt.
+# so JAX transformations apply to it. This notebook shows that on a pretrained model, SmolLM2 with 135M
+# parameters: samples by `vmap`, a sweep of temperatures in one compiled program, batch invariance, a logit
+# lens, guided decoding from `lj.prefill` and the parts of a step, self-consistency, and gradients with
+# respect to the prompt.
 
 # %%
 import collections
@@ -36,7 +36,7 @@ import style
 
 import llama_jax as lj
 from llama_jax.attention import AttentionMask, attention
-from llama_jax.decoding.state import take
+from llama_jax.decoding.state import sample_token
 from llama_jax.layers import Block, embed, rms_norm, unembed
 from llama_jax.model import forward_cached
 from llama_jax.rope import rotary
@@ -44,11 +44,11 @@ from llama_jax.rope import rotary
 style.use()
 model = lj.load("smollm2-135m")
 config, tokenizer, stacked = model.config, model.tokenizer, model.params
-params = lj.unstack(stacked)  # an array for each layer: what decoding reads without copying
+params = lj.unstack(stacked)  # separate arrays per layer, which decoding reads without copying
 
 
 def batch_of(texts):
-    """Prompts as `generate` takes them: tokens [B, T], padded on the right, and lengths [B]."""
+    """Prompts for `generate`: right-padded tokens [B, T], and lengths [B]."""
     rows = [tokenizer.encode(text) for text in texts]
     width = max(map(len, rows))
     return jnp.array([row + [0] * (width - len(row)) for row in rows]), jnp.array([len(row) for row in rows])
@@ -61,10 +61,9 @@ def piece(token):
 # %% [markdown]
 # ## 1. One compilation, many samples
 #
-# The program below is jitted whole. Inside it, `vmap` over seeds is within `vmap` over temperatures, and what
-# is returned is not only text but statistics of it, computed on the device. Keys and temperatures are
-# arguments: other values run the same program. The Python body runs when JAX traces it, so counting its runs
-# counts compilations.
+# The whole program below is jitted: a `vmap` over keys inside a `vmap` over temperatures. It returns tokens
+# and their log-probabilities. Keys and temperatures are arguments: other values run the same program. The
+# Python body runs when JAX traces it, so counting its runs counts compilations.
 
 # %%
 NEW = 16
@@ -89,30 +88,31 @@ prompt = "The strangest thing about the old house was"
 tokens, lengths = batch_of([prompt])
 temperatures = jnp.array([0.0, 0.4, 0.7, 1.0, 1.3])
 for seed in (0, 1):
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     texts, logprobs = jax.block_until_ready(
         sweep(params, tokens, lengths, jax.random.split(jax.random.key(seed), 12), temperatures + 0.01 * seed)
     )
-    print(f"seed {seed}: {time.perf_counter() - begun:.1f} s for {texts.shape[0] * texts.shape[1]} texts")
+    seconds = time.perf_counter() - start_time
+    print(f"seed {seed}: {seconds:.1f} s for {texts.shape[0] * texts.shape[1]} texts")
     if seed == 0:
         first_texts, first_logprobs = texts, logprobs
-assert traces["sweep"] == 1  # other keys and temperatures, no other program
-assert (first_texts[0] == first_texts[0, 0]).all()  # at temperature 0 the key has no say
+assert traces["sweep"] == 1  # other keys and temperatures use the same program
+assert (first_texts[0] == first_texts[0, 0]).all()  # at temperature 0 the key has no effect
 
 for t, row in zip(temperatures, first_texts[:, 0], strict=True):
     print(f"\nT = {t:.1f}: {prompt}{tokenizer.decode(row)}", end="")
 
 # %% [markdown]
-# What temperature buys and costs. On the left, the running log-probability of each text (under the model
-# itself, before temperature): greedy is the line on top, and hot samples fall away from it. On the right,
-# over all texts of a temperature, how surprising a token is and how many different tokens stand at a place.
+# The effect of temperature. Left: the cumulative log-probability of each text (under the model, before
+# temperature); greedy is on top, and high temperatures fall below it. Right, over all texts of a
+# temperature: the mean negative log-probability, and the number of different tokens per position.
 
 # %%
 left, right = style.panels(2, height=3)
 running = np.cumsum(first_logprobs, axis=-1)
-for index, colour in ((1, style.SKY), (3, style.BLUE), (4, style.RED)):
-    left.plot(np.arange(1, NEW + 1), running[index].T, color=colour, linewidth=0.7, alpha=0.8)
-    left.plot([], color=colour, label=f"T = {temperatures[index]:.1f}")
+for index, color in ((1, style.SKY), (3, style.BLUE), (4, style.RED)):
+    left.plot(np.arange(1, NEW + 1), running[index].T, color=color, linewidth=0.7, alpha=0.8)
+    left.plot([], color=color, label=f"T = {temperatures[index]:.1f}")
 left.plot(np.arange(1, NEW + 1), running[0, 0], color="black", linewidth=2, label="greedy")
 left.set(title="12 seeds at each temperature", xlabel="new tokens", ylabel="log-probability so far (nats)")
 left.set_xticks(range(0, NEW + 1, 5))
@@ -120,44 +120,50 @@ left.legend()
 surprise = -first_logprobs.mean((1, 2))
 kinds = [np.mean([len(set(column.tolist())) for column in texts.T]) for texts in np.asarray(first_texts)]
 right.plot(temperatures, surprise, "o-", color=style.BLUE)
-right.set(title="quality against variety", xlabel="temperature", ylabel="nats a token", ylim=(0, None))
+right.set(title="quality against variety", xlabel="temperature", ylabel="nats per token", ylim=(0, None))
 right.yaxis.label.set_color(style.BLUE)
 other = right.twinx()
 other.plot(temperatures, kinds, "s--", color=style.RED)
 other.set(ylim=(0, 12.5))
-other.set_ylabel("different tokens at a place, of 12", color=style.RED)
+other.set_ylabel("different tokens per position, of 12", color=style.RED)
 assert np.all(np.diff(kinds) > 0)
 
 # %% [markdown]
-# Samples are exactly what they claim to be. 128 draws of one token, each row of the batch with its own key,
-# against the softmax of `lj.forward`'s logits; the bars are two standard errors of a count.
+# Samples follow the model's distribution: 128 samples of one token, each batch row with its own key,
+# against the softmax of `lj.forward`'s logits; the error bars are two standard errors.
 
 # %%
-draws = 128
+num_samples = 128
 out = lj.generate(
-    config, params, tokens, lengths, jax.random.key(7), max_new_tokens=1, num_return_sequences=draws
+    config, params, tokens, lengths, jax.random.key(7), max_new_tokens=1, num_return_sequences=num_samples
 )
 probability = np.asarray(jax.nn.softmax(lj.forward(config, stacked, tokens)[0, -1]))
-likeliest = np.argsort(-probability)[:16]
-frequency = np.bincount(np.asarray(out.tokens[:, 0]), minlength=config.vocab_size)[likeliest] / draws
-error = 2 * np.sqrt(probability[likeliest] * (1 - probability[likeliest]) / draws)
+top_tokens = np.argsort(-probability)[:16]
+frequency = np.bincount(np.asarray(out.tokens[:, 0]), minlength=config.vocab_size)[top_tokens] / num_samples
+error = 2 * np.sqrt(probability[top_tokens] * (1 - probability[top_tokens]) / num_samples)
 axes = style.panels(1, height=2.5, width=8)
-places = np.arange(len(likeliest))
+places = np.arange(len(top_tokens))
 axes.bar(
-    places, probability[likeliest], yerr=error, color=style.SKY, ecolor=style.GREY, capsize=2, label="softmax"
+    places,
+    probability[top_tokens],
+    yerr=error,
+    color=style.SKY,
+    ecolor=style.GREY,
+    capsize=2,
+    label="softmax",
 )
-axes.plot(places, frequency, "D", color=style.RED, markersize=5, label=f"share of {draws} draws")
+axes.plot(places, frequency, "D", color=style.RED, markersize=5, label=f"frequency in {num_samples} samples")
 axes.set(title="the next token", ylabel="probability")
-style.token_ticks(axes, [piece(token) for token in likeliest])
+style.token_ticks(axes, [piece(token) for token in top_tokens])
 axes.legend()
-assert np.all(np.abs(frequency - probability[likeliest]) < 2 * error)  # four standard errors, all 16
+assert np.all(np.abs(frequency - probability[top_tokens]) < 2 * error)  # four standard errors, all 16
 
 # %% [markdown]
-# ## 2. A row does not feel its neighbours
+# ## 2. Batch invariance
 #
-# A batch is ragged, its rows have settings of their own, and each row draws from its own key. In many systems
-# a text still depends on what it was batched with: padding shifts positions, or one random stream serves all.
-# Here every row equals, token for token, the same prompt alone.
+# A batch is ragged, and its rows have their own sampling settings and keys. In many systems a text depends
+# on the rest of its batch: padding shifts positions, or all rows share one random stream. Here every row
+# equals, token for token, the same prompt alone.
 
 # %%
 prompts = [
@@ -192,11 +198,11 @@ for b, text in enumerate(prompts):
 # %% [markdown]
 # ## 3. A logit lens
 #
-# Every layer adds to one residual stream, which the last norm and the unembedding turn into logits. The logit
-# lens (nostalgebraist, *interpreting GPT: the logit lens*, 2020; refined as the tuned lens, [arXiv
-# 2303.08112](https://arxiv.org/abs/2303.08112)) reads the stream after each layer as if it were the last. The
-# library's `Block` takes parameters as a plain dict and attention as a function, so the loop over layers is
-# ours:
+# Every layer adds to one residual stream, which the last norm and the unembedding turn into logits. The
+# logit lens (nostalgebraist, *interpreting GPT: the logit lens*, 2020; refined as the tuned lens, [arXiv
+# 2303.08112](https://arxiv.org/abs/2303.08112)) reads the stream after each layer as if it were the last.
+# The library's `Block` takes parameters as a plain dict and attention as a function, so we can write the
+# loop over layers ourselves:
 
 
 # %%
@@ -234,11 +240,11 @@ assert jnp.allclose(seen[-1], jax.nn.softmax(lj.forward(config, stacked, ids)[0]
 layers = np.array([0, *range(4, 31, 2)])
 shown = np.asarray(seen)[layers]
 axes, ranks = style.panels(1, 2, height=3.6, height_ratios=(2.2, 1))
-style.heat(axes, shown.max(-1), label="probability of the likeliest token", vmin=0, vmax=1)
+style.heat(axes, shown.max(-1), label="probability of the argmax token", vmin=0, vmax=1)
 for (row, place), top in np.ndenumerate(shown.max(-1)):
     word = style.visible(piece(shown[row, place].argmax()))
     axes.text(place, row, word, ha="center", va="center", fontsize=7, color=style.ink(top))
-axes.set(title="the likeliest next token, read after each layer", ylabel="layers so far")
+axes.set(title="most likely next token, decoded after each layer", ylabel="layer")
 axes.set_yticks(range(len(layers)), layers)
 style.token_ticks(axes, [piece(i) for i in ids[0]])
 axes.tick_params(axis="x", rotation=0)
@@ -250,35 +256,35 @@ for word, mark in ((" Rome", "o-"), (" Paris", "s--"), (" France", "^:")):
     ranks.plot(1 + (seen[:, -1] > probability[:, None]).sum(-1), mark, markersize=3, label=word.strip())
 ranks.set(
     title=f"ranks among {config.vocab_size:,} tokens, at the last position",
-    xlabel="layers so far",
+    xlabel="layer",
     ylabel="rank",
     yscale="log",
 )
 ranks.invert_yaxis()
 ranks.legend()
-print(f"in the end ' Rome' is the likeliest, with a probability of {seen[-1, -1, rome]:.2f}")
+print(f"after the last layer ' Rome' is most likely, with a probability of {seen[-1, -1, rome]:.2f}")
 assert seen[-1, -1].argmax() == rome
 
 # %% [markdown]
-# At the bottom the stream is the token's own embedding, and since SmolLM2's output is tied to it, the lens
-# reads the token itself (but for the names, where `<filename>`, a marker of code files, scores higher still).
-# In the middle it reads little words with unearned confidence: those layers write in a basis that the
-# unembedding was not made for, which is what the tuned lens corrects. The ranks say when a name is on its way
-# up.
+# Before the first layer the stream is the token's embedding, and since SmolLM2's output is tied to it, the
+# lens decodes the token itself (except for the names, where `<filename>`, a marker of code files, scores
+# even higher). In the middle it decodes short words with too much confidence: those layers use a basis that
+# does not match the unembedding, which the tuned lens corrects. The ranks show the layer at which a name
+# starts to rise.
 #
 # ## 4. Guided decoding, in ten lines
 #
 # Classifier-free guidance for language models (Sanchez et al., [arXiv
 # 2306.17806](https://arxiv.org/abs/2306.17806)), and context-aware decoding ([arXiv
-# 2305.14739](https://arxiv.org/abs/2305.14739)) by the same formula, extrapolate from what a model says
-# without a context to what it says with it:
+# 2305.14739](https://arxiv.org/abs/2305.14739)) by the same formula, extrapolate from the model's
+# logits without a context to those with it:
 #
 # $$\text{logits} = u + \gamma\,(c - u)$$
 #
-# with $c$ conditioned and $u$ not; $\gamma = 1$ is ordinary decoding, $\gamma = 0$ ignores the context. Both
-# prompts are two rows of one `DecodeState`; a step runs the model on both, mixes the logits, and lets both
-# rows take the same token.
-# `take` is the second half of `lj.decode_step`: it applies the rules and settings, chooses, and appends.
+# with $c$ conditional and $u$ unconditional; $\gamma = 1$ is ordinary decoding, $\gamma = 0$ ignores the
+# context. The two prompts are two rows of one `DecodeState`; a step runs the model on both, mixes the
+# logits, and appends the same token to both rows. `sample_token` is the second half of `lj.decode_step`: it
+# applies logits processors and sampling settings, samples a token, and appends it.
 
 
 # %%
@@ -295,13 +301,14 @@ def guided(params, tokens, lengths, gamma, *, max_new_tokens):
     )
 
     def step(_, state):
-        last = state.text.length - 1
-        (c, u), cache = forward_cached(config, params, state.text.at(last)[:, None], last, state.cache)
+        last = state.history.length - 1
+        tokens = state.history.token_at(last)[:, None]
+        (c, u), cache = forward_cached(config, params, tokens, last, state.cache)
         mixed = jnp.broadcast_to(u + gamma * (c - u), (2, config.vocab_size))
-        state = take(dataclasses.replace(state, cache=cache), mixed, ~state.done)
+        state = sample_token(dataclasses.replace(state, cache=cache), mixed, ~state.done)
         return dataclasses.replace(state, count=state.count + 1)
 
-    return jax.lax.fori_loop(0, max_new_tokens, step, state).generation.tokens[0]
+    return jax.lax.fori_loop(0, max_new_tokens, step, state).output.tokens[0]
 
 
 pair = batch_of(["In my house, the snow is black. The color of snow is", "The color of snow is"])
@@ -316,8 +323,8 @@ assert (found[2] == greedy.tokens[0]).all()  # γ = 1 is generate with the conte
 assert (found[0] == greedy.tokens[1]).all()  # γ = 0 is generate without it
 
 # %% [markdown]
-# The first token's probabilities over γ. Up to a point guidance raises what the context asks for; beyond it,
-# the extrapolation favours whatever the context makes relatively more likely, wanted or not.
+# The first token's probabilities over γ. Up to a point guidance raises what the context implies; beyond it,
+# the extrapolation favors every token that the context makes relatively more likely.
 
 # %%
 last = pair[1] - 1
@@ -352,8 +359,8 @@ assert black.max() > 2 * black[20]
 # %% [markdown]
 # ## 5. Self-consistency: many samples, one vote
 #
-# Wang et al. ([arXiv 2203.11171](https://arxiv.org/abs/2203.11171)) draw several answers and take the
-# commonest. The samples of all questions are one batch, and each prompt is read once
+# Wang et al. ([arXiv 2203.11171](https://arxiv.org/abs/2203.11171)) sample several answers and take a
+# majority vote. The samples of all questions form one batch, and each prompt is prefilled once
 # (`num_return_sequences`).
 
 # %%
@@ -379,7 +386,7 @@ def is_right(answer, capital):
 
 
 def share_right(n, tries=200, rng=np.random.default_rng(0)):  # noqa: B008
-    """Of votes among n of the samples, the share that names the capital."""
+    """Fraction of majority votes among n samples that name the capital."""
     right = 0
     for row, capital in zip(answers, capitals.values(), strict=True):
         for _ in range(tries):
@@ -410,22 +417,26 @@ for place, (row, capital) in enumerate(zip(answers, capitals.values(), strict=Tr
         start += votes
 left.set_yticks(range(len(capitals)), capitals)
 left.invert_yaxis()
-left.set(title=f"{N} answers (blue: right)", xlabel="votes")
+left.set(title=f"{N} answers (blue: correct)", xlabel="votes")
 sizes = [1, 3, 5, 7, 9, 12]
 shares = [share_right(n) for n in sizes]
 right.plot(sizes, shares, "o-", color=style.BLUE)
 right.set(
-    title="the vote of n", xlabel="n samples", ylabel="share of questions right", ylim=(0, 1.02), xticks=sizes
+    title="majority vote of n samples",
+    xlabel="n samples",
+    ylabel="fraction of questions correct",
+    ylim=(0, 1.02),
+    xticks=sizes,
 )
-print(f"one sample is right {shares[0]:.0%} of the time, the vote of {N} {shares[-1]:.0%}")
+print(f"one sample is correct {shares[0]:.0%} of the time, the vote of {N} {shares[-1]:.0%}")
 assert shares[-1] > shares[0]
 
 # %% [markdown]
-# ## 6. Gradients to the prompt
+# ## 6. Gradients with respect to the prompt
 #
-# No gradient goes through choosing a token, but everything before it is differentiable. `streams` starts from
-# embeddings, so `jax.grad` gives the sensitivity of the logit of " Rome" to each embedding of the prompt; its
-# product with the embedding itself is the first-order estimate of what the token contributes.
+# Sampling a token has no gradient, but everything before it is differentiable. `streams` starts from
+# embeddings, so `jax.grad` gives the sensitivity of the logit of " Rome" to each embedding of the prompt;
+# its product with the embedding itself is the first-order estimate of what the token contributes.
 
 
 # %%
@@ -449,14 +460,14 @@ norms = jnp.linalg.norm(gradient, axis=-1)
 products = (gradient * x[0]).sum(-1)
 upper, lower = style.panels(1, 2, height=1.7, width=8, sharex=True)
 upper.bar(range(len(norms)), norms, color=style.BLUE)
-upper.set(title="how the logit of “Rome” answers to each embedding", ylabel="length of the\ngradient")
+upper.set(title="sensitivity of the logit of “Rome” to each embedding", ylabel="norm of the\ngradient")
 lower.bar(range(len(norms)), products, color=[style.BLUE if p > 0 else style.ORANGE for p in products])
 lower.axhline(0, color="black", linewidth=0.8)
 lower.set(ylabel="gradient ·\nembedding")
 style.token_ticks(lower, [piece(i) for i in ids[0]])
-print("the gradient is longest at", repr(piece(ids[0, int(norms.argmax())])))
+print("the gradient is largest at", repr(piece(ids[0, int(norms.argmax())])))
 
 # %% [markdown]
-# Everything above is the public package and a few of its functions on arrays; nothing was patched, subclassed
-# or hooked. The same programs run over a mesh: load with `lj.load(..., mesh=lj.make_mesh("fsdp=4,tensor=2"))`
-# and call them inside `jax.set_mesh(mesh)`.
+# Everything above uses the public package and a few of its functions on arrays, without patches, subclasses
+# or hooks. The same programs run over a mesh: load with `lj.load(...,
+# mesh=lj.make_mesh("fsdp=4,tensor=2"))` and call them inside `jax.set_mesh(mesh)`.

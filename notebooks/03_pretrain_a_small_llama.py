@@ -11,15 +11,16 @@
 # %% [markdown]
 # # Pretrain a small Llama, and watch it learn
 #
-# A Llama of two million parameters, its weights random, reads the modules of the running Python's own
-# standard library, which every machine has. In 200 steps it goes from guessing among 2,048 tokens to writing
-# something that looks like Python. The trainer is the one that runs on a pod; it writes metrics, held-out
-# losses, samples and checkpoints into a folder, and every picture below comes out of that folder.
+# A randomly initialized Llama of two million parameters trains on Python's standard library, which every
+# machine has. In 200 steps it goes from guessing among 2,048 tokens to writing text that looks like Python.
+# The trainer is the one that runs on a pod; it writes metrics, validation losses, samples and checkpoints
+# into a directory, and every figure below is made from that directory.
 #
 # ## The run
 #
-# One TOML file says what a run is. This one is small in every direction. `{stdlib}` is Python's library; a
-# BPE vocabulary is trained on the same text first; 4% of the documents are held out and never trained on.
+# A run is one TOML file. This one is small in every respect. `{stdlib}` is Python's standard library; a BPE
+# vocabulary is trained on the same text first; 4% of the documents are the validation set, never trained
+# on.
 
 # %%
 import json
@@ -60,7 +61,7 @@ max_bytes = 3_000_000
 
 [data]
 files = "{{stdlib}}/*.py"
-# Not the modules that are mostly numbers and names of places: a small model would learn little else.
+# Modules that are mostly numbers or place names would dominate what a small model learns.
 exclude = [
     "*/_pydecimal.py", "*/statistics.py", "*/locale.py", "*/turtle.py", "*/mimetypes.py", "*/stringprep.py",
     "*/random.py", "*/fractions.py",
@@ -97,9 +98,9 @@ every = 8
 tensorboard = false
 """)
 run, run_dir = load_config(folder / "run.toml"), folder / "run"
-# The command a user types, `llama-jax train run.toml`, in a process of its own.
+# `llama-jax train run.toml`, in its own process.
 plain = {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"}  # which Jupyter sets
-command = [sys.executable, "-m", "train", folder / "run.toml"]
+command = [sys.executable, "-m", "llama_jax.train", folder / "run.toml"]
 done = subprocess.run(command, capture_output=True, text=True, env=plain, check=False)
 print("\n".join(line for line in done.stderr.splitlines() if "sample" not in line and "tokens/s" not in line))
 assert done.returncode == 0, done.stderr
@@ -108,10 +109,10 @@ print(sorted(path.name for path in run_dir.iterdir()))
 # %% [markdown]
 # ## The loss
 #
-# Three lines to be below. Guessing evenly among V tokens costs ln V nats a token. Knowing how common each
-# token is, and nothing else (a unigram model), costs the entropy of their frequencies. Everything under that
-# line is context: the model uses what came before. That the held-out curve follows the training curve says
-# that it is learning Python and not these files.
+# Two baselines: the uniform distribution over V tokens has a loss of ln V nats per token, and a unigram
+# model, which knows only token frequencies, has a loss of their entropy. A lower loss means that the model
+# uses the context. The validation loss follows the training loss: the model learns Python, and does not
+# memorize these files.
 
 
 # %%
@@ -131,7 +132,7 @@ data = open_data(
     batch_size=run.train.global_batch_size,
     seed=run.train.seed,
 )
-even, unigram = math.log(config.vocab_size), data.unigram_loss()
+uniform, unigram = math.log(config.vocab_size), data.unigram_loss()
 
 left, right = style.panels(2, height=3.2, width_ratios=(2, 1))
 left.plot(
@@ -142,48 +143,48 @@ left.plot(
     [r["eval_loss"] for r in measured],
     "o-",
     color=style.BLUE,
-    label="held out",
+    label="validation",
 )
-for height, words in ((even, "even guesses: ln 2048"), (unigram, "unigram model, held out")):
+for height, words in ((uniform, "uniform: ln 2048"), (unigram, "unigram model, validation")):
     left.axhline(height, color=style.GREY, linestyle=":", linewidth=1)
     left.text(run.train.steps, height + 0.05, words, ha="right", fontsize=8, color=style.GREY)
 left.set(
-    title=f"{config.num_params / 1e6:.1f}M parameters", xlabel="step", ylabel="nats a token", ylim=(2.5, 8)
+    title=f"{config.num_params / 1e6:.1f}M parameters", xlabel="step", ylabel="nats per token", ylim=(2.5, 8)
 )
 left.legend(loc="lower left")
 right.plot([r["step"] for r in steps], [r["learning_rate"] for r in steps], color=style.GREEN)
-right.set(title="learning rate: warm-up, then a cosine", xlabel="step", ylabel="Muon's rate", ylim=(0, None))
+right.set(title="learning rate: warmup, then cosine", xlabel="step", ylabel="learning rate", ylim=(0, None))
 print(
-    f"loss {steps[0]['loss']:.2f} in the first steps (ln V is {even:.2f}); "
-    f"{measured[-1]['eval_loss']:.2f} held out at the end"
+    f"loss {steps[0]['loss']:.2f} in the first steps (ln V is {uniform:.2f}); "
+    f"eval_loss {measured[-1]['eval_loss']:.2f} at the end"
 )
-print(f"a unigram model: {unigram:.2f}; {measured[-1]['bits_per_byte']:.2f} bits a byte of text")
+print(f"a unigram model: {unigram:.2f}; {measured[-1]['bits_per_byte']:.2f} bits per byte of text")
 assert (
     abs(
         lj.next_token_loss(config, lj.init(config, jax.random.key(0)), jnp.arange(256)[None] * 7 % 2048).mean
-        - even
+        - uniform
     )
     < 0.5
 )
 assert measured[-1]["eval_loss"] < unigram - 1.5
 
 # %% [markdown]
-# ## What it writes on the way
+# ## Samples during training
 #
-# The trainer asked for a sample every 40 steps, always after `def read(self`. First come the commonest
-# pieces, then brackets that match and lines that are indented, then names that belong together.
+# The trainer generated a sample every 40 steps, always after `def read(self`. First the most common tokens
+# appear, then matching brackets and indentation, then names that belong together.
 
 # %%
 for record in evaluations:
     if record["step"] in (40, 80, 160, 200) and "text" in record:
-        print(f"----- step {record['step']}, held-out loss {record['eval_loss']:.2f}\n{record['text']}\n")
+        print(f"----- step {record['step']}, eval_loss {record['eval_loss']:.2f}\n{record['text']}\n")
 
 # %% [markdown]
-# ## Where it is surprised
+# ## Loss per token
 #
-# A function that is not in the library, token by token: the darker a token, the less the model expected it.
-# The weights before the first step are `lj.init` with the run's seed; the others are the run's checkpoints,
-# each of which is a model that `lj.load` reads.
+# A function that is not in the library, token by token: the darker a token, the higher its loss. The
+# initial weights are `lj.init` with the run's seed; the others are the run's checkpoints, each of which
+# `lj.load` reads as a model.
 
 # %%
 first = lj.init(config, jax.random.key(run.train.seed))
@@ -208,13 +209,13 @@ tokens = jnp.array([ids])
 
 
 def surprise(params):
-    """-log p of each token [T] but the first, in nats."""
+    """-log p of each token except the first, [T - 1], in nats."""
     logp = jax.nn.log_softmax(lj.forward(config, params, tokens))[0, :-1]
     return -np.asarray(logp[jnp.arange(len(ids) - 1), tokens[0, 1:]])
 
 
 def draw_text(axes, pieces, shades):
-    """Writes tokens as an editor would show them, each on a patch of its shade (0 to 1)."""
+    """Draws tokens as text, each on a background of its shade (0 to 1)."""
     mono = {"ha": "center", "va": "center", "family": "monospace", "fontsize": 7}
     column = row = 0
     for piece, dark in zip(pieces, shades, strict=True):
@@ -235,15 +236,15 @@ assert at_step[200].mean() < at_step[40].mean() < at_step[0].mean()
 
 shade = style.plt.get_cmap("cividis_r")
 for axes, step in zip(style.panels(2, 2, height=1.9, width=11).ravel(), snapshots, strict=True):
-    draw_text(axes, pieces, [0, *np.minimum(at_step[step] / even, 1)])
-    axes.set_title(f"step {step}: {at_step[step].mean():.2f} nats a token")
-scale = style.plt.cm.ScalarMappable(style.plt.Normalize(0, even), shade)
-_ = style.plt.gcf().colorbar(scale, ax=style.plt.gcf().axes, label="nats of surprise", fraction=0.02)
+    draw_text(axes, pieces, [0, *np.minimum(at_step[step] / uniform, 1)])
+    axes.set_title(f"step {step}: {at_step[step].mean():.2f} nats per token")
+scale = style.plt.cm.ScalarMappable(style.plt.Normalize(0, uniform), shade)
+_ = style.plt.gcf().colorbar(scale, ax=style.plt.gcf().axes, label="loss in nats", fraction=0.02)
 # %% [markdown]
 # ## What changed inside
 #
-# **Embeddings.** Nothing tells the model that `True` and `False` are alike; that they stand in like places
-# does. The cosine between embeddings of some tokens, by kind, before and after:
+# **Embeddings.** `True` and `False` become similar because they occur in similar contexts. Cosine
+# similarity between embeddings of some tokens, by kind, before and after training:
 
 # %%
 kinds = {
@@ -279,9 +280,9 @@ for axes, step in zip(style.panels(2, height=4), (0, 200), strict=True):
 assert inside > across + 0.1
 
 # %% [markdown]
-# **Attention.** The same `Block` as in training, with an `attend` that hands back its weights. Before
-# training, attention is nearly an even average of everything so far. After, heads look for something; shown
-# are the two that are farthest from even, on the beginning of the function.
+# **Attention.** The same `Block` as in training, with an `attend` that returns its weights. Before
+# training, attention is nearly uniform over all previous tokens. After training, heads are selective; the
+# figure shows the two heads that are farthest from uniform, on the start of the function.
 
 
 # %%
@@ -307,13 +308,13 @@ def attention_maps(params):
 
 
 before, after = (np.asarray(attention_maps(params)) for params in (snapshots[0], snapshots[200]))
-even_map = np.tril(np.ones(before.shape[2:])) / np.arange(1, len(ids) + 1)[:, None]
-uneven = {
-    name: np.abs(maps - even_map).sum(-1).mean(-1) / 2
+uniform_map = np.tril(np.ones(before.shape[2:])) / np.arange(1, len(ids) + 1)[:, None]
+distance_from_uniform = {
+    name: np.abs(maps - uniform_map).sum(-1).mean(-1) / 2
     for name, maps in (("before", before), ("after", after))
 }
-ranked = np.argsort(-uneven["after"], axis=None)
-heads = [np.unravel_index(i, uneven["after"].shape) for i in ranked[:2]]
+ranked = np.argsort(-distance_from_uniform["after"], axis=None)
+heads = [np.unravel_index(i, distance_from_uniform["after"].shape) for i in ranked[:2]]
 
 first_tokens = 28
 axes = style.panels(3, height=3.7)
@@ -327,15 +328,14 @@ for ax, maps, (layer, head), step in (
     style.token_ticks(ax, pieces[:first_tokens], y=True)
     ax.tick_params(labelsize=6)
     ax.set_title(f"step {step}: layer {layer}, head {head}")
-for name, distances in uneven.items():  # total variation: 0 is an even average, 1 shares nothing with it
+for name, distances in distance_from_uniform.items():  # total variation: 0 is uniform, 1 is disjoint from it
     print(
-        f"distance from an even average, {name}: {distances.mean():.2f} over all heads, "
-        f"at most {distances.max():.2f}"
+        f"distance from uniform, {name}: {distances.mean():.2f} over all heads, at most {distances.max():.2f}"
     )
-assert uneven["before"].max() < 0.1 < uneven["after"].mean()
+assert distance_from_uniform["before"].max() < 0.1 < distance_from_uniform["after"].mean()
 
 # %% [markdown]
-# The folder is a model like any other: `llama-jax generate FOLDER --prompt "def "` continues a text with it,
-# `llama-jax convert` exports it, and the same `llama-jax train` command with more `train.steps` goes on from
-# its last checkpoint, bit for bit. `configs/tiny_cpu.toml` is the same story three times as long, and
-# `configs/llama2_7b.toml` is the same trainer for a pod.
+# The run directory is a model: `llama-jax generate DIR --prompt "def "` continues a text, `llama-jax
+# convert` exports it, and the same `llama-jax train` command with more `train.steps` resumes from its last
+# checkpoint, bit for bit. `configs/tiny_cpu.toml` is a similar run, three times as long, and
+# `configs/llama2_7b.toml` uses the same trainer on a pod.

@@ -11,13 +11,14 @@
 # %% [markdown]
 # # Sharding: one training step on one device and on eight
 #
-# The model code of this library does not know how many devices there are. Each parameter and activation has a
-# row in one table (`llama_jax/sharding.py`) that says along which mesh axes it is split, JAX carries that in
-# the type of every array, and the compiler inserts the exchanges between devices. So the questions worth
-# asking are: who holds what, is it still the same step, and what travels?
+# The model code of this library does not depend on the number of devices. Each parameter and activation has
+# a partition spec in one table (`llama_jax/sharding.py`); JAX carries it in the type of every array, and
+# the compiler inserts the collectives. So the questions are: how are arrays sharded, is the step still the
+# same, and what is communicated?
 #
-# None of that needs eight chips. XLA makes eight devices out of this CPU, if told before JAX is imported.
-# Their speed means nothing; layouts, numbers, memory and communication are those of a real program.
+# This does not need eight chips. XLA simulates eight devices on this CPU, with a flag set before JAX is
+# imported. Their speed is meaningless; shardings, values, memory and communication are those of a real
+# program.
 
 # %%
 import os
@@ -39,13 +40,13 @@ from matplotlib.patches import Rectangle
 import llama_jax as lj
 from llama_jax import sharding
 
-sys.path.append(str(Path(style.__file__).parents[1]))  # benchmarks/ is in the repository, not in the package
+sys.path.append(str(Path(style.__file__).parents[1]))  # for benchmarks/, which is not in the package
 from benchmarks import tpu_hlo
 
 style.use()
 assert jax.device_count() == 8
 config = lj.LlamaConfig(
-    vocab_size=256,  # bytes: what is trained on is this notebook's own text
+    vocab_size=256,  # bytes: the training text is this notebook
     hidden_size=256,
     intermediate_size=704,
     num_hidden_layers=4,
@@ -57,17 +58,18 @@ B, T = 16, 128
 print(f"{config.num_params / 1e6:.1f}M parameters, {style.nbytes(4 * config.num_params)} in f32")
 
 # %% [markdown]
-# ## 1. Who holds what
+# ## 1. How arrays are sharded
 #
 # A mesh is a grid of devices with named axes. `data` and `fsdp` split the batch; `fsdp` also splits every
-# matrix, and gathers it just before it is used (ZeRO, [arXiv 1910.02054](https://arxiv.org/abs/1910.02054));
-# `tensor` splits heads, the feed-forward width and the vocabulary, so that each device computes a part of
-# every product (Megatron-LM, [arXiv 1909.08053](https://arxiv.org/abs/1909.08053)).
+# matrix, and all-gathers it just before it is used (ZeRO, [arXiv
+# 1910.02054](https://arxiv.org/abs/1910.02054)); `tensor` splits heads, the feed-forward width and the
+# vocabulary, so that each device computes a part of every matrix product (Megatron-LM, [arXiv
+# 1909.08053](https://arxiv.org/abs/1909.08053)).
 #
-# Below, arrays as they lie: each rectangle is a part that somebody holds, with the numbers of the devices
-# that hold it. On `data=8` every device has all weights. On `fsdp=8` each has an eighth of each matrix. On
-# `fsdp=4,tensor=2`, the 4x2 mesh, matrices are cut both ways, and activations inside the feed-forward layer
-# are cut by batch and by width.
+# Below, each rectangle is a shard, with the ids of the devices that hold it. With `data=8` every device has
+# all weights. With `fsdp=8` each has an eighth of each matrix. With `fsdp=4,tensor=2`, the 4x2 mesh,
+# matrices are split along both dimensions, and activations inside the feed-forward layer along batch and
+# width.
 
 # %%
 SPECS = ("", "data=8", "fsdp=8", "fsdp=4,tensor=2")
@@ -76,23 +78,23 @@ names = {spec: spec or "one device" for spec in SPECS}
 
 
 def fresh(mesh):
-    """Parameters made directly into their shards; each device computes its own alone."""
+    """Parameters initialized directly into their shards; each device computes only its own."""
     with jax.set_mesh(mesh):
         return lj.init(config, jax.random.key(0))
 
 
 def draw(axes, shape, layout, dims):
-    """The parts of an array along two of its dimensions, and who holds each."""
-    holders = collections.defaultdict(list)
+    """Draws the shards of an array along two dimensions, and the devices that hold each."""
+    devices_of_shard = collections.defaultdict(list)
     for device, index in layout.devices_indices_map(shape).items():
         bounds = [index[d].indices(shape[d])[:2] for d in dims]
-        holders[tuple(bounds)].append(device.id)
-    for (rows, columns), devices in holders.items():
+        devices_of_shard[tuple(bounds)].append(device.id)
+    for (rows, columns), devices in devices_of_shard.items():
         y, x = rows[0] / shape[dims[0]], columns[0] / shape[dims[1]]
         height, width = (rows[1] - rows[0]) / shape[dims[0]], (columns[1] - columns[0]) / shape[dims[1]]
-        colour = "#dddddd" if len(devices) == 8 else style.CYCLE[min(devices)]
+        color = "#dddddd" if len(devices) == 8 else style.CYCLE[min(devices)]
         axes.add_patch(
-            Rectangle((x, y), width, height, facecolor=colour, edgecolor="white", linewidth=1.5, alpha=0.85)
+            Rectangle((x, y), width, height, facecolor=color, edgecolor="white", linewidth=1.5, alpha=0.85)
         )
         label = "all 8" if len(devices) == 8 else ", ".join(map(str, sorted(devices)))
         axes.text(x + width / 2, y + height / 2, label, ha="center", va="center", fontsize=7)
@@ -122,11 +124,11 @@ for row, spec in zip(grid, SPECS[1:], strict=True):
     row[0].set_ylabel(names[spec])
 
 # %% [markdown]
-# ## 2. The same step everywhere
+# ## 2. The same step on every mesh
 #
-# The step, whole: the loss, its gradient, AdamW. Nothing in it names a device. `custom_vjp=True` is the
-# backward pass that the trainer uses, and `remat="full"` computes each layer again in it instead of keeping
-# its activations.
+# The whole step: the loss, its gradient, AdamW. Nothing in it depends on devices. `custom_vjp=True` is the
+# backward pass that the trainer uses, and `remat="full"` recomputes each layer in it instead of saving its
+# activations.
 
 # %%
 optimizer = optax.adamw(3e-3)
@@ -142,7 +144,7 @@ def train_step(params, moments, tokens):
 
 
 def compiled_for(mesh, length=T):
-    """The step compiled for a mesh; shapes and layouts are enough."""
+    """The step compiled for a mesh, from shapes and shardings alone."""
     with jax.set_mesh(mesh):
         params = jax.eval_shape(lambda: lj.init(config, jax.random.key(0)))
         moments = jax.eval_shape(optimizer.init, params)
@@ -179,32 +181,32 @@ for (spec, values), mark in zip(losses.items(), ("o", "s", "^", "D"), strict=Tru
             color=left.lines[-1].get_color(),
             label=names[spec],
         )
-        print(f"{names[spec]:18} largest relative difference of the loss {gap.max():.1e}")
+        print(f"{names[spec]:18} max relative difference of the loss {gap.max():.1e}")
         assert gap.max() < 1e-4
-left.set(title="loss of the same twelve batches", xlabel="step", ylabel="nats a byte")
+left.set(title="loss of the same twelve batches", xlabel="step", ylabel="nats per byte")
 left.legend()
 right.axhline(np.finfo(np.float32).eps, color=style.GREY, linestyle=":", linewidth=1)
 right.set(title="difference from one device (dotted: f32's rounding)", yscale="log", ylim=(5e-10, 1e-4))
 _ = right.set(xlabel="step", ylabel="relative (10⁻⁹ stands for 0)")
 
 # %% [markdown]
-# The differences are float rounding: eight partial sums are added in another order than one long sum. Initial
-# weights are the same bits on every mesh.
+# The differences are float rounding: partial sums of eight devices are added in a different order. Initial
+# weights are bit-identical on every mesh.
 #
-# ## 3. What travels
+# ## 3. Communication
 #
-# The compiled program says what is exchanged. We read its text and count each collective, weighed by how
-# often its loop runs (layers are a loop). In a ring of n devices, each sends (n-1)/n of an array for an
-# all-gather or a reduce-scatter and twice that for an all-reduce, which is a reduce-scatter followed by an
+# The compiled program contains all collectives. We parse its text and count each one, multiplied by the
+# trip count of its loop (layers are a loop). In a ring of n devices, each sends (n-1)/n of an array for an
+# all-gather or a reduce-scatter, and twice that for an all-reduce, which is a reduce-scatter followed by an
 # all-gather.
 
 
 # %%
 def traffic(compiled):
-    """By kind of exchange: how often it runs in a step, and the bytes that each device sends."""
+    """By kind of collective: how often it runs in a step, and the bytes that each device sends."""
     times, sent = collections.Counter(), collections.Counter()
     for one in tpu_hlo.collectives(tpu_hlo.parse(compiled.as_text())):
-        if one.group in (1, None) or one.bytes < 1024:  # a device with itself, or a few scalars
+        if one.group in (1, None) or one.bytes < 1024:  # a single device, or a few scalars
             continue
         times[one.kind] += one.times
         turns = 2 if one.kind == "all-reduce" else 1
@@ -217,23 +219,23 @@ meshes[more], names[more] = lj.make_mesh(more), more
 steps[more] = compiled_for(meshes[more])
 counted = {spec: traffic(steps[spec]) for spec in meshes if spec}
 kinds = ("all-gather", "reduce-scatter", "all-reduce")
-print(f"{'exchanges a step':18}" + "".join(f"{kind:>26}" for kind in kinds))
+print(f"{'collectives per step':18}" + "".join(f"{kind:>26}" for kind in kinds))
 for spec, (times, sent) in counted.items():
     print(
         f"{names[spec]:18}"
         + "".join(f"{f'{times[kind]} x, {style.nbytes(sent[kind])}':>26}" for kind in kinds)
     )
-assert not any(traffic(steps[""])[1].values())  # one device has nobody to talk to
+assert not any(traffic(steps[""])[1].values())  # one device does not communicate
 
 axes = style.panels(1, height=2.6, width=8)
 for place, (_, sent) in enumerate(counted.values()):
     start = 0.0
-    for kind, colour, hatch in zip(kinds, style.CYCLE, ("", "//", ".."), strict=False):
+    for kind, color, hatch in zip(kinds, style.CYCLE, ("", "//", ".."), strict=False):
         axes.barh(
             place,
             sent[kind] / 1e6,
             left=start,
-            color=colour,
+            color=color,
             hatch=hatch,
             edgecolor="white",
             label="" if place else kind,
@@ -241,16 +243,16 @@ for place, (_, sent) in enumerate(counted.values()):
         start += sent[kind] / 1e6
 axes.set_yticks(range(len(counted)), [names[spec] for spec in counted])
 axes.invert_yaxis()
-axes.set(title=f"sent by each device in a step of {B} x {T} tokens", xlabel="MB")
+axes.set(title=f"sent by each device per step of {B} x {T} tokens", xlabel="MB")
 _ = axes.legend(bbox_to_anchor=(1, 1))
 # %% [markdown]
-# These numbers can be derived by hand. On `data=8`, gradients are summed over all devices, and nothing else.
-# On `fsdp=8`, every matrix of a layer is gathered twice, for the forward pass and again for the backward
-# pass, and the embedding and output tables once each; every gradient is summed and scattered to its owners
-# once. On the 4x2 mesh `tensor` halves what there is to gather, and adds sums of activations [B/4, T, D]:
-# eight a layer, and one for each table. Two of the eight are forwards, after attention and after the
-# feed-forward layer; one is the first of them again, because the layer is computed again; five are backwards,
-# the shares of the input's gradient that come through `wq`, `wk`, `wv`, `w_gate` and `w_up`.
+# These values can be derived by hand. With `data=8`, only gradients are all-reduced. With `fsdp=8`, every
+# matrix of a layer is all-gathered twice, for the forward and for the backward pass, and the embedding and
+# output matrices once each; every gradient is reduce-scattered once. On the 4x2 mesh `tensor` halves the
+# all-gathers, and adds all-reduces of activations [B/4, T, D]: eight per layer, and one for each of the two
+# vocabulary matrices. Two of the eight are in the forward pass, after attention and after the feed-forward
+# layer; one is the first of them again, due to rematerialization; five are in the backward pass, for the
+# input gradients through `wq`, `wk`, `wv`, `w_gate` and `w_up`.
 
 # %%
 tables = 4 * 2 * config.vocab_size * config.hidden_size
@@ -276,11 +278,10 @@ sums = (8 * config.num_hidden_layers + 2) * activations / 4
 check("fsdp=4,tensor=2: all-reduce of activations", mixed["all-reduce"], sums)  # times 2 (n-1)/n, which is 1
 
 # %% [markdown]
-# ## 4. fsdp moves weights, tensor moves activations
+# ## 4. fsdp communicates weights, tensor communicates activations
 #
-# So the two axes are paid in different coin. What `fsdp` moves does not depend on how many tokens a step has;
-# what
-# `tensor` moves grows with them. The same step, compiled for shorter and longer sequences:
+# The traffic of `fsdp` does not depend on the number of tokens per step; that of `tensor` is proportional
+# to it. The same step, compiled for shorter and longer sequences:
 
 # %%
 lengths = (64, 128, 256)
@@ -296,34 +297,31 @@ tokens_each = [B * length / 8 for length in lengths]
 for (spec, values), mark in zip(moved.items(), ("^", "D", "o"), strict=True):
     slope, fixed = np.polyfit(tokens_each, values, 1)
     axes.plot(tokens_each, np.array(values) / 1e6, marker=mark, label=spec)
-    print(
-        f"{spec:18} {style.nbytes(fixed)} whatever the tokens, "
-        f"and {max(slope, 0) / 1000:.1f} kB for each token of a device"
-    )
+    print(f"{spec:18} {style.nbytes(fixed)} fixed, and {max(slope, 0) / 1000:.1f} kB per token on a device")
 axes.set(
-    title="sent by each device in a step",
-    xlabel="tokens a device",
+    title="sent by each device per step",
+    xlabel="tokens per device",
     ylabel="MB",
     ylim=(0, None),
     xticks=tokens_each,
 )
 axes.legend()
 assert max(moved["fsdp=8"]) < 1.02 * min(moved["fsdp=8"])
-assert moved["fsdp=4,tensor=2"][0] < moved["fsdp=8"][0]  # few tokens: tensor pays
-assert moved["fsdp=4,tensor=2"][-1] > moved["fsdp=8"][-1]  # many: it does not
+assert moved["fsdp=4,tensor=2"][0] < moved["fsdp=8"][0]  # few tokens: tensor is cheaper
+assert moved["fsdp=4,tensor=2"][-1] > moved["fsdp=8"][-1]  # many tokens: fsdp is cheaper
 
 # %% [markdown]
-# That is the whole art of choosing a mesh. With many tokens on each device, `fsdp` is nearly free: its
-# gathers hide behind the products. With few (a large pod, or a batch that must not grow), gathering all the
-# weights for them takes longer than using them, and some of the devices should go to `tensor`, within fast
-# links. The scaling book ([jax-ml/scaling-book](https://jax-ml.github.io/scaling-book/)) works out where the
-# two lines cross on real chips.
+# This determines the mesh. With many tokens per device, `fsdp` is nearly free: its all-gathers overlap with
+# the matrix products. With few (a large pod, or a fixed batch size), gathering the weights takes longer
+# than using them, and some of the devices should be on `tensor`, within fast links. The scaling book
+# ([jax-ml/scaling-book](https://jax-ml.github.io/scaling-book/)) derives where the two lines cross on real
+# chips.
 #
 # ## 5. Memory
 #
-# What splitting buys. Parameters and AdamW's two moments are an eighth on each device where `fsdp` times
-# `tensor` is 8, and whole on every device with plain data parallelism. Temporaries (activations, gradients,
-# gathered weights) shrink with the batch that each device has.
+# Each device stores an eighth of the parameters and of AdamW's two moments where `fsdp` times `tensor` is
+# 8, and all of them with plain data parallelism. Temporaries (activations, gradients, gathered weights)
+# shrink with the batch per device.
 
 # %%
 memory = {spec: steps[spec].memory_analysis() for spec in meshes}
@@ -354,7 +352,7 @@ for spec, parts in (("", 1), ("data=8", 1), ("fsdp=8", 8), ("fsdp=4,tensor=2", 8
     )
 
 # %% [markdown]
-# A layout that does not fit is refused before anything is compiled, with the sizes that would do:
+# A mesh that does not divide the model is an error before anything is compiled, with the sizes that work:
 
 # %%
 try:
@@ -363,10 +361,10 @@ try:
 except lj.LlamaJaxError as error:
     print(f"{type(error).__name__}: {error}")
 else:
-    raise AssertionError("four key/value heads do not split over eight devices")
+    raise AssertionError("eight devices do not divide four key/value heads")
 
 # %% [markdown]
-# The trainer's own step (`train/step.py`) is this one with clipping, accumulation and bookkeeping; `llama-jax
-# train CONFIG --mesh.fsdp 4 --mesh.tensor 2` runs it. And what this notebook did for eight devices that do
-# not exist, `python -m benchmarks.tpu_compile configs/llama2_70b.toml --topology v5p-128` does for a pod: it
-# compiles the step for the real TPU on a laptop and prints memory, cycles and collectives.
+# The trainer's step (`train/step.py`) adds clipping, gradient accumulation and metrics; `llama-jax train
+# CONFIG --mesh.fsdp 4 --mesh.tensor 2` runs it. `python -m benchmarks.tpu_compile configs/llama2_70b.toml
+# --topology v5p-128` does for a pod what this notebook did for eight simulated devices: it compiles the
+# step for the real TPU on a laptop and prints memory, cycles and collectives.

@@ -1,7 +1,8 @@
 """Runs the notebooks from top to bottom: `python -m notebooks.run [NAME ...] [--out FOLDER]`.
 
-Each is a text file of cells (jupytext's percent format), made a notebook in memory and run in a kernel of its
-own. The first cell that fails ends its notebook, with the cell and its error, and the exit status is 1.
+Each is a text file of cells (jupytext's percent format), converted to a notebook in memory and run in its own
+kernel. The first cell that fails ends its notebook; the cell and its error are printed, and the exit status
+is 1.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-SLOW = 180  # seconds; a notebook is to be a short story
-HANGS = 900  # seconds a cell
+SLOW_S = 180  # a notebook should take less
+CELL_TIMEOUT_S = 900
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What running one notebook came to; `error` is empty where it ended well."""
+    """The result of running one notebook; `error` is empty on success."""
 
     name: str
     seconds: float
@@ -32,17 +33,17 @@ class Report:
 
     @property
     def remarks(self) -> str:
-        """What is worth a second look, in words."""
+        """What needs attention, or `ok`."""
         found = [
             ("failed", bool(self.error)),
             ("no figure", not self.figures),
-            ("over three minutes", self.seconds > SLOW),
+            ("over three minutes", self.seconds > SLOW_S),
         ]
-        return ", ".join(words for words, true in found if true) or "ok"
+        return ", ".join(text for text, applies in found if applies) or "ok"
 
 
 def names() -> list[str]:
-    """The notebooks there are, in order."""
+    """The names of all notebooks, in order."""
     return sorted(path.stem for path in FOLDER.glob("[0-9]*.py"))
 
 
@@ -56,7 +57,7 @@ def run(path: Path, out: Path | None) -> Report:
     notebook = jupytext.read(path)
     client = NotebookClient(
         notebook,
-        timeout=HANGS,
+        timeout=CELL_TIMEOUT_S,
         kernel_name="python3",
         extra_arguments=["--IPKernelApp.log_level=40"],
         resources={"metadata": {"path": str(path.parent)}},
@@ -76,9 +77,9 @@ def run(path: Path, out: Path | None) -> Report:
 
 
 def failure(path: Path, notebook: Any, raised: Exception) -> str:
-    """Where a notebook stopped: its file and line, the cell, and the error as Python would show it."""
-    begun = [c for c in notebook.cells if c.cell_type == "code" and "iopub.status.busy" in _times(c)]
-    cell = begun[-1] if begun else None
+    """The failing cell's file and line, its source, and the traceback."""
+    started = [c for c in notebook.cells if c.cell_type == "code" and "iopub.status.busy" in _times(c)]
+    cell = started[-1] if started else None
     source = cell.source if cell else ""
     before = path.read_text(encoding="utf-8").partition(source)[0] if source else ""
     shown = [o for o in (cell.outputs if cell else []) if o.output_type == "error"]
@@ -94,17 +95,17 @@ def _times(cell: Any) -> Any:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="or its beginning, such as 03; all by default"
+        "names", nargs="*", metavar="NAME", help="a name or its prefix, such as 03; all by default"
     )
     parser.add_argument("--out", type=Path, help="write the notebooks with their outputs (.ipynb) here")
     args = parser.parse_args()
-    wanted = [name for name in names() if not args.names or any(map(name.startswith, args.names))]
+    selected = [name for name in names() if not args.names or any(map(name.startswith, args.names))]
     for given in args.names:
         if not any(name.startswith(given) for name in names()):
             print(f"error: there is no notebook {given!r}; there are {', '.join(names())}", file=sys.stderr)
             return 2
     reports = []
-    for name in wanted:
+    for name in selected:
         print(f"{name} ...", flush=True)
         report = run(FOLDER / f"{name}.py", args.out)
         reports.append(report)

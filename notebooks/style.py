@@ -1,4 +1,4 @@
-"""How the notebooks draw: colours that people of every colour vision can tell apart, and shared helpers."""
+"""The notebooks' plot style: a color-blind-safe palette, and shared helpers."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 
-# Okabe and Ito's palette, which people of every colour vision can tell apart.
+# Okabe and Ito's color-blind-safe palette.
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 SKY, RED, YELLOW, GREY = "#56B4E9", "#D55E00", "#F0E442", "#666666"
 CYCLE = (BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY, YELLOW)
-SHADES = "cividis"  # from little to much
-SIDES = "PuOr"  # from one sign to the other
+SHADES = "cividis"  # sequential
+SIDES = "PuOr"  # diverging
 
 
 def use() -> None:
-    """Makes every figure of this process one of the house."""
+    """Sets the style of all figures in this process."""
     plt.rcParams.update(
         {
             "axes.grid": False,
@@ -39,12 +39,12 @@ def use() -> None:
 
 
 def panels(columns: int, rows: int = 1, *, height: float = 2.8, width: float = 10.0, **rest: Any) -> Any:
-    """Axes in a grid as wide as a page; an array of them, or one."""
+    """A grid of axes as wide as a page; an array of axes, or one."""
     return plt.subplots(rows, columns, figsize=(width, height * rows), **rest)[1]
 
 
 def heat(axes: Axes, values: Any, *, label: str, colorbar: bool = True, **rest: Any) -> AxesImage:
-    """A matrix as a picture with its scale."""
+    """Draws a matrix as an image with a color bar."""
     image = axes.imshow(np.asarray(values), interpolation="nearest", **{"aspect": "auto", **rest})
     axes.spines[:].set_visible(False)
     if colorbar:
@@ -53,7 +53,7 @@ def heat(axes: Axes, values: Any, *, label: str, colorbar: bool = True, **rest: 
 
 
 def visible(text: str) -> str:
-    """A token as a tick label: its spaces and line ends shown, and no longer than its neighbours can bear."""
+    """A token as a tick label: visible spaces and newlines, at most 12 characters."""
     text = text.replace("\n", "↵").replace("\t", "→")
     text = "·" + text[1:] if text.startswith(" ") else text
     text = text.replace("$", r"\$")
@@ -61,7 +61,7 @@ def visible(text: str) -> str:
 
 
 def token_ticks(axes: Axes, pieces: Sequence[str], *, x: bool = True, y: bool = False) -> None:
-    """Writes tokens beside the axes, one a place."""
+    """Labels the ticks of the axes with tokens."""
     names = [visible(piece) for piece in pieces]
     if x:
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
@@ -70,12 +70,12 @@ def token_ticks(axes: Axes, pieces: Sequence[str], *, x: bool = True, y: bool = 
 
 
 def ink(value: float) -> str:
-    """White or black, whichever reads on a shade from 0 to 1."""
+    """White or black, whichever is readable on a shade from 0 to 1."""
     return "white" if value < 0.55 else "black"
 
 
 def nbytes(size: float) -> str:
-    """A number of bytes as people say it."""
+    """A human-readable number of bytes."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(size) < 1000:
             return f"{size:.3g} {unit}"
