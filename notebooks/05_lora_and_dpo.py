@@ -291,7 +291,7 @@ for rows, reference_logprobs in zip(slices, reference, strict=True):
         manner, moments, base, tokens[rows], mask[rows], reference_logprobs
     )
     history.append([float(value), *(float(r.mean()) for r in rewards)])
-print(f"{len(history)} steps of {PAIRS} pairs: {time.perf_counter() - start_time:.0f} s, compiling included")
+print(f"{len(history)} steps of {PAIRS} pairs: {time.perf_counter() - start_time:.0f} s, with compilation")
 
 # %% [markdown]
 # On pairs about unseen places: the fraction whose chosen answer has the larger implicit reward. Before the

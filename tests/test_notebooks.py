@@ -1,4 +1,4 @@
-"""The notebooks' runner tells a good notebook from a bad one, and says where the bad one stopped."""
+"""The notebook runner reports success and failure, with the failing cell."""
 
 from __future__ import annotations
 
