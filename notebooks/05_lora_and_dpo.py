@@ -174,7 +174,7 @@ for (tokens, mask), _ in zip(batches(train, 12, 0), range(20), strict=False):
     adapter, moments, value = step(adapter, moments, base, tokens, mask)
     losses.append(float(value))
 print(
-    f"{len(losses)} steps of {tokens.size} tokens: {time.perf_counter() - start_time:.0f} s, compiling included"
+    f"{len(losses)} steps x {tokens.size} tokens: {time.perf_counter() - start_time:.0f} s, compiling included"
 )
 
 # %% [markdown]
@@ -291,7 +291,7 @@ for rows, reference_logprobs in zip(slices, reference, strict=True):
         manner, moments, base, tokens[rows], mask[rows], reference_logprobs
     )
     history.append([float(value), *(float(r.mean()) for r in rewards)])
-print(f"{len(history)} steps of {PAIRS} pairs: {time.perf_counter() - start_time:.0f} s, with compilation")
+print(f"{len(history)} steps of {PAIRS} pairs: {time.perf_counter() - start_time:.0f} s with compilation")
 
 # %% [markdown]
 # On pairs about unseen places: the fraction whose chosen answer has the larger implicit reward. Before the
