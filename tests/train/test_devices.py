@@ -62,11 +62,11 @@ def test_slices_follow_slice_index(monkeypatch):
     [
         ({"fsdp": 3}, "needs 3 devices and there are 8; set mesh.data, mesh.fsdp"),
         ({"fsdp": -1, "tensor": 3}, "needs 3 devices and there are 8; set mesh.data"),
-        ({"data": 1, "slices": 2}, "mesh.data is 1, not a multiple of mesh.slices 2"),
-        ({"data": 4, "fsdp": 2, "slices": 3}, "mesh.data is 4, not a multiple of mesh.slices 3"),
+        ({"data": 1, "slices": 2}, "mesh.data is 1, which is not a multiple of mesh.slices 2"),
+        ({"data": 4, "fsdp": 2, "slices": 3}, "mesh.data is 4, which is not a multiple of mesh.slices 3"),
     ],
 )
-def test_a_mesh_that_does_not_fit_the_devices(config, message):
+def test_mesh_that_does_not_fit_the_devices_is_an_error(config, message):
     with pytest.raises(ConfigError) as error:
         devices.run_mesh(MeshConfig(**config))
     assert message in str(error.value) and "\n" not in str(error.value)

@@ -254,7 +254,7 @@ def test_every_checkpoint_damaged(fail, run):
     assert "move the directory away to start over" in message
 
 
-def test_a_full_disk(workshop, run, trained):
+def test_full_disk(workshop, run, trained):
     """With a file size limit of 24 kB the save fails as on a full disk; earlier checkpoints stay intact."""
     before = steps(run)
 
