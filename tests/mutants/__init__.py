@@ -1,1 +1,1 @@
-"""Mutation testing: one-line faults in every room, and the tests that catch them (`python -m tests.mutants`)."""
+"""Mutation testing: one-line faults in every room, and the tests that catch them."""
