@@ -173,9 +173,8 @@ losses, start_time = [], time.perf_counter()
 for (tokens, mask), _ in zip(batches(train, 12, 0), range(20), strict=False):
     adapter, moments, value = step(adapter, moments, base, tokens, mask)
     losses.append(float(value))
-print(
-    f"{len(losses)} steps x {tokens.size} tokens: {time.perf_counter() - start_time:.0f} s, compiling included"
-)
+seconds = time.perf_counter() - start_time
+print(f"{len(losses)} steps of {tokens.size} tokens: {seconds:.0f} s, including compilation")
 
 # %% [markdown]
 # Merged into the weights, the adapter costs nothing at inference. Merged and attached adapters give the
