@@ -38,30 +38,30 @@ def written(folder: Path, tensors: ParamsTensors | StoredTensors, dtype: str = "
 def test_random_models_as_we_write_them(seed: int, tmp_path: Path) -> None:
     config, params = random_model(seed)
     path = written(tmp_path, ParamsTensors(config, params))
-    report = compare(path, path, b_runs_in="transformers")
+    report = compare(path, path, b_backend="transformers")
     assert report.problems == ()
     assert report.b.format == "transformers"
     assert {tensor.verdict for tensor in report.tensors} == {"equal"}
     assert report.outputs is not None
     assert 0 < report.outputs.mean_kl < report.max_kl
     assert [at.layer for at in report.streams] == [None, *range(config.num_hidden_layers)]
-    assert report.parted is None
+    assert report.divergence is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_smollm2_as_we_write_it(dtype: str, tmp_path: Path, smollm2_path: Path) -> None:
     path = written(tmp_path, StoredTensors(open_source(smollm2_path)), dtype)
-    report = compare(smollm2_path, path, b_runs_in="transformers")
+    report = compare(smollm2_path, path, b_backend="transformers")
     assert report.problems == ()
     assert report.outputs is not None and report.text is not None
-    assert report.text.what == "the built-in text by A's vocabulary"
+    assert report.text.what == "the built-in text with A's tokenizer"
     assert report.outputs.mean_kl < (1e-9 if dtype == "float32" else 1e-3)
-    assert report.parted is None
+    assert report.divergence is None
 
 
 def test_computing_in_bfloat16(tmp_path: Path) -> None:
     path = written(tmp_path, ParamsTensors(CONFIG, random_params()))
-    report = compare(path, path, b_runs_in="transformers", dtype="bfloat16", max_kl=1.0)
+    report = compare(path, path, b_backend="transformers", dtype="bfloat16", max_kl=1.0)
     assert report.same
     # whose values bfloat16 holds exactly
     assert {tensor.types for tensor in report.tensors} == {("F32", "BF16")}
@@ -71,17 +71,17 @@ def test_computing_in_bfloat16(tmp_path: Path) -> None:
 def test_a_model_that_is_only_nearly_the_same(tmp_path: Path) -> None:
     config, params = random_model(0)
     a = written(tmp_path, ParamsTensors(config, params))
-    assert compare(a, a, b_runs_in="transformers").same
+    assert compare(a, a, b_backend="transformers").same
     fields = json.loads((a / "config.json").read_text())
     b = tmp_path / "b"
     b.mkdir()
     (b / "model.safetensors").symlink_to(a / "model.safetensors")
     (b / "config.json").write_text(json.dumps(fields | {"rms_norm_eps": 10 * config.rms_norm_eps}))
-    report = compare(a, b, b_runs_in="transformers")
+    report = compare(a, b, b_backend="transformers")
     assert report.problems[0] == "the configurations differ in rms_norm_eps"
     assert report.outputs is not None
     assert report.outputs.mean_kl > report.max_kl
-    assert report.parted is not None and report.parted.layer == 0
+    assert report.divergence is not None and report.divergence.layer == 0
 
 
 def pickled(folder: Path, state: dict[str, np.ndarray]) -> Path:
@@ -96,26 +96,26 @@ def pickled(folder: Path, state: dict[str, np.ndarray]) -> Path:
 def test_pickled_weights_that_transformers_alone_reads(tmp_path: Path) -> None:
     params = random_params()
     a, state = write_hf(tmp_path / "a", CONFIG, params), hf_tensors(CONFIG, params)
-    assert compare(a, pickled(tmp_path / "b", state), b_runs_in="transformers").same
+    assert compare(a, pickled(tmp_path / "b", state), b_backend="transformers").same
     name = "model.layers.1.mlp.up_proj.weight"
     state[name][3, 4] += 1
-    report = compare(a, pickled(tmp_path / "c", state), b_runs_in="transformers")
+    report = compare(a, pickled(tmp_path / "c", state), b_backend="transformers")
     assert [tensor.name for tensor in report.tensors if not tensor.same] == [name]
-    assert report.parted is not None and report.parted.layer == 1
+    assert report.divergence is not None and report.divergence.layer == 1
 
 
 def test_what_transformers_cannot_load(tmp_path: Path, smollm2_path: Path) -> None:
     state = hf_tensors(CONFIG, random_params())
     a = write_hf(tmp_path / "a", CONFIG, random_params())
     with pytest.raises(CheckpointError, match="transformers reads Hugging Face directories"):
-        compare(a, smollm2_path, b_runs_in="transformers")
+        compare(a, smollm2_path, b_backend="transformers")
     del state["model.norm.weight"]
     b = pickled(tmp_path / "b", state)
     with pytest.raises(CheckpointError, match=r"missing or misshapen: model\.norm\.weight"):
-        compare(a, b, b_runs_in="transformers")
+        compare(a, b, b_backend="transformers")
     (b / "pytorch_model.bin").unlink()
     with pytest.raises(CheckpointError, match="transformers cannot load it"):
-        compare(a, b, b_runs_in="transformers")
+        compare(a, b, b_backend="transformers")
 
 
 def test_the_command(tmp_path: Path) -> None:
