@@ -1,6 +1,6 @@
-"""Llama 2 in JAX and Flax: arrays in, arrays out.
+"""Llama 2 in JAX and Flax: pure functions of arrays.
 
-Letters, used in every einsum, sharding spec and docstring:
+Dimension letters in every einsum, partition spec and docstring:
 
     B batch            N query heads               D model width (hidden_size)
     T query length     K key/value heads           F feed-forward width (intermediate_size)
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from llama_jax.text.model import Model
     from llama_jax.text.pretrained import load, load_params
 
-# Imported when first asked for: `llama-jax --help` and its error messages need no JAX.
-_HOMES = {
+# Imported lazily: `llama-jax --help` and its error messages do not import JAX.
+_PUBLIC_NAMES = {
     "decoding.beam_hypotheses": ("BeamSearchOutput",),
     "decoding.beam_search": ("beam_search",),
     "config": ("LlamaConfig", "RopeScaling", "presets"),
@@ -55,7 +55,7 @@ _HOMES = {
     "decoding.speculative": ("SpeculativeOutput", "speculative_generate"),
     "text.model": ("Model",),
 }
-_ROOMS = (
+_SUBPACKAGES = (
     "adapters",
     "attention",
     "chat",
@@ -75,7 +75,7 @@ _ROOMS = (
     "train",
     "weights",
 )
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _PUBLIC_NAMES.items() for name in names}
 
 __all__ = [
     "BeamSearchOutput",
@@ -117,11 +117,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.metadata.version("llama-jax")
-    if name in _ROOMS:
+    if name in _SUBPACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
-    if name not in _HOME_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value
 

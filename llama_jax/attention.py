@@ -1,8 +1,8 @@
-"""Causal grouped-query attention on arrays (arXiv 1706.03762, 2305.13245), with a choice of backend.
+"""Causal grouped-query attention on arrays (arXiv 1706.03762, 2305.13245), with several backends.
 
-`xla` forms all scores of a layer at once; `blockwise` (after FlashAttention, arXiv 2205.14135) visits
-them in [block, block] tiles, forwards and backwards, and keeps one number a query between the two;
-`splash` does so in JAX's Pallas kernels for TPU.
+`xla` computes all scores of a layer at once. `blockwise` (after FlashAttention, arXiv 2205.14135) computes
+them in [block, block] tiles in both passes, and keeps the output and its log-sum-exp for the backward pass.
+`splash` does the same in JAX's Pallas kernels for TPU.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from llama_jax.ops.products import dot, query_key_product
 from llama_jax.ops.splash_attention import splash_attention
 
 Backend = Literal["xla", "blockwise", "splash"]
-# Keys `k` and values `v` [K, P, H] that stand before every row's own, and that every query sees: what prefix
-# tuning learns (arXiv 2101.00190).
+# Keys `k` and values `v` [K, P, H] before those of every row, which every query attends to: the parameters of
+# prefix tuning (arXiv 2101.00190).
 KeyValues = Mapping[str, jax.Array]
 
 
 class AttentionMask(NamedTuple):
-    """Where queries and keys stand; together they say which key a query may look at.
+    """Which keys each query attends to, from their positions and segments.
 
-    A query sees the keys of its own segment at its own position and before. A key that nobody may see
-    (padding) has a segment of its own, or a position past every query's.
+    A query attends to the keys of its own segment at its own position and before. A key that no query may
+    attend to (padding) has a segment of its own, or a position after every query.
 
     Attributes:
       q_positions: int [B, T].
       k_positions: int [B, S].
       q_segments: int [B, T], or None where each row is one segment.
       k_segments: int [B, S], or None.
-      allowed: bool [B, T, S], instead of the rule above, where it is another (beams of one row, say).
+      allowed: bool [B, T, S], which replaces the rule above (for several beams in one row, for example).
     """
 
     q_positions: jax.Array
@@ -50,8 +50,8 @@ class AttentionMask(NamedTuple):
     k_segments: jax.Array | None = None
     allowed: jax.Array | None = None
 
-    def mask(self) -> jax.Array:
-        """bool [B, 1, 1, T, S]: which scores count."""
+    def as_array(self) -> jax.Array:
+        """bool [B, 1, 1, T, S]; True where the query attends to the key."""
         if self.allowed is not None:
             return self.allowed[:, None, None]
         allowed = self.k_positions[:, None, :] <= self.q_positions[:, :, None]
@@ -64,25 +64,25 @@ def attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    where: AttentionMask,
+    mask: AttentionMask,
     prefix: KeyValues | None = None,
     *,
     backend: Backend = "xla",
     block_size: int = 512,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H) + mask) v, query head n reading key/value head n // (N / K).
+    """softmax(q k^T / sqrt(H) + mask) v; query head n reads key/value head n // (N / K).
 
-    Scores and softmax are f32. Every query must be allowed at least one key (in causal attention its
-    own), or its output is an average of keys it should not see.
+    Scores and softmax are f32. Every query must attend to at least one key (in causal attention its own);
+    otherwise its output is the average of all values.
 
     Args:
       q: [B, T, N, H].
       k: [B, K, S, H], head-major as in the cache; K divides N.
       v: [B, K, S, H].
-      where: positions and segments of queries and keys.
-      prefix: more keys and values, for all queries; not with `splash`.
-      backend: `xla`; `blockwise`, whose memory does not grow with T x S; or `splash`, the same on a TPU,
-        for queries and keys of the same rows in order (not against a cache).
+      mask: positions and segments of queries and keys.
+      prefix: keys and values that all queries attend to; not with `splash`.
+      backend: `xla`; `blockwise`, whose memory does not grow with T x S; or `splash`, the same on TPU, where
+        queries and keys are of the same tokens in order (no cache).
       block_size: the side of a `blockwise` tile.
 
     Returns:
@@ -98,16 +98,16 @@ def attention(
     if backend == "splash":
         if prefix is not None:
             raise ConfigError("attention backend 'splash' takes no prefix; use 'blockwise'")
-        return splash_attention(q, k, v, where.q_segments)
+        return splash_attention(q, k, v, mask.q_segments)
     grouped = _grouped(q, k.shape[1])
-    k_segments = None if where.k_segments is None else _whole(where.k_segments)
-    where = where._replace(k_positions=_whole(where.k_positions), k_segments=k_segments)
+    k_segments = None if mask.k_segments is None else _gather_context(mask.k_segments)
+    mask = mask._replace(k_positions=_gather_context(mask.k_positions), k_segments=k_segments)
     if backend == "blockwise":
-        queries = where.q_positions, where.q_segments
-        keys = where.k_positions, where.k_segments
+        queries = mask.q_positions, mask.q_segments
+        keys = mask.k_positions, mask.k_segments
         out = sharded_blockwise_attention(grouped, k, v, queries, keys, prefix, block_size=block_size)
     else:
-        out = checkpoint_name(_xla(grouped, k, v, where, prefix), "attention_out")
+        out = checkpoint_name(_xla(grouped, k, v, mask, prefix), "attention_out")
     return _ungrouped(out, q)
 
 
@@ -115,41 +115,40 @@ def cached_attention(
     q: jax.Array,
     k: Layer,
     v: Layer,
-    where: AttentionMask,
+    mask: AttentionMask,
     prefix: KeyValues | None = None,
     *,
     used: jax.Array | None = None,
     block_size: int = 256,
 ) -> jax.Array:
-    """`attention` against one layer of a key/value cache, of any dtype that a cache may have.
+    """`attention` to one layer of a key/value cache, of any cache dtype.
 
     Args:
       q: [B, T, N, H].
       k: [B, K, S, H], or int8 with its scales.
       v: likewise.
-      where: positions of queries and slots, or which slots each query is allowed.
-      prefix: keys and values outside the cache, for all queries.
-      used: int [], how many of the first slots hold anything. Given it, the cache is visited in blocks
-        and what lies beyond is not read: for many queries at once. Without it all scores are formed at
-        once, which for a few queries is quicker.
-      block_size: slots a block.
+      mask: positions of queries and cache slots, or the slots that each query attends to.
+      prefix: keys and values outside the cache, which all queries attend to.
+      used: int [], the number of slots that are written. With it, only those are read, in blocks: for many
+        queries. Without it, all scores are computed at once, which is faster for a few queries.
+      block_size: slots per block.
 
     Returns:
       [B, T, N, H] in q's dtype.
     """
     grouped = _grouped(q, jax.tree.leaves(k)[0].shape[1])
-    where = where._replace(k_positions=_whole(where.k_positions))
-    slots = where.k_positions.shape[1]
+    mask = mask._replace(k_positions=_gather_context(mask.k_positions))
+    slots = mask.k_positions.shape[1]
     if used is None or slots <= block_size:
-        return _ungrouped(_xla(grouped, k, v, where, prefix), q)
-    return _ungrouped(_in_blocks(grouped, k, v, where, prefix, used, block_size), q)
+        return _ungrouped(_xla(grouped, k, v, mask, prefix), q)
+    return _ungrouped(_in_blocks(grouped, k, v, mask, prefix, used, block_size), q)
 
 
 def _grouped(q: jax.Array, kv_heads: int) -> jax.Array:
-    """[B, T, N, H] -> [B, K, G, T, H]: the heads that share a key stand together."""
+    """[B, T, N, H] -> [B, K, G, T, H]: query heads grouped by the key/value head that they share."""
     batch, length, heads, head_dim = q.shape
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
-    # A reshape may lose the layout of dimensions of size one.
+    # A reshape may lose the sharding of dimensions of size one.
     return sharding.constrain(grouped, sharding.QUERIES_BKGTH)
 
 
@@ -157,21 +156,19 @@ def _ungrouped(out: jax.Array, like: jax.Array) -> jax.Array:
     return out.transpose(0, 3, 1, 2, 4).reshape(like.shape).astype(like.dtype)
 
 
-def _xla(q: jax.Array, k: Layer, v: Layer, where: AttentionMask, prefix: KeyValues | None) -> jax.Array:
+def _xla(q: jax.Array, k: Layer, v: Layer, mask: AttentionMask, prefix: KeyValues | None) -> jax.Array:
     """[B, K, G, T, H] by [B, K, S, H] -> [B, K, G, T, H], all scores at once."""
-    scores = _scores(q, k, where.mask())
+    scores = _scores(q, k, mask.as_array())
     if prefix is None:
-        # Divided when they are summed up, [T, H] numbers in the place of [T, S].
+        # The output [T, H] is normalized, rather than the weights [T, S].
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-        return (_weighted(weights, v, q.dtype) / weights.sum(-1, keepdims=True)).astype(q.dtype)
-    # Joined as scores, of which there are few: joining the keys would copy the cache at every token.
-    first = _prefix_scores(q, prefix)
-    weights = jax.nn.softmax(jnp.concatenate([first, scores], axis=-1), axis=-1)
-    length = first.shape[-1]
-    out = _weighted(weights[..., length:], v, q.dtype) + _prefix_weighted(
-        weights[..., :length], prefix, q.dtype
-    )
-    return out.astype(q.dtype)
+        return (_weighted_values(weights, v, q.dtype) / weights.sum(-1, keepdims=True)).astype(q.dtype)
+    # Scores are concatenated, not keys: that would copy the cache at every token.
+    prefix_scores = _prefix_scores(q, prefix)
+    weights = jax.nn.softmax(jnp.concatenate([prefix_scores, scores], axis=-1), axis=-1)
+    length = prefix_scores.shape[-1]
+    out = _weighted_values(weights[..., length:], v, q.dtype)
+    return (out + _prefix_weighted_values(weights[..., :length], prefix, q.dtype)).astype(q.dtype)
 
 
 def _prefix_scores(q: jax.Array, prefix: KeyValues) -> jax.Array:
@@ -180,8 +177,8 @@ def _prefix_scores(q: jax.Array, prefix: KeyValues) -> jax.Array:
     return dot("bkgth,kph->bkgtp", q, keys) / math.sqrt(q.shape[-1])
 
 
-def _prefix_weighted(weights: jax.Array, prefix: KeyValues, dtype: jnp.dtype) -> jax.Array:
-    """Sums of the prefix's values f32 [B, K, G, T, H] by weights f32 [B, K, G, T, P]."""
+def _prefix_weighted_values(weights: jax.Array, prefix: KeyValues, dtype: jnp.dtype) -> jax.Array:
+    """Weights f32 [B, K, G, T, P] times the values of the prefix: f32 [B, K, G, T, H]."""
     values = sharding.constrain(prefix["v"].astype(dtype), sharding.PREFIX_KPH)
     return dot("bkgtp,kph->bkgth", weights.astype(dtype), values)
 
@@ -195,8 +192,8 @@ def _scores(q: jax.Array, k: Layer, mask: jax.Array) -> jax.Array:
     return jnp.where(mask, scores / math.sqrt(q.shape[-1]), MASKED)
 
 
-def _weighted(weights: jax.Array, v: Layer, dtype: jnp.dtype) -> jax.Array:
-    """Sums of values f32 [B, K, G, T, H] by weights f32 [B, K, G, T, S]."""
+def _weighted_values(weights: jax.Array, v: Layer, dtype: jnp.dtype) -> jax.Array:
+    """Weights f32 [B, K, G, T, S] times values: f32 [B, K, G, T, H]."""
     if isinstance(v, Int8):
         weights, v = weights * v.scale[:, :, None, None], v.values
     return dot("bkgts,bksh->bkgth", weights.astype(dtype), v.astype(dtype))
@@ -206,46 +203,46 @@ def _in_blocks(
     q: jax.Array,
     k: Layer,
     v: Layer,
-    where: AttentionMask,
+    mask: AttentionMask,
     prefix: KeyValues | None,
     used: jax.Array,
     block_size: int,
 ) -> jax.Array:
-    """`_xla` over the first `used` slots, a block at a time (FlashAttention's running softmax)."""
-    slots = where.k_positions.shape[1]
+    """`_xla` over the first `used` slots, block by block (the online softmax of FlashAttention)."""
+    slots = mask.k_positions.shape[1]
 
     def block(state: tuple[jax.Array, ...], index: jax.Array) -> tuple[jax.Array, ...]:
-        top, total, out = state
-        # The last block may overlap the one before it: what that has seen already does not count again.
+        row_max, total, out = state
+        # The last block may overlap the one before it, whose slots are masked.
         start = jnp.minimum(index * block_size, slots - block_size)
-        cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, block_size, axis)  # noqa: E731
-        at = where._replace(k_positions=cut(where.k_positions, 1))
-        if where.allowed is not None:
-            at = at._replace(allowed=cut(where.allowed, 2))
-        fresh = start + jnp.arange(block_size) >= index * block_size
-        keys, values = jax.tree.map(lambda x: cut(x, 2), (k, v))
-        scores = _scores(q, keys, at.mask() & fresh)
-        new_top = jnp.maximum(top, scores.max(-1))
-        weights, shrink = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
-        # A block in which a query may see nothing leaves weights of one where all is MASKED.
+        slice_block = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, block_size, axis)  # noqa: E731
+        block_mask = mask._replace(k_positions=slice_block(mask.k_positions, 1))
+        if mask.allowed is not None:
+            block_mask = block_mask._replace(allowed=slice_block(mask.allowed, 2))
+        is_new = start + jnp.arange(block_size) >= index * block_size
+        keys, values = jax.tree.map(lambda x: slice_block(x, 2), (k, v))
+        scores = _scores(q, keys, block_mask.as_array() & is_new)
+        new_max = jnp.maximum(row_max, scores.max(-1))
+        weights, correction = jnp.exp(scores - new_max[..., None]), jnp.exp(row_max - new_max)
+        # Where all scores of a query are MASKED, its weights would be one.
         weights = jnp.where(scores > MASKED, weights, 0.0)
-        out = out * shrink[..., None] + _weighted(weights, values, q.dtype)
-        return new_top, total * shrink + weights.sum(-1), out
+        out = out * correction[..., None] + _weighted_values(weights, values, q.dtype)
+        return new_max, total * correction + weights.sum(-1), out
 
-    # Derived from q, to be laid out over a mesh as it is.
+    # Derived from q, whose sharding they have.
     out = jnp.zeros_like(q, jnp.float32)
     state = (jnp.full_like(out[..., 0], MASKED), out[..., 0], out)
     if prefix is not None:
-        first = _prefix_scores(q, prefix)
-        top = first.max(-1)
-        weights = jnp.exp(first - top[..., None])
-        state = (top, weights.sum(-1), _prefix_weighted(weights, prefix, q.dtype))
-    state = spmd.pvary_like(state, (q, k, v, where))
+        prefix_scores = _prefix_scores(q, prefix)
+        row_max = prefix_scores.max(-1)
+        weights = jnp.exp(prefix_scores - row_max[..., None])
+        state = (row_max, weights.sum(-1), _prefix_weighted_values(weights, prefix, q.dtype))
+    state = spmd.pvary_like(state, (q, k, v, mask))
     blocks = -(-used // block_size)
     _, total, out = jax.lax.fori_loop(0, blocks, lambda index, state: block(state, index), state)
     return (out / total[..., None]).astype(q.dtype)
 
 
-def _whole(x: jax.Array) -> jax.Array:
-    """[B, S] with the sequence gathered over `context`."""
+def _gather_context(x: jax.Array) -> jax.Array:
+    """[B, S], gathered over the mesh axis `context`."""
     return sharding.constrain(x, P(sharding.BATCH, None))

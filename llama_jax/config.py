@@ -1,7 +1,7 @@
-"""What a Llama is made of: one frozen, checked description, and the published sizes.
+"""The configuration of a Llama: one frozen, validated dataclass, and the published sizes.
 
-Field names are Hugging Face's `LlamaConfig`'s, which most users know. The letters beside them are
-the legend of `llama_jax/__init__.py`.
+Field names are those of Hugging Face's `LlamaConfig`. The letters beside them are defined in
+`llama_jax/__init__.py`.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ from typing import Any, Literal
 from llama_jax.errors import ConfigError
 
 RopeScalingKind = Literal["linear", "ntk", "yarn", "llama3"]
-_MOST = 1e6  # far beyond any setting in use, and what the rules' powers and logarithms can take
+_MAX_VALUE = 1e6  # far above any value in use, and safe in the powers and logarithms of the scaling rules
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for contexts longer than the pretraining one.
+    """How rotary frequencies are scaled for contexts longer than that of pretraining.
 
     Attributes:
       kind: `linear` divides every frequency by `factor` (position interpolation, arXiv 2306.15595);
-        `ntk` raises theta by `factor ** (H / (H - 2))`, which stretches the slowest frequency by
-        `factor` and leaves the fastest alone; `yarn` interpolates by wavelength and rescales the
+        `ntk` multiplies theta by `factor ** (H / (H - 2))`, which divides the lowest frequency by
+        `factor` and does not change the highest; `yarn` interpolates by wavelength and rescales the
         attention logits (arXiv 2309.00071); `llama3` is Llama 3.1's smoothed interpolation.
-      factor: the stretch, at least 1.
-      original_max_position_embeddings: the pretraining context in tokens (`yarn`, `llama3`).
-      low_freq_factor: `llama3`: wavelengths above original / low_freq_factor are fully stretched.
-      high_freq_factor: `llama3`: wavelengths below original / high_freq_factor are left alone.
-      beta_fast: `yarn`: rotations over the original context above which a frequency is left alone.
-      beta_slow: `yarn`: rotations below which it is fully interpolated.
+      factor: the scaling factor, at least 1.
+      original_max_position_embeddings: the context of pretraining in tokens (`yarn`, `llama3`).
+      low_freq_factor: `llama3`: wavelengths above original / low_freq_factor are divided by `factor`.
+      high_freq_factor: `llama3`: wavelengths below original / high_freq_factor are unchanged.
+      beta_fast: `yarn`: number of rotations over the original context above which a frequency is unchanged.
+      beta_slow: `yarn`: number of rotations below which it is fully interpolated.
       attention_factor: `yarn`: multiplies cos and sin; None means 0.1 ln(factor) + 1.
-      truncate: `yarn`: round the ramp's ends to whole dimensions, as the reference code does.
+      truncate: `yarn`: round the ends of the ramp to integers, as the reference code does.
 
     Raises:
-      ConfigError: for a value that cannot work, naming field and value.
+      ConfigError: for an invalid value, naming field and value.
     """
 
     kind: RopeScalingKind
@@ -53,8 +53,10 @@ class RopeScaling:
         kinds = ("linear", "ntk", "yarn", "llama3")
         if self.kind not in kinds:
             raise ConfigError(f"rope_scaling.kind is {self.kind!r}; it must be one of {', '.join(kinds)}")
-        if not 1 <= self.factor <= _MOST:
-            raise ConfigError(f"rope_scaling.factor is {self.factor}; it must be between 1 and {_MOST:g}")
+        if not 1 <= self.factor <= _MAX_VALUE:
+            raise ConfigError(
+                f"rope_scaling.factor is {self.factor}; it must be between 1 and {_MAX_VALUE:g}"
+            )
         original = self.original_max_position_embeddings
         if self.kind in ("yarn", "llama3") and (original is None or original < 1):
             raise ConfigError(
@@ -66,10 +68,10 @@ class RopeScaling:
                 f"rope_scaling.high_freq_factor is {self.high_freq_factor} and low_freq_factor is "
                 f"{self.low_freq_factor}; llama3 scaling needs high_freq_factor > low_freq_factor > 0"
             )
-        if self.kind == "yarn" and not _MOST >= self.beta_fast > self.beta_slow >= 1 / _MOST:
+        if self.kind == "yarn" and not _MAX_VALUE >= self.beta_fast > self.beta_slow >= 1 / _MAX_VALUE:
             raise ConfigError(
                 f"rope_scaling.beta_fast is {self.beta_fast} and beta_slow is {self.beta_slow}; "
-                f"yarn scaling needs {_MOST:g} >= beta_fast > beta_slow >= {1 / _MOST:g}"
+                f"yarn scaling needs {_MAX_VALUE:g} >= beta_fast > beta_slow >= {1 / _MAX_VALUE:g}"
             )
         if self.attention_factor is not None and not 0 < self.attention_factor < math.inf:
             raise ConfigError(
@@ -79,13 +81,13 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """A Llama model: sizes, rotary settings, and nothing about how it is run.
+    """A Llama model: its sizes and rotary settings, and nothing about how it is run.
 
-    The defaults are Llama 2 7B (arXiv 2307.09288). Instances are hashable, so one is a static
-    argument of a jitted function.
+    The defaults are Llama 2 7B (arXiv 2307.09288). Instances are hashable, so that they can be static
+    arguments of jitted functions.
 
     Attributes:
-      vocab_size: V, entries of the token vocabulary.
+      vocab_size: V, size of the token vocabulary.
       hidden_size: D, width of the residual stream.
       intermediate_size: F, width of the SwiGLU feed-forward layer (arXiv 2002.05202).
       num_hidden_layers: L.
@@ -93,16 +95,16 @@ class LlamaConfig:
       num_key_value_heads: K, key and value heads; must divide N. None means N (multi-head
         attention); 1 is multi-query attention; between is grouped-query (arXiv 2305.13245).
       head_dim: H, even. None means D / N.
-      max_position_embeddings: the context the model was trained for, in tokens.
+      max_position_embeddings: the context that the model was trained with, in tokens.
       rms_norm_eps: added to the mean square in RMSNorm (arXiv 1910.07467).
       rope_theta: base of the rotary frequencies (arXiv 2104.09864).
-      rope_scaling: how the frequencies are stretched, or None.
+      rope_scaling: how the frequencies are scaled, or None.
       tie_word_embeddings: whether the output projection is the embedding table.
-      labels: of a classifier or reward model, the names of the C numbers that a head [D, C] on the last token
-        gives in place of the output projection; empty for a language model.
+      labels: for a classifier or reward model, the names of the C outputs of the head [D, C], which is
+        applied to the last token in place of the output projection; empty for a language model.
 
     Raises:
-      ConfigError: for a value that cannot work, naming field and value.
+      ConfigError: for an invalid value, naming field and value.
     """
 
     vocab_size: int = 32_000
@@ -155,12 +157,12 @@ class LlamaConfig:
 
     @property
     def has_output(self) -> bool:
-        """Whether there is an output projection of its own: neither tied nor replaced by a head."""
+        """Whether there is a separate output projection: neither tied embeddings nor a classifier's head."""
         return not (self.tie_word_embeddings or self.labels)
 
     @property
     def num_params(self) -> int:
-        """The number of trained values; tied embeddings are counted once."""
+        """The number of parameters; tied embeddings are counted once."""
         attention = (
             2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
         )
@@ -170,7 +172,7 @@ class LlamaConfig:
         return self.num_hidden_layers * layer + tables + self.hidden_size
 
     def replace(self, **changes: Any) -> LlamaConfig:
-        """Returns a copy with `changes`, checked again."""
+        """A copy with `changes`, validated again."""
         return dataclasses.replace(self, **changes)
 
 
@@ -207,7 +209,7 @@ LLAMA2_7B = _llama(4096, 11_008, 32, 32)
 LLAMA2_13B = _llama(5120, 13_824, 40, 40)
 LLAMA2_70B = _llama(8192, 28_672, 80, 64, num_key_value_heads=8)
 
-# A toy for tests and examples: every shape distinct, grouped heads, milliseconds to run.
+# For tests and examples: all sizes differ, heads are grouped, a forward pass takes milliseconds.
 TINY = LlamaConfig(
     vocab_size=256,
     hidden_size=64,

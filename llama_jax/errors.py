@@ -1,20 +1,20 @@
-"""The errors a user can cause: each message is one line that says what, where, and what to do.
+"""The errors that a user can cause: each message is one line with what was wrong, where, and what to do.
 
-The command line prints any `LlamaJaxError` as `error: ...` and exits with status 2; library callers
-can catch the base class, or `ValueError`, which they all are.
+The command line prints any `LlamaJaxError` as `error: ...` and exits with status 2. Library callers can catch
+the base class, or `ValueError`, its base.
 """
 
 
 class LlamaJaxError(ValueError):
-    """Base of every error that a user's input can cause."""
+    """Base class of all errors that invalid input causes."""
 
 
 class ConfigError(LlamaJaxError):
-    """A model, mesh or sharding configuration that cannot work."""
+    """An invalid model, mesh or sharding configuration."""
 
 
 class CheckpointError(LlamaJaxError):
-    """A checkpoint that is missing, malformed, or does not hold the model it should."""
+    """A checkpoint that is missing, malformed, or of another model."""
 
 
 class TokenizerError(LlamaJaxError):
@@ -26,8 +26,8 @@ class InputError(LlamaJaxError):
 
 
 class DataError(LlamaJaxError):
-    """Training data that is missing, unreadable, malformed, or not what the run began with."""
+    """Training data that is missing, unreadable, malformed, or has changed since the run started."""
 
 
 class MissingTokenizerError(TokenizerError):
-    """A place that holds no vocabulary at all."""
+    """A path without a vocabulary."""

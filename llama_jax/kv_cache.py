@@ -1,8 +1,8 @@
-"""The key/value cache of decoding: allocated once, written in place, read whole.
+"""The key/value cache of decoding: allocated once and written in place.
 
-Slot s of a row holds the key and value of the token at position s, so a row that is shorter than its
-batch mates simply has unwritten slots, which the causal mask never reaches. Layers are separate arrays:
-slicing one stacked array would copy it at every token.
+Slot s of a batch row holds the key and value of the token at position s. A row that is shorter than others in
+the batch has unwritten slots, which the causal mask excludes. Layers are separate arrays: slicing one stacked
+array would copy it at every token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
 class Int8:
-    """Keys or values of one layer, rounded to 8 bits with one scale for each head's vector.
+    """Keys or values of one layer, quantized to 8 bits with one scale per vector of a head.
 
     Attributes:
       values: int8 [B, K, S, H].
@@ -40,8 +40,8 @@ class KVCache:
     """Keys (rotated) and values of every layer.
 
     Attributes:
-      k: tuple of L arrays [B, K, S, H], or of `Int8`; head-major, several times faster to attend over on
-        a CPU than [B, S, K, H].
+      k: tuple of L arrays [B, K, S, H], or of `Int8`. Attention on CPU is several times faster with this
+        head-major layout than with [B, S, K, H].
       v: likewise.
     """
 
@@ -50,20 +50,20 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """S, the number of positions it can hold."""
+        """S, the number of slots."""
         return jax.tree.leaves(self.k)[0].shape[2]
 
 
 def init_cache(config: LlamaConfig, batch: int, length: int, dtype: jax.typing.DTypeLike) -> KVCache:
-    """An empty cache for `batch` rows of up to `length` positions, laid out over the current mesh.
+    """An empty cache, sharded over the current mesh.
 
-    A batch that the mesh's batch axes do not divide is replicated.
+    A batch that the batch axes of the mesh do not divide is replicated.
 
     Args:
       config: the model.
-      batch: rows.
+      batch: B.
       length: S.
-      dtype: of what it holds: float32, bfloat16, float16 or int8, which halves bfloat16's bytes.
+      dtype: float32, bfloat16, float16 or int8, which has half the bytes of bfloat16.
 
     Raises:
       InputError: for another dtype.
@@ -79,10 +79,10 @@ def init_cache(config: LlamaConfig, batch: int, length: int, dtype: jax.typing.D
 
 
 def checked_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """`dtype` as one that a cache can have.
+    """`dtype` as a `jnp.dtype`.
 
     Raises:
-      InputError: if it is another.
+      InputError: if a cache cannot have it.
     """
     try:
         known = jnp.dtype(dtype)
@@ -94,7 +94,7 @@ def checked_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
 
 
 def dtype_name(dtype: jax.typing.DTypeLike | None) -> str | None:
-    """`checked_dtype`'s name, as a static argument; None for None, which is the parameters' dtype."""
+    """The name of `checked_dtype`, hashable as a static argument; None, the parameters' dtype, stays None."""
     return None if dtype is None else checked_dtype(dtype).name
 
 
@@ -108,16 +108,16 @@ def _empty(shape: tuple[int, ...], dtype: jnp.dtype, spec: jax.sharding.Partitio
 
 
 def write(cache: Layer, new: jax.Array, start: jax.Array) -> Layer:
-    """Writes T positions of one layer's keys or values, each row from its own position on.
+    """Writes the keys or values of T tokens into one layer, each batch row from its own slot on.
 
     Args:
       cache: [B, K, S, H], or `Int8`.
       new: [B, K, T, H].
-      start: int [B], the slot of each row's first new position; start + T must not pass S, since the
-        update would then slide back over earlier slots. Callers check it where they know it.
+      start: int [B], the first slot to write in each row. start + T must be at most S: otherwise XLA clamps
+        the start, and earlier slots are overwritten. Callers check it where they know it.
 
     Returns:
-      The updated layer; in place where XLA can donate the buffer.
+      The updated layer; written in place where XLA can reuse the buffer.
     """
     if not isinstance(cache, Int8):
         return write_slices(cache, new.astype(cache.dtype), start)

@@ -1,7 +1,7 @@
-"""The Flax modules of one Llama block: shells that own parameters; the maths is in plain functions.
+"""The Flax modules of one Llama block: they own the parameters; the maths is in plain functions.
 
-Modules keep no state and know nothing of caches, scanning or rematerialisation: attention is handed
-its `attend` function, and `model.py` decides the rest.
+Modules have no state. Caches, scanning and rematerialization are in `model.py`, which passes an `attend`
+function to the attention module.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from llama_jax.errors import ConfigError
 from llama_jax.ops.adapted import Adapted
 from llama_jax.ops.embedding import embed_custom_vjp
 from llama_jax.ops.layouts import materialize_cotangent, row_major
-from llama_jax.ops.linear import contract, project, project_heads, through
+from llama_jax.ops.linear import apply_bottleneck, contract, project, project_heads
 from llama_jax.ops.quantization import Quantized
 from llama_jax.ops.swiglu import swiglu_down
 
-# (q [B,T,N,H], k [B,K,T,H], v [B,K,T,H]) -> (out [B,T,N,H], whatever the caller wants back); with a prefix
-# on the layer, an `attention.KeyValues` is the fourth argument.
+# (q [B,T,N,H], k [B,K,T,H], v [B,K,T,H]) -> (out [B,T,N,H], auxiliary output); in a layer with a prefix, its
+# `attention.KeyValues` is the fourth argument.
 Attend = Callable[..., tuple[jax.Array, Any]]
 
 
@@ -49,7 +49,7 @@ def embed(
     """
     out_spec = sharding.out_sharding(sharding.ACT_BTD, (*tokens.shape, 0))
     if isinstance(table, Quantized):
-        return table.rows(tokens, out_spec).astype(dtype)
+        return table.take_rows(tokens, out_spec).astype(dtype)
     if custom_vjp:
         return embed_custom_vjp(table, tokens, dtype=dtype)
     rows = jnp.asarray(table).at[tokens]
@@ -65,9 +65,9 @@ def output_matrix(params: Any) -> jax.Array | Quantized:
     """
     if "score" in params:
         raise ConfigError(
-            f"the model is a classifier or reward model, with a head of {params['score']['kernel'].shape[1]} "
-            "numbers and no output projection, so it predicts no tokens; ask llama_jax.train.scorer.Scorer for its "
-            "numbers, or give a language model"
+            "the model is a classifier or reward model "
+            f"with {params['score']['kernel'].shape[1]} outputs and no output projection, "
+            "so it has no logits; use llama_jax.train.scorer.Scorer, or a language model"
         )
     return params["lm_head"]["kernel"] if "lm_head" in params else params["embed"]["embedding"]
 
@@ -76,8 +76,8 @@ def unembed(x: jax.Array, params: Any) -> jax.Array:
     """Hidden states [B, T, D] -> logits f32 [B, T, V], by `lm_head` or the tied embedding table."""
     weight = output_matrix(params)
     if "lm_head" in params:
-        return contract("btd,dv->btv", x, weight, stored=sharding.HEAD_DV, out=sharding.LOGITS_BTV)
-    return contract("btd,vd->btv", x, weight, stored=sharding.EMBEDDING_VD, out=sharding.LOGITS_BTV)
+        return contract("btd,dv->btv", x, weight, weight_spec=sharding.HEAD_DV, out_spec=sharding.LOGITS_BTV)
+    return contract("btd,vd->btv", x, weight, weight_spec=sharding.EMBEDDING_VD, out_spec=sharding.LOGITS_BTV)
 
 
 class RMSNorm(nn.Module):
@@ -108,19 +108,19 @@ class Attention(nn.Module):
         wv = _matrix(self, "wv", _normal(), (d, k, h))
         wo = _matrix(self, "wo", _residual_normal(c), (n, h, d))
 
-        q = linear("btd,dnh->btnh", x, wq, stored=sharding.WQ_DNH, out=sharding.ACT_BTNH)
-        keys = linear("btd,dkh->btkh", x, wk, stored=sharding.WKV_DKH, out=sharding.ACT_BTNH)
-        values = linear("btd,dkh->btkh", x, wv, stored=sharding.WKV_DKH, out=sharding.ACT_BTNH)
+        q = linear("btd,dnh->btnh", x, wq, weight_spec=sharding.WQ_DNH, out_spec=sharding.ACT_BTNH)
+        keys = linear("btd,dkh->btkh", x, wk, weight_spec=sharding.WKV_DKH, out_spec=sharding.ACT_BTNH)
+        values = linear("btd,dkh->btkh", x, wv, weight_spec=sharding.WKV_DKH, out_spec=sharding.ACT_BTNH)
         rotate = functools.partial(rope.rotate, table=table, custom_vjp=self.custom_vjp)
         q, keys = rotate(q), rotate(keys)
         q, keys, values = checkpoint_name(q, "q"), checkpoint_name(keys, "k"), checkpoint_name(values, "v")
-        # Every query needs every key before it, so `context` is gathered here and nowhere else.
+        # A query reads all keys before it, so `context` is gathered here, and nowhere else.
         keys, values = (
             sharding.constrain(kv.transpose(0, 2, 1, 3), sharding.CACHE_BKSH) for kv in (keys, values)
         )
         prefix: Any = self.get_variable("params", "prefix")
-        out, kept = attend(q, keys, values, *(() if prefix is None else (prefix,)))
-        return project_heads(out, wo, custom_vjp=self.custom_vjp), kept
+        out, aux = attend(q, keys, values, *(() if prefix is None else (prefix,)))
+        return project_heads(out, wo, custom_vjp=self.custom_vjp), aux
 
 
 class FeedForward(nn.Module):
@@ -136,8 +136,8 @@ class FeedForward(nn.Module):
         w_gate = _matrix(self, "w_gate", _normal(), (d, f))
         w_up = _matrix(self, "w_up", _normal(), (d, f))
         w_down = _matrix(self, "w_down", _residual_normal(self.config), (f, d))
-        gate = linear("btd,df->btf", x, w_gate, stored=sharding.GATE_UP_DF, out=sharding.ACT_BTF)
-        up = linear("btd,df->btf", x, w_up, stored=sharding.GATE_UP_DF, out=sharding.ACT_BTF)
+        gate = linear("btd,df->btf", x, w_gate, weight_spec=sharding.GATE_UP_DF, out_spec=sharding.ACT_BTF)
+        up = linear("btd,df->btf", x, w_up, weight_spec=sharding.GATE_UP_DF, out_spec=sharding.ACT_BTF)
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         return swiglu_down(gate, up, w_down, custom_vjp=self.custom_vjp)
 
@@ -154,32 +154,32 @@ class Block(nn.Module):
         attention = Attention(self.config, self.custom_vjp, name="attention")
         feed_forward = FeedForward(self.config, self.custom_vjp, name="feed_forward")
         x = row_major(x) if self.custom_vjp else x
-        y, kept = attention(norm(name="attention_norm")(x), table, attend)
-        x = x + self._adapted(attention, y)
+        y, aux = attention(norm(name="attention_norm")(x), table, attend)
+        x = x + self._apply_adapter(attention, y)
         y = feed_forward(norm(name="ffn_norm")(x))
-        return x + self._adapted(feed_forward, y), kept
+        return x + self._apply_adapter(feed_forward, y), aux
 
-    def _adapted(self, part: nn.Module, y: jax.Array) -> jax.Array:
-        """What a part gives, through the bottleneck adapter that may stand behind it."""
-        network: Any = part.get_variable("params", "bottleneck")
-        return y if network is None else through(network, y, custom_vjp=self.custom_vjp)
+    def _apply_adapter(self, sublayer: nn.Module, y: jax.Array) -> jax.Array:
+        """The output y of a sublayer after its bottleneck adapter, if it has one."""
+        weights: Any = sublayer.get_variable("params", "bottleneck")
+        return y if weights is None else apply_bottleneck(weights, y, custom_vjp=self.custom_vjp)
 
 
 def _matrix(
     module: nn.Module, name: str, initializer: nn.initializers.Initializer, shape: tuple[int, ...]
 ) -> Any:
-    """A parameter that may be quantised or adapted, which Flax would take for one of another shape."""
-    held: Any = module.get_variable("params", name)
-    if isinstance(held, Quantized | Adapted):
-        return held
+    """A parameter that may be `Quantized` or `Adapted`, whose leaves fail Flax's check of the shape."""
+    weight: Any = module.get_variable("params", name)
+    if isinstance(weight, Quantized | Adapted):
+        return weight
     return module.param(name, initializer, shape)
 
 
 def _normal() -> nn.initializers.Initializer:
-    # Meta does not publish its initialisation; 0.02 is Hugging Face's `initializer_range` for Llama.
+    # Meta did not publish its initialization; 0.02 is Hugging Face's `initializer_range` for Llama.
     return nn.initializers.normal(0.02, dtype=jnp.float32)
 
 
 def _residual_normal(config: LlamaConfig) -> nn.initializers.Initializer:
-    # GPT-2's rule: what 2L layers add to the residual stream has the variance of one.
+    # GPT-2's rule: the sum of 2L residual branches then has the variance of one.
     return nn.initializers.normal(0.02 / (2 * config.num_hidden_layers) ** 0.5, dtype=jnp.float32)

@@ -1,4 +1,4 @@
-"""Masked next-token cross-entropy, in chunks, so that the logits of a whole sequence never exist at once."""
+"""Masked next-token cross-entropy in chunks: the logits of a whole sequence are never in memory at once."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from llama_jax.ops.quantization import Quantized
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
 class Loss:
-    """A sum and what it is the sum of, so that losses of several batches add up.
+    """A sum and its weight, so that the losses of several batches can be added.
 
     Attributes:
-      total: f32 [], the negative log-likelihood in nats, summed over counted tokens.
-      count: f32 [], the number (or weight) of counted tokens.
+      total: f32 [], the negative log-likelihood in nats, summed over the tokens with their weights.
+      count: f32 [], the sum of the weights.
     """
 
     total: jax.Array
@@ -33,14 +33,10 @@ class Loss:
 
     @property
     def mean(self) -> jax.Array:
-        """Nats a token; 0 where no token counts."""
+        """Nats per token; 0 if all weights are 0."""
         return self.total / jnp.maximum(self.count, 1e-9)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "options", "dtype", "attention_backend", "remat", "custom_vjp", "num_chunks"),
-)
 def next_token_loss(
     config: LlamaConfig,
     params: Params,
@@ -58,36 +54,67 @@ def next_token_loss(
     z_loss: float | jax.Array = 0.0,
     embedding_noise: jax.Array | None = None,
 ) -> Loss:
-    """-log p(tokens[t+1] | tokens[..t]), summed over the predictions that count.
+    """-log p(tokens[t+1] | tokens[..t]), summed over the predictions with their weights.
 
     Args:
       config: the model.
       params: its parameters.
       tokens: int [B, T].
-      mask: bool or f32 [B, T]; entry t weighs the prediction OF token t, so entry 0 has no effect. None
-        counts all. A prediction across a segment boundary never counts.
+      mask: bool or f32 [B, T]; entry t is the weight of the prediction OF token t, so entry 0 has no effect.
+        None: all ones. A prediction across a segment boundary has weight 0.
       positions: as for `forward`.
       segment_ids: as for `forward`.
-      options, dtype, attention_backend, remat, custom_vjp: as for `forward`; `custom_vjp` also forms the loss's
-        gradient in the forward pass, so that no logits are computed twice.
-      num_chunks: in how many pieces the logits are formed.
-      z_loss: weight of log^2 of the softmax's normaliser, which keeps logits from drifting (PaLM, arXiv
-        2204.02311, section 5). It is in `total`.
+      options, dtype, attention_backend, remat, custom_vjp: as for `forward`. `custom_vjp` also computes the
+        gradient of the loss in the forward pass, so that logits are computed once.
+      num_chunks: number of chunks of T; logits are f32 [B, T / num_chunks, V] at a time.
+      z_loss: weight of log^2 of the softmax normalizer, which keeps logits from drifting (PaLM, arXiv
+        2204.02311, section 5). It is included in `total`.
       embedding_noise: [B, T, D], added to the embeddings (NEFTune, arXiv 2310.05914).
 
     Returns:
       A `Loss`; divide `total` by `count` for the mean.
+
+    Raises:
+      ConfigError, InputError: as `forward`.
     """
-    weights = jnp.ones(tokens.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
-    # Each target is the token one place on, which may be another device's: the row is gathered to shift it.
-    targets, weights = (_next(x) for x in (tokens, weights))
-    last = jnp.arange(tokens.shape[1]) == tokens.shape[1] - 1
-    weights = jnp.where(last, 0.0, weights)
-    if segment_ids is not None:
-        weights = jnp.where(_whole(segment_ids) == _next(segment_ids), weights, 0.0)
     options = options.override(
         dtype=dtype, attention_backend=attention_backend, remat=remat, custom_vjp=custom_vjp
     )
+    return _next_token_loss(
+        config,
+        params,
+        tokens,
+        mask,
+        positions,
+        segment_ids,
+        jnp.asarray(z_loss, jnp.float32),
+        embedding_noise,
+        options=options,
+        num_chunks=num_chunks,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "options", "num_chunks"))
+def _next_token_loss(
+    config: LlamaConfig,
+    params: Params,
+    tokens: jax.Array,
+    mask: jax.Array | None,
+    positions: jax.Array | None,
+    segment_ids: jax.Array | None,
+    z_loss: jax.Array,
+    embedding_noise: jax.Array | None,
+    *,
+    options: ForwardOptions,
+    num_chunks: int,
+) -> Loss:
+    weights = jnp.ones(tokens.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
+    # The next token may be on another device of `context`, so rows are gathered before the shift.
+    targets, weights = (_shift_left(x) for x in (tokens, weights))
+    last = jnp.arange(tokens.shape[1]) == tokens.shape[1] - 1
+    weights = jnp.where(last, 0.0, weights)
+    if segment_ids is not None:
+        weights = jnp.where(_gather_context(segment_ids) == _shift_left(segment_ids), weights, 0.0)
     x = hidden_states(
         config,
         params,
@@ -97,7 +124,6 @@ def next_token_loss(
         options=options,
         embedding_noise=embedding_noise,
     )
-    z_loss = jnp.asarray(z_loss, jnp.float32)
     if options.custom_vjp and not isinstance(output_matrix(params), Quantized):
         total = fused_cross_entropy(x, params, targets, weights, z_loss, num_chunks=num_chunks)
         return Loss(total=total, count=weights.sum())
@@ -115,14 +141,14 @@ def token_logprobs(
     options: ForwardOptions = ForwardOptions(),
     num_chunks: int = 8,
 ) -> jax.Array:
-    """log p(tokens[t] | tokens[..t-1]) of every token, without ever holding the logits of all of them.
+    """log p(tokens[t] | tokens[..t-1]) of every token, with the logits of one chunk at a time in memory.
 
     Args:
       config, params, tokens, positions, segment_ids, options: as for `forward`.
-      num_chunks: in how many pieces the logits are formed.
+      num_chunks: as for `next_token_loss`.
 
     Returns:
-      f32 [B, T]; 0 at the first token of a row and of each segment, which nothing predicts.
+      f32 [B, T]; 0 for the first token of each row and segment.
     """
     x = hidden_states(
         config,
@@ -133,27 +159,28 @@ def token_logprobs(
         options=options,
     )
 
-    def one(chunk: Any) -> jax.Array:
+    def chunk_logprobs(chunk: Any) -> jax.Array:
         x, targets = chunk
-        picked, log_total = _picked(unembed(x, params), targets)
-        return picked - log_total
+        target_logits, log_z = _target_logits_and_log_z(unembed(x, params), targets)
+        return target_logits - log_z
 
     length, chunks = x.shape[1], _chunk_count(x.shape[1], num_chunks)
-    found = jax.lax.map(jax.checkpoint(one), tuple(_cut(array, chunks) for array in (x, _next(tokens))))
-    logprobs = jnp.moveaxis(found, 0, 2).reshape(x.shape[0], -1)[:, :length]
+    inputs = tuple(_split(array, chunks) for array in (x, _shift_left(tokens)))
+    logprobs = jax.lax.map(jax.checkpoint(chunk_logprobs), inputs)
+    logprobs = jnp.moveaxis(logprobs, 0, 2).reshape(x.shape[0], -1)[:, :length]
     predicted = jnp.arange(length) > 0
     if segment_ids is not None:
-        segments = _whole(segment_ids)
+        segments = _gather_context(segment_ids)
         predicted = predicted & (segments == jnp.roll(segments, 1, axis=1))
-    return jnp.where(predicted, jnp.roll(_whole(logprobs), 1, axis=1), 0.0)
+    return jnp.where(predicted, jnp.roll(_gather_context(logprobs), 1, axis=1), 0.0)
 
 
-def _whole(x: jax.Array) -> jax.Array:
+def _gather_context(x: jax.Array) -> jax.Array:
     return sharding.constrain(jnp.asarray(x), P(sharding.BATCH, None))
 
 
-def _next(x: jax.Array) -> jax.Array:
-    return jnp.roll(_whole(x), -1, axis=1)
+def _shift_left(x: jax.Array) -> jax.Array:
+    return jnp.roll(_gather_context(x), -1, axis=1)
 
 
 def cross_entropy(
@@ -165,11 +192,11 @@ def cross_entropy(
     *,
     num_chunks: int,
 ) -> Loss:
-    """Weighted cross-entropy of `unembed(x)`, forming [B, T / num_chunks, V] logits at a time.
+    """Weighted cross-entropy of `unembed(x)`, with logits [B, T / num_chunks, V] at a time.
 
     Args:
       x: hidden states [B, T, D].
-      params: the tree that holds the output projection.
+      params: the parameter tree; only the output projection is read.
       targets: int [B, T].
       weights: f32 [B, T].
       z_loss: f32 [], as for `next_token_loss`.
@@ -177,32 +204,32 @@ def cross_entropy(
     """
     chunks = _chunk_count(x.shape[1], num_chunks)
 
-    @jax.checkpoint  # a chunk's logits are formed again in the backward pass
-    def one(chunk: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    @jax.checkpoint  # the backward pass recomputes the logits of a chunk
+    def chunk_loss(chunk: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         x, targets, weights = chunk
-        picked, log_total = _picked(unembed(x, params), targets)
-        return (weights * (log_total - picked + z_loss * log_total**2)).sum()
+        target_logits, log_z = _target_logits_and_log_z(unembed(x, params), targets)
+        return (weights * (log_z - target_logits + z_loss * log_z**2)).sum()
 
-    totals = jax.lax.map(one, tuple(_cut(array, chunks) for array in (x, targets, weights)))
+    totals = jax.lax.map(chunk_loss, tuple(_split(array, chunks) for array in (x, targets, weights)))
     return Loss(total=totals.sum(), count=weights.sum())
 
 
-def _picked(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The targets' logits, and the logarithm of the softmax's normaliser, f32 [B, T] each."""
-    # Compared with an iota rather than gathered, so that the vocabulary may be split over devices.
+def _target_logits_and_log_z(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The logits of the targets and the log of the softmax normalizer, f32 [B, T] each."""
+    # A comparison with an iota rather than a gather, so that the vocabulary may be sharded.
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     return jnp.where(is_target, logits, 0.0).sum(-1), jax.nn.logsumexp(logits, axis=-1)
 
 
-def _chunk_count(length: int, wanted: int) -> int:
-    return max(1, min(wanted, length // sharding.explicit_axes().get("context", 1)))
+def _chunk_count(length: int, num_chunks: int) -> int:
+    return max(1, min(num_chunks, length // sharding.explicit_axes().get("context", 1)))
 
 
-def _cut(array: jax.Array, chunks: int) -> jax.Array:
+def _split(array: jax.Array, chunks: int) -> jax.Array:
     """[B, T, ...] -> [chunks, B, T / chunks, ...], padded with zeros.
 
-    Chunk c holds positions c, c + chunks, c + 2 chunks, ...: a strided cut leaves every shard of the
-    sequence with an equal part of each chunk.
+    Chunk c has positions c, c + chunks, c + 2 chunks, ...: with this stride every shard of the sequence has
+    an equal part of each chunk.
     """
     if pad := -array.shape[1] % (chunks * sharding.explicit_axes().get("context", 1)):
         array = sharding.constrain(array, P(sharding.BATCH, *(None,) * (array.ndim - 1)))

@@ -1,8 +1,8 @@
-"""The Llama model as functions of (config, params, tokens): initialise, run, run against a cache.
+"""The Llama model as functions of (config, params, tokens): init, forward, forward with a cache.
 
-Parameters are a nested dict whose layer leaves are stacked [L, ...]; `unstack` turns `layers` into a
-tuple of L dicts, which every function here takes just as well. Stacked layers are scanned (one compiled
-body whatever L is), unstacked ones are unrolled (no slice of a weight is ever copied: decoding's form).
+Parameters are a nested dict whose layer leaves are stacked [L, ...]. `unstack` turns `layers` into a tuple of
+L dicts, which every function here accepts too. Stacked layers are scanned (one compiled body whatever L is).
+Unstacked ones are unrolled, for decoding: no slice of a weight is copied.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError, InputError
 from llama_jax.layers import Attend, Block, embed, rms_norm, unembed
 
-Params = Any  # the nested dict of arrays that this module's docstring describes
+Params = Any  # a nested dict of arrays, see the module's docstring
 Remat = Literal["none", "save_projections", "attention", "full", "offload"]
 
-# What a backward pass reads again: the products' results, and attention's with its one number a query.
+# Checkpoint names of what the backward pass reads: attention's output with its log-sum-exp, and projections.
 _ATTENTION = ("attention_out", "splash_residuals")
-_NAMED = ("q", "k", *_ATTENTION, "gate", "up")
-_POLICIES: dict[str, Any] = {
-    "save_projections": jax.checkpoint_policies.save_only_these_names(*_NAMED),
+_PROJECTIONS = ("q", "k", *_ATTENTION, "gate", "up")
+_REMAT_POLICIES: dict[str, Any] = {
+    "save_projections": jax.checkpoint_policies.save_only_these_names(*_PROJECTIONS),
     "attention": jax.checkpoint_policies.save_only_these_names(*_ATTENTION),
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
-        names_which_can_be_offloaded=list(_NAMED),
+        names_which_can_be_offloaded=list(_PROJECTIONS),
         offload_src="device",
         offload_dst="pinned_host",
     ),
@@ -43,20 +43,23 @@ _POLICIES: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class ForwardOptions:
-    """How a forward pass is computed, apart from the model; hashable, so static under `jit`.
+    """How a forward pass is computed, apart from the model.
+
+    Hashable and static under `jit`: equal options share one compiled program.
 
     Attributes:
-      dtype: compute dtype; None is the parameters' own. Norms, rotary angles, softmax and logits are f32 in any
-        case.
+      dtype: the compute dtype; None is the dtype of the parameters. Norms, rotary angles, softmax, logits and
+        accumulation are f32 in any case.
       attention_backend: `xla`, `blockwise` or `splash`; see `attention.attention`.
-      remat: what a layer keeps for its backward pass: `none` rematerialises nothing; `save_projections` keeps the
-        outputs of the matrix products and of attention; `attention` attention's output; `full` the layer's input
-        alone; `offload` keeps what `save_projections` does, in host memory. It saves memory with stacked layers.
-      custom_vjp: take the hand-written backward passes of `ops`, which stay in the compute dtype with f32
-        accumulation; what the trainer uses. They rule out forward-mode differentiation (`jax.jvp`).
+      remat: what the backward pass of a layer keeps from its forward pass, which saves memory with stacked
+        layers. `none`: everything, nothing is recomputed. `save_projections`: the outputs of the projections
+        and of attention. `attention`: the output of attention. `full`: only the input of the layer.
+        `offload`: as `save_projections`, in host memory.
+      custom_vjp: use the custom backward passes of `ops`, which compute in the compute dtype with f32
+        accumulation, as the trainer does. They have no forward-mode derivative (`jax.jvp`).
 
     Raises:
-      ConfigError: for an unknown backend, remat policy or dtype.
+      ConfigError: for an unknown backend, remat policy or dtype, or a `custom_vjp` that is not a bool.
     """
 
     dtype: jax.typing.DTypeLike | None = None
@@ -66,26 +69,40 @@ class ForwardOptions:
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
-            object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        if self.attention_backend not in get_args(Backend):
-            raise ConfigError(
-                f"attention backend {self.attention_backend!r} is unknown; use one of {', '.join(get_args(Backend))}"
-            )
-        if self.remat not in get_args(Remat):
-            raise ConfigError(
-                f"remat policy {self.remat!r} is unknown; use one of {', '.join(get_args(Remat))}"
-            )
+            object.__setattr__(self, "dtype", _float_dtype(self.dtype))
+        for name, value, choices in (
+            ("attention backend", self.attention_backend, get_args(Backend)),
+            ("remat policy", self.remat, get_args(Remat)),
+        ):
+            if value not in choices:
+                raise ConfigError(f"{name} {value!r} is unknown; use one of {', '.join(choices)}")
+        if not isinstance(self.custom_vjp, bool):
+            raise ConfigError(f"custom_vjp is {self.custom_vjp!r}; it must be True or False")
 
     def override(self, **changes: Any) -> ForwardOptions:
-        """These options with those of `changes` that are not None."""
+        """A copy with those of `changes` that are not None.
+
+        Raises:
+          ConfigError: as for the constructor.
+        """
         return dataclasses.replace(self, **{k: v for k, v in changes.items() if v is not None})
 
 
-def init(config: LlamaConfig, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> Params:
-    """Random parameters: normal with deviation 0.02, residual outputs 0.02 / sqrt(2L), norms one.
+def _float_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    try:
+        checked = jnp.dtype(dtype)
+    except TypeError:
+        checked = None
+    if checked is None or not jnp.issubdtype(checked, jnp.floating):
+        raise ConfigError(f"compute dtype is {dtype!r}; it must be a float dtype such as float32 or bfloat16")
+    return checked
 
-    Under a mesh (`jax.set_mesh`) each device makes its own shards; the values are the same bits as
-    without one.
+
+def init(config: LlamaConfig, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> Params:
+    """Random parameters: norms 1, others normal with deviation 0.02, or 0.02 / sqrt(2L) in `wo` and `w_down`.
+
+    On a mesh (`jax.set_mesh`) each device initializes its own shards; the values are bitwise those without a
+    mesh.
 
     Args:
       config: the model.
@@ -100,7 +117,7 @@ def init(config: LlamaConfig, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.
         embed_key, head_key, layers_key = jax.random.split(key, 3)
         v, d = config.vocab_size, config.hidden_size
         x, positions = jnp.zeros((1, 1, d), jnp.float32), jnp.zeros((1, 1), jnp.int32)
-        attend: Attend = lambda q, k, v: (q, None)  # noqa: E731  # init asks for shapes alone
+        attend: Attend = lambda q, k, v: (q, None)  # noqa: E731  # only its shapes are used
 
         def layer(key: jax.Array) -> Any:
             return Block(config).init(key, x, rope.rotary(config, positions), attend)["params"]
@@ -121,13 +138,10 @@ def init(config: LlamaConfig, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.
         return jax.jit(make)(key)
     sharding.check_mesh(config, jax.sharding.get_abstract_mesh())
     specs = jax.tree.map(sharding.out_sharding, sharding.param_specs(config), is_leaf=sharding.is_spec)
-    # Made in automatic mode: the partitioner then has each device compute its own shards' numbers alone.
+    # With automatic axes the partitioner makes each device compute only its own shards.
     return jax.jit(jax.sharding.auto_axes(make, out_sharding=specs))(key)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "options", "dtype", "attention_backend", "remat", "custom_vjp")
-)
 def forward(
     config: LlamaConfig,
     params: Params,
@@ -141,29 +155,42 @@ def forward(
     remat: Remat | None = None,
     custom_vjp: bool | None = None,
 ) -> jax.Array:
-    """Logits of every next token.
+    """Logits of the next token after every position.
 
     Args:
       config: the model.
       params: its parameters, stacked or not.
       tokens: int [B, T].
-      positions: int [B, T], each token's position in its document; 0..T-1 by default. With packed
-        documents they restart, and `segment_ids` must keep the documents apart.
-      segment_ids: int [B, T]; a token attends only within its own segment. None: each row is one.
-      options: how it is computed.
-      dtype, attention_backend, remat, custom_vjp: fields of `options`, which they override where given.
+      positions: int [B, T], the position of each token in its document; 0..T-1 by default. In packed rows
+        they restart with each document, and `segment_ids` separates the documents.
+      segment_ids: int [B, T]; a token attends only to its own segment. None: each row is one segment.
+      options: how the forward pass is computed.
+      dtype, attention_backend, remat, custom_vjp: replace these fields of `options` where not None.
 
     Returns:
       f32 [B, T, V].
 
     Raises:
-      ConfigError: for an unknown backend or remat policy, parameters of another model, or a model or
-        batch that the mesh does not divide.
+      ConfigError: for invalid options, parameters of another model, or a model or batch that the mesh does
+        not divide.
       InputError: for tokens, positions or segment_ids that are not [B, T].
     """
     options = options.override(
         dtype=dtype, attention_backend=attention_backend, remat=remat, custom_vjp=custom_vjp
     )
+    return _forward(config, params, tokens, positions, segment_ids, options=options)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "options"))
+def _forward(
+    config: LlamaConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array | None,
+    segment_ids: jax.Array | None,
+    *,
+    options: ForwardOptions,
+) -> jax.Array:
     x = hidden_states(config, params, tokens, positions, segment_ids, options=options)
     return unembed(x, params)
 
@@ -178,9 +205,9 @@ def hidden_states(
     options: ForwardOptions = ForwardOptions(),
     embedding_noise: jax.Array | None = None,
 ) -> jax.Array:
-    """`forward` without its last product: normalised hidden states [B, T, D] in the compute dtype.
+    """`forward` without the output projection: normalized hidden states [B, T, D] in the compute dtype.
 
-    `embedding_noise` [B, T, D] is added to the embeddings, as NEFTune does in training (arXiv 2310.05914).
+    `embedding_noise` [B, T, D] is added to the embeddings, as in NEFTune (arXiv 2310.05914).
     """
     _check(config, params, tokens)
     sharding.check_batch(tokens.shape[0])
@@ -188,18 +215,20 @@ def hidden_states(
         if array is not None and jnp.shape(array) != jnp.shape(tokens):
             raise InputError(f"{name} has shape {jnp.shape(array)}; tokens has {jnp.shape(tokens)}")
     tokens = sharding.constrain(jnp.asarray(tokens), sharding.TOKENS_BT)
-    order = _sequence_positions(tokens)
-    positions = order if positions is None else sharding.constrain(jnp.asarray(positions), sharding.TOKENS_BT)
+    row_order = _row_order(tokens)
+    if positions is None:
+        positions = row_order
+    else:
+        positions = sharding.constrain(jnp.asarray(positions), sharding.TOKENS_BT)
     if segment_ids is not None:
         segment_ids = sharding.constrain(jnp.asarray(segment_ids), sharding.TOKENS_BT)
-    # Causality goes by the place in the row, not by the position in the document: with packing,
-    # positions restart.
-    where = AttentionMask(order, order, segment_ids, segment_ids)
+    # Causal in the order of the row: positions restart with each packed document.
+    mask = AttentionMask(row_order, row_order, segment_ids, segment_ids)
 
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, prefix: KeyValues | None = None
     ) -> tuple[jax.Array, None]:
-        return attention(q, k, v, where, prefix, backend=options.attention_backend), None
+        return attention(q, k, v, mask, prefix, backend=options.attention_backend), None
 
     dtype = options.dtype or compute_dtype(params)
     x = embed(params["embed"]["embedding"], tokens, dtype=dtype, custom_vjp=options.custom_vjp)
@@ -210,7 +239,7 @@ def hidden_states(
         params,
         x,
         rope.rotary(config, positions + _prefix_length(params)),
-        lambda layer: attend,
+        lambda _: attend,
         options=options,
     )
     return rms_norm(x, params["final_norm"]["scale"], eps=config.rms_norm_eps)
@@ -227,26 +256,25 @@ def forward_cached(
     positions: jax.Array | None = None,
     allowed: jax.Array | None = None,
 ) -> tuple[jax.Array, kv.KVCache]:
-    """Runs T new tokens of each row against the cache, which they join.
+    """Runs T new tokens of each row with the cache, and adds their keys and values to it.
 
-    The compute dtype is the parameters'; the cache may have another.
+    The compute dtype is that of the parameters; the cache may have another.
 
     Args:
       config: the model.
       params: its parameters, unstacked (see `unstack`): a scan would copy every weight at every token.
       tokens: int [B, T], written to slots start..start+T-1 of each row.
       start: int [B].
-      cache: holds the keys and values of slots 0..start-1 of each row.
-      used: int [], how many of the cache's first slots to read, at least max(start) + T, for many tokens
-        at once; None reads all, which for a few tokens is quicker.
-      positions: int [B, T], where the tokens stand in their text; by default in their slots' order.
-      allowed: bool [B, T, S], which slots each token attends to, its own included; by default the
-        slots up to its own. With `positions` it lets one row of the cache hold several continuations of
-        one prompt: beams, or a tree of drafts.
+      cache: the keys and values of slots 0..start-1 of each row.
+      used: int [], the number of slots to read, at least max(start) + T: for many tokens. None reads all
+        slots, which is faster for a few tokens.
+      positions: int [B, T], the position of each token in its sequence; by default its slot.
+      allowed: bool [B, T, S], the slots that each token attends to, including its own; by default those up to
+        its own. With `positions`, one row of the cache can store several continuations of one prompt: beams,
+        or a tree of drafts.
 
     Returns:
-      logits f32 [B, T, V], whose cost vanishes under `jit` where they are not used; and the cache with
-      the new tokens in it.
+      logits f32 [B, T, V], which `jit` does not compute where they are not used; and the updated cache.
     """
     _check(config, params, tokens)
     batch, length = tokens.shape
@@ -254,28 +282,28 @@ def forward_cached(
     start = sharding.constrain(start, sharding.ROWS_B)
     order = start[:, None] + jnp.arange(length, dtype=jnp.int32)
     slots = jnp.broadcast_to(jnp.arange(cache.length, dtype=jnp.int32), (batch, cache.length))
-    where = AttentionMask(order, slots, allowed=allowed)
+    mask = AttentionMask(order, slots, allowed=allowed)
     positions = order if positions is None else sharding.constrain(positions, sharding.TOKENS_BT)
 
-    def attend_at(layer: int) -> Attend:
+    def attend_in_layer(layer: int) -> Attend:
         def attend(
             q: jax.Array, k: jax.Array, v: jax.Array, prefix: KeyValues | None = None
         ) -> tuple[jax.Array, Any]:
             keys, values = kv.write(cache.k[layer], k, start), kv.write(cache.v[layer], v, start)
-            return cached_attention(q, keys, values, where, prefix, used=used), (keys, values)
+            return cached_attention(q, keys, values, mask, prefix, used=used), (keys, values)
 
         return attend
 
     x = embed(params["embed"]["embedding"], tokens, dtype=compute_dtype(params))
     table = rope.rotary(config, positions + _prefix_length(params))
-    x, kept = _run_layers(config, unstack(params), x, table, attend_at)
-    keys, values = zip(*kept, strict=True)
+    x, layer_caches = _run_layers(config, unstack(params), x, table, attend_in_layer)
+    keys, values = zip(*layer_caches, strict=True)
     x = rms_norm(x, params["final_norm"]["scale"], eps=config.rms_norm_eps)
     return unembed(x, params), kv.KVCache(k=keys, v=values)
 
 
 def unstack(params: Params) -> Params:
-    """Splits stacked layers into a tuple of L dicts; parameters that are unstacked pass through.
+    """Splits stacked layers into a tuple of L dicts; unstacked parameters are returned unchanged.
 
     Under `jit` this copies the weights once, so do it outside the loop that uses them.
     """
@@ -283,21 +311,21 @@ def unstack(params: Params) -> Params:
     if not isinstance(layers, Mapping):
         return params
     count = jax.tree.leaves(layers)[0].shape[0]
-    take = lambda i: jax.tree.map(lambda leaf: leaf[i], layers)  # noqa: E731
-    return {**params, "layers": tuple(take(i) for i in range(count))}
+    layer = lambda i: jax.tree.map(lambda leaf: leaf[i], layers)  # noqa: E731
+    return {**params, "layers": tuple(layer(i) for i in range(count))}
 
 
 def compute_dtype(params: Params) -> jnp.dtype:
-    """The dtype of the embedding table, which stands for the whole tree's."""
+    """The compute dtype without `ForwardOptions.dtype`: that of the embedding table."""
     return params["embed"]["embedding"].dtype
 
 
 def _check(config: LlamaConfig, params: Params, tokens: jax.Array) -> None:
-    """Checks by their shapes alone that tokens, parameters, configuration and mesh belong together."""
+    """Checks the shapes of tokens and parameters against the configuration and the mesh."""
     dtype = jnp.result_type(tokens)
     if jnp.ndim(tokens) != 2 or not jnp.issubdtype(dtype, jnp.integer):
         raise InputError(
-            f"tokens is {dtype} of shape {jnp.shape(tokens)}; it must be whole numbers [batch, length]"
+            f"tokens is {dtype} of shape {jnp.shape(tokens)}; it must be an integer array [batch, length]"
         )
     layers = params["layers"]
     stacked = isinstance(layers, Mapping)
@@ -314,13 +342,14 @@ def _check(config: LlamaConfig, params: Params, tokens: jax.Array) -> None:
 
 
 def _prefix_length(params: Params) -> int:
-    """How many positions a learned prefix takes before the first token's."""
+    """The number of positions of a prefix, before that of the first token."""
     layers = params["layers"]
     prefix = (layers if isinstance(layers, Mapping) else layers[0])["attention"].get("prefix")
     return 0 if prefix is None else prefix["k"].shape[-2]
 
 
-def _sequence_positions(tokens: jax.Array) -> jax.Array:
+def _row_order(tokens: jax.Array) -> jax.Array:
+    """int [B, T]: 0..T-1 in each row."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     return sharding.constrain(positions, sharding.TOKENS_BT)
 
@@ -330,11 +359,11 @@ def _run_layers(
     params: Params,
     x: jax.Array,
     table: rope.Rotary,
-    attend_at: Callable[[int], Attend],
+    attend_in_layer: Callable[[int], Attend],
     *,
     options: ForwardOptions = ForwardOptions(),
 ) -> tuple[jax.Array, Any]:
-    """All blocks over x: scanned where they are stacked (one `attend` for all), unrolled where not."""
+    """Applies all layers to x: a scan where they are stacked, with one `attend` for all, else unrolled."""
     block = Block(config, options.custom_vjp)
 
     def layer(x: jax.Array, weights: Any, attend: Attend) -> tuple[jax.Array, Any]:
@@ -342,15 +371,17 @@ def _run_layers(
 
     layers = params["layers"]
     if isinstance(layers, Mapping):
-        return jax.lax.scan(_remat(functools.partial(layer, attend=attend_at(0)), options.remat), x, layers)
-    kept = []
+        return jax.lax.scan(
+            _remat(functools.partial(layer, attend=attend_in_layer(0)), options.remat), x, layers
+        )
+    outputs = []
     for index, weights in enumerate(layers):
-        x, keep = _remat(functools.partial(layer, attend=attend_at(index)), options.remat)(x, weights)
-        kept.append(keep)
-    return x, kept
+        x, aux = _remat(functools.partial(layer, attend=attend_in_layer(index)), options.remat)(x, weights)
+        outputs.append(aux)
+    return x, outputs
 
 
 def _remat(step: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     if remat == "none":
         return step
-    return jax.checkpoint(step, policy=_POLICIES[remat], prevent_cse=False)
+    return jax.checkpoint(step, policy=_REMAT_POLICIES[remat], prevent_cse=False)

@@ -1,7 +1,7 @@
 """Rotary position embedding (arXiv 2104.09864): frequencies, their scaling rules, the rotation.
 
 Dimensions i and i + H/2 of a head rotate together (the split-halves layout of Hugging Face); Meta's
-interleaved layout is the same model with the columns of wq and wk permuted, which loading takes care of.
+interleaved layout is the same model with the columns of wq and wk permuted; the loaders convert it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Rotary(NamedTuple):
 
 
 def effective_theta(theta: float, scaling: RopeScaling | None, *, head_dim: int) -> float:
-    """The base as `ntk` scaling raises it, which is all that it does; as it is for every other kind."""
+    """The rotary base after `ntk` scaling, which changes nothing else; `theta` for every other kind."""
     if scaling is None or scaling.kind != "ntk":
         return theta
     return theta * scaling.factor ** (head_dim / (head_dim - 2))
@@ -34,17 +34,17 @@ def effective_theta(theta: float, scaling: RopeScaling | None, *, head_dim: int)
 def rotary_frequencies(
     *, head_dim: int, theta: float, scaling: RopeScaling | None
 ) -> tuple[np.ndarray, float]:
-    """Radians a position of each rotating pair, and the factor on cos and sin.
+    """Radians per position of each rotated pair, and the factor on cos and sin.
 
     Plain: `theta ** (-2i / H)` for i in [0, H/2), factor 1. See `RopeScaling` for the rest.
 
     Args:
       head_dim: H.
       theta: the base.
-      scaling: how the frequencies are stretched, or None.
+      scaling: the scaling rule for long contexts, or None.
 
     Returns:
-      f32 [H/2], in numpy so that they are constants of whatever is being traced, and the factor.
+      f32 [H/2], as a numpy array, so a constant under tracing; and the factor.
     """
     theta = effective_theta(theta, scaling, head_dim=head_dim)
     frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
@@ -61,25 +61,25 @@ def rotary_frequencies(
 
 
 def _yarn(frequencies: np.ndarray, scaling: RopeScaling, *, head_dim: int, theta: float) -> np.ndarray:
-    """Interpolates slow frequencies and keeps fast ones, with a ramp between (arXiv 2309.00071, 3.2)."""
+    """Interpolates low frequencies and keeps high ones, with a ramp between (arXiv 2309.00071, 3.2)."""
     context = scaling.original_max_position_embeddings
     assert context is not None  # checked by RopeScaling
 
     def dimension(rotations: float) -> float:
-        """The pair index whose frequency makes this many rotations over the original context."""
+        """The pair whose frequency gives this many rotations over the original context."""
         return head_dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    width = max(high - low, 0.001)  # the reference code's guard against a ramp of no width
+    width = max(high - low, 0.001)  # as in the reference code: the ramp's width must not be zero
     ramp = np.clip((np.arange(head_dim // 2) - low) / width, 0, 1)
     return frequencies / scaling.factor * ramp + frequencies * (1 - ramp)
 
 
 def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Divides slow frequencies by the factor, smoothly up to the fast ones (meta-llama/llama-models)."""
+    """Divides low frequencies by the factor, up to a smooth transition (meta-llama/llama-models)."""
     context = scaling.original_max_position_embeddings
     assert context is not None  # checked by RopeScaling
     rotations = context * frequencies / (2 * math.pi)
@@ -89,7 +89,7 @@ def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 
 def rotary(config: LlamaConfig, positions: jax.Array) -> Rotary:
-    """Rotation tables for `positions`, int [B, T]; the angles are f32 whatever the model computes in."""
+    """Rotation tables for `positions`, int [B, T]; the angles are f32 whatever the compute dtype."""
     frequencies, factor = rotary_frequencies(
         head_dim=config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling
     )

@@ -1,11 +1,11 @@
-"""Meshes, and THE one table of how every parameter and activation is laid out over them.
+"""Meshes, and THE one table of the partition specs of all parameters and activations.
 
-Mesh axes, always by these names: `data` (plain data parallelism, the outer axis that may cross slow
-links), `fsdp` (batch and parameters), `context` (the sequence), `tensor` (heads, feed-forward width,
-vocabulary). A mesh may leave out axes it does not use, and the same model code runs with no mesh.
+The mesh axes are `data` (data parallelism, the outer axis, which may cross slow links), `fsdp` (batch and
+parameters), `context` (the sequence) and `tensor` (heads, feed-forward width, vocabulary). A mesh may omit
+axes, and the same model code runs without a mesh.
 
-The model runs in JAX's explicit-sharding mode: enter a mesh with `jax.set_mesh(mesh)` and every array's
-type carries its layout. Each name below ends in the letters of its dimensions (see `llama_jax`).
+The model runs in JAX's explicit-sharding mode: under `jax.set_mesh(mesh)` the type of every array includes
+its sharding. Each name below ends in the letters of its dimensions (see `llama_jax`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llama_jax.errors import ConfigError
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH = ("data", "fsdp")
 
-# Parameters as they are stored. `fsdp` is the axis they are gathered over just before use.
+# Stored parameters. They are gathered over `fsdp` just before they are used.
 EMBEDDING_VD = P("tensor", "fsdp")
 HEAD_DV = P("fsdp", "tensor")
 SCORE_DC = P(None, None)
@@ -35,7 +35,7 @@ WKV_DKH = P("fsdp", "tensor", None)
 WO_NHD = P("tensor", None, "fsdp")
 GATE_UP_DF = P("fsdp", "tensor")
 DOWN_FD = P("tensor", "fsdp")
-# Of adapters; those of LoRA follow the matrices that they are on.
+# Adapters. The specs of LoRA follow from those of the adapted matrices (`ops.adapted.adapter_specs`).
 BOTTLENECK_DOWN_DM = P("fsdp", None)
 BOTTLENECK_UP_MD = P(None, "fsdp")
 PREFIX_KPH = P("tensor", None, None)
@@ -46,7 +46,7 @@ ACT_BTD = P(BATCH, "context", None)
 ACT_BTF = P(BATCH, "context", "tensor")
 ACT_BTNH = P(BATCH, "context", "tensor", None)
 LOGITS_BTV = P(BATCH, "context", "tensor")
-LOGITS_BV = P(BATCH, None)  # one position's logits, whole on every device: sampling looks at all of V
+LOGITS_BV = P(BATCH, None)  # logits of one position; V is not sharded, since sampling reads all of it
 QUERIES_BKGTH = P(BATCH, "tensor", None, "context", None)
 CACHE_BKSH = P(BATCH, "tensor", None, None)
 ROWS_B = P(BATCH)
@@ -60,15 +60,15 @@ LAYER_SPECS = {
 
 
 def param_specs(config: LlamaConfig, *, scan_layers: bool = True) -> dict[str, Any]:
-    """Partition specs of the whole parameter tree.
+    """Partition specs of the parameter tree.
 
     Args:
-      config: the model; tied embeddings have no `lm_head`, classifiers a `score` instead.
-      scan_layers: whether layer leaves carry a leading layer axis, which is never sharded; otherwise
-        `layers` is a tuple of one tree a layer.
+      config: the model. With tied embeddings there is no `lm_head`; a classifier has `score` instead.
+      scan_layers: whether layer leaves are stacked, with a leading layer axis that is not sharded; otherwise
+        `layers` is a tuple of one tree per layer.
 
     Returns:
-      A tree shaped like the parameters, with a `PartitionSpec` at each leaf.
+      A tree like the parameters, with a `PartitionSpec` at each leaf.
     """
     layers = jax.tree.map(lambda spec: P(None, *spec), LAYER_SPECS, is_leaf=is_spec) if scan_layers else None
     specs: dict[str, Any] = {
@@ -84,20 +84,21 @@ def param_specs(config: LlamaConfig, *, scan_layers: bool = True) -> dict[str, A
 
 
 def is_spec(x: Any) -> bool:
-    """Whether x is a leaf of a spec tree (a `PartitionSpec` is itself a tuple, which trees descend into)."""
+    """The `is_leaf` of a tree of specs: JAX treats a `PartitionSpec` as a pytree node."""
     return isinstance(x, P)
 
 
 def make_mesh(spec: str | Mapping[str, int] = "", *, devices: Any = None) -> Mesh:
-    """Makes a mesh with all four axes from a line such as `"fsdp=4,tensor=2"`.
+    """Makes a mesh with all four axes from a string such as `"fsdp=4,tensor=2"`.
 
     Args:
-      spec: sizes by axis name; axes left out have size 1. One size may be -1: what is left.
+      spec: sizes by axis name; axes that are not named have size 1. One size may be -1, for the remaining
+        devices.
       devices: the devices to use; all of `jax.devices()` by default.
 
     Raises:
-      ConfigError: for an unknown axis, a size that is no whole number, or sizes whose product is not
-        the number of devices.
+      ConfigError: for an unknown axis, a size that is not an integer, or sizes whose product is not the
+        number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(spec, len(devices))
@@ -107,7 +108,7 @@ def make_mesh(spec: str | Mapping[str, int] = "", *, devices: Any = None) -> Mes
 
 
 def mesh_sizes(spec: str | Mapping[str, int], num_devices: int) -> dict[str, int]:
-    """The size of each of the four axes, in order, that `make_mesh` would give so many devices.
+    """The sizes of the four axes, in order, of `make_mesh` on this number of devices.
 
     Raises:
       ConfigError: as `make_mesh`.
@@ -147,10 +148,10 @@ def _parse_mesh(spec: str) -> Iterator[tuple[str, int]]:
 
 
 def check_mesh(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Checks that every parameter's dimensions divide by the mesh axes they are laid over.
+    """Checks that the mesh axes divide the dimensions of the parameters that they shard.
 
     Raises:
-      ConfigError: naming each tensor, dimension and axis that do not fit, and the sizes that would.
+      ConfigError: naming each tensor, dimension and axis that do not divide, and the sizes that would.
     """
     sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
     dims = {
@@ -174,7 +175,7 @@ def check_mesh(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> None:
 
 
 def check_batch(batch: int) -> None:
-    """Checks that `batch` rows divide over the current mesh's batch axes.
+    """Checks that the batch axes of the current mesh divide the batch size.
 
     Raises:
       ConfigError: naming the axes and the batch sizes that would work.
@@ -189,10 +190,10 @@ def check_batch(batch: int) -> None:
 
 
 def shard_params(params: Any, mesh: Mesh, config: LlamaConfig) -> Any:
-    """Lays parameters, stacked or not, out over `mesh` by the table above.
+    """Shards parameters, stacked or not, over `mesh` by the table above.
 
     Raises:
-      ConfigError: where a dimension does not divide its axis.
+      ConfigError: for a dimension that its axis does not divide.
     """
     check_mesh(config, mesh)
     specs = param_specs(config, scan_layers=isinstance(params["layers"], Mapping))
@@ -200,7 +201,7 @@ def shard_params(params: Any, mesh: Mesh, config: LlamaConfig) -> Any:
 
 
 def explicit_axes() -> dict[str, int]:
-    """Sizes of the current mesh's explicit axes: empty with no mesh, or inside `shard_map`."""
+    """Sizes of the explicit axes of the current mesh; empty without a mesh, and inside `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return {}
@@ -212,71 +213,71 @@ def explicit_axes() -> dict[str, int]:
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """The context in which a program runs on `mesh`; nothing where there is none."""
+    """`jax.set_mesh(mesh)`, or a null context for None."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def out_sharding(spec: P, shape: tuple[int, ...] | None = None) -> P | None:
-    """The part of `spec` that the current mesh has, or None where it has none of it.
+    """`spec` without the axes that the current mesh does not have; None if it has no explicit axes.
 
-    None is what an operation's `out_sharding` must be without a mesh, under an automatic mesh and
-    inside `shard_map`, so the same call works everywhere.
+    None is the `out_sharding` of an operation without a mesh, under an automatic mesh and inside `shard_map`,
+    so the same call works everywhere.
 
     Args:
-      spec: a row of the table above.
-      shape: the array's shape. A sequence dimension that `context` does not divide (decoding's single
+      spec: a partition spec of the table above.
+      shape: the shape of the array. A sequence dimension that `context` does not divide (decoding's single
         position), and a batch that `data` x `fsdp` does not divide (a single prompt), are then replicated.
     """
     axes = explicit_axes()
     if not axes:
         return None
     if shape is not None:
-        whole = [
+        replicated = [
             entry in ("context", BATCH) and size % _axis_size(entry, axes) != 0
             for entry, size in zip(spec, shape, strict=True)
         ]
-        spec = P(*(None if drop else entry for drop, entry in zip(whole, spec, strict=True)))
+        spec = P(*(None if drop else entry for drop, entry in zip(replicated, spec, strict=True)))
     return restrict(spec, axes)
 
 
 def _axis_size(entry: Any, axes: Mapping[str, int]) -> int:
-    """The number of shards of a dimension laid out by `entry` of a spec."""
+    """The number of shards of a dimension with this entry in its spec."""
     return math.prod(axes.get(axis, 1) for axis in (entry if isinstance(entry, tuple) else (entry,)))
 
 
 def restrict(spec: P, names: Iterable[str]) -> P:
-    """The part of `spec` that a mesh with axes `names` can follow."""
+    """`spec` without the axes that are not in `names`."""
 
-    def keep(entry: Any) -> Any:
-        kept = tuple(n for n in (entry if isinstance(entry, tuple) else (entry,)) if n in names)
-        return kept[0] if len(kept) == 1 else (kept or None)
+    def restrict_entry(entry: Any) -> Any:
+        axes = tuple(n for n in (entry if isinstance(entry, tuple) else (entry,)) if n in names)
+        return axes[0] if len(axes) == 1 else (axes or None)
 
-    return P(*map(keep, spec))
+    return P(*map(restrict_entry, spec))
 
 
 def named(mesh: Mesh, spec: P) -> NamedSharding:
-    """`spec` on `mesh`, without the axes that the mesh leaves out."""
+    """`spec` on `mesh`, without the axes that the mesh does not have."""
     return NamedSharding(mesh, restrict(spec, mesh.axis_names))
 
 
-def layout_of(x: jax.Array) -> P | None:
-    """How `x` is laid out on the current explicit mesh, as an `out_sharding`; None where there is none."""
+def spec_of(x: jax.Array) -> P | None:
+    """The partition spec of `x` on the current explicit mesh, as an `out_sharding`; None without a mesh."""
     return jax.typeof(x).sharding.spec if explicit_axes() else None
 
 
 def constrain(x: jax.Array, spec: P) -> jax.Array:
-    """Lays `x` out by `spec` on the current mesh; returns it unchanged where there is none."""
+    """Reshards `x` to `spec` on the current mesh; returns it unchanged without a mesh."""
     sharding = out_sharding(spec, x.shape)
     return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
 def over_batch(x: jax.Array) -> jax.Array:
-    """Lays out x [B, ...] by its rows alone."""
+    """Shards x [B, ...] over the batch axes only."""
     return constrain(x, P(BATCH, *(None,) * (x.ndim - 1)))
 
 
 def gather(weight: jax.Array, spec: P) -> jax.Array:
-    """Gathers a parameter over `fsdp`, the step before it is used; `tensor` stays split.
+    """Gathers a parameter over `fsdp`; it stays sharded over `tensor`.
 
     Cast the weight to the compute dtype first: the gather then moves half the bytes.
     """

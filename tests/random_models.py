@@ -1,4 +1,4 @@
-"""Random small Llamas, the subjects of the laws."""
+"""Random small models for property tests."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def random_config(seed: int) -> lj.LlamaConfig:
 
 @functools.cache
 def random_model(seed: int, config: lj.LlamaConfig | None = None) -> tuple[lj.LlamaConfig, dict]:
-    """A configuration and parameters large enough (deviation 0.2) that the logits are far apart."""
+    """A configuration and random parameters, with deviation 0.2 so that logits are far apart."""
     config = random_config(seed) if config is None else config
     shapes = jax.eval_shape(lambda key: lj.init(config, key), jax.random.key(0))
     rng = np.random.default_rng(seed)

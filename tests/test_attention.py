@@ -21,11 +21,11 @@ def inputs(seed, *, batch=2, length=13, keys=None, heads=6, kv_heads=3, head_dim
 
 
 def causal(batch, length, segments=None):
-    at = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    return AttentionMask(at, at, segments, segments)
+    positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    return AttentionMask(positions, positions, segments, segments)
 
 
-def by_hand(q, k, v, allowed):
+def numpy_attention(q, k, v, allowed):
     """softmax(q k^T / sqrt(H)) v in loops of numpy f64; allowed: bool [B, T, S]."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     batch, length, heads, head_dim = q.shape
@@ -42,24 +42,24 @@ def by_hand(q, k, v, allowed):
 
 @pytest.mark.parametrize("backend", ["xla", "blockwise"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
-def test_is_the_papers_formula_for_every_grouping(backend, kv_heads):
+def test_equals_softmax_attention_for_every_grouping(backend, kv_heads):
     q, k, v = inputs(0, kv_heads=kv_heads)
     out = attention(q, k, v, causal(2, 13), backend=backend, block_size=4)
     allowed = np.tril(np.ones((2, 13, 13), bool))
-    np.testing.assert_allclose(out, by_hand(q, k, v, allowed), atol=2e-6)
+    np.testing.assert_allclose(out, numpy_attention(q, k, v, allowed), atol=2e-6)
 
 
 @pytest.mark.parametrize("heads", [4, 8])
 def test_equal_heads_are_multi_head_and_one_is_multi_query(heads):
-    """K = N is multi-head attention on repeated keys; K = 1 is the same with one repeated everywhere."""
+    """K = N is multi-head attention on repeated keys; K = 1 is the same with one repeated everymask."""
     q, k, v = inputs(1, heads=heads, kv_heads=1)
-    where = causal(2, 13)
-    repeated = attention(q, jnp.repeat(k, heads, 1), jnp.repeat(v, heads, 1), where)
-    np.testing.assert_allclose(attention(q, k, v, where), repeated, atol=1e-6)
+    mask = causal(2, 13)
+    repeated = attention(q, jnp.repeat(k, heads, 1), jnp.repeat(v, heads, 1), mask)
+    np.testing.assert_allclose(attention(q, k, v, mask), repeated, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["xla", "blockwise"])
-def test_segments_do_not_see_each_other(backend):
+def test_queries_attend_to_their_own_segment_only(backend):
     q, k, v = inputs(2)
     segments = jnp.array([[0] * 5 + [1] * 8, [3] * 13])
     out = attention(q, k, v, causal(2, 13, segments), backend=backend, block_size=4)
@@ -68,14 +68,14 @@ def test_segments_do_not_see_each_other(backend):
 
 
 @pytest.mark.parametrize("backend", ["xla", "blockwise"])
-def test_keys_beyond_the_query_do_not_matter(backend):
-    """Cached keys: more of them than queries, the rest unwritten."""
+def test_later_keys_have_no_effect(backend):
+    """As with a cache, which has more slots than there are queries."""
     q, k, v = inputs(3, length=3, keys=20)
-    at = jnp.array([[4, 5, 6], [9, 10, 11]])
-    where = AttentionMask(at, jnp.broadcast_to(jnp.arange(20), (2, 20)))
-    out = attention(q, k, v, where, backend=backend, block_size=8)
+    positions = jnp.array([[4, 5, 6], [9, 10, 11]])
+    mask = AttentionMask(positions, jnp.broadcast_to(jnp.arange(20), (2, 20)))
+    out = attention(q, k, v, mask, backend=backend, block_size=8)
     again = attention(
-        q, k.at[:, :, 12:].set(1e4), v.at[:, :, 12:].set(1e4), where, backend=backend, block_size=8
+        q, k.at[:, :, 12:].set(1e4), v.at[:, :, 12:].set(1e4), mask, backend=backend, block_size=8
     )
     np.testing.assert_array_equal(out, again)
 
@@ -87,11 +87,11 @@ def test_blockwise_is_xla_in_value_and_gradient(length, block, packed):
     segments = (
         jnp.cumsum(jax.random.bernoulli(jax.random.key(5), 0.2, (2, length)), axis=1) if packed else None
     )
-    where = causal(2, length, segments)
+    mask = causal(2, length, segments)
     weight = jax.random.normal(jax.random.key(6), q.shape)
 
     def total(backend):
-        return lambda q, k, v: (weight * attention(q, k, v, where, backend=backend, block_size=block)).sum()
+        return lambda q, k, v: (weight * attention(q, k, v, mask, backend=backend, block_size=block)).sum()
 
     value, grads = jax.value_and_grad(total("xla"), (0, 1, 2))(q, k, v)
     block_value, block_grads = jax.jit(jax.value_and_grad(total("blockwise"), (0, 1, 2)))(q, k, v)
@@ -106,7 +106,7 @@ def test_blockwise_gradients_are_those_of_finite_differences():
     jax.test_util.check_grads(run, (q, k, v), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
-def test_blockwise_never_holds_the_scores_of_a_sequence():
+def test_blockwise_has_no_array_of_all_scores():
     q, k, v = inputs(8, batch=1, length=512, heads=2, kv_heads=1)
 
     def compiled(backend):
@@ -126,13 +126,13 @@ def test_bf16_output_is_close_to_f32():
         np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.03)
 
 
-def test_names_an_unknown_backend():
+def test_unknown_backend_is_an_error():
     with pytest.raises(ConfigError, match="'flash' is unknown; use one of xla, blockwise"):
         attention(*inputs(0), causal(2, 13), backend="flash")
 
 
-def test_no_segment_id_is_taken_by_the_padding():
+def test_padding_has_no_segment_id_of_its_own():
     q, k, v = inputs(10)
-    where = causal(2, 13, jnp.full((2, 13), -2))
-    out = attention(q, k, v, where, backend="blockwise", block_size=4)
-    np.testing.assert_allclose(out, attention(q, k, v, where), atol=2e-6)
+    mask = causal(2, 13, jnp.full((2, 13), -2))
+    out = attention(q, k, v, mask, backend="blockwise", block_size=4)
+    np.testing.assert_allclose(out, attention(q, k, v, mask), atol=2e-6)

@@ -1,4 +1,4 @@
-"""LlamaConfig: the published sizes, and an error for everything that cannot be a Llama."""
+"""LlamaConfig: published sizes, and errors for invalid values."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def test_published_parameter_counts(name, count):
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == count
 
 
-def test_only_the_70b_of_llama_2_is_grouped():
+def test_only_llama_2_70b_has_grouped_queries():
     assert lj.presets.LLAMA2_70B.num_key_value_heads == 8
     assert lj.presets.LLAMA2_13B.num_key_value_heads == lj.presets.LLAMA2_13B.num_attention_heads
 
 
-def test_is_frozen_hashable_and_rechecked_on_replace():
+def test_is_frozen_hashable_and_validated_by_replace():
     config = lj.presets.TINY
     assert hash(config) == hash(config.replace()) and config == config.replace()
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -65,7 +65,7 @@ def test_is_frozen_hashable_and_rechecked_on_replace():
         ({"head_dim": 2, "rope_scaling": lj.RopeScaling("ntk", 2.0)}, "head_dim is 2"),
     ],
 )
-def test_says_what_cannot_work(changes, message):
+def test_invalid_values_are_errors(changes, message):
     with pytest.raises(ConfigError) as error:
         lj.presets.TINY.replace(**changes)
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -102,7 +102,7 @@ def test_says_what_cannot_work(changes, message):
         ({"kind": "ntk", "factor": 1e300}, "rope_scaling.factor is 1e+300"),
     ],
 )
-def test_says_which_rope_scaling_cannot_work(arguments, message):
+def test_invalid_rope_scaling_is_an_error(arguments, message):
     with pytest.raises(ConfigError) as error:
         lj.RopeScaling(**arguments)
     assert message in str(error.value) and "\n" not in str(error.value)

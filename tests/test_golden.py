@@ -1,4 +1,4 @@
-"""The forward pass equals Hugging Face transformers' on twenty small models, by golden file."""
+"""The forward pass equals Hugging Face transformers on twenty small models (golden file)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_forward_equals_hugging_face(golden: dict[str, np.ndarray], seed: int) -
     assert cases.relative_error(logits, golden[f"logits_{seed}"], case.valid) <= cases.TOLERANCE
 
 
-def test_the_small_models_cover_every_combination() -> None:
+def test_golden_models_cover_every_combination() -> None:
     seen = [cases.random_case(seed) for seed in cases.SEEDS]
     configs = [case.config for case in seen]
     sharing = {1: "multi-query", 0: "grouped"}
@@ -50,8 +50,8 @@ def test_the_small_models_cover_every_combination() -> None:
 
 
 @pytest.mark.parametrize("change", ["rope_theta", "rms_norm_eps", "rope_scaling"])
-def test_the_goldens_notice_a_wrong_setting(golden: dict[str, np.ndarray], change: str) -> None:
-    """Guards the goldens themselves: a setting that did not reach the logits would prove nothing."""
+def test_golden_file_depends_on_every_setting(golden: dict[str, np.ndarray], change: str) -> None:
+    """A setting that did not change the logits would not be tested by the golden file."""
     case = cases.random_case(4)
     config = case.config
     wrong = {"rope_theta": config.rope_theta * 1.01, "rms_norm_eps": 1.2e-5, "rope_scaling": None}

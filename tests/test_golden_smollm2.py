@@ -1,4 +1,4 @@
-"""SmolLM2-135M, with its real weights, equals Hugging Face transformers, by golden file."""
+"""SmolLM2-135M, with its published weights, equals Hugging Face transformers (golden file)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_logits_over_a_page(smollm2: lj.Model, golden: dict[str, np.ndarray]) ->
     assert np.abs(sample - golden["logits"]).max() / scale <= cases.TOLERANCE
     logsumexp = np.asarray(jax.nn.logsumexp(logits, axis=-1))
     assert np.abs(logsumexp - golden["logsumexp"]).max() / scale <= cases.TOLERANCE
-    # Positions where the two best logits are closer than the tolerance may fall either way.
+    # Positions where the two best logits are closer than the tolerance may differ.
     clear = golden["top1_margin"] > 2 * cases.TOLERANCE * scale
     assert clear.mean() > 0.99
     np.testing.assert_array_equal(logits.argmax(-1)[clear], golden["top1"][clear])

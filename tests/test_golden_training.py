@@ -1,4 +1,4 @@
-"""Fifty steps of training equal torch's and transformers', by golden file."""
+"""Fifty training steps equal torch with transformers (golden file)."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from tests.golden import training
 
 @pytest.mark.parametrize("gradient_accumulation_steps", [1, 2])
 def test_fifty_steps_have_the_losses_of_torch_and_transformers(gradient_accumulation_steps: int) -> None:
-    """Full remat, blockwise attention, a loss in chunks: as a real run has it, but for f32."""
+    """Full remat, blockwise attention, a loss in chunks: as in a real run, but in f32."""
     curve = training.our_curve(gradient_accumulation_steps=gradient_accumulation_steps)
     assert training.difference(curve, training.golden_curve()) <= training.TOLERANCE
     assert curve["loss"][-5:].mean() < curve["loss"][:5].mean() - 2  # it learns
 
 
-def test_other_policies_have_the_same_losses() -> None:
+def test_remat_and_backend_do_not_change_the_losses() -> None:
     curve = training.our_curve(remat="none", attention="xla", loss_chunks=1)
     assert training.difference(curve, training.golden_curve()) <= training.TOLERANCE
 
 
 @pytest.mark.parametrize("change", ["eps", "decayed norms"])
-def test_the_golden_notices_a_wrong_setting(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the golden itself: a setting that did not reach the curve would prove nothing."""
+def test_golden_file_depends_on_every_setting(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting that did not change the losses would not be tested by the golden file."""
     config = training.OPTIMIZER
     if change == "eps":
         config = dataclasses.replace(config, eps=1e-8)

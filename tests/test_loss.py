@@ -1,4 +1,4 @@
-"""Cross-entropy: chunks change nothing, masks and segments count as documented, memory stays small."""
+"""Cross-entropy: chunks, masks, segments, z-loss and memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONFIG, PARAMS = random_model(0)
 TOKENS, _ = random_prompts(0, CONFIG, [12, 12])
 
 
-def by_hand(params, mask):
+def reference_loss(params, mask):
     """-log softmax(forward) of the next token, all logits at once."""
     logprobs = jax.nn.log_softmax(lj.forward(CONFIG, params, TOKENS))[:, :-1]
     picked = jnp.take_along_axis(logprobs, TOKENS[:, 1:, None], axis=-1)[..., 0]
@@ -22,9 +22,9 @@ def by_hand(params, mask):
 
 
 @pytest.mark.parametrize("chunks", [1, 4, 5, 7, 100])
-def test_is_masked_next_token_cross_entropy_in_any_number_of_chunks(chunks):
+def test_equals_masked_cross_entropy_with_any_number_of_chunks(chunks):
     mask = np.asarray(jax.random.uniform(jax.random.key(1), TOKENS.shape) * (TOKENS % 3 > 0), np.float32)
-    expected, grads = jax.value_and_grad(by_hand)(PARAMS, mask)
+    expected, grads = jax.value_and_grad(reference_loss)(PARAMS, mask)
     mean = lambda p: lj.next_token_loss(CONFIG, p, TOKENS, mask, num_chunks=chunks).mean  # noqa: E731
     value, got = jax.value_and_grad(mean)(PARAMS)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
@@ -32,24 +32,24 @@ def test_is_masked_next_token_cross_entropy_in_any_number_of_chunks(chunks):
 
 
 @pytest.mark.parametrize("custom_vjp", [False, True])
-def test_z_loss_is_the_square_of_the_log_normaliser(custom_vjp):
-    """PaLM, arXiv 2204.02311, section 5; by hand from all the logits, gradient and all."""
+def test_z_loss_is_the_square_of_log_z(custom_vjp):
+    """PaLM, arXiv 2204.02311, section 5; value and gradient from all logits."""
     mask = TOKENS % 3 > 0
 
-    def hand(params):
+    def reference(params):
         log_z = jax.nn.logsumexp(lj.forward(CONFIG, params, TOKENS), axis=-1)[:, :-1]
-        return by_hand(params, mask) + 0.01 * (log_z**2 * mask[:, 1:]).sum() / mask[:, 1:].sum()
+        return reference_loss(params, mask) + 0.01 * (log_z**2 * mask[:, 1:]).sum() / mask[:, 1:].sum()
 
     def ours(params):
         return lj.next_token_loss(CONFIG, params, TOKENS, mask, custom_vjp=custom_vjp, z_loss=0.01).mean
 
-    (expected, grads), (value, got) = (jax.jit(jax.value_and_grad(f))(PARAMS) for f in (hand, ours))
+    (expected, grads), (value, got) = (jax.jit(jax.value_and_grad(f))(PARAMS) for f in (reference, ours))
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, grads)
-    assert abs(value - by_hand(PARAMS, mask)) > 0.01
+    assert abs(value - reference_loss(PARAMS, mask)) > 0.01
 
 
-def test_packed_documents_have_the_loss_of_separate_ones():
+def test_packed_documents_equal_separate_ones():
     apart = lj.next_token_loss(CONFIG, PARAMS, TOKENS)
     positions = np.tile(np.arange(12), 2)[None]
     packed = lj.next_token_loss(
@@ -59,12 +59,12 @@ def test_packed_documents_have_the_loss_of_separate_ones():
     assert packed.count == apart.count == 22
 
 
-def test_nothing_counted_is_zero_and_not_a_nan():
+def test_loss_with_an_empty_mask_is_zero():
     empty = lj.next_token_loss(CONFIG, PARAMS, TOKENS, np.zeros(TOKENS.shape, bool))
     assert empty.mean == 0 and empty.count == 0
 
 
-def test_the_logits_of_a_sequence_never_exist_at_once():
+def test_logits_of_a_sequence_are_never_in_memory():
     config = lj.presets.TINY.replace(vocab_size=20_000)
     params = jax.eval_shape(lambda key: lj.init(config, key), jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)

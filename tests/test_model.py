@@ -1,6 +1,8 @@
-"""The model's laws: cached = uncached, packed = separate, remat and unstacking change nothing."""
+"""The model: cached = uncached, packed = separate, remat and unstacking have no effect; ForwardOptions."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 
 import llama_jax as lj
 from llama_jax import kv_cache as kv
+from llama_jax import model
 from llama_jax.errors import ConfigError, InputError
 from llama_jax.layers import embed
 from llama_jax.model import forward_cached
@@ -35,7 +38,7 @@ def test_cached_is_uncached_at_every_position(seed):
     np.testing.assert_allclose(jnp.concatenate(pieces, 1) / scale, expected / scale, atol=2e-6)
 
 
-def test_rows_may_stand_at_different_positions_in_the_cache():
+def test_batch_rows_may_be_at_different_cache_slots():
     config, params = random_model(7)
     tokens, _ = random_prompts(7, config, [12, 12])
     expected = lj.forward(config, params, tokens)
@@ -43,7 +46,7 @@ def test_rows_may_stand_at_different_positions_in_the_cache():
     run = jax.jit(forward_cached, static_argnums=0)
     cache = kv.init_cache(config, 2, 16, jnp.float32)
     _, cache = run(config, weights, tokens[:, :10], jnp.zeros(2, jnp.int32), cache)
-    start = np.array([10, 4])  # row 1 goes back and writes over what it had
+    start = np.array([10, 4])  # row 1 overwrites earlier slots
     now = np.stack([tokens[0, 10:12], tokens[1, 4:6]])
     logits, _ = run(config, weights, now, start, cache)
     np.testing.assert_allclose(logits, np.stack([expected[0, 10:12], expected[1, 4:6]]), atol=2e-5)
@@ -64,7 +67,7 @@ def test_packed_documents_are_separate_documents(seed):
 
 @pytest.mark.parametrize("backend", ["xla", "blockwise"])
 @pytest.mark.parametrize("remat", ["none", "save_projections", "attention", "full"])
-def test_remat_backend_and_unstacking_change_nothing(remat, backend):
+def test_remat_backend_and_unstacking_have_no_effect(remat, backend):
     config, params = random_model(3)
     tokens, _ = random_prompts(3, config, [12, 12])
 
@@ -86,7 +89,7 @@ def test_remat_backend_and_unstacking_change_nothing(remat, backend):
 
 @pytest.mark.parametrize("policy", ["none", "full"])
 def test_full_remat_recomputes_the_forward_pass(policy):
-    """The policy must reach the compiled program: full remat multiplies where none reads what was kept."""
+    """The policy reaches the program: `full` has a remat call, `none` has not."""
     config, params = random_model(2)
     tokens, _ = random_prompts(2, config, [16])
     mean = lambda p: lj.forward(config, p, tokens, remat=policy).mean()  # noqa: E731
@@ -127,7 +130,7 @@ def test_composes_with_vmap_for_per_example_gradients():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, atol=1e-6), each, alone)
 
 
-def test_names_an_unknown_remat_policy():
+def test_unknown_remat_policy_is_an_error():
     config, params = random_model(0)
     with pytest.raises(
         ConfigError,
@@ -142,7 +145,7 @@ def test_names_an_unknown_remat_policy():
         (
             InputError,
             {"tokens": np.zeros(3, np.int32)},
-            "tokens is int32 of shape (3,); it must be whole numbers",
+            "tokens is int32 of shape (3,); it must be an integer array",
         ),
         (InputError, {"tokens": np.zeros((1, 3))}, "tokens is float"),
         (
@@ -155,7 +158,7 @@ def test_names_an_unknown_remat_policy():
         (ConfigError, {"vocab": 300}, "vocab_size 300"),
     ],
 )
-def test_says_what_does_not_belong_together(error, change, message):
+def test_mismatched_arguments_are_errors(error, change, message):
     config = lj.presets.TINY
     params = lj.init(config, jax.random.key(0))
     config = config.replace(
@@ -167,14 +170,60 @@ def test_says_what_does_not_belong_together(error, change, message):
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_an_id_outside_the_vocabulary_is_nobodys_embedding():
+def test_id_outside_the_vocabulary_has_a_nan_embedding():
     rows = embed(jnp.ones((5, 3)), jnp.array([[4, 5, -1, -100]]), dtype=jnp.float32)
     np.testing.assert_array_equal(np.isnan(rows[0, :, 0]), [False, True, True, True])
 
 
-def test_numpy_parameters_do_as_well():
+def test_parameters_may_be_numpy_arrays():
     config, params = random_model(0)
     tokens, _ = random_prompts(0, config, [5])
     np.testing.assert_array_equal(
         lj.forward(config, jax.tree.map(np.asarray, params), tokens), lj.forward(config, params, tokens)
     )
+
+
+def test_equal_options_share_one_compiled_program():
+    config, params = random_model(0)
+    tokens, _ = random_prompts(0, config, [7])
+    before = model._forward._cache_size()
+    for options in (
+        {"options": lj.ForwardOptions(dtype="bfloat16", remat="full")},
+        {"options": lj.ForwardOptions(dtype=jnp.bfloat16, remat="full")},
+        {"dtype": jnp.dtype("bfloat16"), "remat": "full"},
+        {"options": lj.ForwardOptions(remat="full"), "dtype": "bfloat16"},
+    ):
+        lj.forward(config, params, tokens, **options)
+    assert model._forward._cache_size() == before + 1
+
+
+def test_options_are_frozen_and_hashable():
+    options = lj.ForwardOptions(dtype=jnp.bfloat16)
+    assert options == lj.ForwardOptions(dtype="bfloat16")
+    assert hash(options) == hash(lj.ForwardOptions(dtype="bfloat16"))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.remat = "full"
+
+
+def test_override_replaces_what_is_not_none():
+    options = lj.ForwardOptions(dtype="bfloat16", custom_vjp=True)
+    assert options.override(dtype=None, remat=None, custom_vjp=None) == options
+    changed = options.override(dtype="float32", custom_vjp=False, attention_backend="blockwise")
+    assert changed == lj.ForwardOptions(dtype="float32", attention_backend="blockwise")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_backend": "flash"}, "attention backend 'flash' is unknown; use one of xla, blockwise, "),
+        ({"remat": "some"}, "remat policy 'some' is unknown; use one of none, save_projections,"),
+        ({"dtype": "brain"}, "compute dtype is 'brain'; it must be a float dtype"),
+        ({"dtype": "int8"}, "compute dtype is 'int8'; it must be a float dtype"),
+        ({"custom_vjp": "fast"}, "custom_vjp is 'fast'; it must be True or False"),
+    ],
+)
+def test_invalid_options_are_errors(changes, message):
+    for make in (lambda: lj.ForwardOptions(**changes), lambda: lj.ForwardOptions().override(**changes)):
+        with pytest.raises(ConfigError) as error:
+            make()
+        assert str(error.value).startswith(message) and "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""One program on any mesh: the same numbers with 8 simulated devices as with none."""
+"""Meshes of 8 simulated devices give the results of one device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module")
 def alone():
-    """What no mesh gives: parameters, prompts, logits, loss, gradient, a greedy and random generation."""
+    """Results without a mesh: parameters, prompts, logits, loss, gradient, greedy and sampled generation."""
     params = lj.init(CONFIG, KEY)
     tokens, lengths = random_prompts(0, CONFIG, [5, 32, 1, 9, 8, 8, 30, 2])
     tokens = np.where(tokens < CONFIG.vocab_size, tokens, 0)
@@ -39,7 +39,7 @@ def everything(params, tokens, lengths, backend):
 
 @pytest.mark.parametrize("backend", ["xla", "blockwise"])
 @pytest.mark.parametrize("spec", MESHES)
-def test_every_mesh_gives_the_numbers_of_none(alone, spec, backend):
+def test_meshes_equal_one_device(alone, spec, backend):
     params, tokens, lengths, logits, value, grads, out = alone
     with jax.set_mesh(sharding.make_mesh(spec)):
         here = lj.init(CONFIG, KEY)
@@ -52,7 +52,7 @@ def test_every_mesh_gives_the_numbers_of_none(alone, spec, backend):
     np.testing.assert_allclose(got[3].logprobs, out.logprobs, atol=1e-5)
 
 
-def test_every_leaf_lies_as_the_table_says():
+def test_parameters_are_sharded_as_in_the_table():
     mesh = sharding.make_mesh("fsdp=4,tensor=2")
     specs = sharding.param_specs(CONFIG)
     with jax.set_mesh(mesh):
@@ -72,7 +72,7 @@ def test_every_leaf_lies_as_the_table_says():
     assert unstacked["layers"][0]["attention"]["wq"].addressable_shards[0].data.shape == (16, 4, 8)
 
 
-def test_only_the_axes_a_mesh_has_are_used():
+def test_out_sharding_has_only_axes_of_the_mesh():
     params = lj.init(CONFIG, KEY)
     tokens = np.ones((4, 8), np.int32)
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
@@ -83,7 +83,7 @@ def test_only_the_axes_a_mesh_has_are_used():
         np.testing.assert_allclose(lj.forward(CONFIG, params, tokens), expected, atol=2e-6)
 
 
-def test_a_70b_pod_type_checks_without_devices():
+def test_70b_loss_traces_on_an_abstract_pod():
     config = lj.presets.LLAMA2_70B
     mesh = AbstractMesh((1, 64, 1, 8), sharding.AXES, axis_types=(AxisType.Explicit,) * 4)
     with jax.sharding.use_abstract_mesh(mesh):
@@ -102,7 +102,7 @@ def test_a_70b_pod_type_checks_without_devices():
     )
 
 
-def test_make_mesh_reads_a_line():
+def test_make_mesh_parses_a_string():
     assert dict(sharding.make_mesh("fsdp=4, tensor=2").shape) == {
         "data": 1,
         "fsdp": 4,
@@ -134,13 +134,13 @@ def test_mesh_sizes_need_no_devices():
         ("fsdp=3", "needs 3 devices and there are 8"),
     ],
 )
-def test_make_mesh_says_what_cannot_work(spec, message):
+def test_invalid_meshes_are_errors(spec, message):
     with pytest.raises(ConfigError) as error:
         sharding.make_mesh(spec)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_model_that_does_not_divide_is_named_with_sizes_that_would():
+def test_error_names_the_sizes_that_divide_the_model():
     config = CONFIG.replace(num_attention_heads=6, num_key_value_heads=3, vocab_size=257, head_dim=8)
     with pytest.raises(ConfigError) as error:
         sharding.check_mesh(config, sharding.make_mesh("tensor=8"))
@@ -155,7 +155,7 @@ def test_a_model_that_does_not_divide_is_named_with_sizes_that_would():
         lj.init(config, KEY)
 
 
-def test_a_batch_that_does_not_divide_is_named_with_one_that_would():
+def test_error_names_a_batch_size_that_divides():
     with jax.set_mesh(sharding.make_mesh("fsdp=8")):
         params = lj.init(CONFIG, KEY)
         with pytest.raises(
@@ -164,13 +164,13 @@ def test_a_batch_that_does_not_divide_is_named_with_one_that_would():
             lj.forward(CONFIG, params, np.ones((3, 4), np.int32))
 
 
-def test_a_mesh_may_leave_out_axes():
+def test_mesh_may_omit_axes():
     mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
     params = lj.shard_params(lj.init(CONFIG, KEY), mesh, CONFIG)
     assert params["layers"]["attention"]["wq"].addressable_shards[0].data.shape == (2, 64, 4, 8)
 
 
-def test_a_model_too_small_for_the_mesh_is_named_in_forward_too():
+def test_forward_checks_the_model_against_the_mesh():
     params = lj.init(CONFIG, KEY)
     with (
         jax.set_mesh(sharding.make_mesh("tensor=8")),

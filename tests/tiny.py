@@ -1,4 +1,4 @@
-"""A whole model of a few kilobytes, random weights and vocabulary, in llama2.c's format."""
+"""A model of a few kilobytes with random weights and a vocabulary, in the format of llama2.c."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_model(folder: Path) -> Path:
 
 
 def write_vocabulary(path: Path, pieces: list[str]) -> None:
-    """Writes a `tok*.bin` whose later pieces score lower."""
+    """Writes a `tok*.bin` in which later pieces have lower scores."""
     data = struct.pack("<i", max(len(piece) for piece in pieces))
     for rank, piece in enumerate(pieces):
         data += struct.pack("<fi", -float(rank), len(piece.encode())) + piece.encode()

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from llama_jax import sharding
 from llama_jax.adapters import layer_trees
 from llama_jax.errors import ConfigError
-from llama_jax.ops.adapted import Activation, Network
+from llama_jax.ops.adapted import Activation, BottleneckWeights
 
 SUBLAYERS = ("attention", "feed_forward")  # that can have an adapter
 
@@ -108,7 +108,7 @@ def init(settings: Bottleneck, params: Any, key: jax.Array) -> Any:
 
 
 def attach(settings: Bottleneck, params: Any, adapter: Any) -> Any:
-    """Inserts an adapter into the parameter tree: a `Network` under `bottleneck` in each adapted sublayer.
+    """Inserts an adapter into the parameter tree: `bottleneck` in each adapted sublayer, `BottleneckWeights`.
 
     Args:
       settings: the adapter's settings.
@@ -123,7 +123,8 @@ def attach(settings: Bottleneck, params: Any, adapter: Any) -> Any:
 
     def attach_layer(layer: Any, adapter: Any) -> Any:
         networks = {
-            name: Network(**leaves, activation=settings.activation) for name, leaves in adapter.items()
+            name: BottleneckWeights(**leaves, activation=settings.activation)
+            for name, leaves in adapter.items()
         }
         return {**layer, **{name: {**layer[name], "bottleneck": net} for name, net in networks.items()}}
 

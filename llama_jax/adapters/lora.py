@@ -22,8 +22,8 @@ from jax.sharding import PartitionSpec as P
 from llama_jax import sharding
 from llama_jax.adapters import layer_trees
 from llama_jax.errors import ConfigError, InputError
-from llama_jax.ops.adapted import PROJECTIONS, Adapted, inputs_by_outputs, specs
-from llama_jax.ops.quantization import SUMMED, Quantized
+from llama_jax.ops.adapted import PROJECTIONS, Adapted, adapter_specs, inputs_by_outputs
+from llama_jax.ops.quantization import CONTRACTED, Quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ def init(settings: Lora, params: Any, key: jax.Array) -> Any:
         sublayer = PROJECTIONS[name][0]
         weight = params["layers"][sublayer][name]
         layers, inputs, outputs = _sizes(weight, name)
-        a_spec, b_spec = specs(name)
+        a_spec, b_spec = adapter_specs(name)
         bound = 1 / math.sqrt(inputs)
         # A key per name: the initial values do not depend on which other matrices are adapted.
         matrix_key = jax.random.fold_in(key, list(PROJECTIONS).index(name))
@@ -290,7 +290,7 @@ def _adapter_leaves(weight: Adapted) -> dict[str, jax.Array]:
 
 def _sizes(weight: Any, name: str) -> tuple[int, int, int]:
     """Number of layers (1 if not stacked), input dimension and output dimension of a matrix."""
-    summed = SUMMED[name]
+    summed = CONTRACTED[name]
     if isinstance(weight, Quantized):
         shape, lead = weight.shape, weight.scale.shape[:-2]
     else:

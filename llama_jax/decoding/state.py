@@ -234,7 +234,7 @@ def repeat_rows(x: jax.Array, times: int) -> jax.Array:
     """[B, ...] -> [B * times, ...], copies of a row in succession."""
     if times == 1:
         return x
-    layout = sharding.layout_of(x)
+    layout = sharding.spec_of(x)
     repeated = jnp.broadcast_to(x[:, None], (x.shape[0], times, *x.shape[1:]))
     rows = jnp.reshape(repeated, (x.shape[0] * times, *x.shape[1:]), out_sharding=layout)
     # The batch axes may divide B * times where they do not divide B.
@@ -307,7 +307,7 @@ def sample_token(
 
 def fold_in_rows(keys: jax.Array, data: jax.Array) -> jax.Array:
     """`jax.random.fold_in` row by row: data int [B] into keys [B]."""
-    layout = sharding.layout_of(keys)  # vmap requires equal shardings
+    layout = sharding.spec_of(keys)  # vmap requires equal shardings
     return jax.vmap(jax.random.fold_in)(keys, data if layout is None else sharding.constrain(data, layout))
 
 

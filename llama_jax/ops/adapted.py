@@ -1,6 +1,6 @@
-"""Adapters as the forward pass sees them: leaves that take a matrix's place in the parameter tree.
+"""Adapters as leaves of the parameter tree, where the forward pass finds them.
 
-`llama_jax.adapters` makes, attaches and takes them apart.
+`llama_jax.adapters` initializes, inserts and removes them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from llama_jax import sharding
-from llama_jax.ops.quantization import SUMMED, Quantized
+from llama_jax.ops.quantization import CONTRACTED, Quantized
 
 Activation = Literal["silu", "gelu", "relu"]
 
@@ -24,7 +24,7 @@ _ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "relu": jax.nn.relu,
 }
-# Every matrix that can have an adapter: where it is, and what Hugging Face calls it.
+# Every matrix that can have an adapter: its sublayer, and its name in Hugging Face models.
 PROJECTIONS: Mapping[str, tuple[str, str]] = {
     "wq": ("attention", "q_proj"),
     "wk": ("attention", "k_proj"),
@@ -43,17 +43,17 @@ PROJECTIONS: Mapping[str, tuple[str, str]] = {
 )
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """A matrix W with an adapter: W + scale a b, in the matrix's place in the parameter tree.
+    """A matrix W with a low-rank adapter: W + scale a b (LoRA, arXiv 2106.09685).
 
     Attributes:
-      base: W, as the model knows it, or quantised.
+      base: W, in its own shape, or quantized.
       a: f32 [I, r].
       b: f32 [r, O].
       scale: f32 [].
-      magnitude: f32 [O], the norms of the outputs' weights (DoRA), or None.
-      rows: int32 [B], which of several adapters each row of a batch has; `a`, `b` and `scale` then have a
-        leading dimension of adapters. None: one for all.
-      name: the matrix's, one of `PROJECTIONS`.
+      magnitude: f32 [O], the norm of each output's weights (DoRA, arXiv 2402.09353), or None.
+      rows: int32 [B], the adapter of each batch row; `a`, `b` and `scale` then have a leading dimension of
+        adapters. None: one adapter for all rows.
+      name: the name of the matrix in `PROJECTIONS`.
     """
 
     base: Any
@@ -73,28 +73,28 @@ class Adapted:
         return self.base.shape
 
     def reshape(self, *shape: int) -> Adapted:
-        """The same matrix with its inputs or outputs named as one dimension or several."""
+        """The same matrix with its inputs or outputs split or merged."""
         return dataclasses.replace(self, base=self.base.reshape(*shape))
 
     def norms(self) -> jax.Array:
-        """f32 [O]: the norm of each output's weights in W + scale a b, without a gradient, as DoRA has it."""
+        """f32 [O]: the norm of each output's weights in W + scale a b, without a gradient, as in DoRA."""
         weight, a, b = jax.lax.stop_gradient((inputs_by_outputs(self.base, self.a.shape[0]), self.a, self.b))
         delta = jnp.einsum("ir,ro->io", a, b, preferred_element_type=jnp.float32)
         return jnp.linalg.norm(weight + self.scale * delta, axis=0)
 
 
-def specs(name: str) -> tuple[P, P]:
-    """How `a` [I, r] and `b` [r, O] of a matrix lie over a mesh: as its inputs and outputs do."""
-    stored = sharding.LAYER_SPECS[PROJECTIONS[name][0]][name]
-    summed = SUMMED[name]
-    outputs = next(axis for axis in range(len(stored)) if axis not in summed)
-    return P(stored[summed[0]], None), P(None, stored[outputs])
+def adapter_specs(name: str) -> tuple[P, P]:
+    """Partition specs of `a` [I, r] and `b` [r, O]: those of the inputs and outputs of the matrix."""
+    weight_spec = sharding.LAYER_SPECS[PROJECTIONS[name][0]][name]
+    contracted = CONTRACTED[name]
+    outputs = next(axis for axis in range(len(weight_spec)) if axis not in contracted)
+    return P(weight_spec[contracted[0]], None), P(None, weight_spec[outputs])
 
 
 def inputs_by_outputs(weight: Any, inputs: int) -> jax.Array:
-    """f32 [I, O] of one layer's matrix, whose inputs come first."""
+    """One layer's matrix as f32 [I, O]; its first dimensions are the inputs."""
     if isinstance(weight, Quantized):
-        return weight.dense().astype(jnp.float32).T
+        return weight.dequantize().astype(jnp.float32).T
     return weight.astype(jnp.float32).reshape(inputs, -1)
 
 
@@ -104,15 +104,15 @@ def inputs_by_outputs(weight: Any, inputs: int) -> jax.Array:
     meta_fields=("activation",),
 )
 @dataclasses.dataclass(frozen=True)
-class Network:
-    """One adapter, as it stands in the parameter tree; with a leading layer axis where layers are stacked.
+class BottleneckWeights:
+    """A bottleneck adapter (arXiv 1902.00751); its leaves have a leading layer axis where layers are stacked.
 
     Attributes:
       down: f32 [D, M].
       down_bias: f32 [M].
       up: f32 [M, D].
       up_bias: f32 [D].
-      activation: between the two.
+      activation: the name of the activation function between the two projections.
     """
 
     down: jax.Array
@@ -122,5 +122,5 @@ class Network:
     activation: Activation = "silu"
 
     @property
-    def function(self) -> Callable[[jax.Array], jax.Array]:
+    def activation_function(self) -> Callable[[jax.Array], jax.Array]:
         return _ACTIVATIONS[self.activation]

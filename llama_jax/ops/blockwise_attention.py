@@ -1,8 +1,8 @@
-"""Attention in [block, block] tiles, forwards and backwards (after FlashAttention, arXiv 2205.14135).
+"""Attention in [block, block] tiles, in both passes (after FlashAttention, arXiv 2205.14135).
 
-No score matrix of a whole sequence ever exists: between the two passes one number a query is kept. The
-sequence axes are cut into blocks that lead, for `lax.scan` to walk; padding keys at the end stand past
-every query, so the causal mask hides them.
+The scores of a whole sequence are never in memory: the backward pass reads the output and its log-sum-exp.
+The sequence dimensions are split into blocks, and the block index leads, for `lax.scan`. Padding keys at the
+end have a position after every query, so the causal mask excludes them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from llama_jax import sharding
 from llama_jax.ops import spmd
 from llama_jax.ops.products import dot, weight_gradient
 
-MASKED = -1e30  # finite: a tile whose keys are all masked must not make a NaN
-EVERY_SEGMENT = -(2**31)  # the segment of keys that queries of every segment see
+MASKED = -1e30  # finite: a tile whose keys are all masked must not give NaN
+ANY_SEGMENT = -(2**31)  # the segment of keys that queries of all segments attend to
 
 
 def blockwise_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, q_at: Any, k_at: Any, *, block_size: int
+    q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Any, k_ids: Any, *, block_size: int
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H) + mask) v on one device's arrays.
 
@@ -34,27 +34,27 @@ def blockwise_attention(
       q: [M, G, T, H]; M is batch times key/value heads.
       k: [M, S, H].
       v: [M, S, H].
-      q_at: (positions, segments) of the queries, int [M, T] each.
-      k_at: the same of the keys, int [M, S] each.
+      q_ids: positions and segments of the queries, int [M, T] each.
+      k_ids: positions and segments of the keys, int [M, S] each.
       block_size: the side of a tile.
 
     Returns:
       [M, G, T, H] in q's dtype.
     """
     length, keys = q.shape[2], k.shape[1]
-    # Behind a barrier the masks depend on q: in a scan over layers JAX would otherwise compute them once,
-    # before the first layer, and keep the whole T x S of them.
-    inputs = jax.lax.optimization_barrier((q, k, v, q_at, k_at))
-    q, k, v, q_at, k_at = spmd.pvary_like(inputs)
+    # Work-around for JAX (0.10.2, 0.12.0.1): the barrier makes the masks depend on q. Otherwise a scan over
+    # layers computes them once, before the first layer, and keeps T x S booleans.
+    inputs = jax.lax.optimization_barrier((q, k, v, q_ids, k_ids))
+    q, k, v, q_ids, k_ids = spmd.pvary_like(inputs)
     t_block, s_block = min(block_size, length), min(block_size, keys)
     blocks = (
-        _cut(q, 2, t_block),
-        _cut(k, 1, s_block),
-        _cut(v, 1, s_block),
-        tuple(_cut(at, 1, t_block) for at in q_at),
-        (_cut(k_at[0], 1, s_block, fill=2**31 - 1), _cut(k_at[1], 1, s_block)),
+        _blocks(q, 2, t_block),
+        _blocks(k, 1, s_block),
+        _blocks(v, 1, s_block),
+        tuple(_blocks(ids, 1, t_block) for ids in q_ids),
+        (_blocks(k_ids[0], 1, s_block, fill=2**31 - 1), _blocks(k_ids[1], 1, s_block)),
     )
-    out = jnp.moveaxis(_tiles(*blocks), 0, 2)
+    out = jnp.moveaxis(_tiled_attention(*blocks), 0, 2)
     return out.reshape(*out.shape[:2], -1, out.shape[-1])[:, :, :length]
 
 
@@ -82,28 +82,28 @@ def sharded_blockwise_attention(
     Returns:
       [B, K, G, T, H] in q's dtype.
     """
-    q_at, k_at = (
+    q_ids, k_ids = (
         (positions, jnp.zeros_like(positions) if queries[1] is None or keys[1] is None else segments)
         for positions, segments in (queries, keys)
     )
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, q_at: Any, k_at: Any, prefix: Any) -> jax.Array:
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Any, k_ids: Any, prefix: Any) -> jax.Array:
         if prefix is not None:
-            k, v, k_at = _prepend(prefix, k, v, k_at)
+            k, v, k_ids = _prepend(prefix, k, v, k_ids)
         kv_heads = k.shape[1]
         merge = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731  # batch and key/value heads
-        q_at, k_at = jax.tree.map(lambda x: jnp.repeat(x, kv_heads, axis=0), (q_at, k_at))
-        out = blockwise_attention(merge(q), merge(k), merge(v), q_at, k_at, block_size=block_size)
+        q_ids, k_ids = jax.tree.map(lambda x: jnp.repeat(x, kv_heads, axis=0), (q_ids, k_ids))
+        out = blockwise_attention(merge(q), merge(k), merge(v), q_ids, k_ids, block_size=block_size)
         return out.reshape(q.shape)
 
     at = (sharding.TOKENS_BT,) * 2, (P(sharding.BATCH, None),) * 2
     prefix_specs = None if prefix is None else dict.fromkeys(prefix, sharding.PREFIX_KPH)
     in_specs = (sharding.QUERIES_BKGTH, sharding.CACHE_BKSH, sharding.CACHE_BKSH, *at, prefix_specs)
-    return spmd.shard_map_or_call(local, in_specs, sharding.QUERIES_BKGTH)(q, k, v, q_at, k_at, prefix)
+    return spmd.shard_map_or_call(local, in_specs, sharding.QUERIES_BKGTH)(q, k, v, q_ids, k_ids, prefix)
 
 
 def _prepend(
-    prefix: Mapping[str, jax.Array], k: jax.Array, v: jax.Array, k_at: Any
+    prefix: Mapping[str, jax.Array], k: jax.Array, v: jax.Array, k_ids: Any
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Keys and values [B, K, S, H] after those of a prefix, which every segment attends to."""
 
@@ -114,44 +114,47 @@ def _prepend(
     before = jnp.zeros((k.shape[0], prefix["k"].shape[1]), jnp.int32)
     extended = [
         jnp.concatenate(spmd.pvary_all(jnp.full_like(before, fill), at), axis=1)
-        for fill, at in zip((-1, EVERY_SEGMENT), k_at, strict=True)
+        for fill, at in zip((-1, ANY_SEGMENT), k_ids, strict=True)
     ]
     return joined(prefix["k"], k), joined(prefix["v"], v), tuple(extended)
 
 
-def _zeros(like: jax.Array) -> jax.Array:
+def _zeros_like(like: jax.Array) -> jax.Array:
     return spmd.pvary_like(jnp.zeros_like(like, jnp.float32), like)
 
 
-def _cut(x: jax.Array, axis: int, block: int, fill: int = 0) -> jax.Array:
-    """[..., n, ...] -> [ceil(n / block), ..., block, ...], the last block padded with `fill`."""
+def _blocks(x: jax.Array, axis: int, block: int, fill: int = 0) -> jax.Array:
+    """[..., n, ...] -> [ceil(n / block), ..., block, ...]; the last block is padded with `fill`."""
     pad = -x.shape[axis] % block
     x = jnp.pad(x, [(0, pad if a == axis else 0) for a in range(x.ndim)], constant_values=fill)
     return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)
 
 
-def _mask(q_at: Any, k_at: Any) -> jax.Array:
-    """bool [M, 1, t, s]: which scores of a tile count."""
-    causal, segments = k_at[0][:, None, :] <= q_at[0][:, :, None], k_at[1][:, None, :]
-    return (causal & ((segments == q_at[1][:, :, None]) | (segments == EVERY_SEGMENT)))[:, None]
+def _mask(q_ids: Any, k_ids: Any) -> jax.Array:
+    """bool [M, 1, t, s]: which keys of a tile each query attends to."""
+    causal, segments = k_ids[0][:, None, :] <= q_ids[0][:, :, None], k_ids[1][:, None, :]
+    return (causal & ((segments == q_ids[1][:, :, None]) | (segments == ANY_SEGMENT)))[:, None]
 
 
-def _scores(q: jax.Array, k: jax.Array, q_at: Any, k_at: Any) -> tuple[jax.Array, jax.Array]:
+def _scores(q: jax.Array, k: jax.Array, q_ids: Any, k_ids: Any) -> tuple[jax.Array, jax.Array]:
     """Masked scores f32 [M, G, t, s] of one tile, and their mask."""
-    mask = _mask(q_at, k_at)
+    mask = _mask(q_ids, k_ids)
     return jnp.where(mask, dot("mgth,msh->mgts", q, k) / math.sqrt(q.shape[-1]), MASKED), mask
 
 
-def _skip_if_masked(q_at: Any, k_at: Any, visit: Any, carry: Any) -> Any:
-    """Visits a tile unless its mask is all False: half of a causal square costs nothing."""
-    return jax.lax.cond(jnp.any(_mask(q_at, k_at)), visit, lambda c: c, carry)
+def _skip_if_masked(q_ids: Any, k_ids: Any, update: Any, carry: Any) -> Any:
+    """`update(carry)` unless the tile's mask is all False, as it is for half of the causal tiles."""
+    return jax.lax.cond(jnp.any(_mask(q_ids, k_ids)), update, lambda carry: carry, carry)
 
 
 def _map_heads(function: Callable[..., Any], arrays: Any) -> Any:
-    """`function` over arrays [n, M, ...]: at once, or on a CPU one head after the other.
+    """`function` over arrays [n, M, ...], all M at once; on CPU one after the other.
 
-    One at a time, a head's scores stay in the processor's cache from product to product. Its results are
-    f32 in both cases: XLA:CPU writes a part of a bf16 array by converting all of it to f32 and back.
+    Work-around for XLA:CPU (JAX 0.10.2, 0.12.0.1), which computes the scores of all heads before it uses
+    them: those of one head stay in the processor's cache from product to product. The results are f32
+    whatever
+    the input: to write a slice of a bf16 array, XLA:CPU (JAX 0.10.2) converts the whole array to f32 and
+    back.
     """
 
     def sequentially(*arrays: Any) -> Any:
@@ -163,78 +166,78 @@ def _map_heads(function: Callable[..., Any], arrays: Any) -> Any:
 
 
 @jax.custom_vjp
-def _tiles(q: jax.Array, k: jax.Array, v: jax.Array, q_at: Any, k_at: Any) -> jax.Array:
-    return _tiles_forward(q, k, v, q_at, k_at)[0]
+def _tiled_attention(q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Any, k_ids: Any) -> jax.Array:
+    return _tiled_attention_forward(q, k, v, q_ids, k_ids)[0]
 
 
-def _tiles_forward(q: jax.Array, k: jax.Array, v: jax.Array, q_at: Any, k_at: Any) -> Any:
-    out, log_total = _map_heads(_forward, (q, k, v, q_at, k_at))
+def _tiled_attention_forward(q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Any, k_ids: Any) -> Any:
+    out, log_sum_exp = _map_heads(_forward, (q, k, v, q_ids, k_ids))
     out = checkpoint_name(out.astype(q.dtype), "attention_out")
-    return out, (q, k, v, q_at, k_at, out, checkpoint_name(log_total, "attention_out"))
+    return out, (q, k, v, q_ids, k_ids, out, checkpoint_name(log_sum_exp, "attention_out"))
 
 
-def _tiles_backward(saved: Any, d_out: jax.Array) -> Any:
-    gradients = _map_heads(_backward, (*saved, d_out))
-    return *(d.astype(x.dtype) for d, x in zip(gradients, saved, strict=False)), None, None
+def _tiled_attention_backward(residuals: Any, d_out: jax.Array) -> Any:
+    gradients = _map_heads(_backward, (*residuals, d_out))
+    return *(d.astype(x.dtype) for d, x in zip(gradients, residuals, strict=False)), None, None
 
 
-_tiles.defvjp(_tiles_forward, _tiles_backward)
+_tiled_attention.defvjp(_tiled_attention_forward, _tiled_attention_backward)
 
 
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array, q_at: Any, k_at: Any) -> tuple[jax.Array, jax.Array]:
-    """Online softmax over key blocks, for each query block: f32 [n, M, G, t, H] and its log-sum-exp."""
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Any, k_ids: Any) -> tuple[jax.Array, jax.Array]:
+    """Online softmax over the key blocks of each query block: f32 [n, M, G, t, H] and its log-sum-exp."""
 
     def query_block(_: None, block: Any) -> Any:
-        q_i, at_i = block
-        like = _zeros(q_i)
+        q_i, ids_i = block
+        like = _zeros_like(q_i)
 
         def key_block(carry: Any, block: Any) -> Any:
-            k_j, v_j, at_j = block
+            k_j, v_j, ids_j = block
 
-            def visit(carry: Any) -> Any:
-                out, peak, total = carry
-                scores, mask = _scores(q_i, k_j, at_i, at_j)
-                new_peak = jnp.maximum(peak, scores.max(-1))
-                weights = jnp.where(mask, jnp.exp(scores - new_peak[..., None]), 0.0)
-                shrink = jnp.exp(peak - new_peak)
-                read = dot("mgts,msh->mgth", weights.astype(v_j.dtype), v_j)
-                return out * shrink[..., None] + read, new_peak, total * shrink + weights.sum(-1)
+            def update(carry: Any) -> Any:
+                out, row_max, total = carry
+                scores, mask = _scores(q_i, k_j, ids_i, ids_j)
+                new_max = jnp.maximum(row_max, scores.max(-1))
+                weights = jnp.where(mask, jnp.exp(scores - new_max[..., None]), 0.0)
+                correction = jnp.exp(row_max - new_max)
+                values = dot("mgts,msh->mgth", weights.astype(v_j.dtype), v_j)
+                return out * correction[..., None] + values, new_max, total * correction + weights.sum(-1)
 
-            return _skip_if_masked(at_i, at_j, visit, carry), None
+            return _skip_if_masked(ids_i, ids_j, update, carry), None
 
         start = (like, like[..., 0] + MASKED, like[..., 0])
-        (out, peak, total), _ = jax.lax.scan(key_block, start, (k, v, k_at))
-        total = jnp.maximum(total, 1e-30)  # a padding query has seen nothing
-        return None, (out / total[..., None], peak + jnp.log(total))
+        (out, row_max, total), _ = jax.lax.scan(key_block, start, (k, v, k_ids))
+        total = jnp.maximum(total, 1e-30)  # a padding query attends to no key
+        return None, (out / total[..., None], row_max + jnp.log(total))
 
-    return jax.lax.scan(query_block, None, (q, q_at))[1]
+    return jax.lax.scan(query_block, None, (q, q_ids))[1]
 
 
 def _backward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    q_at: Any,
-    k_at: Any,
+    q_ids: Any,
+    k_ids: Any,
     out: jax.Array,
-    log_total: jax.Array,
+    log_sum_exp: jax.Array,
     d_out: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """FlashAttention's backward pass (algorithm 4): weights again from the log-sum-exp; f32."""
+    """FlashAttention's backward pass (algorithm 4), with weights recomputed from the log-sum-exp; f32."""
     scale = 1 / math.sqrt(q.shape[-1])
     inner = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)  # [n, M, G, t]
     over_queries = functools.partial(weight_gradient, "mgts", y_dims="mgth", out_dims="msh")
 
     def key_block(dq: jax.Array, block: Any) -> Any:
-        k_j, v_j, at_j = block
+        k_j, v_j, ids_j = block
 
         def query_block(carry: Any, block: Any) -> Any:
-            q_i, at_i, dq_i, d_out_i, inner_i, log_total_i = block
+            q_i, ids_i, dq_i, d_out_i, inner_i, log_sum_exp_i = block
 
-            def visit(carry: Any) -> Any:
+            def update(carry: Any) -> Any:
                 dq_i, dk_j, dv_j = carry
-                scores, mask = _scores(q_i, k_j, at_i, at_j)
-                weights = jnp.where(mask, jnp.exp(scores - log_total_i[..., None]), 0.0)
+                scores, mask = _scores(q_i, k_j, ids_i, ids_j)
+                weights = jnp.where(mask, jnp.exp(scores - log_sum_exp_i[..., None]), 0.0)
                 d_weights = dot("mgth,msh->mgts", d_out_i, v_j)
                 d_scores = (weights * (d_weights - inner_i[..., None]) * scale).astype(q_i.dtype)
                 return (
@@ -243,12 +246,12 @@ def _backward(
                     dv_j + over_queries(x=weights.astype(d_out_i.dtype), y=d_out_i),
                 )
 
-            dq_i, *dkv = _skip_if_masked(at_i, at_j, visit, (dq_i, *carry))
+            dq_i, *dkv = _skip_if_masked(ids_i, ids_j, update, (dq_i, *carry))
             return tuple(dkv), dq_i
 
-        start = (_zeros(k_j), _zeros(v_j))
-        dkv, dq = jax.lax.scan(query_block, start, (q, q_at, dq, d_out, inner, log_total))
+        start = (_zeros_like(k_j), _zeros_like(v_j))
+        dkv, dq = jax.lax.scan(query_block, start, (q, q_ids, dq, d_out, inner, log_sum_exp))
         return dq, dkv
 
-    dq, (dk, dv) = jax.lax.scan(key_block, _zeros(q), (k, v, k_at))
+    dq, (dk, dv) = jax.lax.scan(key_block, _zeros_like(q), (k, v, k_ids))
     return dq, dk, dv

@@ -12,10 +12,11 @@ from llama_jax.sharding import explicit_axes, is_spec, restrict
 
 
 def pvary_like(tree: Any, *others: Any) -> Any:
-    """Inside `shard_map`, marks every leaf of `tree` as varying over what any leaf here varies over.
+    """Inside `shard_map`, makes every leaf of `tree` device-varying over the union of all manual mesh axes.
 
-    A loop's state must keep its type, and `shard_map` makes part of the type which mesh axes a value may
-    differ along: a state that starts as zeros does not yet differ along any. Elsewhere this does nothing.
+    The mesh axes that a value varies over are a part of its type in `shard_map`, and a loop carry must keep
+    its type: a carry that is initialized to zeros varies over none yet. Outside `shard_map` this returns
+    `tree`.
     """
 
     def varying(leaf: Any) -> frozenset[str]:
@@ -32,16 +33,19 @@ def pvary_like(tree: Any, *others: Any) -> Any:
 
 
 def shard_map_or_call(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`function` over each device's own part of its arguments (`shard_map`); itself where there is no mesh.
+    """`shard_map` of `function` over the current mesh; `function` itself where there is none.
 
-    Inputs are laid out by `in_specs` first. An axis that the mesh leaves out is dropped from the specs.
+    The arguments are resharded to `in_specs` first. Axes that the mesh does not have are dropped from the
+    specs.
     """
     axes = explicit_axes()
     if not axes:
         return function
-    into, out = jax.tree.map(lambda spec: restrict(spec, axes), (in_specs, out_specs), is_leaf=is_spec)
-    mapped = jax.shard_map(function, in_specs=into, out_specs=out)
-    return lambda *args: mapped(*jax.tree.map(jax.sharding.reshard, args, into))
+    in_specs, out_specs = jax.tree.map(
+        lambda spec: restrict(spec, axes), (in_specs, out_specs), is_leaf=is_spec
+    )
+    mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs)
+    return lambda *args: mapped(*jax.tree.map(jax.sharding.reshard, args, in_specs))
 
 
 def reduce_scatter_grad(x: jax.Array, dimension: int | None, axes: Iterable[str]) -> jax.Array:
@@ -52,14 +56,14 @@ def reduce_scatter_grad(x: jax.Array, dimension: int | None, axes: Iterable[str]
     devices and then over the other two it does not.
 
     Args:
-      x: a device's share of a weight's gradient.
-      dimension: the one that `fsdp` splits; None where it splits none, and each device gets the whole sum.
-      axes: the mesh's.
+      x: this device's contribution to the gradient of a weight.
+      dimension: the one that `fsdp` shards; None where it shards none, and each device gets the whole sum.
+      axes: the names of the mesh axes.
     """
     axes = set(axes)
-    whole = ("data", "context") if dimension is not None else ("data", "context", "fsdp")
-    if over := tuple(name for name in whole if name in axes):
-        x = jax.lax.psum(x, over)
+    summed = ("data", "context") if dimension is not None else ("data", "context", "fsdp")
+    if names := tuple(name for name in summed if name in axes):
+        x = jax.lax.psum(x, names)
     if dimension is None or "fsdp" not in axes:
         return x
     scatter = functools.partial(
@@ -68,15 +72,15 @@ def reduce_scatter_grad(x: jax.Array, dimension: int | None, axes: Iterable[str]
     size = jax.lax.axis_size("fsdp")
     if size < 64 or size % 4:
         return scatter(x)
-    rest = size // 4
+    minor = size // 4
 
     def in_two_stages(x: jax.Array) -> jax.Array:
-        x = scatter(x, axis_index_groups=[[a * rest + b for a in range(4)] for b in range(rest)])
-        return scatter(x, axis_index_groups=[[a * rest + b for b in range(rest)] for a in range(4)])
+        x = scatter(x, axis_index_groups=[[a * minor + b for a in range(4)] for b in range(minor)])
+        return scatter(x, axis_index_groups=[[a * minor + b for b in range(minor)] for a in range(4)])
 
     return jax.lax.platform_dependent(x, tpu=in_two_stages, default=scatter)
 
 
 def pvary_all(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """`pvary_like` of arrays among themselves: what a `custom_vjp` inside `shard_map` needs of its inputs."""
+    """`pvary_like` over the arrays themselves: a `custom_vjp` in `shard_map` needs inputs that vary alike."""
     return pvary_like(arrays)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from llama_jax import sharding
 from llama_jax.ops import spmd
 from llama_jax.ops.adapted import Adapted
-from llama_jax.ops.linear import project, weight_gradient_as_stored
+from llama_jax.ops.linear import project, sharded_weight_gradient
 from llama_jax.ops.products import dot
 from llama_jax.ops.quantization import Quantized
 
@@ -44,9 +44,8 @@ def swiglu_down(
 
 
 def _down(y: jax.Array, w_down: jax.Array | Quantized | Adapted, custom_vjp: bool = False) -> jax.Array:
-    return project(
-        "btf,fd->btd", y, w_down, stored=sharding.DOWN_FD, out=sharding.ACT_BTD, custom_vjp=custom_vjp
-    )
+    specs = {"weight_spec": sharding.DOWN_FD, "out_spec": sharding.ACT_BTD}
+    return project("btf,fd->btd", y, w_down, **specs, custom_vjp=custom_vjp)
 
 
 @jax.custom_vjp
@@ -61,15 +60,15 @@ def _swiglu_down_forward(gate: jax.Array, up: jax.Array, w_down: jax.Array) -> A
 
 def _swiglu_down_backward(residuals: Any, d_out: jax.Array) -> Any:
     gate, up, w_down = residuals
-    dtype, whole = gate.dtype, sharding.gather(w_down.astype(gate.dtype), sharding.DOWN_FD)
-    d_y = dot("btd,fd->btf", d_out, whole, sharding.layout_of(gate)).astype(dtype)
+    dtype, gathered = gate.dtype, sharding.gather(w_down.astype(gate.dtype), sharding.DOWN_FD)
+    d_y = dot("btd,fd->btf", d_out, gathered, sharding.spec_of(gate)).astype(dtype)
     gate, up, d_y = (a.astype(jnp.float32) for a in (gate, up, jax.lax.optimization_barrier(d_y)))
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
     d_gate, d_up, y = jax.lax.optimization_barrier(
         tuple(a.astype(dtype) for a in (d_y * up * (sigmoid + silu * (1 - sigmoid)), d_y * silu, silu * up))
     )
-    d_down = weight_gradient_as_stored(sharding.DOWN_FD, "btf", y, "btd", d_out, "fd")
+    d_down = sharded_weight_gradient(sharding.DOWN_FD, "btf", y, "btd", d_out, "fd")
     return d_gate, d_up, d_down.astype(w_down.dtype)
 
 

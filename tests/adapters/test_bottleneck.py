@@ -12,7 +12,7 @@ from llama_jax import adapters
 from llama_jax.adapters import bottleneck
 from llama_jax.errors import ConfigError, InputError
 from llama_jax.ops import linear
-from llama_jax.ops.adapted import Network
+from llama_jax.ops.adapted import BottleneckWeights
 from tests.adapters.adapted import (
     CONFIG,
     base_params,
@@ -56,7 +56,7 @@ def test_the_forward_pass_matches_the_paper(kind):
     }
     leaves = {name: jax.random.normal(next(keys), np.atleast_1d(size)) for name, size in sizes.items()}
     y = jax.random.normal(next(keys), (2, 3, 64))
-    found = linear.through(Network(**leaves, activation=settings.activation), y)
+    found = linear.apply_bottleneck(BottleneckWeights(**leaves, activation=settings.activation), y)
     pre_activation = np.asarray(y) @ leaves["down"] + leaves["down_bias"]
     hidden = {
         "silu": lambda x: x / (1 + np.exp(-x)),

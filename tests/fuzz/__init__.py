@@ -1,1 +1,1 @@
-"""Coverage-guided fuzzing of the readers, and what it has found."""
+"""Coverage-guided fuzzing of the readers, and regression cases from its findings."""

@@ -1,7 +1,7 @@
 """Runs a coverage-guided fuzzer on one reader: `python -m tests.fuzz TARGET [--minutes M]`.
 
-Needs `pip install atheris`. What it finds is put, one file a finding, in the folder it names; after the fix
-the file goes to tests/fuzz/cases/TARGET-*, where a test reads it for ever.
+Needs `pip install atheris`. Each finding is written as one file to the `--findings` directory. After the fix,
+add the file as tests/fuzz/cases/TARGET-*: it becomes a regression test.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ with atheris.instrument_imports(include=["llama_jax.weights", "llama_jax.config"
     import llama_jax.weights
     import llama_jax.weights.meta  # noqa: F401
 
-from tests.fuzz.readers import TARGETS, attempt, checkpoint, seed_of
+from tests.fuzz.readers import TARGETS, seed_of, try_read, write_checkpoint
 
 
 def main() -> None:
@@ -29,17 +29,17 @@ def main() -> None:
     args = parser.parse_args()
     args.findings.mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
-    path = checkpoint(args.target, folder)
+    path = write_checkpoint(args.target, folder)
     seeds = folder / "seeds"
     seeds.mkdir()
     (seeds / "valid").write_bytes(seed_of(args.target, path))
-    count = [0, 0]
+    counts = [0, 0]
 
-    def one(data: bytes) -> None:
-        count[0] += 1
-        count[1] += attempt(args.target, path, data)
-        if count[0] % 20_000 == 0:
-            print(f"{args.target}: {count[0]} inputs, {count[1]} read", file=sys.stderr, flush=True)
+    def run_input(data: bytes) -> None:
+        counts[0] += 1
+        counts[1] += try_read(args.target, path, data)
+        if counts[0] % 20_000 == 0:
+            print(f"{args.target}: {counts[0]} inputs, {counts[1]} readable", file=sys.stderr, flush=True)
 
     options = [
         f"-max_total_time={round(args.minutes * 60)}",
@@ -49,7 +49,7 @@ def main() -> None:
         "-max_len=65536",
         "-print_final_stats=1",
     ]
-    atheris.Setup([sys.argv[0], *options, str(seeds)], one)
+    atheris.Setup([sys.argv[0], *options, str(seeds)], run_input)
     atheris.Fuzz()
 
 

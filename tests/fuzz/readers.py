@@ -1,7 +1,7 @@
-"""What a fuzzer does with each reader: from bytes to a checkpoint on disk, which is then read whole.
+"""Fuzzing targets: each writes the fuzzer's bytes into a checkpoint on disk and reads all of it.
 
-A target is a valid checkpoint in which one file is replaced by the fuzzer's bytes. Reading it must end in the
-arrays or in one of llama_jax's own errors, of one line.
+A target is a valid checkpoint in which the fuzzer's bytes replace one file. Reading it must either succeed
+or raise one of llama_jax's own errors, with a one-line message.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from llama_jax.weights.write.run import write
 from llama_jax.weights.write.vocabulary import Vocabulary
 from tests.random_models import random_model
 
-MOST_BYTES = 1 << 22  # of one tensor that is read: a header alone may promise more
+MAX_BYTES = 1 << 22  # larger tensors are not read: a header alone may claim any size
 
 CONFIG = lj.LlamaConfig(
     vocab_size=16,
@@ -56,18 +56,17 @@ CONFIG = lj.LlamaConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A reader, and which of its files is made by the fuzzer.
+    """A reader, and the file that the fuzzer generates.
 
     Attributes:
-      make: writes a valid checkpoint to a path.
+      write: writes a valid checkpoint to a path.
       file: the file to replace, relative to the path; "" is the path itself.
-      wrap: makes the file of the fuzzer's bytes, where it should not have to find out a container's
-        checksums.
-      seed: the fuzzer's bytes in a valid checkpoint, given the file's.
-      read: reads all of it; None is `read_whole`.
+      wrap: converts the fuzzer's bytes to the file, so that it need not guess a container's checksums.
+      seed: converts a valid file to the fuzzer's bytes; the inverse of `wrap`.
+      read: reads everything; None is `read_all`.
     """
 
-    make: Callable[[Path], None]
+    write: Callable[[Path], None]
     file: str
     wrap: Callable[[bytes], bytes] = bytes
     seed: Callable[[bytes], bytes] = bytes
@@ -84,8 +83,8 @@ def _hf(path: Path, shard_bytes: int = 1 << 30) -> None:
 
 
 @functools.cache
-def _entries() -> dict[str, bytes]:
-    """What a valid torch zip holds."""
+def _zip_entries() -> dict[str, bytes]:
+    """The entries of a valid torch zip, by name."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         _write(path, plan_meta, None, Vocabulary())
@@ -97,7 +96,7 @@ def _wrap_pickle(data: bytes) -> bytes:
     """A torch zip whose pickle is `data`."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
-        for name, entry in _entries().items():
+        for name, entry in _zip_entries().items():
             archive.writestr(name, data if name.endswith("data.pkl") else entry)
     return out.getvalue()
 
@@ -153,42 +152,42 @@ TARGETS = {
 }
 
 
-def checkpoint(name: str, folder: Path) -> Path:
-    """A valid checkpoint of a target, made anew in `folder`."""
+def write_checkpoint(name: str, folder: Path) -> Path:
+    """Writes a valid checkpoint of a target to `folder`."""
     path = folder / "model"
     if path.exists():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    TARGETS[name].make(path)
+    TARGETS[name].write(path)
     return path
 
 
 def seed_of(name: str, path: Path) -> bytes:
-    """The fuzzer's bytes in a valid checkpoint."""
+    """Returns the fuzzer's bytes of a valid checkpoint."""
     return TARGETS[name].seed((path / TARGETS[name].file).read_bytes())
 
 
-def attempt(name: str, path: Path, data: bytes) -> bool:
-    """Puts the fuzzer's bytes in a checkpoint and reads it; whether there was something to read.
+def try_read(name: str, path: Path, data: bytes) -> bool:
+    """Writes the fuzzer's bytes into a checkpoint and reads it; returns whether it was readable.
 
     Raises:
-      AssertionError: for an error of several lines. Whatever else is raised is a finding, too.
+      AssertionError: for a multi-line error message. Any other exception is a finding, too.
     """
     (path / TARGETS[name].file).write_bytes(TARGETS[name].wrap(data))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            (TARGETS[name].read or read_whole)(path)
+            (TARGETS[name].read or read_all)(path)
     except LlamaJaxError as error:
         assert "\n" not in str(error), error  # noqa: PT017
         return False
     return True
 
 
-def read_whole(path: Path) -> None:
-    """Opens a checkpoint, reads every tensor, and compares them with what the configuration asks for."""
+def read_all(path: Path) -> None:
+    """Opens a checkpoint, reads every tensor, and validates them against the configuration."""
     source = open_source(path)
     for name, info in source.tensors.items():
-        if math.prod(info.shape) * 4 <= MOST_BYTES and source.format not in STACKED:
+        if math.prod(info.shape) * 4 <= MAX_BYTES and source.format not in STACKED:
             array = source.read(name)
             assert array.shape == info.shape
             assert array.dtype.kind == "f" or array.dtype.name == "bfloat16"

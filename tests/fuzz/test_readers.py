@@ -1,4 +1,4 @@
-"""Every reader on damaged files: the arrays, or one line; never another exception, a crash or a long wait."""
+"""Every reader on damaged files: arrays or a one-line error; never another exception, a crash or a hang."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.readers import TARGETS, attempt, checkpoint, seed_of
+from tests.fuzz.readers import TARGETS, seed_of, try_read, write_checkpoint
 
-# Orbax leaves a task behind where a database is damaged.
+# Orbax leaves an unfinished task when a database is damaged.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 CASES = sorted((Path(__file__).parent / "cases").glob("*-*"))
-SLOW = tuple(name for name in TARGETS if name.startswith("orbax"))  # a database is opened each time
+SLOW = tuple(name for name in TARGETS if name.startswith("orbax"))  # each attempt opens a database
 
 
 @pytest.fixture
 def valid(request, tmp_path):
     """A target's name, its checkpoint and the fuzzer's bytes in it."""
-    path = checkpoint(request.param, tmp_path)
+    path = write_checkpoint(request.param, tmp_path)
     return request.param, path, seed_of(request.param, path)
 
 
@@ -26,34 +26,34 @@ every_target = pytest.mark.parametrize("valid", TARGETS, indirect=True)
 
 
 @every_target
-def test_what_is_whole_is_read(valid):
-    assert attempt(*valid)
+def test_valid_files_are_read(valid):
+    assert try_read(*valid)
 
 
 @every_target
-def test_what_is_cut_short_is_refused_or_read(valid):
+def test_truncated_files_are_read_or_refused(valid):
     name, path, data = valid
     head = range(min(len(data), 512)) if name not in SLOW else range(0, min(len(data), 512), 23)
     tail = range(512, len(data), max(1, len(data) // 100))
     cuts = [*head, *tail] if name not in SLOW else [*head]
-    read = [size for size in cuts if attempt(name, path, data[:size])]
-    # What a file goes on with after its model is nobody's loss.
+    read = [size for size in cuts if try_read(name, path, data[:size])]
+    # Some formats ignore trailing data.
     assert len(read) <= len(cuts) // 2
 
 
 @every_target
-def test_what_has_a_wrong_bit_is_refused_or_read(valid):
+def test_files_with_flipped_bits_are_read_or_refused(valid):
     name, path, data = valid
     rng = random.Random(0)
     for _ in range(400 if name not in SLOW else 25):
         changed = bytearray(data)
         for _ in range(rng.choice((1, 1, 1, 2, 8))):
             changed[rng.randrange(min(len(data), 4096))] ^= 1 << rng.randrange(8)
-        attempt(name, path, bytes(changed))
+        try_read(name, path, bytes(changed))
 
 
 @every_target
-def test_what_has_absurd_numbers_is_refused_or_read(valid):
+def test_files_with_extreme_integers_are_read_or_refused(valid):
     name, path, data = valid
     rng = random.Random(1)
     absurd = [(1 << bits) - back for bits in (31, 32, 40, 60, 63, 64) for back in (1, 2)]
@@ -61,23 +61,23 @@ def test_what_has_absurd_numbers_is_refused_or_read(valid):
         at, value = rng.randrange(min(len(data), 2048)), rng.choice(absurd)
         width = rng.choice((4, 8))
         changed = data[:at] + (value & ((1 << 8 * width) - 1)).to_bytes(width, "little") + data[at + width :]
-        attempt(name, path, changed)
+        try_read(name, path, changed)
     for _ in range(100 if name not in SLOW else 6):  # digits of JSON
         digits = [at for at, byte in enumerate(data[:4096]) if chr(byte).isdigit()]
         if digits:
             at = rng.choice(digits)
-            attempt(name, path, data[:at] + str(rng.choice(absurd)).encode() + data[at + 1 :])
+            try_read(name, path, data[:at] + str(rng.choice(absurd)).encode() + data[at + 1 :])
 
 
 @every_target
-def test_what_is_something_else_is_refused(valid):
+def test_other_files_are_refused(valid):
     name, path, _ = valid
-    assert not attempt(name, path, b"")
+    assert not try_read(name, path, b"")
     for other in (b"\0" * 100, b"GGUF", b"{}", b"PK\5\6" + bytes(18), b"\x80\x02.", b"null", b"[" * 5000):
-        attempt(name, path, other)
+        try_read(name, path, other)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.name)
-def test_what_the_fuzzer_has_found_stays_fixed(case, tmp_path):
+def test_regression_cases_of_the_fuzzer(case, tmp_path):
     name = next(name for name in TARGETS if case.name.startswith(f"{name}-"))
-    attempt(name, checkpoint(name, tmp_path), case.read_bytes())
+    try_read(name, write_checkpoint(name, tmp_path), case.read_bytes())

@@ -1,4 +1,4 @@
-"""Attention in tiles, beyond `test_attention.py`: on meshes, in bf16, and what a masked tile may not do."""
+"""Blockwise attention beyond `test_attention.py`: meshes, bf16, masked tiles."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SEGMENTS = jnp.asarray(
 )
 
 
-def gradient(arguments, where, backend, block=4):
+def gradient(arguments, mask, backend, block=4):
     """Output and gradients of a weighted sum of it."""
     weight = jax.random.normal(jax.random.key(6), arguments[0].shape)
 
     def total(q, k, v):
-        out = attention(q, k, v, where, backend=backend, block_size=block)
+        out = attention(q, k, v, mask, backend=backend, block_size=block)
         return (weight * out.astype(jnp.float32)).sum(), out
 
     (_, out), grads = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*arguments)
@@ -31,7 +31,7 @@ def gradient(arguments, where, backend, block=4):
 
 
 @pytest.mark.parametrize("spec", ["fsdp=4,tensor=2", "fsdp=2,context=2,tensor=2", "context=8"])
-def test_every_mesh_gives_the_numbers_of_none(spec):
+def test_meshes_equal_one_device(spec):
     arguments = inputs(0, batch=8, length=LENGTH, heads=4, kv_heads=2)
     expected = gradient(arguments, causal(8, LENGTH, SEGMENTS), "xla")
     mesh = make_mesh(spec)
@@ -47,21 +47,21 @@ def test_every_mesh_gives_the_numbers_of_none(spec):
         np.testing.assert_allclose(ours, theirs, atol=5e-6)
 
 
-def test_bf16_gradients_are_as_near_to_the_truth_as_autodiffs():
+def test_bf16_gradients_are_as_accurate_as_autodiff():
     arguments = inputs(1, length=LENGTH)
-    where = causal(2, LENGTH, SEGMENTS[:2])
-    truth = gradient(arguments, where, "xla")
+    mask = causal(2, LENGTH, SEGMENTS[:2])
+    exact = gradient(arguments, mask, "xla")
     half = [a.astype(jnp.bfloat16) for a in arguments]
-    for ours, plain, exact in zip(
-        gradient(half, where, "blockwise"), gradient(half, where, "xla"), truth, strict=True
+    for ours, plain, exact_leaf in zip(
+        gradient(half, mask, "blockwise"), gradient(half, mask, "xla"), exact, strict=True
     ):
         assert ours.dtype == jnp.bfloat16
-        error, usual = (jnp.linalg.norm(x.astype(jnp.float32) - exact) for x in (ours, plain))
+        error, usual = (jnp.linalg.norm(x.astype(jnp.float32) - exact_leaf) for x in (ours, plain))
         assert error < 1.3 * usual + 1e-6
 
 
-def test_a_tile_that_is_masked_is_not_visited():
-    """Not even a NaN in it shows, in the output or in any gradient: half of a causal square costs nothing."""
+def test_masked_tiles_are_skipped():
+    """A NaN in a masked tile reaches neither the output nor a gradient."""
     q, k, v = inputs(2, length=LENGTH)
     weight = jnp.arange(LENGTH)[None, :, None, None] < 8  # the later queries read the later keys
 
@@ -77,20 +77,20 @@ def test_a_tile_that_is_masked_is_not_visited():
     np.testing.assert_array_equal(spoilt[0][:, :8], grads[0][:, :8])
 
 
-def test_whole_segments_out_of_sight_are_not_visited():
+def test_tiles_of_other_segments_are_skipped():
     q, k, v = inputs(3, length=LENGTH)
-    where = causal(2, LENGTH, jnp.broadcast_to(jnp.arange(LENGTH) // 8, (2, LENGTH)))
-    expected = attention(q, k, v, where, backend="blockwise", block_size=4)
-    first = attention(q, k.at[:, :, :8].set(jnp.nan), v, where, backend="blockwise", block_size=4)
+    mask = causal(2, LENGTH, jnp.broadcast_to(jnp.arange(LENGTH) // 8, (2, LENGTH)))
+    expected = attention(q, k, v, mask, backend="blockwise", block_size=4)
+    first = attention(q, k.at[:, :, :8].set(jnp.nan), v, mask, backend="blockwise", block_size=4)
     np.testing.assert_array_equal(first[:, 8:], expected[:, 8:])
 
 
 @pytest.mark.parametrize(("length", "keys", "block"), [(3, 20, 8), (1, 5, 512), (20, 20, 3)])
-def test_lengths_that_no_block_divides(length, keys, block):
+def test_lengths_that_are_no_multiple_of_the_block(length, keys, block):
     q, k, v = inputs(4, length=length, keys=keys)
     at = jnp.broadcast_to(jnp.arange(keys - length, keys), (2, length))
-    where = AttentionMask(at, jnp.broadcast_to(jnp.arange(keys), (2, keys)))
+    mask = AttentionMask(at, jnp.broadcast_to(jnp.arange(keys), (2, keys)))
     for ours, theirs in zip(
-        gradient((q, k, v), where, "blockwise", block), gradient((q, k, v), where, "xla"), strict=True
+        gradient((q, k, v), mask, "blockwise", block), gradient((q, k, v), mask, "xla"), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, atol=5e-6)

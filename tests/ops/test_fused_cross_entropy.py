@@ -1,4 +1,4 @@
-"""The loss whose gradient comes with it: equal to autodiff's, in any chunks, on any mesh."""
+"""Fused cross-entropy equals autodiff with any number of chunks, on any mesh."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ B, T, D, V = 8, 12, 16, 24
 
 
 def inputs(*, tied, dtype=jnp.float32):
-    """Hidden states, the tree with the output projection, targets and uneven weights, some of them 0."""
+    """Hidden states, parameters with an output projection, targets and unequal weights, some of them 0."""
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (B, T, D)).astype(dtype)
     weight = jax.random.normal(keys[1], (V, D) if tied else (D, V))
@@ -39,7 +39,7 @@ def by_fused(x, params, *rest, chunks=1):
 
 
 def gradient(loss, arguments, z_loss, chunks=1):
-    """(value, (d_x, d_params)) of 3 loss, so that the cotangent is not one."""
+    """(value, (d_x, d_params)) of 3 loss: the cotangent is not 1."""
     x, params, *rest = arguments
     run = lambda x, params: 3 * loss(x, params, *rest, jnp.float32(z_loss), chunks=chunks)  # noqa: E731
     return jax.jit(jax.value_and_grad(run, (0, 1)))(x, params)
@@ -53,7 +53,7 @@ def distance(a, b):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("chunks", "z_loss"), [(1, 0.0), (5, 0.1), (12, 0.0), (100, 1e-4)])
-def test_value_and_gradients_are_autodiffs(tied, chunks, z_loss):
+def test_equals_autodiff_in_value_and_gradient(tied, chunks, z_loss):
     arguments = inputs(tied=tied)
     value, grads = gradient(by_autodiff, arguments, z_loss)
     got_value, got = gradient(by_fused, arguments, z_loss, chunks)
@@ -62,7 +62,7 @@ def test_value_and_gradients_are_autodiffs(tied, chunks, z_loss):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_bf16_is_as_near_to_the_truth_as_autodiff(tied):
+def test_bf16_is_as_accurate_as_autodiff(tied):
     truth_value, truth = gradient(by_autodiff, inputs(tied=tied), 0.01)
     half = inputs(tied=tied, dtype=jnp.bfloat16)
     _, plain = gradient(by_autodiff, half, 0.01)
@@ -74,7 +74,7 @@ def test_bf16_is_as_near_to_the_truth_as_autodiff(tied):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("spec", ["fsdp=8", "fsdp=4,tensor=2", "data=2,context=2,tensor=2"])
-def test_a_mesh_has_the_numbers_of_none_and_leaves_gradients_in_their_shards(spec, tied):
+def test_meshes_equal_one_device_and_gradients_stay_sharded(spec, tied):
     arguments = inputs(tied=tied)
     value, grads = gradient(by_fused, arguments, 0.1, 5)
     mesh = make_mesh(spec)
@@ -89,8 +89,8 @@ def test_a_mesh_has_the_numbers_of_none_and_leaves_gradients_in_their_shards(spe
     assert distance(jax.device_get(got), grads) < 1e-6
 
 
-def test_nothing_that_weighs_nothing_shows():
-    """Weight 0 hides a foreign target, and all 0 is a loss and a gradient of 0."""
+def test_tokens_of_weight_0_have_no_effect():
+    """A target outside the vocabulary may have weight 0; with all weights 0, loss and gradient are 0."""
     x, params, targets, weights = inputs(tied=False)
     hidden = jnp.where(weights == 0, V + 5, targets)
     for a, b in zip(
@@ -104,7 +104,7 @@ def test_nothing_that_weighs_nothing_shows():
     )
 
 
-def test_far_logits_do_not_overflow():
+def test_large_logits_do_not_overflow():
     x, params, targets, weights = inputs(tied=False)
     value, grads = gradient(by_fused, (300 * x, params, targets, weights), 0.0)
     expected, theirs = gradient(by_autodiff, (300 * x, params, targets, weights), 0.0)
@@ -112,7 +112,7 @@ def test_far_logits_do_not_overflow():
     assert distance(grads, theirs) < 1e-5
 
 
-def test_logits_are_formed_once_for_a_gradient_and_a_chunk_at_a_time():
+def test_logits_are_computed_once_and_one_chunk_at_a_time():
     x, params, *rest = inputs(tied=False)
 
     def program(loss):
@@ -134,8 +134,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("spec", "backend", "tied"), CASES)
-def test_a_whole_models_fast_gradient_is_autodiffs(spec, backend, tied):
-    """Packed documents, padding and all; in f32 to rounding, in bf16 as near to the truth as autodiff."""
+def test_gradient_of_the_model_equals_autodiff(spec, backend, tied):
+    """Packed documents with padding; f32 to rounding, bf16 as accurate as autodiff."""
     config, params = random_model(
         0, lj.presets.TINY.replace(vocab_size=96, hidden_size=32, tie_word_embeddings=tied, head_dim=4)
     )

@@ -1,4 +1,4 @@
-"""What `custom_vjp=True` swaps in: equal to autodiff, in value and gradient, under every transformation."""
+"""Products, and `custom_vjp=True` of every operation: equal to autodiff, under every transformation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def draw(seed, *shape, dtype=F32):
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
-# (x, y, out): letters as in the model, and some that only a caller of tomorrow would write.
+# Dimensions of (x, y, out): those of the model, and other orders.
 PRODUCTS = [
     ("btd", "btf", "df"),
     ("btd", "btnh", "dnh"),
@@ -61,17 +61,20 @@ def test_weight_gradient_is_einsum(dims, dtype):
     ("equation", "shape"),
     [("btd,df->btf", "df"), ("btd,dnh->btnh", "dnh"), ("btd,vd->btv", "vd"), ("btnh,nhd->btd", "nhd")],
 )
-def test_one_row_is_a_row_among_others_however_it_is_read(equation, shape, width, dtype):
-    """`contract` reads the matrix of a single row in parts, where it can be divided."""
+def test_single_row_equals_the_row_in_a_batch(equation, shape, width, dtype):
+    """`matvec` splits the contracted dimension where it is a multiple of 4."""
     sizes = SIZES | {"d": width}
     x = draw(0, *(sizes[d] for d in equation.split(",")[0]), dtype=dtype)
     weight = draw(1, *(sizes[d] for d in shape), dtype=dtype)
-    nowhere = {"stored": P(*(None,) * len(shape)), "out": P(*(None,) * len(equation.split("->")[1]))}
-    run = jax.jit(lambda x: contract(equation, x, weight, **nowhere))
+    specs = {
+        "weight_spec": P(*(None,) * len(shape)),
+        "out_spec": P(*(None,) * len(equation.split("->")[1])),
+    }
+    run = jax.jit(lambda x: contract(equation, x, weight, **specs))
     whole, row = run(x), run(x[:1, :1])
     assert row.dtype == F32 and row.shape == whole[:1, :1].shape
     np.testing.assert_allclose(row, whole[:1, :1], rtol=1e-5, atol=1e-5)
-    # Under vmap the rows have a dimension of their own.
+    # Under vmap the rows are a batch dimension.
     rows = jax.vmap(run)(x[:, :1][:, None])
     np.testing.assert_allclose(rows[:, 0], whole[:, :1], rtol=1e-5, atol=1e-5)
     slope = jax.grad(lambda x: (run(x) ** 2).sum())
@@ -85,8 +88,8 @@ def test_one_row_is_a_row_among_others_however_it_is_read(equation, shape, width
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("at", [(0, 0, 0), (1, 3, 2)])
-def test_a_nan_anywhere_spoils_what_it_should_and_nothing_else(dtype, at):
-    """The transposition is chosen by a number that may itself be a NaN."""
+def test_nan_spreads_as_in_einsum(dtype, at):
+    """`weight_gradient` has a conditional on a value that may be NaN."""
     x, y = draw(0, 2, 7, 4, dtype=dtype), draw(1, 2, 7, 5, dtype=dtype).at[at].set(jnp.nan)
     got = weight_gradient("btd", x, "btf", y, "df")
     expected = jnp.einsum("btd,btf->df", x.astype(F32), y.astype(F32))
@@ -94,8 +97,8 @@ def test_a_nan_anywhere_spoils_what_it_should_and_nothing_else(dtype, at):
     assert jnp.isnan(got).sum() == 4
 
 
-def test_the_cpus_bf16_product_is_of_a_really_transposed_left_side():
-    """What the conditional is for: without it XLA contracts the leading dimension, in f32 code."""
+def test_weight_gradient_transposes_its_left_operand_on_cpu():
+    """Without the conditional, XLA contracts the leading dimension, in f32 code."""
     x, y = draw(0, 64, 32, dtype=BF16), draw(1, 64, 48, dtype=BF16)
     text = jax.jit(lambda x, y: weight_gradient("td", x, "tf", y, "df")).lower(x, y).compile().as_text()
     products = [line for line in text.splitlines() if " dot(" in line]
@@ -103,8 +106,8 @@ def test_the_cpus_bf16_product_is_of_a_really_transposed_left_side():
     assert "bf16[32,64]" in text
 
 
-def both(run, *args):
-    """(value, gradients) of the sum of `run`, weighed at random, by autodiff and by the fast way."""
+def autodiff_and_custom(run, *args):
+    """(value, gradients) of a randomly weighted sum of `run`: autodiff, then the custom backward pass."""
     out = []
     for custom_vjp in (False, True):
 
@@ -132,19 +135,19 @@ EQUATIONS = [
 
 @pytest.mark.parametrize("case", EQUATIONS, ids=lambda case: f"{case[0]} {case[1]}")
 def test_project_has_the_gradient_of_autodiff(case):
-    equation, x_shape, w_shape, stored, out = case
+    equation, x_shape, w_shape, weight_spec, out_spec = case
 
     def run(x, w, custom_vjp):
-        return project(equation, x, w, stored=stored, out=out, custom_vjp=custom_vjp)
+        return project(equation, x, w, weight_spec=weight_spec, out_spec=out_spec, custom_vjp=custom_vjp)
 
     x, w = draw(0, *x_shape), draw(1, *w_shape)
-    (value, grads), (fast_value, fast) = both(run, x, w)
-    np.testing.assert_allclose(fast_value, value, rtol=1e-5)
-    assert distance(fast, grads) < 1e-6
-    # In bf16 with f32 parameters: no further from the truth than autodiff is.
-    (_, plain), (_, fast) = both(run, x.astype(BF16), w)
-    assert [leaf.dtype for leaf in fast] == [BF16, F32]
-    assert distance(fast, grads) < max(1.2 * distance(plain, grads), 1e-3)
+    (value, grads), (custom_value, custom) = autodiff_and_custom(run, x, w)
+    np.testing.assert_allclose(custom_value, value, rtol=1e-5)
+    assert distance(custom, grads) < 1e-6
+    # bf16 with f32 parameters: as accurate as autodiff.
+    (_, plain), (_, custom) = autodiff_and_custom(run, x.astype(BF16), w)
+    assert [leaf.dtype for leaf in custom] == [BF16, F32]
+    assert distance(custom, grads) < max(1.2 * distance(plain, grads), 1e-3)
 
 
 def test_swiglu_down_has_the_gradient_of_autodiff():
@@ -152,16 +155,16 @@ def test_swiglu_down_has_the_gradient_of_autodiff():
         return swiglu_down(gate, up, w_down, custom_vjp=custom_vjp)
 
     gate, up, w_down = 3 * draw(0, 2, 7, 5), draw(1, 2, 7, 5), draw(2, 5, 4)
-    (value, grads), (fast_value, fast) = both(run, gate, up, w_down)
-    np.testing.assert_allclose(fast_value, value, rtol=1e-6)
-    assert distance(fast, grads) < 1e-6
-    (_, plain), (_, fast) = both(run, gate.astype(BF16), up.astype(BF16), w_down)
-    assert [leaf.dtype for leaf in fast] == [BF16, BF16, F32]
-    assert distance(fast, grads) < max(1.2 * distance(plain, grads), 1e-3)
+    (value, grads), (custom_value, custom) = autodiff_and_custom(run, gate, up, w_down)
+    np.testing.assert_allclose(custom_value, value, rtol=1e-6)
+    assert distance(custom, grads) < 1e-6
+    (_, plain), (_, custom) = autodiff_and_custom(run, gate.astype(BF16), up.astype(BF16), w_down)
+    assert [leaf.dtype for leaf in custom] == [BF16, BF16, F32]
+    assert distance(custom, grads) < max(1.2 * distance(plain, grads), 1e-3)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_rotate_fast_has_the_values_and_gradient_of_rotate(dtype):
+def test_rotate_custom_vjp_equals_autodiff(dtype):
     table = rope.rotary(lj.presets.TINY, jnp.arange(14).reshape(2, 7))
     x, weight = draw(0, 2, 7, 3, 8, dtype=dtype), draw(1, 2, 7, 3, 8, dtype=dtype)
 
@@ -175,9 +178,9 @@ def test_rotate_fast_has_the_values_and_gradient_of_rotate(dtype):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_embed_fast_sums_its_gradient_in_f32_and_drops_foreign_ids(dtype):
+def test_embed_custom_vjp_sums_its_gradient_in_f32_and_drops_invalid_ids(dtype):
     table, tokens = draw(0, 9, 4), jnp.array([[0, 3, 3, 8], [3, 1, 3, 3]])
-    run = lambda look_up: lambda table: (look_up(table, tokens, dtype=dtype) * draw(1, 2, 4, 4)).sum()  # noqa: E731
+    run = lambda embed_rows: lambda table: (embed_rows(table, tokens, dtype=dtype) * draw(1, 2, 4, 4)).sum()  # noqa: E731
     np.testing.assert_array_equal(
         embed_custom_vjp(table, tokens, dtype=dtype), embed(table, tokens, dtype=dtype)
     )
@@ -185,11 +188,11 @@ def test_embed_fast_sums_its_gradient_in_f32_and_drops_foreign_ids(dtype):
     np.testing.assert_allclose(
         jax.grad(run(embed_custom_vjp))(table), expected, atol=1e-6 if dtype == F32 else 0.05
     )
-    for foreign in (-1, 9, -9):
-        rows = embed_custom_vjp(table, jnp.array([[2, foreign]]), dtype=dtype)
+    for invalid in (-1, 9, -9):
+        rows = embed_custom_vjp(table, jnp.array([[2, invalid]]), dtype=dtype)
         assert jnp.isnan(rows[0, 1]).all() and not jnp.isnan(rows[0, 0]).any()
         grads = jax.grad(
-            lambda t, at=foreign: embed_custom_vjp(t, jnp.array([[2, at]]), dtype=dtype)[0, 0].sum()
+            lambda t, at=invalid: embed_custom_vjp(t, jnp.array([[2, at]]), dtype=dtype)[0, 0].sum()
         )(table)
         np.testing.assert_array_equal(grads, jnp.zeros((9, 4)).at[2].set(1.0))
 
@@ -209,8 +212,8 @@ def test_per_example_gradients_by_vmap():
         assert distance(jax.tree.map(lambda leaf, i=i: leaf[i], each), alone) < 1e-5
 
 
-def test_data_parallelism_by_hand_in_shard_map():
-    """Somebody else's mesh and collectives around the library's loss."""
+def test_data_parallelism_in_a_callers_shard_map():
+    """The loss inside a `shard_map` with another mesh and explicit collectives."""
     config, params = random_model(5)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (4, 10)).astype(np.int32)
     mesh = jax.make_mesh((4,), ("mine",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
@@ -230,12 +233,12 @@ def test_data_parallelism_by_hand_in_shard_map():
     expected, expected_grads = jax.value_and_grad(loss)(params, tokens, False)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert distance(grads, expected_grads) < 1e-5
-    # And with the collective that `shard_map` itself inserts for replicated parameters.
+    # With the collective that `shard_map` inserts for replicated parameters.
     inside = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=(P(), P("mine")), out_specs=P())
     assert distance(jax.jit(inside)(params, tokens), expected_grads) < 1e-5
 
 
-def test_forward_mode_is_autodiffs_alone():
+def test_custom_vjp_has_no_forward_mode():
     config, params = random_model(5)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, 6)).astype(np.int32)
 
@@ -252,14 +255,15 @@ def test_forward_mode_is_autodiffs_alone():
 
 @pytest.mark.parametrize("spec", ["fsdp=4,tensor=2", "data=2,context=2,tensor=2"])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_a_mesh_has_the_gradients_of_none(spec, dtype):
-    """The layers' own shapes, laid out as the table says."""
+def test_mesh_gradients_equal_one_device(spec, dtype):
+    """With the partition specs of the model's layers."""
     x, w, v = draw(0, 8, 4, 8, dtype=dtype), draw(1, 8, 16), draw(2, 16, 8)
     table, tokens = draw(3, 16, 8), jnp.arange(32).reshape(8, 4) % 16
 
     def total(x, w, v, table, tokens):
         x = x + embed_custom_vjp(table, tokens, dtype=dtype)
-        up = project("btd,df->btf", x, w, stored=sharding.GATE_UP_DF, out=sharding.ACT_BTF, custom_vjp=True)
+        specs = {"weight_spec": sharding.GATE_UP_DF, "out_spec": sharding.ACT_BTF}
+        up = project("btd,df->btf", x, w, **specs, custom_vjp=True)
         out = swiglu_down(up, up, v, custom_vjp=True)
         return (out.astype(F32) ** 2).mean()
 
@@ -274,11 +278,11 @@ def test_a_mesh_has_the_gradients_of_none(spec, dtype):
         sharding.TOKENS_BT,
     )
     with jax.set_mesh(mesh):
-        laid = [
+        sharded = [
             jax.device_put(a, sharding.named(mesh, s))
             for a, s in zip((x, w, v, table, tokens), specs, strict=True)
         ]
-        got_value, got = run(*laid)
+        got_value, got = run(*sharded)
     np.testing.assert_allclose(got_value, value, rtol=1e-5 if dtype == F32 else 1e-2)
     for ours, theirs, spec_of in zip(got, grads, specs, strict=False):
         assert ours.sharding.spec == sharding.restrict(spec_of, mesh.axis_names)

@@ -1,4 +1,4 @@
-"""Splash attention in interpret mode: the xla backend's values and gradients, alone and on meshes."""
+"""Splash attention in interpret mode equals the xla backend, on one device and on meshes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llama_jax.ops.splash_attention import RESIDUALS, block_size, splash_attenti
 
 
 def inputs(*, batch=2, length=256, heads=4, kv_heads=2, head_dim=64, dtype=jnp.float32):
-    """q, k, v, and what the output is weighed by to make a scalar of it."""
+    """q, k, v, and the loss_weightsts of the output in a scalar loss."""
     shapes = [(batch, length, heads, head_dim)] + [(batch, kv_heads, length, head_dim)] * 2
     keys = jax.random.split(jax.random.key(0), 4)
     arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, [*shapes, shapes[0]], strict=True)]
@@ -22,61 +22,67 @@ def inputs(*, batch=2, length=256, heads=4, kv_heads=2, head_dim=64, dtype=jnp.f
 
 
 def thirds(batch, length):
-    """Segments of unequal length, another cut in each row."""
+    """Segments of unequal lengths, different in each row."""
     at = jnp.arange(length)
     return jnp.stack(
         [(at >= length // 3).astype(jnp.int32) + (at >= length // 2 + 7 * b) for b in range(batch)]
     )
 
 
-def value_and_gradients(attend, q, k, v, weigh):
+def value_and_gradients(attend, q, k, v, coeffs):
     def scalar(q, k, v):
         out = attend(q, k, v)
-        return (out.astype(jnp.float32) * weigh.astype(jnp.float32)).sum(), out
+        return (out.astype(jnp.float32) * coeffs.astype(jnp.float32)).sum(), out
 
     (_, out), gradients = jax.jit(jax.value_and_grad(scalar, (0, 1, 2), has_aux=True))(q, k, v)
     return [np.asarray(array, np.float32) for array in (out, *gradients)]
 
 
-def expected(q, k, v, weigh, segments):
-    """What the xla backend makes of the same numbers in f32."""
+def expected(q, k, v, coeffs, segments):
+    """The xla backend on the same values in f32."""
     at = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
-    where = AttentionMask(at, at, segments, segments)
+    mask = AttentionMask(at, at, segments, segments)
     q, k, v = (array.astype(jnp.float32) for array in (q, k, v))
-    return value_and_gradients(lambda *qkv: attention(*qkv, where), q, k, v, weigh)
+    return value_and_gradients(lambda *qkv: attention(*qkv, mask), q, k, v, coeffs)
 
 
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_equals_xla_in_value_and_gradient(kv_heads, segmented):
-    q, k, v, weigh = inputs(kv_heads=kv_heads)
+    q, k, v, coeffs = inputs(kv_heads=kv_heads)
     segments = thirds(2, 256) if segmented else None
-    found = value_and_gradients(lambda *qkv: splash_attention(*qkv, segments, interpret=True), q, k, v, weigh)
-    for ours, theirs in zip(found, expected(q, k, v, weigh, segments), strict=True):
+    found = value_and_gradients(
+        lambda *qkv: splash_attention(*qkv, segments, interpret=True), q, k, v, coeffs
+    )
+    for ours, theirs in zip(found, expected(q, k, v, coeffs, segments), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_bf16_stays_within_its_rounding(head_dim):
-    q, k, v, weigh = inputs(length=128, head_dim=head_dim, dtype=jnp.bfloat16)
+    q, k, v, coeffs = inputs(length=128, head_dim=head_dim, dtype=jnp.bfloat16)
     segments = thirds(2, 128)
-    found = value_and_gradients(lambda *qkv: splash_attention(*qkv, segments, interpret=True), q, k, v, weigh)
-    for ours, theirs in zip(found, expected(q, k, v, weigh, segments), strict=True):
+    found = value_and_gradients(
+        lambda *qkv: splash_attention(*qkv, segments, interpret=True), q, k, v, coeffs
+    )
+    for ours, theirs in zip(found, expected(q, k, v, coeffs, segments), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2**-7 * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("length", [5, 130])
-def test_a_length_that_is_no_multiple_of_128_is_padded_unseen(length):
-    q, k, v, weigh = inputs(length=length)
+def test_other_lengths_are_padded_to_a_multiple_of_128(length):
+    q, k, v, coeffs = inputs(length=length)
     segments = thirds(2, length)
-    found = value_and_gradients(lambda *qkv: splash_attention(*qkv, segments, interpret=True), q, k, v, weigh)
-    for ours, theirs in zip(found, expected(q, k, v, weigh, segments), strict=True):
+    found = value_and_gradients(
+        lambda *qkv: splash_attention(*qkv, segments, interpret=True), q, k, v, coeffs
+    )
+    for ours, theirs in zip(found, expected(q, k, v, coeffs, segments), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
 @pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "fsdp=2,context=2,tensor=2"])
-def test_a_mesh_changes_nothing(mesh):
-    """Rows, heads and (over `context`) queries on different devices; keys are whole on each."""
+def test_meshes_equal_one_device(mesh):
+    """Batch rows, heads and (over `context`) queries are sharded; keys are replicated over `context`."""
     arrays = inputs(batch=4, length=256)
     segments = thirds(4, 256)
     wanted = expected(*arrays, segments)
@@ -89,7 +95,7 @@ def test_a_mesh_changes_nothing(mesh):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-def test_a_policy_that_saves_the_residuals_does_not_compute_them_again():
+def test_saved_residuals_are_not_recomputed():
     q, k, v, _ = inputs(length=128)
 
     def computed(*names):
@@ -101,11 +107,11 @@ def test_a_policy_that_saves_the_residuals_does_not_compute_them_again():
     assert computed() > 2
 
 
-def test_blocks_divide_the_row():
+def test_block_sizes_divide_the_length():
     assert [block_size(length) for length in (128, 384, 512, 4096, 4224)] == [128, 128, 512, 1024, 128]
 
 
-def test_says_what_it_cannot_do():
+def test_invalid_arguments_are_errors():
     q, k, v, _ = inputs(length=128)
     with pytest.raises(
         ConfigError, match="as many keys as queries and got 128 and 64; use the xla or blockwise"

@@ -200,7 +200,7 @@ def test_settings_that_must_not_change_when_a_run_is_resumed(fail, run, workshop
     more = ("--train.steps", STEPS + 4)
     assert "train.seed is 7 and the run in run was started with 0" in fail("--train.seed", 7, *more)
     assert "train.seq_len is 16 and the run in run was started with 32" in fail("--train.seq_len", 16, *more)
-    assert "the checkpoint's data state is of batch_size 8, and the run's is 16" in fail(
+    assert "the checkpoint's data state is for batch size 8, and the run's is 16" in fail(
         "--train.global_batch_size", 16, *more
     )
     message = fail("--model.hidden_size", 64, *more)

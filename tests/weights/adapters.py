@@ -1,4 +1,4 @@
-"""Writes small adapters in PEFT's format, from its documentation and not from `llama_jax.weights`."""
+"""Writes small adapters in PEFT's format, according to its documentation, without `llama_jax.weights`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FIELDS = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6
 
 
 def tensors(modules=SIZES, rank=4, layers=2, seed=0):
-    """What PEFT stores of an adapter, written down from its documentation."""
+    """The tensors of a PEFT adapter, according to its documentation."""
     rng = np.random.default_rng(seed)
     made = {}
     for layer in range(layers):

@@ -1,4 +1,4 @@
-"""Bottleneck adapters in AdapterHub's format: its own golden logits, and files that are refused."""
+"""Bottleneck adapters in AdapterHub's format: golden logits, round trips, and files that are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llama_jax.errors import CheckpointError
 from llama_jax.weights import load_params, open_source
 from llama_jax.weights.adapters import load_adapter
 from llama_jax.weights.write.adapters import save_adapter
-from tests.adapters.adapted import CONFIG, base, trained
+from tests.adapters.adapted import CONFIG, base_params, random_adapter
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bottleneck"
 KINDS = {
@@ -28,7 +28,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", ["houlsby", "feed_forward"])
-def test_adapters_that_adapterhub_made(name):
+def test_adapterhub_golden_logits(name):
     golden = np.load(GOLDEN / "logits.npz")
     source = open_source(GOLDEN / "base")
     params = load_params(source, dtype=np.dtype(np.float32))
@@ -38,7 +38,7 @@ def test_adapters_that_adapterhub_made(name):
     np.testing.assert_allclose(logits, golden[name], atol=2e-5 * np.abs(golden[name]).max())
 
 
-def test_what_we_write_is_what_adapterhub_wrote(tmp_path):
+def test_written_files_match_adapterhubs(tmp_path):
     settings, adapter = load_adapter(GOLDEN / "houlsby")
     config = open_source(GOLDEN / "base").config
     save_adapter(tmp_path / "a", settings, adapter, config, base_model="base")
@@ -56,13 +56,13 @@ def test_what_we_write_is_what_adapterhub_wrote(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_written_and_read_is_the_same_to_the_bit(kind, tmp_path):
-    adapter = trained(KINDS[kind], base())
+def test_round_trip_is_bitwise(kind, tmp_path):
+    adapter = random_adapter(KINDS[kind], base_params())
     save_adapter(tmp_path / "a", KINDS[kind], adapter, CONFIG)
     settings, again = load_adapter(tmp_path / "a")
-    assert (settings.size, settings.parts, settings.activation) == (
+    assert (settings.size, settings.sublayers, settings.activation) == (
         KINDS[kind].size,
-        KINDS[kind].parts,
+        KINDS[kind].sublayers,
         KINDS[kind].activation,
     )
     jax.tree.map(np.testing.assert_array_equal, again, adapter)
@@ -84,24 +84,24 @@ def altered(folder: Path, fields=None, tensors=None) -> Path:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"architecture": "lora"}, "architecture is 'lora'; of AdapterHub's adapters only bottlenecks"),
+        ({"architecture": "lora"}, "architecture is 'lora'; only AdapterHub's bottleneck adapters"),
         ({"non_linearity": "tanh"}, "non_linearity is 'tanh'; it must be one of swish, silu, gelu, relu"),
         ({"non_linearity": None}, "non_linearity is 'None'"),
         ({"original_ln_before": True}, "original_ln_before is 'True'; only False, as in double_seq_bn"),
         ({"is_parallel": True}, "is_parallel is 'True'; only False"),
         ({"phm_layer": True}, "phm_layer is 'True'"),
         ({"leave_out": [1]}, "leave_out is '[1]'; only []"),
-        ({"scaling": "learned"}, "scaling is 'learned'; only a number"),
+        ({"scaling": "learned"}, "scaling is 'learned'; it must be a number"),
         ({"scaling": float("nan")}, "scaling is 'nan'"),
         ({"mh_adapter": False, "output_adapter": False}, "it or mh_adapter must be true"),
         (
             {"mh_adapter": False},
-            "unexpected tensors by adapter_config.json: 'model.layers.0.attention",
+            "unexpected tensors according to adapter_config.json: 'model.layers.0.attention",
         ),
     ],
     ids=str,
 )
-def test_descriptions_that_are_refused(fields, message, tmp_path):
+def test_unsupported_configs_are_refused(fields, message, tmp_path):
     with pytest.raises(CheckpointError) as error:
         load_adapter(altered(tmp_path / "a", fields))
     assert message in str(error.value)
@@ -120,25 +120,25 @@ FIRST = "model.layers.0.output_adapters.adapters.houlsby.adapter_up.weight"
         ),
         (
             lambda t: {**t, "extra": np.zeros(3, np.float32)},
-            "unexpected tensor 'extra'; it must hold",
+            "unexpected tensor 'extra'; the file must hold",
         ),
         (
             lambda t: {**t, FIRST.replace("houlsby", "other"): t[FIRST]},
-            "other.adapter_up.weight'; it must hold one adapter's",
+            "other.adapter_up.weight'; the file must hold exactly one",
         ),
         (lambda t: {**t, FIRST: t[FIRST][:, :3].copy()}, "wrong shapes: model.layers.0.output_adapters"),
         (lambda t: {k: v[:0].copy() for k, v in t.items()}, "wrong shapes"),
     ],
 )
-def test_tensors_that_are_refused(change, message, tmp_path):
+def test_unsupported_tensors_are_refused(change, message, tmp_path):
     with pytest.raises(CheckpointError) as error:
         load_adapter(altered(tmp_path / "a", tensors=change))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_pickle_is_not_read(tmp_path):
+def test_pickles_are_refused(tmp_path):
     folder = altered(tmp_path / "a")
     (folder / "adapter.safetensors").rename(folder / "pytorch_adapter.bin")
-    with pytest.raises(CheckpointError, match=r"only pytorch_adapter\.bin, a pickle; save it with"):
+    with pytest.raises(CheckpointError, match=r"only pytorch_adapter\.bin, a pickle: save it with"):
         load_adapter(folder)

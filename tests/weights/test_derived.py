@@ -1,4 +1,4 @@
-"""Models made of others: pooled heads, averages, resized vocabularies, each against its definition."""
+"""Derived models (pooled heads, averages, resized vocabularies), each against its definition."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def repeated(params, groups):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
-def test_pooling_heads_that_are_equal_within_their_groups_changes_nothing(tmp_path, kv_heads):
+def test_pooling_equal_heads_is_exact(tmp_path, kv_heads):
     config, params = random_model(5, BASE)
     params = repeated(params, 8 // kv_heads)
     tensors = PooledHeads(ParamsTensors(config, params), kv_heads)
@@ -59,7 +59,7 @@ def test_pooling_heads_that_are_equal_within_their_groups_changes_nothing(tmp_pa
 
 
 @pytest.mark.parametrize("groups", [3, 6, 7])
-def test_the_mean_of_equal_heads_is_exact_for_any_number_of_them(groups):
+def test_pooling_is_exact_for_any_group_size(groups):
     config, params = random_model(6, BASE.replace(num_attention_heads=groups, num_key_value_heads=groups))
     params = repeated(params, groups)
     tensors = PooledHeads(ParamsTensors(config, params), 1)
@@ -68,7 +68,7 @@ def test_the_mean_of_equal_heads_is_exact_for_any_number_of_them(groups):
     assert np.array_equal(tensors.read(leaf, 0), whole[: config.head_dim])
 
 
-def test_pooling_takes_the_mean_of_each_group(tmp_path):
+def test_pooled_heads_are_group_means(tmp_path):
     config, params = random_model(5, BASE)
     pooled = params_of(PooledHeads(ParamsTensors(config, params), 2), tmp_path)
     for name in ("wk", "wv"):
@@ -78,19 +78,19 @@ def test_pooling_takes_the_mean_of_each_group(tmp_path):
 
 
 @pytest.mark.parametrize("kv_heads", [0, 3, 16])
-def test_heads_that_do_not_divide_are_refused_with_those_that_do(kv_heads):
+def test_indivisible_kv_heads_are_refused(kv_heads):
     with pytest.raises(ConfigError, match=r"can be pooled to 1, 2, 4, 8$"):
         PooledHeads(ParamsTensors(*random_model(5, BASE)), kv_heads)
 
 
-def test_an_average_of_a_model_with_itself_is_the_model(tmp_path):
+def test_average_of_a_model_with_itself(tmp_path):
     config, params = random_model(5, BASE)
     same = ParamsTensors(config, params)
     averaged = params_of(Averaged(same, [same, same, same], [0.25] * 4), tmp_path)
     jax.tree.map(np.testing.assert_array_equal, averaged, params)
 
 
-def test_weights_are_those_given(tmp_path):
+def test_average_uses_the_given_weights(tmp_path):
     (config, a), (_, b) = random_model(5, BASE), random_model(6, BASE)
     tensors = Averaged(ParamsTensors(config, a), [ParamsTensors(config, b)], [1.5, -0.5])
     mixed = params_of(tensors, tmp_path)
@@ -98,7 +98,7 @@ def test_weights_are_those_given(tmp_path):
     jax.tree.map(close, mixed, a, b)
 
 
-def test_an_average_of_different_dtypes_is_f32():
+def test_average_of_different_dtypes_is_f32():
     config, params = random_model(5, BASE)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     mixed = Averaged(ParamsTensors(config, params), [ParamsTensors(config, half)], [0.5, 0.5])
@@ -108,7 +108,7 @@ def test_an_average_of_different_dtypes_is_f32():
     assert both.dtype(leaf, None) == both.read(leaf, None).dtype == jnp.bfloat16
 
 
-def test_an_average_too_large_for_its_dtype_is_refused():
+def test_average_that_overflows_its_dtype_is_refused():
     config, params = random_model(5, BASE)
     one, other = (jax.tree.map(lambda x: jnp.full_like(x, v, jnp.float16), params) for v in (6e4, -6e4))  # noqa: B023
     mixed = Averaged(ParamsTensors(config, one), [ParamsTensors(config, other)], [1.5, -0.5])
@@ -117,20 +117,20 @@ def test_an_average_too_large_for_its_dtype_is_refused():
 
 
 @pytest.mark.parametrize("weights", [[1.0], [0.5, 0.4], [0.5, 0.25, 0.25], [float("nan"), 1.0]])
-def test_weights_that_are_no_average_are_refused(weights):
+def test_invalid_weights_are_refused(weights):
     same = ParamsTensors(*random_model(5, BASE))
     with pytest.raises(ConfigError, match="give one for each of the 2 models, with a sum of 1"):
         Averaged(same, [same], weights)
 
 
-def test_models_that_are_not_alike_are_not_averaged():
+def test_models_with_different_configs_are_not_averaged():
     one, other = random_model(5, BASE), random_model(5, BASE.replace(intermediate_size=64, rope_theta=5e5))
     with pytest.raises(ConfigError, match=r"intermediate_size 48 and 64, rope_theta 10000\.0 and 500000\.0"):
         Averaged(ParamsTensors(*one), [ParamsTensors(*other)], [0.5, 0.5])
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_new_rows_are_the_mean_and_old_logits_stay(tmp_path, tied):
+def test_appended_vocabulary_rows_are_means(tmp_path, tied):
     config, params = random_model(5, BASE.replace(tie_word_embeddings=tied))
     tensors = ResizedVocabulary(ParamsTensors(config, params), 64)
     larger = params_of(tensors, tmp_path)
@@ -142,7 +142,7 @@ def test_new_rows_are_the_mean_and_old_logits_stay(tmp_path, tied):
     np.testing.assert_allclose(logits[..., 60], old.mean(-1), rtol=1e-4, atol=1e-4)
 
 
-def test_a_smaller_vocabulary_drops_the_last_rows(tmp_path):
+def test_truncated_vocabulary(tmp_path):
     config, params = random_model(5, BASE)
     smaller = params_of(ResizedVocabulary(ParamsTensors(config, params), 40), tmp_path)
     assert np.array_equal(smaller["embed"]["embedding"], params["embed"]["embedding"][:40])
@@ -150,18 +150,18 @@ def test_a_smaller_vocabulary_drops_the_last_rows(tmp_path):
 
 
 @pytest.mark.parametrize("vocab_size", [0, -1, 520.0, 10**11])
-def test_a_vocabulary_of_no_size_is_refused(vocab_size):
+def test_invalid_vocab_sizes_are_refused(vocab_size):
     with pytest.raises(ConfigError, match=r"vocab_size is .*; it must be a whole number from 1 to"):
         ResizedVocabulary(ParamsTensors(*random_model(5, BASE)), vocab_size)
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "float64"])
-def test_casts_are_those_of_numpy(name):
+def test_casts_match_numpy(name):
     x = np.float32([0, -0.0, 1 / 3, 65504, 1e-7, np.inf, -np.inf, np.nan])
     assert cast(x, jnp.dtype(name)).tobytes() == x.astype(jnp.dtype(name)).tobytes()
 
 
-def test_a_value_too_large_for_float16_is_named(tmp_path):
+def test_float16_overflow_names_the_value(tmp_path):
     config, params = random_model(5, BASE)
     scale = params["final_norm"]["scale"].at[3].set(70000.0)
     tensors = ParamsTensors(config, {**params, "final_norm": {"scale": scale}})

@@ -1,4 +1,4 @@
-"""GGUF: every quantisation against gguf's own arithmetic, the metadata, and hostile files."""
+"""GGUF: every quantization against the gguf package, the metadata, and hostile files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from llama_jax.errors import CheckpointError
 from llama_jax.rope import rotary_frequencies
 from llama_jax.weights import load_params, open_source, read_gguf_metadata
 from llama_jax.weights.gguf import decode
-from llama_jax.weights.gguf_header import SUPPORTED
+from llama_jax.weights.gguf_header import SUPPORTED_TYPES
 from llama_jax.weights.source import TensorInfo
 from tests.weights.test_load import assert_same, one_line, problem
-from tests.weights.writers import CONFIG, quantised, random_params, write_gguf
+from tests.weights.writers import CONFIG, quantized, random_params, write_gguf
 
 SMALL = LlamaConfig(
     vocab_size=8,
@@ -33,21 +33,21 @@ SMALL = LlamaConfig(
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
-def test_model_quantised_by_gguf_loads_as_gguf_dequantises_it(kind: str, tmp_path: Path) -> None:
+def test_quantized_models_load_as_gguf_dequantizes_them(kind: str, tmp_path: Path) -> None:
     params = random_params()
     source = open_source(write_gguf(tmp_path / "a.gguf", CONFIG, params, kind=kind))
     assert source.tensors["blk.0.attn_q.weight"].dtype == kind
-    assert_same(load_params(source), quantised(params, kind))
+    assert_same(load_params(source), quantized(params, kind))
 
 
-@pytest.mark.parametrize("kind", SUPPORTED)
+@pytest.mark.parametrize("kind", SUPPORTED_TYPES)
 @pytest.mark.parametrize("rows", [3, 700])
-def test_any_bytes_decode_as_gguf_dequantises_them(kind: str, rows: int, tmp_path: Path) -> None:
+def test_random_blocks_decode_as_gguf_dequantizes_them(kind: str, rows: int, tmp_path: Path) -> None:
     number = GGMLQuantizationType[kind]
     values, size = GGML_QUANT_SIZES[number]
     shape = (rows, values * (512 // values))  # 700 rows are several chunks
     nbytes = rows * shape[1] // values * size
-    # Bytes below 60 make scales that are finite and normal floats.
+    # Bytes below 60 decode to finite, normal scales.
     raw = np.random.default_rng(0).integers(0, 60, nbytes, np.uint8)
     ours = decode("w", TensorInfo(shape, kind, nbytes, tmp_path, 0), raw)
     assert ours.shape == shape
@@ -55,7 +55,7 @@ def test_any_bytes_decode_as_gguf_dequantises_them(kind: str, rows: int, tmp_pat
     np.testing.assert_array_equal(np.asarray(ours, np.float32), theirs)
 
 
-def test_metadata_keeps_every_type(tmp_path: Path) -> None:
+def test_metadata_types(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
     writer.add_bool("a.bool", True)
     writer.add_int8("a.int8", -3)
@@ -80,7 +80,7 @@ def test_metadata_keeps_every_type(tmp_path: Path) -> None:
     assert fields["a.bools"].tolist() == [True, False]
 
 
-def test_real_metadata_is_what_the_gguf_package_reads(smollm2_path: Path) -> None:
+def test_metadata_matches_the_gguf_package(smollm2_path: Path) -> None:
     ours = read_gguf_metadata(smollm2_path)
     theirs = {key: field for key, field in gguf.GGUFReader(smollm2_path).fields.items() if "GGUF." not in key}
     assert list(ours) == list(theirs)
@@ -141,7 +141,7 @@ def test_llama3_scaling_is_recovered_from_its_divisors(
     divisors = {"rope_freqs.weight": (plain / scaled).astype(np.float32)}
     source = open_source(write_gguf(tmp_path / "a.gguf", config, random_params(config), extra=divisors))
     assert source.config == config.replace(rope_scaling=scaling)
-    load_params(source)  # the divisors are no unexpected tensor
+    load_params(source)  # rope_freqs.weight is not an unexpected tensor
     doubled = {"rope_freqs.weight": 2 * divisors["rope_freqs.weight"]}
     with pytest.raises(CheckpointError, match="does not follow Llama 3's rope scaling") as caught:
         open_source(write_gguf(tmp_path / "b.gguf", config, random_params(config), extra=doubled))
@@ -160,22 +160,25 @@ def test_defaults_of_absent_fields(tmp_path: Path) -> None:
     assert open_source(path).config == config
 
 
-# What cannot be run.
+# Unsupported models.
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"expert_count": 8}, "llama.expert_count is 8; only 0 can be run"),
-        ({"attention__value_length": 8}, "llama.attention.value_length is 8; only 16 can be run"),
-        ({"rope__dimension_count": 8}, "llama.rope.dimension_count is 8; only 16 can be run"),
+        ({"expert_count": 8}, "llama.expert_count is 8; only 0 is supported"),
+        ({"attention__value_length": 8}, "llama.attention.value_length is 8; only 16 is supported"),
+        ({"rope__dimension_count": 8}, "llama.rope.dimension_count is 8; only 16 is supported"),
         ({"block_count": None}, "llama.block_count is missing"),
         ({"block_count": "three"}, "llama.block_count is 'three'; it must be one int"),
         ({"attention__head_count_kv": [4, 2, 4]}, "llama.attention.head_count_kv is"),
         ({"attention__head_count": 0}, "num_attention_heads is 0"),
         ({"attention__head_count": 6}, "num_attention_heads 6 is not a multiple of num_key_value_heads 4"),
         ({"attention__layer_norm_rms_epsilon": float("nan")}, "rms_norm_eps is nan"),
-        ({"rope__scaling__type": "longrope", "rope__scaling__factor": 2.0}, "type 'longrope' cannot be read"),
+        (
+            {"rope__scaling__type": "longrope", "rope__scaling__factor": 2.0},
+            "type 'longrope' is not supported",
+        ),
         ({"rope__scaling__type": "yarn", "rope__scaling__factor": 0.5}, "rope_scaling.factor is 0.5"),
         (
             {
@@ -188,7 +191,7 @@ def test_defaults_of_absent_fields(tmp_path: Path) -> None:
         ({"rope__freq_base": float("nan")}, "rope_theta is nan"),
     ],
 )
-def test_fields_that_cannot_be_run(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_unsupported_fields_are_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf", CONFIG, random_params(), **fields)
     with pytest.raises(CheckpointError) as caught:
         open_source(path)
@@ -196,12 +199,12 @@ def test_fields_that_cannot_be_run(fields: dict[str, Any], message: str, tmp_pat
     assert str(path) in str(caught.value)
 
 
-def test_one_value_for_every_layer_is_that_value(tmp_path: Path) -> None:
+def test_equal_per_layer_values_are_one_value(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf", CONFIG, random_params(), attention__head_count_kv=[4, 4, 4])
     assert open_source(path).config == CONFIG
 
 
-def test_another_architecture_and_parts_of_a_model_are_refused(tmp_path: Path) -> None:
+def test_other_architectures_and_splits_are_refused(tmp_path: Path) -> None:
     for architecture, extra, message in (
         ("qwen2", {}, "'qwen2'; only llama"),
         ("llama", {"split.count": 3}, "split.count is '3'"),
@@ -217,7 +220,7 @@ def test_another_architecture_and_parts_of_a_model_are_refused(tmp_path: Path) -
         one_line(caught)
 
 
-# Hostile files: built by hand, since no writer makes them.
+# Hostile files, built by hand.
 
 
 def string(text: bytes) -> bytes:
@@ -249,8 +252,8 @@ def header(
 HUGE = (1 << 64) - 1
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "only the magic": (b"GGUF", "truncated or malformed: the version needs 4 bytes"),
-    "version 1": (header(version=1), "GGUF version 1 cannot be read"),
-    "big-endian": (header(version=3 << 24), "GGUF version 3 and big-endian cannot be read"),
+    "version 1": (header(version=1), "GGUF version 1 is not supported"),
+    "big-endian": (header(version=3 << 24), "GGUF version 3 (big-endian) is not supported"),
     "endless fields": (header(field_count=HUGE), f"claims {HUGE} metadata fields but only"),
     "endless tensors": (header(tensor_count=HUGE), f"claims {HUGE} tensors but only"),
     "many tensors": (header(tensor_count=10**6, data=bytes(10**5)), "claims 1000000 tensors but only"),
@@ -276,7 +279,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         "claims 2305843009213693952",
     ),
     "nested array": (header(fields=(field(b"a", 9, struct.pack("<IQ", 9, 1)),)), "array of type 9"),
-    "odd alignment": (
+    "invalid alignment": (
         header(fields=(field(b"general.alignment", 4, struct.pack("<I", 24)),)),
         "general.alignment is '24'; it must be a power of 2",
     ),
@@ -293,16 +296,16 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "zero dimension": (header(tensors=(tensor(b"w", (0, 4)),)), "'w' has shape (4, 0)"),
     "broken row": (
         header(tensors=(tensor(b"w", (33,), kind=8),)),
-        "a row of Q8_0 is a positive multiple of 32",
+        "rows of Q8_0 must be positive multiples of 32",
     ),
-    "unknown quantisation": (header(tensors=(tensor(b"w", (32,), kind=999),)), "'w' has type number 999"),
-    "other quantisation": (
+    "unknown quantization": (header(tensors=(tensor(b"w", (32,), kind=999),)), "'w' has type number 999"),
+    "unsupported quantization": (
         header(tensors=(tensor(b"w", (256,), kind=19),)),
-        "'w' has type IQ1_S, which cannot",
+        "'w' has type IQ1_S, which is not supported",
     ),
-    "crooked offset": (
+    "unaligned offset": (
         header(tensors=(tensor(b"w", (1,), offset=4),), data=bytes(64)),
-        "at offset 4, which is not",
+        "at offset 4, not a multiple",
     ),
     "offset past end": (header(tensors=(tensor(b"w", (8,), offset=1 << 62),)), "'w' ends at byte"),
     "tensor twice": (header(tensors=(tensor(b"w", (8,)),) * 2, data=bytes(64)), "tensor 'w' appears twice"),
@@ -320,7 +323,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_files_get_one_line_in_little_memory(case: str, tmp_path: Path) -> None:
+def test_hostile_files_raise_one_line_errors_in_bounded_memory(case: str, tmp_path: Path) -> None:
     data, message = HOSTILE[case]
     (tmp_path / "a.gguf").write_bytes(data)
     tracemalloc.start()
@@ -339,7 +342,7 @@ def whole_file(tmp_path: Path) -> bytes:
     return path.read_bytes()
 
 
-def test_a_file_cut_anywhere_gets_one_line(whole_file: bytes, tmp_path: Path) -> None:
+def test_truncated_files_raise_one_line_errors(whole_file: bytes, tmp_path: Path) -> None:
     path = tmp_path / "cut.gguf"
     data = len(whole_file) - SMALL.num_params * 4
     for length in (*range(data + 64), len(whole_file) - 33, len(whole_file) - 1):
@@ -349,7 +352,7 @@ def test_a_file_cut_anywhere_gets_one_line(whole_file: bytes, tmp_path: Path) ->
         one_line(caught)
 
 
-def test_a_damaged_header_byte_loads_or_gets_one_line(whole_file: bytes, tmp_path: Path) -> None:
+def test_damaged_header_bytes(whole_file: bytes, tmp_path: Path) -> None:
     path = tmp_path / "damaged.gguf"
     rng = np.random.default_rng(0)
     problems = set()
@@ -358,7 +361,7 @@ def test_a_damaged_header_byte_loads_or_gets_one_line(whole_file: bytes, tmp_pat
         damaged[at] = rng.choice([0, 0xFF, damaged[at] ^ 1, rng.integers(256)])
         path.write_bytes(damaged)
         problems.add(problem(lambda: open_source(path)))
-    assert "" in problems  # where the damage is in padding or a free choice
+    assert "" in problems  # damage in padding or in unconstrained values
     assert len(problems) > 100
     assert not any("\n" in message for message in problems)
 
@@ -376,7 +379,7 @@ def test_a_damaged_header_byte_loads_or_gets_one_line(whole_file: bytes, tmp_pat
         [1, 1.5, 2, 2, 2, 2, 2, 9e5],
     ],
 )
-def test_rope_divisors_that_no_scaling_makes(divisors: list[float], theta: float, tmp_path: Path) -> None:
+def test_unsupported_rope_divisors_are_refused(divisors: list[float], theta: float, tmp_path: Path) -> None:
     extra = {"rope_freqs.weight": np.array(divisors, np.float32)}
     path = write_gguf(tmp_path / "a.gguf", CONFIG, random_params(), extra=extra, rope__freq_base=theta)
     with pytest.raises(CheckpointError, match="does not follow Llama 3's rope scaling") as caught:

@@ -1,4 +1,4 @@
-"""Classifiers and reward models: written and read whole, labels and all; refused where they cannot be."""
+"""Classifiers and reward models: round trips with labels, adapters with heads, and what is refused."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def saved(classifier, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def copy(saved, tmp_path) -> Path:
-    """One that a test may spoil."""
-    folder = tmp_path / "copy"
+def editable_copy(saved, tmp_path) -> Path:
+    """A copy that a test may modify."""
+    folder = tmp_path / "editable_copy"
     folder.mkdir()
     for file in saved.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
@@ -60,19 +60,19 @@ def copy(saved, tmp_path) -> Path:
 
 
 def edit(folder: Path, **fields: Any) -> Path:
-    """Sets fields of config.json; None takes one out."""
+    """Sets fields of config.json; None removes a field."""
     path = folder / "config.json"
     held = json.loads(path.read_text()) | fields
     path.write_text(json.dumps({key: value for key, value in held.items() if value is not None}))
     return folder
 
 
-def same(a: Any, b: Any) -> None:
+def assert_equal_trees(a: Any, b: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_head_takes_the_place_of_the_output_projection(tied):
+def test_head_replaces_the_output_projection(tied):
     config = CLASSIFIER.replace(tie_word_embeddings=tied)
     params = lj.init(config, jax.random.key(0))
     assert "lm_head" not in params and params["score"]["kernel"].shape == (16, 3)
@@ -80,13 +80,13 @@ def test_a_head_takes_the_place_of_the_output_projection(tied):
 
 
 @pytest.mark.parametrize("formats", [("hf",), ("orbax", "hf"), ("hf", "orbax")], ids="-".join)
-def test_from_format_to_format_it_is_the_same(formats, classifier, tmp_path):
+def test_conversions_keep_the_head(formats, classifier, tmp_path):
     path = lj.save(classifier, tmp_path / "0", formats[0])
     for number, format in enumerate(formats[1:], 1):
         path = convert(path, tmp_path / str(number), format)
     again = lj.load(path)
     assert again.config == CLASSIFIER
-    same(again.params, classifier.params)
+    assert_equal_trees(again.params, classifier.params)
     if formats[-1] == "hf":
         stored = load_file(path / "model.safetensors")
         assert "lm_head.weight" not in stored and stored["score.weight"].shape == (3, 16)
@@ -94,37 +94,37 @@ def test_from_format_to_format_it_is_the_same(formats, classifier, tmp_path):
         assert fields["architectures"] == ["LlamaForSequenceClassification"]
         assert fields["label2id"] == {"bird": 0, "beast": 1, "füsch": 2}
         assert fields["problem_type"] == "single_label_classification"
-        # `</s>` may be what a text ends with, and the number is read at it.
+        # Not `</s>`: a text may end with it, and the score is then read there.
         assert fields["pad_token_id"] == 0 and classifier.tokenizer.eos_id == 2
 
 
 @pytest.mark.parametrize("format", ["hf", "orbax"])
-def test_the_head_stays_in_f32_and_whole(format, classifier, tmp_path):
+def test_head_is_f32_and_replicated(format, classifier, tmp_path):
     path = lj.save(classifier, tmp_path / "out", format)
     head = classifier.params["score"]["kernel"]
-    for how in (
+    for options in (
         {"dtype": "bfloat16"},
         {"bits": 8},
         {"mesh": make_mesh("fsdp=4,tensor=2")},
         {"scan_layers": False},
     ):
-        found = lj.load(path, **how).params["score"]["kernel"]
+        found = lj.load(path, **options).params["score"]["kernel"]
         assert found.dtype == jnp.float32
         np.testing.assert_array_equal(found, head)
 
 
-def test_it_predicts_no_tokens_and_says_so(saved):
+def test_classifiers_do_not_generate(saved):
     model = lj.load(saved)
-    for ask in (
+    for call in (
         lambda: model.generate("ab", max_new_tokens=2),
         lambda: lj.forward(model.config, model.params, jnp.zeros((1, 2), jnp.int32)),
         lambda: lj.next_token_loss(model.config, model.params, jnp.zeros((1, 2), jnp.int32)),
     ):
-        with pytest.raises(ConfigError, match=r"a head of 3 numbers and no output projection, .*Scorer"):
-            ask()
+        with pytest.raises(ConfigError, match=r"with 3 outputs and no output projection, .*Scorer"):
+            call()
 
 
-def test_inspect_and_verify_know_it(saved, classifier, tmp_path, capsys):
+def test_inspect_and_verify(saved, classifier, tmp_path, capsys):
     main(["inspect", str(saved)])
     shown = capsys.readouterr().out
     assert "bird, beast, füsch" in shown and "score.weight" in shown and "head" in shown
@@ -141,18 +141,18 @@ def test_inspect_and_verify_know_it(saved, classifier, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("format", ["meta", "gguf", "llama2c"])
-def test_formats_without_heads_refuse_it(format, saved, tmp_path):
-    with pytest.raises(InputError, match=f"{format} cannot hold its head; give hf or orbax"):
+def test_formats_without_heads_refuse_classifiers(format, saved, tmp_path):
+    with pytest.raises(InputError, match=f"{format} has no place for its head; use hf or orbax"):
         convert(saved, tmp_path / "out", format)
     assert not (tmp_path / "out").exists()
 
 
-def test_labels_that_have_no_names_are_hugging_faces(copy):
-    """transformers writes no id2label where there are two that have no names."""
-    edit(copy, id2label=None, label2id=None, num_labels=3)
-    assert open_source(copy).config.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
-    edit(copy, num_labels=None)
-    assert open_source(copy).config.labels == ("LABEL_0", "LABEL_1")
+def test_default_labels(editable_copy):
+    """transformers omits id2label for two classes with default names."""
+    edit(editable_copy, id2label=None, label2id=None, num_labels=3)
+    assert open_source(editable_copy).config.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    edit(editable_copy, num_labels=None)
+    assert open_source(editable_copy).config.labels == ("LABEL_0", "LABEL_1")
 
 
 @pytest.mark.parametrize(
@@ -161,9 +161,9 @@ def test_labels_that_have_no_names_are_hugging_faces(copy):
         ({"id2label": {"0": "a"}, "problem_type": None}, r"score\.weight \[3, 16\] should be \[1, 16\]"),
         ({"id2label": {"0": "a", "2": "b"}}, "id2label does not name each of the classes 0 to 1"),
         ({"id2label": {"0": 1}}, "id2label does not name each"),
-        ({"id2label": ["a"]}, "id2label is no object of 1 to 65536 names"),
+        ({"id2label": ["a"]}, "id2label must be an object of 1 to 65536 names"),
         ({"id2label": None, "num_labels": 1 << 30}, "num_labels is 1073741824; it must be from 1 to 65536"),
-        ({"problem_type": "multi_label_classification"}, "a head of 3 can only be single_label"),
+        ({"problem_type": "multi_label_classification"}, "a head of 3 labels must be single_label"),
         ({"architectures": 5}, "missing tensors: lm_head"),
         ({"pad_token_id": 10_000}, "pad_token_id is '10000'; it must be an id below"),
         (
@@ -173,33 +173,37 @@ def test_labels_that_have_no_names_are_hugging_faces(copy):
     ],
     ids=str,
 )
-def test_descriptions_that_do_not_fit_are_one_line(fields, message, copy):
-    edit(copy, **fields)
+def test_invalid_configs_raise_one_line_errors(fields, message, editable_copy):
+    edit(editable_copy, **fields)
     with pytest.raises(CheckpointError, match=message) as error:
-        lj.load(copy)
+        lj.load(editable_copy)
     assert "\n" not in str(error.value)
 
 
-def test_a_head_that_is_not_there_is_named(copy):
-    stored = load_file(copy / "model.safetensors")
-    save_file({name: x for name, x in stored.items() if name != "score.weight"}, copy / "model.safetensors")
+def test_missing_head_is_named(editable_copy):
+    stored = load_file(editable_copy / "model.safetensors")
+    save_file(
+        {name: x for name, x in stored.items() if name != "score.weight"}, editable_copy / "model.safetensors"
+    )
     with pytest.raises(CheckpointError, match=r"missing tensors: score\.weight"):
-        lj.load(copy)
+        lj.load(editable_copy)
 
 
-def test_scores_are_read_where_hugging_face_reads_them(saved, copy):
-    """At the last token that is not the padding: here, before the ends of texts."""
+def test_scores_are_read_at_the_last_non_pad_token(saved, editable_copy):
+    """pad_token_id is set to the last token of each text, so that the token before it is used."""
     texts = ["a", "b a daz", "the caz"]
     plain = Scorer.load(saved)
     assert plain.labels == LABELS and plain.objective == "classify"
     tokenizer = plain.model.tokenizer
-    pad = tokenizer.encode("z")[-1]  # as good as any for this
-    other = Scorer.load(edit(copy, pad_token_id=pad))
+    pad = tokenizer.encode("z")[-1]
+    other = Scorer.load(edit(editable_copy, pad_token_id=pad))
     cut = ["a", "b a da", "the ca"]
     np.testing.assert_allclose(other.scores(texts), plain.scores(cut), atol=1e-5)
     assert other.classes(texts) == plain.classes(cut)
-    # And what is written of it again is padded with the same.
-    again = convert(convert(copy, copy.parent / "orbax", "orbax"), copy.parent / "again")
+    # Conversions keep pad_token_id.
+    again = convert(
+        convert(editable_copy, editable_copy.parent / "orbax", "orbax"), editable_copy.parent / "again"
+    )
     assert json.loads((again / "config.json").read_text())["pad_token_id"] == pad
 
 
@@ -211,8 +215,8 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_may_bring_a_head(kind, classifier, tmp_path):
-    """A head beside an adapter replaces the base's output, and comes back with its labels."""
+def test_adapters_with_a_head(kind, classifier, tmp_path):
+    """An adapter's head replaces the base model's output, and is read back with its labels."""
     settings = KINDS[kind]
     params = random_model(3, BASE)[1]
     adapter = any_adapter.init(settings, BASE, params, jax.random.key(0))
@@ -235,20 +239,20 @@ def test_an_adapter_may_bring_a_head(kind, classifier, tmp_path):
     assert fields["task_type"] == "SEQ_CLS" and fields["modules_to_save"] == ["score"]
     if kind == "lora":
         whole = convert(base, tmp_path / "merged", adapter=path)
-        same(lj.load(whole).params, found.params)
+        assert_equal_trees(lj.load(whole).params, found.params)
 
 
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
         (None, "label2id does not number its labels from 0"),
-        ({"a": 0, "b": 2, "c": 1, "d": 3}, "is of 3 classes, and head_config.json names 4"),
+        ({"a": 0, "b": 2, "c": 1, "d": 3}, "has 3 classes but head_config.json names 4"),
         ({"a": 0, "b": 2}, "does not number"),
         ({"a": "0", "b": "1"}, "does not number"),
         ({}, "does not number"),
     ],
 )
-def test_heads_in_adapterhubs_files_that_cannot_be_read(labels, message, tmp_path):
+def test_invalid_adapterhub_heads_are_refused(labels, message, tmp_path):
     adapter = any_adapter.init(KINDS["bottleneck"], BASE, random_model(3, BASE)[1], jax.random.key(0))
     path = save_adapter(
         tmp_path / "a", KINDS["bottleneck"], adapter, BASE, head=Head(np.zeros((3, 16), np.float32), LABELS)
@@ -266,14 +270,14 @@ SCORE = "base_model.model.score.weight"
     [
         ({}, None, f"missing tensors: {SCORE}"),
         ({}, np.zeros(3, np.float32), r"score.weight is \[3\]; it must be \[classes, hidden_size\]"),
-        ({}, np.zeros((3, 8), np.float32), "its head takes 8 numbers, the base has 16"),
+        ({}, np.zeros((3, 8), np.float32), "its head has 8 inputs, the base has hidden_size 16"),
         ({"task_type": "CAUSAL_LM"}, np.zeros((3, 16), np.float32), f"unexpected tensors: '{SCORE}'"),
         ({"modules_to_save": ["lm_head"]}, np.zeros((3, 16), np.float32), "only a classifier's 'score'"),
         ({"modules_to_save": "score"}, np.zeros((3, 16), np.float32), "only a classifier's 'score'"),
     ],
     ids=str,
 )
-def test_heads_of_adapters_that_cannot_be_read(fields, head, message, tmp_path):
+def test_invalid_peft_heads_are_refused(fields, head, message, tmp_path):
     tiny.write_vocabulary(tmp_path / "tok.bin", tiny.PIECES)
     stored = adapters.tensors() | ({} if head is None else {SCORE: head})
     path = adapters.write(tmp_path / "adapter", stored, **({"task_type": "SEQ_CLS"} | fields))
@@ -281,8 +285,8 @@ def test_heads_of_adapters_that_cannot_be_read(fields, head, message, tmp_path):
         lj.load(tiny.write_model(tmp_path), adapter=path)
 
 
-def test_labels_are_in_our_files_alone(tmp_path):
-    """PEFT has no place for them: theirs are numbered, as are ours that somebody spoiled."""
+def test_label_names_in_peft_files(tmp_path):
+    """PEFT's format has no label names: default names are used, as for invalid metadata of ours."""
     head = np.ones((2, 16), np.float32)
     for number, metadata in enumerate([{}, {"labels": "[1, 2]"}, {"labels": '["a"]'}, {"labels": "x"}]):
         path = adapters.write(

@@ -1,4 +1,4 @@
-"""Hugging Face directories: what config.json may say, the index of several files, and safetensors itself."""
+"""Hugging Face directories: config.json, the safetensors index, and safetensors files."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from tests.weights.writers import CONFIG, hf_config, random_params, write_hf
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
-def test_every_dtype_loads(dtype: Any, shards: int, tmp_path: Path) -> None:
+def test_dtypes(dtype: Any, shards: int, tmp_path: Path) -> None:
     params = random_params()
     assert_same(
         load_params(open_source(write_hf(tmp_path, CONFIG, params, dtype=dtype, shards=shards))), params
     )
 
 
-def test_our_header_is_the_one_that_the_safetensors_library_reads(tmp_path: Path) -> None:
+def test_header_matches_the_safetensors_library(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     shapes: list[tuple[int, ...]] = [(), (0,), (3,), (2, 5), (2, 0, 4), (2, 3, 4)]
     tensors = {f"t{i}": rng.normal(size=shape).astype(np.float32) for i, shape in enumerate(shapes)}
@@ -71,7 +71,7 @@ LLAMA3 = {
     [
         (None, None),
         ({"rope_type": "default"}, None),
-        ({"type": "linear", "factor": 2}, RopeScaling("linear", 2.0)),  # the older spelling
+        ({"type": "linear", "factor": 2}, RopeScaling("linear", 2.0)),  # the older key
         ({"rope_type": "linear", "factor": 2.0}, RopeScaling("linear", 2.0)),
         (LLAMA3, RopeScaling("llama3", 8.0, 64, low_freq_factor=1.0, high_freq_factor=4.0)),
         (YARN, RopeScaling("yarn", 4.0, 32)),
@@ -97,18 +97,18 @@ def test_rope_scaling(
     assert config_of(tmp_path, **{key: fields}) == CONFIG.replace(rope_scaling=scaling)
 
 
-def test_rope_theta_may_lie_in_rope_parameters(tmp_path: Path) -> None:
+def test_rope_theta_in_rope_parameters(tmp_path: Path) -> None:
     parameters = {"rope_type": "default", "rope_theta": 12_345.0}
     assert config_of(tmp_path, rope_theta=..., rope_parameters=parameters).rope_theta == 12_345.0
     assert config_of(tmp_path, rope_parameters=LLAMA3).rope_theta == CONFIG.rope_theta
 
 
-def test_original_context_outside_rope_scaling_wins(tmp_path: Path) -> None:
+def test_outer_original_context_takes_precedence(tmp_path: Path) -> None:
     config = config_of(tmp_path, rope_scaling=YARN, original_max_position_embeddings=16)
     assert config.rope_scaling.original_max_position_embeddings == 16
 
 
-def test_absent_fields_have_the_defaults_of_hugging_face(tmp_path: Path) -> None:
+def test_defaults_of_absent_fields(tmp_path: Path) -> None:
     absent = ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta")
     config = config_of(tmp_path, hidden_act=..., tie_word_embeddings=..., **dict.fromkeys(absent, ...))
     assert config == CONFIG.replace(
@@ -120,11 +120,11 @@ def test_absent_fields_have_the_defaults_of_hugging_face(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral'; only llama can be run"),
+        ({"model_type": "mistral"}, "model_type is 'mistral'; only llama is supported"),
         ({"model_type": ...}, "model_type is missing"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only silu or swish can be run"),
-        ({"attention_bias": True}, "attention_bias is 'True'; only False can be run"),
-        ({"mlp_bias": True}, "mlp_bias is 'True'; only False can be run"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only silu or swish is supported"),
+        ({"attention_bias": True}, "attention_bias is 'True'; only False is supported"),
+        ({"mlp_bias": True}, "mlp_bias is 'True'; only False is supported"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config is set"),
         ({"hidden_size": ...}, "hidden_size is missing"),
         ({"vocab_size": "many"}, "vocab_size is 'many'; it must be a whole number"),
@@ -158,7 +158,7 @@ def test_absent_fields_have_the_defaults_of_hugging_face(tmp_path: Path) -> None
         ),
     ],
 )
-def test_what_cannot_be_run_is_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_unsupported_fields_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         config_of(tmp_path, **changes)
     assert message in one_line(caught)
@@ -173,7 +173,7 @@ def test_what_cannot_be_run_is_named(changes: dict[str, Any], message: str, tmp_
         (b"\xff\xfe\xff", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
         (b'{"a": ' + b"9" * 10_000 + b"}", "not valid JSON"),
-        (b"[]", "holds a JSON list where an object should be"),
+        (b"[]", "holds a JSON list where an object is expected"),
         (b'{"model_type": "llama", "model_type": "gpt2"}', "'model_type' appears twice"),
     ],
 )
@@ -184,7 +184,7 @@ def test_malformed_config_json(text: bytes, message: str, tmp_path: Path) -> Non
     one_line(caught)
 
 
-# The index of several files
+# The safetensors index
 
 
 def edit_index(folder: Path, edit: Any) -> None:
@@ -197,26 +197,25 @@ def edit_index(folder: Path, edit: Any) -> None:
 @pytest.mark.parametrize(
     "file", ["../model-00001-of-00002.safetensors", "/etc/passwd", "a\\b.safetensors", 3, "x.bin"]
 )
-def test_an_index_may_not_lead_out_of_its_directory(file: Any, tmp_path: Path) -> None:
+def test_index_paths_outside_the_directory_are_refused(file: Any, tmp_path: Path) -> None:
     folder = write_hf(tmp_path / "model", CONFIG, random_params(), shards=2)
     edit_index(folder, lambda index: index["weight_map"].update({"model.norm.weight": file}))
-    with pytest.raises(CheckpointError, match="files of the same folder are read") as caught:
+    with pytest.raises(CheckpointError, match="files in the same directory are read") as caught:
         open_source(folder)
     assert "'model.norm.weight'" in one_line(caught)
 
 
-def test_files_that_the_index_names_must_be_there(tmp_path: Path) -> None:
+def test_missing_files_of_the_index_are_named(tmp_path: Path) -> None:
     folder = write_hf(tmp_path, CONFIG, random_params(), shards=3)
     for number in (1, 3):
         (folder / f"model-{number:05d}-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError) as caught:
         open_source(folder)
-    assert "model-00001-of-00003.safetensors, model-00003-of-00003.safetensors; get them too" in one_line(
-        caught
-    )
+    missing = "model-00001-of-00003.safetensors, model-00003-of-00003.safetensors"
+    assert f"{missing}; download them too" in one_line(caught)
 
 
-def test_index_and_files_must_hold_the_same_tensors(tmp_path: Path) -> None:
+def test_index_and_files_must_match(tmp_path: Path) -> None:
     folder = write_hf(tmp_path, CONFIG, random_params(), shards=2)
     first = "model-00001-of-00002.safetensors"
 
@@ -228,8 +227,8 @@ def test_index_and_files_must_hold_the_same_tensors(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         open_source(folder)
     message = one_line(caught)
-    assert f"it has 'ghost' in {first} that no file has" in message
-    assert "the files have 'model.norm.weight' in model-00002-of-00002.safetensors beside it" in message
+    assert f"tensors of the index that no file has: 'ghost' in {first}" in message
+    assert "that are not in the index: 'model.norm.weight' in model-00002-of-00002.safetensors" in message
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
@@ -243,11 +242,11 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
 def test_a_directory_without_weights(tmp_path: Path) -> None:
     folder = write_hf(tmp_path, CONFIG, random_params())
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="neither model") as caught:
+    with pytest.raises(CheckpointError, match="has neither model") as caught:
         open_source(folder)
     one_line(caught)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
-    with pytest.raises(CheckpointError, match="weight_map is missing or no object"):
+    with pytest.raises(CheckpointError, match="weight_map is missing or not an object"):
         open_source(folder)
 
 
@@ -270,28 +269,28 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "not JSON": (safetensors(b"{nonsense"), "not valid JSON"),
     "deep JSON": (safetensors(b'{"a":' * 100_000), "not valid JSON"),
     "not an object": (safetensors([]), "holds a JSON list"),
-    "name twice": (
+    "duplicate name": (
         safetensors(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{}}', bytes(4)),
         "'a' appears twice",
     ),
-    "entry no object": (safetensors({"a": 3}), "'a' is not described by dtype, shape and data_offsets"),
+    "entry not an object": (safetensors({"a": 3}), "'a' is not described by dtype, shape and data_offsets"),
     "entry incomplete": (safetensors({"a": {"dtype": "F32"}}), "'a' is not described by"),
     "unknown dtype": (
         safetensors({"a": entry([1], 0, 1, "I8")}, bytes(1)),
         "'a' has dtype 'I8', which cannot be read",
     ),
-    "dtype no string": (safetensors({"a": entry([1], 0, 1, {})}, bytes(1)), "'a' has dtype '{}'"),
+    "dtype not a string": (safetensors({"a": entry([1], 0, 1, {})}, bytes(1)), "'a' has dtype '{}'"),
     "negative size": (safetensors({"a": entry([-1], 0, 4)}, bytes(4)), "'a' has '[-1]' where whole numbers"),
-    "size no number": (
+    "size not an integer": (
         safetensors({"a": entry([True, 1.0], 0, 4)}, bytes(4)),
         "where whole numbers should be",
     ),
-    "endless size": (
+    "overflowing size": (
         safetensors({"a": entry([1 << 62, 1 << 62], 0, 4)}, bytes(4)),
         "but its data_offsets are",
     ),
     "too big a size": (safetensors({"a": entry([1 << 64], 0, 4)}, bytes(4)), "where whole numbers should be"),
-    "shape no list": (safetensors({"a": entry(3, 0, 4)}, bytes(4)), "where whole numbers should be"),
+    "shape not a list": (safetensors({"a": entry(3, 0, 4)}, bytes(4)), "where whole numbers should be"),
     "three offsets": (
         safetensors({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}, bytes(8)),
         "'a' has 3 data_offsets, not 2",
@@ -309,18 +308,18 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         safetensors({"a": entry([2], 0, 8)}, bytes(7)),
         "its tensors end at byte 77 but the file has 76",
     ),
-    "data to spare": (safetensors({"a": entry([2], 0, 8)}, bytes(9)), "its tensors end at byte"),
+    "trailing data": (safetensors({"a": entry([2], 0, 8)}, bytes(9)), "its tensors end at byte"),
     "overlap": (
         safetensors({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, bytes(12)),
         "tensors 'a' and 'b' overlap",
     ),
     "name with line break": (safetensors({"a\nb": 3}), r"tensor 'a\nb' is not described"),
-    "endless name": (safetensors({"a" * 10**6: 3}), "aaa...' is not described"),
+    "very long name": (safetensors({"a" * 10**6: 3}), "aaa...' is not described"),
 }
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_files_get_one_line_in_little_memory(case: str, tmp_path: Path) -> None:
+def test_hostile_files_raise_one_line_errors_in_bounded_memory(case: str, tmp_path: Path) -> None:
     data, message = HOSTILE[case]
     write_hf(tmp_path, CONFIG, random_params())
     (tmp_path / "model.safetensors").write_bytes(data)
@@ -334,10 +333,8 @@ def test_hostile_files_get_one_line_in_little_memory(case: str, tmp_path: Path) 
     assert peak < 16 << 20
 
 
-def test_a_header_that_is_there_but_too_long_is_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("llama_jax.weights.safetensors.MAX_HEADER", 1000)
+def test_too_long_headers_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama_jax.weights.json_fields.MAX_JSON_BYTES", 1000)
     folder = write_hf(tmp_path, CONFIG, random_params())
     with pytest.raises(CheckpointError, match=r"a header of \d+ bytes; at most 1000 are read"):
         open_source(folder)
@@ -346,7 +343,7 @@ def test_a_header_that_is_there_but_too_long_is_not_read(
         open_source(folder)
 
 
-def test_a_file_cut_anywhere_or_damaged_gets_one_line(tmp_path: Path) -> None:
+def test_truncated_or_damaged_files_raise_one_line_errors(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"a": np.ones((2, 3), np.float32), "b": np.ones(4, np.float16)}, path)
     whole = path.read_bytes()
@@ -364,7 +361,7 @@ def test_a_file_cut_anywhere_or_damaged_gets_one_line(tmp_path: Path) -> None:
     assert not any("\n" in message for message in problems)
 
 
-def test_a_yarn_context_of_nothing(tmp_path: Path) -> None:
+def test_yarn_with_an_original_context_of_zero(tmp_path: Path) -> None:
     scaling = {"rope_type": "yarn", "original_max_position_embeddings": 0}
     folder = write_hf(tmp_path, CONFIG, random_params(), rope_scaling=scaling)
     with pytest.raises(CheckpointError, match="original_max_position_embeddings is 0") as caught:

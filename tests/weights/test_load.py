@@ -1,4 +1,4 @@
-"""Every format gives the same parameters; laws of loading; what a checkpoint that does not fit gets."""
+"""Every format loads the same parameters; laws of loading; checkpoints that do not match."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llama_jax.weights import load_params, open_source
 from llama_jax.weights.names import LEAVES, split_rotary_pairs
 from tests.weights.writers import CONFIG, hf_tensors, random_params, write_gguf, write_hf, write_llama2c
 
-# llama2.c has no place for these.
+# llama2.c's format does not store head_dim, rms_norm_eps and rope_theta.
 LLAMA2C = CONFIG.replace(
     head_dim=CONFIG.hidden_size // CONFIG.num_attention_heads, rms_norm_eps=1e-5, rope_theta=1e4
 )
@@ -49,7 +49,7 @@ def one_line(caught: pytest.ExceptionInfo[Exception]) -> str:
 
 
 def problem(do: Callable[[], Any]) -> str:
-    """The message of the error that a call gives, or nothing; any other exception goes through."""
+    """Returns the error message of a call, or an empty string; other exceptions propagate."""
     try:
         do()
     except LlamaJaxError as error:
@@ -59,7 +59,7 @@ def problem(do: Callable[[], Any]) -> str:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("writer", WRITERS)
-def test_every_format_gives_config_and_params_back(writer: str, tied: bool, tmp_path: Path) -> None:
+def test_round_trip_of_config_and_params(writer: str, tied: bool, tmp_path: Path) -> None:
     config = (LLAMA2C if "llama2c" in writer else CONFIG).replace(tie_word_embeddings=tied)
     params = random_params(config)
     source = open_source(WRITERS[writer](tmp_path, config, params))
@@ -69,7 +69,7 @@ def test_every_format_gives_config_and_params_back(writer: str, tied: bool, tmp_
 
 
 def test_split_rotary_pairs_commutes_with_rotation() -> None:
-    # Turning the pairs (2i, 2i + 1) and then reordering is reordering and then turning (i, i + H/2).
+    # Rotating pairs (2i, 2i + 1) and then permuting equals permuting and then rotating (i, i + H/2).
     rng = np.random.default_rng(0)
     x, angle = rng.normal(size=(5, 8)), rng.normal(size=4)
     cos, sin = np.cos(angle), np.sin(angle)
@@ -88,7 +88,7 @@ def test_split_rotary_pairs_has_an_inverse() -> None:
     np.testing.assert_array_equal(split_rotary_pairs(split_rotary_pairs(x, inverse=True)), x)
 
 
-def test_the_table_has_every_leaf_of_a_model_and_distinct_names() -> None:
+def test_table_of_names_is_complete_and_unambiguous() -> None:
     params = jax.eval_shape(lambda: lj.init(CONFIG, jax.random.key(0)))
     leaves = {tuple(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
     assert set(leaves) == {leaf.path for leaf in LEAVES}
@@ -100,22 +100,22 @@ def test_the_table_has_every_leaf_of_a_model_and_distinct_names() -> None:
 
 
 @pytest.mark.parametrize("writer", ["hf", "gguf", "llama2c-0"])
-def test_unstacked_is_stacked_taken_apart(writer: str, tmp_path: Path) -> None:
+def test_unstacked_layers_equal_stacked_layers(writer: str, tmp_path: Path) -> None:
     source = open_source(WRITERS[writer](tmp_path, LLAMA2C, random_params(LLAMA2C)))
-    stacked, apart = load_params(source), load_params(source, scan_layers=False)
-    assert isinstance(apart["layers"], tuple)
-    assert_same(apart | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *apart["layers"])}, stacked)
+    stacked, unstacked = load_params(source), load_params(source, scan_layers=False)
+    assert isinstance(unstacked["layers"], tuple)
+    assert_same(unstacked | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *unstacked["layers"])}, stacked)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_dtype_is_the_asked_one_and_rounds_once(dtype: Any, tmp_path: Path) -> None:
+def test_dtype_rounds_once(dtype: Any, tmp_path: Path) -> None:
     params = jax.tree.map(lambda x: x * np.float32(1.001), random_params())
     source = open_source(write_hf(tmp_path, CONFIG, params))
     assert_same(load_params(source, dtype=dtype), jax.tree.map(lambda x: jnp.asarray(x, dtype), params))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float64", "nonsense"])
-def test_another_dtype_is_refused(dtype: str, tmp_path: Path) -> None:
+def test_unsupported_dtypes_are_refused(dtype: str, tmp_path: Path) -> None:
     source = open_source(write_hf(tmp_path, CONFIG, random_params()))
     with pytest.raises(ConfigError, match=f"dtype is '{dtype}'; it must be one of float32") as caught:
         load_params(source, dtype=dtype)
@@ -124,22 +124,20 @@ def test_another_dtype_is_refused(dtype: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 @pytest.mark.parametrize("writer", ["hf", "gguf"])
-def test_mesh_holds_the_same_params_laid_out_by_the_table(
-    writer: str, scan_layers: bool, tmp_path: Path
-) -> None:
+def test_params_on_a_mesh_have_the_tables_shardings(writer: str, scan_layers: bool, tmp_path: Path) -> None:
     params = random_params()
     source = open_source(WRITERS[writer](tmp_path, CONFIG, params))
     mesh = make_mesh("fsdp=4,tensor=2")
     loaded = load_params(source, mesh=mesh, scan_layers=scan_layers)
     specs = param_specs(CONFIG, scan_layers=scan_layers)
     is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
-    wanted = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
-    same = jax.tree.map(lambda x, sharding: x.sharding.is_equivalent_to(sharding, x.ndim), loaded, wanted)
+    expected = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+    same = jax.tree.map(lambda x, sharding: x.sharding.is_equivalent_to(sharding, x.ndim), loaded, expected)
     assert all(jax.tree.leaves(same))
     assert_same(loaded, load_params(source, scan_layers=scan_layers))
 
 
-def test_mesh_that_does_not_divide_is_refused_before_reading(tmp_path: Path) -> None:
+def test_indivisible_mesh_is_refused_before_reading(tmp_path: Path) -> None:
     config = CONFIG.replace(num_attention_heads=6, num_key_value_heads=3)
     source = open_source(write_hf(tmp_path, config, random_params(config)))
     with pytest.raises(ConfigError) as caught:
@@ -160,12 +158,12 @@ def test_progress_counts_every_byte_once(tmp_path: Path) -> None:
     assert done[-1] == CONFIG.num_params * 4
 
 
-def test_host_memory_holds_a_few_tensors_and_not_the_model(tmp_path: Path) -> None:
+def test_peak_host_memory_is_a_few_tensors(tmp_path: Path) -> None:
     config = CONFIG.replace(num_hidden_layers=12, hidden_size=256, intermediate_size=512)
     source = open_source(write_hf(tmp_path, config, random_params(config)))
     largest = max(info.nbytes for info in source.tensors.values())
     load_params(source)  # compiles
-    tracemalloc.start()  # sees NumPy's memory, and not what JAX holds on the device
+    tracemalloc.start()  # traces NumPy's allocations, not JAX's device memory
     load_params(source)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -173,16 +171,16 @@ def test_host_memory_holds_a_few_tensors_and_not_the_model(tmp_path: Path) -> No
     assert peak < 4 * largest
 
 
-def test_smollm2_loads_whole(smollm2_path: Path) -> None:
+def test_smollm2(smollm2_path: Path) -> None:
     source = open_source(smollm2_path)
     assert source.config == lj.presets.SMOLLM2_135M
-    assert source.why == "the file begins with GGUF"
+    assert source.detected_by == "the file begins with GGUF"
     params = load_params(source, dtype=jnp.bfloat16)
     assert sum(x.size for x in jax.tree.leaves(params)) == source.config.num_params == 134_515_008
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params))
 
 
-def test_stories260k_writes_its_golden_text(shared_data: Path) -> None:
+def test_stories260k_generates_the_golden_text(shared_data: Path) -> None:
     source = open_source(shared_data / "stories260K" / "stories260K.bin")
     config, params = source.config, load_params(source)
     assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (5, 64, 8)
@@ -208,10 +206,10 @@ def _llama2c_vocabulary(path: Path, size: int) -> list[str]:
     return pieces
 
 
-# What does not fit.
+# Checkpoints that do not match their configuration.
 
 
-def test_missing_extra_and_wrong_tensors_are_named_at_once(tmp_path: Path) -> None:
+def test_all_missing_unexpected_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
     folder = write_hf(
         tmp_path,
         CONFIG,
@@ -245,7 +243,7 @@ def test_scattered_missing_layers_are_listed(tmp_path: Path) -> None:
         load_params(dataclasses.replace(source, tensors=tensors))
 
 
-def test_a_configuration_with_absurdly_many_layers_is_refused_at_once(tmp_path: Path) -> None:
+def test_too_many_layers_are_refused_early(tmp_path: Path) -> None:
     source = open_source(write_hf(tmp_path, CONFIG, random_params(), num_hidden_layers=2_000_000_000))
     with pytest.raises(
         CheckpointError, match="has 2000000000 layers but there are only 30 tensors"
@@ -254,7 +252,7 @@ def test_a_configuration_with_absurdly_many_layers_is_refused_at_once(tmp_path: 
     one_line(caught)
 
 
-def test_harmless_extras_are_let_through(tmp_path: Path) -> None:
+def test_redundant_tensors_are_ignored(tmp_path: Path) -> None:
     config = CONFIG.replace(tie_word_embeddings=True)
     params = random_params(config)
     extra = {
@@ -265,14 +263,14 @@ def test_harmless_extras_are_let_through(tmp_path: Path) -> None:
     assert_same(load_params(open_source(write_hf(tmp_path, config, params, extra=extra))), params)
 
 
-def test_an_output_projection_beside_tied_embeddings_is_wanted_when_untied(tmp_path: Path) -> None:
+def test_untied_models_require_an_output_projection(tmp_path: Path) -> None:
     config = CONFIG.replace(tie_word_embeddings=True)
     source = open_source(write_hf(tmp_path, config, random_params(config), tie_word_embeddings=False))
     with pytest.raises(CheckpointError, match=r"missing tensors: lm_head\.weight"):
         load_params(source)
 
 
-def test_a_file_cut_short_after_opening_is_an_error(tmp_path: Path) -> None:
+def test_truncation_after_opening_is_an_error(tmp_path: Path) -> None:
     path = write_llama2c(tmp_path / "a.bin", LLAMA2C, random_params(LLAMA2C))
     source = open_source(path)
     path.write_bytes(path.read_bytes()[:5000])
@@ -285,7 +283,7 @@ def test_a_file_cut_short_after_opening_is_an_error(tmp_path: Path) -> None:
     one_line(caught)
 
 
-def test_a_tensor_that_is_not_there_cannot_be_read(tmp_path: Path) -> None:
+def test_reading_an_unknown_tensor(tmp_path: Path) -> None:
     source = open_source(write_hf(tmp_path, CONFIG, random_params()))
     with pytest.raises(CheckpointError, match="no tensor 'nothing'"):
         source.read("nothing")

@@ -1,4 +1,4 @@
-"""A manifest tells of every change to the files that it lists, and of nothing else."""
+"""A manifest detects every change to the files that it lists, and reports no other."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from llama_jax.weights import manifest
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tree with a part that was hashed by itself, as another process's share is."""
+    """A directory with a subdirectory that has its own manifest, as another process writes it."""
     root = tmp_path / "step"
-    for name, data in {"a": b"alpha", "b/c": b"", "b/share/d": bytes(70_000), "b/share/e/f": b"x"}.items():
+    for name, data in {"a": b"alpha", "b/c": b"", "b/shard/d": bytes(70_000), "b/shard/e/f": b"x"}.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    manifest.write_manifest(root / "b" / "share")
+    manifest.write_manifest(root / "b" / "shard")
     manifest.write_manifest(root)
     return root
 
 
-def problem(folder: Path, **how: object) -> str:
+def problem(folder: Path, **options: object) -> str:
     with pytest.raises(CheckpointError) as caught:
-        manifest.verify(folder, **how)
+        manifest.verify(folder, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_what_is_unchanged_is_believed(folder: Path) -> None:
+def test_unchanged_files_are_verified(folder: Path) -> None:
     manifest.verify(folder)
-    manifest.verify(folder / "b" / "share")
+    manifest.verify(folder / "b" / "shard")
     (folder / "empty").mkdir()
     manifest.verify(folder)
     assert len(manifest.read_manifest(folder)) == 5
 
 
-def test_a_flipped_bit_in_any_byte_of_any_file_is_found_and_named(folder: Path) -> None:
+def test_flipped_bits_in_any_file_are_detected(folder: Path) -> None:
     for path in [path for path in folder.rglob("*") if path.is_file()]:
         data = path.read_bytes()
         for place in range(0, len(data), max(1, len(data) // 50)):
@@ -49,28 +49,28 @@ def test_a_flipped_bit_in_any_byte_of_any_file_is_found_and_named(folder: Path) 
     manifest.verify(folder)
 
 
-def test_files_that_are_missing_new_or_of_another_size_are_named(folder: Path) -> None:
+def test_missing_new_and_resized_files_are_named(folder: Path) -> None:
     for path in [path for path in folder.rglob("*") if path.is_file() and path != folder / manifest.NAME]:
         data = path.read_bytes()
         path.write_bytes(data + b"0")
         assert str(path) in problem(folder, quick=True)
         path.unlink()
         message = problem(folder, quick=True)
-        # Without its manifest a share is no longer one: what is in it is new to the whole.
+        # Without its manifest, the subdirectory's files count as unexpected files of the parent.
         assert str(path) in message or path.name == manifest.NAME
         path.write_bytes(data)
-    (folder / "b" / "share" / "new").touch()
-    assert str(folder / "b" / "share" / "new") in problem(folder, quick=True)
+    (folder / "b" / "shard" / "new").touch()
+    assert str(folder / "b" / "shard" / "new") in problem(folder, quick=True)
 
 
-def test_a_quick_look_reads_small_files_alone(folder: Path) -> None:
-    (folder / "b" / "share" / "d").write_bytes(b"1" * 70_000)
+def test_quick_hashes_only_small_files(folder: Path) -> None:
+    (folder / "b" / "shard" / "d").write_bytes(b"1" * 70_000)
     manifest.verify(folder, quick=True)
     (folder / "a").write_bytes(b"aleph")
     assert str(folder / "a") in problem(folder, quick=True)
 
 
-def test_shares_together_read_everything(folder: Path) -> None:
+def test_shards_together_hash_every_file_once(folder: Path) -> None:
     for path in [path for path in folder.rglob("*") if path.is_file() and path.name != manifest.NAME]:
         data = path.read_bytes()
         if data:
@@ -78,7 +78,7 @@ def test_shares_together_read_everything(folder: Path) -> None:
             found = 0
             for index in range(3):
                 try:
-                    manifest.verify(folder, share=(index, 3))
+                    manifest.verify(folder, shard=(index, 3))
                 except CheckpointError:
                     found += 1
             assert found == 1
@@ -100,7 +100,7 @@ def test_shares_together_read_everything(folder: Path) -> None:
         json.dumps({"files": {"a": [5, "0" * 64]}}).encode(),
     ],
 )
-def test_a_manifest_that_no_one_wrote(text: bytes, folder: Path) -> None:
+def test_invalid_manifests_are_refused(text: bytes, folder: Path) -> None:
     (folder / manifest.NAME).write_bytes(text)
     assert str(folder / manifest.NAME) in problem(folder)
 

@@ -1,4 +1,4 @@
-"""Meta's directories: what torch wrote in 1, 2 and 8 parts is one model, and what parts may not be."""
+"""Meta's checkpoints: 1, 2 and 8 shards written by torch, and shards that do not match."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llama_jax.errors import CheckpointError
 from llama_jax.weights import load_params
 from llama_jax.weights.meta import MetaSource, is_meta, open_meta
 from llama_jax.weights.source import FLOAT_DTYPES
-from llama_jax.weights.write.torch_zip import Layout, Stored
+from llama_jax.weights.write.torch_zip import Layout, TensorSpec
 from tests.golden import meta
 from tests.weights.test_load import assert_same, one_line
 from tests.weights.writers import random_params
@@ -36,13 +36,13 @@ def write_parts(folder: Path, parts: list[dict[str, np.ndarray]], params: dict[s
 
 def write_part(path: Path, part: dict[str, np.ndarray]) -> None:
     arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in part.items()}
-    layout = Layout([Stored(name, array.shape, "F32") for name, array in arrays.items()])
+    layout = Layout([TensorSpec(name, array.shape, "F32") for name, array in arrays.items()])
     checksums = [zlib.crc32(array.tobytes()) for array in arrays.values()]
     with path.open("wb") as file:
         for array, offset in zip(arrays.values(), layout.offsets, strict=True):
             file.seek(offset)
             file.write(array.tobytes())
-        for offset, data in [*layout.known, *layout.finish(checksums)]:
+        for offset, data in [*layout.fixed, *layout.finish(checksums)]:
             file.seek(offset)
             file.write(data)
 
@@ -56,15 +56,15 @@ def message(path: Path) -> str:
 
 @pytest.fixture
 def golden(tmp_path: Path) -> Callable[[int], Path]:
-    """Copies of the goldens, to be spoilt."""
+    """Copies of the golden checkpoints that a test may modify."""
     return lambda parts: Path(shutil.copytree(meta.folder(parts), tmp_path / f"meta-{parts}"))
 
 
-# What torch wrote.
+# Shards written by torch.
 
 
 @pytest.mark.parametrize("parts", meta.CONFIGS)
-def test_parts_that_torch_wrote_are_the_model(parts: int) -> None:
+def test_shards_written_by_torch(parts: int) -> None:
     source = open_meta(meta.folder(parts), "test")
     config = meta.CONFIGS[parts]
     assert source.config == config and source.metadata == {"parts": parts}
@@ -78,7 +78,7 @@ def test_parts_that_torch_wrote_are_the_model(parts: int) -> None:
 
 
 @pytest.mark.parametrize("parts", meta.CONFIGS)
-def test_any_part_stands_for_all(parts: int) -> None:
+def test_any_shard_opens_the_model(parts: int) -> None:
     folder = meta.folder(parts)
     last = folder / f"consolidated.{parts - 1:02}.pth"
     assert is_meta(folder) and is_meta(last)
@@ -90,7 +90,7 @@ def test_any_part_stands_for_all(parts: int) -> None:
 
 @pytest.mark.parametrize("llama3", [False, True])
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_the_embedding_is_split_by_columns_or_rows(parts: int, llama3: bool, tmp_path: Path) -> None:
+def test_embedding_sharded_by_columns_or_rows(parts: int, llama3: bool, tmp_path: Path) -> None:
     config = meta.LLAMA2.replace(num_hidden_layers=3, vocab_size=24)
     params = random_params(config)
     pieces = meta.split(config, params, parts, llama3=llama3)
@@ -100,8 +100,8 @@ def test_the_embedding_is_split_by_columns_or_rows(parts: int, llama3: bool, tmp
     assert_same(load_params(source), params)
 
 
-def test_heads_that_serve_several_parts_are_read_once(tmp_path: Path) -> None:
-    """Llama 3.1 405B's checkpoint in 16 parts has each of its 8 key and value heads twice."""
+def test_replicated_kv_heads_are_read_once(tmp_path: Path) -> None:
+    """Llama 3.1 405B's checkpoint in 16 shards stores each of its 8 key and value heads twice."""
     config = meta.LLAMA2.replace(num_key_value_heads=2)
     params = random_params(config)
     pieces = meta.split(config, params, 2)
@@ -112,14 +112,14 @@ def test_heads_that_serve_several_parts_are_read_once(tmp_path: Path) -> None:
             part[key] = pieces[number // 2][key]
     folder = write_parts(tmp_path / "m", halves, meta.PARAMS[1] | {"n_kv_heads": 2})
     assert_same(load_params(open_meta(folder, "test")), params)
-    # Said to be four heads, they are four.
+    # With n_kv_heads = 4 the replicas are separate heads.
     (folder / "params.json").write_text(json.dumps(meta.PARAMS[1] | {"n_kv_heads": 4}))
     four = load_params(open_meta(folder, "test"))["layers"]["attention"]["wk"]
     np.testing.assert_array_equal(four, np.repeat(params["layers"]["attention"]["wk"], 2, axis=2))
 
 
 @pytest.mark.parametrize("llama3", [False, True])
-def test_a_tensor_is_read_within_its_size_and_a_parts(llama3: bool, tmp_path: Path) -> None:
+def test_peak_memory_is_a_tensor_and_a_shard(llama3: bool, tmp_path: Path) -> None:
     config = meta.LLAMA2.replace(vocab_size=1 << 16)
     folder = write_parts(
         tmp_path / "m", meta.split(config, random_params(config), 8, llama3=llama3), meta.PARAMS[1]
@@ -133,45 +133,45 @@ def test_a_tensor_is_read_within_its_size_and_a_parts(llama3: bool, tmp_path: Pa
     assert peak < 1.2 * array.nbytes
 
 
-# Which parts do not belong together.
+# Shards that do not match.
 
 
-def test_parts_that_are_missing(golden: Callable[[int], Path]) -> None:
+def test_missing_shards(golden: Callable[[int], Path]) -> None:
     folder = golden(8)
     (folder / "consolidated.07.pth").unlink()
-    assert "has 7 of the 8 parts of the model; get all of them" in message(folder)
+    assert "has 7 of the 8 shards of the model; download all" in message(folder)
     (folder / "consolidated.03.pth").unlink()
-    assert "of its parts consolidated.03.pth is missing" in message(folder)
+    assert "missing shards: consolidated.03.pth; download" in message(folder)
     two = golden(2)
     (two / "consolidated.01.pth").unlink()
-    assert "has 1 of the 2 parts" in message(two)
+    assert "has 1 of the 2 shards" in message(two)
     assert not is_meta(two / "x")
 
 
-def test_parts_of_several_models(golden: Callable[[int], Path]) -> None:
+def test_shards_of_different_models(golden: Callable[[int], Path]) -> None:
     folder = golden(8)
     shutil.copy(meta.folder(2) / "consolidated.00.pth", folder / "consolidated.03.pth")
-    assert re.search(r"03\.pth: differs from the first part in '.* and \d more", message(folder))
+    assert re.search(r"03\.pth: differs from the first shard in '.* and \d more", message(folder))
     other = folder / "consolidated.03.pth"
     part = meta.split(meta.LLAMA3, random_params(meta.LLAMA3), 8, llama3=True)[3]
-    write_part(other, part)  # f32, and the rest bf16
-    assert "03.pth: differs from the first part in" in message(folder)
+    write_part(other, part)  # f32, the other shards are bf16
+    assert "03.pth: differs from the first shard in" in message(folder)
     del part["norm.weight"]
     write_part(other, part)
     assert "'norm.weight'" in message(folder)
 
 
-def test_parts_whose_norms_differ_are_read_with_a_warning(tmp_path: Path) -> None:
+def test_differing_replicas_are_read_with_a_warning(tmp_path: Path) -> None:
     pieces = meta.split(meta.LLAMA2, random_params(meta.LLAMA2), 2)
     pieces[1] = pieces[1] | {"norm.weight": pieces[1]["norm.weight"] + 1}
     folder = write_parts(tmp_path / "m", pieces, meta.PARAMS[2])
-    with pytest.warns(UserWarning, match=r"01\.pth: differs from the parts before .* get them again") as said:
+    with pytest.warns(UserWarning, match=r"01\.pth: its replicated tensors differ .* again$") as caught:
         params = load_params(open_meta(folder, "test"))
-    assert len(said) == 1 and "\n" not in str(said[0].message)
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
     np.testing.assert_array_equal(params["final_norm"]["scale"], pieces[0]["norm.weight"])
 
 
-def test_directories_that_lack_something(golden: Callable[[int], Path], tmp_path: Path) -> None:
+def test_incomplete_directories(golden: Callable[[int], Path], tmp_path: Path) -> None:
     folder = golden(2)
     (folder / "params.json").unlink()
     assert "there is no params.json beside it" in message(folder)
@@ -191,7 +191,7 @@ def test_directories_that_lack_something(golden: Callable[[int], Path], tmp_path
         open_meta(meta.folder(1), "test").read("x")
 
 
-def test_a_file_that_is_cut_short_later(golden: Callable[[int], Path]) -> None:
+def test_truncation_after_opening(golden: Callable[[int], Path]) -> None:
     folder = golden(2)
     source = open_meta(folder, "test")
     (folder / "consolidated.01.pth").write_bytes(b"")
@@ -199,28 +199,28 @@ def test_a_file_that_is_cut_short_later(golden: Callable[[int], Path]) -> None:
         source.read("output.weight")
 
 
-def test_hostile_parts(golden: Callable[[int], Path]) -> None:
+def test_hostile_shards(golden: Callable[[int], Path]) -> None:
     folder = golden(1)
     path = folder / "consolidated.00.pth"
     path.write_bytes(b"\x80\x02cos\nsystem\n.")
-    assert f"{path}: a PyTorch file from before" in message(folder)
+    assert f"{path}: a PyTorch file older than" in message(folder)
     path.unlink()
     path.symlink_to(folder)
     assert "not a regular file" in message(folder)
 
 
-# Where the tokenizer is, and what Meta's files do not say.
+# The tokenizer's directory, and llama_jax.json.
 
 
-def test_the_tokenizers_folder(golden: Callable[[int], Path]) -> None:
+def test_tokenizer_dir(golden: Callable[[int], Path]) -> None:
     folder = golden(1)
-    assert open_meta(folder, "test").home == folder
+    assert open_meta(folder, "test").tokenizer_dir == folder
     (folder.parent / "tokenizer.model").touch()
-    assert open_meta(folder, "test").home == folder.parent
+    assert open_meta(folder, "test").tokenizer_dir == folder.parent
     (folder / "tokenizer.json").touch()
-    assert open_meta(folder, "test").home == folder
+    assert open_meta(folder, "test").tokenizer_dir == folder
     (folder / "tokenizer.json").rename(folder / "tokenizer.model")
-    assert open_meta(folder, "test").home == folder
+    assert open_meta(folder, "test").tokenizer_dir == folder
 
 
 def tied_directory(
@@ -236,10 +236,10 @@ def tied_directory(
 
 
 @pytest.mark.parametrize("parts", [1, 4])
-def test_a_tied_output_is_one_only_where_it_is_a_copy(
+def test_tied_output_must_equal_the_embedding(
     parts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llama_jax.weights.meta._ROWS", 3)
+    monkeypatch.setattr("llama_jax.weights.meta._CHUNK_ROWS", 3)
     source, params = tied_directory(tmp_path / "m", parts)
     assert source.config.tie_word_embeddings
     assert_same(load_params(source), params)
@@ -249,21 +249,21 @@ def test_a_tied_output_is_one_only_where_it_is_a_copy(
     other = params["embed"]["embedding"].T.copy()
     other[-1, -1] += 1
     source, _ = tied_directory(tmp_path / "other", parts, other)
-    with pytest.raises(CheckpointError, match="is not the copy of tok_embeddings") as caught:
+    with pytest.raises(CheckpointError, match=r"output\.weight differs from tok_embeddings") as caught:
         load_params(source)
     one_line(caught)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
-        ('{"tie_word_embeddings": 1}', "tie_word_embeddings '1'"),
-        ('{"max_position_embeddings": 0}', "max_position_embeddings '0'"),
+        ('{"tie_word_embeddings": 1}', "tie_word_embeddings is '1'"),
+        ('{"max_position_embeddings": 0}', "max_position_embeddings is '0'"),
         ("{", "not valid JSON"),
     ],
 )
-def test_an_extra_file_that_is_wrong(text: str, said: str, golden: Callable[[int], Path]) -> None:
+def test_invalid_extra_file(text: str, expected: str, golden: Callable[[int], Path]) -> None:
     folder = golden(1)
     (folder / "llama_jax.json").write_text(text)
     problem = message(folder)
-    assert said in problem and "llama_jax.json" in problem
+    assert expected in problem and "llama_jax.json" in problem

@@ -1,4 +1,4 @@
-"""Meta's params.json: the published models', what is refused, and that any model's width can be said."""
+"""Meta's params.json: published models, invalid fields, and round trips of any feed-forward width."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 import llama_jax as lj
 from llama_jax.config import LlamaConfig, RopeScaling
-from llama_jax.weights.meta_params import config_of, feed_forward_size, params_of
+from llama_jax.weights.meta_params import config_from_params, feed_forward_size, params_from_config
 from tests.golden import meta
 from tests.weights.test_meta import message
 
@@ -34,7 +34,7 @@ LLAMA3_8B = LLAMA2_7B | {
     "ffn_dim_multiplier": 1.3,
     "rope_theta": 500000.0,
 }
-STRETCH_BY_8 = RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)
+ROPE_FACTOR_8 = RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ STRETCH_BY_8 = RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)
             (128_256, 14_336),
             LlamaConfig(
                 128_256, 4096, 14_336, 32, 32, 8, max_position_embeddings=131_072, rope_theta=5e5
-            ).replace(rope_scaling=STRETCH_BY_8),
+            ).replace(rope_scaling=ROPE_FACTOR_8),
         ),
         (
             LLAMA2_7B | {"max_seq_len": 100},
@@ -77,10 +77,10 @@ STRETCH_BY_8 = RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)
     ids=["Llama 2 7B", "13B", "70B", "Code Llama", "Llama 3", "Llama 3.1", "context"],
 )
 def test_published_models(params: dict[str, Any], sizes: tuple[int, int], expected: LlamaConfig) -> None:
-    assert config_of(Path(), params, {}, *sizes) == expected
+    assert config_from_params(Path(), params, {}, *sizes) == expected
 
 
-def test_llama_3_2_is_stretched_by_32() -> None:
+def test_llama_3_2_has_a_rope_factor_of_32() -> None:
     params = {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256} | {
         "ffn_dim_multiplier": 1.5,
         "multiple_of": 256,
@@ -88,57 +88,57 @@ def test_llama_3_2_is_stretched_by_32() -> None:
         "rope_theta": 500000.0,
         "use_scaled_rope": True,
     }
-    config = config_of(Path(), params, {}, 128_256, 8192)
+    config = config_from_params(Path(), params, {}, 128_256, 8192)
     assert config.rope_scaling is not None and config.rope_scaling.factor == 32
-    written, extra = params_of(config)
-    assert config_of(Path(), written, extra, 128_256, 8192) == config
+    written, extra = params_from_config(config)
+    assert config_from_params(Path(), written, extra, 128_256, 8192) == config
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
-        ({"dim": None}, "has no dim"),
-        ({"dim": "32"}, "dim '32'; it must be a whole number"),
-        ({"dim": True}, "dim 'True'"),
-        ({"dim": 1 << 40}, "dim '1099511627776'"),
-        ({"dim": 64}, "wrong shapes|parts|feed-forward"),
-        ({"n_heads": 0}, "n_heads '0'"),
+        ({"dim": None}, "dim is missing"),
+        ({"dim": "32"}, "dim is '32'; it must be a whole number"),
+        ({"dim": True}, "dim is 'True'"),
+        ({"dim": 1 << 40}, "dim is '1099511627776'"),
+        ({"dim": 64}, "has 1 of the 2 shards"),
+        ({"n_heads": 0}, "n_heads is '0'"),
         ({"n_heads": 5}, "hidden_size 32 is not a multiple of num_attention_heads 5"),
         ({"n_kv_heads": 3}, "num_key_value_heads 3"),
-        ({"n_kv_heads": -1}, "n_kv_heads '-1'"),
+        ({"n_kv_heads": -1}, "n_kv_heads is '-1'"),
         ({"n_layers": 2}, "missing tensors: layers.1"),
         ({"n_layers": 1 << 30}, "has 1073741824 layers but there are only"),
         ({"vocab_size": 17}, "wrong shapes: "),
-        ({"vocab_size": 0}, "vocab_size '0'"),
-        ({"multiple_of": 64}, "asks for a feed-forward width of 64 but the tensors have 16"),
-        ({"multiple_of": 0}, "multiple_of '0'"),
-        ({"ffn_dim_multiplier": 1e29}, "asks for a feed-forward width"),
-        ({"ffn_dim_multiplier": 1e300}, "ffn_dim_multiplier '1e"),
-        ({"ffn_dim_multiplier": "big"}, "ffn_dim_multiplier 'big'"),
-        ({"norm_eps": None}, "has no norm_eps"),
-        ({"norm_eps": float("nan")}, "norm_eps 'nan'"),
-        ({"norm_eps": -1}, "norm_eps '-1'"),
+        ({"vocab_size": 0}, "vocab_size is '0'"),
+        ({"multiple_of": 64}, "requires a feed-forward width of 64 but the tensors have 16"),
+        ({"multiple_of": 0}, "multiple_of is '0'"),
+        ({"ffn_dim_multiplier": 1e29}, "requires a feed-forward width"),
+        ({"ffn_dim_multiplier": 1e300}, "ffn_dim_multiplier is '1e"),
+        ({"ffn_dim_multiplier": "big"}, "ffn_dim_multiplier is 'big'"),
+        ({"norm_eps": None}, "norm_eps is missing"),
+        ({"norm_eps": float("nan")}, "norm_eps is 'nan'"),
+        ({"norm_eps": -1}, "norm_eps is '-1'"),
         ({"rope_theta": 0.5}, "rope_theta is 0.5"),
-        ({"rope_theta": [1]}, "rope_theta '"),
-        ({"use_scaled_rope": 1}, "use_scaled_rope '1'"),
-        ({"sliding_window": 4096}, "has 'sliding_window', which the model here knows nothing of"),
+        ({"rope_theta": [1]}, "rope_theta is '"),
+        ({"use_scaled_rope": 1}, "use_scaled_rope is '1'"),
+        ({"sliding_window": 4096}, "has 'sliding_window', which llama_jax does not support"),
         ({"quantization_args": {"scheme": "x"}, "lora_args": {}}, "'lora_args', 'quantization_args'"),
     ],
 )
-def test_params_that_do_not_fit(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_invalid_params_are_refused(changes: dict[str, Any], expected: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(meta.folder(1), tmp_path / "m"))
     (folder / "params.json").write_text(json.dumps(meta.PARAMS[1] | changes))
-    assert re.search(said, message(folder))
+    assert re.search(expected, message(folder))
 
 
-def test_a_params_json_that_is_none(tmp_path: Path) -> None:
+def test_malformed_params_json(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(meta.folder(1), tmp_path / "m"))
     for text in ("", "[]", "{" * 9999, '{"dim": 1, "dim": 2}', "\xff"):
         (folder / "params.json").write_text(text, encoding="latin-1")
         assert str(folder / "params.json") in message(folder)
 
 
-def test_the_feed_forward_rule_can_be_met_for_any_width() -> None:
+def test_feed_forward_rule_exists_for_any_width() -> None:
     rng = np.random.default_rng(0)
     for _ in range(2000):
         heads = int(rng.integers(1, 65))
@@ -147,6 +147,6 @@ def test_the_feed_forward_rule_can_be_met_for_any_width() -> None:
             intermediate_size=int(2 ** rng.uniform(0, 17)),
             num_attention_heads=heads,
         )
-        params, _ = params_of(config)
+        params, _ = params_from_config(config)
         rule = (params["multiple_of"], params.get("ffn_dim_multiplier", 1.0))
         assert feed_forward_size(config.hidden_size, *rule) == config.intermediate_size

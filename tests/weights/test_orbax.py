@@ -1,4 +1,4 @@
-"""A training run's directory is a model like any other: what was trained is what is loaded."""
+"""Training runs and Orbax checkpoints as models: what was trained is what is loaded."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def module_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_run(tmp_path_factory.mktemp("whole"), 1, 2)
 
 
 @pytest.fixture
-def own_run(whole_run: Path, tmp_path: Path) -> Path:
+def damaged_run(module_run: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
-    return shutil.copytree(whole_run, tmp_path / "run")
+    return shutil.copytree(module_run, tmp_path / "run")
 
 
-def equal(left: object, right: object) -> bool:
+def trees_equal(left: object, right: object) -> bool:
     return all(map(np.array_equal, jax.tree.leaves(left), jax.tree.leaves(right)))
 
 
@@ -56,33 +56,33 @@ def trained(step: int) -> dict[str, object]:
     return make_state(one_device(), step).params
 
 
-def test_the_newest_step_is_loaded_with_its_tokenizer(run: Path) -> None:
+def test_newest_step_and_tokenizer_are_loaded(run: Path) -> None:
     model = lj.load(run)
     assert model.config == MODEL and model.path == run
-    assert equal(model.params, trained(3))
+    assert trees_equal(model.params, trained(3))
     assert jax.tree.structure(model.params) == jax.tree.structure(trained(3))
     assert model.tokenizer.vocab_size == MODEL.vocab_size
     assert isinstance(model.generate("a", max_new_tokens=3), str)
 
 
-def test_a_step_can_be_asked_for(run: Path) -> None:
+def test_loading_one_step(run: Path) -> None:
     step = run / "checkpoints" / "2"
     model = lj.load(step)
-    assert equal(model.params, trained(2)) and model.tokenizer.vocab_size == MODEL.vocab_size
+    assert trees_equal(model.params, trained(2)) and model.tokenizer.vocab_size == MODEL.vocab_size
     assert open_source(step).metadata["metrics"] == {"eval_loss": 5.0, "tokens": 2000.0}
 
 
-def test_other_dtypes_are_the_cast_ones(run: Path) -> None:
+def test_dtypes_are_cast(run: Path) -> None:
     for dtype in (jnp.bfloat16, jnp.float16):
         cast = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), trained(3))
-        assert equal(load_params(open_source(run), dtype=dtype), cast)
+        assert trees_equal(load_params(open_source(run), dtype=dtype), cast)
 
 
 @pytest.mark.parametrize("spec", ["fsdp=8", "data=2,fsdp=2,tensor=2"])
-def test_shards_and_layers_are_those_of_the_whole(spec: str, run: Path) -> None:
+def test_sharded_and_unstacked_params_are_equal(spec: str, run: Path) -> None:
     mesh = make_mesh(spec)
     params = load_params(open_source(run), mesh=mesh)
-    assert equal(params, trained(3))
+    assert trees_equal(params, trained(3))
     for leaf, part in zip(
         jax.tree.leaves(params),
         jax.tree.leaves(param_specs(MODEL), is_leaf=lambda x: isinstance(x, jax.P)),
@@ -91,10 +91,10 @@ def test_shards_and_layers_are_those_of_the_whole(spec: str, run: Path) -> None:
         assert leaf.sharding == named(mesh, part)
     split = load_params(open_source(run), mesh=mesh, scan_layers=False)
     for index, layer in enumerate(split["layers"]):
-        assert equal(layer, jax.tree.map(lambda x, index=index: x[index], trained(3)["layers"]))
+        assert trees_equal(layer, jax.tree.map(lambda x, index=index: x[index], trained(3)["layers"]))
 
 
-def test_one_tensor_can_be_read(run: Path) -> None:
+def test_reading_one_tensor(run: Path) -> None:
     source = open_source(run)
     assert np.array_equal(source.read("layers.attention.wq"), trained(3)["layers"]["attention"]["wq"])
     with pytest.raises(CheckpointError, match="there is no tensor 'x'"):
@@ -107,7 +107,7 @@ def test_progress_counts_every_byte(run: Path) -> None:
     assert seen == [(0, 4 * MODEL.num_params), (4 * MODEL.num_params, 4 * MODEL.num_params)]
 
 
-def test_parameters_saved_by_orbax_alone(tmp_path: Path) -> None:
+def test_params_saved_by_plain_orbax(tmp_path: Path) -> None:
     import orbax.checkpoint as ocp
 
     fields = {name: getattr(MODEL, name) for name in MODEL.__dataclass_fields__}
@@ -119,75 +119,73 @@ def test_parameters_saved_by_orbax_alone(tmp_path: Path) -> None:
             open_source(home)
         one_line(caught)
         (home / "config.json").write_text(json.dumps({"model_type": "llama", **fields}))
-        assert equal(load_params(open_source(home)), trained(1))
-    assert equal(load_params(open_source(tmp_path / "step" / "params")), trained(1))
+        assert trees_equal(load_params(open_source(home)), trained(1))
+    assert trees_equal(load_params(open_source(tmp_path / "step" / "params")), trained(1))
 
 
-@pytest.mark.parametrize("quick", [0, 1 << 16])  # found when the arrays are read, or when the run is opened
+@pytest.mark.parametrize("quick", [0, 1 << 16])  # found when arrays are read, or when the run is opened
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_is_named_and_the_step_before_is_loaded(
-    kind: str, quick: int, own_run: Path, monkeypatch: pytest.MonkeyPatch
+def test_damage_falls_back_to_the_previous_step(
+    kind: str, quick: int, damaged_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manifest, "_QUICK", quick)
+    monkeypatch.setattr(manifest, "_QUICK_MAX_BYTES", quick)
     damage, message = DAMAGE[kind]
-    path = largest_file(own_run / "checkpoints" / "2" / "params")
+    path = largest_file(damaged_run / "checkpoints" / "2" / "params")
     damage(path)
-    with pytest.warns(UserWarning, match=message) as said:
-        assert equal(lj.load(own_run).params, trained(1))
+    with pytest.warns(UserWarning, match=message) as captured:
+        assert trees_equal(lj.load(damaged_run).params, trained(1))
     name = path.parent / "x" if kind == "an unexpected file" else path
-    assert len(said) == 1
-    assert str(name) in str(said[0].message)
-    assert str(said[0].message).endswith(f"{own_run}/checkpoints/1 is read instead")
+    assert len(captured) == 1
+    assert str(name) in str(captured[0].message)
+    assert str(captured[0].message).endswith(f"; using {damaged_run}/checkpoints/1 instead")
     with pytest.raises(CheckpointError, match=message) as caught:
-        lj.load(own_run / "checkpoints" / "2")
+        lj.load(damaged_run / "checkpoints" / "2")
     assert str(name) in one_line(caught)
 
 
-def test_damage_is_found_by_conversions_too(
-    own_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_conversions_detect_damage(
+    damaged_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manifest, "_QUICK", 0)  # found when the arrays are read
-    flip(largest_file(own_run / "checkpoints" / "2" / "params"))
-    tensors = StoredTensors(open_source(own_run))
+    monkeypatch.setattr(manifest, "_QUICK_MAX_BYTES", 0)  # found when arrays are read
+    flip(largest_file(damaged_run / "checkpoints" / "2" / "params"))
+    tensors = StoredTensors(open_source(damaged_run))
     plan = plan_hf(tensors, None, Vocabulary())
-    with pytest.warns(UserWarning, match="1 is read instead"):
+    with pytest.warns(UserWarning, match="checkpoints/1 instead"):
         write(plan, tensors, tmp_path / "out")
-    assert equal(load_params(open_source(tmp_path / "out")), trained(1))
+    assert trees_equal(load_params(open_source(tmp_path / "out")), trained(1))
 
 
-def test_damage_that_generation_does_not_read_is_no_matter(
-    own_run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(manifest, "_QUICK", 0)  # arrays are larger than what is read when a run is opened
-    flip(largest_file(own_run / "checkpoints" / "2" / "state"))
+def test_damage_outside_the_params_is_ignored(damaged_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "_QUICK_MAX_BYTES", 0)  # arrays are not hashed when a run is opened
+    flip(largest_file(damaged_run / "checkpoints" / "2" / "state"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert equal(lj.load(own_run).params, trained(2))
+        assert trees_equal(lj.load(damaged_run).params, trained(2))
 
 
-def test_the_command_line_says_which_step_it_reads(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = largest_file(own_run / "checkpoints" / "2" / "params")
+def test_command_line_warns_of_damaged_steps(damaged_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = largest_file(damaged_run / "checkpoints" / "2" / "params")
     flip(path)
-    assert main(["generate", str(own_run), "--prompt", "a", "--max-new-tokens", "1"]) == 0
-    said = capsys.readouterr().err.splitlines()
-    assert said[0].startswith(f"warning: {path}: damaged") and said[0].endswith(
-        "checkpoints/1 is read instead"
+    assert main(["generate", str(damaged_run), "--prompt", "a", "--max-new-tokens", "1"]) == 0
+    captured = capsys.readouterr().err.splitlines()
+    assert captured[0].startswith(f"warning: {path}: damaged") and captured[0].endswith(
+        "checkpoints/1 instead"
     )
 
 
-def test_runs_in_which_no_step_is_whole(
-    own_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_runs_without_an_intact_step(
+    damaged_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manifest, "_QUICK", 0)
+    monkeypatch.setattr(manifest, "_QUICK_MAX_BYTES", 0)
     for step in "12":
-        flip(largest_file(own_run / "checkpoints" / step / "params"))
+        flip(largest_file(damaged_run / "checkpoints" / step / "params"))
     with pytest.raises(CheckpointError, match="restore the file from a copy") as caught:
-        lj.load(own_run)
+        lj.load(damaged_run)
     assert one_line(caught).count("damaged") == 2
     monkeypatch.undo()
     for step in "12":
-        (own_run / "checkpoints" / step / "run" / "run.json").unlink()
-    assert main(["inspect", str(own_run)]) == 2
+        (damaged_run / "checkpoints" / step / "run" / "run.json").unlink()
+    assert main(["inspect", str(damaged_run)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.count("run.json: missing") == 2
 
@@ -201,16 +199,16 @@ def test_a_run_without_a_checkpoint_yet(tmp_path: Path, capsys: pytest.CaptureFi
     )
 
 
-def test_records_that_describe_no_model(own_run: Path) -> None:
-    step = own_run / "checkpoints" / "2"
+def test_invalid_step_metadata(damaged_run: Path) -> None:
+    step = damaged_run / "checkpoints" / "2"
     record = json.loads((step / "run" / "run.json").read_text())
     for changes, message in [
-        ({"model": {"hidden_size": 7}}, "does not describe a model"),
+        ({"model": {"hidden_size": 7}}, "invalid model configuration"),
         ({"model": {"colour": "red"}}, "colour"),
         ({"model": record["model"] | {"intermediate_size": 8}}, "wrong shapes: layers.feed_forward.w_gate"),
-        ({"model": None}, "not what the trainer writes"),
-        ({"step": "2"}, "not what the trainer writes"),
-        ({"time": 1e300}, "not what the trainer writes"),
+        ({"model": None}, "not written by the trainer"),
+        ({"step": "2"}, "not written by the trainer"),
+        ({"time": 1e300}, "not written by the trainer"),
     ]:
         (step / "run" / "run.json").write_text(json.dumps(record | changes))
         manifest.write_manifest(step / "run")
@@ -226,7 +224,7 @@ def test_generate_and_inspect_a_run(run: Path, capsys: pytest.CaptureFixture[str
     assert main(["inspect", str(run)]) == 0
     shown = capsys.readouterr().out
     assert "orbax: a training run; its newest step is 3" in shown
-    assert "least held-out loss" in shown and "newest 2" in shown and "layers.attention.wq" in shown
+    assert "lowest eval_loss" in shown and "newest 2" in shown and "layers.attention.wq" in shown
     assert main(["inspect", str(run), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["format"] == "orbax" and result["parameters"] == MODEL.num_params
@@ -236,26 +234,26 @@ def test_generate_and_inspect_a_run(run: Path, capsys: pytest.CaptureFixture[str
     )
     assert [(step["step"], step["kept"]) for step in training["steps"]] == [
         (2, ["newest 2"]),
-        (3, ["newest 2", "least held-out loss"]),
+        (3, ["newest 2", "lowest eval_loss"]),
     ]
     assert all(step["bytes"] > 0 and step["problem"] is None for step in training["steps"])
 
 
-def test_inspect_lists_damaged_steps(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (own_run / "checkpoints" / "1" / "run" / "run.json").unlink()
-    assert main(["inspect", str(own_run), "--json"]) == 0
+def test_inspect_lists_damaged_steps(damaged_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (damaged_run / "checkpoints" / "1" / "run" / "run.json").unlink()
+    assert main(["inspect", str(damaged_run), "--json"]) == 0
     first, second = json.loads(capsys.readouterr().out)["training"]["steps"]
     assert "run.json: missing" in first["problem"] and second["problem"] is None
 
 
-def test_other_formats_do_not_wait_for_orbax(run: Path) -> None:
+def test_orbax_is_imported_lazily_and_silently(run: Path) -> None:
     code = "import sys, llama_jax.weights; sys.exit('orbax.checkpoint' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-    loud = subprocess.run(
+    inspected = subprocess.run(
         [sys.executable, "-m", "llama_jax.cli", "inspect", str(run)],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
     )
-    assert loud.returncode == 0 and loud.stderr == ""
+    assert inspected.returncode == 0 and inspected.stderr == ""

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format: read as written, and merged on the way to memory or disk as in memory."""
+"""LoRA adapters in PEFT's format: round trips, and merging on load and on conversion."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def trained(settings, params, seed=2):
     return jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), adapter)
 
 
-def same(a, b):
+def trees_equal(a, b):
     return jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b))
 
 
 @pytest.mark.parametrize(
     ("kind", "mesh"), [("lora", None), ("rslora", None), ("dora", None), ("dora", "fsdp=4,tensor=2")]
 )
-def test_written_and_read_is_the_same_to_the_bit(kind, mesh, params, tmp_path):
+def test_round_trip_is_bitwise(kind, mesh, params, tmp_path):
     settings, adapter = KINDS[kind], trained(KINDS[kind], params)
     if mesh is not None:
         with jax.set_mesh(lj.make_mesh(mesh)):
@@ -73,18 +73,16 @@ def test_written_and_read_is_the_same_to_the_bit(kind, mesh, params, tmp_path):
     else:
         save_adapter(tmp_path / "out", settings, adapter, CONFIG)
     found, tree = load_adapter(tmp_path / "out")
-    assert same(tree, adapter)
+    assert trees_equal(tree, adapter)
     assert found.matrices == settings.matrices
     assert (found.rank, found.scale, found.dora) == (settings.rank, settings.scale, settings.dora)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
-def test_what_a_file_holds_is_added_to_the_matrices(dtype, params, tmp_path):
-    """Against W + alpha / r B A in PEFT's own layout, written down here once more."""
+def test_merged_weights_match_the_lora_formula(dtype, params, tmp_path):
+    """Compares with W + alpha / r B A in PEFT's layout."""
     stored = {name: array.astype(dtype) for name, array in tensors().items()}
-    if (
-        dtype is jnp.bfloat16
-    ):  # through torch's name of it, which safetensors' numpy side takes from ml_dtypes
+    if dtype is jnp.bfloat16:  # safetensors' NumPy interface needs ml_dtypes' type
         stored = {name: array.astype("bfloat16") for name, array in tensors().items()}
     settings, adapter = load_adapter(write(tmp_path / "a", stored))
     merged = lora.merge(lora.attach(settings, params, adapter))["layers"]
@@ -106,9 +104,9 @@ def test_what_a_file_holds_is_added_to_the_matrices(dtype, params, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_given_to_load_is_merged(kind, params, base, tmp_path):
+def test_load_merges_an_adapter(kind, params, base, tmp_path):
     settings, adapter = KINDS[kind], trained(KINDS[kind], params)
-    save_adapter(tmp_path / "run" / "adapter", settings, adapter, CONFIG)  # as a training run has it
+    save_adapter(tmp_path / "run" / "adapter", settings, adapter, CONFIG)  # like a training run
     expected = lora.merge(lora.attach(settings, params, adapter))
     for found in (
         lj.load(base, adapter=tmp_path / "run" / "adapter").params,
@@ -121,50 +119,50 @@ def test_an_adapter_given_to_load_is_merged(kind, params, base, tmp_path):
     np.testing.assert_allclose(lj.forward(CONFIG, unstacked.params, tokens), logits, atol=1e-4)
 
 
-def test_bits_are_of_the_merged_weights(params, base, tmp_path):
+def test_quantization_is_after_merging(params, base, tmp_path):
     settings = KINDS["lora"]
     save_adapter(tmp_path / "a", settings, trained(settings, params), CONFIG)
     found = lj.load(base, adapter=tmp_path / "a", bits=8).params
-    assert same(found, lj.quantize(lj.load(base, adapter=tmp_path / "a").params, 8))
+    assert trees_equal(found, lj.quantize(lj.load(base, adapter=tmp_path / "a").params, 8))
 
 
 @pytest.mark.parametrize(
     ("kind", "format"),
     [*(("dora", format) for format in FORMATS), ("lora", "gguf"), ("rslora", "gguf")],
 )
-def test_converted_with_an_adapter_is_loaded_with_it_to_the_bit(kind, format, params, base, tmp_path):
+def test_convert_and_load_merge_bitwise_equally(kind, format, params, base, tmp_path):
     settings = KINDS[kind]
     save_adapter(tmp_path / "a", settings, trained(settings, params), CONFIG)
     source = convert(base, tmp_path / "source", format)
     expected = lj.load(base, adapter=tmp_path / "a").params
-    assert same(lj.load(source, adapter=tmp_path / "a").params, expected)
+    assert trees_equal(lj.load(source, adapter=tmp_path / "a").params, expected)
     target = convert(base, tmp_path / "out", format, adapter=tmp_path / "a")
-    assert same(load_params(open_source(target)), expected)
+    assert trees_equal(load_params(open_source(target)), expected)
 
 
-def test_a_model_with_one_attached_is_saved_merged(params, base, tmp_path):
+def test_attached_adapters_are_saved_merged(params, base, tmp_path):
     settings, adapter = KINDS["dora"], trained(KINDS["dora"], params)
     model = lj.load(base)
     attached = dataclasses.replace(model, params=lora.attach(settings, model.params, adapter))
     save(attached, tmp_path / "out")
     expected = lora.merge(attached.params)
-    assert same(load_params(open_source(tmp_path / "out"), dtype=jnp.float32), expected)
+    assert trees_equal(load_params(open_source(tmp_path / "out"), dtype=jnp.float32), expected)
 
 
-def test_a_bf16_base_is_merged_in_f32_and_rounded_once(params, base, tmp_path):
+def test_bf16_base_is_merged_in_f32_and_rounded_once(params, base, tmp_path):
     settings, adapter = KINDS["lora"], trained(KINDS["lora"], params)
     save_adapter(tmp_path / "a", settings, adapter, CONFIG)
     source = convert(base, tmp_path / "bf16", dtype="bfloat16")
     exact = lj.load(source, adapter=tmp_path / "a").params
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact)
-    assert not same(exact, jax.tree.map(lambda x: x.astype(jnp.float32), rounded))
-    assert same(lj.load(source, "bfloat16", adapter=tmp_path / "a").params, rounded)
+    assert not trees_equal(exact, jax.tree.map(lambda x: x.astype(jnp.float32), rounded))
+    assert trees_equal(lj.load(source, "bfloat16", adapter=tmp_path / "a").params, rounded)
     for dtype, expected in (("float32", exact), (None, rounded), ("bfloat16", rounded)):
         target = convert(source, tmp_path / f"to {dtype}", dtype=dtype, adapter=tmp_path / "a")
-        assert same(load_params(open_source(target), dtype=dtype or "bfloat16"), expected)
+        assert trees_equal(load_params(open_source(target), dtype=dtype or "bfloat16"), expected)
 
 
-def test_another_adapter_does_not_go_on_with_what_was_interrupted(params, base, tmp_path):
+def test_interrupted_conversion_does_not_resume_with_another_adapter(params, base, tmp_path):
     settings = KINDS["lora"]
     for number in (1, 2):
         save_adapter(tmp_path / str(number), settings, trained(settings, params, number), CONFIG)
@@ -178,11 +176,11 @@ def test_another_adapter_does_not_go_on_with_what_was_interrupted(params, base, 
     assert not (tmp_path / "out").exists()
     convert(base, tmp_path / "out", adapter=tmp_path / "2")
     expected = lj.load(base, adapter=tmp_path / "2").params
-    assert same(load_params(open_source(tmp_path / "out")), expected)
+    assert trees_equal(load_params(open_source(tmp_path / "out")), expected)
 
 
-def test_modules_with_ranks_and_alphas_of_their_own(params, tmp_path):
-    """A padded rank and a scaled b count for what the module's own would."""
+def test_rank_and_alpha_patterns(params, tmp_path):
+    """Padding to the largest rank and folding alpha into b are equivalent to the stored adapter."""
     stored = tensors(["self_attn.q_proj", "mlp.up_proj"])
     stored |= tensors(["mlp.up_proj"], rank=2)
     patterns = {
@@ -198,25 +196,25 @@ def test_modules_with_ranks_and_alphas_of_their_own(params, tmp_path):
         np.testing.assert_allclose(merged[layer], expected, atol=1e-5)
 
 
-def test_one_is_replaced_only_if_asked_and_only_by_another(params, tmp_path):
+def test_replacing_an_adapter(params, tmp_path):
     settings, target = KINDS["lora"], tmp_path / "deep" / "a"
     for seed in (1, 2):
         save_adapter(
             target, settings, trained(settings, params, seed), CONFIG, base_model="tiny", replace=True
         )
-    assert same(load_adapter(target)[1], trained(settings, params, 2))
+    assert trees_equal(load_adapter(target)[1], trained(settings, params, 2))
     assert [path.name for path in target.parent.iterdir()] == ["a"]
     assert json.loads((target / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
-    with pytest.raises(CheckpointError, match="is there already; remove it"):
+    with pytest.raises(CheckpointError, match="already exists; remove it"):
         save_adapter(target, settings, trained(settings, params), CONFIG)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(CheckpointError, match="is there already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         save_adapter(tmp_path / "mine", settings, trained(settings, params), CONFIG, replace=True)
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
-def test_a_write_that_fails_leaves_what_was_there(params, tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_adapter(params, tmp_path, monkeypatch):
     settings, target = KINDS["lora"], tmp_path / "a"
     save_adapter(target, settings, trained(settings, params, 1), CONFIG)
 
@@ -228,36 +226,36 @@ def test_a_write_that_fails_leaves_what_was_there(params, tmp_path, monkeypatch)
         CheckpointError, match=r"a: cannot be written: No space left on device; write elsewhere"
     ):
         save_adapter(target, settings, trained(settings, params, 2), CONFIG, replace=True)
-    assert same(load_adapter(target)[1], trained(settings, params, 1))
+    assert trees_equal(load_adapter(target)[1], trained(settings, params, 1))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_both_forms_of_the_magnitudes_name(params, tmp_path):
+def test_both_names_of_the_magnitude(params, tmp_path):
     settings, adapter = KINDS["dora"], trained(KINDS["dora"], params)
     save_adapter(tmp_path / "a", settings, adapter, CONFIG)
     stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
     renamed = {name.replace("_vector", "_vector.weight"): array for name, array in stored.items()}
     fields = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert same(load_adapter(write(tmp_path / "b", renamed, **fields))[1], adapter)
+    assert trees_equal(load_adapter(write(tmp_path / "b", renamed, **fields))[1], adapter)
 
 
-def test_the_commands_take_an_adapter(params, base, tmp_path, capsys):
+def test_commands_with_an_adapter(params, base, tmp_path, capsys):
     settings = KINDS["lora"]
     save_adapter(tmp_path / "a", settings, trained(settings, params), CONFIG)
-    ask = ["generate", str(base), "--prompt", "a", "--max-new-tokens", "6"]
-    assert main([*ask, "--adapter", str(tmp_path / "a"), "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)["tokens"]
+    generate = ["generate", str(base), "--prompt", "a", "--max-new-tokens", "6"]
+    assert main([*generate, "--adapter", str(tmp_path / "a"), "--json"]) == 0
+    tokens = json.loads(capsys.readouterr().out)["tokens"]
     assert (
         main(["convert", str(base), str(tmp_path / "out"), "--adapter", str(tmp_path / "a"), "--json"]) == 0
     )
     capsys.readouterr()
-    ask[1] = str(tmp_path / "out")
-    assert main([*ask, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["tokens"] == said
+    generate[1] = str(tmp_path / "out")
+    assert main([*generate, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == tokens
 
 
 @pytest.mark.parametrize("verb", ["generate", "chat", "convert", "load"])
-def test_an_adapter_for_another_model_is_named(verb, base, tmp_path, capsys):
+def test_adapter_for_another_model(verb, base, tmp_path, capsys):
     folder = write(tmp_path / "a", tensors(layers=3))
     message = (
         f"{folder}: the adapter is for another model: attention.wk has 3 layers of 16 x 8, the base's 2 of "

@@ -1,4 +1,4 @@
-"""Adapters that cannot be represented, are not whole, or are not there: refused in one line that says why."""
+"""Unsupported, incomplete and missing adapters raise one-line errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXTRA = np.zeros((4, 16), np.float32)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; what can be read is LORA and PREFIX_TUNING of PEFT"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; only PEFT's LORA and PREFIX_TUNING"),
         ({"peft_type": None}, "peft_type is 'None'"),
         ({"task_type": "TOKEN_CLS"}, "task_type is 'TOKEN_CLS'; only CAUSAL_LM and SEQ_CLS"),
         ({"bias": "all"}, "bias is 'all'; Llama has no biases"),
@@ -45,7 +45,7 @@ EXTRA = np.zeros((4, 16), np.float32)
         ({"lora_alpha": float("nan")}, "lora_alpha is 'nan'"),
         ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern has 'x'; it must be a number"),
         ({"alpha_pattern": {"q_proj": -1}}, "lora_alpha is '-1'"),
-        ({"alpha_pattern": {"(a+)+$": 1}}, "alpha_pattern has '(a+)+$'; only names of modules"),
+        ({"alpha_pattern": {"(a+)+$": 1}}, "alpha_pattern has '(a+)+$'; only module names"),
         ({"rank_pattern": [1]}, "rank_pattern is '[1]'; it must be an object"),
         (
             {"use_dora": True},
@@ -54,7 +54,7 @@ EXTRA = np.zeros((4, 16), np.float32)
     ],
     ids=str,
 )
-def test_descriptions_that_are_refused(fields, message, tmp_path):
+def test_unsupported_configs_are_refused(fields, message, tmp_path):
     folder = write(tmp_path / "a", **fields)
     with pytest.raises(CheckpointError) as error:
         load_adapter(folder)
@@ -66,7 +66,7 @@ def test_descriptions_that_are_refused(fields, message, tmp_path):
 @pytest.mark.parametrize(
     ("stored", "fields", "message"),
     [
-        (dict, {}, "missing tensors: it has none at all"),
+        (dict, {}, "missing tensors: the file has none"),
         (
             lambda: without("layers.1.mlp.up_proj.lora_B"),
             {},
@@ -90,7 +90,7 @@ def test_descriptions_that_are_refused(fields, message, tmp_path):
         (
             lambda: tensors() | {"base_model.model.lm_head.lora_A.weight": EXTRA},
             {},
-            "lm_head.lora_A.weight'; an",
+            "lm_head.lora_A.weight'; only",
         ),
         (
             lambda: tensors() | {f"{LAYER}.self_attn.q_proj.lora_magnitude_vector": EXTRA[0]},
@@ -114,7 +114,7 @@ def test_descriptions_that_are_refused(fields, message, tmp_path):
         ),
     ],
 )
-def test_tensors_that_are_refused(stored, fields, message, tmp_path):
+def test_unsupported_tensors_are_refused(stored, fields, message, tmp_path):
     folder = write(tmp_path / "a", stored(), **fields)
     with pytest.raises(CheckpointError) as error:
         load_adapter(folder)
@@ -122,20 +122,20 @@ def test_tensors_that_are_refused(stored, fields, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_places_without_an_adapter(tmp_path):
+def test_paths_without_an_adapter(tmp_path):
     with pytest.raises(
-        CheckpointError, match=r"nowhere: is not there; give a directory with adapter_config\.json"
+        CheckpointError, match=r"nowhere: does not exist; give a directory with adapter_config\.json"
     ):
         load_adapter(tmp_path / "nowhere")
     (tmp_path / "model").mkdir()
-    with pytest.raises(CheckpointError, match=r"model: holds no adapter; give a directory"):
+    with pytest.raises(CheckpointError, match=r"model: has no adapter; give a directory"):
         load_adapter(tmp_path / "model")
     folder = write(tmp_path / "a")
     with pytest.raises(CheckpointError, match="is a file; give the directory"):
         load_adapter(folder / "adapter_config.json")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(
-        CheckpointError, match=r"only adapter_model\.bin, a pickle; save it with safe_serialization"
+        CheckpointError, match=r"only adapter_model\.bin, a pickle: save with safe_serialization"
     ):
         load_adapter(folder)
     (folder / "adapter_model.bin").unlink()
@@ -167,7 +167,7 @@ KEYS = [
 
 @settings(max_examples=150, deadline=None)
 @given(fields=st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=5), ANY, max_size=4))
-def test_no_description_is_more_than_a_line(fields, tmp_path_factory):
+def test_random_configs_raise_one_line_errors(fields, tmp_path_factory):
     folder = tmp_path_factory.mktemp("a") / "a"
     write(folder, tensors(["mlp.up_proj"], layers=1))
     (folder / "adapter_config.json").write_text(json.dumps(FIELDS | fields))

@@ -1,4 +1,4 @@
-"""torch's files without torch: any view of a storage is read, and hostile ones are refused and never run."""
+"""torch checkpoints without torch: views of storages are read, hostile files are refused."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def tensor(
     hooks: bytes = b"}",
     after: bytes = b"",
 ) -> bytes:
-    """A tensor as torch pickles it, or not quite."""
+    """A tensor as torch pickles it; the arguments can make it invalid."""
     storage = b"(" + text("storage") + b"ctorch\n" + kind + b"\n" + key + text("cpu") + length + b"tQ"
     return V2 + b"(" + storage + offset + row(*shape) + row(*strides) + b"\x89" + hooks + after + b"tR"
 
 
 def pickled(*values: bytes, end: bytes = b"") -> bytes:
-    """The pickle of a dict of these under the names a, b, ..."""
+    """The pickle of a dict of these values, named a, b, ..."""
     items = b"".join(text(chr(97 + index)) + value for index, value in enumerate(values))
     return b"\x80\x02}(" + items + b"u" + end + b"."
 
@@ -66,7 +66,7 @@ STORAGE = np.arange(6, dtype="<f4").tobytes()
 
 
 def archive(path: Path, data: bytes, entries: Mapping[str, bytes] | None = None, **options: Any) -> Path:
-    """A torch file with this pickle, by Python's zipfile."""
+    """A torch file with this pickle, written by Python's zipfile."""
     contents = {"data.pkl": data, "byteorder": b"little", "version": b"3\n"}
     with zipfile.ZipFile(path, "w") as file:
         for name, content in (contents | (entries or {"data/0": STORAGE})).items():
@@ -81,7 +81,7 @@ def message(path: Path) -> str:
     return one_line(caught)
 
 
-def test_tensors_of_a_file(tmp_path: Path) -> None:
+def test_tensors(tmp_path: Path) -> None:
     transposed = tensor((3, 2), (1, 3))
     column = tensor((2, 1), (3, 0), offset=b"K\2")
     tensors = read_torch_zip(archive(tmp_path / "a.pth", pickled(tensor(), transposed, column)))
@@ -96,9 +96,7 @@ def test_tensors_of_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 7, 1 << 22])
-def test_any_view_is_read_as_numpy_sees_it(
-    block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_views_are_read_like_numpy(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_zip, "_BLOCK", block)
     rng = np.random.default_rng(0)
     for case in range(20):
@@ -119,7 +117,7 @@ def test_any_view_is_read_as_numpy_sees_it(
         np.testing.assert_array_equal(read_array("a", info), view, strict=True)
 
 
-def test_a_scattered_tensor_is_read_in_bounded_memory(tmp_path: Path) -> None:
+def test_non_contiguous_tensors_are_read_in_bounded_memory(tmp_path: Path) -> None:
     rows, width = 16, 1 << 20
     whole = np.arange(rows * width, dtype="<f4")
     described = tensor((rows, 3), (width, 1), offset=number(5), length=number(whole.size))
@@ -134,7 +132,7 @@ def test_a_scattered_tensor_is_read_in_bounded_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["model", "state_dict"])
-def test_weights_among_a_training_programs_things(key: str, tmp_path: Path) -> None:
+def test_nested_state_dicts(key: str, tmp_path: Path) -> None:
     inner = b"}(" + text("w") + tensor() + b"u"
     rest = (
         text("step") + b"K\3" + text("rate") + b"G?\xb9\x99\x99\x99\x99\x99\x9a" + text("log") + b"](K\1K\2e"
@@ -143,14 +141,14 @@ def test_weights_among_a_training_programs_things(key: str, tmp_path: Path) -> N
     assert list(read_torch_zip(archive(tmp_path / "a.pth", outer))) == ["w"]
 
 
-# Tensors that do not fit their storages.
+# Tensors that exceed their storages.
 
 
 @pytest.mark.parametrize(
-    ("described", "said"),
+    ("described", "expected"),
     [
-        (tensor(key=text("1")), "storage '1' of 6 F32, which is not there"),
-        (tensor(key=text("../data.pkl")), "which is not there"),
+        (tensor(key=text("1")), "storage '1' of 6 F32, which is missing"),
+        (tensor(key=text("../data.pkl")), "which is missing"),
         (tensor(length=b"K\7"), "storage '0' of 7 F32, which has 24 bytes"),
         (tensor(kind=b"DoubleStorage"), "of 6 F64, which has 24 bytes"),
         (tensor(offset=b"K\1"), r"shape \[2, 3\] and strides \[3, 1\] at element 1 of 6"),
@@ -160,61 +158,61 @@ def test_weights_among_a_training_programs_things(key: str, tmp_path: Path) -> N
         (tensor((2, 3), (1, 1)), "at element 0 of 6"),
         (tensor((1 << 40, 3), (1 << 40, 1)), "at element 0 of 6"),
         (tensor((0, 3), (3, 1), offset=b"K\7"), "at element 7 of 6"),
-        (b"K\3", "'a' in it is no tensor"),
-        (b"}", "'a' in it is no tensor"),
+        (b"K\3", "not a tensor: 'a'"),
+        (b"}", "not a tensor: 'a'"),
     ],
 )
-def test_tensors_that_do_not_fit(described: bytes, said: str, tmp_path: Path) -> None:
-    assert re.search(said, message(archive(tmp_path / "a.pth", pickled(described))))
+def test_tensors_outside_their_storage_are_refused(described: bytes, expected: str, tmp_path: Path) -> None:
+    assert re.search(expected, message(archive(tmp_path / "a.pth", pickled(described))))
 
 
-def test_a_small_file_does_not_stand_for_a_large_model(tmp_path: Path) -> None:
+def test_many_views_of_one_storage_are_refused(tmp_path: Path) -> None:
     many = b"".join(text(f"t{index}") + tensor() for index in range(5_000))
     path = archive(tmp_path / "a.pth", b"\x80\x02}(" + many + b"u.")
-    read_torch_zip(path)  # the pickle alone is larger than what they stand for
+    read_torch_zip(path)  # the pickle is larger than their extent
     storage = bytes(4_000_000)
     view = tensor((1000, 1000), (1000, 1), length=number(1_000_000))
     many = b"".join(text(f"t{index}") + view for index in range(100))
     path = archive(tmp_path / "b.pth", b"\x80\x02}(" + many + b"u.", {"data/0": storage})
-    assert "reach over 400000000 bytes of a file of 40" in message(path)
+    assert "span 400000000 bytes in a file of 40" in message(path)
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "expected"),
     [
-        (b"\x80\x02}.", "holds no tensors by name but a dict"),
-        (b"\x80\x02].", "but a list"),
-        (pickled(tensor())[:-1] + b"0N.", "has the operation b'0'"),
-        (b"\x80\x02N.", "but a NoneType"),
+        (b"\x80\x02}.", "holds a dict without named tensors"),
+        (b"\x80\x02].", "holds a list"),
+        (pickled(tensor())[:-1] + b"0N.", "has the opcode b'0'"),
+        (b"\x80\x02N.", "holds a NoneType"),
     ],
 )
-def test_what_holds_no_tensors(data: bytes, said: str, tmp_path: Path) -> None:
-    assert said in message(archive(tmp_path / "a.pth", data))
+def test_pickles_without_tensors(data: bytes, expected: str, tmp_path: Path) -> None:
+    assert expected in message(archive(tmp_path / "a.pth", data))
 
 
 # Archives.
 
 
-def test_files_that_are_no_archive_of_torch(tmp_path: Path) -> None:
+def test_files_not_written_by_torch(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
-    for data, said in [
-        (b"", "not a file of torch.save"),
+    for data, expected in [
+        (b"", "not a torch.save file"),
         (b"PK\x03\x04", "truncated"),
-        (b"hello" * 100, "not a file of torch.save"),
-        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "before version 1.6; load it in PyTorch"),
+        (b"hello" * 100, "not a torch.save file"),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "older than version 1.6; load it in PyTorch"),
     ]:
         path.write_bytes(data)
-        assert said in message(path)
+        assert expected in message(path)
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("a/b", "c")
-    assert "not one of torch.save" in message(path)
+    assert "torch.save did not write" in message(path)
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("a/data.pkl", "c")
         file.writestr("b/data.pkl", "c")
-    assert "not one of torch.save" in message(path)
+    assert "torch.save did not write" in message(path)
 
 
-def test_archives_with_entries_that_are_not_plain(tmp_path: Path) -> None:
+def test_unsupported_zip_entries_are_refused(tmp_path: Path) -> None:
     path, good = tmp_path / "a.pth", pickled(tensor())
     archive(path, good, {"data/0": STORAGE, "constants.pkl": b"\x80\x02)."})
     assert "TorchScript" in message(path)
@@ -224,10 +222,10 @@ def test_archives_with_entries_that_are_not_plain(tmp_path: Path) -> None:
     assert "'archive/data.pkl' is compressed or encrypted" in message(path)
     for name in ("../evil", "a/../../evil", "./a", "a//b", "a\\..\\b", "C:a", "a\nb"):
         archive(path, good, {"data/0": STORAGE, name: b""})
-        assert "leads elsewhere" in message(path)
+        assert "path outside the archive" in message(path)
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("/archive/data.pkl", good)
-    assert "leads elsewhere" in message(path)
+    assert "path outside the archive" in message(path)
     link = zipfile.ZipInfo("archive/data/0")
     link.external_attr = 0o120777 << 16
     with zipfile.ZipFile(path, "w") as file:
@@ -238,26 +236,26 @@ def test_archives_with_entries_that_are_not_plain(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         for _ in range(2):
             file.writestr("archive/data.pkl", good)
-    assert "'archive/data.pkl' is there twice" in message(path)
+    assert "'archive/data.pkl' appears twice" in message(path)
 
 
-def test_two_entries_with_the_same_bytes(tmp_path: Path) -> None:
+def test_entries_that_share_data(tmp_path: Path) -> None:
     path = archive(tmp_path / "a.pth", pickled(tensor()), {"data/0": STORAGE, "data/1": STORAGE})
     data = bytearray(path.read_bytes())
     places = [found.start() for found in re.finditer(b"PK\x01\x02", data)]
     first = struct.unpack_from("<L", data, places[3] + 42)[0]
-    # Both entries of the directory now lead to one header, which bears the first one's name.
+    # Both directory entries now point to one local header, which has the first entry's name.
     struct.pack_into("<L", data, places[4] + 42, first)
     path.write_bytes(data)
-    assert "is not what the directory says" in message(path)
+    assert "does not match the directory" in message(path)
     inner = data.find(b"archive/data/0")
     data[inner : inner + 14] = data[places[4] + 46 : places[4] + 60] = b"archive/data/0"
     path.write_bytes(data)
-    assert "there twice" in message(path)
+    assert "appears twice" in message(path)
 
 
 def test_overlapping_entries(tmp_path: Path) -> None:
-    # A whole entry, header and all, inside the bytes of another.
+    # An entry, including its header, inside the data of another.
     inner = io.BytesIO()
     with zipfile.ZipFile(inner, "w") as file:
         file.writestr("archive/data/0", STORAGE)
@@ -283,7 +281,9 @@ HUGE = {"2^32 - 2": 0xFFFFFFFE, "2^32 - 1": 0xFFFFFFFF, "0": 0, "1": 1, "the fil
     *((b"PK\x05\x06", at, 4) for at in (0, 12, 16)),
     *((b"PK\x05\x06", at, 2) for at in (4, 6, 10, 20)),
 ])  # fmt: skip
-def test_absurd_numbers_in_headers(magic: bytes, field: int, width: int, value: str, tmp_path: Path) -> None:
+def test_extreme_integers_in_headers(
+    magic: bytes, field: int, width: int, value: str, tmp_path: Path
+) -> None:
     path = tmp_path / "a.pth"
     good = GOLDEN.read_bytes()
     expected = contents(GOLDEN)
@@ -295,27 +295,27 @@ def test_absurd_numbers_in_headers(magic: bytes, field: int, width: int, value: 
         data[place] = (absurd & (1 << 8 * width) - 1).to_bytes(width, "little")
         path.write_bytes(data)
         if not problem(lambda: read_torch_zip(path)):
-            assert_no_less(contents(path), expected)
+            assert_same_shapes(contents(path), expected)
 
 
 def contents(path: Path) -> dict[str, np.ndarray]:
     return {name: read_array(name, info) for name, info in read_torch_zip(path).items()}
 
 
-def assert_no_less(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+def assert_same_shapes(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
     assert {name: array.shape for name, array in found.items()} == {
         name: array.shape for name, array in expected.items()
     }
 
 
-def test_a_zip64_directory_that_lies(tmp_path: Path) -> None:
+def test_inconsistent_zip64_directories(tmp_path: Path) -> None:
     path = archive(tmp_path / "a.pth", pickled(tensor()))
     good = path.read_bytes()
     end, begin = good.rfind(b"PK\x05\x06"), good.find(b"PK\x01\x02")
     count = good.count(b"PK\x01\x02")
 
-    def with_end64(**lies: int) -> str:
-        values = {"count": count, "length": end - begin, "begin": begin, "place": end} | lies
+    def with_end64(**overrides: int) -> str:
+        values = {"count": count, "length": end - begin, "begin": begin, "place": end} | overrides
         end64 = struct.pack(
             "<4sQ2H2L4Q",
             b"PK\x06\x06",
@@ -337,15 +337,15 @@ def test_a_zip64_directory_that_lies(tmp_path: Path) -> None:
     assert "not 9223372036854775807" in with_end64(count=(1 << 63) - 1)
     for name in ("length", "begin", "place"):
         for value in (0, 1, end + 1, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 1):
-            said = with_end64(**{name: value})
-            assert said and "\n" not in said
+            error = with_end64(**{name: value})
+            assert error and "\n" not in error
     path.write_bytes(good[:end] + struct.pack("<4sLQL", b"PK\x06\x07", 0, end, 1) + good[end:])
     assert "the end of its directory is malformed" in message(path)
 
 
-def test_a_directory_larger_than_any_model_is_not_read(tmp_path: Path) -> None:
+def test_huge_directories_are_not_read(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
-    size = 1 << 33  # sparse: takes no disk
+    size = 1 << 33  # a sparse file
     with path.open("wb") as file:
         file.write(b"PK\x03\x04")
         end64 = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 1, 1, size - 8, 8)
@@ -353,19 +353,19 @@ def test_a_directory_larger_than_any_model_is_not_read(tmp_path: Path) -> None:
         file.seek(size)
         file.write(end64 + locator + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 1, 1, 0xFFFFFFFF, 8, 0))
     tracemalloc.start()
-    said = message(path)
+    error = message(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert "its directory has 8589934584 bytes" in said
+    assert "its directory has 8589934584 bytes" in error
     assert peak < 1_000_000
 
 
-def test_a_large_pickle_is_not_read(tmp_path: Path) -> None:
+def test_huge_pickles_are_not_read(tmp_path: Path) -> None:
     path = archive(tmp_path / "a.pth", bytes((64 << 20) + 1))
-    assert "an entry has 67108865 bytes, where at most 67108864 are read" in message(path)
+    assert "an entry has 67108865 bytes; at most 67108864 are read" in message(path)
 
 
-def test_truncations_and_gaps_at_every_boundary(tmp_path: Path) -> None:
+def test_truncations_and_gaps(tmp_path: Path) -> None:
     path, good = tmp_path / "a.pth", GOLDEN.read_bytes()
     boundaries = {0, len(good)}
     for magic, size in ((b"PK\x03\x04", 30), (b"PK\x01\x02", 46), (b"PK\x05\x06", 22), (b"PK\x07\x08", 16)):
@@ -385,12 +385,12 @@ def test_truncations_and_gaps_at_every_boundary(tmp_path: Path) -> None:
 
 
 def test_damaged_headers(tmp_path: Path) -> None:
-    """Every byte of the headers and the directory, changed: an error, or tensors of the same shapes."""
+    """Every byte of the headers and the directory, changed: an error, or tensors of equal shapes."""
     path = Path(shutil.copy(GOLDEN, tmp_path / "a.pth"))
     good, expected = path.read_bytes(), contents(path)
     with zipfile.ZipFile(path) as file:
         inside = {
-            at for entry in file.infolist() for at in range(entry.header_offset + 60, ends(entry, good))
+            at for entry in file.infolist() for at in range(entry.header_offset + 60, data_end(entry, good))
         }
     rng = np.random.default_rng(0)
     refused = 0
@@ -398,16 +398,16 @@ def test_damaged_headers(tmp_path: Path) -> None:
     with path.open("r+b", buffering=0) as file:
         for at in places:
             os.pwrite(file.fileno(), bytes([good[at] ^ 1 << int(rng.integers(8))]), at)
-            if said := problem(lambda: read_torch_zip(path)):
-                assert "\n" not in said and len(said) < 400
+            if error := problem(lambda: read_torch_zip(path)):
+                assert "\n" not in error and len(error) < 400
                 refused += 1
             else:
-                assert_no_less(contents(path), expected)
+                assert_same_shapes(contents(path), expected)
             os.pwrite(file.fileno(), good[at : at + 1], at)
     assert len(places) > refused > len(places) / 2
 
 
-def ends(entry: zipfile.ZipInfo, data: bytes) -> int:
-    """Where an entry's bytes end."""
+def data_end(entry: zipfile.ZipInfo, data: bytes) -> int:
+    """Returns the end offset of an entry's data."""
     lengths = struct.unpack_from("<2H", data, entry.header_offset + 26)
     return entry.header_offset + 30 + sum(lengths) + entry.file_size
