@@ -199,8 +199,8 @@ class WithHead(_DerivedTensors):
         inputs, width = self.head.weight.shape[1], self.base.config.hidden_size
         if inputs != width:
             raise ConfigError(
-                f"the adapter is for another model: its head has {inputs} inputs, the base has hidden_size "
-                f"{width}; give its own base"
+                f"the adapter is for another model: its head has {inputs} inputs, the base model's "
+                f"hidden_size is {width}; use the base model it was trained on"
             )
 
     @property

@@ -270,7 +270,7 @@ SCORE = "base_model.model.score.weight"
     [
         ({}, None, f"missing tensors: {SCORE}"),
         ({}, np.zeros(3, np.float32), r"score.weight is \[3\]; it must be \[classes, hidden_size\]"),
-        ({}, np.zeros((3, 8), np.float32), "its head has 8 inputs, the base has hidden_size 16"),
+        ({}, np.zeros((3, 8), np.float32), "8 inputs, the base model's hidden_size is 16"),
         ({"task_type": "CAUSAL_LM"}, np.zeros((3, 16), np.float32), f"unexpected tensors: '{SCORE}'"),
         ({"modules_to_save": ["lm_head"]}, np.zeros((3, 16), np.float32), "only a classifier's 'score'"),
         ({"modules_to_save": "score"}, np.zeros((3, 16), np.float32), "only a classifier's 'score'"),

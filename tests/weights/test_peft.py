@@ -258,8 +258,8 @@ def test_commands_with_an_adapter(params, base, tmp_path, capsys):
 def test_adapter_for_another_model(verb, base, tmp_path, capsys):
     folder = write(tmp_path / "a", tensors(layers=3))
     message = (
-        f"{folder}: the adapter is for another model: attention.wk has 3 layers of 16 x 8, the base's 2 of "
-        "16 x 8; give its own base"
+        f"{folder}: the adapter is for another model: attention.wk has 3 layers of 16 x 8, the base model's "
+        "2 of 16 x 8; use the base model it was trained on"
     )
     words = {"generate": ["--prompt", "a"], "chat": [], "convert": [str(tmp_path / "out")]}
     if verb == "load":
