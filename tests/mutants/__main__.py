@@ -1,7 +1,7 @@
 """Runs the mutants: `python -m tests.mutants [NAME ...] [--jobs N] [--table FILE]`.
 
-Each mutant is applied to a copy of the checkout, in which its tests then run. A mutant survives if they
-pass. Exit status 1 if one survives, or if the unchanged copy fails the tests.
+Each mutant is applied to a copy of the checkout, in which its tests then run until one fails. It is caught if
+that test passes in an unchanged copy. Exit status 1 if a mutant survives.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import os
 import re
 import shutil
@@ -31,7 +32,7 @@ class Outcome:
 
     Attributes:
       mutant: the mutant.
-      caught_by: the first test that failed; empty if all passed.
+      caught_by: the first test that failed; empty if all passed, or if it fails without the fault too.
       seconds: how long its tests ran.
       output: the end of pytest's output.
     """
@@ -62,16 +63,20 @@ def run_tests(checkout: Path, tests: Sequence[str]) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def try_mutant(mutant: Mutant) -> Outcome:
-    """Applies a mutant to a fresh copy and runs its tests."""
+def try_mutant(mutant: Mutant, unchanged: Path) -> Outcome:
+    """Runs the tests of a copy with the fault, then the one that failed in the unchanged copy."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         checkout = Path(folder)
         copy_checkout(checkout)
         mutant.apply(checkout)
         status, output = run_tests(checkout, mutant.tests)
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-    caught = (failed[1] if failed else f"pytest status {status}") if status else ""
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
+    caught = failed[1] if status and failed else ""
+    if caught:
+        status, without = run_tests(unchanged, [caught])
+        if status:
+            caught, output = "", f"{caught} fails without the fault too:\n{without}"
     return Outcome(mutant, caught, time.perf_counter() - start, output[-2000:])
 
 
@@ -86,8 +91,9 @@ def main() -> int:
         print(f"error: there is no mutant {', '.join(sorted(missing))}", file=sys.stderr)
         return 2
     outcomes = []
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for outcome in pool.map(try_mutant, chosen):
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        copy_checkout(Path(folder))
+        for outcome in pool.map(functools.partial(try_mutant, unchanged=Path(folder)), chosen):
             verdict = f"caught by {outcome.caught_by}" if outcome.caught_by else "SURVIVED"
             print(f"{outcome.mutant.name:<36}{outcome.seconds:5.0f} s  {verdict}", flush=True)
             if not outcome.caught_by:
