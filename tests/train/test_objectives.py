@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -119,28 +120,38 @@ def init_params(model: lj.LlamaConfig) -> Any:
 
 @pytest.fixture(scope="module")
 def score():
-    return {"kernel": jax.random.normal(jax.random.key(5), (64, 3))}
+    return {"kernel": np.random.default_rng(5).normal(size=(64, 3)).astype(np.float32)}
+
+
+@functools.cache
+def metrics_fn(run: RunConfig) -> Any:
+    return jax.jit(make_metrics_fn(run, MODEL, "cpu"))
 
 
 def measure(objective: str, params: Any, batch: Any, **extras: Any) -> tuple[float, float, dict[str, Any]]:
     run = run_of(objective, **extras.pop("preference", {}))
-    loss, metrics = jax.jit(make_metrics_fn(run, MODEL, "cpu"))(params, batch, **extras)
+    loss, metrics = metrics_fn(run)(params, batch, **extras)
     return float(loss.total), float(loss.count), {name: np.asarray(x) for name, x in metrics.items()}
 
 
 def test_segment_cumsum_and_ends():
-    ids = jnp.array([[1, 1, 2, 2, 2, 0], [3, 3, 3, 3, 4, 4]])
-    values = jnp.arange(12.0).reshape(2, 6)
-    sums, ends = segment_cumsum(values, ids), segment_ends(ids)
-    np.testing.assert_array_equal(sums[ends], [1, 9, 30, 21])
+    ids = np.array([[1, 1, 2, 2, 2, 0], [3, 3, 3, 3, 4, 4]])
+    values = np.arange(12, dtype=np.float32).reshape(2, 6)
+    sums, ends = jax.jit(lambda values, ids: (segment_cumsum(values, ids), segment_ends(ids)))(values, ids)
+    np.testing.assert_array_equal(np.asarray(sums)[np.asarray(ends)], [1, 9, 30, 21])
     np.testing.assert_array_equal(ends, [[0, 1, 0, 0, 1, 0], [0, 0, 0, 1, 0, 1]])
 
 
 def test_token_logprobs_equal_log_softmax_of_forward(params):
     batch = examples()
     where = (batch["tokens"], batch["positions"], batch["segment_ids"])
-    found = lj.token_logprobs(MODEL, params, *where, num_chunks=3)
-    logprobs = jax.nn.log_softmax(lj.forward(MODEL, params, *where))
+    both = jax.jit(
+        lambda params, *where: (
+            lj.token_logprobs(MODEL, params, *where, num_chunks=3),
+            jax.nn.log_softmax(lj.forward(MODEL, params, *where)),
+        )
+    )
+    found, logprobs = map(np.asarray, both(params, *where))
     for row, at in segments(batch):
         expected = [0.0, *(logprobs[row, t - 1, batch["tokens"][row, t]] for t in at[1:])]
         np.testing.assert_allclose(found[row, at], expected, atol=1e-5)
@@ -161,16 +172,18 @@ def test_sft_loss_is_over_the_mask(params):
 )
 def test_dpo_on_packed_pairs_equals_each_pair_alone(params, preference):
     batch = examples()
-    reference = jax.tree.map(lambda x: 0.7 * x, params)
+    reference = jax.tree.map(lambda x: np.float32(0.7) * np.asarray(x), params)
     policy, before = unpacked(params, batch), unpacked(reference, batch)
     pairs = range(0, len(policy), 2)
     numbers = [
-        jnp.array([side[i + which]["logprob"] for i in pairs])
+        np.array([side[i + which]["logprob"] for i in pairs], np.float32)
         for side, which in ((policy, 0), (policy, 1), (before, 0), (before, 1))
     ]
-    lengths = tuple(jnp.array([float(policy[i + which]["count"]) for i in pairs]) for which in (0, 1))
+    lengths = tuple(np.array([policy[i + which]["count"] for i in pairs], np.float32) for which in (0, 1))
     settings = {"beta": 0.1, **preference}
-    losses, chosen, rejected = dpo_loss(*numbers, **settings, lengths=lengths)
+    losses, chosen, rejected = map(
+        np.asarray, jax.jit(functools.partial(dpo_loss, **settings))(*numbers, lengths=lengths)
+    )
     total, count, others = measure("dpo", params, batch, preference=preference, reference=reference)
     assert count == len(losses) == 2 * BATCH
     np.testing.assert_allclose(total, losses.sum(), rtol=1e-4)
@@ -188,9 +201,9 @@ def test_rewards_on_packed_pairs_equal_each_pair_alone(params, score):
     batch = examples()
     each = unpacked(params, batch)
     head = {"kernel": score["kernel"][:, :1]}
-    rewards = jnp.array([one["hidden"] @ head["kernel"][:, 0] for one in each])
-    margins = jnp.array([one["value"] for one in each])[::2]
-    expected = ranking_loss(rewards[::2], rewards[1::2], margins)
+    rewards = np.array([one["hidden"] @ head["kernel"][:, 0] for one in each])
+    margins = np.array([one["value"] for one in each], np.float32)[::2]
+    expected = np.asarray(ranking_loss(rewards[::2], rewards[1::2], margins))
     total, count, others = measure("reward", {**params, "score": head}, batch)
     np.testing.assert_allclose(total, expected.sum(), rtol=1e-5)
     assert count == len(expected)
@@ -200,11 +213,11 @@ def test_rewards_on_packed_pairs_equal_each_pair_alone(params, score):
 def test_heads_are_read_at_the_last_token_of_each_example(params, score):
     batch = examples()
     each = unpacked(params, batch)
-    hidden = jnp.stack([one["hidden"] for one in each])
+    hidden = np.stack([one["hidden"] for one in each])
     values = np.array([one["value"] for one in each])
     logits = hidden @ score["kernel"]
     total, count, others = measure("classify", {**params, "score": score}, batch)
-    picked = jax.nn.log_softmax(logits)[np.arange(len(values)), values.astype(int)]
+    picked = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(values)), values.astype(int)]
     np.testing.assert_allclose(total, -picked.sum(), rtol=1e-5)
     assert count == len(values)
     taken = logits.argmax(-1)
@@ -213,7 +226,7 @@ def test_heads_are_read_at_the_last_token_of_each_example(params, score):
     np.testing.assert_array_equal(others["confusion"], confusion)
     mesh = make_mesh("fsdp=4,tensor=2")
     with jax.set_mesh(mesh):
-        laid = {**lj.shard_params(params, mesh, MODEL), "score": score}
+        laid = {**lj.shard_params(params, mesh, MODEL), "score": jax.tree.map(jax.device_put, score)}
         spread = Feed.for_mesh(mesh, BATCH, LENGTH).put(batch)
         _, on_mesh = jax.jit(make_metrics_fn(run_of("classify"), MODEL, "cpu"))(laid, spread)
     np.testing.assert_array_equal(on_mesh["confusion"], confusion)
@@ -235,23 +248,34 @@ def test_macro_f1_is_the_mean_f1_of_the_classes():
     assert macro_f1(np.diag([3, 0, 1])) == 1.0  # absent classes are excluded
 
 
+@functools.cache
+def compiled(run: RunConfig, spec: str | None, model: lj.LlamaConfig) -> Any:
+    mesh = spec and make_mesh(spec)
+    with use_mesh(mesh):
+        trainable_spec = TrainableSpec.from_config(run, "cpu", head_outputs=3)
+        step, *abstract = build_step(run, model, mesh, "cpu", trainable_spec)
+        return step.lower(*abstract).compile()
+
+
 def train_curve(
     run: RunConfig, spec: str | None, params: Any, steps: int = 4, model: lj.LlamaConfig = MODEL
-) -> tuple[np.ndarray, Any]:
+) -> tuple[np.ndarray, list[Any], Any]:
+    """The losses, the trained parameters after each step, and the last state."""
     mesh = spec and make_mesh(spec)
     trainable_spec = TrainableSpec.from_config(run, "cpu", head_outputs=3)
     feed = Feed.for_mesh(mesh, BATCH, LENGTH)
     optimizer = make_optimizer(run.optimizer, make_schedule(run.optimizer, run.train.steps))
+    step = compiled(run, spec, model)
     with use_mesh(mesh):
-        step, *abstract = build_step(run, model, mesh, "cpu", trainable_spec)
-        compiled = step.lower(*abstract).compile()
         laid = params if mesh is None else lj.shard_params(params, mesh, model)
-        state, frozen = init_state(model, optimizer, 0, jax.tree.map(jnp.copy, laid), trainable_spec)
-        losses = []
+        laid = jax.tree.map(lambda x: jax.device_put(x, x.sharding, may_alias=False), laid)  # is donated
+        state, frozen = init_state(model, optimizer, 0, laid, trainable_spec)
+        losses, trained = [], []
         for seed in range(steps):
-            state, metrics = compiled(state, feed.put(examples(seed % 2)), frozen)
+            state, metrics = step(state, feed.put(examples(seed % 2)), frozen)
             losses.append(float(metrics.loss))
-    return np.array(losses), state
+            trained.append(jax.tree.map(np.array, state.params))
+    return np.array(losses), trained, state
 
 
 ADAPTERS = {
@@ -262,8 +286,16 @@ ADAPTERS = {
     "bottleneck": AdapterConfig(type="bottleneck", bottleneck_size=8, base="float32"),
     "prefix": AdapterConfig(type="prefix", prefix_length=4, base="float32"),
 }
-HEADS = [("reward", None), ("classify", None), ("regress", None)]
-CASES = [("dpo", None), *HEADS, ("dpo", "lora"), *(("sft", name) for name in ADAPTERS)]
+# Every objective and every adapter.
+CASES = [
+    ("dpo", None),
+    ("reward", None),
+    ("classify", "prefix"),
+    ("regress", "bottleneck"),
+    ("dpo", "dora"),
+    ("sft", "int8"),
+    ("sft", "qlora"),
+]
 
 
 @pytest.mark.slow
@@ -272,11 +304,11 @@ def test_losses_on_a_mesh_equal_a_single_device(objective, adapter, params):
     run, model = run_of(objective, adapter and ADAPTERS[adapter]), MODEL
     if adapter in ("int8", "qlora"):
         model, params = WIDE, init_params(WIDE)
-    one, state = train_curve(run, None, params, model=model)
-    many, there = train_curve(run, "fsdp=4,tensor=2", params, model=model)
+    one, trained, _ = train_curve(run, None, params, model=model)
+    many, there, _ = train_curve(run, "fsdp=4,tensor=2", params, model=model)
     np.testing.assert_allclose(many, one, rtol=1e-4 if adapter not in ("int8", "qlora") else 1e-3)
     assert one[-2:].mean() < one[:2].mean()  # on the same two batches
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), there.params, state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), there[-1], trained[-1])
 
 
 @pytest.mark.parametrize(
@@ -296,33 +328,30 @@ def test_neftune_noise_depends_on_the_step_and_is_off_in_evaluation(params):
     """The noise changes the loss, and is the same in two runs and on a mesh."""
     run = run_of("sft")
     noisy = dataclasses.replace(run, train=dataclasses.replace(run.train, neftune_alpha=50.0))
-    quiet, loud = (train_curve(r, None, params, steps=2)[0] for r in (run, noisy))
+    quiet, loud = (train_curve(settings, None, params, steps=2)[0] for settings in (run, noisy))
     assert np.abs(loud - quiet).min() > 1e-4
     np.testing.assert_array_equal(train_curve(noisy, None, params, steps=2)[0], loud)
     np.testing.assert_allclose(train_curve(noisy, "fsdp=4,tensor=2", params, steps=2)[0], loud, rtol=1e-4)
     batch = examples()
-    metrics_fn = jax.jit(make_metrics_fn(noisy, MODEL, "cpu"))
-    np.testing.assert_array_equal(
-        metrics_fn(params, batch)[0].total,
-        jax.jit(make_metrics_fn(run, MODEL, "cpu"))(params, batch)[0].total,
-    )
+    evaluated = [metrics_fn(settings)(params, batch)[0].total for settings in (run, noisy)]
+    np.testing.assert_array_equal(*evaluated)
 
 
 @pytest.mark.slow
 def test_ema_of_the_parameters(params):
     run = run_of("sft")
     averaged = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, ema_decay=0.9))
-    plain = [train_curve(run, None, params, steps=n)[1].params for n in (1, 2, 3)]
-    losses, state = train_curve(averaged, None, params, steps=3)
-    np.testing.assert_array_equal(losses, train_curve(run, None, params, steps=3)[0])
+    plain_losses, plain, _ = train_curve(run, None, params, steps=3)
+    losses, found, state = train_curve(averaged, None, params, steps=3)
+    np.testing.assert_array_equal(losses, plain_losses)
     jax.tree.map(np.testing.assert_array_equal, state.moved, plain[-1])
-    expected = params
+    expected = jax.tree.map(np.asarray, params)
     for taken, weights in enumerate(plain):
-        decay = min(0.9, (1 + taken) / (10 + taken))
+        decay = np.float32(min(0.9, (1 + taken) / (10 + taken)))
         expected = jax.tree.map(lambda a, b, d=decay: d * a + (1 - d) * b, expected, weights)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, expected)
-    on_mesh = train_curve(averaged, "fsdp=8", params, steps=3)[1].params
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), on_mesh, state.params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[taken], expected)
+    _, on_mesh, _ = train_curve(averaged, "fsdp=4,tensor=2", params, steps=3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), on_mesh[-1], found[-1])
 
 
 @pytest.mark.parametrize("adapter", [None, "lora"])
@@ -357,14 +386,13 @@ def test_bf16_base_gives_the_outputs_of_that_base_in_f32(params):
     trainable_spec = TrainableSpec.from_config(run_of("sft", adapter), "cpu")
     trainable, frozen = trainable_spec.split(MODEL, params, jax.random.key(1))
     assert {leaf.dtype for leaf in jax.tree.leaves(frozen["base"])} == {jnp.dtype("bfloat16")}
-    rounded = jax.tree.map(lambda x: x.astype(jnp.float32), frozen["base"])
-    trainable = jax.tree.map(lambda x: x + 0.05, trainable)
+    rounded = jax.tree.map(lambda x: np.asarray(x).astype(np.float32), frozen["base"])
+    trainable = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.05), trainable)
     expected = lora.attach(adapter.settings, rounded, trainable)
     found = trainable_spec.merge(trainable, frozen)
-    tokens = jnp.asarray(examples()["tokens"])
-    np.testing.assert_allclose(
-        lj.forward(MODEL, found, tokens, dtype=jnp.float32), lj.forward(MODEL, expected, tokens), atol=1e-4
-    )
+    forward = jax.jit(lambda params, tokens: lj.forward(MODEL, params, tokens, dtype=jnp.float32))
+    tokens = examples()["tokens"]
+    np.testing.assert_allclose(forward(found, tokens), forward(expected, tokens), atol=1e-4)
 
 
 @pytest.mark.parametrize(
