@@ -10,6 +10,20 @@ import numpy as np
 
 import llama_jax as lj
 
+# One configuration for the tests that need no other, so that they share compiled programs. All sizes differ,
+# and no cache or mask of it has the size of a weight.
+SMALL = lj.LlamaConfig(
+    vocab_size=72,
+    hidden_size=40,
+    intermediate_size=56,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=512,
+    rope_scaling=lj.RopeScaling("llama3", 8.0, original_max_position_embeddings=32),
+)
+
 
 def random_config(seed: int) -> lj.LlamaConfig:
     """A small configuration: any grouping of heads, tied or not, any rope scaling."""

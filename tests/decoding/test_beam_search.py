@@ -20,7 +20,7 @@ from llama_jax.decoding import beam_search as module
 from llama_jax.decoding.arguments import pad_right
 from llama_jax.decoding.beam_search import beam_search
 from llama_jax.errors import InputError
-from tests.decoding.test_generation import counting_compiles, loop_body
+from tests.decoding.compiled import counting_compiles, loop_body
 from tests.golden import beams, cases
 from tests.random_models import random_model, random_prompts
 

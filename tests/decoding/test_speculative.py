@@ -21,7 +21,7 @@ from llama_jax.decoding.drafts import DraftModel, PromptLookup
 from llama_jax.decoding.logits_processors import TokenHistory
 from llama_jax.decoding.speculative import speculative_generate
 from llama_jax.errors import InputError
-from tests.decoding.test_generation import counting_compiles, loop_body
+from tests.decoding.compiled import counting_compiles, loop_body
 from tests.random_models import random_model
 
 KEY = jax.random.key(0)
