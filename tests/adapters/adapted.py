@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import llama_jax as lj
@@ -19,40 +21,72 @@ CONFIG = lj.LlamaConfig(
     num_key_value_heads=2,
     max_position_embeddings=64,
 )
+DEFAULT_OPTIONS = lj.ForwardOptions()
 
 
-def base_params() -> Any:
-    return lj.init(CONFIG, jax.random.key(0))
+def normal(seed: int, shapes: Any, deviation: float, means: dict[str, float]) -> Any:
+    """Leaves of the given shapes, drawn with numpy, which compiles nothing; `means` by the leaf's name."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path: tuple, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.asarray(
+            means.get(path[-1].key, 0.0) + deviation * rng.standard_normal(shape.shape), jnp.float32
+        )
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
-def random_tokens() -> jax.Array:
-    return jax.random.randint(jax.random.key(1), (8, 12), 0, CONFIG.vocab_size)
+@functools.cache
+def base_params(config: lj.LlamaConfig = CONFIG) -> Any:
+    """Parameters of the deviation of `lj.init`'s, with norms near 1."""
+    shapes = jax.eval_shape(lambda: lj.init(config, jax.random.key(0)))
+    return normal(0, shapes, 0.02, {"scale": 1.0})
+
+
+def random_tokens() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, CONFIG.vocab_size, (8, 12)).astype(np.int32)
 
 
 def random_adapter(settings: adapters.Settings, params: Any, seed: int = 2) -> Any:
-    """An initialized adapter plus noise on every leaf."""
-    leaves, tree = jax.tree.flatten(adapters.init(settings, CONFIG, params, jax.random.key(seed)))
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    return tree.unflatten(
-        [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    """An adapter of random values; DoRA's magnitudes are near the base's norms."""
+    shapes = jax.eval_shape(lambda params: adapters.init(settings, CONFIG, params, jax.random.key(0)), params)
+    return normal(seed, shapes, 0.1, {"magnitude": 0.16})
+
+
+def loss(
+    adapter: Any,
+    params: Any,
+    tokens: jax.Array,
+    settings: adapters.Settings,
+    options: lj.ForwardOptions = DEFAULT_OPTIONS,
+    merged: bool = False,
+) -> jax.Array:
+    attached = adapters.attach(settings, params, adapter)
+    weights = adapters.merge(attached) if merged else attached
+    return lj.next_token_loss(CONFIG, weights, tokens, options=options).total
+
+
+# One jitted function, so that tests of the same settings share a compiled program.
+value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnames=("settings", "options", "merged"))
+
+
+def assert_gradients_close(found: Any, expected: Any) -> None:
+    """Within 2e-4 of each leaf's largest entry."""
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4 * np.abs(y).max() + 1e-6), found, expected
     )
 
 
 def check_gradients_on_a_mesh(settings: adapters.Settings, params: Any, mesh: str, **options: Any) -> None:
     """The custom VJP on a mesh equals autodiff on one device; gradients are sharded as the adapter is."""
     adapter, tokens = random_adapter(settings, params), random_tokens()
-
-    def loss(adapter: Any, params: Any, **options: Any) -> jax.Array:
-        attached = adapters.attach(settings, params, adapter)
-        return lj.next_token_loss(CONFIG, attached, tokens, **options).total
-
-    expected = jax.grad(loss)(adapter, params)
+    _, expected = value_and_grad(adapter, params, tokens, settings)
     with jax.set_mesh(lj.make_mesh(mesh)):
         sharded = lj.shard_params(params, jax.sharding.get_mesh(), CONFIG)
-        like = adapters.init(settings, CONFIG, sharded, jax.random.key(0))
+        like = jax.jit(lambda params: adapters.init(settings, CONFIG, params, jax.random.key(0)))(sharded)
         adapter = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), adapter, like)
-        found = jax.jit(lambda a: jax.grad(loss)(a, sharded, custom_vjp=True, **options))(adapter)
+        _, found = value_and_grad(
+            adapter, sharded, tokens, settings, lj.ForwardOptions(custom_vjp=True, **options)
+        )
         assert all(jax.tree.leaves(jax.tree.map(lambda g, x: g.sharding == x.sharding, found, adapter)))
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4 * np.abs(y).max() + 1e-6), found, expected
-    )
+    assert_gradients_close(found, expected)
