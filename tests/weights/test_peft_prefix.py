@@ -40,16 +40,19 @@ def base(tmp_path_factory, params):
     return save(Model(CONFIG, params, load_tokenizer(folder / "tok.bin"), folder), folder / "hf")
 
 
-def perturbed(settings, params, seed=2):
+def random_adapter(settings, config, params, seed=2):
+    """Drawn with numpy, which compiles nothing."""
     rng = np.random.default_rng(seed)
-    adapter = adapters.init(settings, CONFIG, params, jax.random.key(seed))
-    return jax.tree.map(lambda x: x + 0.3 * rng.standard_normal(x.shape).astype(np.float32), adapter)
+    make = lambda params: adapters.init(settings, config, params, jax.random.key(seed))  # noqa: E731
+    return jax.tree.map(
+        lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32), jax.eval_shape(make, params)
+    )
 
 
 @pytest.fixture(params=KINDS)
 def written(request, params, tmp_path):
     settings = KINDS[request.param]
-    adapter = perturbed(settings, params)
+    adapter = random_adapter(settings, CONFIG, params)
     return request.param, save_adapter(tmp_path / "a", settings, adapter, CONFIG, base_model="x"), adapter
 
 
@@ -88,7 +91,9 @@ def test_load_attaches_an_adapter(mesh, bits, written, base, params):
         with jax.set_mesh(mesh):
             found = lj.forward(CONFIG, model.params, tokens)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert model.generate(["ab", "ba"], max_new_tokens=3) == model.generate(["ab", "ba"], max_new_tokens=3)
+    if mesh is not None:  # elsewhere test_commands_with_an_adapter generates
+        first, again = (model.generate(["ab", "ba"], max_new_tokens=3) for _ in range(2))
+        assert first == again and len(first) == 2
 
 
 def test_commands_with_an_adapter(written, base, tmp_path, capsys):
@@ -111,7 +116,7 @@ def test_commands_with_an_adapter(written, base, tmp_path, capsys):
 
 def test_adapter_for_another_model(params, base, tmp_path, capsys):
     other = CONFIG.replace(num_hidden_layers=CONFIG.num_hidden_layers + 1)
-    adapter = prefix.init(KINDS["prefix"], other, lj.init(other, jax.random.key(0)), jax.random.key(0))
+    adapter = random_adapter(KINDS["prefix"], other, random_model(5, other)[1])
     with pytest.raises(ConfigError, match="another model"):
         save_adapter(tmp_path / "a", KINDS["prefix"], adapter, CONFIG)
     assert not (tmp_path / "a").exists()

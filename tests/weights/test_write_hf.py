@@ -28,7 +28,12 @@ def write_hf(tensors, target, dtype=None, **options):
 
 
 def identical(a, b):
-    return jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b))
+    return jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(x, y), a, b))
+
+
+def cast(params, dtype):
+    """With numpy, which compiles nothing."""
+    return jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), params)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -36,10 +41,12 @@ def test_round_trip_is_bit_exact(tmp_path, seed):
     config, params = random_model(seed)
     source = open_source(write_hf(ParamsTensors(config, params), tmp_path / "out"))
     assert identical(load_params(source), params)
-    tokens = jnp.arange(20, dtype=jnp.int32)[None]
-    assert np.array_equal(lj.forward(source.config, params, tokens), lj.forward(config, params, tokens))
-    scaling = config.rope_scaling
-    if scaling is None or scaling.kind != "ntk":  # which is written as its effective theta
+    if (
+        config.rope_scaling is not None and config.rope_scaling.kind == "ntk"
+    ):  # written as its effective theta
+        tokens = np.arange(20, dtype=np.int32)[None]
+        assert np.array_equal(lj.forward(source.config, params, tokens), lj.forward(config, params, tokens))
+    else:
         assert source.config == config
 
 
@@ -47,7 +54,7 @@ def test_round_trip_is_bit_exact(tmp_path, seed):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_any_number_of_shards(tmp_path, shard_bytes, dtype):
     config, params = random_model(2)
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    params = cast(params, dtype)
     target = write_hf(ParamsTensors(config, params), tmp_path / "out", shard_bytes=shard_bytes)
     assert identical(load_params(open_source(target), dtype=dtype), params)
     files = sorted(target.glob("*.safetensors"))
@@ -68,7 +75,7 @@ def test_any_number_of_shards(tmp_path, shard_bytes, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_equal_shards(tmp_path, shards, dtype):
     config, params = random_model(2, lj.presets.TINY.replace(vocab_size=64, num_hidden_layers=4))
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    params = cast(params, dtype)
     target = write_hf(ParamsTensors(config, params), tmp_path / "out", shards=shards)
     assert len(list(target.glob("*.safetensors"))) == shards
     assert identical(load_params(open_source(target), dtype=dtype), params)
@@ -94,13 +101,12 @@ def test_dtype_of_tensors_and_config(tmp_path):
     target = write_hf(ParamsTensors(config, params), tmp_path / "out", np.dtype(jnp.bfloat16))
     assert {info.dtype for info in open_source(target).tensors.values()} == {"BF16"}
     assert json.loads((target / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    assert identical(load_params(open_source(target), dtype="bfloat16"), half)
+    assert identical(load_params(open_source(target), dtype="bfloat16"), cast(params, "bfloat16"))
 
 
 def test_mixed_dtypes_are_kept(tmp_path):
     config, params = random_model(2)
-    params = {**params, "final_norm": {"scale": params["final_norm"]["scale"].astype(jnp.bfloat16)}}
+    params = {**params, "final_norm": cast(params["final_norm"], "bfloat16")}
     first = write_hf(ParamsTensors(config, params), tmp_path / "one")
     second = write_hf(StoredTensors(open_source(first)), tmp_path / "two")
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
