@@ -1,4 +1,4 @@
-"""Runs `python -m llama_jax.train` in subprocesses: a tiny configuration, and readers of its output."""
+"""Runs the command `train` in processes: a tiny configuration, and readers of what a run writes."""
 
 from __future__ import annotations
 
@@ -6,36 +6,17 @@ import contextlib
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).parents[2]
+from tests.train.fork_server import ROOT, ForkServer, Process
 
 # A corpus with few distinct characters, so that a vocabulary of 300 has room for merges.
-_WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "then",
-    "it",
-    "ran",
-    "after",
-    "ten",
-    "rats",
-    "in",
-    "the",
-    "rain",
-]
+_TEXT = "the cat sat on a mat and then it ran after ten rats in the rain"
 
 CONFIG = """\
 [model]
@@ -54,6 +35,9 @@ validation_fraction = 0.2
 global_batch_size = 8
 seq_len = 32
 dtype = "float32"
+remat = "none"
+attention = "xla"
+loss_chunks = 1
 [optimizer]
 learning_rate = 1e-2
 warmup_steps = 5
@@ -91,11 +75,11 @@ class Workshop:
 
     Attributes:
       folder: the directory.
-      cache: JAX's compilation cache, shared by all processes.
+      server: starts the processes.
     """
 
     folder: Path
-    cache: Path
+    server: ForkServer
 
     @property
     def config(self) -> Path:
@@ -106,41 +90,33 @@ class Workshop:
         text.mkdir()
         for name in range(16):
             rng = np.random.default_rng(name)
-            lines = [" ".join(rng.choice(_WORDS, 8)) for _ in range(60)]
+            lines = [" ".join(rng.choice(_TEXT.split(), 8)) for _ in range(60)]
             (text / f"{name}.txt").write_text(".\n".join(lines))
         self.config.write_text(CONFIG.format(files=f"{text}/*.txt"))
         return self
 
-    def start(
-        self, *arguments: object, devices: int = 1, verb: str = "train", **more: Any
-    ) -> subprocess.Popen[str]:
+    def start(self, *arguments: object, devices: int = 1, verb: str = "train") -> Process:
         """Starts `llama-jax VERB ARGUMENTS ...`."""
-        module = ["-m", "llama_jax.train"] if verb == "train" else ["-m", "llama_jax.cli", verb]
-        return subprocess.Popen(
-            [sys.executable, *module, *map(str, arguments)],
-            env=os.environ | self.environment(devices) | more.pop("env", {}),
-            cwd=self.folder,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            **more,
-        )
-
-    def environment(self, devices: int) -> dict[str, str]:
-        return {
-            "PYTHONPATH": str(ROOT),
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-            "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-            "JAX_COMPILATION_CACHE_DIR": str(self.cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "COLUMNS": "500",
-        }
+        return self.server.start("llama_jax.cli:main", (verb, *arguments), devices=devices, cwd=self.folder)
 
     def run(self, *arguments: object, verb: str = "train", **more: Any) -> Done:
         """Runs a command until it ends."""
         return finish(self.start(*arguments, verb=verb, **more))
+
+    def run_all(self, *commands: Sequence[object], devices: int = 1) -> list[Done]:
+        """Runs several commands, each of a verb and its arguments, one after the other in one process."""
+        lines = json.dumps([list(map(str, command)) for command in commands])
+        function = "tests.train.fork_server:run_commands"
+        done = finish(self.server.start(function, [lines], devices=devices, cwd=self.folder))
+        assert done.status == 0, done.err
+        out, err = done.out.split("\0"), done.err.split("\0")
+        return [Done(int(out[2 * i + 1]), out[2 * i], err[i]) for i in range(len(commands))]
+
+    def train_all(self, *commands: Sequence[object], devices: int = 1) -> list[Done]:
+        """Trains several times in one process; each must succeed."""
+        done = self.run_all(*[("train", *command) for command in commands], devices=devices)
+        assert [each.status for each in done] == [0] * len(done), done
+        return done
 
     def train(self, run_dir: str, *arguments: object, status: int = 0, **more: Any) -> Done:
         """Trains in `folder/run_dir`."""
@@ -149,7 +125,19 @@ class Workshop:
         return done
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 120) -> Done:
+def environment(cache: Path) -> dict[str, str]:
+    """Of all training processes, which share a compilation cache."""
+    return os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "OPENBLAS_NUM_THREADS": "1",  # no threads before the fork
+        "COLUMNS": "500",
+    }
+
+
+def finish(process: Process, timeout: float = 120) -> Done:
     """Waits for a process; kills it after the timeout."""
     try:
         out, err = process.communicate(timeout=timeout)
@@ -160,7 +148,7 @@ def finish(process: subprocess.Popen[str], timeout: float = 120) -> Done:
 
 
 @contextlib.contextmanager
-def running(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+def running(process: Process) -> Iterator[Process]:
     """Kills a process at the end of the block."""
     try:
         yield process
@@ -169,7 +157,7 @@ def running(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], process: Process, timeout: float = 60) -> None:
     """Waits until a condition holds; fails if the process ends before."""
     end = time.monotonic() + timeout
     while not condition():

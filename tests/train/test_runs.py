@@ -7,11 +7,13 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.train.fork_server import xla_flags
 from tests.train.processes import Workshop, assert_same, finish, losses, records, running, steps, wait_for
 
 STEPS = 40
@@ -21,7 +23,13 @@ STEPS = 40
 def uninterrupted(workshop: Workshop) -> Path:
     """An uninterrupted run that keeps the checkpoint of every step."""
     flags = ("--train.steps", STEPS, "--checkpoint.every", 1, "--checkpoint.keep", 1000)
-    workshop.train("uninterrupted", *flags)
+    argv = [workshop.config, "--train.run_dir", "uninterrupted", *flags]
+    subprocess.run(
+        [sys.executable, "-m", "llama_jax.train", *map(str, argv)],
+        env={**workshop.server.environment, "XLA_FLAGS": xla_flags(devices=1)},
+        cwd=workshop.folder,
+        check=True,
+    )
     return workshop.folder / "uninterrupted"
 
 
@@ -34,29 +42,31 @@ def test_loss_decreases(uninterrupted):
 
 def test_resumed_run_equals_uninterrupted_run(workshop, uninterrupted):
     workshop.train("halves", "--train.steps", 20)
-    again = workshop.train("halves", "--train.steps", STEPS)
+    command = (workshop.config, "--train.run_dir", "halves", "--train.steps", STEPS)
+    again, complete = workshop.train_all(command, command)
     assert "resuming halves after step 20" in again.err
     assert_same(uninterrupted, workshop.folder / "halves", STEPS)
-    assert losses(workshop.folder / "halves") == losses(uninterrupted)
-    assert workshop.train("halves", "--train.steps", STEPS).err.count("is complete after 40 steps") == 1
+    assert complete.err.count("is complete after 40 steps") == 1
     assert losses(workshop.folder / "halves") == losses(uninterrupted)
 
 
 def test_generate_and_inspect_read_a_run_by_its_path(workshop, uninterrupted):
-    json_of = lambda verb, *flags: json.loads(workshop.run("uninterrupted", *flags, "--json", verb=verb).out)  # noqa: E731
-    flags = ("--prompt", "the cat", "--max-new-tokens", 8)
-    text = workshop.run("uninterrupted", *flags, verb="generate")
+    generate = ("generate", "uninterrupted", "--prompt", "the cat", "--max-new-tokens", 8)
+    inspect = ("inspect", "uninterrupted")
+    text, result, table, description = workshop.run_all(
+        generate, (*generate, "--json"), inspect, (*inspect, "--json")
+    )
     assert text.status == 0, text.err
     assert len(text.out) > 8
-    assert json_of("generate", *flags)["prompt_tokens"] > 0
-    about = json_of("inspect")
+    assert json.loads(result.out)["prompt_tokens"] > 0
+    about = json.loads(description.out)
     assert about["format"] == "orbax"
     assert about["training"]["step"] == STEPS
     assert about["training"]["metrics"]["eval_loss"] < 4
     assert len(about["training"]["steps"]) == STEPS
     evaluated = [step["step"] for step in about["training"]["steps"] if step["metrics"]]
     assert evaluated == [10, 20, 30, 40]  # those evaluated, eval.every
-    assert "eval_loss" in workshop.run("uninterrupted", verb="inspect").out
+    assert "eval_loss" in table.out
 
 
 def test_finetuning_starts_from_pretrained_weights(workshop, shared_data):
@@ -70,13 +80,12 @@ def test_finetuning_starts_from_pretrained_weights(workshop, shared_data):
         "[optimizer]\nlearning_rate = 1e-4\nwarmup_steps = 0\n[eval]\nevery = 1\nmax_new_tokens = 4\n"
         'prompt = "Once"\n[log]\ntensorboard = false\nplot = false\n'
     )
-    done = workshop.run(config)
-    assert done.status == 0, done.err
+    _, again = workshop.train_all([config], [config])
     evaluations = records(workshop.folder / "tuned", "evaluations.jsonl")
     assert evaluations[0]["eval_loss"] < 5.5
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
     assert evaluations[-1]["text"].startswith("Once upon")
-    assert "is complete after 5 steps" in workshop.run(config).err
+    assert "is complete after 5 steps" in again.err
 
 
 def stopped(workshop: Workshop, name: str, number: signal.Signals) -> int:
@@ -116,30 +125,22 @@ def test_second_ctrl_c_exits_immediately(workshop):
     with running(workshop.start(workshop.config, "--train.run_dir", "twice", *slow)) as process:
         wait_for(lambda: len(records(run)) == 1, process)
         process.send_signal(signal.SIGINT)
-        read_until(process, "stopping after this step")
+        wait_for(lambda: "stopping after this step" in process.err.read_text(), process)
         process.send_signal(signal.SIGINT)
-        assert "stopped without saving" in read_until(process, "stopped")
         assert process.wait(10) == 130
+        assert "stopped without saving" in process.err.read_text()
     assert not (run / "checkpoints").exists()
-
-
-def read_until(process: subprocess.Popen[str], message: str) -> str:
-    assert process.stderr is not None
-    for line in process.stderr:
-        if message in line:
-            return line
-    raise AssertionError(f"{message!r} was not printed")
 
 
 @pytest.mark.slow
 def test_killed_and_resumed_run_equals_uninterrupted_run(workshop, uninterrupted):
-    """Ten runs, each killed once at a random time, half of them during a checkpoint."""
+    """Four runs, each killed once at a random time, half of them during a checkpoint."""
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")  # shown on failure
     rng = random.Random(seed)
     flags = ("--train.steps", STEPS, "--checkpoint.every", 2, "--checkpoint.keep", 3)
     in_checkpoint = kills = 0
-    for attempt in range(10):
+    for attempt in range(4):
         name = f"killed-{attempt}"
         run = workshop.folder / name
         with running(workshop.start(workshop.config, "--train.run_dir", name, *flags)) as process:
@@ -149,7 +150,7 @@ def test_killed_and_resumed_run_equals_uninterrupted_run(workshop, uninterrupted
                 time.sleep(rng.uniform(0, 0.02))
             else:
                 wait_for(lambda: len(records(run)) >= 1, process)  # noqa: B023
-                time.sleep(rng.uniform(0, 1.5))
+                time.sleep(rng.uniform(0, 0.5))
             process.kill()
             process.wait()
         kills += process.returncode == -signal.SIGKILL
@@ -159,7 +160,7 @@ def test_killed_and_resumed_run_equals_uninterrupted_run(workshop, uninterrupted
         assert losses(run) == losses(uninterrupted)
         assert not saving(run)
         shutil.rmtree(run)
-    assert kills >= 8
+    assert kills >= 3
     assert in_checkpoint >= 1
 
 

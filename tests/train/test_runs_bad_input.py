@@ -50,7 +50,7 @@ Fail = Callable[..., str]
 @pytest.fixture
 def fail(workshop: Workshop, tmp_path: Path, capsys, monkeypatch) -> Fail:
     """Trains in this process, in `run` by default; returns the one-line error."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(workshop.cache))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(workshop.folder / "compiled"))
     monkeypatch.chdir(tmp_path)
 
     def fail(*flags: object, config: Path = workshop.config, status: int = 2) -> str:
@@ -228,22 +228,23 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_damaged_checkpoint_is_skipped_for_the_previous_one(workshop, run, trained, damage):
-    path = newest_file(run)
-    if damage == "flip":
-        flip(path)
-    elif damage == "truncate":
-        os.truncate(path, 10)
-    else:
-        path.unlink()
-    done = workshop.train(run, "--train.steps", 8)
-    assert f"skipping the checkpoint of step {STEPS}: " in done.err and path.name in done.err
-    assert "resuming from step 8, the newest intact checkpoint" in done.err
-    if damage == "flip":
-        workshop.train(run, "--train.steps", STEPS)
-        assert_same(trained, run, STEPS)
-        assert losses(run) == losses(trained)
+def test_damaged_checkpoint_is_skipped_for_the_previous_one(workshop, trained, tmp_path):
+    damages = {"flip": flip, "truncate": lambda path: os.truncate(path, 10), "remove": Path.unlink}
+    paths = {name: newest_file(shutil.copytree(trained, tmp_path / name)) for name in damages}
+    for name, damage in damages.items():
+        damage(paths[name])
+    runs = [(name, 8) for name in damages] + [("flip", STEPS)]
+    *all_done, _ = workshop.train_all(
+        *[
+            (workshop.config, "--train.run_dir", tmp_path / name, "--train.steps", steps)
+            for name, steps in runs
+        ]
+    )
+    for done, path in zip(all_done, paths.values(), strict=True):
+        assert f"skipping the checkpoint of step {STEPS}: " in done.err and path.name in done.err
+        assert "resuming from step 8, the newest intact checkpoint" in done.err
+    assert_same(trained, tmp_path / "flip", STEPS)
+    assert losses(tmp_path / "flip") == losses(trained)
 
 
 def test_every_checkpoint_damaged(fail, run):
@@ -287,15 +288,17 @@ def test_nonfinite_steps_abort_with_a_dump_and_are_not_saved(workshop, tmp_path)
 
 @pytest.mark.slow
 def test_profiler_trace_at_a_step_and_on_sigusr1(workshop, tmp_path):
-    flags = ("--train.steps", 8, "--train.profile_at", 3, "--train.profile_steps", 2)
-    done = workshop.train(tmp_path / "profiled", *flags)
-    assert "profiler trace in " in done.err
-    assert list((tmp_path / "profiled" / "profile").rglob("*.xplane.pb"))
-    run = tmp_path / "on_demand"
-    process = workshop.start(workshop.config, "--train.run_dir", run, "--train.steps", 100_000)
+    run = tmp_path / "profiled"
+    flags = ("--train.steps", 100_000, "--train.profile_at", 3, "--train.profile_steps", 2)
+    process = workshop.start(workshop.config, "--train.run_dir", run, *flags)
+    traces = lambda: process.err.read_text().count("profiler trace in ")  # noqa: E731
     with running(process):
-        wait_for(lambda: len(records(run)) >= 2, process)
+        wait_for(lambda: traces() == 1, process)
+        for file in (run / "profile").rglob("*.xplane.pb"):
+            file.rename(tmp_path / "first")
+        assert (tmp_path / "first").exists()
         process.send_signal(signal.SIGUSR1)
-        wait_for(lambda: any((run / "profile").rglob("*.xplane.pb")), process)
+        wait_for(lambda: traces() == 2, process)
+        assert any((run / "profile").rglob("*.xplane.pb"))
         process.send_signal(signal.SIGTERM)
         assert finish(process).status == 143
