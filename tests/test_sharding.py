@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,51 +16,78 @@ from llama_jax.errors import ConfigError
 from tests.random_models import random_prompts
 
 CONFIG = lj.presets.TINY
-MESHES = ["fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2", "fsdp=2,context=2,tensor=2", "context=8"]
 KEY = jax.random.key(0)
 
 
-@pytest.fixture(scope="module")
-def alone():
-    """Results without a mesh: parameters, prompts, logits, loss, gradient, greedy and sampled generation."""
-    params = lj.init(CONFIG, KEY)
+@functools.cache
+def prompts():
     tokens, lengths = random_prompts(0, CONFIG, [5, 32, 1, 9, 8, 8, 30, 2])
-    tokens = np.where(tokens < CONFIG.vocab_size, tokens, 0)
-    return params, tokens, lengths, *everything(params, tokens, lengths, "xla")
+    return np.where(tokens < CONFIG.vocab_size, tokens, 0), lengths
 
 
-def everything(params, tokens, lengths, backend):
-    options = {"attention_backend": backend, "remat": "full"}
-    logits = jax.jit(lambda p: lj.forward(CONFIG, p, tokens, attention_backend=backend))(params)
-    mean = lambda p: lj.next_token_loss(CONFIG, p, tokens, **options).mean  # noqa: E731
-    value, grads = jax.jit(jax.value_and_grad(mean))(params)
+@pytest.fixture(scope="module")
+def params():
+    return lj.init(CONFIG, KEY)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def losses(params, tokens, backend):
+    """Logits, mean loss and its gradients."""
+    options = lj.ForwardOptions(attention_backend=backend, remat="full")
+    mean = lambda params: lj.next_token_loss(CONFIG, params, tokens, options=options).mean  # noqa: E731
+    logits = lj.forward(CONFIG, params, tokens, attention_backend=backend)
+    return logits, *jax.value_and_grad(mean)(params)
+
+
+def generate(params):
+    """Greedy and sampled rows."""
     sampling = lj.Sampling(temperature=np.array([0, 1] * 4), top_p=0.9, repetition_penalty=1.2)
-    out = lj.generate(CONFIG, params, tokens, lengths, KEY, sampling, max_new_tokens=6, eos_id=[3, 40])
-    return logits, value, grads, out
+    return lj.generate(CONFIG, params, *prompts(), KEY, sampling, max_new_tokens=6, eos_id=[3, 40])
 
 
-@pytest.mark.parametrize("backend", ["xla", "blockwise"])
-@pytest.mark.parametrize("spec", MESHES)
-def test_meshes_equal_one_device(alone, spec, backend):
-    params, tokens, lengths, logits, value, grads, out = alone
+@pytest.fixture(scope="module")
+def alone(params):
+    """Results without a mesh."""
+    return losses(params, prompts()[0], "xla")
+
+
+# Each axis with each backend, and an axis of all devices.
+@pytest.mark.parametrize(
+    ("spec", "backend"),
+    [
+        ("data=2,fsdp=2,tensor=2", "xla"),
+        ("fsdp=4,tensor=2", "blockwise"),
+        ("data=2,context=2,tensor=2", "blockwise"),
+        ("context=8", "xla"),
+    ],
+)
+def test_losses_on_a_mesh_equal_those_of_one_device(params, alone, spec, backend):
+    mesh = sharding.make_mesh(spec)
+    with jax.set_mesh(mesh):
+        logits, value, grads = losses(lj.shard_params(params, mesh, CONFIG), prompts()[0], backend)
+    np.testing.assert_allclose(logits, alone[0], atol=2e-6)
+    np.testing.assert_allclose(value, alone[1], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, alone[2])
+
+
+@pytest.mark.parametrize("spec", ["data=2,fsdp=2,tensor=2", "fsdp=2,context=2,tensor=2"])
+def test_parameters_and_generation_on_a_mesh_equal_those_of_one_device(params, spec):
+    expected = generate(params)
     with jax.set_mesh(sharding.make_mesh(spec)):
         here = lj.init(CONFIG, KEY)
         jax.tree.map(np.testing.assert_array_equal, here, params)
-        got = everything(here, tokens, lengths, backend)
-    np.testing.assert_allclose(got[0], logits, atol=2e-6)
-    np.testing.assert_allclose(got[1], value, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got[2], grads)
-    np.testing.assert_array_equal(got[3].tokens, out.tokens)
-    np.testing.assert_allclose(got[3].logprobs, out.logprobs, atol=1e-5)
+        out = generate(here)
+    np.testing.assert_array_equal(out.tokens, expected.tokens)
+    np.testing.assert_allclose(out.logprobs, expected.logprobs, atol=1e-5)
 
 
-def test_parameters_are_sharded_as_in_the_table():
+def test_parameters_are_sharded_as_in_the_table(params):
     mesh = sharding.make_mesh("fsdp=4,tensor=2")
     specs = sharding.param_specs(CONFIG)
     with jax.set_mesh(mesh):
         made = lj.init(CONFIG, KEY)
-    laid = lj.shard_params(lj.init(CONFIG, KEY), mesh, CONFIG)
-    unstacked = lj.shard_params(lj.unstack(lj.init(CONFIG, KEY)), mesh, CONFIG)
+    laid = lj.shard_params(params, mesh, CONFIG)
+    unstacked = lj.shard_params(lj.unstack(params), mesh, CONFIG)
     for tree in (made, laid):
         jax.tree.map(
             lambda leaf, spec: (
@@ -72,8 +101,7 @@ def test_parameters_are_sharded_as_in_the_table():
     assert unstacked["layers"][0]["attention"]["wq"].addressable_shards[0].data.shape == (16, 4, 8)
 
 
-def test_out_sharding_has_only_axes_of_the_mesh():
-    params = lj.init(CONFIG, KEY)
+def test_out_sharding_has_only_axes_of_the_mesh(params):
     tokens = np.ones((4, 8), np.int32)
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
     expected = lj.forward(CONFIG, params, tokens)
@@ -155,23 +183,21 @@ def test_error_names_the_sizes_that_divide_the_model():
         lj.init(config, KEY)
 
 
-def test_error_names_a_batch_size_that_divides():
-    with jax.set_mesh(sharding.make_mesh("fsdp=8")):
-        params = lj.init(CONFIG, KEY)
-        with pytest.raises(
-            ConfigError, match=r"batch of 3 rows does not divide .* of size 8; use a multiple of 8"
-        ):
-            lj.forward(CONFIG, params, np.ones((3, 4), np.int32))
+def test_error_names_a_batch_size_that_divides(params):
+    mesh = sharding.make_mesh("fsdp=8")
+    sharded = lj.shard_params(params, mesh, CONFIG)
+    message = r"batch of 3 rows does not divide .* of size 8; use a multiple of 8"
+    with jax.set_mesh(mesh), pytest.raises(ConfigError, match=message):
+        lj.forward(CONFIG, sharded, np.ones((3, 4), np.int32))
 
 
-def test_mesh_may_omit_axes():
+def test_mesh_may_omit_axes(params):
     mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
-    params = lj.shard_params(lj.init(CONFIG, KEY), mesh, CONFIG)
-    assert params["layers"]["attention"]["wq"].addressable_shards[0].data.shape == (2, 64, 4, 8)
+    sharded = lj.shard_params(params, mesh, CONFIG)
+    assert sharded["layers"]["attention"]["wq"].addressable_shards[0].data.shape == (2, 64, 4, 8)
 
 
-def test_forward_checks_the_model_against_the_mesh():
-    params = lj.init(CONFIG, KEY)
+def test_forward_checks_the_model_against_the_mesh(params):
     with (
         jax.set_mesh(sharding.make_mesh("tensor=8")),
         pytest.raises(ConfigError, match="num_key_value_heads 4 does not divide over axis tensor of size 8"),

@@ -74,7 +74,7 @@ def assert_equal_trees(a: Any, b: Any) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_head_replaces_the_output_projection(tied):
     config = CLASSIFIER.replace(tie_word_embeddings=tied)
-    params = lj.init(config, jax.random.key(0))
+    params = jax.eval_shape(lambda: lj.init(config, jax.random.key(0)))
     assert "lm_head" not in params and params["score"]["kernel"].shape == (16, 3)
     assert config.num_params == sum(leaf.size for leaf in jax.tree.leaves(params))
 
@@ -220,7 +220,7 @@ def test_adapters_with_a_head(kind, classifier, tmp_path):
     settings = KINDS[kind]
     params = random_model(3, BASE)[1]
     adapter = any_adapter.init(settings, BASE, params, jax.random.key(0))
-    adapter = jax.tree.map(lambda x: x + 0.1, adapter)
+    adapter = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.1), adapter)
     base = lj.save(Model(BASE, params, classifier.tokenizer, tmp_path), tmp_path / "base")
     head = classifier.params["score"]["kernel"]
     held = Head(np.asarray(head).T, LABELS)

@@ -31,6 +31,8 @@ from tests.tokenizer.test_sentencepiece_model import goldens
 from tests.weights.test_load import assert_same, one_line
 from tests.weights.writers import CONFIG, quantized, random_params, write_gguf
 
+# Each kind of RoPE scaling; tied or not; groups of 1, 2 and 3 heads; 1 to 3 layers.
+SEEDS = (0, 1, 4, 5, 8, 11)
 NO_VOCABULARY = Vocabulary()
 
 
@@ -63,9 +65,10 @@ def stored_config(config: LlamaConfig) -> LlamaConfig:
     return config.replace(rope_scaling=None, rope_theta=float(str(np.float32(theta))))
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_round_trip_is_bit_exact(seed: int, tmp_path: Path) -> None:
     config, params = random_model(seed)
+    params = jax.device_get(params)  # slices of device arrays would compile a program for each shape
     source = write_and_open(ParamsTensors(config, params), tmp_path / "a.gguf")
     assert source.config == stored_config(config)
     assert_stores(source, params)
@@ -347,8 +350,12 @@ def test_smollm2_round_trip(dtype: str | None, smollm2: lj.Model, smollm2_path: 
     loaded = lj.load(tmp_path / "a.gguf")
     if dtype is None:
         assert_same(loaded.params, smollm2.params)
-    errors = jax.tree.map(lambda a, b: float(abs(a - b).max() / abs(b).max()), loaded.params, smollm2.params)
+    errors = jax.tree.map(
+        lambda a, b: float(np.abs(np.subtract(a, b)).max() / np.abs(b).max()), loaded.params, smollm2.params
+    )
     assert max(jax.tree.leaves(errors)) <= {None: 0, "float16": 2**-11, "q8_0": 0.5 / 127 + 2**-10}[dtype]
-    text = "Once upon a time, there was a little girl named Lily. She loved to play outside"
-    story = loaded.generate(text, max_new_tokens=8, temperature=0.0)
-    assert story == smollm2.generate(text, max_new_tokens=8, temperature=0.0)
+    text = "Once upon a time, there was a little girl named Lily. She loved to play outside with her friends."
+    tokens = np.array([smollm2.tokenizer.encode(text)], np.int32)
+    assert loaded.tokenizer.encode(text) == tokens[0].tolist()
+    ours, theirs = (np.asarray(lj.forward(m.config, m.params, tokens)) for m in (loaded, smollm2))
+    np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1))

@@ -19,6 +19,8 @@ from llama_jax.weights.write.run import write
 from llama_jax.weights.write.vocabulary import Vocabulary
 from tests.random_models import random_model
 
+# Each kind of RoPE scaling; tied or not; groups of 1, 2 and 3 heads; 1 to 3 layers.
+SEEDS = (0, 1, 4, 5, 8, 11)
 VOCABULARY = Vocabulary(files={"tokenizer.json": b"{}"}, bos_id=1, eos_ids=(2,), pad_id=0)
 
 
@@ -36,10 +38,11 @@ def cast(params, dtype):
     return jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), params)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_round_trip_is_bit_exact(tmp_path, seed):
     config, params = random_model(seed)
-    source = open_source(write_hf(ParamsTensors(config, params), tmp_path / "out"))
+    host = jax.device_get(params)  # slices of device arrays would compile a program for each shape
+    source = open_source(write_hf(ParamsTensors(config, host), tmp_path / "out"))
     assert identical(load_params(source), params)
     if (
         config.rope_scaling is not None and config.rope_scaling.kind == "ntk"
