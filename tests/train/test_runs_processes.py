@@ -86,8 +86,7 @@ def test_two_processes_precompute_and_reread_the_reference(workshop, shared_data
         done = [finish(process) for process in start_two(workshop, "reference-two", *flags, config=config)]
         assert [each.status for each in done] == [0, 0], done
         assert ("reference: computing the log-probabilities of 40 pairs" in done[0].err) == computes
-    alone = workshop.run(config, "--train.run_dir", "reference-one", *flags, devices=2)
-    assert alone.status == 0, alone.err
+    workshop.train_all((config, "--train.run_dir", one, *flags), devices=2)
     assert (one / REFERENCE_FILE).read_bytes() == (two / REFERENCE_FILE).read_bytes()
     assert_same(one, two, 4)
     assert losses(one) == losses(two)
