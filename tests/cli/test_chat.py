@@ -294,6 +294,7 @@ def test_json_output_excludes_the_prompt(terminal, args, answers, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_smollm2_answers_over_two_turns(run):
     done = run(
         ["chat", "smollm2-135m", "--max-new-tokens", "40"], "What is the capital of France?\nAnd of Italy?\n"

@@ -160,17 +160,17 @@ def test_help_has_examples(run, verb):
 
 
 def test_exit_status_of_the_process(tiny_path):
-    command = [sys.executable, "-m", "llama_jax.cli", "tokenizer"]
-    good = subprocess.run([*command, "encode", tiny_path, "ab"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "llama_jax.cli"]
+    good = subprocess.run([*command, "models"], capture_output=True, text=True)
     assert (good.returncode, good.stderr) == (0, "")
-    bad = subprocess.run([*command, "decode", tiny_path, "9999"], capture_output=True, text=True)
+    bad = subprocess.run([*command, "tokenizer", "decode", tiny_path, "9999"], capture_output=True, text=True)
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr.startswith("error: ")
     assert bad.stderr.count("\n") == 1
 
 
-def test_closed_pipe_prints_no_error(tiny_path):
-    command = [sys.executable, "-m", "llama_jax.cli", "inspect", tiny_path, "--json"]
+def test_closed_pipe_prints_no_error():
+    command = [sys.executable, "-m", "llama_jax.cli", "models", "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b""
@@ -198,8 +198,8 @@ def test_closed_stream_prints_no_traceback(args, closed):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")  # noqa: PTH110
-def test_unwritable_stdout(tiny_path):
-    command = [sys.executable, "-m", "llama_jax.cli", "inspect", tiny_path]
+def test_unwritable_stdout():
+    command = [sys.executable, "-m", "llama_jax.cli", "models"]
     with open("/dev/full", "w") as full:  # noqa: PTH123
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2

@@ -171,13 +171,14 @@ def test_peak_host_memory_is_a_few_tensors(tmp_path: Path) -> None:
     assert peak < 4 * largest
 
 
+@pytest.mark.slow
 def test_smollm2(smollm2_path: Path) -> None:
     source = open_source(smollm2_path)
     assert source.config == lj.presets.SMOLLM2_135M
     assert source.detected_by == "the file begins with GGUF"
     params = load_params(source, dtype=jnp.bfloat16)
     assert sum(x.size for x in jax.tree.leaves(params)) == source.config.num_params == 134_515_008
-    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
 def test_stories260k_generates_the_golden_text(shared_data: Path) -> None:
@@ -188,11 +189,11 @@ def test_stories260k_generates_the_golden_text(shared_data: Path) -> None:
     assert sum(x.size for x in jax.tree.leaves(params)) == config.num_params
     golden = (shared_data / "stories260K" / "golden_greedy_200.txt").read_text()
     vocabulary = _llama2c_vocabulary(shared_data / "stories260K" / "tok512.bin", config.vocab_size)
-    lengths, key = jnp.array([1]), jax.random.key(0)
+    lengths, key = np.array([1]), jax.random.key(0)
     out = lj.generate(
-        config, params, jnp.array([[1]]), lengths, key, lj.Sampling(temperature=0.0), max_new_tokens=60
+        config, params, np.array([[1]]), lengths, key, lj.Sampling(temperature=0.0), max_new_tokens=60
     )
-    text = "".join(vocabulary[int(token)] for token in out.tokens[0]).lstrip()
+    text = "".join(vocabulary[int(token)] for token in np.asarray(out.tokens)[0]).lstrip()
     assert len(text) > 100
     assert golden.startswith(text)
 
