@@ -65,7 +65,7 @@ def vocabulary(size):
 def model_on_disk(folder, config, dtype="float32"):
     """A Hugging Face directory of a random model, and its parameters."""
     config, params = random_model(3, config)
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    params = jax.tree.map(lambda x: jax.device_put(np.asarray(x).astype(jnp.dtype(dtype))), params)
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes(vocabulary(config.vocab_size))
     tokenizer = load_tokenizer(folder)
@@ -75,7 +75,8 @@ def model_on_disk(folder, config, dtype="float32"):
 
 
 def identical(a, b):
-    return jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b))
+    """Whether two trees have the same types and values; in numpy, which compiles nothing."""
+    return jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(x, y), a, b))
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -168,7 +169,8 @@ def test_added_tokens_are_never_produced_by_the_tokenizer(tmp_path, format):
     assert model.config.vocab_size == model.tokenizer.vocab_size == 328
     assert model.tokenizer.encode("w3 [PAD321]") == load_tokenizer(tmp_path / "a").encode("w3 [PAD321]")
     assert model.tokenizer.decode([320, 327]) in ("", "[PAD320][PAD327]")
-    assert model.generate("w3", max_new_tokens=3) is not None
+    if format == "hf":  # one is enough: all have the same parameters
+        assert model.generate("w3", max_new_tokens=3) is not None
 
 
 @pytest.mark.slow
