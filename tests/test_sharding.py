@@ -98,6 +98,8 @@ def test_parameters_are_sharded_as_in_the_table(params):
             specs,
         )
     assert made["layers"]["attention"]["wq"].addressable_shards[0].data.shape == (2, 16, 4, 8)
+    down = made["layers"]["feed_forward"]["w_down"]
+    assert down.addressable_shards[0].data.shape == (2, CONFIG.intermediate_size // 2, 16)
     assert unstacked["layers"][0]["attention"]["wq"].addressable_shards[0].data.shape == (16, 4, 8)
 
 
