@@ -21,6 +21,7 @@ from llama_jax.decoding import arguments, generation
 from llama_jax.errors import ConfigError, InputError
 from tests.decoding.compiled import counting_compiles, loop_body
 from tests.decoding.uncached import logprobs_by_forward, pick
+from tests.optimized import optimized
 from tests.random_models import SMALL, random_model, random_prompts
 
 GREEDY = lj.Sampling(temperature=0.0)
@@ -257,7 +258,7 @@ def test_prefill_memory_grows_with_the_cache_alone():
         program = generation._prefill_bucketed.lower(
             config, weights, *request[:2], np.int32(length - 1), KEY, *request[2:4], np.int32(8), **static
         )
-        temporary.append(program.compile().memory_analysis().temp_size_in_bytes)
+        temporary.append(optimized(program).memory_analysis().temp_size_in_bytes)
     kv = 2 * config.num_key_value_heads * config.head_dim * 4
     assert temporary[1] - temporary[0] <= 2 * kv * (8192 - 2048)  # the cache itself, in and out of the loop
 
@@ -277,7 +278,10 @@ def test_several_sequences_per_prompt_and_the_most_likely_tokens(sampling):
     np.testing.assert_allclose(out.top_logprobs, np.take_along_axis(logprobs, ids, -1), atol=2e-5)
 
 
-@pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-5), ("bfloat16", 0.1), ("int8", 0.1)])
+@pytest.mark.parametrize(
+    ("dtype", "close"),
+    [("float32", 1e-5), pytest.param("bfloat16", 0.1, marks=pytest.mark.slow), ("int8", 0.1)],
+)
 def test_a_cache_of_lower_precision_gives_nearly_the_same_log_probabilities(dtype, close):
     tokens, lengths = random_prompts(6, CONFIG, [40, 21, 5, 33])
     forced = lj.Sampling(forced_tokens=np.random.default_rng(0).integers(0, CONFIG.vocab_size, 12))
@@ -292,8 +296,8 @@ def compiled_loop(rows):
     request = arguments.prepare_request(CONFIG, TOKENS[:rows], LENGTHS[:rows], GREEDY, None, 12)
     static = {"num_return_sequences": 1, "top_logprobs": 0, "cache_dtype": None}
     state = generation.prefill_jit(CONFIG, PARAMS, request, KEY, 12, **static)
-    compiled = generation.decode_program("cpu").lower(CONFIG, PARAMS, state, np.int32(12)).compile()
-    return loop_body(compiled.as_text())
+    lowered = generation.decode_program("cpu").lower(CONFIG, PARAMS, state, np.int32(12))
+    return loop_body(optimized(lowered).as_text())
 
 
 def test_the_compiled_loop_never_copies_the_cache_or_a_weight():
@@ -386,6 +390,7 @@ def test_no_type_of_a_setting_and_no_length_within_a_bucket_recompiles():
         assert not compiled
 
 
+@pytest.mark.slow
 def test_one_bf16_prompt_on_a_mesh():
     """Sums are rounded in another order on a mesh, so only log-probabilities of given tokens compare."""
     prompt = TOKENS[:1], LENGTHS[:1]
@@ -415,7 +420,10 @@ def test_one_row_of_multi_head_attention_on_a_mesh():
     np.testing.assert_array_equal(out.tokens, expected.tokens)
 
 
-@pytest.mark.parametrize(("spec", "count"), [("fsdp=2,context=2,tensor=2", 3), ("data=2,fsdp=4", 1)])
+@pytest.mark.parametrize(
+    ("spec", "count"),
+    [("fsdp=2,context=2,tensor=2", 3), pytest.param("data=2,fsdp=4", 1, marks=pytest.mark.slow)],
+)
 def test_a_batch_that_does_not_divide_the_mesh_is_replicated(spec, count):
     """With 8 sequences of one prompt, the batch divides the mesh where the prompts do not."""
     prompts = TOKENS[:count], LENGTHS[:count]

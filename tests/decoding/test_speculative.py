@@ -23,6 +23,7 @@ from llama_jax.decoding.logits_processors import TokenHistory
 from llama_jax.decoding.speculative import speculative_generate
 from llama_jax.errors import InputError
 from tests.decoding.compiled import counting_compiles, loop_body
+from tests.optimized import optimized
 from tests.random_models import random_model
 
 KEY = jax.random.key(0)
@@ -92,6 +93,12 @@ def same(ours, theirs):
 
 SOURCES = {"lookup": PromptLookup(), "model": draft_of(10)}
 sources = pytest.mark.parametrize("draft", SOURCES.values(), ids=SOURCES)
+# The larger program of a draft model only where time does not matter.
+lookup_first = pytest.mark.parametrize(
+    "draft",
+    [SOURCES["lookup"], pytest.param(SOURCES["model"], marks=pytest.mark.slow)],
+    ids=list(SOURCES),
+)
 
 
 @pytest.mark.parametrize("settings", [GREEDY, MIXED], ids=["greedy", "mixed"])
@@ -131,7 +138,7 @@ def test_a_model_accepts_all_of_its_own_drafts_and_stops_at_eos():
         same(run(seed, GREEDY, draft_of(seed), eos_id=ends).output, run(seed, eos_id=ends))
 
 
-@sources
+@lookup_first
 def test_a_row_in_a_batch_is_the_row_alone_and_each_round_adds_one_token_to_those_accepted(draft):
     tokens, lengths = prompts(2)
     keys = jax.random.split(KEY, ROWS)
@@ -251,7 +258,7 @@ def test_prompt_lookup_copies_what_followed_the_latest_longest_match(row, sizes)
     assert got == expected
 
 
-@sources
+@lookup_first
 def test_works_inside_jit_vmap_and_shard_map(draft):
     """Each device takes one row, under several temperatures."""
     # While tracing, the cache has exactly the length that the longest row fills.
@@ -276,7 +283,7 @@ def test_works_inside_jit_vmap_and_shard_map(draft):
         np.testing.assert_array_equal(out[i], expected.output.tokens)
 
 
-@sources
+@lookup_first
 @pytest.mark.parametrize(
     ("spec", "rows"),
     [
@@ -328,11 +335,11 @@ def test_the_compiled_rounds_never_copy_a_cache_or_a_weight(draft):
     weights = lj.unstack(params_of(0))
     if isinstance(draft, DraftModel):
         draft = DraftModel(CONFIG, lj.unstack(draft.params))
-    compiled = speculative._speculative_loop.lower(
+    lowered = speculative._speculative_loop.lower(
         CONFIG, weights, draft, request.tokens, request.lengths, np.int32(19), KEY, request.sampling,
         request.eos_ids, np.int32(NEW), num_draft_tokens=K, new_tokens=128, cache_dtype=None,
-    ).compile()  # fmt: skip
-    body = loop_body(compiled.as_text())
+    )  # fmt: skip
+    body = loop_body(optimized(lowered).as_text())
     cache = ROWS, CONFIG.num_key_value_heads, 128 + K, CONFIG.head_dim
     assert "f32[" + ",".join(map(str, cache)) + "]" in body and "dot" in body
     large = {math.prod(cache)} | {leaf.size for leaf in jax.tree.leaves(weights) if leaf.ndim > 1}
