@@ -15,6 +15,7 @@ from llama_jax import sharding
 from llama_jax.loss import cross_entropy
 from llama_jax.ops.fused_cross_entropy import fused_cross_entropy
 from llama_jax.sharding import make_mesh
+from tests.optimized import optimized
 from tests.random_models import random_model
 
 B, T, D, V = 8, 12, 16, 24
@@ -118,7 +119,7 @@ def test_logits_are_computed_once_and_one_chunk_at_a_time():
 
     def program(loss):
         run = jax.value_and_grad(lambda x, p: loss(x, p, *rest, jnp.float32(0), chunks=4), (0, 1))
-        return jax.jit(run).lower(x, params).compile().as_text()
+        return optimized(jax.jit(run).lower(x, params)).as_text()
 
     fused, plain = program(by_fused), program(by_autodiff)
     products = [len(re.findall(r" dot\(", text)) for text in (fused, plain)]

@@ -22,6 +22,7 @@ from llama_jax import layers, ops, rope, sharding
 from llama_jax.ops import blockwise_attention as blockwise
 from llama_jax.ops import compiler_options, layouts, linear, products, quantization, spmd, swiglu
 from llama_jax.ops.products import dot
+from tests.optimized import optimized
 
 F32, BF16, INT8 = jnp.float32, jnp.bfloat16, jnp.int8
 JAX = f"JAX {jax.__version__}"
@@ -33,7 +34,7 @@ def array(*shape: int, dtype: Any = F32) -> jax.ShapeDtypeStruct:
 
 def compiled(function: Any, *arguments: Any, **options: Any) -> str:
     """The optimized HLO for the CPU."""
-    return jax.jit(function, **options).lower(*arguments).compile().as_text()
+    return optimized(jax.jit(function, **options).lower(*arguments)).as_text()
 
 
 def results(hlo: str, *operations: str) -> list[str]:

@@ -23,6 +23,7 @@ from llama_jax.train.objectives.language_modeling import language_modeling
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import TrainState, create_state
 from llama_jax.train.step import build_step, make_step
+from tests.optimized import optimized
 
 MODEL = lj.LlamaConfig(
     vocab_size=96,
@@ -345,7 +346,7 @@ def test_logits_of_a_whole_batch_are_never_materialized():
         changed(train={"global_batch_size": 4, "seq_len": 64, "loss_chunks": 8}),
     )
     step, state, batch, _ = build_step(run, model, None, "cpu")
-    program = step.lower(state, batch).compile()
+    program = optimized(step.lower(state, batch))
     logits = 4 * 64 * 16_000 * 4
     gradients = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
     assert program.memory_analysis().temp_size_in_bytes - gradients < logits
