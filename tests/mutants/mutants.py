@@ -337,7 +337,7 @@ MUTANTS = (
         "the validation set is empty and its records are trained on",
         "mask = keys < np.uint64(fraction * 2.0**64)",
         "mask = keys < np.uint64(0)",
-        ("tests/train/data/test_held_out.py",),
+        ("tests/train/data/test_validation.py",),
     ),
     Mutant(
         "feed-rows-swapped",
@@ -361,7 +361,7 @@ MUTANTS = (
         "the averaged weights follow the newest step",
         "decay * old + (1 - decay) * new",
         "(1 - decay) * old + decay * new",
-        ("tests/train/test_optimizer.py", "tests/train/test_step.py"),
+        ("tests/train/test_objectives.py", "tests/train/test_step.py"),
     ),
     Mutant(
         "error-status",
