@@ -19,7 +19,7 @@ SMALL = lj.LlamaConfig(
     num_hidden_layers=1,
     num_attention_heads=4,
     num_key_value_heads=2,
-    head_dim=8,
+    head_dim=16,
     max_position_embeddings=512,
     rope_scaling=lj.RopeScaling("llama3", 8.0, original_max_position_embeddings=32),
 )
