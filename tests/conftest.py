@@ -5,12 +5,14 @@ import importlib.metadata
 import os
 
 # The suite compiles thousands of small programs and runs each a few times: LLVM's effort would be most of it.
-QUICK_COMPILES = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if importlib.metadata.version("jax").startswith("0.10."):
-    # Half the time of a compile. Newer versions of JAX have only the new emitters: `make test-jax` tests them.
-    QUICK_COMPILES += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+# JAX 0.10 compiles in half the time without XLA's fusion emitters, which newer versions always use;
+# `make test-jax` tests with those, and `optimized.py` compiles with them.
 os.environ["XLA_FLAGS"] = (
-    f"--xla_force_host_platform_device_count=8 {QUICK_COMPILES} {os.environ.get('XLA_FLAGS', '')}"
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true "
+    + "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+    * importlib.metadata.version("jax").startswith("0.10.")
+    + os.environ.get("XLA_FLAGS", "")
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -81,6 +83,6 @@ def _few_programs() -> Iterator[None]:
         jax.clear_caches()
 
 
-# Tracing makes many objects and few cycles: full collections over all that is imported were a tenth of the time.
+# Tracing makes many objects and few cycles: collections over all that is imported took a tenth of the time.
 gc.freeze()
 gc.set_threshold(50_000, 20, 50)

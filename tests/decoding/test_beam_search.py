@@ -20,10 +20,10 @@ from llama_jax.decoding.arguments import pad_right
 from llama_jax.decoding.beam_search import beam_search
 from llama_jax.errors import InputError
 from tests.decoding.compiled import counting_compiles, loop_body
-from tests.decoding.uncached import logprobs_by_forward, pick
 from tests.golden import beams, cases
 from tests.optimized import optimized
 from tests.random_models import SMALL, random_model, random_prompts
+from tests.uncached import logprobs_by_forward, pick
 
 KEY = jax.random.key(0)
 CONFIG, STACKED = random_model(0, SMALL)

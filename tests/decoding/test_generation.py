@@ -20,9 +20,9 @@ from llama_jax import sharding
 from llama_jax.decoding import arguments, generation
 from llama_jax.errors import ConfigError, InputError
 from tests.decoding.compiled import counting_compiles, loop_body
-from tests.decoding.uncached import logprobs_by_forward, pick
 from tests.optimized import optimized
 from tests.random_models import SMALL, random_model, random_prompts
+from tests.uncached import logprobs_by_forward, pick
 
 GREEDY = lj.Sampling(temperature=0.0)
 RANDOM = lj.Sampling(temperature=0.9, top_k=20, top_p=0.95, repetition_penalty=1.1)
