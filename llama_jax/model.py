@@ -112,7 +112,13 @@ def init(config: LlamaConfig, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.
     Returns:
       The parameter tree, layers stacked.
     """
+    if sharding.explicit_axes():
+        sharding.check_mesh(config, jax.sharding.get_abstract_mesh())
+    return _init(config, jnp.dtype(dtype), key)
 
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init(config: LlamaConfig, dtype: jax.typing.DTypeLike, key: jax.Array) -> Params:
     def make(key: jax.Array) -> Params:
         embed_key, head_key, layers_key = jax.random.split(key, 3)
         v, d = config.vocab_size, config.hidden_size
@@ -135,11 +141,10 @@ def init(config: LlamaConfig, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.
         return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
     if not sharding.explicit_axes():
-        return jax.jit(make)(key)
-    sharding.check_mesh(config, jax.sharding.get_abstract_mesh())
+        return make(key)
     specs = jax.tree.map(sharding.out_sharding, sharding.param_specs(config), is_leaf=sharding.is_spec)
     # With automatic axes the partitioner makes each device compute only its own shards.
-    return jax.jit(jax.sharding.auto_axes(make, out_sharding=specs))(key)
+    return jax.sharding.auto_axes(make, out_sharding=specs)(key)
 
 
 def forward(

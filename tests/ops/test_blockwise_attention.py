@@ -62,7 +62,7 @@ def test_bf16_gradients_are_as_accurate_as_autodiff():
 
 def test_masked_tiles_are_skipped():
     """A NaN in a masked tile reaches neither the output nor a gradient."""
-    q, k, v = inputs(2, length=LENGTH)
+    q, k, v = map(jnp.asarray, inputs(2, length=LENGTH))
     weight = jnp.arange(LENGTH)[None, :, None, None] < 8  # the later queries read the later keys
 
     def total(q, k, v):
@@ -78,7 +78,7 @@ def test_masked_tiles_are_skipped():
 
 
 def test_tiles_of_other_segments_are_skipped():
-    q, k, v = inputs(3, length=LENGTH)
+    q, k, v = map(jnp.asarray, inputs(3, length=LENGTH))
     mask = causal(2, LENGTH, jnp.broadcast_to(jnp.arange(LENGTH) // 8, (2, LENGTH)))
     expected = attention(q, k, v, mask, backend="blockwise", block_size=4)
     first = attention(q, k.at[:, :, :8].set(jnp.nan), v, mask, backend="blockwise", block_size=4)

@@ -207,7 +207,7 @@ def test_a_message_without_an_answer_is_dropped(chat, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(session, "_begin", interrupted)
+        patch.setattr(session, "_init_state", interrupted)
         with pytest.raises(KeyboardInterrupt):
             reply(chat, "the cat")
     chat.say("the cat")  # the generator is never consumed
