@@ -324,6 +324,14 @@ MUTANTS = (
         ("tests/train/test_objectives.py",),
     ),
     Mutant(
+        "ranking-margin-sign",
+        "train/objectives/heads.py",
+        "a larger margin asks for less difference between the rewards",
+        "return -jax.nn.log_sigmoid(chosen - rejected - margin)",
+        "return -jax.nn.log_sigmoid(chosen - rejected + margin)",
+        ("tests/train/test_objectives.py",),
+    ),
+    Mutant(
         "packed-positions",
         "train/data/packing.py",
         "positions do not restart in each packed example",

@@ -191,6 +191,26 @@ def test_dpo_on_packed_pairs_equals_each_pair_alone(params, preference):
     np.testing.assert_allclose(others["reward_margin"], (chosen - rejected).sum(), rtol=1e-3, atol=1e-4)
 
 
+def test_preference_losses_are_those_of_their_papers():
+    """DPO (arXiv 2305.18290, eq. 7), cDPO, IPO (2310.12036, eq. 17) and Llama 2's ranking loss (eq. 2)."""
+    rng = np.random.default_rng(0)
+    numbers = chosen, rejected, old_chosen, old_rejected = rng.normal(-9, 3, (4, 6)).astype(np.float32)
+    lengths = rng.integers(1, 9, (2, 6)).astype(np.float32)
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+    gains = chosen - old_chosen, rejected - old_rejected
+    margin = 0.3 * (gains[0] - gains[1])
+    losses, *rewards = dpo_loss(*numbers, beta=0.3)
+    np.testing.assert_allclose(losses, -np.log(sigmoid(margin)), rtol=1e-5)
+    np.testing.assert_allclose(rewards, 0.3 * np.stack(gains), rtol=1e-5)
+    smoothed = -0.8 * np.log(sigmoid(margin)) - 0.2 * np.log(sigmoid(-margin))
+    np.testing.assert_allclose(dpo_loss(*numbers, beta=0.3, label_smoothing=0.2)[0], smoothed, rtol=1e-5)
+    ipo = (gains[0] / lengths[0] - gains[1] / lengths[1] - 1 / 0.6) ** 2
+    found = dpo_loss(*numbers, beta=0.3, loss_type="ipo", lengths=tuple(lengths))[0]
+    np.testing.assert_allclose(found, ipo, rtol=1e-4)
+    ranked = -np.log(sigmoid(chosen - rejected - 0.5))
+    np.testing.assert_allclose(ranking_loss(chosen, rejected, 0.5), ranked, rtol=1e-5)
+
+
 def test_policy_equal_to_its_reference_has_accuracy_one_half(params):
     total, count, others = measure("dpo", params, examples(), reference=params)
     np.testing.assert_allclose(total / count, np.log(2), rtol=1e-6)
