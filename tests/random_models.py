@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,18 +59,23 @@ def random_config(seed: int) -> lj.LlamaConfig:
     )
 
 
+def normal(seed: int, shapes: Any, deviation: float, means: dict[str, float]) -> Any:
+    """Leaves of the given shapes, drawn with numpy, which compiles nothing; `means` by the leaf's name."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path: tuple, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        mean = means.get(path[-1].key, 0.0)
+        return jnp.asarray(mean + deviation * rng.standard_normal(shape.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
 @functools.cache
 def random_model(seed: int, config: lj.LlamaConfig | None = None) -> tuple[lj.LlamaConfig, dict]:
     """A configuration and random parameters, with deviation 0.2 so that logits are far apart."""
     config = random_config(seed) if config is None else config
     shapes = jax.eval_shape(lambda key: lj.init(config, key), jax.random.key(0))
-    rng = np.random.default_rng(seed)
-
-    def leaf(path: tuple, shape: jax.ShapeDtypeStruct) -> jax.Array:
-        mean = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(mean + 0.2 * rng.standard_normal(shape.shape), jnp.float32)
-
-    return config, jax.tree_util.tree_map_with_path(leaf, shapes)
+    return config, normal(seed, shapes, 0.2, {"scale": 1.0})
 
 
 def random_prompts(seed: int, config: lj.LlamaConfig, lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -28,14 +28,22 @@ def logprobs_by_forward(
     """
     new_tokens = np.asarray(new_tokens)
     batch, count = new_tokens.shape
-    whole = np.zeros((-(-batch // ROWS) * ROWS, config.max_position_embeddings), np.int32)
-    for row, length in enumerate(lengths):
-        whole[row, : length + count] = [*tokens[row, :length], *new_tokens[row]]
+    whole = _texts(tokens, lengths, new_tokens, -(-batch // ROWS) * ROWS, config.max_position_embeddings)
     parts = [np.asarray(_forward(config, params, part)) for part in np.split(whole, len(whole) // ROWS)]
     before = np.asarray(lengths)[:, None] - 1 + np.arange(count)
     logits = np.take_along_axis(np.concatenate(parts)[:batch], before[..., None], axis=1)
     shifted = logits - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def _texts(
+    tokens: np.ndarray, lengths: np.ndarray, new_tokens: np.ndarray, rows: int, width: int
+) -> np.ndarray:
+    """Each prompt followed by its continuation, padded with zeros to int32 [rows, width]."""
+    texts = np.zeros((rows, width), np.int32)
+    for row, length in enumerate(lengths):
+        texts[row, : length + new_tokens.shape[1]] = [*tokens[row, :length], *new_tokens[row]]
+    return texts
 
 
 def pick(logprobs: np.ndarray, tokens: Any) -> np.ndarray:
@@ -57,9 +65,7 @@ def assert_greedy(
     The batch stays whole, so that it may be sharded over a mesh; `params` may have adapters or be quantized.
     """
     batch, new = out.tokens.shape
-    texts = np.zeros((batch, tokens.shape[1] + new), np.int32)
-    for row, length in enumerate(lengths):
-        texts[row, : length + new] = [*tokens[row, :length], *np.asarray(out.tokens)[row]]
+    texts = _texts(tokens, lengths, np.asarray(out.tokens), batch, tokens.shape[1] + new)
     logits = np.asarray(lj.forward(config, params, texts), np.float64)
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     for row in range(batch) if rows is None else rows:

@@ -6,11 +6,11 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import llama_jax as lj
 from llama_jax import adapters
+from tests.random_models import normal
 
 CONFIG = lj.LlamaConfig(
     vocab_size=128,
@@ -22,18 +22,6 @@ CONFIG = lj.LlamaConfig(
     max_position_embeddings=64,
 )
 DEFAULT_OPTIONS = lj.ForwardOptions()
-
-
-def normal(seed: int, shapes: Any, deviation: float, means: dict[str, float]) -> Any:
-    """Leaves of the given shapes, drawn with numpy, which compiles nothing; `means` by the leaf's name."""
-    rng = np.random.default_rng(seed)
-
-    def leaf(path: tuple, shape: jax.ShapeDtypeStruct) -> jax.Array:
-        return jnp.asarray(
-            means.get(path[-1].key, 0.0) + deviation * rng.standard_normal(shape.shape), jnp.float32
-        )
-
-    return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from llama_jax.weights import load_params, open_source
 from llama_jax.weights.adapters import load_adapter
 from llama_jax.weights.write.adapters import save_adapter
 from tests import tiny
-from tests.random_models import random_model
+from tests.random_models import normal, random_model
 from tests.weights.adapters import SIZES, tensors, write
 
 CONFIG = tiny.CONFIG.replace(tie_word_embeddings=False)
@@ -49,15 +49,9 @@ def base(tmp_path_factory, params):
 
 
 def trained(settings, params, seed=2):
-    """Drawn with numpy, which compiles nothing; magnitudes are near the base's norms."""
+    """An adapter of random values; magnitudes are near the base's norms."""
     shapes = jax.eval_shape(lambda params: lora.init(settings, params, jax.random.key(0)), params)
-    rng = np.random.default_rng(seed)
-
-    def leaf(path, shape):
-        mean = 0.8 if path[-1].key == "magnitude" else 0.0
-        return jnp.asarray(mean + 0.1 * rng.standard_normal(shape.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(leaf, shapes)
+    return normal(seed, shapes, 0.1, {"magnitude": 0.8})
 
 
 def trees_equal(a, b):

@@ -21,7 +21,7 @@ from llama_jax.tokenizer import load_tokenizer
 from llama_jax.weights.adapters import load_adapter
 from llama_jax.weights.write.adapters import save_adapter
 from tests import tiny
-from tests.random_models import random_model
+from tests.random_models import normal, random_model
 
 CONFIG = tiny.CONFIG.replace(tie_word_embeddings=False)
 KINDS = {"prefix": prefix.Prefix(3), "bottleneck": bottleneck.Bottleneck(4)}
@@ -41,12 +41,8 @@ def base(tmp_path_factory, params):
 
 
 def random_adapter(settings, config, params, seed=2):
-    """Drawn with numpy, which compiles nothing."""
-    rng = np.random.default_rng(seed)
-    make = lambda params: adapters.init(settings, config, params, jax.random.key(seed))  # noqa: E731
-    return jax.tree.map(
-        lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32), jax.eval_shape(make, params)
-    )
+    shapes = jax.eval_shape(lambda params: adapters.init(settings, config, params, jax.random.key(0)), params)
+    return normal(seed, shapes, 0.3, {})
 
 
 @pytest.fixture(params=KINDS)
