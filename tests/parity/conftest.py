@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,15 @@ import pytest
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.tokenizer.train import train_sentencepiece
 from tests.tokenizer import vocabularies
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread_each() -> None:
+    """Two test processes on two cores: torch's threads wait for each other by spinning, at half the speed."""
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(params=["llama2", "smollm2", "stories260K", "trained"])

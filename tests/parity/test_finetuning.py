@@ -216,7 +216,7 @@ BETA = 0.3
 SMOOTHING = 0.1
 VARIANTS = {
     "sigmoid": ({}, {"loss_type": ["sigmoid"]}),
-    "ipo": ({"kind": "ipo"}, {"loss_type": ["ipo"]}),
+    "ipo": ({"loss_type": "ipo"}, {"loss_type": ["ipo"]}),
     "cdpo": (
         {"label_smoothing": SMOOTHING},
         {
