@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PROMPT ?= Once upon a time, there was a little girl named Lily. She loved to play outside
 PYTEST = $(VENV)/bin/python -m pytest -q -rs --durations=10
+TWO_WORKERS = -n 2 --dist loadfile --no-loadscope-reorder
 
 RUN ?= runs/tiny_cpu
 TESTS ?= tests
@@ -14,7 +15,7 @@ JAX_TESTS = $(wildcard tests/test_*.py) tests/ops tests/decoding tests/adapters 
   step.py objectives.py optimizer.py checkpoint.py evaluate.py feed.py devices.py runs.py)
 NOTEBOOKS ?=
 
-.PHONY: help demo test test-jax parity pods notebooks lint clean
+.PHONY: help demo test durations test-jax parity pods notebooks lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -36,13 +37,17 @@ demo: $(VENV)/demo.stamp
 	@$(VENV)/bin/llama-jax generate $(RUN) --prompt "def read(self" --max-new-tokens 120 --temperature 0.5 --seed 1
 
 test: $(VENV)/test.stamp
-	$(PYTEST) -n 2 --dist loadfile -m "not parity and not pods$(if $(FAST), and not slow)" $(TESTS)
+	$(PYTEST) $(TWO_WORKERS) -m "not parity and not pods$(if $(FAST), and not slow)" $(if $(FAST),--fast) $(TESTS)
+
+# Measures again which tests FAST=1 leaves out; on an idle machine.
+durations: $(VENV)/test.stamp
+	$(PYTEST) $(TWO_WORKERS) -m "not parity and not pods" --store-durations
 
 test-jax: $(VENV)/test.stamp
-	$(PYTEST) -n 2 --dist loadfile -m "not parity and not pods and not slow" $(wildcard $(JAX_TESTS))
+	$(PYTEST) $(TWO_WORKERS) -m "not parity and not pods and not slow" $(wildcard $(JAX_TESTS))
 
 parity: $(VENV)/parity.stamp
-	$(PYTEST) -n 2 --dist loadfile -m parity
+	$(PYTEST) $(TWO_WORKERS) -m parity
 
 pods: $(VENV)/pods.stamp
 	$(PYTEST) -n 2 -m pods

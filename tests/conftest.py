@@ -23,6 +23,12 @@ import jax
 import pytest
 
 import llama_jax as lj
+from tests.durations import (  # noqa: F401  # hooks of pytest
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_runtest_logreport,
+    pytest_sessionfinish,
+)
 
 
 def _absent(reason: str) -> None:
