@@ -1,7 +1,7 @@
-"""Which tests take how long: `make test FAST=1` leaves the long ones out, and two workers take long files first.
+"""Which tests take long: `make test FAST=1` leaves them out, and two workers take the longest files first.
 
-`durations.txt` holds the seconds of every test that took one or more when `make durations` last ran the suite.
-A test that it does not name counts as a fast one.
+`durations.txt` holds the seconds of each test that took one or more when `make durations` last ran the suite.
+A test that it does not name counts as fast.
 """
 
 from __future__ import annotations

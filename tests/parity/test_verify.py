@@ -111,7 +111,7 @@ def test_what_transformers_cannot_load(tmp_path: Path, smollm2_path: Path) -> No
         compare(a, smollm2_path, b_backend="transformers")
     del state["model.norm.weight"]
     b = pickled(tmp_path / "b", state)
-    with pytest.raises(CheckpointError, match=r"missing or of another shape for transformers: model\.norm\.weight"):
+    with pytest.raises(CheckpointError, match=r"of another shape for transformers: model\.norm\.weight"):
         compare(a, b, b_backend="transformers")
     (b / "pytorch_model.bin").unlink()
     with pytest.raises(CheckpointError, match="transformers cannot load it"):
