@@ -2,12 +2,14 @@
 
 Such a process is a real one (its own signals, exit status, devices), without the seconds of imports that
 `python -m llama_jax.train` starts with. `ForkServer` is the client; the module is run as the server, with a
-Unix socket as its stdin.
+Unix socket as its stdin. A `Worker` is such a process that runs many commands, and compiles what they share
+once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -17,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,12 +73,21 @@ class ForkServer:
     def __init__(self, environment: Mapping[str, str], folder: Path) -> None:
         self._socket, theirs = socket.socketpair()
         self.environment, self._folder, self._count = environment, folder, 0
+        self._workers: dict[tuple[int, int], Worker] = {}
         self._server = subprocess.Popen(
             [sys.executable, "-m", __spec__.name], stdin=theirs, env=environment, cwd=ROOT
         )
         theirs.close()
 
-    def start(self, function: str, arguments: Sequence[object], *, devices: int, cwd: Path) -> Process:
+    def start(
+        self,
+        function: str,
+        arguments: Sequence[object],
+        *,
+        devices: int,
+        cwd: Path,
+        stdin: int | None = None,
+    ) -> Process:
         """Calls a function, `module:name`, in a new process, which exits with the status it returns."""
         self._count += 1
         request = {
@@ -87,14 +99,56 @@ class ForkServer:
         paths = [self._folder / f"{self._count}.{name}" for name in ("out", "err")]
         status, childs_end = os.pipe()
         descriptors = [childs_end, *(os.open(path, os.O_CREAT | os.O_WRONLY) for path in paths)]
+        descriptors.append(os.open(os.devnull, os.O_RDONLY) if stdin is None else stdin)
         socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
         return Process(status, *paths)
 
+    def worker(self, devices: int, number: int) -> Worker:
+        """The worker of this number of devices and this number; a new one if it has died."""
+        worker = self._workers.get((devices, number))
+        if worker is None or worker.process.poll() is not None:
+            worker = self._workers[devices, number] = Worker(self, devices)
+        return worker
+
     def close(self) -> None:
+        for worker in self._workers.values():
+            worker.close()
         self._socket.close()
         self._server.wait()
+
+
+class Worker:
+    """A process that runs commands until it is closed."""
+
+    def __init__(self, server: ForkServer, devices: int) -> None:
+        self._socket, theirs = socket.socketpair()
+        function = f"{__spec__.name}:run_commands"
+        self.process = server.start(function, [], devices=devices, cwd=ROOT, stdin=theirs.detach())
+        self._replies = self._socket.makefile("r")
+
+    def run(self, argv: Sequence[object], cwd: Path, timeout: float = 120) -> tuple[int, str, str]:
+        """Runs a command line of `llama-jax` in a folder; returns its exit status, stdout and stderr."""
+        before = [path.stat().st_size for path in (self.process.out, self.process.err)]
+        self._socket.settimeout(timeout)
+        try:
+            self._socket.sendall(json.dumps([str(cwd), *map(str, argv)]).encode() + b"\n")
+            reply = self._replies.readline()
+        except OSError:
+            self.process.kill()
+            raise
+        out, err = (
+            path.read_bytes()[start:].decode()
+            for path, start in zip((self.process.out, self.process.err), before, strict=True)
+        )
+        assert reply, f"the worker died:\n{err}"
+        return int(reply), out, err
+
+    def close(self) -> None:
+        self._replies.close()
+        self._socket.close()
+        self.process.wait(30)
 
 
 def xla_flags(devices: int) -> str:
@@ -105,9 +159,9 @@ def xla_flags(devices: int) -> str:
 def serve(requests: socket.socket) -> dict[str, Any] | None:
     """Forks for each request, and returns it in the new process; returns None when the client has ended."""
     while True:
-        message, descriptors, *_ = socket.recv_fds(requests, 1 << 16, 3)
+        message, descriptors, *_ = socket.recv_fds(requests, 1 << 16, 4)
         with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
+            while os.waitpid(-1, os.WNOHANG if message else 0)[0]:
                 pass
         if not message:
             return None
@@ -120,7 +174,7 @@ def serve(requests: socket.socket) -> dict[str, Any] | None:
             os.close(descriptor)
 
 
-def report(status: int, out: int, err: int) -> bool:
+def report(status: int, out: int, err: int, stdin: int) -> bool:
     """Forks: the child returns True; the parent writes the child's process id and, later, its exit status."""
     if child := os.fork():
         os.write(status, b"%d\n" % child)
@@ -128,23 +182,34 @@ def report(status: int, out: int, err: int) -> bool:
         os.write(status, b"%d\n" % code)
         return False
     os.close(status)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for source, target in ((out, 1), (err, 2)):
+    for source, target in ((stdin, 0), (out, 1), (err, 2)):
         os.dup2(source, target)
         os.close(source)
     return True
 
 
-def run_commands(arguments: Sequence[str]) -> int:
-    """Runs command lines of `llama-jax`, given in JSON, one after the other in this process.
+def run_commands(_: Sequence[str]) -> int:
+    """Runs command lines of `llama-jax` in this process; replies to each with its exit status.
 
-    On stdout each is followed by NUL, its exit status and NUL; on stderr by NUL.
+    stdin is a socket; a request is a line of JSON: the folder to run in, then the arguments.
     """
     from llama_jax import cli
+    from llama_jax.train.metrics import flops
 
-    for argv in json.loads(arguments[0]):
-        print(f"\0{cli.main(argv)}\0", end="", flush=True)
-        print("\0", end="", file=sys.stderr, flush=True)
+    flops._measured_flops = functools.cache(flops._measured_flops)  # of the machine, a quarter of a second
+
+    requests = socket.socket(fileno=0)
+    for line in requests.makefile("r"):
+        folder, *argv = json.loads(line)
+        os.chdir(folder)
+        try:
+            status = cli.main(argv)
+        except Exception:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        requests.sendall(b"%d\n" % status)
     return 0
 
 

@@ -99,26 +99,22 @@ class Workshop:
         """Starts `llama-jax VERB ARGUMENTS ...`."""
         return self.server.start("llama_jax.cli:main", (verb, *arguments), devices=devices, cwd=self.folder)
 
-    def run(self, *arguments: object, verb: str = "train", **more: Any) -> Done:
-        """Runs a command until it ends."""
-        return finish(self.start(*arguments, verb=verb, **more))
+    def run(self, *arguments: object, verb: str = "train", devices: int = 1, worker: int = 1) -> Done:
+        """Runs a command in the worker of this number, which runs others too."""
+        worker_process = self.server.worker(devices, worker)
+        return Done(*worker_process.run((verb, *arguments), self.folder))
 
-    def run_all(self, *commands: Sequence[object], devices: int = 1) -> list[Done]:
-        """Runs several commands, each of a verb and its arguments, one after the other in one process."""
-        lines = json.dumps([list(map(str, command)) for command in commands])
-        function = "tests.train.fork_server:run_commands"
-        done = finish(self.server.start(function, [lines], devices=devices, cwd=self.folder))
-        assert done.status == 0, done.err
-        out, err = done.out.split("\0"), done.err.split("\0")
-        return [Done(int(out[2 * i + 1]), out[2 * i], err[i]) for i in range(len(commands))]
+    def run_all(self, *commands: Sequence[object], **more: int) -> list[Done]:
+        """Runs several commands, each of a verb and its arguments."""
+        return [self.run(*arguments, verb=str(verb), **more) for verb, *arguments in commands]
 
-    def train_all(self, *commands: Sequence[object], devices: int = 1) -> list[Done]:
-        """Trains several times in one process; each must succeed."""
-        done = self.run_all(*[("train", *command) for command in commands], devices=devices)
+    def train_all(self, *commands: Sequence[object], **more: int) -> list[Done]:
+        """Trains several times; each must succeed."""
+        done = self.run_all(*[("train", *command) for command in commands], **more)
         assert [each.status for each in done] == [0] * len(done), done
         return done
 
-    def train(self, run_dir: str, *arguments: object, status: int = 0, **more: Any) -> Done:
+    def train(self, run_dir: str, *arguments: object, status: int = 0, **more: int) -> Done:
         """Trains in `folder/run_dir`."""
         done = self.run(self.config, "--train.run_dir", run_dir, *arguments, **more)
         assert done.status == status, (done.status, done.err)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,7 +25,7 @@ from llama_jax.train.scorer import Scorer
 from llama_jax.weights.adapters import load_adapter
 from tests import tiny
 from tests.random_models import random_model
-from tests.train.processes import Workshop, assert_same, losses, records
+from tests.train.processes import Done, Workshop, assert_same, losses, records, steps
 from tests.weights import adapters
 
 STEPS = 6
@@ -91,32 +94,58 @@ def set_up(workshop: Workshop, shared_data, objective: str, adapter: str = "", r
     return config.name
 
 
+# Objective, adapter and learning rate of the runs that are resumed.
+CASES = {
+    "lora": ("sft", LORA, 2e-2),
+    "bottleneck": ("sft", BOTTLENECK, 2e-2),
+    "prefix": ("sft", PREFIX, 2e-2),
+    "dpo": ("dpo", "", 1e-3),
+    "precomputed": ("dpo", PRECOMPUTED, 1e-3),
+}
+# What a resumed process computes does not come from a process that ran the first half.
+RESUMED = {"worker": 2}
+forward = jax.jit(lj.forward, static_argnums=0)
+
+Trained = Callable[[str], tuple[str, Path, Done]]
+
+
+@pytest.fixture(scope="module")
+def trained(workshop, shared_data) -> Trained:
+    """Trains a case once; returns its configuration, its run and what it printed."""
+
+    @functools.cache
+    def train(name: str) -> tuple[str, Path, Done]:
+        config, run = set_up(workshop, shared_data, *CASES[name]), workshop.folder / f"{name}_whole"
+        flags = ("--train.run_dir", run, "--train.steps", STEPS, "--checkpoint.every", STEPS // 2)
+        return config, run, *workshop.train_all((config, *flags))
+
+    return train
+
+
+def interrupted(run: Path) -> Path:
+    """A copy of a run as if it had been killed before its last checkpoint was committed."""
+    copy = Path(shutil.copytree(run, f"{run}_interrupted", ignore=shutil.ignore_patterns("adapter")))
+    first, last = steps(copy)
+    assert last == 2 * first
+    shutil.rmtree(copy / "checkpoints" / str(last))
+    return copy
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("objective", "adapter", "rate"),
-    [
-        ("sft", LORA, 2e-2),
-        ("sft", BOTTLENECK, 2e-2),
-        ("sft", PREFIX, 2e-2),
-        ("dpo", "", 1e-3),
-        ("dpo", PRECOMPUTED, 1e-3),
-    ],
-    ids=["lora", "bottleneck", "prefix", "dpo", "precomputed"],
-)
-def test_resumed_run_equals_uninterrupted_run(workshop, shared_data, request, objective, adapter, rate):
-    config = set_up(workshop, shared_data, objective, adapter, rate)
-    prefix = request.node.callspec.id
-    whole, halves = (workshop.folder / f"{prefix}_{name}" for name in ("whole", "halves"))
-    command = lambda run, steps: (config, "--train.run_dir", run, "--train.steps", steps)  # noqa: E731
-    all_done = workshop.train_all(command(whole, STEPS), command(halves, STEPS // 2))
+@pytest.mark.parametrize("name", CASES)
+def test_resumed_run_equals_uninterrupted_run(workshop, shared_data, trained, name):
+    config, whole, done = trained(name)
+    objective, adapter, _ = CASES[name]
+    halves = interrupted(whole)
     cached = halves / REFERENCE_FILE
     if adapter == PRECOMPUTED:  # the initial weights are loaded to compute it again
         cached.write_bytes(cached.read_bytes()[:-1])
-    all_done += workshop.train_all(command(halves, STEPS))
-    for done, damaged in zip(all_done, [False, False, adapter == PRECOMPUTED], strict=True):
-        computed = "reference: computing the log-probabilities of 40 pairs" in done.err
+    (again,) = workshop.train_all((config, "--train.run_dir", halves, "--train.steps", STEPS), **RESUMED)
+    assert f"resuming {halves} after step {STEPS // 2}" in again.err
+    for each, damaged in ((done, False), (again, adapter == PRECOMPUTED)):
+        computed = "reference: computing the log-probabilities of 40 pairs" in each.err
         assert computed == (adapter == PRECOMPUTED)
-        assert ("is damaged, or was computed from other data" in done.err) == damaged
+        assert ("is damaged, or was computed from other data" in each.err) == damaged
     assert_same(whole, halves, STEPS)
     assert losses(whole) == losses(halves)
     assert losses(whole)[STEPS] < losses(whole)[1]
@@ -133,7 +162,6 @@ def test_resumed_run_equals_uninterrupted_run(workshop, shared_data, request, ob
     plain, loaded = lj.load(base), lj.load(base, adapter=whole)  # merged if the adapter type allows it
     tokens = np.array([plain.tokenizer.encode("There were 3 of them. The duck said: ", add_bos=True)])
     attached = lj.adapters.attach(settings, plain.params, adapter)
-    forward = jax.jit(lj.forward, static_argnums=0)
     expected = np.asarray(forward(plain.config, attached, tokens))
     np.testing.assert_allclose(forward(loaded.config, loaded.params, tokens), expected, atol=1e-4)
     run = lj.load(whole)  # a run loads as its base with its adapter
@@ -142,7 +170,7 @@ def test_resumed_run_equals_uninterrupted_run(workshop, shared_data, request, ob
 
 
 def test_show_batch_prints_the_tokens_in_the_loss_and_writes_nothing(workshop, shared_data):
-    config = set_up(workshop, shared_data, "sft", LORA)
+    config = set_up(workshop, shared_data, *CASES["lora"])
     before = sorted(workshop.folder.iterdir())
     command = ("train", config, "--train.run_dir", "shown")
     done, without_base = workshop.run_all((*command, "--show-batch"), (*command, "--model.init_from", ""))
@@ -258,11 +286,11 @@ def test_head_replaces_the_lm_head(workshop, shared_data):
     config = set_up(workshop, shared_data, "regress")
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     flags = ["--model.init_from", "", *(f"--model.{name}={size}" for name, size in sizes.items())]
-    runs = [("regress_whole", 4), ("regress_halves", 2), ("regress_halves", 4)]
-    workshop.train_all(
-        *[(config, *flags, "--train.run_dir", name, "--train.steps", steps) for name, steps in runs]
-    )
-    whole, halves = (workshop.folder / f"regress_{name}" for name in ("whole", "halves"))
+    flags += ["--train.steps", 4, "--checkpoint.every", 2]
+    whole = workshop.folder / "regress"
+    workshop.train_all((config, *flags, "--train.run_dir", whole))
+    halves = interrupted(whole)
+    workshop.train_all((config, *flags, "--train.run_dir", halves), **RESUMED)
     assert_same(whole, halves, 4)
     model = lj.load(convert(whole, workshop.folder / "regress_hf"))
     assert not model.config.tie_word_embeddings and "lm_head" not in model.params
@@ -310,21 +338,27 @@ def test_head_that_does_not_fit_the_objective_is_an_error(
         model_config(run, tokenizer)
 
 
+@pytest.fixture(scope="module")
+def still(workshop, trained) -> tuple[Path, tuple[object, ...], Done]:
+    """A run that starts from the adapter of another and learns nothing; its command and what it printed."""
+    config, stage1, _ = trained("lora")
+    flags = ("--model.init_from", stage1, "--eval.every", 1, "--eval.patience", 2, "--train.steps", 50)
+    run = workshop.folder / "still"
+    command = (config, "--train.run_dir", run, *flags, "--optimizer.learning_rate", 0)
+    return run, command, *workshop.train_all(command)
+
+
 @pytest.mark.slow
-def test_run_starts_from_the_adapter_of_another_and_resumes(workshop, shared_data):
+def test_run_starts_from_the_adapter_of_another_and_resumes(workshop, shared_data, trained, still):
     """Two adapters in sequence: the second is trained on the base with the first merged."""
-    first = set_up(workshop, shared_data, "sft", LORA, rate=2e-2)
-    stage1, base = workshop.folder / "stage1", shared_data / "stories260K" / "stories260K.bin"
-    flags = ("--model.init_from", stage1, "--train.steps")
-    second = set_up(workshop, shared_data, "dpo", LORA, rate=1e-2)
-    workshop.train_all(
-        (first, "--train.run_dir", "stage1", "--train.steps", 4),
-        (first, "--train.run_dir", "still", *flags, 1, "--optimizer.learning_rate", 0),
-        (second, "--train.run_dir", "stage2", *flags, 4),
-        (second, "--train.run_dir", "stage2_halves", *flags, 2),
-        (second, "--train.run_dir", "stage2_halves", *flags, 4),
-    )
-    one, two = lj.load(stage1), lj.load(workshop.folder / "still")
+    _, stage1, _ = trained("lora")
+    stage2, base = workshop.folder / "stage2", shared_data / "stories260K" / "stories260K.bin"
+    flags = ("--model.init_from", stage1, "--train.steps", 4, "--checkpoint.every", 2)
+    config = set_up(workshop, shared_data, "dpo", LORA, rate=1e-2)
+    workshop.train_all((config, "--train.run_dir", stage2, *flags))
+    halves = interrupted(stage2)
+    workshop.train_all((config, "--train.run_dir", halves, *flags), **RESUMED)
+    one, two = lj.load(stage1), lj.load(still[0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), two.params, one.params)
     plain = lj.load(base)
     assert (
@@ -337,7 +371,6 @@ def test_run_starts_from_the_adapter_of_another_and_resumes(workshop, shared_dat
     with pytest.raises(CheckpointError, match="an unfinished run that trains an adapter; finish it"):
         lj.load(unfinished)
 
-    stage2, halves = workshop.folder / "stage2", workshop.folder / "stage2_halves"
     assert_same(stage2, halves, 4)
     np.testing.assert_allclose(losses(stage2)[1], np.log(2), rtol=1e-5)  # the policy equals its reference
     # Loading and converting merge base and both adapters.
@@ -357,11 +390,9 @@ def test_circular_adapters_are_an_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_early_stopping(workshop, shared_data):
-    config = set_up(workshop, shared_data, "sft", LORA)
-    flags = ("--train.run_dir", "patient", "--eval.every", 1, "--eval.patience", 2, "--train.steps", 50)
-    command = (config, *flags, "--optimizer.learning_rate", 0)
-    done, again = workshop.train_all(command, command)
+def test_early_stopping(workshop, still):
+    run, command, done = still
+    (again,) = workshop.train_all(command, **RESUMED)
     assert "eval_loss has not improved in 2 evaluations: stopped after step 3" in done.err
-    assert (workshop.folder / "patient" / "adapter").is_dir()
-    assert "stopped after step 3" in again.err and len(losses(workshop.folder / "patient")) == 3
+    assert (run / "adapter").is_dir()
+    assert "stopped after step 3" in again.err and len(losses(run)) == 3
