@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ def one_device() -> Mesh:
     return make_mesh("", devices=jax.devices()[:1])
 
 
+@functools.cache
 def abstract_state(mesh: Mesh, config: lj.LlamaConfig = MODEL, optimizer: Any = OPTIMIZER) -> State:
     """The shapes, dtypes and layouts of a state on a mesh."""
     specs = param_specs(config)
@@ -70,7 +73,9 @@ def make_state(mesh: Mesh, seed: int = 0, **kind: Any) -> State:
 
     def fill(leaf: Any) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.jit(lambda: jax.random.key(seed), out_shardings=leaf.sharding)()
+            data = np.array([0, seed], np.uint32)
+            key = jax.make_array_from_callback(data.shape, leaf.sharding, lambda index: data[index])
+            return jax.random.wrap_key_data(key)
         values = (100 * rng.normal(size=leaf.shape)).astype(leaf.dtype)
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: values[index])
 
@@ -92,6 +97,11 @@ def same(left: Any, right: Any) -> bool:
         a.dtype == b.dtype and a.tobytes() == b.tobytes()
         for a, b in zip(host_leaves(left), host_leaves(right), strict=True)
     )
+
+
+def checkpoints_of(folder: Path, warn: Callable[[str], None] = lambda _: None, **config: Any) -> Checkpoints:
+    """A run's checkpoints, after every step, all kept by default."""
+    return Checkpoints(folder, CheckpointConfig(**{"every": 1, "keep": 100} | config), model=MODEL, warn=warn)
 
 
 def save_run(folder: Path, *steps: int, config: CheckpointConfig | None = None, **kind: Any) -> Path:

@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,13 +23,15 @@ import pytest
 
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.sharding import make_mesh
-from llama_jax.train.checkpoints.checkpoints import Checkpoints, Restored
+from llama_jax.train.checkpoints.checkpoints import Restored
 from llama_jax.train.config.checkpoint import CheckpointConfig
 from llama_jax.weights.runs import list_steps
+from tests.train.processes import finish, wait_for
 from tests.train.small_runs import (
     MODEL,
     State,
     abstract_state,
+    checkpoints_of,
     host_leaves,
     make_state,
     one_device,
@@ -37,10 +40,6 @@ from tests.train.small_runs import (
 )
 
 ROOT = Path(__file__).parents[2]
-
-
-def checkpoints_of(folder: Path, warn: Callable[[str], None] = lambda _: None, **config) -> Checkpoints:
-    return Checkpoints(folder, CheckpointConfig(**{"every": 1, "keep": 100} | config), model=MODEL, warn=warn)
 
 
 def restore(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Restored:
@@ -306,26 +305,10 @@ def test_failed_background_save_raises_at_the_next_step(tmp_path):
     checkpoints.close()
 
 
-def python(code: str, *arguments: object, **kwargs) -> subprocess.Popen[str]:
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        env=environment,
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **kwargs,
-    )
-
-
 FILL = """
 import pathlib, sys
 from llama_jax.errors import CheckpointError
-from tests.train.small_runs import make_state, one_device
-from tests.train.test_checkpoint import checkpoints_of
+from tests.train.small_runs import checkpoints_of, make_state, one_device
 with checkpoints_of(pathlib.Path(sys.argv[1])) as checkpoints:
     try:
         for step in range(1, 100):
@@ -360,78 +343,39 @@ def test_full_disk_is_a_one_line_error_and_keeps_earlier_steps(tmp_path):
     assert done.returncode == 0 and done.stderr == ""
 
 
-KILLED = """
-import pathlib, sys
-from tests.train.small_runs import abstract_state, make_state, one_device
-from tests.train.test_checkpoint import checkpoints_of
-with checkpoints_of(pathlib.Path(sys.argv[1]), keep=2) as checkpoints:
-    restored = checkpoints.restore(abstract_state(one_device()))
-    for step in range(restored.step + 1 if restored else 1, 10_000):
-        checkpoints.save(step, make_state(one_device(), step), {"batch": step})
-        print(step, flush=True)
-"""
-
-
 @pytest.mark.slow
-def test_killed_run_resumes_from_the_newest_committed_step(tmp_path):
+def test_killed_run_resumes_from_the_newest_committed_step(tmp_path, fork_server):
     """kill -9 at random times, mostly during a save, since this run does nothing else."""
     rng = random.Random(0)
     newest = 0
     for _ in range(3):
-        process = python(KILLED, tmp_path)
-        assert process.stdout is not None
-        for _ in range(3):  # the third save starts when the second is committed
-            started = int(process.stdout.readline())
+        function = "tests.train.saving_processes:save_until_killed"
+        process = fork_server.start(function, [tmp_path], devices=1, cwd=ROOT)
+        # The third save starts when the second is committed.
+        wait_for(lambda process=process: process.out.read_text().count("\n") >= 3, process)
         time.sleep(rng.random() / 10)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        assert process.wait(30) == -signal.SIGKILL
         warnings: list[str] = []
         restored = restore(tmp_path, warnings.append)
-        assert restored.step >= started - 1 > newest and not warnings
+        assert restored.step >= int(process.out.read_text().split()[-1]) - 1 > newest and not warnings
         assert same(restored.state, make_state(one_device(), restored.step))
         assert restored.data_states == [{"batch": restored.step}]
         newest = restored.step
 
 
-TWO = """
-import pathlib, sys
-import jax
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
-from llama_jax.sharding import make_mesh
-from tests.train.small_runs import abstract_state, make_state, host_leaves
-from tests.train.test_checkpoint import checkpoints_of
-folder, index = pathlib.Path(sys.argv[1]), jax.process_index()
-mesh = make_mesh("fsdp=2,tensor=2")
-warnings = []
-with checkpoints_of(folder, warnings.append) as checkpoints:
-    for step in (1, 2):
-        checkpoints.save(step, make_state(mesh, step), {"process": index})
-    checkpoints.wait()
-    if index == 0:
-        files = sorted((folder / "checkpoints/2/params/ocdbt.process_1/d").iterdir())
-        data = bytearray(files[0].read_bytes()); data[0] ^= 1; files[0].write_bytes(data)
-    restored = checkpoints.restore(abstract_state(mesh))
-    assert restored.step == 1 and "ocdbt.process_1" in warnings[0], warnings
-    assert restored.data_states == [{"process": 0}, {"process": 1}]
-    for saved, found in zip(jax.tree.leaves(make_state(mesh, 1)), jax.tree.leaves(restored.state)):
-        for a, b in zip(saved.addressable_shards, found.addressable_shards):
-            assert a.index == b.index and bool((a.data == b.data).all())
-    checkpoints.save(3, make_state(mesh, 3), {"process": index})
-"""
-
-
 @pytest.mark.slow
-def test_one_process_restores_what_two_saved(tmp_path):
-    import socket
-
+def test_one_process_restores_what_two_saved(tmp_path, fork_server):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    both = [python(TWO, tmp_path, address, index) for index in range(2)]
+    function = "tests.train.saving_processes:save_as_one_of_two"
+    both = [
+        fork_server.start(function, [tmp_path, address, index], devices=2, cwd=ROOT) for index in range(2)
+    ]
     for process in both:
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == 0, error
+        done = finish(process)
+        assert done.status == 0, done.err
     restored = restore(tmp_path)
     assert restored.step == 3 and same(restored.state, make_state(one_device(), 3))
     assert restored.data_states == [{"process": 0}, {"process": 1}]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -16,6 +16,7 @@ from jax._src.clusters import cloud_tpu_cluster
 from llama_jax.errors import InputError
 from llama_jax.train import devices
 from llama_jax.train.config.run import DistributedConfig
+from tests.train.processes import finish
 
 ROOT = Path(__file__).parents[2]
 PREFIXES = ("SLURM_", "OMPI_", "PMIX_", "TPU_", "MEGASCALE_", "JOB_COMPLETION_", "KUBERNETES_")
@@ -125,26 +126,22 @@ def test_failed_detection_is_a_one_line_error(launch, monkeypatch, error):
     assert "check or set distributed.coordinator" in message and "\n" not in message
 
 
-def test_two_processes_under_slurm_find_each_other():
+def join(arguments: Sequence[str]) -> int:
+    """Joins as the launcher says whose variables are given in JSON; prints which process this is."""
+    os.environ |= json.loads(arguments[0])
+    devices.join_processes(DistributedConfig())
+    print(jax.process_index(), jax.process_count())
+    return 0
+
+
+def test_two_processes_under_slurm_find_each_other(fork_server):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    program = (
-        "from llama_jax.train.config.distributed import DistributedConfig\n"
-        "from llama_jax.train.devices import join_processes\n"
-        "import jax\n"
-        "join_processes(DistributedConfig()); print(jax.process_index(), jax.process_count())"
-    )
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", program],
-            env=os.environ
-            | SLURM
-            | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "JAX_COORDINATOR_PORT": port},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    assert [process.communicate(timeout=120)[0].split() for process in started] == [["0", "2"], ["1", "2"]]
+    started = []
+    for i in range(2):
+        variables = SLURM | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "JAX_COORDINATOR_PORT": port}
+        arguments = [json.dumps(variables)]
+        started.append(fork_server.start(f"{__name__}:join", arguments, devices=1, cwd=ROOT))
+    done = [finish(process) for process in started]
+    assert [each.out.split() for each in done] == [["0", "2"], ["1", "2"]], done
