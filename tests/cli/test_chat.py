@@ -21,6 +21,7 @@ import pytest
 import llama_jax as lj
 from llama_jax import cli
 from llama_jax.text.conversation import Conversation
+from llama_jax.tokenizer import load_tokenizer
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -294,12 +295,12 @@ def test_json_output_excludes_the_prompt(terminal, args, answers, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
-def test_smollm2_answers_over_two_turns(run):
-    done = run(
-        ["chat", "smollm2-135m", "--max-new-tokens", "40"], "What is the capital of France?\nAnd of Italy?\n"
-    )
+def test_smollm2_answers_over_two_turns(run, smollm2_path):
+    questions = "What is the capital of France?\nAnd of Italy?\n"
+    done = run(["chat", "smollm2-135m", "--max-new-tokens", "40", "--json"], questions)
     assert (done.status, done.err) == (0, "")
-    first, second = done.out.splitlines()
-    assert "Paris" in first
-    assert "Rome" in second
+    first, second = map(json.loads, done.out.splitlines())
+    assert "Paris" in first["assistant"]
+    assert "Rome" in second["assistant"]
+    answer = load_tokenizer(smollm2_path).encode(first["assistant"])
+    assert second["reused_tokens"] == first["prompt_tokens"] + len(answer)

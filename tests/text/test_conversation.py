@@ -311,15 +311,3 @@ def test_templates(tokenizers, model, tmp_path):
     path = tmp_path / "own.jinja"
     path.write_text("{{ messages[-1].content }}")
     assert reply(Conversation(model, template=path), "hello")
-
-
-# A real model
-
-
-@pytest.mark.slow
-def test_smollm2_answers_over_two_turns(smollm2):
-    conversation = Conversation(smollm2)
-    assert "Paris" in reply(conversation, "What is the capital of France?", max_new_tokens=40)
-    first = conversation.prompt_tokens + len(smollm2.tokenizer.encode(conversation.messages[-1]["content"]))
-    assert "Rome" in reply(conversation, "And of Italy?", max_new_tokens=40)
-    assert conversation.session.reused == first
