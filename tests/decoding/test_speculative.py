@@ -26,8 +26,9 @@ from tests.decoding.compiled import counting_compiles, loop_body
 from tests.optimized import optimized
 from tests.random_models import random_model
 
-KEY = jax.random.key(0)
 ROWS, NEW, K = 4, 40, 4
+KEY = jax.random.key(0)
+KEYS = arguments.row_keys(KEY, ROWS)  # everywhere: a single key takes another program
 CONFIG = lj.LlamaConfig(
     vocab_size=12,
     hidden_size=32,
@@ -66,9 +67,9 @@ def draft_of(seed, config=CONFIG):
     return DraftModel(config, params_of(seed, config))
 
 
-def run(seed, settings=GREEDY, draft=None, key=KEY, **more):
+def run(seed, settings=GREEDY, draft=None, **more):
     """`generate` with the model and prompts of a seed, or `speculative_generate` where there is a draft."""
-    given = CONFIG, params_of(seed), *prompts(seed), key, settings
+    given = CONFIG, params_of(seed), *prompts(seed), KEYS, settings
     more = {"max_new_tokens": NEW} | more
     if draft is None:
         return lj.generate(*given, **more)
@@ -140,16 +141,18 @@ def test_a_model_accepts_all_of_its_own_drafts_and_stops_at_eos():
 
 @lookup_first
 def test_a_row_in_a_batch_is_the_row_alone_and_each_round_adds_one_token_to_those_accepted(draft):
-    tokens, lengths = prompts(2)
-    keys = jax.random.split(KEY, ROWS)
-    together = jax.device_get(run(2, MIXED, draft, keys))
+    together = jax.device_get(run(2, MIXED, draft))
     for row in range(ROWS):
+        # With a draft model among copies of itself, with the batch's program; alone it is on a mesh below.
+        rows = [row] * (1 if draft == SOURCES["lookup"] else ROWS)
         alone = speculative_generate(
-            CONFIG, params_of(2), *rows_of((tokens, lengths, keys, MIXED.broadcast(ROWS)), row),
+            CONFIG, params_of(2), *rows_of((*prompts(2), KEYS, MIXED.broadcast(ROWS)), *rows),
             draft=draft, num_draft_tokens=K, max_new_tokens=NEW,
         )  # fmt: skip
-        same(alone.output, rows_of(together.output, row))
-        assert (alone.drafted, alone.accepted) == (together.drafted[row], together.accepted[row])
+        expected = rows_of((together.output, together.drafted, together.accepted), *rows)
+        same(alone.output, expected[0])
+        np.testing.assert_array_equal(alone.drafted, expected[1])
+        np.testing.assert_array_equal(alone.accepted, expected[2])
         assert alone.rounds + alone.accepted[0] == NEW
 
 
@@ -263,7 +266,6 @@ def test_works_inside_jit_vmap_and_shard_map(draft):
     """Each device takes one row, under several temperatures."""
     # While tracing, the cache has exactly the length that the longest row fills.
     mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
-    keys = jax.random.split(KEY, ROWS)
     temperatures = np.array([0.4, 0.7, 1.0], np.float32)
 
     def rows(params, draft, tokens, lengths, keys, temperatures):
@@ -277,25 +279,26 @@ def test_works_inside_jit_vmap_and_shard_map(draft):
 
     lay = (P(), P(), P("rows"), P("rows"), P("rows"), P())
     split = jax.jit(jax.shard_map(rows, mesh=mesh, in_specs=lay, out_specs=P(None, "rows")))
-    out = np.asarray(split(params_of(0), draft, *prompts(0), keys, temperatures))
+    out = np.asarray(split(params_of(0), draft, *prompts(0), KEYS, temperatures))
     for i, temperature in enumerate(temperatures):
-        expected = run(0, lj.Sampling(temperature=temperature), draft, keys)
+        expected = run(0, lj.Sampling(temperature=temperature), draft)
         np.testing.assert_array_equal(out[i], expected.output.tokens)
 
 
-@lookup_first
 @pytest.mark.parametrize(
-    ("spec", "rows"),
+    ("spec", "rows", "draft"),
     [
-        ("data=2,context=2,tensor=2", ROWS),
-        pytest.param("fsdp=4,tensor=2", 1, marks=pytest.mark.slow),
+        ("data=2,context=2,tensor=2", ROWS, "lookup"),
+        pytest.param("data=2,context=2,tensor=2", ROWS, "model", marks=pytest.mark.slow),
+        pytest.param("fsdp=4,tensor=2", 1, "model", marks=pytest.mark.slow),
     ],
 )
 def test_a_mesh_gives_the_same_tokens(spec, rows, draft):
-    """Of rows that divide over the mesh and of one that does not."""
-    keys, chosen = jax.random.split(KEY, ROWS), range(ROWS)[-rows:]
-    expected = jax.device_get(run(1, MIXED, draft, keys))
-    given = rows_of((*prompts(1), keys, MIXED.broadcast(ROWS)), *chosen)
+    """Of rows that divide over the mesh, whose keys a single one stands for, and of one that does not."""
+    draft, chosen = SOURCES[draft], range(ROWS)[-rows:]
+    expected = jax.device_get(run(1, MIXED, draft))
+    *prompt, keys, settings = rows_of((*prompts(1), KEYS, MIXED.broadcast(ROWS)), *chosen)
+    given = *prompt, KEY if rows == ROWS else keys, settings
     mesh = sharding.make_mesh(spec)
     with jax.set_mesh(mesh):
         if isinstance(draft, DraftModel):
@@ -321,11 +324,11 @@ def test_no_setting_and_no_length_within_a_bucket_recompiles(draft):
     if isinstance(draft, DraftModel):
         draft = DraftModel(CONFIG, lj.unstack(draft.params))
     go = functools.partial(speculative_generate, CONFIG, weights, draft=draft, num_draft_tokens=K)
-    go(tokens, lengths, KEY, GREEDY, max_new_tokens=3)
+    go(tokens, lengths, KEYS, GREEDY, max_new_tokens=3)
     with counting_compiles() as compiled:
         for n, settings in enumerate((GREEDY, MIXED, lj.Sampling(top_p=0.5), FILTERED)):
             short = np.minimum(lengths, 5 + n)
-            go(tokens[:, : 5 + n], short, KEY, settings, max_new_tokens=4 + n, eos_id=[n, n + 1])
+            go(tokens[:, : 5 + n], short, KEYS, settings, max_new_tokens=4 + n, eos_id=[n, n + 1])
     assert not compiled
 
 
@@ -336,7 +339,7 @@ def test_the_compiled_rounds_never_copy_a_cache_or_a_weight(draft):
     if isinstance(draft, DraftModel):
         draft = DraftModel(CONFIG, lj.unstack(draft.params))
     lowered = speculative._speculative_loop.lower(
-        CONFIG, weights, draft, request.tokens, request.lengths, np.int32(19), KEY, request.sampling,
+        CONFIG, weights, draft, request.tokens, request.lengths, np.int32(19), KEYS, request.sampling,
         request.eos_ids, np.int32(NEW), num_draft_tokens=K, new_tokens=128, cache_dtype=None,
     )  # fmt: skip
     body = loop_body(optimized(lowered).as_text())
