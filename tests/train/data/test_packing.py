@@ -161,13 +161,13 @@ def test_each_epoch_has_every_example_once_and_uncut(finetuning_data, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("suffix", ["parquet", "arrayrecord"])
-def test_every_file_format_gives_the_same_batches(finetuning_data, kind, suffix):
-    settings = {"shuffle": False, "validation_fraction": 0}
-    assert_same(
-        take(finetuning_data(kind, suffix, **settings).train(), 4),
-        take(finetuning_data(kind, **settings).train(), 4),
+def test_every_file_format_gives_the_same_batches(finetuning_data, kind):
+    lines, *others = (
+        take(finetuning_data(kind, suffix, shuffle=False, validation_fraction=0).train(), 4)
+        for suffix in ("jsonl", "parquet", "arrayrecord")
     )
+    for other in others:
+        assert_same(other, lines)
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -179,8 +179,7 @@ def test_the_global_batches_are_the_same_for_any_number_of_processes(finetuning_
     assert_same(joined(parts), whole)
 
 
-@pytest.mark.parametrize("stop", [0, 1, 5])
-@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 4), (2, 1)])
+@pytest.mark.parametrize(("stop", "before", "after"), [(0, 1, 4), (1, 1, 1), (1, 2, 1), (5, 1, 4), (5, 2, 1)])
 def test_resuming_is_exact_on_any_number_of_processes(finetuning_data, stop, before, after):
     def runs(count):
         return [finetuning_data(process_index=i, process_count=count).train() for i in range(count)]
@@ -321,9 +320,9 @@ def test_a_bad_example_stops_the_run_or_is_counted(finetuning_data, tmp_path):
     path = write(tmp_path / "a.jsonl", rows)
     message = r"a\.jsonl:10: messages\[0\]: role is 'robot'; .*; fix it, or set data\.bad_records = \"skip\"$"
     with pytest.raises(DataError, match=message):
-        take(finetuning_data("chat", files=path, validation_fraction=0).train(), 20)
+        take(finetuning_data("chat", files=path, validation_fraction=0).train(), 6)
     batches = finetuning_data("chat", files=path, validation_fraction=0, bad_records="skip").train()
-    take(batches, 20)
+    take(batches, 6)
     assert set(batches.skipped) == {"unknown role"}
 
 
