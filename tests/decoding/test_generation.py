@@ -28,7 +28,7 @@ GREEDY = lj.Sampling(temperature=0.0)
 RANDOM = lj.Sampling(temperature=0.9, top_k=20, top_p=0.95, repetition_penalty=1.1)
 samplings = pytest.mark.parametrize("sampling", [GREEDY, RANDOM], ids=["greedy", "random"])
 KEY = jax.random.key(0)
-KEYS = jax.random.split(KEY, 8)
+KEYS = jax.random.split(KEY, 8)  # a key for each row, which takes another program than a single one
 
 # Not SMALL itself: other files' programs would be missing from the count of `warmed`.
 CONFIG, STACKED = random_model(0, SMALL.replace(rms_norm_eps=2e-5))
@@ -113,7 +113,7 @@ def test_after_warm_up_no_request_compiles(warmed):
 @models
 def test_greedy_is_argmax_of_forward(name):
     config, params, tokens, lengths = model_of(name)
-    out = lj.generate(config, params, tokens, lengths, KEY, GREEDY, max_new_tokens=12)
+    out = lj.generate(config, params, tokens, lengths, KEYS[:4], GREEDY, max_new_tokens=12)
     logprobs = logprobs_by_forward(config, params, tokens, lengths, out.tokens)
     np.testing.assert_array_equal(out.tokens, logprobs.argmax(-1))
     np.testing.assert_allclose(out.logprobs, logprobs.max(-1), atol=2e-5)
@@ -381,12 +381,12 @@ def test_no_type_of_a_setting_and_no_length_within_a_bucket_recompiles():
     ]
     eos_ids = [None, 3, [3, 4], np.array([5]), (1, 2, 3)]
     for go in (run, run_stream):
-        go(np.ones((1, 7), int), np.array([7]), max_new_tokens=2)
+        go(np.ones((1, 7), int), np.array([7]), KEYS[:1], max_new_tokens=2)
         with counting_compiles() as compiled:
             for n in range(12):
                 tokens, lengths = random_prompts(n, CONFIG, [n + 1])
                 sampling, eos_id = lj.Sampling(**forms[n % len(forms)]), eos_ids[n % len(eos_ids)]
-                go(tokens, lengths, sampling=sampling, max_new_tokens=2, eos_id=eos_id)
+                go(tokens, lengths, KEYS[:1], sampling, max_new_tokens=2, eos_id=eos_id)
         assert not compiled
 
 
@@ -411,7 +411,7 @@ def test_one_bf16_prompt_on_a_mesh():
 def test_one_row_of_multi_head_attention_on_a_mesh():
     """G = 1: a reshape to groups of one must not lose the sharding of a batch of one."""
     config, params, tokens, lengths = model_of("multi-head")
-    prompt = tokens[:1, : lengths[0]], lengths[:1], KEY, GREEDY
+    prompt = tokens[:1, : lengths[0]], lengths[:1], KEYS[:1], GREEDY
     expected = lj.generate(config, params, *prompt, max_new_tokens=12)
     mesh = sharding.make_mesh("tensor=2", devices=jax.devices()[:2])
     with jax.set_mesh(mesh):
