@@ -28,7 +28,7 @@ LLAMA2 = lj.LlamaConfig(
     vocab_size=320,
     hidden_size=64,
     intermediate_size=96,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=16,
     num_key_value_heads=16,
     head_dim=4,
@@ -81,12 +81,15 @@ def identical(a, b):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_format_converts_to_every_other_bit_for_bit(tmp_path, kind):
+    """Each pair of formats with one kind of model, each kind with every source and every output."""
     params = model_on_disk(tmp_path / "source", MODELS[kind])
     text = load_tokenizer(tmp_path / "source").encode("w3 w17w5 w90")
     sources = ("hf", "meta-8", "gguf", "llama2c", "orbax")
     for name in sources:
         convert(tmp_path / "source", tmp_path / name, **OUTPUTS[name])
-    for one, other in itertools.product(sources, OUTPUTS):
+    for (i, one), (j, other) in itertools.product(enumerate(sources), enumerate(OUTPUTS)):
+        if (i + j) % len(MODELS) != list(MODELS).index(kind):
+            continue
         target = convert(tmp_path / one, tmp_path / f"{one} to {other}", **OUTPUTS[other])
         source = open_source(target)
         assert source.config == MODELS[kind], (one, other)
@@ -115,18 +118,24 @@ def test_stories260k_round_trip_through_all_formats(tmp_path, shared_data):
     assert identical(after.params, before.params)
     assert after.config == before.config
     text = "Once upon a time, there was a little girl"
-    assert after.tokenizer.encode(text) == before.tokenizer.encode(text)
-    assert after.generate(text, max_new_tokens=20) == before.generate(text, max_new_tokens=20)
+    ids = before.tokenizer.encode(text)
+    assert after.tokenizer.encode(text) == ids
+    assert after.tokenizer.decode(ids) == before.tokenizer.decode(ids)
+    assert after.tokenizer.eos_ids == before.tokenizer.eos_ids  # all that `generate` depends on
 
 
 @pytest.mark.slow
-def test_smollm2_round_trip_through_all_formats_that_support_its_vocabulary(tmp_path, smollm2, smollm2_path):
-    path = smollm2_path
-    for step, name in enumerate(["hf-3", "meta", "orbax", "gguf"]):
-        path = convert(path, tmp_path / str(step), **OUTPUTS[name])
+def test_smollm2_round_trip_through_all_formats_that_support_its_vocabulary(tmp_path, smollm2):
+    """Two of its layers: 30 are a matter of gigabytes. `test_verify.py` converts its file as a whole."""
+    config = smollm2.config.replace(num_hidden_layers=2)
+    params = {**smollm2.params, "layers": jax.tree.map(lambda x: np.asarray(x)[:2], smollm2.params["layers"])}
+    path = tmp_path / "hf"
+    lj.save(Model(config, params, smollm2.tokenizer, path, None), path, **OUTPUTS["hf-3"])
+    for name in ("meta", "orbax", "gguf"):
+        path = convert(path, tmp_path / name, **OUTPUTS[name])
     after = lj.load(path)
-    assert identical(after.params, smollm2.params)
-    assert after.config == smollm2.config
+    assert identical(after.params, params)
+    assert after.config == config
     text = "Once upon a time, there was a little girl named Lily."
     assert after.tokenizer.encode(text) == smollm2.tokenizer.encode(text)
     assert after.tokenizer.chat_template == smollm2.tokenizer.chat_template
@@ -322,7 +331,7 @@ def test_the_command_reports_what_it_wrote(tmp_path, capsys):
     model_on_disk(tmp_path / "source", LLAMA2)
     assert main(["convert", str(tmp_path / "source"), str(tmp_path / "out.gguf"), "--dtype", "float16"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"{tmp_path / 'out.gguf'}: gguf, 30 tensors, ")
+    assert out.startswith(f"{tmp_path / 'out.gguf'}: gguf, 21 tensors, ")
     assert out.endswith("/s\n")
 
 
