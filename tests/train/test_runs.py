@@ -79,8 +79,8 @@ def test_finetuning_starts_from_pretrained_weights(workshop, shared_data):
         f'[model]\ninit_from = "{model}"\n[data]\nfiles = "{files}"\nvalidation_fraction = 0.2\n'
         '[train]\nsteps = 5\nglobal_batch_size = 4\nseq_len = 32\ndtype = "float32"\nrun_dir = "tuned"\n'
         'remat = "none"\nattention = "xla"\nloss_chunks = 1\n'
-        "[optimizer]\nlearning_rate = 1e-4\nwarmup_steps = 0\n[eval]\nevery = 1\nmax_new_tokens = 4\n"
-        'prompt = "Once"\n[log]\ntensorboard = false\nplot = false\n'
+        "[optimizer]\nlearning_rate = 1e-4\nwarmup_steps = 0\n[eval]\nevery = 1\nbatches = 4\n"
+        'max_new_tokens = 4\nprompt = "Once"\n[log]\ntensorboard = false\nplot = false\n'
     )
     _, again = workshop.train_all([config], [config])
     evaluations = records(workshop.folder / "tuned", "evaluations.jsonl")
