@@ -15,7 +15,7 @@ from gguf.quants import dequantize
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.rope import rotary_frequencies
-from llama_jax.weights.gguf_header import read_gguf_header
+from llama_jax.weights.gguf_split import first_part, read_gguf_header
 from llama_jax.weights.source import FLOAT_DTYPES, Source, TensorInfo, decode_floats, quote, read_bytes
 
 # Values per call of gguf.quants, as one row: six times faster than a model's own rows, and whole tensors
@@ -28,7 +28,7 @@ LLAMA3_FIELDS = ("factor", "original_max_position_embeddings", "low_freq_factor"
 
 
 def open_gguf(path: Path, detected_by: str) -> Source:
-    """Opens a GGUF file.
+    """Opens a GGUF file, and the other parts of its model if it is split.
 
     Raises:
       CheckpointError: if the file is malformed, or llama_jax does not support the model.
@@ -38,7 +38,7 @@ def open_gguf(path: Path, detected_by: str) -> Source:
         config = _Fields(path, metadata, tensors).config()
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return Source("gguf", path, detected_by, config, tensors, decode, metadata)
+    return Source("gguf", first_part(path), detected_by, config, tensors, decode, metadata)
 
 
 def decode(name: str, info: TensorInfo, raw: np.ndarray) -> np.ndarray:
@@ -67,11 +67,6 @@ class _Fields:
         architecture = self.text("general.architecture")
         if architecture != "llama":
             raise self.error(f"the architecture is {quote(architecture)}; only llama is supported")
-        if (splits := self.metadata.get("split.count", 1)) != 1:
-            raise self.error(
-                f"split.count is {quote(str(splits))}: the file is one split of a model; merge them with "
-                "llama.cpp's gguf-split --merge"
-            )
         embedding = self.tensors.get("token_embd.weight")
         if embedding is None or len(embedding.shape) != 2:
             raise self.error(

@@ -31,8 +31,9 @@ _MAX_NAME = 65_535
 
 # The tensor types that gguf.quants can dequantize.
 SUPPORTED_TYPES = (
-    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
-    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
+    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+    *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
 )
 
 
@@ -43,29 +44,12 @@ class Header(NamedTuple):
     tensors: dict[str, TensorInfo]
 
 
-def read_gguf_metadata(path: str | Path) -> Mapping[str, Any]:
-    """Reads only the metadata fields of a GGUF file.
-
-    Returns:
-      A mapping of keys to str, bool, int, float (f32 values as the shortest decimal that round-trips), list
-      of str, or one-dimensional NumPy array.
-
-    Raises:
-      CheckpointError: if the file is missing, truncated or malformed.
-    """
-    return _parse(Path(path), with_tensors=False).metadata
-
-
-def read_gguf_header(path: str | Path) -> Header:
-    """Reads and checks a GGUF file's metadata and tensor table.
+def read_header(path: Path, with_tensors: bool = True) -> Header:
+    """Reads and checks one file's metadata, and its tensor table.
 
     Raises:
       CheckpointError: if the file is missing, truncated or malformed, or a tensor has an unsupported type.
     """
-    return _parse(Path(path), with_tensors=True)
-
-
-def _parse(path: Path, with_tensors: bool) -> Header:
     with open_file(path) as (file, size):
         return _Parser(path, file, size).header(with_tensors)
 

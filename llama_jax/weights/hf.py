@@ -1,4 +1,4 @@
-"""Reads Hugging Face model directories: config.json, and one or several safetensors files."""
+"""Reads Hugging Face model directories: config.json, and the tensors that `hf_tensors` finds beside it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from typing import Any
 
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import CheckpointError, ConfigError
+from llama_jax.weights.hf_tensors import HFSource, read_tensors, resolve_tied
 from llama_jax.weights.json_fields import JsonFields, read_json
-from llama_jax.weights.safetensors import read_safetensors_header
-from llama_jax.weights.source import Source, TensorInfo, decode_floats, format_list, quote
+from llama_jax.weights.source import Source, decode_floats, quote
 
 CLASSIFIER_ARCHITECTURE = "LlamaForSequenceClassification"
 MAX_LABELS = 1 << 16
-_SINGLE_FILE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 
 
 def open_hf(path: Path, detected_by: str) -> Source:
@@ -25,53 +23,9 @@ def open_hf(path: Path, detected_by: str) -> Source:
       CheckpointError: if a file is missing or malformed, or llama_jax does not support the model.
     """
     config, metadata = read_config_and_metadata(path / "config.json")
-    return Source("hf", path, detected_by, config, _read_tensors(path), decode_floats, metadata)
-
-
-def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
-    if (folder / _SINGLE_FILE).exists():
-        return read_safetensors_header(folder / _SINGLE_FILE)
-    if not (folder / _INDEX).exists():
-        raise CheckpointError(
-            f"{folder}: has neither {_SINGLE_FILE} nor {_INDEX}; save the model with safe_serialization=True"
-        )
-    index = folder / _INDEX
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index}: weight_map is missing or not an object; download the file again")
-    files = sorted({_checked_file_name(index, name, file) for name, file in weight_map.items()})
-    missing_files = [file for file in files if not (folder / file).is_file()]
-    if missing_files:
-        raise CheckpointError(
-            f"{folder}: files of the index are missing: {format_list(missing_files)}; download them too"
-        )
-    tensors: dict[str, TensorInfo] = {}
-    unlisted = []
-    for file in files:
-        for name, info in read_safetensors_header(folder / file).items():
-            tensors[name] = info
-            if weight_map.get(name) != file:
-                unlisted.append(f"{quote(name)} in {file}")
-    missing = [f"{quote(name)} in {file}" for name, file in weight_map.items() if name not in tensors]
-    if unlisted or missing:
-        problems = []
-        if missing:
-            problems.append(f"tensors of the index that no file has: {format_list(missing)}")
-        if unlisted:
-            problems.append(f"tensors of the files that are not in the index: {format_list(unlisted)}")
-        raise CheckpointError(f"{index}: does not match its files: {'; '.join(problems)}")
-    return tensors
-
-
-def _checked_file_name(index: Path, tensor: str, file: Any) -> str:
-    """Returns a file name from the index; refuses any path outside the directory."""
-    plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\:\0\r\n")
-    if not plain:
-        raise CheckpointError(
-            f"{index}: tensor {quote(tensor)} is placed in {quote(str(file))}; only .safetensors files in "
-            "the same directory are read"
-        )
-    return file
+    tensors = read_tensors(path)
+    config = config.replace(tie_word_embeddings=resolve_tied(tensors, config.tie_word_embeddings))
+    return HFSource("hf", path, detected_by, config, tensors, decode_floats, metadata)
 
 
 def read_config(path: Path) -> LlamaConfig:
@@ -171,16 +125,11 @@ class _Fields(JsonFields):
         kind = self.fields.get("rope_type") or self.fields.get("type") or "default"
         if self.number("partial_rotary_factor", 1.0) != 1:
             raise self.error("partial_rotary_factor is not 1; every dimension of a head must be rotated")
-        if kind == "default":
+        if kind in ("default", "dynamic"):  # dynamic NTK scaling begins after max_position_embeddings
             return None
-        if kind == "dynamic":
-            raise self.error(
-                "rope_type is 'dynamic', which changes with the sequence length and invalidates cached keys; "
-                f"it has no effect up to max_position_embeddings ({context}): remove it"
-            )
         if kind not in ("linear", "yarn", "llama3"):
             raise self.error(
-                f"rope_type is {quote(str(kind))}; only default, linear, yarn and llama3 are supported"
+                f"rope_type is {quote(str(kind))}; only default, linear, dynamic, yarn and llama3 are supported"
             )
         original = self.integer("original_max_position_embeddings", context)
         if kind == "yarn" and self.fields.get("factor") is None:

@@ -100,24 +100,20 @@ class MetaSource(Source):
         """
         if name not in self.sharded:
             raise CheckpointError(f"{self.path}: there is no tensor {quote(name)}")
-        array = self.sharded[name].read(name)
-        if name == _EMBEDDING and self.config.tie_word_embeddings:
-            self._check_tied(array)
-        return array
+        return self.sharded[name].read(name)
 
-    def _check_tied(self, embedding: np.ndarray) -> None:
-        """Checks that the output projection, which Meta's files always store, equals the embedding."""
-        row = 0
-        for shard in self.sharded[_OUTPUT].shards:
-            for begin in range(0, shard.shape[0], _CHUNK_ROWS):
-                end = min(begin + _CHUNK_ROWS, shard.shape[0])
-                rows = read_array(_OUTPUT, slice_dimension(shard, 0, begin, end))
-                if not _bitwise_equal(rows, embedding[row : row + len(rows)]):
-                    raise CheckpointError(
-                        f"{self.path}: {EXTRA_FILE} has tie_word_embeddings, but {_OUTPUT} differs from "
-                        f"{_EMBEDDING}; set it to false"
-                    )
-                row += len(rows)
+
+def _heads_equal(sharded: Mapping[str, ShardedTensor]) -> bool:
+    """Whether the output projection, which Meta's files always store, equals the embedding bit for bit."""
+    embedding, row = sharded[_EMBEDDING].read(_EMBEDDING), 0
+    for shard in sharded[_OUTPUT].shards:
+        for begin in range(0, shard.shape[0], _CHUNK_ROWS):
+            end = min(begin + _CHUNK_ROWS, shard.shape[0])
+            rows = read_array(_OUTPUT, slice_dimension(shard, 0, begin, end))
+            if not _bitwise_equal(rows, embedding[row : row + len(rows)]):
+                return False
+            row += len(rows)
+    return True
 
 
 def split_axis(name: str, dimensions: int, *, llama3: bool) -> int | None:
@@ -175,6 +171,8 @@ def open_meta(path: Path, detected_by: str) -> MetaSource:
             f"{folder}: has {len(files)} of the {width // per_shard} shards of the model; download all"
         )
     config = config_from_params(folder, params, extra, vocab_size, intermediate_size)
+    if config.tie_word_embeddings and _EMBEDDING in sharded:  # the files decide, not our note about them
+        config = config.replace(tie_word_embeddings=_heads_equal(sharded))
     tokenizer_dir, metadata = _tokenizer_dir(folder), {"parts": len(files)}
     return MetaSource(
         "meta", path, detected_by, config, tensors, decode_floats, metadata, tokenizer_dir, sharded

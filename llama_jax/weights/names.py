@@ -221,7 +221,9 @@ LEAVES: tuple[Leaf, ...] = (
 # Redundant tensors that are ignored on load: rotary tables, which follow from the configuration (GGUF's
 # rope_freqs is converted to rope scaling), besides copies of a tied output projection.
 _IGNORED: dict[Format, re.Pattern[str]] = {
-    "hf": re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
+    "hf": re.compile(
+        r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)"
+    ),
     "meta": re.compile(r"rope\.freqs"),
     "gguf": re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd(\.weight)?"),
     "llama2c": re.compile(r"freq_cis_(real|imag)"),

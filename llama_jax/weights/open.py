@@ -7,6 +7,7 @@ from pathlib import Path
 from llama_jax.errors import CheckpointError
 from llama_jax.weights.gguf import open_gguf
 from llama_jax.weights.gguf_header import MAGIC
+from llama_jax.weights.gguf_split import first_part
 from llama_jax.weights.hf import open_hf
 from llama_jax.weights.llama2c import is_llama2c, open_llama2c
 from llama_jax.weights.meta import is_meta, open_meta
@@ -63,7 +64,7 @@ def _open_directory(path: Path) -> Source:
         return open_hf(path, "the directory has a config.json")
     if is_meta(path):
         return open_meta(path, "the directory has params.json and consolidated.*.pth")
-    models = sorted(entry for entry in path.iterdir() if _is_model_file(entry))
+    models = sorted({_first_present(entry) for entry in path.iterdir() if _is_model_file(entry)})
     if len(models) == 1:
         return open_source(models[0])
     if models:
@@ -76,6 +77,12 @@ def _is_model_file(path: Path) -> bool:
     """Whether a file name is that of a single-file model, and not of a llama2.c tokenizer."""
     named = path.suffix == ".gguf" or (path.suffix == ".bin" and not path.name.startswith("tok"))
     return named and path.is_file()
+
+
+def _first_present(path: Path) -> Path:
+    """Returns the first part of a split model in place of the others."""
+    first = first_part(path)
+    return first if first.is_file() else path
 
 
 def _describe_unsupported(path: Path, start: bytes) -> str:

@@ -73,6 +73,7 @@ LLAMA3 = {
         ({"rope_type": "default"}, None),
         ({"type": "linear", "factor": 2}, RopeScaling("linear", 2.0)),  # the older key
         ({"rope_type": "linear", "factor": 2.0}, RopeScaling("linear", 2.0)),
+        ({"type": "dynamic", "factor": 2.0}, None),  # no effect within the trained context
         (LLAMA3, RopeScaling("llama3", 8.0, 64, low_freq_factor=1.0, high_freq_factor=4.0)),
         (YARN, RopeScaling("yarn", 4.0, 32)),
         (
@@ -139,12 +140,11 @@ def test_defaults_of_absent_fields(tmp_path: Path) -> None:
         ({"rope_theta": 10**400}, "it must be a finite number"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; it must be true or false"),
         ({"rope_scaling": [1]}, "rope_scaling is '[1]'; it must be an object"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
         (
             {"rope_scaling": {"rope_type": "longrope"}},
-            "rope_type is 'longrope'; only default, linear, yarn and llama3",
+            "rope_type is 'longrope'; only default, linear, dynamic, yarn and llama3",
         ),
-        ({"rope_scaling": {"rope_type": ["linear"]}}, "only default, linear, yarn and llama3"),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, "only default, linear, dynamic, yarn and llama3"),
         ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor is 0.5"),
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 0.5}}, "rope_scaling.high_freq_factor is 0.5"),
@@ -215,34 +215,93 @@ def test_missing_files_of_the_index_are_named(tmp_path: Path) -> None:
     assert f"{missing}; download them too" in one_line(caught)
 
 
-def test_index_and_files_must_match(tmp_path: Path) -> None:
-    folder = write_hf(tmp_path, CONFIG, random_params(), shards=2)
+ROTARY_TABLES = {
+    f"model.layers.{layer}.self_attn.rotary_emb.{name}": np.ones(4, np.float32)
+    for layer in range(CONFIG.num_hidden_layers)
+    for name in ("inv_freq", "cos_cached", "sin_cached")
+}
+
+
+def test_the_files_decide_which_tensors_there_are(tmp_path: Path) -> None:
+    """An index may name rotary tables that no file has, and omit tensors that one has; as in transformers."""
+    params = random_params()
+    folder = write_hf(tmp_path, CONFIG, params, shards=2)
     first = "model-00001-of-00002.safetensors"
+    save_file(load_file(folder / first) | ROTARY_TABLES, folder / first)
 
     def edit(index: dict[str, Any]) -> None:
-        index["weight_map"]["ghost"] = first
+        index["weight_map"]["model.rotary_emb.inv_freq"] = first
         del index["weight_map"]["model.norm.weight"]
 
     edit_index(folder, edit)
-    with pytest.raises(CheckpointError) as caught:
-        open_source(folder)
-    message = one_line(caught)
-    assert f"tensors of the index that no file has: 'ghost' in {first}" in message
-    assert "that are not in the index: 'model.norm.weight' in model-00002-of-00002.safetensors" in message
+    assert_same(load_params(open_source(folder)), params)
 
 
-def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
-    folder = write_hf(tmp_path, CONFIG, random_params(), shards=2)
+def test_the_last_file_with_a_tensor_is_taken(tmp_path: Path) -> None:
+    params = random_params()
+    folder = write_hf(tmp_path, CONFIG, params, shards=2)
     file = folder / "model-00001-of-00002.safetensors"
     save_file(load_file(file) | {"model.norm.weight": np.zeros(64, np.float32)}, file)
-    with pytest.raises(CheckpointError, match="in model-00001-of-00002"):
-        open_source(folder)
+    assert_same(load_params(open_source(folder)), params)
+
+
+def test_what_no_file_has_is_missing(tmp_path: Path) -> None:
+    folder = write_hf(tmp_path, CONFIG, random_params(), shards=2)
+    file = folder / "model-00002-of-00002.safetensors"
+    save_file({name: x for name, x in load_file(file).items() if name != "model.norm.weight"}, file)
+    with pytest.raises(CheckpointError, match=r"missing tensors: model\.norm\.weight"):
+        load_params(open_source(folder))
+
+
+def test_rotary_tables_are_ignored(tmp_path: Path) -> None:
+    params = random_params()
+    folder = write_hf(tmp_path, CONFIG, params)
+    save_file(load_file(folder / "model.safetensors") | ROTARY_TABLES, folder / "model.safetensors")
+    assert_same(load_params(open_source(folder)), params)
+
+
+def test_names_of_a_bare_model(tmp_path: Path) -> None:
+    """`LlamaModel.save_pretrained` writes no prefix; a tied model has all it needs."""
+    config = CONFIG.replace(tie_word_embeddings=True)
+    params = random_params(config)
+    folder = write_hf(tmp_path, config, params)
+    state = load_file(folder / "model.safetensors")
+    save_file({name.removeprefix("model."): x for name, x in state.items()}, folder / "model.safetensors")
+    assert_same(load_params(open_source(folder)), params)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_stored_head_of_its_own_is_used_though_the_configuration_ties_it(
+    dtype: Any, tmp_path: Path
+) -> None:
+    """transformers ties the matrices only if the files have one, or two that are equal."""
+    params = random_params()
+    folder = write_hf(tmp_path, CONFIG, params, dtype=dtype)
+    config_of(folder, tie_word_embeddings=True)
+    source = open_source(folder)
+    assert not source.config.tie_word_embeddings
+    assert_same(load_params(source), params)
+    state = load_file(folder / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    save_file(state, folder / "model.safetensors")
+    assert open_source(folder).config.tie_word_embeddings
+    assert "lm_head" not in load_params(open_source(folder))
+
+
+def test_a_tied_model_whose_one_matrix_is_stored_as_the_head(tmp_path: Path) -> None:
+    config = CONFIG.replace(tie_word_embeddings=True)
+    params = random_params(config)
+    folder = write_hf(tmp_path, config, params)
+    state = load_file(folder / "model.safetensors")
+    state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
+    save_file(state, folder / "model.safetensors")
+    assert_same(load_params(open_source(folder)), params)
 
 
 def test_a_directory_without_weights(tmp_path: Path) -> None:
     folder = write_hf(tmp_path, CONFIG, random_params())
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="has neither model") as caught:
+    (folder / "model.safetensors").rename(folder / "model-of-mine.safetensors")
+    with pytest.raises(CheckpointError, match=r"has none of model\.safetensors or model\.") as caught:
         open_source(folder)
     one_line(caught)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
