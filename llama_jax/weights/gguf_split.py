@@ -1,7 +1,7 @@
 """GGUF models that are split over several files, as llama.cpp's gguf-split writes them.
 
-The parts are named NAME-00001-of-00003.gguf and so on. The first has the metadata of the model; every part has
-its own tensors, and `split.no` and `split.count`.
+The parts are named NAME-00001-of-00003.gguf and so on. The first has the metadata of the model; every part
+has its own tensors, and `split.no` and `split.count`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from llama_jax.weights.source import format_list, quote
 
 _NAME = re.compile(r"(?P<model>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _MAX_PARTS = 10_000
+_REMEDY = "take all parts from the same model"
 
 
 def first_part(path: Path) -> Path:
@@ -62,20 +63,18 @@ def read_gguf_header(path: str | Path) -> Header:
         described = _number(part, other, "split.no", -1), _number(part, other, "split.count", -1)
         if described != (number, count):
             raise CheckpointError(
-                f"{part}: says that it is part {described[0] + 1} of {described[1]}, not {number + 1} of {count}; "
-                "take all parts from the same model"
+                f"{part}: says that it is part {described[0] + 1} of {described[1]}, not {number + 1} of "
+                f"{count}; {_REMEDY}"
             )
         if number and (double := sorted(tensors.keys() & other.tensors.keys())):
             raise CheckpointError(
-                f"{part}: repeats tensors of another part: {format_list(map(quote, double), 5)}; take all parts "
-                "from the same model"
+                f"{part}: repeats tensors of another part: {format_list(map(quote, double), 5)}; {_REMEDY}"
             )
         tensors |= other.tensors
     expected = _number(first, header, "split.tensors.count", len(tensors))
     if expected != len(tensors):
         raise CheckpointError(
-            f"{first}: its {count} parts have {len(tensors)} tensors, not {expected}; take all parts from the "
-            "same model"
+            f"{first}: its {count} parts have {len(tensors)} tensors, not {expected}; {_REMEDY}"
         )
     return Header(header.metadata, tensors)
 

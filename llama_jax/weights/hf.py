@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.config import LlamaConfig, RopeScaling
-from llama_jax.errors import CheckpointError, ConfigError
+from llama_jax.errors import ConfigError
 from llama_jax.weights.hf_tensors import HFSource, read_tensors, resolve_tied
 from llama_jax.weights.json_fields import JsonFields, read_json
 from llama_jax.weights.source import Source, decode_floats, quote
@@ -129,7 +129,8 @@ class _Fields(JsonFields):
             return None
         if kind not in ("linear", "yarn", "llama3"):
             raise self.error(
-                f"rope_type is {quote(str(kind))}; only default, linear, dynamic, yarn and llama3 are supported"
+                f"rope_type is {quote(str(kind))}; only default, linear, dynamic, yarn and llama3 are "
+                "supported"
             )
         original = self.integer("original_max_position_embeddings", context)
         if kind == "yarn" and self.fields.get("factor") is None:

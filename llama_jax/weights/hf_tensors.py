@@ -66,9 +66,9 @@ def _named(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
 def _read_shards(index: Path, read: Callable[[Path], Mapping[str, TensorInfo]]) -> dict[str, TensorInfo]:
     """Finds the tensors of all files that an index names.
 
-    As in transformers, the files decide what there is, the last one where two have a tensor: an index may name
-    tensors that were left out when the model was repacked, and omit others. What the model needs and no file
-    has is found missing later.
+    As in transformers, the files decide what there is, the last one where two have a tensor: an index may
+    name tensors that were left out when the model was repacked, and omit others. What the model needs and no
+    file has is found missing later.
     """
     folder, weight_map = index.parent, read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
