@@ -20,7 +20,7 @@ from llama_jax.errors import TokenizerError
 # declare only one of them as EOS, but the model may generate any.
 END_TOKENS = (
     *("</s>", "<|endoftext|>", "<|end_of_text|>"),
-    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>"),
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end_of_turn|>", "<|end|>", "<EOT>"),
 )
 
 
@@ -63,7 +63,10 @@ class Tokenizer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerSettings:
-    """The settings of a vocabulary besides its pieces; see `Tokenizer` for the fields."""
+    """The settings of a vocabulary besides its pieces; see `Tokenizer` for the fields.
+
+    `prefix_ids` are what `encode` prepends where that is not BOS.
+    """
 
     bos_id: int | None = None
     eos_id: int | None = None
@@ -72,6 +75,7 @@ class TokenizerSettings:
     eos_ids: tuple[int, ...] = ()
     add_bos: bool = False
     chat_template: str | None = None
+    prefix_ids: tuple[int, ...] = ()
 
     @property
     def control_ids(self) -> set[int]:
@@ -176,7 +180,8 @@ class BaseTokenizer(abc.ABC):
         end_ids = [table.special[name] for name in END_TOKENS if name in table.special]
         eos_id = [] if settings.eos_id is None else [settings.eos_id]
         self.eos_ids = tuple(dict.fromkeys([*eos_id, *settings.eos_ids, *end_ids]))
-        self.add_bos = settings.add_bos and settings.bos_id is not None
+        self.prefix_ids = settings.prefix_ids
+        self.add_bos = settings.add_bos and (settings.bos_id is not None or bool(settings.prefix_ids))
         self.special_tokens = table.special
         self.chat_template = settings.chat_template
         self.table = table
@@ -223,9 +228,9 @@ class BaseTokenizer(abc.ABC):
             ) from None
         ids = self._encode(text, parse_special)
         if self.add_bos if add_bos is None else add_bos:
-            bos = self._require_id("BOS", self.bos_id)
-            if ids[:1] != [bos]:
-                ids.insert(0, bos)
+            prefix = [*self.prefix_ids] or [self._require_id("BOS", self.bos_id)]
+            if ids[: len(prefix)] != prefix:
+                ids = prefix + ids
         if add_eos:
             eos = self._require_id("EOS", self.eos_id)
             if ids[-1:] != [eos]:

@@ -51,6 +51,12 @@ def export_vocabulary(tokenizer: Tokenizer, format: Format, *, pad_id: int | Non
     """
     if not isinstance(tokenizer, BaseTokenizer):
         raise TokenizerError(f"a {type(tokenizer).__name__} cannot be exported; use load_tokenizer")
+    if len(tokenizer.prefix_ids) > (format == "gguf") and format != "hf":
+        names = " ".join(map(tokenizer.id_to_token, tokenizer.prefix_ids))
+        raise TokenizerError(
+            f"the vocabulary of {tokenizer.origin} prepends {names} to every text, which {format} cannot "
+            "represent; write hf"
+        )
     files: Mapping[str, bytes] = {}
     fields: Mapping[str, Any] = {}
     if format == "gguf":
@@ -100,10 +106,11 @@ def _files(tokenizer: BaseTokenizer, format: Format, pad_id: int | None) -> dict
 def _tokenizer_config(tokenizer: BaseTokenizer) -> dict[str, Any]:
     """Returns the special tokens, BOS rule and chat template for tokenizer_config.json."""
     config: dict[str, Any] = {
-        "add_bos_token": tokenizer.add_bos,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
     }
+    if not tokenizer.prefix_ids:  # else the post-processor says what is prepended
+        config["add_bos_token"] = tokenizer.add_bos
     for name in ("bos", "eos", "unk", "pad"):
         token = getattr(tokenizer, f"{name}_id")
         if token is not None:
@@ -115,6 +122,8 @@ def _tokenizer_config(tokenizer: BaseTokenizer) -> dict[str, Any]:
 
 def _set_bos(backend: tokenizers.Tokenizer, tokenizer: BaseTokenizer) -> None:
     """Sets the post-processor to prepend BOS if `tokenizer.add_bos`, and otherwise nothing."""
+    if tokenizer.prefix_ids:
+        return
     first = next(iter(backend.encode("").ids), None)
     if (first is not None and first == tokenizer.bos_id) == tokenizer.add_bos:
         return

@@ -30,7 +30,7 @@ def gguf_fields(tokenizer: BaseTokenizer) -> dict[str, Any]:
     else:  # llama.cpp's defaults for absent keys are 1, 2 and 0
         fields, required = _sentencepiece(tokenizer), frozenset(("bos", "eos", "unknown"))
     special_ids = {
-        "bos": tokenizer.bos_id,
+        "bos": next(iter(tokenizer.prefix_ids), tokenizer.bos_id),  # what llama.cpp prepends
         "eos": tokenizer.eos_id,
         "unknown": tokenizer.unk_id,
         "padding": tokenizer.pad_id,

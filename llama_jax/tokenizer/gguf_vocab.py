@@ -14,7 +14,13 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from llama_jax.errors import CheckpointError, MissingTokenizerError, TokenizerError
-from llama_jax.tokenizer.base import BaseTokenizer, DecodeTable, TokenizerSettings, validate_special_id
+from llama_jax.tokenizer.base import (
+    END_TOKENS,
+    BaseTokenizer,
+    DecodeTable,
+    TokenizerSettings,
+    validate_special_id,
+)
 from llama_jax.tokenizer.byte_level import PRE_TOKENIZERS, piece_bytes
 from llama_jax.tokenizer.files import one_line
 from llama_jax.tokenizer.sentencepiece_model import (
@@ -79,6 +85,11 @@ class _Vocabulary:
         self.kinds: list[int] = [NORMAL] * len(self.tokens)
         if f"{PREFIX}token_type" in metadata:
             self.kinds = self.array("token_type", "iu").tolist()
+        # As in llama.cpp: older converters wrote every added token as user-defined.
+        self.kinds = [
+            CONTROL if kind == USER_DEFINED and token in END_TOKENS else kind
+            for token, kind in zip(self.tokens, self.kinds, strict=True)
+        ]
         unknown = set(self.kinds) - set(range(NORMAL, BYTE + 1))
         if unknown:
             raise self.error("token_type", f"contains {min(unknown)}; the types are {NORMAL} to {BYTE}")

@@ -96,17 +96,18 @@ def read_hf_config(path: Path) -> HFConfig:
 
 
 def _chat_template(path: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Returns the template of chat_template.jinja, which overrides tokenizer_config.json, as in transformers."""
+    jinja = path.with_name("chat_template.jinja")
+    try:
+        if jinja.is_file():
+            return read_bytes(jinja).decode()
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{jinja} is not UTF-8 ({error.reason}); take a fresh copy") from None
     template = files["tokenizer_config"].get("chat_template")
     if isinstance(template, list):  # several named templates
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
-    if isinstance(template, str):
-        return template
-    jinja = path.with_name("chat_template.jinja")
-    try:
-        return read_bytes(jinja).decode() if jinja.is_file() else None
-    except UnicodeDecodeError as error:
-        raise TokenizerError(f"{jinja} is not UTF-8 ({error.reason}); take a fresh copy") from None
+    return template if isinstance(template, str) else None
 
 
 def _read(path: Path) -> dict[str, Any]:

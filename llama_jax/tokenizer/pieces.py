@@ -126,6 +126,9 @@ def _from_json(backend: Tokenizer) -> SentencePieces:
     ranks = _ranks(merges)
     names = {token: text for text, token in model["vocab"].items()}
     added = {entry["id"]: entry for entry in content["added_tokens"]}
+    for token, entry in added.items():
+        if backend.id_to_token(token) != entry["content"]:  # it is matched with the space before it
+            raise ValueError(f"has the added word {entry['content']!r}, which takes the space before it")
     pieces = []
     for token in range(max([*names, *added]) + 1):
         text = added[token]["content"] if token in added else names.get(token, f"[PAD{token}]")

@@ -139,12 +139,27 @@ def _space_style(path: Path, content: Mapping[str, Any]) -> str:
 def _settings(path: Path, backend: tokenizers.Tokenizer, vocabulary: Mapping[str, int]) -> TokenizerSettings:
     hf_config = read_hf_config(path)
     settings = hf_config.apply(TokenizerSettings(), vocabulary)
-    first = next(iter(backend.encode("").ids), None)  # the token that the post-processor prepends
-    if settings.bos_id is None and first in _special_ids(backend) - {settings.eos_id}:
-        settings = dataclasses.replace(settings, bos_id=first)
+    prefix = _prefix(path, backend)
+    if settings.bos_id is None and set(prefix[:1]) & (_special_ids(backend) - {settings.eos_id}):
+        settings = dataclasses.replace(settings, bos_id=prefix[0])
     if hf_config.add_bos is None:
-        settings = dataclasses.replace(settings, add_bos=first is not None and first == settings.bos_id)
+        other = () if prefix == (settings.bos_id,) else prefix
+        settings = dataclasses.replace(settings, add_bos=bool(prefix), prefix_ids=other)
     return settings
+
+
+def _prefix(path: Path, backend: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """Returns the ids that the post-processor prepends to a text."""
+    try:
+        text, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a Rust panic is a BaseException
+        raise TokenizerError(
+            f"{path}: its post_processor cannot be run ({one_line(error)}); take a fresh copy"
+        ) from None
+    starts = (i for i in range(len(whole) - len(text) + 1) if whole[i : i + len(text)] == text)
+    return tuple(whole[: next(starts, 0)])
 
 
 def _special_ids(backend: tokenizers.Tokenizer) -> set[int]:
@@ -157,6 +172,8 @@ def _decode_table(
     added = backend.get_added_tokens_decoder()
     pieces = [b""] * (max(vocabulary.values()) + 1)
     for name, token in vocabulary.items():
+        if token in added:  # as it is matched: normalized words have the space before them
+            name = backend.id_to_token(token) or name
         if space_style == "byte-level":
             pieces[token] = name.encode() if token in added else piece_bytes(name)
         elif (byte := BYTE_PIECE.fullmatch(name)) and token not in added:
