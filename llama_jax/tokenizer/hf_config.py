@@ -96,7 +96,7 @@ def read_hf_config(path: Path) -> HFConfig:
 
 
 def _chat_template(path: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Returns the template of chat_template.jinja, which overrides tokenizer_config.json, as in transformers."""
+    """Returns the template: chat_template.jinja overrides tokenizer_config.json, as in transformers."""
     jinja = path.with_name("chat_template.jinja")
     try:
         if jinja.is_file():
