@@ -52,7 +52,7 @@ def run(argv: Sequence[str]) -> None:
             f"{args.num_beams}; raise --num-beams"
         )
     model = loading.load(args.model, args.dtype, args.bits, args.adapter)
-    ids = model.encode_prompt(prompt)
+    ids = model.encode_prompt(prompt, parse_special=args.parse_special)
     if speculative or args.num_beams > 1 or args.num_return_sequences > 1:
         _generate_whole(args, model, prompt, ids)
     else:
@@ -68,12 +68,13 @@ def _stream(args: argparse.Namespace, model: Model, prompt: str, ids: list[int])
             print(text, end="", flush=True)
 
     sampling, key = model.sampling(**sampling_kwargs(args))
-    clock, stops = TokenClock(), StopStrings(args.stop_string)
+    end_ids, stop_strings = model.ends(args.stop_string)
+    clock, stops = TokenClock(), StopStrings(stop_strings)
     tokens: list[int] = []
     pieces: list[str] = []
     clock.tick()
     steps = model.stream_tokens(
-        ids, sampling, key, max_new_tokens=args.max_new_tokens, cache_dtype=args.cache_dtype
+        ids, sampling, key, max_new_tokens=args.max_new_tokens, end_ids=end_ids, cache_dtype=args.cache_dtype
     )
     for token, text in steps:
         clock.tick()
@@ -83,7 +84,7 @@ def _stream(args: argparse.Namespace, model: Model, prompt: str, ids: list[int])
         pieces.append(visible)
         if stopped:
             break
-    ended = stops.stopped or tokens[-1] in model.tokenizer.eos_ids
+    ended = stops.stopped or tokens[-1] in end_ids
     pieces.append(stops.flush())
     write(pieces[-1] + "\n")
 
@@ -123,6 +124,7 @@ def _generate_whole(args: argparse.Namespace, model: Model, prompt: str, ids: li
         else:
             texts = model.generate(
                 prompt,
+                parse_special=args.parse_special,
                 num_return_sequences=args.num_return_sequences,
                 max_new_tokens=args.max_new_tokens,
                 stop_strings=args.stop_string,
@@ -170,6 +172,7 @@ def _speculate(
     import numpy as np
 
     sampling, key = model.sampling(**sampling_kwargs(args))
+    end_ids, stop_strings = model.ends(args.stop_string)
     out = model.speculate(
         [ids] * args.num_return_sequences,
         sampling,
@@ -177,11 +180,12 @@ def _speculate(
         draft=draft,
         num_draft_tokens=args.num_draft_tokens,
         max_new_tokens=args.max_new_tokens,
+        end_ids=end_ids,
         cache_dtype=args.cache_dtype,
     )
     tokens, lengths = np.asarray(out.output.tokens), np.asarray(out.output.lengths)
     texts = [
-        model.continuation(ids, row[:length], args.stop_string)
+        model.continuation(ids, row[:length], stop_strings)
         for row, length in zip(tokens, lengths, strict=True)
     ]
     return texts, {
@@ -204,6 +208,12 @@ def _parser() -> ModelParser:
     parser = ModelParser("llama-jax generate", summary, EXAMPLES)
     parser.add_model()
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue; - reads stdin")
+    parser.add_argument(
+        "--no-parse-special",
+        dest="parse_special",
+        action="store_false",
+        help="read control tokens in the prompt, such as <|im_start|>, as ordinary text",
+    )
     add_sampling_flags(parser, max_new_tokens=64)
     option = parser.add_argument_group("number of sequences").add_argument
     option(

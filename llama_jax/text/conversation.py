@@ -106,6 +106,7 @@ class Conversation:
             )
         limit = arguments.check_int("max_new_tokens", max_new_tokens)
         sampling, key = self.model.sampling(**settings)
+        self._end_ids, stop_strings = self.model.ends(stop_strings)
         stops = StopStrings(stop_strings)
         self.prompt_tokens = len(ids)
         with self.model.on_mesh():
@@ -114,7 +115,7 @@ class Conversation:
                 key,
                 sampling,
                 max_new_tokens=min(limit, context - len(ids)),
-                eos_id=self.model.tokenizer.eos_ids,
+                eos_id=self._end_ids,
             )
         self._answer = self._record(turns, self._decode(steps, stops))
         return self._answer
@@ -174,7 +175,7 @@ class Conversation:
         text, stopped = stops.push(decoder.flush())
         if text := text + stops.flush():
             yield text
-        self.finish_reason = "stop" if stopped or token in self.model.tokenizer.eos_ids else "length"
+        self.finish_reason = "stop" if stopped or token in self._end_ids else "length"
 
     def _next(self, steps: Iterator[int]) -> int | None:
         with self.model.on_mesh():

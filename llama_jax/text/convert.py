@@ -17,6 +17,7 @@ from llama_jax.text.model import Model
 from llama_jax.text.pretrained import DTYPES, Progress, open_model, resolve
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.tokenizer.export import classifier_pad_id, export_vocabulary
+from llama_jax.tokenizer.fit import fit_vocabulary
 from llama_jax.tokenizer.pad import pad_vocabulary
 from llama_jax.weights import manifest
 from llama_jax.weights.adapters import adapter_folder
@@ -102,7 +103,7 @@ def convert(
         tensors = ResizedVocabulary(tensors, vocab_size)
     for checkpoint in sources:
         _check_outside(target, checkpoint.path)
-    vocabulary = _vocabulary(tokenizer, sources[0], progress)
+    vocabulary = _vocabulary(tokenizer, sources[0], progress, vocab_size is None)
     if vocab_size is not None and tokenizer is None:
         vocabulary = pad_vocabulary(vocabulary, vocab_size)
     plan = _plan(tensors, format, dtype, shards, vocabulary, sources[0].metadata.get("pad_token_id"))
@@ -152,11 +153,14 @@ def save(
     return target
 
 
-def _vocabulary(tokenizer: str | Path | None, source: Source, progress: Progress | None) -> Tokenizer:
+def _vocabulary(
+    tokenizer: str | Path | None, source: Source, progress: Progress | None, fit: bool
+) -> Tokenizer:
     if tokenizer is not None:
         return load_tokenizer(resolve(tokenizer, progress))
     try:
-        return load_tokenizer(source.tokenizer_dir or source.path)
+        found = load_tokenizer(source.tokenizer_dir or source.path)
+        return fit_vocabulary(found, source.config.vocab_size) if fit else found
     except MissingTokenizerError as error:
         raise MissingTokenizerError(f"{error}, or give one with tokenizer (--tokenizer)") from None
 

@@ -105,6 +105,7 @@ class Model:
         *,
         max_new_tokens: int = 64,
         stop_strings: str | Sequence[str] = (),
+        parse_special: bool = True,
         num_return_sequences: int | None = None,
         num_beams: int = 1,
         length_penalty: float = 1.0,
@@ -120,7 +121,9 @@ class Model:
           prompt: one prompt, or a list that is decoded as one batch; each row's result equals that of the
             prompt alone.
           max_new_tokens: maximum number of new tokens; an EOS token ends a text earlier.
-          stop_strings: end a text before the first of these.
+          stop_strings: end a text before the first of these; a control token may be one.
+          parse_special: whether control tokens in a prompt, such as `<|im_start|>`, become their ids. Turn it
+            off for text from strangers.
           num_return_sequences: return a list of this many continuations per prompt.
           num_beams: beam search with this many beams, if above 1; temperature, top_k, top_p and min_p must be
             off.
@@ -143,14 +146,15 @@ class Model:
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not prompts:
             raise InputError("there are no prompts; give a string, or a list with at least one")
-        rows = [self.encode_prompt(text) for text in prompts]
+        rows = [self.encode_prompt(text, parse_special=parse_special) for text in prompts]
         tokens, lengths = pad_right(rows)
         sampling, key = self.sampling(**settings)
+        end_ids, stop_strings = self.ends(stop_strings)
         stops = StopStrings(stop_strings)
         count = 1 if num_return_sequences is None else num_return_sequences
         repeated = [row for row in rows for _ in range(arguments.check_int("num_return_sequences", count))]
         limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "cache_dtype": cache_dtype}
-        options = {**limits, "eos_id": self.tokenizer.eos_ids, "num_return_sequences": count}
+        options = {**limits, "eos_id": end_ids, "num_return_sequences": count}
         inputs = (self.config, self.params, tokens, lengths)
         if num_beams != 1:
             for name, is_set in (("stop_strings", stops.any), ("draft", draft is not None)):
@@ -168,7 +172,13 @@ class Model:
             new, counts = (np.asarray(x).reshape(-1, *x.shape[2:]) for x in (beams.tokens, beams.lengths))
         elif draft is not None:
             out = self.speculate(
-                repeated, sampling, key, draft=draft, num_draft_tokens=num_draft_tokens, **limits
+                repeated,
+                sampling,
+                key,
+                draft=draft,
+                num_draft_tokens=num_draft_tokens,
+                end_ids=end_ids,
+                **limits,
             ).output
             new, counts = np.asarray(out.tokens), np.asarray(out.lengths)
         elif stops.any:
@@ -192,6 +202,7 @@ class Model:
         draft: Draft | Model,
         num_draft_tokens: int = 8,
         max_new_tokens: int,
+        end_ids: Sequence[int] | None = None,
         cache_dtype: str | None = None,
     ) -> SpeculativeOutput:
         """Generates from prompts of token ids by speculative decoding, see `speculative_generate`.
@@ -203,6 +214,7 @@ class Model:
           draft: `PromptLookup`, `DraftModel`, or a smaller `Model` with the same vocabulary.
           num_draft_tokens: number of draft tokens verified per run of the model.
           max_new_tokens: maximum number of new tokens per row.
+          end_ids: tokens that end a row; by default the tokenizer's.
           cache_dtype: as for `generate`.
 
         Raises:
@@ -223,7 +235,7 @@ class Model:
                 draft=draft,
                 num_draft_tokens=num_draft_tokens,
                 max_new_tokens=max_new_tokens,
-                eos_id=self.tokenizer.eos_ids,
+                eos_id=self.tokenizer.eos_ids if end_ids is None else tuple(end_ids),
                 cache_dtype=cache_dtype,
             )
 
@@ -233,14 +245,18 @@ class Model:
         *,
         max_new_tokens: int = 64,
         stop_strings: str | Sequence[str] = (),
+        parse_special: bool = True,
         cache_dtype: str | None = None,
         **settings: Unpack[SamplingSettings],
     ) -> Iterator[str]:
         """Like `generate` for one prompt, yielding pieces of the continuation as they are produced."""
-        ids = self.encode_prompt(prompt)
+        ids = self.encode_prompt(prompt, parse_special=parse_special)
         sampling, key = self.sampling(**settings)
+        end_ids, stop_strings = self.ends(stop_strings)
         stops = StopStrings(stop_strings)
-        steps = self.stream_tokens(ids, sampling, key, max_new_tokens=max_new_tokens, cache_dtype=cache_dtype)
+        steps = self.stream_tokens(
+            ids, sampling, key, max_new_tokens=max_new_tokens, end_ids=end_ids, cache_dtype=cache_dtype
+        )
         for _, text in steps:
             piece, stopped = stops.push(text)
             if piece:
@@ -257,14 +273,19 @@ class Model:
         key: jax.Array | None = None,
         *,
         max_new_tokens: int,
+        end_ids: Sequence[int] | None = None,
         cache_dtype: str | None = None,
     ) -> Iterator[tuple[int, str]]:
         """Generates from one prompt of token ids, token by token.
+
+        Args:
+          ids, sampling, key, max_new_tokens, end_ids, cache_dtype: as for `speculate`, for one row.
 
         Yields:
           Each new token id and the text that it completes, which is empty within a multi-byte character.
         """
         tokens, lengths = pad_right([ids])
+        end_ids = self.tokenizer.eos_ids if end_ids is None else tuple(end_ids)
         with self.on_mesh():
             steps = stream(
                 self.config,
@@ -274,7 +295,7 @@ class Model:
                 random_key(0) if key is None else key,
                 sampling,
                 max_new_tokens=max_new_tokens,
-                eos_id=self.tokenizer.eos_ids,
+                eos_id=end_ids,
                 cache_dtype=cache_dtype,
             )
         decoder = self._decoder_after(ids)
@@ -282,7 +303,7 @@ class Model:
             with self.on_mesh():
                 token_b, _ = next(steps)
             token = int(token_b[0])
-            last = count == max_new_tokens or token in self.tokenizer.eos_ids
+            last = count == max_new_tokens or token in end_ids
             yield token, decoder.push(token) + (decoder.flush() if last else "")
             if last:
                 return
@@ -301,17 +322,46 @@ class Model:
                 raise InputError(f"setting {name!r} is unknown; {hint}")
         seed = settings.pop("seed", 0)
         values: Any = {"temperature": 0.0, **settings}
+        if unused := self._unused_ids():
+            values["suppress_tokens"] = [*values.get("suppress_tokens", ()), *unused]
         sampling = Sampling(**values)
         sampling.check(1, self.config.vocab_size)
         return sampling, random_key(seed)
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def ends(self, stop_strings: str | Sequence[str]) -> tuple[tuple[int, ...], list[str]]:
+        """Returns the tokens that end a text, and the stop strings that are no control tokens.
+
+        Control tokens are not part of a text, so one that is a stop string ends it as EOS does.
+
+        Raises:
+          InputError: for a stop string that is a control token and more.
+        """
+        stops, special = StopStrings(stop_strings).strings, self.tokenizer.special_tokens
+        strings = [stop for stop in stops if stop not in special]
+        for stop in strings:
+            if name := next((name for name in special if name and name in stop), None):
+                raise InputError(
+                    f"stop string {stop!r} holds the control token {name!r}, which is not part of a text; "
+                    f"give {name!r} alone"
+                )
+        ids = [special[stop] for stop in stops if stop in special]
+        return tuple(dict.fromkeys([*self.tokenizer.eos_ids, *ids])), strings
+
+    def _unused_ids(self) -> Sequence[int]:
+        """Rows of a padded embedding that stand for nothing, and are never sampled."""
+        return getattr(self.tokenizer, "unused_ids", ())
+
+    def encode_prompt(self, text: str, *, parse_special: bool = True) -> list[int]:
         """Tokenizes a prompt, with BOS where the tokenizer adds one.
+
+        Args:
+          text: the prompt.
+          parse_special: as for `generate`.
 
         Raises:
           InputError: if the prompt has no tokens.
         """
-        ids = self.tokenizer.encode(text)
+        ids = self.tokenizer.encode(text, parse_special=parse_special)
         if not ids:
             raise InputError(
                 "the prompt is empty, and this tokenizer adds no BOS token; give at least one word"

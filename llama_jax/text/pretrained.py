@@ -15,11 +15,12 @@ from jax.sharding import Mesh
 from llama_jax import sharding, weights
 from llama_jax.adapters import Settings, attach
 from llama_jax.config import LlamaConfig
-from llama_jax.errors import CheckpointError, InputError, TokenizerError
+from llama_jax.errors import CheckpointError, InputError
 from llama_jax.hub import huggingface, known
 from llama_jax.ops.quantization import Bits, quantize
 from llama_jax.text.model import Model
 from llama_jax.tokenizer import load_tokenizer
+from llama_jax.tokenizer.fit import fit_vocabulary
 from llama_jax.weights import open_source
 from llama_jax.weights.adapters import apply_adapter, run_base_model
 from llama_jax.weights.load import load_tensors
@@ -74,12 +75,7 @@ def load(
     _check_precision(dtype, bits)
     opened = open_model(name_or_path, adapter, progress=progress)
     path, config = opened.source.path, opened.config
-    tokenizer = load_tokenizer(opened.source.tokenizer_dir or path)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise TokenizerError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}; "
-            "put the model's own tokenizer beside it"
-        )
+    tokenizer = fit_vocabulary(load_tokenizer(opened.source.tokenizer_dir or path), config.vocab_size)
     params = opened.params(dtype=dtype, bits=bits, mesh=mesh, scan_layers=scan_layers, progress=progress)
     return Model(config, params, tokenizer, path, mesh)
 

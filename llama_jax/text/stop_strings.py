@@ -34,6 +34,11 @@ class StopStrings:
         self._reset()
 
     @property
+    def strings(self) -> list[str]:
+        """The stop strings."""
+        return list(self._stops)
+
+    @property
     def any(self) -> bool:
         """Whether there is any stop string."""
         return bool(self._stops)

@@ -162,6 +162,7 @@ class BaseTokenizer(abc.ABC):
     Attributes:
       table: the mapping from ids to bytes.
       origin: the path of the file it was loaded from.
+      unused_ids: ids that stand for nothing: rows of a padded embedding table, see `fit_vocabulary`.
 
     Raises:
       TokenizerError: if a special id is outside the vocabulary.
@@ -186,6 +187,12 @@ class BaseTokenizer(abc.ABC):
         self.chat_template = settings.chat_template
         self.table = table
         self.origin = origin
+        self.unused_ids = range(0)
+
+    @property
+    def added_ids(self) -> frozenset[int]:
+        """Ids of tokens that were added to the vocabulary, which no ordinary text needs."""
+        return frozenset(self.special_tokens.values())
 
     @abc.abstractmethod
     def _encode(self, text: str, parse_special: bool) -> list[int]:
@@ -228,13 +235,19 @@ class BaseTokenizer(abc.ABC):
             ) from None
         ids = self._encode(text, parse_special)
         if self.add_bos if add_bos is None else add_bos:
-            prefix = [*self.prefix_ids] or [self._require_id("BOS", self.bos_id)]
+            prefix = list(self.prefix_ids) or [self._require_id("BOS", self.bos_id)]
             if ids[: len(prefix)] != prefix:
                 ids = prefix + ids
         if add_eos:
             eos = self._require_id("EOS", self.eos_id)
             if ids[-1:] != [eos]:
                 ids.append(eos)
+        if max(ids, default=0) >= self.vocab_size:
+            token = max(ids)
+            raise TokenizerError(
+                f"the text holds {self.id_to_token(token)!r}, id {token}, and the model has embeddings for "
+                f"{self.vocab_size} ids; leave it out"
+            )
         return ids
 
     def _require_id(self, name: str, token: int | None) -> int:

@@ -196,8 +196,10 @@ def _llama2c_bin(tokenizer: BaseTokenizer) -> bytes:
     texts = [piece.text.replace(SPACE, " ") for piece in vocabulary.pieces]
     for token in (1, 2):
         texts[token] = f"\n{texts[token]}\n"
-    data = [text.encode() for text in texts]
-    out = bytearray(struct.pack("<i", max(map(len, data))))
-    for piece, raw in zip(vocabulary.pieces, data, strict=True):
-        out += struct.pack("<fi", piece.score, len(raw)) + raw
+    # run.c reads one entry, which must not be empty, for each row of the embedding.
+    entries = [(piece.score, text.encode()) for piece, text in zip(vocabulary.pieces, texts, strict=True)]
+    entries += [(0.0, f"[PAD{token}]".encode()) for token in tokenizer.unused_ids]
+    out = bytearray(struct.pack("<i", max(len(raw) for _, raw in entries)))
+    for score, raw in entries:
+        out += struct.pack("<fi", score, len(raw)) + raw
     return bytes(out)

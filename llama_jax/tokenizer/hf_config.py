@@ -30,17 +30,22 @@ class HFConfig:
     add_bos: bool | None
     chat_template: str | None
 
-    def apply(self, settings: TokenizerSettings, vocabulary: Mapping[str, int]) -> TokenizerSettings:
+    def apply(
+        self, settings: TokenizerSettings, vocabulary: Mapping[str, int], vocab_size: int
+    ) -> TokenizerSettings:
         """Overrides `settings`, which comes from the vocabulary file, with these settings.
 
         Args:
           settings: the settings of the vocabulary file.
           vocabulary: the tokens that may be special tokens, with their ids.
+          vocab_size: number of ids; larger ones in generation_config.json and config.json are ignored, as no
+            model produces them.
 
         Raises:
           TokenizerError: if BOS or EOS is not in the vocabulary.
         """
         ids: dict[str, int] = {}
+        known = {name: [id for id in found if id < vocab_size] for name, found in self.ids.items()}
         for name in _SPECIAL_TOKENS:
             if name in self.tokens:
                 token, path = self.tokens[name]
@@ -51,12 +56,12 @@ class HFConfig:
                         f"{path}: {name}_token is {token[:40]!r}, which is not in the vocabulary next to it; "
                         "take both files from the same model"
                     )
-            elif name in self.ids and getattr(settings, f"{name}_id") is None:
-                ids[name] = self.ids[name][0]
+            elif known.get(name) and getattr(settings, f"{name}_id") is None:
+                ids[name] = known[name][0]
         return dataclasses.replace(
             settings,
             **{f"{name}_id": token_id for name, token_id in ids.items()},
-            eos_ids=(*settings.eos_ids, *self.ids.get("eos", ())),
+            eos_ids=(*settings.eos_ids, *known.get("eos", ())),
             add_bos=settings.add_bos if self.add_bos is None else self.add_bos,
             chat_template=self.chat_template or settings.chat_template,
         )

@@ -77,7 +77,7 @@ def extract_pieces(tokenizer: BaseTokenizer, target: str) -> SentencePieces:
         if isinstance(tokenizer, SentencePieceTokenizer):
             return _from_proto(tokenizer.proto)
         if isinstance(tokenizer, HuggingFaceTokenizer):
-            return _from_json(tokenizer.copy_backend())
+            return _from_json(tokenizer.copy_backend(), tokenizer.vocab_size)
     except ValueError as error:
         raise TokenizerError(
             f"the vocabulary of {tokenizer.origin} {error}, which {target} cannot represent: programs that "
@@ -111,7 +111,7 @@ def _from_proto(proto: bytes) -> SentencePieces:
     return SentencePieces(pieces, bool(normalizer.get(3, 1)))
 
 
-def _from_json(backend: Tokenizer) -> SentencePieces:
+def _from_json(backend: Tokenizer, vocab_size: int) -> SentencePieces:
     """Reads Hugging Face's conversion of a model, where scores have become the order of the merges."""
     if is_byte_level(backend):
         raise ValueError("is byte-level")
@@ -130,7 +130,7 @@ def _from_json(backend: Tokenizer) -> SentencePieces:
         if backend.id_to_token(token) != entry["content"]:  # it is matched with the space before it
             raise ValueError(f"has the added word {entry['content']!r}, which takes the space before it")
     pieces = []
-    for token in range(max([*names, *added]) + 1):
+    for token in range(min(max([*names, *added]) + 1, vocab_size)):
         text = added[token]["content"] if token in added else names.get(token, f"[PAD{token}]")
         kind = NORMAL if token in names else UNUSED
         if text == model["unk_token"]:

@@ -61,8 +61,8 @@ class SentencePieceTokenizer(BaseTokenizer):
         return ids
 
     def id_to_token(self, id: int) -> str:
-        """Returns one vocabulary entry as it is written in the file."""
-        return self._model.id_to_piece(id)
+        """Returns one vocabulary entry as it is written in the file; empty for an id that has none."""
+        return self._model.id_to_piece(id) if id < self._model.vocab_size() else ""
 
     @property
     def proto(self) -> bytes:
@@ -97,7 +97,7 @@ def load(path: Path) -> SentencePieceTokenizer:
     )
     pieces = decode_table(model)
     return SentencePieceTokenizer(
-        model, pieces, read_hf_config(path).apply(settings, pieces.special), str(path)
+        model, pieces, read_hf_config(path).apply(settings, pieces.special, len(pieces.pieces)), str(path)
     )
 
 

@@ -47,6 +47,11 @@ class HuggingFaceTokenizer(BaseTokenizer):
         """Returns one vocabulary entry as it is written in the file; empty for an unused id."""
         return self._backend.id_to_token(id) or ""
 
+    @property
+    def added_ids(self) -> frozenset[int]:
+        """Ids of the added tokens."""
+        return frozenset(self._backend.get_added_tokens_decoder())
+
     def copy_backend(self) -> tokenizers.Tokenizer:
         """Returns a copy of the `tokenizers.Tokenizer`."""
         return tokenizers.Tokenizer.from_str(self._backend.to_str())
@@ -138,7 +143,7 @@ def _space_style(path: Path, content: Mapping[str, Any]) -> str:
 
 def _settings(path: Path, backend: tokenizers.Tokenizer, vocabulary: Mapping[str, int]) -> TokenizerSettings:
     hf_config = read_hf_config(path)
-    settings = hf_config.apply(TokenizerSettings(), vocabulary)
+    settings = hf_config.apply(TokenizerSettings(), vocabulary, max(vocabulary.values()) + 1)
     prefix = _prefix(path, backend)
     if settings.bos_id is None and set(prefix[:1]) & (_special_ids(backend) - {settings.eos_id}):
         settings = dataclasses.replace(settings, bos_id=prefix[0])
