@@ -20,7 +20,7 @@ _REPOSITORY = re.compile(
 _INSTALL_HINT = "pip install 'llama-jax[hub]'"
 # Configuration and tokenizer files, beside the weights.
 _METADATA = re.compile(
-    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|params)\.json"
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|params)\.json"
     r"|tokenizer\.model|chat_template\.(json|jinja)|model\.safetensors\.index\.json"
 )
 _SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ class HFConfig:
       ids: `bos` or `eos` to ids, from generation_config.json or config.json, which have only ids.
       add_bos: whether to prepend BOS.
       chat_template: Jinja source.
+      added: tokens that were added to a vocabulary by id, with whether they are control tokens.
     """
 
     tokens: Mapping[str, tuple[str, Path]]
     ids: Mapping[str, tuple[int, ...]]
     add_bos: bool | None
     chat_template: str | None
+    added: Mapping[int, tuple[str, bool]]
 
     def apply(
         self, settings: TokenizerSettings, vocabulary: Mapping[str, int], vocab_size: int
@@ -97,7 +100,40 @@ def read_hf_config(path: Path) -> HFConfig:
             if values:
                 ids.setdefault(name, tuple(values))
     add_bos = files["tokenizer_config"].get("add_bos_token")
-    return HFConfig(tokens, ids, add_bos if isinstance(add_bos, bool) else None, _chat_template(path, files))
+    return HFConfig(
+        tokens,
+        ids,
+        add_bos if isinstance(add_bos, bool) else None,
+        _chat_template(path, files),
+        _added_tokens(path, files, {token for token, _ in tokens.values()}),
+    )
+
+
+def _added_tokens(
+    path: Path, files: Mapping[str, Mapping[str, Any]], special: set[str]
+) -> dict[int, tuple[str, bool]]:
+    """Reads added_tokens.json, and `added_tokens_decoder` of tokenizer_config.json, which overrides it.
+
+    As in transformers, the tokens of the former are control tokens if the special tokens name them.
+    """
+    for file in ("tokenizer_config", "special_tokens_map"):
+        others = files[file].get("additional_special_tokens") or []
+        entries = others if isinstance(others, list) else []
+        special |= {str(entry.get("content") if isinstance(entry, dict) else entry) for entry in entries}
+    names = _read(path.with_name("added_tokens.json"))
+    decoder = files["tokenizer_config"].get("added_tokens_decoder") or {}
+    added: dict[int, tuple[str, bool]] = {}
+    try:
+        for name, token in names.items():
+            added[operator.index(token)] = name, name in special
+        for token, entry in decoder.items():
+            added[int(token)] = str(entry["content"]), bool(entry.get("special", False))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        file = "tokenizer_config.json" if len(added) >= len(names) else "added_tokens.json"
+        raise TokenizerError(
+            f"{path.with_name(file)}: its added tokens are not names with ids; take a fresh copy"
+        ) from None
+    return added
 
 
 def _chat_template(path: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:

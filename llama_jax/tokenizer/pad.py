@@ -7,10 +7,12 @@ import dataclasses
 from llama_jax.errors import TokenizerError
 from llama_jax.tokenizer.base import BaseTokenizer, DecodeTable, Tokenizer, TokenizerSettings
 from llama_jax.tokenizer.sentencepiece_model import (
+    CONTROL,
+    Piece,
     SentencePieceTokenizer,
     decode_table,
     load_model,
-    with_control_pieces,
+    with_pieces,
 )
 from llama_jax.tokenizer.tokenizer_json import HuggingFaceTokenizer
 
@@ -33,7 +35,9 @@ def pad_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
         **{field.name: getattr(tokenizer, field.name) for field in dataclasses.fields(TokenizerSettings)}
     )
     if isinstance(tokenizer, SentencePieceTokenizer):
-        model = load_model(with_control_pieces(tokenizer.proto, names), tokenizer.origin)
+        model = load_model(
+            with_pieces(tokenizer.proto, (Piece(name, 0.0, CONTROL) for name in names)), tokenizer.origin
+        )
         return SentencePieceTokenizer(model, decode_table(model), settings, tokenizer.origin)
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         raise TokenizerError(f"a {type(tokenizer).__name__} cannot be extended; give a larger vocabulary")
@@ -42,7 +46,7 @@ def pad_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
     if backend.get_vocab_size() != vocab_size:
         raise TokenizerError(f"{tokenizer.origin}: has tokens named [PADn] already; give a larger vocabulary")
     old = tokenizer.table
-    pieces = [*old.pieces, *map(str.encode, names)]
+    extended = [*old.pieces, *map(str.encode, names)]
     added = {name: token for token, name in enumerate(names, tokenizer.vocab_size)}
-    table: DecodeTable = dataclasses.replace(old, pieces=pieces, special={**old.special, **added})
+    table: DecodeTable = dataclasses.replace(old, pieces=extended, special={**old.special, **added})
     return HuggingFaceTokenizer(backend, table, settings, tokenizer.origin, tokenizer.gguf_pre)

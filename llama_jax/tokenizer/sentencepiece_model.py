@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import sentencepiece
 
 from llama_jax.errors import TokenizerError
 from llama_jax.tokenizer.base import REPLACE_EACH, BaseTokenizer, DecodeTable, TokenizerSettings
-from llama_jax.tokenizer.files import one_line, read_bytes
+from llama_jax.tokenizer.files import MAX_IDS, one_line, read_bytes
 from llama_jax.tokenizer.hf_config import read_hf_config
 
 SPACE = "\u2581"  # represents a space in pieces
@@ -87,7 +87,10 @@ def load(path: Path) -> SentencePieceTokenizer:
             f"{path} is not a complete SentencePiece model ({len(data)} bytes): it is empty, truncated or of "
             "another format; take a fresh copy"
         )
+    hf_config = read_hf_config(path)
     model = load_model(data, str(path))
+    if added := _added_pieces(path, hf_config.added, model.vocab_size()):
+        model = load_model(with_pieces(data, added), str(path))
     settings = TokenizerSettings(
         bos_id=_optional_id(model.bos_id()),
         eos_id=_optional_id(model.eos_id()),
@@ -97,8 +100,21 @@ def load(path: Path) -> SentencePieceTokenizer:
     )
     pieces = decode_table(model)
     return SentencePieceTokenizer(
-        model, pieces, read_hf_config(path).apply(settings, pieces.special, len(pieces.pieces)), str(path)
+        model, pieces, hf_config.apply(settings, pieces.special, len(pieces.pieces)), str(path)
     )
+
+
+def _added_pieces(path: Path, added: Mapping[int, tuple[str, bool]], size: int) -> list[Piece]:
+    """Returns the tokens that the files next to a model add after its own `size` pieces."""
+    last = max(added, default=-1)
+    if last >= MAX_IDS:
+        raise TokenizerError(f"{path.parent}: an added token has id {last}; ids must be below {MAX_IDS}")
+    pieces = []
+    for token in range(size, last + 1):
+        name, special = added.get(token, (f"[PAD{token}]", None))
+        kind = UNUSED if special is None else CONTROL if special else USER_DEFINED
+        pieces.append(Piece(name, 0.0, kind))
+    return pieces
 
 
 def load_model(data: bytes, origin: str) -> sentencepiece.SentencePieceProcessor:
@@ -145,9 +161,11 @@ def build_model(
     return load_model(bytes(out), origin)
 
 
-def with_control_pieces(proto: bytes, names: Iterable[str]) -> bytes:
-    """Appends control pieces to a serialized model; a parser concatenates repeated fields."""
-    return proto + b"".join(_field(1, _field(1, name.encode()) + bytes((0x18, CONTROL))) for name in names)
+def with_pieces(proto: bytes, pieces: Iterable[Piece]) -> bytes:
+    """Appends pieces without a score to a serialized model; a parser concatenates repeated fields."""
+    return proto + b"".join(
+        _field(1, _field(1, piece.text.encode()) + bytes((0x18, piece.kind))) for piece in pieces
+    )
 
 
 def decode_table(model: sentencepiece.SentencePieceProcessor) -> DecodeTable:
@@ -160,6 +178,8 @@ def decode_table(model: sentencepiece.SentencePieceProcessor) -> DecodeTable:
             piece = bytes((int(name[3:5], 16),))
         elif model.is_unknown(token):
             piece = model.decode([token]).encode()
+        elif model.is_unused(token):
+            piece = b""
         elif model.is_control(token):
             piece = name.encode()
             special[name] = token

@@ -15,11 +15,10 @@ import tokenizers
 from llama_jax.errors import TokenizerError
 from llama_jax.tokenizer.base import REPLACE_EACH, BaseTokenizer, DecodeTable, TokenizerSettings
 from llama_jax.tokenizer.byte_level import piece_bytes
-from llama_jax.tokenizer.files import one_line, parse_json_object, read_bytes
+from llama_jax.tokenizer.files import MAX_IDS, one_line, parse_json_object, read_bytes
 from llama_jax.tokenizer.hf_config import read_hf_config
 
 _MODELS = ("BPE", "Unigram")
-_MAX_IDS = 1 << 22  # far beyond any vocabulary; a larger id in a file would allocate too large a table
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -88,9 +87,9 @@ def load(path: Path) -> HuggingFaceTokenizer:
     backend.no_truncation()
     backend.no_padding()
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    if not vocabulary or max(vocabulary.values()) >= _MAX_IDS:
+    if not vocabulary or max(vocabulary.values()) >= MAX_IDS:
         problem = f"has ids up to {max(vocabulary.values())}" if vocabulary else "is empty"
-        raise TokenizerError(f"{path}: the vocabulary {problem}; it must have 1 to {_MAX_IDS} ids")
+        raise TokenizerError(f"{path}: the vocabulary {problem}; it must have 1 to {MAX_IDS} ids")
     if len(set(vocabulary.values())) != len(vocabulary):
         ((token, _),) = collections.Counter(vocabulary.values()).most_common(1)
         shared = ", ".join(repr(name[:40]) for name, other in vocabulary.items() if other == token)

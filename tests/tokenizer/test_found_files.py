@@ -33,9 +33,8 @@ def base(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(base: Path, tmp_path: Path) -> Path:
-    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
-        if (base / name).exists():
-            (tmp_path / name).write_bytes((base / name).read_bytes())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((base / name).read_bytes())
     return tmp_path
 
 
@@ -147,3 +146,52 @@ def test_a_post_processor_that_panics_is_one_line(folder: Path) -> None:
     ):
         load_tokenizer(folder)
     assert content["model"]["type"] == "BPE"
+
+
+CHATML = {"<|im_end|>": V, "<|im_start|>": V + 1}
+
+
+@pytest.mark.parametrize("file", ["added_tokens.json", "added_tokens_decoder", "both"])
+def test_tokens_that_files_add_to_a_sentencepiece_model(file: str, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((base / "tokenizer.model").read_bytes())
+    names = {"bos_token": "<s>", "eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}
+    edit(tmp_path / "special_tokens_map.json", **names)
+    if file != "added_tokens_decoder":
+        edit(tmp_path / "added_tokens.json", **CHATML, cat=V + 2)
+    if file != "added_tokens.json":
+        decoder = {str(id): added(id, name) for name, id in CHATML.items()}
+        decoder[str(V + 2)] = added(V + 2, "cat", special=False)
+        edit(tmp_path / "tokenizer_config.json", added_tokens_decoder=decoder, **names)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (V + 3, V)
+    text = "<|im_start|>Once upon a time<|im_end|>"
+    ids = tokenizer.encode(text, parse_special=True)
+    assert ids == [1, V + 1, 403, 407, 261, 378, V]  # transformers' ids
+    assert tokenizer.decode(ids) == "Once upon a time"
+    assert not {*CHATML.values()} & {*tokenizer.encode(text)}  # typed, they are text
+    assert V + 2 in tokenizer.encode("a cat ran")
+    written = tmp_path / "written"
+    written.mkdir()
+    for name, data in export_vocabulary(tokenizer, "meta").files.items():
+        (written / name).write_bytes(data)
+    assert load_tokenizer(written).encode(text, parse_special=True) == ids
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("added_tokens.json", {"<a>": "x"}, r"added_tokens\.json: its added tokens are not names with ids"),
+        ("added_tokens.json", {"<a>": 1 << 40}, r"an added token has id 1099511627776; ids must be below"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"5": 3}},
+            r"tokenizer_config\.json: its added tokens",
+        ),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}, r"tokenizer_config\.json: its added tokens"),
+    ],
+)
+def test_malformed_added_tokens(file: str, content: Any, message: str, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((base / "tokenizer.model").read_bytes())
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match=message):
+        load_tokenizer(tmp_path)
