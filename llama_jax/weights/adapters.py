@@ -5,7 +5,6 @@ PEFT's file has a `peft_type` (see `peft`, `peft_prefix`), AdapterHub's a nested
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,14 @@ from llama_jax.weights.tensors import Tensors
 
 CONFIG = "adapter_config.json"
 RUN_ADAPTER_DIR = "adapter"  # subdirectory of a training run with its adapter
-_Reader = Callable[[Path, Mapping[str, Any]], tuple[Settings, dict[str, Any]]]
-_READERS: Mapping[str, _Reader] = {"LORA": peft.read_lora, "PREFIX_TUNING": peft_prefix.read_prefix}
 
 
-def load_adapter(path: str | Path) -> tuple[Settings, dict[str, Any]]:
+def load_adapter(path: str | Path, num_layers: int | None = None) -> tuple[Settings, dict[str, Any]]:
     """Reads an adapter written by PEFT, AdapterHub, `save_adapter` or a training run.
 
     Args:
       path: the directory of the adapter or of a training run.
+      num_layers: of the base model, which a LoRA adapter of some layers only does not say.
 
     Returns:
       The settings, and the adapter's tree for `adapters.attach`: f32, layers stacked.
@@ -46,13 +44,14 @@ def load_adapter(path: str | Path) -> tuple[Settings, dict[str, Any]]:
     config = read_json(config_path)
     if "peft_type" not in config and isinstance(config.get("config"), dict):
         return adapterhub.read_bottleneck(config_path, config)
-    reader = _READERS.get(str(config.get("peft_type")))
-    if reader is None:
-        raise CheckpointError(
-            f"{config_path}: peft_type is {quote(str(config.get('peft_type')))}; only PEFT's LORA and "
-            "PREFIX_TUNING and AdapterHub's bottleneck adapters are supported"
-        )
-    return reader(config_path, config)
+    if config.get("peft_type") == "LORA":
+        return peft.read_lora(config_path, config, num_layers)
+    if config.get("peft_type") == "PREFIX_TUNING":
+        return peft_prefix.read_prefix(config_path, config)
+    raise CheckpointError(
+        f"{config_path}: peft_type is {quote(str(config.get('peft_type')))}; only PEFT's LORA and "
+        "PREFIX_TUNING and AdapterHub's bottleneck adapters are supported"
+    )
 
 
 def apply_adapter(
@@ -73,7 +72,7 @@ def apply_adapter(
       CheckpointError: as `load_adapter`.
       ConfigError: if the adapter is for another model.
     """
-    settings, adapter = load_adapter(path)
+    settings, adapter = load_adapter(path, base.config.num_hidden_layers)
     head = load_head(path)
     try:
         tensors: Tensors = base

@@ -40,6 +40,7 @@ _NAME = re.compile(
 # Fields that are read below, or that do not affect what a trained adapter computes.
 _KNOWN = {"r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "rank_pattern", "alpha_pattern"}
 _KNOWN |= {"init_lora_weights", "bias", "lora_dropout", "exclude_modules", "layers_pattern", "eva_config"}
+_KNOWN |= {"layers_to_transform"}  # `bias` says which biases are trained; a Llama has none
 _KNOWN |= {"megatron_config", "megatron_core", "qalora_group_size", "runtime_config"}
 _COMMON_FIELDS = {"peft_type", "task_type", "modules_to_save", "auto_mapping", "base_model_name_or_path"}
 _COMMON_FIELDS |= {"revision", "peft_version", "inference_mode"}
@@ -47,17 +48,21 @@ _MAX_PADDING = 64  # how much larger an adapter may become when all modules are 
 _SUPPORTED_INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # these leave the base unchanged
 
 
-def read_lora(config_path: Path, config: Mapping[str, Any]) -> tuple[Lora, dict[str, Any]]:
+def read_lora(
+    config_path: Path, config: Mapping[str, Any], num_layers: int | None = None
+) -> tuple[Lora, dict[str, Any]]:
     """Reads a LoRA, rsLoRA or DoRA adapter.
 
     Args:
       config_path: its adapter_config.json; the weights are in the same directory.
       config: the contents of that file.
+      num_layers: of the base model, for an adapter that leaves out its last layers; None if unknown.
 
     Returns:
       The settings, and the adapter's tree for `lora.attach`: f32, layers stacked. Modules of smaller rank
       (rank_pattern) are zero-padded to the largest rank, and per-module alphas (alpha_pattern) are folded
-      into `b`.
+      into `b`. Modules that the adapter leaves out (exclude_modules, layers_to_transform, a regular
+      expression of target_modules) are zero.
 
     Raises:
       CheckpointError: if a file is missing or malformed, the adapter uses an unsupported feature, or tensors
@@ -67,7 +72,7 @@ def read_lora(config_path: Path, config: Mapping[str, Any]) -> tuple[Lora, dict[
     fields.check_supported()
     file = weights_path(config_path)
     stored = adapter_head.exclude_head(config, read_safetensors_header(file))
-    modules, layers = _find_modules(file, stored, fields)
+    modules, layers = _find_modules(file, stored, fields, num_layers)
     rank = max(module.rank for module in modules)
     names = [name for name in PROJECTIONS if any(module.leaf.path[-1] == name for module in modules)]
     settings = fields.settings(rank, names)
@@ -156,7 +161,9 @@ class _Module:
     scale: float
 
 
-def _find_modules(file: Path, stored: Mapping[str, TensorInfo], fields: _Fields) -> tuple[list[_Module], int]:
+def _find_modules(
+    file: Path, stored: Mapping[str, TensorInfo], fields: _Fields, num_layers: int | None
+) -> tuple[list[_Module], int]:
     """Returns the adapted modules and the number of layers.
 
     Raises:
@@ -185,21 +192,30 @@ def _find_modules(file: Path, stored: Mapping[str, TensorInfo], fields: _Fields)
         )
     projections = {hf for hf, _ in found} | fields.targets()
     layers = 1 + max((layer for _, layer in found), default=0)
+    if fields.selects_layers() and num_layers is not None:
+        layers = max(layers, num_layers)
     missing = [
         f"{NAME_PREFIX}model.layers.{layer}.*.{hf}.{kind}"
         for hf in sorted(projections)
         for layer in range(layers)
         for kind in kinds
         if kind not in found.get((hf, layer), {})
+        and ((hf, layer) in found or not fields.leaves_out(_LEAF_OF[hf].name("hf", layer)))
     ]
     if missing or not found:
         listed = format_list(missing, 4) if missing else "the file has none"
         raise CheckpointError(
-            f"{file}: missing tensors: {listed}; an adapter must have the same projections in every layer"
+            f"{file}: missing tensors: {listed}, which {fields.path.name} does not leave out; use the files "
+            "that were saved together"
+        )
+    if fields.flag("use_dora") and len(found) < layers * len({hf for hf, _ in found}):
+        raise CheckpointError(
+            f"{file}: a DoRA adapter of some layers only; merge it into its base model in PEFT"
         )
     wrong_shapes, modules = [], []
     for (hf, layer), names in found.items():
-        shape_a, shape_b = (stored[found[hf, 0][kind]].shape for kind in (LORA_A, LORA_B))
+        first = next(key for key in found if key[0] == hf)
+        shape_a, shape_b = (stored[found[first][kind]].shape for kind in (LORA_A, LORA_B))
         inputs, outputs = (*shape_a, 0, 0)[1], (*shape_b, 0)[0]
         leaf = _LEAF_OF[hf]
         rank, scale = fields.rank_and_scale(leaf.name("hf", layer).removesuffix(".weight"))
@@ -227,10 +243,6 @@ class _Fields(JsonFields):
     def check_supported(self) -> None:
         """Refuses unsupported features."""
         adapter_head.check_task(self.path, self.fields)
-        if self.fields.get("bias", "none") != "none":
-            raise self.error(
-                f"bias is {quote(str(self.fields['bias']))}; Llama has no biases, only 'none' is supported"
-            )
         init = self.fields.get("init_lora_weights")
         if init not in _SUPPORTED_INITS:
             raise self.error(
@@ -254,6 +266,29 @@ class _Fields(JsonFields):
         if not isinstance(value, list):
             return set()
         return {str(name).rpartition(".")[2] for name in value} & _LEAF_OF.keys()
+
+    def selects_layers(self) -> bool:
+        """Whether the configuration may name some layers only."""
+        return self.fields.get("layers_to_transform") is not None or isinstance(
+            self.fields.get("target_modules"), str
+        )
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether the configuration may leave out the matrix of this name, in which case PEFT adapts it not.
+
+        Regular expressions are not evaluated, as a hostile one takes unbounded time: what they leave out is
+        what the file has not.
+        """
+        module, layer = name.removesuffix(".weight"), int(name.split(".")[2])
+        targets, excluded = self.fields.get("target_modules"), self.fields.get("exclude_modules")
+        layers = self.fields.get("layers_to_transform")
+        if (isinstance(targets, str) and targets != "all-linear") or isinstance(excluded, str):
+            return True
+        if layers is not None and layer not in (layers if isinstance(layers, list) else [layers]):
+            return True
+        return isinstance(excluded, list) and any(
+            module == name or module.endswith(f".{name}") for name in map(str, excluded)
+        )
 
     def rank_and_scale(self, module: str) -> tuple[int, float]:
         """Returns a module's rank and scaling factor."""

@@ -16,6 +16,7 @@ import llama_jax as lj
 from llama_jax.adapters import lora
 from llama_jax.cli import main
 from llama_jax.errors import CheckpointError, ConfigError
+from llama_jax.ops.adapted import PROJECTIONS
 from llama_jax.text.convert import FORMATS, convert, save
 from llama_jax.text.model import Model
 from llama_jax.tokenizer import load_tokenizer
@@ -277,3 +278,43 @@ def test_adapter_for_another_model(verb, base, tmp_path, capsys):
     assert main([verb, str(base), *words[verb], "--adapter", str(folder)]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+LEFT_OUT = {
+    "bias": ({"bias": "all", "target_modules": ["q_proj"]}, ("self_attn.q_proj",), 2),
+    "bias of adapted layers": ({"bias": "lora_only"}, tuple(SIZES), 2),
+    "excluded": (
+        {"target_modules": ["q_proj", "down_proj"], "exclude_modules": ["down_proj"]},
+        ("self_attn.q_proj",),
+        2,
+    ),
+    "first layer": ({"target_modules": ["v_proj"], "layers_to_transform": [0]}, ("self_attn.v_proj",), 1),
+    "by an expression": ({"target_modules": r".*layers\.0\..*up_proj"}, ("mlp.up_proj",), 1),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_what_the_configuration_leaves_out_is_not_adapted(case, base, params, tmp_path):
+    fields, modules, layers = LEFT_OUT[case]
+    stored = tensors(modules, layers=layers)
+    folder = write(tmp_path / "a", stored, **fields)
+    merged = lj.load(base, adapter=folder).params["layers"]
+    for sublayer, matrices in params["layers"].items():
+        for name, original in matrices.items():
+            module = next(
+                (m for m in modules if PROJECTIONS.get(name, ("", ""))[1] == m.partition(".")[2]), None
+            )
+            expected = np.array(original, np.float32)
+            for layer in range(layers if module else 0):
+                at = f"base_model.model.model.layers.{layer}.{module}"
+                update = 6 / 4 * stored[f"{at}.lora_B.weight"] @ stored[f"{at}.lora_A.weight"]
+                expected[layer] += update.T.reshape(expected[layer].shape)
+            np.testing.assert_allclose(merged[sublayer][name], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_dora_adapter_of_some_layers_is_refused(tmp_path):
+    stored = tensors(("self_attn.v_proj",), layers=1)
+    stored["base_model.model.model.layers.0.self_attn.v_proj.lora_magnitude_vector"] = np.ones(8, np.float32)
+    folder = write(tmp_path / "a", stored, target_modules=["v_proj"], layers_to_transform=[0], use_dora=True)
+    with pytest.raises(CheckpointError, match="DoRA adapter of some layers only; merge it"):
+        load_adapter(folder, 2)

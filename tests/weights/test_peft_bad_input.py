@@ -28,7 +28,6 @@ EXTRA = np.zeros((4, 16), np.float32)
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; only PEFT's LORA and PREFIX_TUNING"),
         ({"peft_type": None}, "peft_type is 'None'"),
         ({"task_type": "TOKEN_CLS"}, "task_type is 'TOKEN_CLS'; only CAUSAL_LM and SEQ_CLS"),
-        ({"bias": "all"}, "bias is 'all'; Llama has no biases"),
         (
             {"init_lora_weights": "pissa_niter_4"},
             "init_lora_weights is 'pissa_niter_4', which changes the base",
