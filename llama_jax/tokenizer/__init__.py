@@ -6,16 +6,32 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from llama_jax.errors import CheckpointError, MissingTokenizerError, TokenizerError
-from llama_jax.tokenizer import gguf_vocab, llama2c_vocab, sentencepiece_model, tokenizer_json
+from llama_jax.tokenizer import (
+    gguf_vocab,
+    llama2c_vocab,
+    sentencepiece_model,
+    tiktoken_file,
+    tokenizer_json,
+)
 from llama_jax.tokenizer.base import StreamDecoder, Tokenizer
+from llama_jax.tokenizer.files import read_bytes
 from llama_jax.weights import open_source
 from llama_jax.weights.gguf_header import MAGIC
 
 __all__ = ["StreamDecoder", "Tokenizer", "load_tokenizer"]
 
+
+def _load_model_file(path: Path) -> Tokenizer:
+    """Loads a `tokenizer.model`: a SentencePiece model, or Llama 3's list of ranked pieces."""
+    data = read_bytes(path)
+    if tiktoken_file.is_tiktoken(data):
+        return tiktoken_file.load(path, data)
+    return sentencepiece_model.load(path)
+
+
 _LOADERS: Mapping[str, Callable[[Path], Tokenizer]] = {
     ".json": tokenizer_json.load,
-    ".model": sentencepiece_model.load,
+    ".model": _load_model_file,
     ".gguf": gguf_vocab.load,
     ".bin": llama2c_vocab.load,
 }
@@ -27,8 +43,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads a tokenizer.
 
     Args:
-      path: a `tokenizer.json`, a SentencePiece `.model`, a `.gguf`, or a llama2.c `tok*.bin`; a directory
-        with one of them (the first in this order); or a llama2.c model `.bin` with one next to it.
+      path: a `tokenizer.json`, a SentencePiece or tiktoken `.model`, a `.gguf`, or a llama2.c `tok*.bin`; a
+        directory with one of them (the first in this order); or a llama2.c model `.bin` with one next to it.
 
     Raises:
       TokenizerError: if there is none, or it cannot be read.

@@ -33,7 +33,6 @@ EXTRA = np.zeros((4, 16), np.float32)
             "init_lora_weights is 'pissa_niter_4', which changes the base",
         ),
         ({"modules_to_save": ["lm_head"]}, "'modules_to_save' is \"['lm_head']\"; only a classifier's"),
-        ({"layers_to_transform": [0]}, "'layers_to_transform' is '[0]', which"),
         ({"fan_in_fan_out": True}, "'fan_in_fan_out' is 'True', which"),
         ({"use_invention": True}, "'use_invention' is 'True', which"),
         ({"use_dora": "yes"}, "use_dora is 'yes'; it must be true or false"),
