@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -11,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax import adapters
-from llama_jax.errors import CheckpointError, InputError, MissingTokenizerError, TokenizerError
+from llama_jax.errors import CheckpointError, InputError, TokenizerError
 from llama_jax.ops.quantization import Quantized
 from llama_jax.text.model import Model
-from llama_jax.text.pretrained import DTYPES, Progress, open_model, resolve
+from llama_jax.text.pretrained import DTYPES, Progress, model_tokenizer, open_model, resolve
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.tokenizer.export import classifier_pad_id, export_vocabulary
-from llama_jax.tokenizer.fit import fit_vocabulary
+from llama_jax.tokenizer.missing import MissingTokenizer
 from llama_jax.tokenizer.pad import pad_vocabulary
 from llama_jax.weights import manifest
 from llama_jax.weights.adapters import adapter_folder
@@ -32,6 +33,7 @@ from llama_jax.weights.write.meta import plan_meta
 from llama_jax.weights.write.orbax import plan_orbax
 from llama_jax.weights.write.plan import Plan
 from llama_jax.weights.write.run import write
+from llama_jax.weights.write.vocabulary import Vocabulary
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 _DTYPES: Mapping[Format, Sequence[str]] = {"gguf": (*DTYPES, "q8_0"), "llama2c": ("float32", "int8")}
@@ -158,11 +160,9 @@ def _vocabulary(
 ) -> Tokenizer:
     if tokenizer is not None:
         return load_tokenizer(resolve(tokenizer, progress))
-    try:
-        found = load_tokenizer(source.tokenizer_dir or source.path)
-        return fit_vocabulary(found, source.config.vocab_size) if fit else found
-    except MissingTokenizerError as error:
-        raise MissingTokenizerError(f"{error}, or give one with tokenizer (--tokenizer)") from None
+    if fit:
+        return model_tokenizer(source)
+    return load_tokenizer(source.tokenizer_dir or source.path)
 
 
 def _check_outside(target: Path, source: Path) -> None:
@@ -205,6 +205,8 @@ def _plan(
     pad_id: int | None = None,
 ) -> Plan:
     size = tensors.config.vocab_size
+    if isinstance(tokenizer, MissingTokenizer):
+        warnings.warn(f"{tokenizer.problem}, or give it with tokenizer (--tokenizer)", stacklevel=3)
     if tokenizer.vocab_size != size:
         pad_hint = f", or pad it with [PADn] by vocab_size={size} (--vocab-size)"
         raise TokenizerError(
@@ -223,7 +225,8 @@ def _plan(
         )
     if tensors.config.labels and pad_id is None:
         pad_id = classifier_pad_id(tokenizer)
-    vocabulary = export_vocabulary(tokenizer, format, pad_id=pad_id)
+    missing = isinstance(tokenizer, MissingTokenizer)
+    vocabulary = Vocabulary() if missing else export_vocabulary(tokenizer, format, pad_id=pad_id)
     if format == "gguf":
         return plan_gguf(tensors, dtype, vocabulary)
     if format == "llama2c":

@@ -15,12 +15,13 @@ from jax.sharding import Mesh
 from llama_jax import sharding, weights
 from llama_jax.adapters import Settings, attach
 from llama_jax.config import LlamaConfig
-from llama_jax.errors import CheckpointError, InputError
+from llama_jax.errors import CheckpointError, InputError, MissingTokenizerError
 from llama_jax.hub import huggingface, known
 from llama_jax.ops.quantization import Bits, quantize
 from llama_jax.text.model import Model
-from llama_jax.tokenizer import load_tokenizer
+from llama_jax.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.tokenizer.fit import fit_vocabulary
+from llama_jax.tokenizer.missing import MissingTokenizer
 from llama_jax.weights import open_source
 from llama_jax.weights.adapters import apply_adapter, run_base_model
 from llama_jax.weights.load import load_tensors
@@ -63,21 +64,34 @@ def load(
       progress: called with (bytes done, total bytes, name of what is being read).
 
     Returns:
-      The model.
+      The model. Without a tokenizer beside the weights its arrays work, and its text methods raise an error.
 
     Raises:
       CheckpointError: for an unknown name, a path that does not exist, weights that do not match the
         configuration, or an adapter that cannot be read.
       ConfigError: for an adapter of another model.
-      TokenizerError: for a vocabulary that is missing, unreadable, or of another size than the model's.
+      TokenizerError: for a vocabulary that is unreadable, or larger than the model's.
       InputError: for an unsupported dtype or number of bits.
     """
     _check_precision(dtype, bits)
     opened = open_model(name_or_path, adapter, progress=progress)
     path, config = opened.source.path, opened.config
-    tokenizer = fit_vocabulary(load_tokenizer(opened.source.tokenizer_dir or path), config.vocab_size)
+    tokenizer = model_tokenizer(opened.source)
     params = opened.params(dtype=dtype, bits=bits, mesh=mesh, scan_layers=scan_layers, progress=progress)
     return Model(config, params, tokenizer, path, mesh)
+
+
+def model_tokenizer(source: Source) -> Tokenizer:
+    """Loads the tokenizer of a checkpoint, fitted to its embedding; a `MissingTokenizer` if it has none.
+
+    Raises:
+      TokenizerError: as `load`.
+    """
+    size = source.config.vocab_size
+    try:
+        return fit_vocabulary(load_tokenizer(source.tokenizer_dir or source.path), size)
+    except MissingTokenizerError as error:
+        return MissingTokenizer(size, str(error))
 
 
 def load_params(

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import llama_jax as lj
 from llama_jax.errors import InputError, TokenizerError
+from llama_jax.eval.verify import compare
 from llama_jax.text.convert import convert
 from tests.tokenizer.test_found_files import V, added, edit
 
@@ -135,3 +137,54 @@ def test_end_tokens_of_a_gguf_file_that_calls_them_user_defined(base: Path, tmp_
     assert tokenizer.special_tokens["<|im_end|>"] == V
     assert tokenizer.eos_ids == (2, V)
     assert json.loads((folder / "tokenizer.json").read_text())["added_tokens"][-1]["special"] is False
+
+
+def test_a_model_without_a_tokenizer_works_on_arrays(base: Path, tmp_path: Path) -> None:
+    folder = variant(base, tmp_path / "m")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    model, whole = lj.load(folder), lj.load(base)
+    tokens = np.array([[1, 403, 407]], np.int32)
+    expected = lj.forward(whole.config, whole.params, tokens)
+    np.testing.assert_array_equal(lj.forward(model.config, model.params, tokens), expected)
+    for use in (
+        lambda: model.generate(PROMPT),
+        lambda: next(model.stream(PROMPT)),
+        lambda: lj.Conversation(model),
+    ):
+        with pytest.raises(
+            TokenizerError,
+            match=r"has no tokenizer \(tokenizer\.json.*copy the model's tokenizer there|no chat template",
+        ):
+            use()
+    with pytest.warns(UserWarning, match="or give it with tokenizer"):
+        convert(folder, tmp_path / "m.gguf")
+    assert_same_params(lj.load(tmp_path / "m.gguf").params, whole.params)
+
+
+def assert_same_params(a: Any, b: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+DIFFERENT = {
+    "template": ({"chat_template": "OTHER"}, "chat template"),
+    "end": ({"eos_token": "<|turn|>"}, "a text ends with"),
+}
+
+
+@pytest.mark.parametrize("case", [*DIFFERENT, "control token", "added word"])
+def test_verify_sees_other_tokenizer_files(case: str, base: Path, tmp_path: Path) -> None:
+    word = added(V, "dragon", normalized=True, special=False)
+    token = added(V + 1, "<|turn|>")
+    a = variant(base, tmp_path / "a", rows=2, tokens=(word, token))
+    changed = {
+        "control token": (word, token | {"special": False}),
+        "added word": (word | {"normalized": False}, token),
+    }
+    b = variant(base, tmp_path / "b", rows=2, tokens=changed.get(case, (word, token)))
+    assert compare(a, a, outputs=False).same
+    fields, message = DIFFERENT.get(case, ({}, "dragon" if case == "added word" else "control tokens differ"))
+    edit(b / "tokenizer_config.json", **fields)
+    report = compare(a, b, text="a text")
+    assert not report.same
+    assert any(message in line for line in report.text.differences), report.text

@@ -10,7 +10,10 @@ import numpy as np
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError, MissingTokenizerError, TokenizerError
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.tokenizer.base import BaseTokenizer
+from llama_jax.tokenizer.fit import fit_vocabulary
 
+_MAX_PROBES = 300
 MAX_TOKENS = 512  # enough to tell two models apart, and fast
 
 PASSAGE = """\
@@ -81,15 +84,11 @@ def encode_text(
     problems: list[str] = []
     for name, path, config in zip("AB", tokenizer_dirs, configs, strict=True):
         try:
-            tokenizers[name] = load_tokenizer(path)
+            tokenizers[name] = fit_vocabulary(load_tokenizer(path), config.vocab_size)
         except MissingTokenizerError as error:
             notes.append(f"{name} has no tokenizer: {error}")
         except TokenizerError as error:
-            problems.append(f"the tokenizer of {name} cannot be read: {error}")
-        else:
-            if tokenizers[name].vocab_size != config.vocab_size:
-                sizes = f"{tokenizers[name].vocab_size} tokens, its model {config.vocab_size}"
-                problems.append(f"the tokenizer of {name} has {sizes}")
+            problems.append(f"the tokenizer of {name} cannot be used: {error}")
     if not tokenizers and text is not None:
         raise TokenizerError((problems or notes)[0])
     if text is not None and not text:
@@ -111,7 +110,11 @@ def encode_text(
 
 
 def _differences(a: Tokenizer, b: Tokenizer, a_ids: list[int], b_ids: list[int]) -> list[str]:
-    """Differences of two tokenizers, one line each: sizes, pieces, special tokens, ids of the text."""
+    """Differences of two tokenizers, one line each.
+
+    Sizes, pieces, special tokens, tokens that end a text, chat templates, and the ids of the text and of
+    texts with each of the added tokens.
+    """
     lines = []
     if a.vocab_size != b.vocab_size:
         lines.append(f"A has {a.vocab_size} tokens, B {b.vocab_size}")
@@ -126,8 +129,34 @@ def _differences(a: Tokenizer, b: Tokenizer, a_ids: list[int], b_ids: list[int])
         )
     special = ((name, getattr(a, name), getattr(b, name)) for name in ("bos_id", "eos_id"))
     lines += [f"{name} is {in_a} in A, {in_b} in B" for name, in_a, in_b in special if in_a != in_b]
+    unknown = {a.unk_id, b.unk_id}  # some formats do not count it as a control token
+    control = [{(n, id) for n, id in t.special_tokens.items() if id not in unknown} for t in (a, b)]
+    if different_tokens := sorted(control[0] ^ control[1], key=lambda item: item[1]):
+        name, id = different_tokens[0]
+        owner = "A" if (name, id) in control[0] else "B"
+        lines.append(
+            f"{len(different_tokens)} control tokens differ, the first {name!r}, {id}, which only {owner} has"
+        )
+    ends = [sorted({*tokenizer.eos_ids}) for tokenizer in (a, b)]
+    if ends[0] != ends[1]:
+        lines.append(f"a text ends with {ends[0]} in A, {ends[1]} in B")
+    if a.chat_template != b.chat_template:
+        missing = [name for name, t in zip("AB", (a, b), strict=True) if t.chat_template is None]
+        lines.append(f"{missing[0]} has no chat template" if missing else "the chat templates differ")
+    for probe in dict.fromkeys([*_probes(a), *_probes(b)]):
+        ids = [tokenizer.encode(probe, parse_special=True) for tokenizer in (a, b)]
+        if ids[0] != ids[1]:
+            lines.append(f"{probe!r} is {ids[0]} in A, {ids[1]} in B")
+            break
     if a_ids != b_ids:
         pairs = enumerate(zip(a_ids, b_ids, strict=False))
         equal = next((i for i, (x, y) in pairs if x != y), min(len(a_ids), len(b_ids)))
         lines.append(f"the text has {len(a_ids)} tokens in A, {len(b_ids)} in B; the first {equal} are equal")
     return lines
+
+
+def _probes(tokenizer: Tokenizer) -> list[str]:
+    """Short texts with each added token, up to a few hundred, with and without a space before it."""
+    added = sorted(tokenizer.added_ids)[:_MAX_PROBES] if isinstance(tokenizer, BaseTokenizer) else []
+    pieces = [tokenizer.piece(token).strip() for token in added if token < tokenizer.vocab_size]
+    return [text for piece in pieces if piece for text in (f"a {piece} b", f"a{piece}b")]
