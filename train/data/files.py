@@ -20,6 +20,7 @@ INDEX = "tokens.json"  # identifies a folder of token ids
 _SUFFIXES: dict[str, Format] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".json": "jsonl",  # lines, or one array
     ".parquet": "parquet",
     ".arrayrecord": "arrayrecord",
     ".array_record": "arrayrecord",

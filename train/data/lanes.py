@@ -22,7 +22,7 @@ from llama_jax.errors import DataError
 
 from .examples import EncodedExample, Examples
 from .packing import PackedExamples
-from .records import BadRecord, bad_record_error
+from .records import BadRecord, Blocks, bad_record_error
 from .source import Source
 
 State = dict[str, Any]
@@ -53,32 +53,37 @@ class TrainDocuments:
 
 
 def infinite_order(
-    documents: TrainDocuments | Examples, blocks: np.ndarray | None, seed: str | None
+    documents: TrainDocuments | Examples, blocks: Blocks | None, seed: str | None
 ) -> grain.MapDataset:
     """Returns a source's infinite order of documents, epoch after epoch.
 
     Args:
       documents: the source's.
-      blocks: sizes of the blocks of documents to keep together, or None.
+      blocks: the blocks of documents that are read together, or None.
       seed: of the shuffle, which differs in each epoch; any string. None keeps the file order.
     """
     order: grain.MapDataset = grain.MapDataset.source(documents)
     if seed is not None:
         # Grain adds the epoch to a shuffle's seed: hashing keeps seeds 0 and 1 from overlapping.
         hashed = int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=4).digest(), "little")
-        order = order.shuffle(hashed) if blocks is None else _BlockShuffle(order, blocks, hashed)
+        order = order.shuffle(hashed) if blocks is None else _WindowShuffle(order, blocks, hashed)
     return order.repeat()
 
 
-class _BlockShuffle(grain.MapDataset):
-    """Shuffles blocks, and documents within each block, so that neighbors in the order are cheap to read."""
+class _WindowShuffle(grain.MapDataset):
+    """Shuffles blocks, and the documents of each window of blocks together.
 
-    def __init__(self, parent: grain.MapDataset, sizes: np.ndarray, seed: int):
+    Neighbors in the order are in the same few blocks, which are in memory. If all blocks fit in one window
+    this is a shuffle of all documents; if not, a window is a random sample of the blocks.
+    """
+
+    def __init__(self, parent: grain.MapDataset, blocks: Blocks, seed: int):
         super().__init__(parent)
-        self._sizes = sizes[sizes > 0]
+        self._sizes = blocks.sizes[blocks.sizes > 0]
         self._starts = np.cumsum(self._sizes) - self._sizes
+        self._windows = -(-len(self._sizes) // max(blocks.window, 1))  # of about equal numbers of blocks
         self._seed = seed
-        self._orders: dict[int, tuple[list[int], np.ndarray]] = {}
+        self._orders: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return len(self._parent)  # private: tests/test_private_seams.py
@@ -87,21 +92,25 @@ class _BlockShuffle(grain.MapDataset):
         if isinstance(index, slice):
             return self.slice(index)
         epoch, place = divmod(index, len(self))
-        order, ends = self._order_of(epoch)
-        nth = int(np.searchsorted(ends, place, side="right"))
-        block = order[nth]
-        size = int(self._sizes[block])
-        within = place - (int(ends[nth]) - size)
-        seed = (self._seed + epoch + 1 + block) % 2**32
-        within = index_shuffle(within, max_index=size - 1, seed=seed, rounds=4)
+        order, block_ends, window_ends = self._order_of(epoch)
+        window = int(np.searchsorted(window_ends, place, side="right"))
+        start = int(window_ends[window - 1]) if window else 0
+        size = int(window_ends[window]) - start
+        seed = (self._seed + epoch + 1 + window) % 2**32
+        shuffled = start + index_shuffle(place - start, max_index=size - 1, seed=seed, rounds=4)
+        nth = int(np.searchsorted(block_ends, shuffled, side="right"))
+        block = int(order[nth])
+        within = shuffled - (int(block_ends[nth]) - int(self._sizes[block]))
         return self._parent[int(self._starts[block]) + within + epoch * len(self)]
 
-    def _order_of(self, epoch: int) -> tuple[list[int], np.ndarray]:
-        """Returns an epoch's order of blocks, and the end of each block in that order."""
+    def _order_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns an epoch's order of blocks, and the ends of its blocks and windows in that order."""
         if epoch not in self._orders:
             last, seed = len(self._sizes) - 1, (self._seed + epoch) % 2**32
-            order = [index_shuffle(i, max_index=last, seed=seed, rounds=4) for i in range(last + 1)]
-            self._orders[epoch] = order, np.cumsum(self._sizes[order])
+            order = np.array([index_shuffle(i, max_index=last, seed=seed, rounds=4) for i in range(last + 1)])
+            ends = np.cumsum(self._sizes[order])
+            windows = np.array([part[-1] for part in np.array_split(ends, self._windows)])
+            self._orders[epoch] = order, ends, windows
             self._orders.pop(epoch - 4, None)  # lanes are rarely more than 4 epochs apart
         return self._orders[epoch]
 

@@ -1,8 +1,9 @@
-"""Plain text and JSON Lines: one scan indexes the documents; afterwards access is random."""
+"""Plain text, JSON Lines and JSON arrays: one scan indexes the documents; afterwards access is random."""
 
 from __future__ import annotations
 
 import array
+import codecs
 import hashlib
 import itertools
 import json
@@ -11,10 +12,14 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from llama_jax.errors import DataError
+
 from .files import File, read_chunks
 from .records import MAX_RECORD_BYTES, BadRecord, Records, decode
 
 T = TypeVar("T")
+_BEGINNING = 1 << 12  # bytes in which an array shows its bracket
+_MAX_ARRAY_BYTES = 1 << 30
 DOCUMENT_BYTES = 1 << 16  # text files are split into documents of at most this size
 
 
@@ -61,7 +66,10 @@ class Text(_Spans):
 
     def _scan(self, opened: BinaryIO, digest: hashlib.blake2b) -> array.array[int]:
         found = array.array("q")
-        start, rest = 0, b""
+        start, rest = 0, opened.read(len(codecs.BOM_UTF8))
+        if rest == codecs.BOM_UTF8:
+            digest.update(rest)
+            start, rest = len(rest), b""
         while piece := rest + opened.read(DOCUMENT_BYTES - len(rest)):
             cut = len(piece)
             if cut == DOCUMENT_BYTES:
@@ -93,15 +101,21 @@ def _character_boundary(data: bytes) -> int:
 
 
 class JsonLines(_Spans):
-    """JSON Lines, with the text in `field`. Blank lines are ignored."""
+    """JSON Lines, or an array of objects, with the text in `field`. Blank lines are ignored."""
 
     def __init__(self, files: Sequence[File], field: str):
         self._field = field
         super().__init__(files)
 
     def _scan(self, opened: BinaryIO, digest: hashlib.blake2b) -> array.array[int]:
+        beginning = opened.read(_BEGINNING)
+        start = len(codecs.BOM_UTF8) if beginning.startswith(codecs.BOM_UTF8) else 0
+        opened.seek(start)
+        digest.update(beginning[:start])
+        if beginning[start:].lstrip().startswith(b"["):
+            return _array_elements(opened, start, digest)
         found = array.array("q")
-        start = length = 0
+        length = 0
         blank = True
         for part in iter(lambda: opened.readline(1 << 20), b""):
             digest.update(part)
@@ -134,6 +148,49 @@ class JsonLines(_Spans):
             return parse(file.read(start, length))
         except BadRecord as bad:
             raise BadRecord(bad.reason, self._line_location(file, start) + bad.message) from None
+
+
+def _array_elements(opened: BinaryIO, start: int, digest: hashlib.blake2b) -> array.array[int]:
+    """Returns start and length of each element of a JSON array, flattened.
+
+    Raises:
+      DataError: if the file is larger than can be held in memory, or not an array.
+    """
+    data = opened.read(_MAX_ARRAY_BYTES + 1)
+    if len(data) > _MAX_ARRAY_BYTES:
+        raise DataError(
+            f"{opened.name}: a JSON array of over {_MAX_ARRAY_BYTES} bytes; write an object a line (.jsonl)"
+        )
+    digest.update(data)
+    found, decoder = array.array("q"), json.JSONDecoder()
+    try:
+        text = data.decode()
+        position = text.index("[") + 1
+        read = start + position  # bytes; what precedes is ASCII
+        closed = text.startswith("]", begin := _skip_space(text, position))
+        while not closed:
+            _, end = decoder.raw_decode(text, begin)
+            read += len(text[position:begin].encode())
+            length = len(text[begin:end].encode())
+            found.extend((read, length))
+            read, position = read + length, end
+            after = _skip_space(text, end)
+            if text[after : after + 1] not in (",", "]"):
+                raise ValueError("an element is not followed by ',' or ']'")
+            closed, begin = text[after] == "]", _skip_space(text, after + 1)
+        if text[begin:].strip("] \t\r\n"):
+            raise ValueError("text follows the array")
+    except (ValueError, RecursionError) as error:
+        why = " ".join(str(error).split())[:80]
+        raise DataError(f"{opened.name}: not a JSON array ({why}); write it again") from None
+    return found
+
+
+def _skip_space(text: str, position: int) -> int:
+    """Returns the position of the next character that is not white space."""
+    while text[position : position + 1].isspace():
+        position += 1
+    return position
 
 
 def text_field(data: bytes, field: str, where: str) -> str:

@@ -13,7 +13,7 @@ from llama_jax.errors import DataError
 from ..config.data import DataConfig, SourceConfig
 from .examples import ExampleSource
 from .lanes import format_counts
-from .records import validation_mask
+from .records import Blocks, validation_mask
 from .source import Source
 
 
@@ -25,7 +25,7 @@ class Part:
       config: its section of the configuration.
       source: its documents or examples.
       train_index, validation_index: int64 [n], the record numbers of each split.
-      blocks: number of training records in each block that is cheap to read together, or None.
+      blocks: the blocks that are cheap to read together, counting training records alone; or None.
       reference: precomputed reference log-probabilities, as in `Examples`.
     """
 
@@ -33,7 +33,7 @@ class Part:
     source: Source | ExampleSource
     train_index: np.ndarray
     validation_index: np.ndarray
-    blocks: np.ndarray | None
+    blocks: Blocks | None
     reference: np.ndarray | None = None
 
 
@@ -46,8 +46,9 @@ def split(config: SourceConfig, data: DataConfig, source: Source | ExampleSource
     is_validation = validation_mask(source.keys, data.source_validation_fraction)
     blocks = source.blocks
     if blocks is not None:  # count only training records
-        block_of = np.repeat(np.arange(len(blocks)), blocks)
-        blocks = np.bincount(block_of[~is_validation], minlength=len(blocks))
+        block_of = np.repeat(np.arange(len(blocks.sizes)), blocks.sizes)
+        sizes = np.bincount(block_of[~is_validation], minlength=len(blocks.sizes))
+        blocks = dataclasses.replace(blocks, sizes=sizes)
     part = Part(config, source, np.flatnonzero(~is_validation), np.flatnonzero(is_validation), blocks)
     if not len(part.train_index):
         raise DataError(no_text_message(part, data, {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Sequence
@@ -32,6 +33,19 @@ class BadRecord(Exception):
         self.message = message
 
 
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Blocks of consecutive records, each of which is read at once.
+
+    Attributes:
+      sizes: int64 [blocks], number of records in each.
+      window: how many blocks are in memory, so that their records can be shuffled together.
+    """
+
+    sizes: np.ndarray
+    window: int
+
+
 class Records(abc.ABC):
     """The records of a source's files, in order.
 
@@ -40,14 +54,14 @@ class Records(abc.ABC):
       counts: int64 [files], number of records per file.
       nbytes: approximate number of bytes of text.
       digest: a hash of the files' contents.
-      blocks: sizes of the blocks of records that are cheap to read together; None if random access is cheap.
+      blocks: the blocks of records that are cheap to read together; None if random access is cheap.
     """
 
     files: Sequence[File]
     counts: np.ndarray
     nbytes: int
     digest: str
-    blocks: np.ndarray | None = None
+    blocks: Blocks | None = None
 
     def __len__(self) -> int:
         return int(self.counts.sum())

@@ -17,10 +17,10 @@ from ..config.data import SourceConfig
 from .encode import Encoder
 from .files import INDEX, File, detect_format, find_files
 from .lines import JsonLines, Text
-from .records import BadRecord, Records, record_keys
+from .records import BadRecord, Blocks, Records, record_keys
 from .tables import ArrayRecord, Parquet, Readers
 
-VERSION = 1  # format version of a folder of token ids
+VERSION = 2  # format version of a folder of token ids
 HEADER_BYTES = 4  # before a document's ids: the UTF-8 length of its text, little-endian
 
 
@@ -49,7 +49,7 @@ class Source(Protocol):
 
     keys: np.ndarray
     nbytes: int
-    blocks: np.ndarray | None
+    blocks: Blocks | None
     fingerprint: str
 
     def document(self, index: int) -> Document:
@@ -117,7 +117,7 @@ class TokenSource:
         self.names = [name for name, _ in index["files"]]
         self.keys = record_keys(self.names, np.array([count for _, count in index["files"]], np.int64))
         self.nbytes = index["nbytes"]
-        self.blocks = None if index["blocks"] is None else np.array(index["blocks"], np.int64)
+        self.blocks = _read_blocks(index["blocks"])
         self.fingerprint = index["fingerprint"]
         if shards and int(self._ends[-1]) != len(self.keys):
             raise DataError(f"{folder / INDEX} is inconsistent with its files; write the folder again")
@@ -189,6 +189,7 @@ def _read_index(path: Path) -> dict[str, Any]:
         )
     if (
         index["dtype"] not in ("<u2", "<u4")
+        or not _valid_blocks(index["blocks"])
         or not _valid_rows(index["files"], 2)
         or not _valid_rows(index["shards"], 3)
     ):
@@ -196,6 +197,19 @@ def _read_index(path: Path) -> dict[str, Any]:
             f"{path} was not written by this version of `python -m llama_jax.train.data`; write it again"
         )
     return index
+
+
+def _valid_blocks(value: Any) -> bool:
+    """Returns whether `value` is null, or the sizes of blocks and the number that is shuffled together."""
+    if value is None:
+        return True
+    sizes, window = (value.get("sizes"), value.get("window")) if isinstance(value, dict) else (None, None)
+    numbers = [*sizes, window] if isinstance(sizes, list) else [None]
+    return all(type(number) is int and number >= 0 for number in numbers)
+
+
+def _read_blocks(value: Any) -> Blocks | None:
+    return None if value is None else Blocks(np.array(value["sizes"], np.int64), value["window"])
 
 
 def _valid_rows(value: Sequence[Any], width: int) -> bool:

@@ -14,9 +14,12 @@ from llama_jax.errors import DataError
 
 from .files import File, sampled_digest
 from .lines import parse_object, text_field
-from .records import MAX_RECORD_BYTES, BadRecord, Records, decode
+from .records import MAX_RECORD_BYTES, BadRecord, Blocks, Records, decode
 
-_CACHED_GROUPS = 8  # the lanes of a batch read nearby positions of the shuffled order
+# Row groups that are shuffled together: as many as fit in these bytes, uncompressed, and at least four. Twice
+# as many are kept, because the lanes of a batch read nearby positions of the shuffled order.
+_WINDOW_BYTES = 256 << 20
+_LEAST_WINDOW = 4
 _OPEN_FILES = 64
 
 
@@ -33,7 +36,6 @@ class Parquet(Records):
         self.columns: list[str] | None = None if field is None else [field]
         self._field = field
         self._open: _LruCache = _LruCache(_OPEN_FILES)
-        self._groups: _LruCache = _LruCache(_CACHED_GROUPS)
         counts: list[int] = []
         blocks: list[int] = []
         nbytes = 0
@@ -50,8 +52,11 @@ class Parquet(Records):
                 for group in groups
             )
         self.counts = np.array(counts, np.int64)
-        self.blocks = np.array(blocks, np.int64)
-        self._block_ends = np.cumsum(self.blocks)
+        group_bytes = -(-nbytes // max(len(blocks), 1))
+        window = max(_LEAST_WINDOW, _WINDOW_BYTES // max(group_bytes, 1))
+        self.blocks = Blocks(np.array(blocks, np.int64), min(window, max(len(blocks), 1)))
+        self._groups: _LruCache = _LruCache(2 * self.blocks.window)
+        self._block_ends = np.cumsum(self.blocks.sizes)
         self.nbytes = nbytes
         self.digest = _digest(files)
 

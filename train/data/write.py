@@ -80,7 +80,8 @@ def write_tokens(
             "dtype": dtype.str,
             "nbytes": source.nbytes,
             "tokens": totals["tokens"],
-            "blocks": None if source.blocks is None else source.blocks.tolist(),
+            "blocks": source.blocks
+            and {"sizes": source.blocks.sizes.tolist(), "window": source.blocks.window},
             "shards": shards.close(),
             "files": list(zip(source.names, source.records.counts.tolist(), strict=True)),
         }

@@ -16,6 +16,7 @@ from llama_jax.train.data import DataConfig, SourceConfig, train_texts
 from llama_jax.train.data.__main__ import main, tokenize
 from llama_jax.train.data.encode import Encoder
 from llama_jax.train.data.lines import DOCUMENT_BYTES
+from llama_jax.train.data.records import BadRecord
 from llama_jax.train.data.source import open_records, open_source
 from llama_jax.train.data.write import write_tokens
 from tests.tokenizer.conftest import KINDS
@@ -47,8 +48,8 @@ def test_every_format_trains_and_evaluates(opened, corpora, texts, name):
 
 @pytest.mark.parametrize("name", ["parquet", "arrayrecord"])
 def test_evaluation_can_read_while_training_prefetches(corpora, texts, name, monkeypatch):
-    """Threads share open files and decoded row groups, here with a cache of one."""
-    monkeypatch.setattr("llama_jax.train.data.tables._CACHED_GROUPS", 1)
+    """Threads share open files and decoded row groups, here with a cache of two."""
+    small_windows(monkeypatch, 1)
     monkeypatch.setattr("llama_jax.train.data.tables._OPEN_FILES", 1)
     records = open_records(SourceConfig(corpora[name]))
     with ThreadPoolExecutor(4) as pool:
@@ -178,18 +179,88 @@ def test_records_skipped_in_pretokenizing_stay_skipped(tmp_path, opened, tokeniz
     assert_same(take(tokens.train(), 12), take(text.train(), 12))
 
 
-def test_shuffled_parquet_reads_few_row_groups_at_a_time(tmp_path, texts, opened):
+def small_windows(monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:
+    """Lets so many row groups be shuffled together."""
+    monkeypatch.setattr("llama_jax.train.data.tables._WINDOW_BYTES", 1)
+    monkeypatch.setattr("llama_jax.train.data.tables._LEAST_WINDOW", blocks)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 20])
+def test_shuffled_parquet_reads_each_row_group_once(tmp_path, texts, opened, window, monkeypatch):
+    small_windows(monkeypatch, window)
     data = opened(write_parquet(tmp_path / "p", texts), validation_fraction=0, batch_size=1)
     (order,) = data._mixture(3).orders
-    assert len({tuple(order[i]) for i in range(60)}) == 60
     groups = []
     records = data._parts[0].source.records
     original = records._read_group
     records._read_group = lambda *where: groups.append(where) or original(*where)
-    records._groups = type(records._groups)(1)
-    for i in range(60):
-        order[i]
+    records._groups = type(records._groups)(2 * records.blocks.window)  # nothing read yet
+    first = [tuple(order[i]) for i in range(60)]
     assert len(groups) == len(set(groups)) == 10
+    second = [tuple(order[i]) for i in range(60, 120)]
+    assert len(groups) <= 20
+    assert sorted(first) == sorted(second)
+    assert first != second
+
+
+def test_sorted_parquet_is_shuffled_across_row_groups(tmp_path, opened):
+    """One class after the other, as IMDb is: in the first of many row groups there is but one."""
+    texts = [f"{label} {i}" for label in ("bad", "good") for i in range(500)]
+    orders = {}
+    for name, write in (("parquet", write_parquet), ("jsonl", WRITERS["jsonl"])):
+        data = opened(write(tmp_path / name, texts), validation_fraction=0, batch_size=1)
+        (order,) = data._mixture(3).orders
+        source = data._parts[0].source
+        places = [source.document(i).ids.tobytes() for i in range(1000)]
+        position = {ids: i for i, ids in enumerate(places)}
+        orders[name] = np.array([position[order[i].tobytes()] for i in range(1000)])
+    for order in orders.values():
+        assert sorted(order) == list(range(1000))
+        shares = (order.reshape(20, 50) >= 500).mean(1)
+        assert 0.2 < shares.min() < shares.max() < 0.8
+        assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("form", ["array", "indented", "lines", "empty"])
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n "])
+def test_json_files_hold_objects_by_line_or_in_an_array(form, start, tmp_path, texts):
+    rows = [{"id": i, "text": text} for i, text in enumerate(texts)] * (form != "empty")
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    indent = 4 if form == "indented" else None
+    content = lines if form == "lines" else json.dumps(rows, indent=indent, ensure_ascii=False) + "\n"
+    (tmp_path / "a.json").write_text(start + content, encoding="utf-8", newline="")
+    records = open_records(SourceConfig(str(tmp_path / "a.json")))
+    assert [records.text(i) for i in range(len(records))] == [row["text"] for row in rows]
+    assert [records.row(i) for i in range(len(records))] == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"text": "a"}', "not a JSON array (an element is not followed by"),
+        (b'[{"text": "a"} {"text": "b"}]', "not a JSON array (an element is not followed by"),
+        (b'[{"text": "a"}] more', "not a JSON array (text follows the array)"),
+        (b"[" * 100_000, "not a JSON array ("),
+        (b"[\xff]", "not a JSON array ("),
+    ],
+)
+def test_a_file_that_begins_like_an_array_and_is_none(content, message, tmp_path):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        open_records(SourceConfig(str(tmp_path / "a.json")))
+    assert f"{tmp_path / 'a.json'}: {message}" in str(caught.value)
+
+
+def test_an_element_that_is_no_object_is_a_bad_record(tmp_path):
+    (tmp_path / "a.json").write_text('[{"text": "a"},\n 3]')
+    records = open_records(SourceConfig(str(tmp_path / "a.json")))
+    with pytest.raises(BadRecord, match=r"a\.json:2: a JSON int, not an object"):
+        records.row(1)
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path):
+    (tmp_path / "a.txt").write_text("\ufeffHello", encoding="utf-8")
+    assert open_records(SourceConfig(str(tmp_path / "a.txt"))).text(0) == "Hello"
 
 
 def test_ids_of_another_tokenizer_are_refused(tmp_path, corpora, tokenizer, vocabulary_paths, opened):
