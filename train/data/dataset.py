@@ -92,21 +92,37 @@ class Data:
 
         return Batches(self._local_rows, self._batch_size, self._config.workers, make_lane_batches)
 
-    def validation_batches(self) -> Iterator[dict[str, Any]]:
+    @property
+    def validation_sources(self) -> dict[str, float]:
+        """The sources with validation records, by their `files`, and their shares of the eval_loss."""
+        weights: dict[str, float] = {}
+        for part in self._all_parts:
+            if len(part.validation_index):
+                weights[part.config.files] = weights.get(part.config.files, 0.0) + part.config.weight
+        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+    def validation_batches(self, source: str | None = None) -> Iterator[dict[str, Any]]:
         """Yields this process's rows of the validation batches: the same ones every time.
 
         Every token of the validation documents, except each one's first, is predicted exactly once. For
         finetuning, every validation example appears once, uncut.
 
+        Args:
+          source: one of `validation_sources`; None is all of them, one after the other.
+
         Yields:
           The arrays of a training batch; and `bytes`, int: the UTF-8 length of the GLOBAL batch's predicted
           text, for bits per byte. For examples it is the text that is trained on.
         """
+        if source in (None, next(iter(self.validation_sources), None)):  # a new pass
+            self.validation_skipped.clear()
+        return evaluation.global_batches(self._validation_rows(source), self._batch_size, self._local_rows)
+
+    def _validation_rows(self, source: str | None = None) -> Iterator[dict[str, Any]]:
+        parts = [part for part in self._all_parts if source in (None, part.config.files)]
         if self._objective == "pretrain":
-            rows = evaluation.pack_documents(self._validation_documents(), self._seq_len)
-        else:
-            rows = packed_rows(map(self._with_bytes, self._validation_examples()), self._seq_len)
-        return evaluation.global_batches(rows, self._batch_size, self._local_rows)
+            return evaluation.pack_documents(self._validation_documents(parts), self._seq_len)
+        return packed_rows(map(self._with_bytes, self._validation_examples(parts)), self._seq_len)
 
     @property
     def records(self) -> int:
@@ -176,12 +192,13 @@ class Data:
         learned = (segment.ids[segment.mask > 0] for segment in example.segments)
         return example, sum(len(self._encode.tokenizer.decode(ids).encode()) for ids in learned)
 
-    def unigram_loss(self, max_tokens: int = 1_000_000) -> float:
+    def unigram_loss(self, batches: int | None = None, max_tokens: int = 1_000_000) -> float:
         """Returns the eval_loss of a unigram model with add-one smoothing, in nats per token.
 
         NaN without a validation set, and for finetuning, where it is not comparable.
 
         Args:
+          batches: validation batches to predict, as in an evaluation; None for all.
           max_tokens: training tokens to count, from the start of one shuffled epoch.
         """
         if self._objective != "pretrain":
@@ -191,8 +208,20 @@ class Data:
             LaneDocuments(mixture, 0, 1), sum(len(part.train_index) for part in self._parts)
         )
         train = (document["tokens"] for document in documents)
-        test = (document.ids for document in self._validation_documents())
-        return evaluation.unigram_loss(train, test, self._encode.vocab_size, max_tokens)
+        logprobs = evaluation.unigram_logprobs(train, self._encode.vocab_size, max_tokens)
+        shares = self.validation_sources
+        return evaluation.weighted_mean(
+            (
+                evaluation.unigram_loss(logprobs, self._limited(self._validation_rows(name), batches, share)),
+                share,
+            )
+            for name, share in shares.items()
+        )
+
+    def _limited(self, rows: Iterator[dict[str, Any]], batches: int | None, share: float) -> Iterator[Any]:
+        if batches is None:
+            return rows
+        return itertools.islice(rows, evaluation.batches_of(batches, share) * self._batch_size)
 
     def describe(self) -> dict[str, Any]:
         """Returns counts of documents and bytes, in total and by source; JSON-serializable.
@@ -264,8 +293,8 @@ class Data:
         patience = sum(len(part.train_index) for part in self._parts) + _EXTRA_PATIENCE
         return Mixture(orders, [part.config.weight for part in self._parts], patience)
 
-    def _validation_documents(self) -> Iterator[Document]:
-        for part in self._all_parts:
+    def _validation_documents(self, parts: Sequence[Part]) -> Iterator[Document]:
+        for part in parts:
             if isinstance(part.source, ExampleSource):
                 continue
             for index in part.validation_index.tolist():
@@ -275,9 +304,8 @@ class Data:
                     if self._config.bad_records == "fail":
                         raise DataError(bad_record_error(bad.message)) from None
 
-    def _validation_examples(self) -> Iterator[EncodedExample]:
-        self.validation_skipped.clear()
-        for part in self._all_parts:
+    def _validation_examples(self, parts: Sequence[Part]) -> Iterator[EncodedExample]:
+        for part in parts:
             for item in self._usable(part, part.validation_index):
                 if isinstance(item, EncodedExample):
                     yield item

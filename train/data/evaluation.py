@@ -66,18 +66,25 @@ def global_batches(
         yield batch()
 
 
-def unigram_loss(
-    train: Iterable[np.ndarray], test: Iterable[np.ndarray], vocab_size: int, max_tokens: int
-) -> float:
-    """-mean log p(token), p(v) = (count(v) + 1) / (total + V): a unigram model with add-one smoothing.
+def batches_of(total: int, share: float) -> int:
+    """Returns a source's number of the `total` batches of an evaluation: its share, and at least one."""
+    return max(1, round(total * share))
+
+
+def weighted_mean(values: Iterable[tuple[float, float]]) -> float:
+    """Returns the mean of (value, weight) pairs, leaving NaN out; NaN if none is left."""
+    kept = [(value, weight) for value, weight in values if not np.isnan(value)]
+    total = sum(weight for _, weight in kept)
+    return sum(value * weight for value, weight in kept) / total if kept else float("nan")
+
+
+def unigram_logprobs(train: Iterable[np.ndarray], vocab_size: int, max_tokens: int) -> np.ndarray:
+    """log p(v) = log((count(v) + 1) / (total + V)), f64 [V]: a unigram model with add-one smoothing.
 
     Args:
-      train, test: documents, int32 [n] each; the first id, which no model predicts, does not count.
+      train: documents, int32 [n] each; the first id, which no model predicts, does not count.
       vocab_size: V.
-      max_tokens: maximum number of training tokens to count.
-
-    Returns:
-      Nats per token over `test`; NaN if it is empty.
+      max_tokens: maximum number of tokens to count.
     """
     counts, seen = np.ones(vocab_size, np.int64), 0
     for ids in train:
@@ -85,12 +92,21 @@ def unigram_loss(
         seen += len(ids) - 1
         if seen >= max_tokens:
             break
-    test_counts = np.zeros(vocab_size, np.int64)
-    for ids in test:
-        test_counts += np.bincount(ids[1:], minlength=vocab_size)
-    if not test_counts.any():
-        return float("nan")
-    return float(-(test_counts * np.log(counts / counts.sum())).sum() / test_counts.sum())
+    return np.log(counts / counts.sum())
+
+
+def unigram_loss(logprobs: np.ndarray, rows: Iterable[dict[str, Any]]) -> float:
+    """-mean log p(token) over the predicted tokens of packed rows, in nats; NaN if there are none.
+
+    Args:
+      logprobs: f64 [V].
+      rows: as from `pack_documents`.
+    """
+    counts = np.zeros(len(logprobs), np.int64)
+    for row in rows:
+        predicted = row["tokens"][(row["segment_ids"] > 0) & (row["positions"] > 0)]
+        counts += np.bincount(predicted, minlength=len(logprobs))
+    return float(-(counts * logprobs).sum() / counts.sum()) if counts.any() else float("nan")
 
 
 def _row(seq_len: int) -> dict[str, Any]:

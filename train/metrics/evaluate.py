@@ -21,6 +21,7 @@ from llama_jax.tokenizer import Tokenizer
 from ..config.eval import EvalConfig
 from ..config.run import RunConfig
 from ..data import Data
+from ..data.evaluation import batches_of, weighted_mean
 from ..devices import compute_dtype
 from ..feed import Feed
 from ..objectives import make_metrics_fn
@@ -41,14 +42,17 @@ def make_eval_fn(
     The metrics are `eval_loss` (nats per token, or the objective's loss per example or pair) and the
     objective's own, such as `accuracy`; for language modeling `eval_perplexity` and `bits_per_byte`. The dict
     is empty without a validation set. The z-loss is excluded, so that losses are comparable.
+
+    With several sources each gets its share of `eval.batches` by its weight; the metrics are their weighted
+    means, and `eval_loss/FILES` is the loss of each.
     """
     without_z_loss = dataclasses.replace(run, train=dataclasses.replace(run.train, z_loss=0.0))
     metrics_fn = jax.jit(trainable_spec.wrap(make_metrics_fn(without_z_loss, model, platform)))
 
-    def evaluate(trainable: Any) -> dict[str, float]:
+    def evaluate_source(trainable: Any, source: str | None, batches: int) -> dict[str, Any]:
         count = nbytes = 0.0
         totals: dict[str, np.ndarray] = {}
-        for batch in itertools.islice(data.validation_batches(), run.eval.batches):
+        for batch in itertools.islice(data.validation_batches(source), batches):
             loss, metrics = metrics_fn(trainable, frozen, feed.put(batch))
             for name, value in {"eval_loss": loss.total, **metrics}.items():
                 totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
@@ -57,15 +61,38 @@ def make_eval_fn(
         if not count:
             return {}
         confusion = totals.pop("confusion", None)
-        means = {name: float(total) / count for name, total in totals.items()}
+        means: dict[str, Any] = {name: float(total) / count for name, total in totals.items()}
         if confusion is not None:
-            means["macro_f1"] = macro_f1(confusion)
-        if run.train.objective not in ("pretrain", "sft"):
-            return means
-        return means | {
-            "eval_perplexity": math.exp(min(means["eval_loss"], 700)),
-            "bits_per_byte": float(totals["eval_loss"]) / math.log(2) / nbytes if nbytes else math.nan,
+            means["confusion"] = confusion
+        if run.train.objective in ("pretrain", "sft"):
+            bits = float(totals["eval_loss"]) / math.log(2)
+            means["bits_per_byte"] = bits / nbytes if nbytes else math.nan
+        return means
+
+    def evaluate(trainable: Any) -> dict[str, float]:
+        shares = data.validation_sources
+        results = {
+            source: evaluate_source(
+                trainable, source if len(shares) > 1 else None, batches_of(run.eval.batches, share)
+            )
+            for source, share in shares.items()
         }
+        results = {source: means for source, means in results.items() if means}
+        if not results:
+            return {}
+        confusion = [means.pop("confusion") for means in results.values() if "confusion" in means]
+        names = next(iter(results.values()))
+        means = {
+            name: weighted_mean((found[name], shares[source]) for source, found in results.items())
+            for name in names
+        }
+        if confusion:
+            means["macro_f1"] = macro_f1(sum(confusion))
+        if run.train.objective in ("pretrain", "sft"):
+            means["eval_perplexity"] = math.exp(min(means["eval_loss"], 700))
+        if len(shares) > 1:
+            means |= {f"eval_loss/{source}": found["eval_loss"] for source, found in results.items()}
+        return means
 
     return evaluate
 

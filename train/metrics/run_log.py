@@ -77,7 +77,7 @@ def log_adapter(run: RunConfig, trainable: Any, frozen: Frozen, log: Log) -> Non
 
 def log_results(run: RunConfig, run_dir: Path, data: Data, log: Log) -> None:
     """Logs a unigram baseline, the files that were written, and the command to try next; plots the losses."""
-    unigram_loss = data.unigram_loss()
+    unigram_loss = data.unigram_loss(run.eval.batches)
     if not math.isnan(unigram_loss):  # there is a validation set
         log(f"eval_loss of a unigram model of the same tokens: {unigram_loss:.4f}")
     if run.log.plot:
