@@ -61,9 +61,10 @@ class HFConfig:
                     )
             elif known.get(name) and getattr(settings, f"{name}_id") is None:
                 ids[name] = known[name][0]
+        changes: dict[str, Any] = {f"{name}_id": token_id for name, token_id in ids.items()}
         return dataclasses.replace(
             settings,
-            **{f"{name}_id": token_id for name, token_id in ids.items()},
+            **changes,
             eos_ids=(*settings.eos_ids, *known.get("eos", ())),
             add_bos=settings.add_bos if self.add_bos is None else self.add_bos,
             chat_template=self.chat_template or settings.chat_template,

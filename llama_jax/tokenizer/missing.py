@@ -20,11 +20,14 @@ class MissingTokenizer:
     def __init__(self, vocab_size: int, problem: str):
         self.vocab_size = vocab_size
         self.problem = problem
-        self.bos_id = self.eos_id = self.unk_id = self.pad_id = None
+        self.bos_id: int | None = None
+        self.eos_id: int | None = None
+        self.unk_id: int | None = None
+        self.pad_id: int | None = None
         self.eos_ids: tuple[int, ...] = ()
         self.add_bos = False
         self.special_tokens: Mapping[str, int] = {}
-        self.chat_template = None
+        self.chat_template: str | None = None
 
     def _raise(self) -> NoReturn:
         raise MissingTokenizerError(self.problem)
