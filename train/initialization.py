@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,11 +13,13 @@ from llama_jax.console import terminal
 from llama_jax.errors import ConfigError
 from llama_jax.text.pretrained import open_model
 from llama_jax.tokenizer import Tokenizer
+from llama_jax.weights.adapters import adapter_folder
 from llama_jax.weights.hf import default_labels
 from llama_jax.weights.source import format_list
 
 from .config.objective import HEAD_OBJECTIVES
 from .config.run import RunConfig
+from .data.files import File, sampled_digest
 from .trainable import TrainableSpec
 
 
@@ -54,6 +57,20 @@ def load_pretrained(run: RunConfig, mesh: Mesh | None, trainable_spec: Trainable
         opened = open_model(run.model.init_from)
         dtype = jnp.float32 if is_f32 else jnp.bfloat16
         return opened.params(dtype=dtype, mesh=mesh, scan_layers=True, progress=progress)
+
+
+def base_fingerprint(run: RunConfig) -> str:
+    """A hash of the weights of `model.init_from`, from samples of its files, wherever they are."""
+    digest = hashlib.blake2b(digest_size=16)
+    opened = open_model(run.model.init_from)
+    paths = {info.file for info in opened.source.tensors.values()}
+    paths |= {path for adapter in opened.adapters for path in adapter_folder(adapter).glob("*.safetensors")}
+    files = sorted(file for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
+    for file in files:
+        if file.is_file():
+            info = file.stat()
+            digest.update(sampled_digest(File(str(file), file.name, info.st_size, info.st_mtime_ns)))
+    return digest.hexdigest()
 
 
 def _check_head(run: RunConfig, pretrained: tuple[str, ...], labels: tuple[str, ...]) -> None:

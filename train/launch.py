@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
+import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,7 +37,7 @@ from .config.run import RunConfig
 from .data import Data, open_data, show_batch
 from .devices import compute_dtype, join_processes, run_mesh
 from .feed import Feed
-from .initialization import load_pretrained, model_config
+from .initialization import base_fingerprint, load_pretrained, model_config
 from .loop import EVAL_LOSSES, Loop
 from .metrics.evaluate import make_eval_fn, make_sample_fn
 from .metrics.flops import flops_per_token, peak_flops
@@ -83,11 +85,21 @@ class Setup:
     is_primary: bool
     log: Callable[[str], None]
 
-    @property
+    @functools.cached_property
     def provenance(self) -> dict[str, Any]:
-        """What determines the order of batches: saved in checkpoints, compared when the run is resumed."""
+        """What may not change during a run: saved in checkpoints, compared when the run is resumed.
+
+        The order of the batches, the model, and the frozen base of an adapter.
+        """
         train = self.run.train
-        return {"data": self.data.fingerprint, "seed": train.seed, "seq_len": train.seq_len}
+        base = base_fingerprint(self.run) if self.trainable_spec.adapter is not None else None
+        return {
+            "data": self.data.fingerprint,
+            "seed": train.seed,
+            "seq_len": train.seq_len,
+            "model": json.loads(json.dumps(dataclasses.asdict(self.model))),
+            "base": base,
+        }
 
     def load_pretrained(self) -> Any:
         """The weights of `model.init_from`; None if weights start random."""
@@ -127,6 +139,8 @@ def train(run: RunConfig) -> int:
         log_run(run, setup.model, setup.data, setup.mesh, setup.log)
         log_adapter(run, state.params, frozen, setup.log)
         if start_step >= run.train.steps:
+            if setup.trainable_spec.adapter is not None:  # a run may be killed before it is written
+                _save_adapter(setup, setup.trainable_spec.adapter, state.params)
             setup.log(
                 f"{setup.run_dir} is complete after {start_step} steps; increase train.steps to continue"
             )
@@ -244,7 +258,7 @@ def _initialize(setup: Setup, restored: Restored | None, *, has_frozen: bool) ->
 
 
 def _check_provenance(saved: Mapping[str, Any], current: Mapping[str, Any], run_dir: Path) -> None:
-    """Checks that a resumed run reads the same data in the same order."""
+    """Checks that a resumed run trains the same model on the same data in the same order."""
     if saved.get("data") != current["data"]:
         raise DataError(
             f"{run_dir}: the data is not what this run was started with (files, text, tokenizer or weights "
@@ -257,6 +271,18 @@ def _check_provenance(saved: Mapping[str, Any], current: Mapping[str, Any], run_
                 f"{saved.get(name)}; the order of its batches depends on it: set it to that, or choose "
                 "another train.run_dir"
             )
+    model = saved.get("model", current["model"])
+    for name, value in current["model"].items():
+        if name in model and model[name] != value:
+            raise ConfigError(
+                f"model.{name} is {value} and the run in {run_dir} was started with {model[name]}: set it to "
+                "that, or start another run with --train.run_dir and --model.init_from"
+            )
+    if saved.get("base", current["base"]) != current["base"]:
+        raise ConfigError(
+            f"model.init_from holds other weights than those that the adapter in {run_dir} was started on; "
+            "give those, or choose another train.run_dir"
+        )
 
 
 def _with_reference_logprobs(
