@@ -131,6 +131,35 @@ def interrupted(run: Path) -> Path:
     return copy
 
 
+def test_a_run_killed_before_its_adapter_was_written_gets_it_when_resumed(workshop, trained):
+    config, whole, _ = trained("lora")
+    killed = Path(shutil.copytree(whole, f"{whole}_killed", ignore=shutil.ignore_patterns("adapter")))
+    command = (config, "--train.run_dir", killed, "--train.steps", STEPS)
+    (again,) = workshop.train_all(command)
+    assert f"is complete after {STEPS} steps" in again.err
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (killed / "adapter" / name).read_bytes() == (whole / "adapter" / name).read_bytes()
+
+
+def test_an_adapter_is_not_resumed_on_another_base(workshop, shared_data, trained):
+    config, whole, _ = trained("lora")
+    halves = Path(shutil.copytree(whole, f"{whole}_other_base"))
+    weights = bytearray((shared_data / "stories260K" / "stories260K.bin").read_bytes())
+    elsewhere = workshop.folder / "elsewhere"
+    elsewhere.mkdir()
+    for file in (shared_data / "stories260K").iterdir():
+        shutil.copy(file, elsewhere)
+    base = ("--model.init_from", elsewhere / "stories260K.bin", "--train.run_dir", halves)
+    moved, *_ = workshop.train_all((config, *base, "--train.steps", STEPS + 1))  # the same weights
+    assert f"resuming {halves} after step {STEPS}" in moved.err
+    weights[256 :: 1 << 14] = bytes(byte ^ 1 for byte in weights[256 :: 1 << 14])  # samples are compared
+    (elsewhere / "stories260K.bin").write_bytes(weights)
+    refused = workshop.run(config, *base, "--train.steps", STEPS + 2)
+    assert refused.status == 2
+    assert "model.init_from holds other weights than those that the adapter in" in refused.error
+    assert steps(halves)[-1] == STEPS + 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_resumed_run_equals_uninterrupted_run(workshop, shared_data, trained, name):

@@ -51,6 +51,19 @@ def test_resumed_run_equals_uninterrupted_run(workshop, uninterrupted):
     assert losses(workshop.folder / "halves") == losses(uninterrupted)
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "started"), [("rope_theta", 500000.0, 10000.0), ("rms_norm_eps", 0.001, 1e-05)]
+)
+def test_a_run_is_not_resumed_with_another_model(workshop, uninterrupted, flag, value, started):
+    before = sorted(path.relative_to(uninterrupted) for path in uninterrupted.rglob("*"))
+    done = workshop.train("uninterrupted", "--train.steps", STEPS + 2, f"--model.{flag}", value, status=2)
+    message = (
+        f"model.{flag} is {value} and the run in uninterrupted was started with {started}: set it to that"
+    )
+    assert message in done.error
+    assert sorted(path.relative_to(uninterrupted) for path in uninterrupted.rglob("*")) == before
+
+
 def test_generate_and_inspect_read_a_run_by_its_path(workshop, uninterrupted):
     generate = ("generate", "uninterrupted", "--prompt", "the cat", "--max-new-tokens", 8)
     inspect = ("inspect", "uninterrupted")
