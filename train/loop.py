@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llama_jax.errors import LlamaJaxError
+from llama_jax.errors import DataError, LlamaJaxError
 
 from .checkpoints.checkpoints import Checkpoints
 from .config.eval import EvalConfig
@@ -121,6 +121,19 @@ class Loop:
             them is not saved, but dumped for debugging.
           CheckpointError, DataError: from saving checkpoints and reading data.
         """
+        try:
+            stopped = self._run_steps()
+        except DataError as error:
+            self._save_before_raising(error)
+            raise
+        self._log_metrics()
+        self._stop_trace()
+        self._save()
+        self.checkpoints.wait()
+        return stopped
+
+    def _run_steps(self) -> int:
+        """Runs the remaining steps and the final evaluation; returns 0, or the signal that stopped it."""
         stopped = 0
         while self.steps_done < self.run.train.steps and not (stopped := self.interrupts.agreed_stop()):
             if should_stop_early(self.eval_losses, self.run.eval):
@@ -133,11 +146,22 @@ class Loop:
         self._check_finite(self._latest)
         if not stopped:
             self._evaluate(final=True)
-        self._log_metrics()
-        self._stop_trace()
+        return stopped
+
+    def _save_before_raising(self, error: DataError) -> None:
+        """Saves the steps that were done before a record could not be used.
+
+        A single process does: of several, the others do not know of the error, and a save waits for all.
+        """
+        if jax.process_count() > 1 or not self.steps_done:
+            return
+        self._eval_metrics = {}
         self._save()
         self.checkpoints.wait()
-        return stopped
+        self.report.log(
+            f"saved after step {self.steps_done}; the same command with --data.bad_records skip goes on from "
+            "there (files that are changed need a new run)"
+        )
 
     def _run_step(self) -> None:
         """Runs a step, and the logging, evaluation and checkpoint that are due after it."""
@@ -158,7 +182,8 @@ class Loop:
         self._evaluate(final=False)
         if self.checkpoints.should_save(self.steps_done):
             self._check_finite(self._latest)  # waits for the step, whose time is not the checkpoint's
-            self._save()
+            if not int(metrics.bad_run):  # else the weights may be ruined, and would push out good ones
+                self._save()
 
     def _check_finite(self, step: tuple[int, StepMetrics] | None) -> None:
         """Aborts if this was the last of `max_bad_steps` consecutive skipped steps."""

@@ -51,6 +51,31 @@ def test_resumed_run_equals_uninterrupted_run(workshop, uninterrupted):
     assert losses(workshop.folder / "halves") == losses(uninterrupted)
 
 
+def test_a_bad_record_in_the_middle_loses_no_step_and_skipping_it_resumes(workshop, uninterrupted):
+    lines = [json.dumps({"text": f"the cat sat on mat number {i}. " * 4}) + "\n" for i in range(400)]
+    files = workshop.folder / "bad.jsonl"
+    files.write_text("".join([*lines[:60], '{"text": 3}\n', *lines[60:]]))
+    tokenizer = ("--tokenizer.path", uninterrupted / "tokenizer.model", "--tokenizer.vocab_size", 0)
+    flags = (*tokenizer, "--data.files", files, "--data.shuffle", "false", "--data.validation_fraction", 0)
+    command = (*flags, "--train.steps", STEPS)
+    done = workshop.train("bad", *command, status=2)
+    assert "bad.jsonl:61: field 'text' is of type int" in done.error
+    (saved,) = steps(workshop.folder / "bad")
+    assert f"saved after step {saved}; the same command with --data.bad_records skip goes on" in done.err
+    again = workshop.train("bad", *command, "--data.bad_records", "skip")
+    assert f"resuming bad after step {saved}" in again.err
+    assert steps(workshop.folder / "bad")[-1] == STEPS
+
+
+def test_no_checkpoint_is_saved_within_steps_that_are_not_finite(workshop):
+    flags = ("--checkpoint.every", 2, "--checkpoint.keep", 1, "--checkpoint.best", 0, "--eval.every", 0)
+    workshop.train("ruined", "--train.steps", 4, *flags)
+    huge = ("--optimizer.learning_rate", 1e30, "--optimizer.max_grad_norm", 0)
+    workshop.train("ruined", "--train.steps", STEPS, *flags, *huge, status=3)
+    (kept,) = steps(workshop.folder / "ruined")
+    assert kept in (4, 6)  # the first steps at the huge rate may still be finite
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "started"), [("rope_theta", 500000.0, 10000.0), ("rms_norm_eps", 0.001, 1e-05)]
 )

@@ -315,8 +315,11 @@ class Data:
     def _check_enough(self) -> None:
         """Raises DataError unless each source has text, and all of them together fill one sequence.
 
-        For finetuning one example per source is enough, since rows are padded.
+        For finetuning one example per source is enough, since rows are padded. The first validation records
+        are read too: a bad one would end the run at its first evaluation.
         """
+        for part in self._all_parts:
+            collections.deque(itertools.islice(self._usable(part, part.validation_index), _SAMPLE), maxlen=0)
         total = 0
         for part in self._parts:
             found = 0
