@@ -61,14 +61,14 @@ def run(argv: Sequence[str]) -> None:
 
 def _stream(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]) -> None:
     """Prints one continuation as it is generated."""
-    from llama_jax.text.stop_strings import StopStrings
+    from llama_jax.text.stop_strings import StopStrings, split_stop_strings
 
     def write(text: str) -> None:
         if not args.json:
             print(text, end="", flush=True)
 
     sampling, key = model.sampling(**sampling_kwargs(args))
-    end_ids, stop_strings = model.ends(args.stop_string)
+    end_ids, stop_strings = split_stop_strings(model.tokenizer, args.stop_string)
     clock, stops = TokenClock(), StopStrings(stop_strings)
     tokens: list[int] = []
     pieces: list[str] = []
@@ -171,8 +171,10 @@ def _speculate(
     """Returns the texts of speculative decoding, and its counts of forward passes and draft tokens."""
     import numpy as np
 
+    from llama_jax.text.stop_strings import split_stop_strings
+
     sampling, key = model.sampling(**sampling_kwargs(args))
-    end_ids, stop_strings = model.ends(args.stop_string)
+    end_ids, stop_strings = split_stop_strings(model.tokenizer, args.stop_string)
     out = model.speculate(
         [ids] * args.num_return_sequences,
         sampling,

@@ -11,7 +11,7 @@ from llama_jax.decoding import arguments
 from llama_jax.decoding.session import Session
 from llama_jax.errors import InputError
 from llama_jax.text.model import Model, SamplingSettings
-from llama_jax.text.stop_strings import StopStrings
+from llama_jax.text.stop_strings import StopStrings, split_stop_strings
 
 
 class Conversation:
@@ -106,7 +106,7 @@ class Conversation:
             )
         limit = arguments.check_int("max_new_tokens", max_new_tokens)
         sampling, key = self.model.sampling(**settings)
-        self._end_ids, stop_strings = self.model.ends(stop_strings)
+        self._end_ids, stop_strings = split_stop_strings(self.model.tokenizer, stop_strings)
         stops = StopStrings(stop_strings)
         self.prompt_tokens = len(ids)
         with self.model.on_mesh():

@@ -23,7 +23,7 @@ from llama_jax.decoding.generation import generate, stream
 from llama_jax.decoding.sampling import Sampling
 from llama_jax.decoding.speculative import SpeculativeOutput, speculative_generate
 from llama_jax.errors import InputError
-from llama_jax.text.stop_strings import StopStrings
+from llama_jax.text.stop_strings import StopStrings, split_stop_strings
 from llama_jax.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -151,15 +151,14 @@ class Model:
         rows = [self.encode_prompt(text, parse_special=parse_special) for text in prompts]
         tokens, lengths = pad_right(rows)
         sampling, key = self.sampling(**settings)
-        end_ids, stop_strings = self.ends(stop_strings)
-        stops = StopStrings(stop_strings)
+        end_ids, stop_strings = split_stop_strings(self.tokenizer, stop_strings)
         count = 1 if num_return_sequences is None else num_return_sequences
         repeated = [row for row in rows for _ in range(arguments.check_int("num_return_sequences", count))]
         limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "cache_dtype": cache_dtype}
         options = {**limits, "eos_id": end_ids, "num_return_sequences": count}
         inputs = (self.config, self.params, tokens, lengths)
         if num_beams != 1:
-            for name, is_set in (("stop_strings", stops.any), ("draft", draft is not None)):
+            for name, is_set in (("stop_strings", bool(stop_strings)), ("draft", draft is not None)):
                 if is_set:
                     raise InputError(f"{name} and num_beams cannot be combined; leave one of them out")
             with self.on_mesh():
@@ -183,7 +182,7 @@ class Model:
                 **limits,
             ).output
             new, counts = np.asarray(out.tokens), np.asarray(out.lengths)
-        elif stops.any:
+        elif stop_strings:
             texts = self._generate_until_stop(inputs, key, sampling, stop_strings, options, repeated)
             return _group(texts, prompt, num_return_sequences)
         else:
@@ -254,7 +253,7 @@ class Model:
         """Like `generate` for one prompt, yielding pieces of the continuation as they are produced."""
         ids = self.encode_prompt(prompt, parse_special=parse_special)
         sampling, key = self.sampling(**settings)
-        end_ids, stop_strings = self.ends(stop_strings)
+        end_ids, stop_strings = split_stop_strings(self.tokenizer, stop_strings)
         stops = StopStrings(stop_strings)
         steps = self.stream_tokens(
             ids, sampling, key, max_new_tokens=max_new_tokens, end_ids=end_ids, cache_dtype=cache_dtype
@@ -324,41 +323,14 @@ class Model:
                 raise InputError(f"setting {name!r} is unknown; {hint}")
         seed = settings.pop("seed", 0)
         values: Any = {"temperature": 0.0, **settings}
-        if unused := self._unused_ids():
+        if unused := getattr(self.tokenizer, "unused_ids", ()):
             values["suppress_tokens"] = [*values.get("suppress_tokens", ()), *unused]
         sampling = Sampling(**values)
         sampling.check(1, self.config.vocab_size)
         return sampling, random_key(seed)
 
-    def ends(self, stop_strings: str | Sequence[str]) -> tuple[tuple[int, ...], list[str]]:
-        """Returns the tokens that end a text, and the stop strings that are no control tokens.
-
-        Control tokens are not part of a text, so one that is a stop string ends it as EOS does.
-
-        Raises:
-          InputError: for a stop string that is a control token and more.
-        """
-        stops, special = StopStrings(stop_strings).strings, self.tokenizer.special_tokens
-        strings = [stop for stop in stops if stop not in special]
-        for stop in strings:
-            if name := next((name for name in special if name and name in stop), None):
-                raise InputError(
-                    f"stop string {stop!r} holds the control token {name!r}, which is not part of a text; "
-                    f"give {name!r} alone"
-                )
-        ids = [special[stop] for stop in stops if stop in special]
-        return tuple(dict.fromkeys([*self.tokenizer.eos_ids, *ids])), strings
-
-    def _unused_ids(self) -> Sequence[int]:
-        """Rows of a padded embedding that stand for nothing, and are never sampled."""
-        return getattr(self.tokenizer, "unused_ids", ())
-
     def encode_prompt(self, text: str, *, parse_special: bool = True) -> list[int]:
-        """Tokenizes a prompt, with BOS where the tokenizer adds one.
-
-        Args:
-          text: the prompt.
-          parse_special: as for `generate`.
+        """Tokenizes a prompt, with BOS where the tokenizer adds one; `parse_special` is `generate`'s.
 
         Raises:
           InputError: if the prompt has no tokens.
@@ -406,13 +378,12 @@ class Model:
 
     def _check_vocabulary(self, draft: Model) -> None:
         ours, theirs = self.tokenizer, draft.tokenizer
-        for id in range(min(ours.vocab_size, theirs.vocab_size)):
-            if ours.piece(id) != theirs.piece(id):
-                raise InputError(
-                    f"the draft model {draft.path} has another vocabulary: its token {id} is "
-                    f"{theirs.piece(id)!r}, and {ours.piece(id)!r} in {self.path}; use a draft model with "
-                    "the same tokenizer"
-                )
+        ids = range(min(ours.vocab_size, theirs.vocab_size))
+        if (id := next((id for id in ids if ours.piece(id) != theirs.piece(id)), None)) is not None:
+            raise InputError(
+                f"the draft model {draft.path} has another vocabulary: token {id} is {theirs.piece(id)!r}, "
+                f"and {ours.piece(id)!r} in {self.path}; use a draft model with the same tokenizer"
+            )
 
     def _decoder_after(self, prompt: Sequence[int]) -> StreamDecoder:
         # SentencePiece drops the space before the first piece of a text; after a prompt it is kept.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llama_jax.errors import InputError
+from llama_jax.tokenizer import Tokenizer
 
 
 class StopStrings:
@@ -80,6 +81,28 @@ class StopStrings:
         buffered = self._buffer
         self._reset()
         return buffered
+
+
+def split_stop_strings(
+    tokenizer: Tokenizer, stop_strings: str | Sequence[str]
+) -> tuple[tuple[int, ...], list[str]]:
+    """Returns the tokens that end a text, and the stop strings that are no control tokens.
+
+    Control tokens are not part of a text, so one that is a stop string ends it as EOS does.
+
+    Raises:
+      InputError: for a stop string that is a control token and more.
+    """
+    stops, special = StopStrings(stop_strings).strings, tokenizer.special_tokens
+    strings = [stop for stop in stops if stop not in special]
+    for stop in strings:
+        if name := next((name for name in special if name and name in stop), None):
+            raise InputError(
+                f"stop string {stop!r} holds the control token {name!r}, which is not part of a text; "
+                f"give {name!r} alone"
+            )
+    ids = [special[stop] for stop in stops if stop in special]
+    return tuple(dict.fromkeys([*tokenizer.eos_ids, *ids])), strings
 
 
 def _prefix_table(stop: str) -> list[int]:

@@ -344,8 +344,8 @@ def test_empty_name_is_not_the_current_directory(run, verb, tiny_path, monkeypat
 
 def test_vocabulary_size_mismatch(run, tmp_path):
     path = tiny.write_model(tmp_path)
-    tiny.write_vocabulary(tmp_path / "tok.bin", tiny.PIECES[:-1])
-    assert_error(run("generate", path, "--prompt", "a"), tiny.CONFIG.vocab_size, tiny.CONFIG.vocab_size - 1)
+    tiny.write_vocabulary(tmp_path / "tok.bin", [*tiny.PIECES, " ab"])
+    assert_error(run("generate", path, "--prompt", "a"), tiny.CONFIG.vocab_size, tiny.CONFIG.vocab_size + 1)
 
 
 def test_ids_out_of_range(run, tiny_path):

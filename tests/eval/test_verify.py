@@ -426,7 +426,8 @@ def test_another_vocabulary(tmp_path):
     swapped = [*tiny.PIECES[:-2], tiny.PIECES[-1], tiny.PIECES[-2]]
     report = compare(tiny_model(tmp_path / "a"), tiny_model(tmp_path / "b", swapped), text=" ab")
     assert report.problems == ("the vocabularies differ",)
-    first, second = report.text.differences
+    first, probe, second = report.text.differences
+    assert probe.startswith("'a <s> b' is [")
     assert first.startswith("2 tokens have different pieces, the first")
     assert second.startswith("the text has ")
     assert report.outputs.mean_kl == 0
@@ -454,7 +455,7 @@ def test_neither_model_has_a_tokenizer(tmp_path):
 def test_a_tokenizer_larger_than_the_model_is_not_used(tmp_path):
     a = tiny_model(tmp_path / "a", [*tiny.PIECES, " ab"])
     report = compare(a, tiny_model(tmp_path / "b"), text="ab")
-    assert report.text.differences[0].startswith("the tokenizer of A has ")
+    assert report.text.differences[0].startswith("the tokenizer of A cannot be used: ")
     assert report.text.what == "the text with B's tokenizer"
     assert report.problems == ("the vocabularies differ",)
 
@@ -463,7 +464,7 @@ def test_an_unreadable_tokenizer_is_a_difference(tmp_path):
     a, b = tiny_model(tmp_path / "a"), tiny_model(tmp_path / "b")
     (tmp_path / "b" / "tok.bin").write_bytes(b"no vocabulary")
     report = compare(a, b, text="ab")
-    assert report.text.differences[0].startswith("the tokenizer of B cannot be read: ")
+    assert report.text.differences[0].startswith("the tokenizer of B cannot be used: ")
     assert not report.same
 
 

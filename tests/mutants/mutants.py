@@ -270,8 +270,8 @@ MUTANTS = (
         "bos-twice",
         "llama_jax/tokenizer/base.py",
         "BOS is prepended to a text that begins with it",
-        "if ids[:1] != [bos]:",
-        "if ids[:1] != []:",
+        "if ids[: len(prefix)] != prefix:",
+        "if ids[: len(prefix)] != []:",
         ("tests/tokenizer", "tests/chat"),
     ),
     Mutant(

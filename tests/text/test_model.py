@@ -91,7 +91,7 @@ def test_a_draft_model_needs_the_same_vocabulary(model, tmp_path):
 
     other = tiny.write_model(tmp_path)
     tiny.write_vocabulary(tmp_path / "tok.bin", [*tiny.PIECES[:-1], "ba"])
-    with pytest.raises(InputError, match=r"another vocabulary: its token 287 is 'ba', and 'ab' in"):
+    with pytest.raises(InputError, match=r"another vocabulary: token 287 is 'ba', and 'ab' in"):
         model.generate("ab", max_new_tokens=NEW, draft=lj.load(other))
 
 

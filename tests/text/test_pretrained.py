@@ -158,7 +158,7 @@ def test_no_vocabulary(tmp_path):
     path = tiny.write_model(tmp_path)
     (tmp_path / "tok.bin").unlink()
     with pytest.raises(TokenizerError) as error:
-        lj.load(path)
+        lj.load(path).generate("a")
     assert "tokenizer" in one_line(error)
 
 
@@ -177,7 +177,7 @@ def test_no_prompts(model):
 
 def test_an_empty_prompt_without_a_bos_rule(model):
     class NoBos:
-        encode = staticmethod(lambda text: model.tokenizer.encode(text, add_bos=False))
+        encode = staticmethod(lambda text, **_: model.tokenizer.encode(text, add_bos=False))
 
     with pytest.raises(InputError) as error:
         lj.Model(model.config, model.params, NoBos(), model.path).generate("")
