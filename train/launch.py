@@ -31,7 +31,7 @@ from llama_jax.weights.write.adapters import save_adapter
 
 from .checkpoints.atomic_write import write_atomically
 from .checkpoints.checkpoints import Checkpoints, Restored
-from .checkpoints.lock import run_lock
+from .checkpoints.lock import run_directory, run_lock
 from .config.read import to_toml
 from .config.run import RunConfig
 from .data import Data, open_data, show_batch
@@ -207,7 +207,7 @@ def _set_up(run: RunConfig, stack: contextlib.ExitStack) -> Setup:
     enable_compilation_cache()
     mesh = run_mesh(run.mesh)
     feed = Feed.for_mesh(mesh, run.train.global_batch_size, run.train.seq_len)
-    run_dir = Path(run.train.run_dir).expanduser()
+    run_dir = run_directory(run.train.run_dir)
     if is_primary:
         stack.enter_context(run_lock(run_dir, warn=log))
     tokenizer = run_tokenizer(run, run_dir)

@@ -217,9 +217,16 @@ def _encode_continuation(
 
 
 def _unused_character(texts: Sequence[str]) -> str:
-    """Returns a private-use character that occurs in none of the texts."""
+    """Returns a private-use character that occurs in none of the texts.
+
+    Raises:
+      InputError: if they hold all of them.
+    """
     used = set().union(*texts)
-    return next(character for character in _private_use() if character not in used)
+    for character in _private_use():
+        if character not in used:
+            return character
+    raise InputError("the messages and their template hold every private-use character; leave some out")
 
 
 def _private_use() -> Iterator[str]:

@@ -6,6 +6,7 @@ Only the requested subcommand is imported, so help and usage errors do not wait 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 
@@ -33,7 +34,7 @@ Llama 2 in JAX: load real weights, check them, generate; train from scratch.
 commands:
 {commands}
 
-Help on one command: llama-jax COMMAND --help
+Help on one command: llama-jax COMMAND --help; the version: llama-jax --version
 
 examples:
   llama-jax models
@@ -56,7 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> None:
     name, *rest = argv or ["--help"]
-    if name in ("-h", "--help", "help"):
+    if name == "help" and rest and rest[0] in SUBCOMMANDS:
+        name, rest = rest[0], ["--help"]
+    if name in ("--version", "-V", "version"):
+        print(f"llama-jax {importlib.metadata.version('llama-jax')}")
+    elif name in ("-h", "--help", "help"):
         commands = "\n".join(f"  {command:<11}{summary}" for command, summary in SUBCOMMANDS.items())
         print(HELP.format(commands=commands), end="")
     elif name in SUBCOMMANDS:

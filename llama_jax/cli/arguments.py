@@ -15,6 +15,16 @@ in the same directory; or, with the hub extra, OWNER/NAME[@REVISION][:FILE.gguf]
 """
 
 
+DTYPE_ABBREVIATIONS = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "f16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "f32": "float32",
+}
+
+
 class ModelParser(Parser):
     """Argument parser of a subcommand that takes a MODEL."""
 
@@ -35,6 +45,7 @@ class ModelParser(Parser):
         """Adds --dtype and --bits."""
         self.add_argument(
             "--dtype",
+            type=full_dtype,
             choices=("float32", "bfloat16", "float16"),
             default="float32",
             help="dtype of the weights and of the computation (default: float32)",
@@ -50,9 +61,15 @@ class ModelParser(Parser):
         """Adds --cache-dtype."""
         self.add_argument(
             "--cache-dtype",
+            type=full_dtype,
             choices=("float32", "bfloat16", "float16", "int8"),
             help="dtype of the key/value cache (default: --dtype)",
         )
+
+
+def full_dtype(name: str) -> str:
+    """Returns the full name of a dtype that is abbreviated, as in `bf16` (an argparse `type`)."""
+    return DTYPE_ABBREVIATIONS.get(name, name)
 
 
 def read_stdin() -> str:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from llama_jax.cli import output
-from llama_jax.cli.arguments import MODEL_HELP, ModelParser
+from llama_jax.cli.arguments import MODEL_HELP, ModelParser, full_dtype
 from llama_jax.console import loading, terminal
 from llama_jax.console.parser import UsageError, parse_float, parse_positive_int
 
@@ -39,6 +39,7 @@ def run(argv: Sequence[str]) -> None:
     option("--to", choices=FORMATS, help="output format (default: gguf if DST ends in .gguf, otherwise hf)")
     option(
         "--dtype",
+        type=full_dtype,
         choices=DTYPES,
         help="dtype of the tensors; q8_0 for gguf only, int8 for llama2c only (default: unchanged, quantized "
         "tensors as float32)",

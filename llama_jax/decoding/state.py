@@ -94,10 +94,10 @@ def prefill(
     sampling: Sampling | None = None,
     *,
     max_new_tokens: int,
+    cache_dtype: jax.typing.DTypeLike | None = None,
     eos_id: EosId = None,
     num_return_sequences: int = 1,
     top_logprobs: int = 0,
-    cache_dtype: jax.typing.DTypeLike | None = None,
 ) -> DecodeState:
     """Runs the prompts through the model into a new cache; returns the state for `decode_step`.
 

@@ -9,7 +9,7 @@ from typing import Any
 from llama_jax.errors import TokenizerError
 
 # The largest vocabularies in use have 35 MB; larger files than this are not read.
-MAX_BYTES = 256 << 20
+MAX_BYTES = 64 << 20
 MAX_IDS = 1 << 22  # far beyond any vocabulary; a larger id in a file would allocate too large a table
 
 

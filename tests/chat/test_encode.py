@@ -361,3 +361,11 @@ def test_template_that_renders_nothing(llama2):
 def test_lone_surrogate_in_the_rendered_text(llama2):
     with pytest.raises(TokenizerError, match="lone surrogate"):
         encode_chat(llama2, jinja(r"{{ '\ud800' }}"), [user("a")])
+
+
+def test_messages_that_leave_no_private_use_character(by_kind: dict[str, Tokenizer]) -> None:
+    ranges = ((0xE000, 0xF8FF), (0xF0000, 0xFFFFD), (0x100000, 0x10FFFD))
+    text = "".join(chr(code) for first, last in ranges for code in range(first, last + 1))
+    with pytest.raises(InputError, match="hold every private-use character; leave some out"):
+        tokenizer = by_kind["sentencepiece"]
+        encode_chat(tokenizer, chat_template(tokenizer, "chatml"), [user(text)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import os
@@ -355,3 +356,24 @@ def test_ids_out_of_range(run, tiny_path):
 
 def test_bench_requires_two_new_tokens(run, tiny_path):
     assert_error(run("bench", tiny_path, "--new-tokens", 1), "new_tokens", "at least 2")
+
+
+def test_version_and_help_of_a_command(run):
+    version = importlib.metadata.version("llama-jax")
+    for argument in ("--version", "-V", "version"):
+        done = run(argument)
+        assert (done.status, done.out) == (0, f"llama-jax {version}\n")
+    assert run("help", "verify").out == run("verify", "--help").out
+    assert run("help").out == run("--help").out
+
+
+@pytest.mark.parametrize(("short", "full"), [("bf16", "bfloat16"), ("fp16", "float16"), ("f32", "float32")])
+def test_abbreviated_dtypes(run, tiny_path, short, full):
+    results = [
+        json.loads(
+            run("generate", tiny_path, "--prompt", "a", "--max-new-tokens", 2, "--dtype", d, "--json").out
+        )
+        for d in (short, full)
+    ]
+    assert results[0]["tokens"] == results[1]["tokens"]
+    assert_error(run("generate", tiny_path, "--prompt", "a", "--dtype", "int3"), "int3", "bfloat16")

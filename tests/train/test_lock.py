@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llama_jax.errors import InputError
-from llama_jax.train.checkpoints.lock import run_lock
+from llama_jax.train.checkpoints.lock import run_directory, run_lock
 
 ROOT = Path(__file__).parents[2]
 # Takes the lock, and starts a child process, like a data worker, that outlives it.
@@ -91,3 +91,23 @@ def test_directory_that_cannot_be_created(tmp_path):
         run_lock(tmp_path / "file" / "run"),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("runs/a[b]c", r"/runs/a\[b\]c' has '\[' in it, with which checkpoints cannot be read again"),
+        ("par[x]/run", r"has '\[' in it"),
+        ("runs/a\\b", "has '.*' in it, with which checkpoints cannot be read again"),
+        ("~nosuchuser/x", r"train\.run_dir '~nosuchuser/x': .*; give the absolute path"),
+        ("runs/\udcff", r"is not UTF-8; give another path"),
+    ],
+)
+def test_directories_in_which_no_checkpoint_could_be_read_again(path, message):
+    with pytest.raises(InputError, match=message):
+        run_directory(path)
+
+
+@pytest.mark.parametrize("path", ["runs/a b", "runs/é漢🙂", "runs/%20#?&=", "runs/a*b{c}", "~/runs", "gs:"])
+def test_other_directories_are_taken(path):
+    assert run_directory(path) == Path(path).expanduser()

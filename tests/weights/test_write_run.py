@@ -280,3 +280,26 @@ def test_the_journal_is_json_lines(tmp_path, monkeypatch):
     first, *rest = (tmp_path / "out.partial" / "journal.jsonl").read_text().splitlines()
     assert set(json.loads(first)) == {"job"}
     assert rest
+
+
+@pytest.mark.parametrize("planted", ["data", "lock", "journal.jsonl"])
+def test_links_planted_in_a_partial_output_are_not_followed(planted, tmp_path):
+    """Whoever may write beside the output could otherwise have files removed or emptied elsewhere."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "thesis.txt").write_text("precious")
+    partial = tmp_path / "out.partial"
+    (partial / "data").mkdir(parents=True)
+    (partial / "lock").touch()
+    if planted == "data":
+        (partial / "data").rmdir()
+    else:
+        (partial / planted).unlink(missing_ok=True)
+    (partial / planted).symlink_to(victim if planted == "data" else victim / "thesis.txt")
+    with (
+        pytest.raises(CheckpointError, match=r"out\.partial: is in the way; move it"),
+        staging.staged(tmp_path / "out"),
+    ):
+        pass
+    assert (victim / "thesis.txt").read_text() == "precious"
+    assert not (tmp_path / "out").exists()

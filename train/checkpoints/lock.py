@@ -25,6 +25,30 @@ _MAX_OWNER_BYTES = 1000  # bytes read of the lock file, which describes the owne
 _held: set[Path] = set()
 
 
+def run_directory(path: str) -> Path:
+    """Returns the path of a run's directory.
+
+    Raises:
+      InputError: for a path in which Orbax would save a checkpoint that cannot be read: its glob takes [ ]
+        for a pattern, and TensorStore a backslash for a separator. For an unknown user, or bytes that are no
+        text.
+    """
+    try:
+        found = Path(path).expanduser()
+        whole = str(found.absolute())
+        whole.encode()
+    except RuntimeError as error:  # an unknown user
+        raise InputError(f"train.run_dir {path!r}: {error}; give the absolute path") from None
+    except UnicodeEncodeError:
+        raise InputError(f"train.run_dir {path!r} is not UTF-8; give another path") from None
+    if bad := next((character for character in "[]\\" if character in whole), None):
+        raise InputError(
+            f"train.run_dir {whole!r} has {bad!r} in it, with which checkpoints cannot be read again; give a "
+            "path without [, ] and \\"
+        )
+    return found
+
+
 @contextlib.contextmanager
 def run_lock(run_dir: str | Path, *, warn: Callable[[str], None] = lambda _: None) -> Iterator[None]:
     """Locks a run's directory for this process, and creates it if it does not exist.

@@ -63,7 +63,8 @@ def _locked(partial: Path, target: Path) -> Iterator[None]:
         _check_absent(target)
         _check_staging(partial)
         (partial / _DATA).mkdir(parents=True, exist_ok=True)
-        lock = (partial / _LOCK).open("w")  # closed below
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        lock = os.fdopen(os.open(partial / _LOCK, flags, 0o644), "r+")  # closed below
     except OSError as error:
         raise CheckpointError(
             f"{target}: cannot be written: {os_error_reason(error)}; write elsewhere"
@@ -89,9 +90,12 @@ def _check_staging(partial: Path) -> None:
     """Rejects a path that is not a staging directory, because that is removed in the end."""
     if not os.path.lexists(partial):
         return
-    is_directory = partial.is_dir() and not partial.is_symlink()
-    names = {path.name for path in partial.iterdir()} if is_directory else {""}
-    if names and not (_LOCK in names and names <= {_DATA, _LOCK, JOURNAL}):
+    found = list(partial.iterdir()) if partial.is_dir() and not partial.is_symlink() else [partial]
+    names = {path.name for path in found}
+    # What is in them is removed or overwritten, so they must not lead elsewhere.
+    real = all((path.is_dir() if path.name == _DATA else path.is_file()) for path in found)
+    real = real and not any(path.is_symlink() for path in found)
+    if names and not (real and _LOCK in names and names <= {_DATA, _LOCK, JOURNAL}):
         raise CheckpointError(f"{partial}: is in the way; move it, or give another path to write to")
 
 
