@@ -32,18 +32,23 @@ Ctrl-C exits immediately). SIGUSR1 takes a profiler trace of the next train.prof
 """
 
 
+_PACKAGES = ("optax", "grain", "tensorboardX", "tomli_w", "absl", "pyarrow", "array_record")
+
+
 def run(argv: Sequence[str]) -> None:
     """Runs the command; exits with its status."""
+    missing = next((name for name in _PACKAGES if importlib.util.find_spec(name) is None), None)
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP, end="")
-        if importlib.util.find_spec("optax") is not None:
+        if missing is None:
             _print_keys()
         return
     if argv[0].startswith("-"):
         raise UsageError(f"missing CONFIG before {argv[0]}; see: llama-jax train --help")
-    for package in ("optax", "grain", "tensorboardX", "tomli_w"):
-        if importlib.util.find_spec(package) is None:
-            raise UsageError(f"training needs {package}: pip install 'llama-jax[train]'")
+    if missing is not None:
+        raise UsageError(
+            f"training needs {missing}: pip install 'llama-jax[train]', or in a clone -e '.[train]'"
+        )
 
     from .config.read import load_config
     from .launch import print_first_batch, train

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from llama_jax import LlamaConfig, adapters
 from llama_jax.console import terminal
-from llama_jax.console.compilation_cache import enable_compilation_cache
+from llama_jax.console.loading import init_jax
 from llama_jax.errors import ConfigError, DataError, InputError
 from llama_jax.sharding import check_mesh, use_mesh
 from llama_jax.tokenizer import Tokenizer
@@ -185,6 +185,7 @@ def print_first_batch(run: RunConfig) -> None:
     Raises:
       LlamaJaxError: with a one-line message for bad input.
     """
+    init_jax()
     with tempfile.TemporaryDirectory() as directory:
         tokenizer = run_tokenizer(run, Path(directory))
         data = _open_data(run, tokenizer, shard=0, num_shards=1)
@@ -202,9 +203,9 @@ def _check_wandb(run: RunConfig) -> None:
 
 def _set_up(run: RunConfig, stack: contextlib.ExitStack) -> Setup:
     """Locks the run's directory, and opens devices, tokenizer, model and data."""
+    init_jax()
     is_primary = jax.process_index() == 0
     log: Callable[[str], None] = terminal.note if is_primary else lambda _: None
-    enable_compilation_cache()
     mesh = run_mesh(run.mesh)
     feed = Feed.for_mesh(mesh, run.train.global_batch_size, run.train.seq_len)
     run_dir = run_directory(run.train.run_dir)

@@ -366,6 +366,7 @@ def test_lone_surrogate_in_the_rendered_text(llama2):
 def test_messages_that_leave_no_private_use_character(by_kind: dict[str, Tokenizer]) -> None:
     ranges = ((0xE000, 0xF8FF), (0xF0000, 0xFFFFD), (0x100000, 0x10FFFD))
     text = "".join(chr(code) for first, last in ranges for code in range(first, last + 1))
+    tokenizer = by_kind["sentencepiece"]
+    template = chat_template(tokenizer, "chatml")
     with pytest.raises(InputError, match="hold every private-use character; leave some out"):
-        tokenizer = by_kind["sentencepiece"]
-        encode_chat(tokenizer, chat_template(tokenizer, "chatml"), [user(text)])
+        encode_chat(tokenizer, template, [user(text)])
