@@ -21,9 +21,11 @@ _INSTALL_HINT = "pip install 'llama-jax[hub]'"
 # Configuration and tokenizer files, beside the weights.
 _METADATA = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|params)\.json"
-    r"|tokenizer\.model|chat_template\.(json|jinja)|model\.safetensors\.index\.json"
+    r"|tokenizer\.model|chat_template\.(json|jinja)|(model\.safetensors|pytorch_model\.bin)\.index\.json"
 )
 _SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+_TORCH = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin")
+_SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 _META = re.compile(r"consolidated\.\d+\.pth")
 
 
@@ -109,27 +111,32 @@ def _call(name: str, call: Callable[[], Any]) -> Any:
 def _select(name: str, files: Iterable[str], gguf_file: str | None) -> _Selection:
     """Selects one format of the model among the files of a repository."""
     files = sorted(files)
-    ggufs = [file for file in files if file.endswith(".gguf")]
+    parts: dict[str, list[str]] = {}  # a split model's, by its first
+    for file in files:
+        if file.endswith(".gguf"):
+            parts.setdefault(_SPLIT.sub(r"-00001-of-\1.gguf", file), []).append(file)
+    ggufs = list(parts)
     if gguf_file is not None:
-        if gguf_file not in ggufs:
+        first = _SPLIT.sub(r"-00001-of-\1.gguf", gguf_file)
+        if first not in ggufs:
             raise CheckpointError(
                 f"{name!r}: there is no such file; the GGUF files are: {', '.join(ggufs) or 'none'}"
             )
-        return _Selection([gguf_file], gguf_file)
-    for folder, weights in (("", _SAFETENSORS), ("", _META), ("original/", _META)):
+        return _Selection(parts[first], first)
+    for folder, weights in (("", _SAFETENSORS), ("", _TORCH), ("", _META), ("original/", _META)):
         in_folder = [file for file in files if str(PurePosixPath(file).parent) == (folder.rstrip("/") or ".")]
         names = {PurePosixPath(file).name: file for file in in_folder}
         shards = [file for base, file in names.items() if weights.fullmatch(base)]
-        config = "config.json" if weights is _SAFETENSORS else "params.json"
+        config = "params.json" if weights is _META else "config.json"
         if shards and config in names:
             metadata = [file for base, file in names.items() if _METADATA.fullmatch(base)]
             return _Selection([*metadata, *shards], folder)
     if len(ggufs) == 1:
-        return _Selection(ggufs, ggufs[0])
+        return _Selection(parts[ggufs[0]], ggufs[0])
     if ggufs:
         listed = ", ".join(ggufs[:8])
         raise CheckpointError(f"{name!r} has several GGUF files: {listed}; name one: {name}:{ggufs[0]}")
     raise CheckpointError(
-        f"{name!r} has no weights in a supported format; it needs safetensors with config.json, Meta's "
+        f"{name!r} has no weights in a supported format; it needs safetensors or pytorch_model.bin with config.json, Meta's "
         "consolidated.*.pth with params.json, or GGUF"
     )

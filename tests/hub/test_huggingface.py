@@ -187,6 +187,22 @@ def test_without_the_library_the_error_says_how_to_install_it(monkeypatch):
         ),
         (["a.gguf", "README.md"], ["a.gguf"], "a.gguf"),
         (
+            ["q/a-00002-of-00002.gguf", "q/a-00001-of-00002.gguf"],
+            ["q/a-00001-of-00002.gguf", "q/a-00002-of-00002.gguf"],
+            "q/a-00001-of-00002.gguf",
+        ),
+        (
+            [
+                "config.json",
+                "pytorch_model-00001-of-00001.bin",
+                "pytorch_model.bin.index.json",
+                "optimizer.bin",
+            ],
+            ["config.json", "pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"],
+            "",
+        ),
+        (["config.json", "model.safetensors", "pytorch_model.bin"], ["config.json", "model.safetensors"], ""),
+        (
             [
                 "config.json",
                 "model.safetensors",
