@@ -137,6 +137,6 @@ def _select(name: str, files: Iterable[str], gguf_file: str | None) -> _Selectio
         listed = ", ".join(ggufs[:8])
         raise CheckpointError(f"{name!r} has several GGUF files: {listed}; name one: {name}:{ggufs[0]}")
     raise CheckpointError(
-        f"{name!r} has no weights in a supported format; it needs safetensors or pytorch_model.bin with config.json, Meta's "
-        "consolidated.*.pth with params.json, or GGUF"
+        f"{name!r} has no weights in a supported format; it needs safetensors or pytorch_model.bin with "
+        "config.json, Meta's consolidated.*.pth with params.json, or GGUF"
     )

@@ -149,7 +149,7 @@ def test_errors_are_one_line(model, monkeypatch, name, message):
     repositories = {
         "someone/tiny": read_files(model),
         "someone/gated": (403, "GatedRepo"),
-        "someone/pickles": {"config.json": b"{}", "pytorch_model.bin": b"x"},
+        "someone/pickles": {"config.json": b"{}", "weights.pkl": b"x"},
         "someone/many": {"a.gguf": b"GGUF", "b.gguf": b"GGUF"},
     }
     with serving(repositories) as (endpoint, _):
