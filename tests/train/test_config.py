@@ -184,7 +184,7 @@ def test_bad_file_is_a_one_line_error_that_names_the_place(text, message, write)
             ["--model.tie_word_embeddings", "True"],
             "--model.tie_word_embeddings is 'True'; it must be true or false",
         ),
-        (["--data.exclude", "*/x"], "--data.exclude is '*/x'; it must be a list"),
+        (["--data.exclude", "["], '--data.exclude is \'[\'; it must be a list such as ["a", "b"]'),
         (
             ["--train.remat", "everything"],
             "train.remat is 'everything'; it must be one of none, save_projections",
@@ -272,3 +272,19 @@ def test_early_stopping_counts_evaluations_without_a_lower_loss():
     assert not should_stop_early([3.0] * 9, EvalConfig())
     with pytest.raises(ConfigError, match=r"eval\.every is 0"):
         EvalConfig(patience=2, every=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [(".0001", 1e-4), ("3.e-4", 3e-4), ("+.5", 0.5), ("1e-3", 1e-3), ("2", 2.0), ("1_0.5", 10.5)],
+)
+def test_numbers_as_people_type_them(text, value, write):
+    run = load_config(write(""), ["--optimizer.learning_rate", text])
+    assert run.optimizer.learning_rate == value
+
+
+@pytest.mark.parametrize("text", ["wq,wv", "wq, wv,", '["wq", "wv"]'])
+def test_lists_as_people_type_them(text, write):
+    run = load_config(write(""), ["--adapter.target_modules", text])
+    assert run.adapter.target_modules == ("wq", "wv")
+    assert load_config(write(""), ["--data.exclude", "*/x"]).data.exclude == ("*/x",)

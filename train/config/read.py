@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import reprlib
 import tomllib
 import types
@@ -32,6 +33,7 @@ RENAMED = {
     "distributed.processes": "distributed.num_processes",
     "distributed.process": "distributed.process_id",
 }
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 # Former values of settings, likewise.
 RENAMED_VALUES = {"train.remat": {"dots": "save_projections"}}
 
@@ -126,13 +128,22 @@ def _parse_flags(arguments: Sequence[str]) -> list[tuple[str, str, str]]:
 
 
 def _parse_value(name: str, text: str, annotation: Any) -> Any:
-    """Parses the value of a flag as TOML, except that strings need no quotes."""
+    """Parses the value of a flag as TOML, except that strings need no quotes.
+
+    Numbers may also be written as Python does, `.0001` or `3.e-4`, and lists without brackets, `wq,wv`.
+    """
     types_ = _alternatives(annotation)
     if str in types_ or any(get_origin(t) is Literal for t in types_):
         return text
+    for target in types_:
+        if get_origin(target) is tuple and not text.lstrip().startswith("["):
+            items = [item.strip() for item in text.split(",") if item.strip()]
+            return [_parse_value(name, item, get_args(target)[0]) for item in items]
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
+        if float in types_ and _NUMBER.fullmatch(text.strip()):
+            return float(text)
         raise ConfigError(f"{name} is {reprlib.repr(text)}; it must be {_describe(annotation)}") from None
 
 
@@ -178,6 +189,8 @@ def _describe(annotation: Any) -> str:
     def describe(target: Any) -> str:
         if dataclasses.is_dataclass(target):
             return f"a table of {', '.join(_fields(target))}"
-        return names.get(target, "a list" if get_origin(target) is tuple else "a string")
+        if get_origin(target) is tuple:
+            return 'a list such as ["a", "b"]' if str in get_args(target) else "a list"
+        return names.get(target, "a string")
 
     return " or ".join(describe(t) for t in _alternatives(annotation) if t is not type(None))
