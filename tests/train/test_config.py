@@ -285,6 +285,7 @@ def test_numbers_as_people_type_them(text, value, write):
 
 @pytest.mark.parametrize("text", ["wq,wv", "wq, wv,", '["wq", "wv"]'])
 def test_lists_as_people_type_them(text, write):
-    run = load_config(write(""), ["--adapter.target_modules", text])
+    flags = ("--model.init_from", "a", "--adapter.type", "lora", "--adapter.target_modules", text)
+    run = load_config(write(""), flags)
     assert run.adapter.target_modules == ("wq", "wv")
     assert load_config(write(""), ["--data.exclude", "*/x"]).data.exclude == ("*/x",)
