@@ -14,12 +14,13 @@ import pytest
 from llama_jax import cli
 from llama_jax.errors import CheckpointError
 from llama_jax.eval.verify import compare
-from llama_jax.weights import open_source
+from llama_jax.weights import load_params, open_source
 from llama_jax.weights.tensors import ParamsTensors, StoredTensors
 from llama_jax.weights.write.hf import plan_hf
 from llama_jax.weights.write.run import write
 from llama_jax.weights.write.vocabulary import Vocabulary
 from tests.random_models import random_model
+from tests.weights.test_load import assert_same
 from tests.weights.writers import CONFIG, hf_tensors, random_params, write_hf
 
 torch = pytest.importorskip("torch")
@@ -93,7 +94,13 @@ def pickled(folder: Path, state: dict[str, np.ndarray]) -> Path:
     return folder
 
 
-def test_pickled_weights_that_transformers_alone_reads(tmp_path: Path) -> None:
+def test_pickled_weights_are_read_without_torch(tmp_path: Path) -> None:
+    params = random_params()
+    folder = pickled(tmp_path / "a", hf_tensors(CONFIG, params))
+    assert_same(load_params(open_source(folder)), params)
+
+
+def test_pickled_weights_that_transformers_runs(tmp_path: Path) -> None:
     params = random_params()
     a, state = write_hf(tmp_path / "a", CONFIG, params), hf_tensors(CONFIG, params)
     assert compare(a, pickled(tmp_path / "b", state), b_backend="transformers").same

@@ -21,17 +21,9 @@ from llama_jax.train.data import Data, DataConfig, open_data
 from llama_jax.train.feed import Feed
 from llama_jax.train.metrics.evaluate import make_eval_fn
 from tests.tiny import PIECES, write_vocabulary
+from tests.train.test_reference import LENGTH, MODEL
 
-BATCH, LENGTH = 2, 64
-MODEL = lj.LlamaConfig(
-    vocab_size=len(PIECES),
-    hidden_size=64,
-    intermediate_size=64,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=LENGTH,
-)
+BATCH = 2
 WEIGHTS = {"rain": 3.0, "tree": 1.0}
 
 

@@ -33,9 +33,9 @@ RENAMED = {
     "distributed.processes": "distributed.num_processes",
     "distributed.process": "distributed.process_id",
 }
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 # Former values of settings, likewise.
 RENAMED_VALUES = {"train.remat": {"dots": "save_projections"}}
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
