@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import gguf
@@ -32,4 +32,8 @@ def write_f32(source: Path, target: Path) -> Path:
 
 
 if __name__ == "__main__":
-    write_f32(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
+    parser.add_argument("source", type=Path, metavar="IN")
+    parser.add_argument("target", type=Path, metavar="OUT")
+    arguments = parser.parse_args()
+    write_f32(arguments.source, arguments.target)

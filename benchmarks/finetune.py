@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=100, help="number of validation prompts to answer")
     parser.add_argument("--text", type=Path, help="ordinary English, whose perplexity is evaluation")
     parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     unknown = [name for name in args.names if name not in RUNS]
     if unknown:
         parser.error(f"{unknown[0]!r} is not one of {', '.join(RUNS)}")

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks import tpu_hlo
+from llama_jax.plan import collectives, hlo
 
 Table = dict[str, int]
 Fingerprint = dict[str, Table]
@@ -125,13 +125,13 @@ def of_text(text: str) -> Fingerprint:
     types with layouts; `loops`, trip count to number of loops; `collectives` and their bytes; `whole`, totals
     of the program.
     """
-    module = tpu_hlo.parse(text)
+    module = hlo.parse(text)
     tables = _tables("ops", "fused", "bytes", "products", "loops", "collectives", "arguments", "whole")
     types = {name: {i.name: i.shape for i in lines} for name, lines in module.computations.items()}
     seen_collective = False
     for instruction, home, times, fused in _instructions(module, module.entry, 1, False):
         opcode = instruction.opcode
-        seen_collective |= opcode.removesuffix("-start") in tpu_hlo.COLLECTIVES
+        seen_collective |= opcode.removesuffix("-start") in collectives.COLLECTIVES
         if opcode == "while":
             tables["loops"][_trip_count(module, instruction) or "unknown"] += 1
         if opcode in ("dot", "convolution"):
@@ -147,11 +147,11 @@ def of_text(text: str) -> Fingerprint:
             tables["bytes"][_kind(instruction)] += times * _bytes(instruction)
         tables["whole"]["estimated_cycles"] += times * (instruction.cycles or 0)
     if seen_collective:  # only then do all loops have a known bound
-        for one in tpu_hlo.collectives(module):
+        for one in collectives.find(module):
             how = f"{one.kind} {one.dtype} of {one.group}{' async' if one.overlapped else ''}"
             tables["collectives"][f"{how}, count"] += one.times
             tables["collectives"][f"{how}, bytes"] += one.times * one.bytes
-    tables["whole"]["donated"] = len(tpu_hlo.donated(module))
+    tables["whole"]["donated"] = len(hlo.donated(module))
     return _without_zeros(tables)
 
 
@@ -207,11 +207,11 @@ def _array(kind: str) -> tuple[str, int]:
 
 
 def _instructions(
-    module: tpu_hlo.Module, name: str, times: int, fused: bool
-) -> Iterator[tuple[tpu_hlo.Instruction, str, int, bool]]:
+    module: hlo.Module, name: str, times: int, fused: bool
+) -> Iterator[tuple[hlo.Instruction, str, int, bool]]:
     """(instruction, computation, number of runs, whether inside a fusion) of all reachable instructions.
 
-    Unlike `tpu_hlo.executed` it visits every branch and the inside of fusions, and counts a loop with a
+    Unlike `hlo.executed` it visits every branch and the inside of fusions, and counts a loop with a
     data-dependent bound, as in decoding, once.
     """
     for instruction in module.computations[name]:
@@ -234,18 +234,18 @@ def _instructions(
             yield from _instructions(module, callee, times * trips, inside)
 
 
-def _trip_count(module: tpu_hlo.Module, loop: tpu_hlo.Instruction) -> int | None:
+def _trip_count(module: hlo.Module, loop: hlo.Instruction) -> int | None:
     """A loop's trips where the compiler knows them."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
     if known:
         return int(known[1])
     try:
-        return tpu_hlo.trip_count(module, loop)
+        return hlo.trip_count(module, loop)
     except ValueError:
         return None
 
 
-def _kind(instruction: tpu_hlo.Instruction) -> str:
+def _kind(instruction: hlo.Instruction) -> str:
     """The opcode, with what tells fusions and custom calls apart."""
     opcode, rest = instruction.opcode, instruction.rest
     if opcode == "fusion":
@@ -291,9 +291,9 @@ def _plain(shape: str) -> str:
     return _TILING.sub("", shape)
 
 
-def _bytes(instruction: tpu_hlo.Instruction) -> int:
+def _bytes(instruction: hlo.Instruction) -> int:
     """Of the arrays that it makes; the start of an asynchronous copy lists what it reads as well."""
     sizes = [
-        int(math.prod(dims) * tpu_hlo.ITEM_BYTES.get(dtype, 1)) for dtype, dims in instruction.arrays if dims
+        int(math.prod(dims) * hlo.ITEM_BYTES.get(dtype, 1)) for dtype, dims in instruction.arrays if dims
     ]
     return max(sizes, default=0) if instruction.opcode.endswith("-start") else sum(sizes)

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 
 import llama_jax as lj
-from benchmarks import tpu_compile
-from benchmarks.tpu_topology import Topology
+from llama_jax.plan.topology import Topology
 from llama_jax.train.config.read import load_config
 from llama_jax.train.config.run import RunConfig, TrainConfig
 from llama_jax.train.optimizer import make_optimizer, make_schedule
+from llama_jax.train.planning.lowering import lower_step, model_of, with_rows_per_chip
 from llama_jax.train.step import build_step, make_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -118,8 +118,8 @@ def _train(custom_vjp: bool) -> Any:
 def _pod(config: str, slice_name: str) -> Any:
     topology = Topology.parse(slice_name)
     run = load_config(str(CONFIGS / f"{config}.toml"), [])
-    run = tpu_compile.with_rows_per_chip(run, topology)
-    return tpu_compile.lower_step(run, tpu_compile.model_of(run, None), topology)[0]
+    run = with_rows_per_chip(run, topology)
+    return lower_step(run, model_of(run), topology).lowered
 
 
 def _programs() -> dict[str, Program]:

@@ -73,7 +73,7 @@ def run_in_subprocess(*row: Any) -> dict[str, Any]:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def write(by_length: list[dict[str, Any]], by_layers: list[dict[str, Any]]) -> None:
+def draw(by_length: list[dict[str, Any]], by_layers: list[dict[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
@@ -86,14 +86,21 @@ def write(by_length: list[dict[str, Any]], by_layers: list[dict[str, Any]]) -> N
     compile_time.plot(
         [row["layers"] for row in by_layers], [row["compile_seconds"] for row in by_layers], "o-", color="C2"
     )
-    speed.set(xlabel="sequence length", ylabel="tokens/s", xscale="log", ylim=(0, None))
-    memory.set(xlabel="sequence length", ylabel="temporaries, GB", xscale="log", ylim=(0, None))
-    compile_time.set(xlabel="layers", ylabel="compile time, s", ylim=(0, None))
+    length: dict[str, Any] = {"xlabel": "sequence length", "xscale": "log"}
+    speed.set(title="Speed", ylabel="tokens/s", **length)
+    memory.set(title="Memory of temporaries", ylabel="GB", **length)
+    compile_time.set(title="Compile time", xlabel="layers", ylabel="seconds")
+    for axes in (speed, memory, compile_time):
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])  # no point on the edge
     for axes in (speed, memory):
         axes.set_xticks(LENGTHS, LENGTHS)
         axes.minorticks_off()
         axes.legend()
     figure.savefig(DOCS / "scaling.png", dpi=130)
+
+
+def write(by_length: list[dict[str, Any]], by_layers: list[dict[str, Any]]) -> None:
+    draw(by_length, by_layers)
     lines = [
         "# How training cost grows",
         "",

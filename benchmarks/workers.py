@@ -5,6 +5,7 @@ In one process, torch and XLA would disturb each other's thread pools, allocator
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -194,4 +195,8 @@ def pin(cores: int) -> Sequence[int]:
 
 
 if __name__ == "__main__":
-    _serve(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("side", choices=SIDES, help="the library")
+    parser.add_argument("path", help="the weights, a GGUF file")
+    arguments = parser.parse_args()
+    _serve(arguments.side, arguments.path)

@@ -2,11 +2,14 @@
 
 `xla` computes all scores of a layer at once. `blockwise` (after FlashAttention, arXiv 2205.14135) computes
 them in [block, block] tiles in both passes, and keeps the output and its log-sum-exp for the backward pass.
-`splash` does the same in JAX's Pallas kernels for TPU.
+`splash` does the same in JAX's Pallas kernels for TPU, and `cudnn` in cuDNN's for NVIDIA GPUs. Over the mesh
+axis `context`, keys travel in a ring with `blockwise` and `splash` (`ops.ring_attention`), and are gathered
+with the others.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
@@ -19,12 +22,15 @@ from jax.sharding import PartitionSpec as P
 from llama_jax import sharding
 from llama_jax.errors import ConfigError
 from llama_jax.kv_cache import Int8, Layer
-from llama_jax.ops import spmd
+from llama_jax.ops import spmd, striped_cache, zigzag
 from llama_jax.ops.blockwise_attention import MASKED, sharded_blockwise_attention
+from llama_jax.ops.cudnn_attention import cudnn_attention
 from llama_jax.ops.products import dot, query_key_product
+from llama_jax.ops.ring_attention import ring_attention
 from llama_jax.ops.splash_attention import splash_attention
+from llama_jax.ops.striped_cache import Partial
 
-Backend = Literal["xla", "blockwise", "splash"]
+Backend = Literal["xla", "blockwise", "splash", "cudnn"]
 # Keys `k` and values `v` [K, P, H] before those of every row, which every query attends to: the parameters of
 # prefix tuning (arXiv 2101.00190).
 KeyValues = Mapping[str, jax.Array]
@@ -69,6 +75,7 @@ def attention(
     *,
     backend: Backend = "xla",
     block_size: int = 512,
+    ring: bool = False,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H) + mask) v; query head n reads key/value head n // (N / K).
 
@@ -80,25 +87,30 @@ def attention(
       k: [B, K, S, H], head-major as in the cache; K divides N.
       v: [B, K, S, H].
       mask: positions and segments of queries and keys.
-      prefix: keys and values that all queries attend to; not with `splash`.
-      backend: `xla`; `blockwise`, whose memory does not grow with T x S; or `splash`, the same on TPU, where
-        queries and keys are of the same tokens in order (no cache).
+      prefix: keys and values that all queries attend to; not with `splash` or `cudnn`.
+      backend: `xla`; `blockwise`, whose memory does not grow with T x S; or, where queries and keys are of
+        the same tokens in order (no cache), `splash` on TPU and `cudnn` on NVIDIA GPUs.
       block_size: the side of a `blockwise` tile.
+      ring: keys travel over the mesh axis `context`, as `uses_ring` tells; rows are in zig-zag order.
 
     Returns:
       [B, T, N, H] in q's dtype.
 
     Raises:
-      ConfigError: for an unknown backend, or a prefix with `splash`.
+      ConfigError: for an unknown backend, a prefix with `splash` or `cudnn`, or what `cudnn` refuses.
     """
     if backend not in get_args(Backend):
         raise ConfigError(
             f"attention backend {backend!r} is unknown; use one of {', '.join(get_args(Backend))}"
         )
-    if backend == "splash":
-        if prefix is not None:
-            raise ConfigError("attention backend 'splash' takes no prefix; use 'blockwise'")
-        return splash_attention(q, k, v, mask.q_segments)
+    if backend in ("splash", "cudnn") and prefix is not None:
+        raise ConfigError(f"attention backend {backend!r} takes no prefix; use 'blockwise'")
+    if ring and (backend == "splash" or backend == "blockwise"):
+        return ring_attention(q, k, v, mask.q_segments, backend=backend)
+    k, v = (sharding.constrain(x, sharding.CACHE_BKSH) for x in (k, v))
+    if backend in ("splash", "cudnn"):
+        attend = splash_attention if backend == "splash" else cudnn_attention
+        return attend(q, k, v, mask.q_segments)
     grouped = _grouped(q, k.shape[1])
     k_segments = None if mask.k_segments is None else _gather_context(mask.k_segments)
     mask = mask._replace(k_positions=_gather_context(mask.k_positions), k_segments=k_segments)
@@ -109,6 +121,11 @@ def attention(
     else:
         out = checkpoint_name(_xla(grouped, k, v, mask, prefix), "attention_out")
     return _ungrouped(out, q)
+
+
+def uses_ring(backend: Backend, *, prefix: bool) -> bool:
+    """Whether keys travel over the mesh axis `context`: then rows must be in zig-zag order (`ops.zigzag`)."""
+    return backend in ("splash", "blockwise") and not prefix and zigzag.shards() > 1
 
 
 def cached_attention(
@@ -122,6 +139,8 @@ def cached_attention(
     block_size: int = 256,
 ) -> jax.Array:
     """`attention` to one layer of a key/value cache, of any cache dtype.
+
+    Slots that `context` divides are read where they are (`ops.striped_cache`).
 
     Args:
       q: [B, T, N, H].
@@ -138,6 +157,10 @@ def cached_attention(
     """
     grouped = _grouped(q, jax.tree.leaves(k)[0].shape[1])
     mask = mask._replace(k_positions=_gather_context(mask.k_positions))
+    if striped_cache.shards() > 1:
+        add_slots = functools.partial(_add_slots, block_size=block_size)
+        out = striped_cache.attend(_first_partial, add_slots, grouped, k, v, mask, prefix, used)
+        return _ungrouped(out, q)
     slots = mask.k_positions.shape[1]
     if used is None or slots <= block_size:
         return _ungrouped(_xla(grouped, k, v, mask, prefix), q)
@@ -209,10 +232,46 @@ def _in_blocks(
     block_size: int,
 ) -> jax.Array:
     """`_xla` over the first `used` slots, block by block (the online softmax of FlashAttention)."""
+    _, total, out = _add_slots(_first_partial(q, prefix), q, k, v, mask, used, block_size=block_size)
+    return (out / total[..., None]).astype(q.dtype)
+
+
+def _first_partial(q: jax.Array, prefix: KeyValues | None) -> Partial:
+    """The partial result of queries that have attended to the prefix alone, or to nothing."""
+    # Derived from q, whose sharding they have.
+    out = jnp.zeros_like(q, jnp.float32)
+    if prefix is None:
+        return jnp.full_like(out[..., 0], MASKED), out[..., 0], out
+    prefix_scores = _prefix_scores(q, prefix)
+    row_max = prefix_scores.max(-1)
+    weights = jnp.exp(prefix_scores - row_max[..., None])
+    return row_max, weights.sum(-1), _prefix_weighted_values(weights, prefix, q.dtype)
+
+
+def _add_slots(
+    partial: Partial,
+    q: jax.Array,
+    k: Layer,
+    v: Layer,
+    mask: AttentionMask,
+    used: jax.Array | None,
+    *,
+    block_size: int,
+) -> Partial:
+    """Adds the first `used` slots block by block, or all at once where it is None or they are one block."""
     slots = mask.k_positions.shape[1]
 
-    def block(state: tuple[jax.Array, ...], index: jax.Array) -> tuple[jax.Array, ...]:
-        row_max, total, out = state
+    def add(partial: Partial, k: Layer, v: Layer, allowed: jax.Array) -> Partial:
+        row_max, total, out = partial
+        scores = _scores(q, k, allowed)
+        new_max = jnp.maximum(row_max, scores.max(-1))
+        weights, correction = jnp.exp(scores - new_max[..., None]), jnp.exp(row_max - new_max)
+        # Where all scores of a query are MASKED, its weights would be one.
+        weights = jnp.where(scores > MASKED, weights, 0.0)
+        out = out * correction[..., None] + _weighted_values(weights, v, q.dtype)
+        return new_max, total * correction + weights.sum(-1), out
+
+    def add_block(index: jax.Array, partial: Partial) -> Partial:
         # The last block may overlap the one before it, whose slots are masked.
         start = jnp.minimum(index * block_size, slots - block_size)
         slice_block = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, block_size, axis)  # noqa: E731
@@ -221,26 +280,12 @@ def _in_blocks(
             block_mask = block_mask._replace(allowed=slice_block(mask.allowed, 2))
         is_new = start + jnp.arange(block_size) >= index * block_size
         keys, values = jax.tree.map(lambda x: slice_block(x, 2), (k, v))
-        scores = _scores(q, keys, block_mask.as_array() & is_new)
-        new_max = jnp.maximum(row_max, scores.max(-1))
-        weights, correction = jnp.exp(scores - new_max[..., None]), jnp.exp(row_max - new_max)
-        # Where all scores of a query are MASKED, its weights would be one.
-        weights = jnp.where(scores > MASKED, weights, 0.0)
-        out = out * correction[..., None] + _weighted_values(weights, values, q.dtype)
-        return new_max, total * correction + weights.sum(-1), out
+        return add(partial, keys, values, block_mask.as_array() & is_new)
 
-    # Derived from q, whose sharding they have.
-    out = jnp.zeros_like(q, jnp.float32)
-    state = (jnp.full_like(out[..., 0], MASKED), out[..., 0], out)
-    if prefix is not None:
-        prefix_scores = _prefix_scores(q, prefix)
-        row_max = prefix_scores.max(-1)
-        weights = jnp.exp(prefix_scores - row_max[..., None])
-        state = (row_max, weights.sum(-1), _prefix_weighted_values(weights, prefix, q.dtype))
-    state = spmd.pvary_like(state, (q, k, v, mask))
-    blocks = -(-used // block_size)
-    _, total, out = jax.lax.fori_loop(0, blocks, lambda index, state: block(state, index), state)
-    return (out / total[..., None]).astype(q.dtype)
+    if used is None or slots <= block_size:
+        return add(partial, k, v, mask.as_array())
+    partial = spmd.pvary_like(partial, (q, k, v, mask))
+    return jax.lax.fori_loop(0, -(-used // block_size), add_block, partial)
 
 
 def _gather_context(x: jax.Array) -> jax.Array:

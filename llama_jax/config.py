@@ -90,7 +90,7 @@ class LlamaConfig:
       vocab_size: V, size of the token vocabulary.
       hidden_size: D, width of the residual stream.
       intermediate_size: F, width of the SwiGLU feed-forward layer (arXiv 2002.05202).
-      num_hidden_layers: L.
+      num_hidden_layers: L, transformer blocks.
       num_attention_heads: N, query heads.
       num_key_value_heads: K, key and value heads; must divide N. None means N (multi-head
         attention); 1 is multi-query attention; between is grouped-query (arXiv 2305.13245).

@@ -2,7 +2,7 @@
 
 Slot s of a batch row holds the key and value of the token at position s. A row that is shorter than others in
 the batch has unwritten slots, which the causal mask excludes. Layers are separate arrays: slicing one stacked
-array would copy it at every token.
+array would copy it at every token. On a mesh, `context` divides the slots (`ops.striped_cache`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from llama_jax import sharding
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
+from llama_jax.ops import striped_cache
 from llama_jax.ops.layouts import write_slices
 
 CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -57,20 +58,21 @@ class KVCache:
 def init_cache(config: LlamaConfig, batch: int, length: int, dtype: jax.typing.DTypeLike) -> KVCache:
     """An empty cache, sharded over the current mesh.
 
-    A batch that the batch axes of the mesh do not divide is replicated.
+    A batch that the batch axes of the mesh do not divide is replicated. `context` divides the slots.
 
     Args:
       config: the model.
       batch: B.
-      length: S.
+      length: S, which is rounded up to a multiple of `context`.
       dtype: float32, bfloat16, float16 or int8, which has half the bytes of bfloat16.
 
     Raises:
       InputError: for another dtype.
     """
     dtype = checked_dtype(dtype)
-    shape = (batch, config.num_key_value_heads, length, config.head_dim)
-    spec = sharding.out_sharding(sharding.CACHE_BKSH, shape)
+    shards = striped_cache.shards()
+    shape = (batch, config.num_key_value_heads, -(-length // shards) * shards, config.head_dim)
+    spec = sharding.out_sharding(sharding.STRIPED_BKSH if shards > 1 else sharding.CACHE_BKSH, shape)
 
     def zeros() -> tuple[Layer, ...]:
         return tuple(_empty(shape, dtype, spec) for _ in range(config.num_hidden_layers))
@@ -119,11 +121,21 @@ def write(cache: Layer, new: jax.Array, start: jax.Array) -> Layer:
     Returns:
       The updated layer; written in place where XLA can reuse the buffer.
     """
+    striped = striped_cache.shards() > 1
     if not isinstance(cache, Int8):
+        if striped:
+            return striped_cache.write(cache, new.astype(cache.dtype), start)
         return write_slices(cache, new.astype(cache.dtype), start)
     new = new.astype(jnp.float32)
     scale = jnp.max(jnp.abs(new), axis=-1) / 127
     values = jnp.round(new / jnp.where(scale > 0, scale, 1.0)[..., None]).astype(jnp.int8)
+    if striped:
+        return striped_cache.write(cache, Int8(values=values, scale=scale), start)
     return Int8(
         values=write_slices(cache.values, values, start), scale=write_slices(cache.scale, scale, start)
     )
+
+
+def grow(cache: KVCache, length: int) -> KVCache:
+    """The cache with `length` slots, the new ones empty; `context` divides the number."""
+    return jax.tree.map(lambda x: striped_cache.grow(x, length), cache)

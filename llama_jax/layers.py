@@ -21,7 +21,7 @@ from llama_jax.errors import ConfigError
 from llama_jax.ops.adapted import Adapted
 from llama_jax.ops.embedding import embed_custom_vjp
 from llama_jax.ops.layouts import materialize_cotangent, row_major
-from llama_jax.ops.linear import apply_bottleneck, contract, project, project_heads
+from llama_jax.ops.linear import apply_bottleneck, contract, project_all, project_heads
 from llama_jax.ops.quantization import Quantized
 from llama_jax.ops.swiglu import swiglu_down
 
@@ -101,23 +101,24 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, table: rope.Rotary, attend: Attend) -> tuple[jax.Array, Any]:
-        c, linear = self.config, functools.partial(project, custom_vjp=self.custom_vjp)
+        c = self.config
         d, n, k, h = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
         wq = _matrix(self, "wq", _normal(), (d, n, h))
         wk = _matrix(self, "wk", _normal(), (d, k, h))
         wv = _matrix(self, "wv", _normal(), (d, k, h))
         wo = _matrix(self, "wo", _residual_normal(c), (n, h, d))
 
-        q = linear("btd,dnh->btnh", x, wq, weight_spec=sharding.WQ_DNH, out_spec=sharding.ACT_BTNH)
-        keys = linear("btd,dkh->btkh", x, wk, weight_spec=sharding.WKV_DKH, out_spec=sharding.ACT_BTNH)
-        values = linear("btd,dkh->btkh", x, wv, weight_spec=sharding.WKV_DKH, out_spec=sharding.ACT_BTNH)
+        matrices = [
+            ("btd,dnh->btnh", wq, sharding.WQ_DNH),
+            ("btd,dkh->btkh", wk, sharding.WKV_DKH),
+            ("btd,dkh->btkh", wv, sharding.WKV_DKH),
+        ]
+        q, keys, values = project_all(x, matrices, out_spec=sharding.ACT_BTNH, custom_vjp=self.custom_vjp)
         rotate = functools.partial(rope.rotate, table=table, custom_vjp=self.custom_vjp)
         q, keys = rotate(q), rotate(keys)
         q, keys, values = checkpoint_name(q, "q"), checkpoint_name(keys, "k"), checkpoint_name(values, "v")
-        # A query reads all keys before it, so `context` is gathered here, and nowhere else.
-        keys, values = (
-            sharding.constrain(kv.transpose(0, 2, 1, 3), sharding.CACHE_BKSH) for kv in (keys, values)
-        )
+        # A query reads all keys before it: `attend` moves them over `context`, and nothing else does.
+        keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
         prefix: Any = self.get_variable("params", "prefix")
         out, aux = attend(q, keys, values, *(() if prefix is None else (prefix,)))
         return project_heads(out, wo, custom_vjp=self.custom_vjp), aux
@@ -131,13 +132,12 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        linear = functools.partial(project, custom_vjp=self.custom_vjp)
         d, f = self.config.hidden_size, self.config.intermediate_size
         w_gate = _matrix(self, "w_gate", _normal(), (d, f))
         w_up = _matrix(self, "w_up", _normal(), (d, f))
         w_down = _matrix(self, "w_down", _residual_normal(self.config), (f, d))
-        gate = linear("btd,df->btf", x, w_gate, weight_spec=sharding.GATE_UP_DF, out_spec=sharding.ACT_BTF)
-        up = linear("btd,df->btf", x, w_up, weight_spec=sharding.GATE_UP_DF, out_spec=sharding.ACT_BTF)
+        matrices = [("btd,df->btf", w, sharding.GATE_UP_DF) for w in (w_gate, w_up)]
+        gate, up = project_all(x, matrices, out_spec=sharding.ACT_BTF, custom_vjp=self.custom_vjp)
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         return swiglu_down(gate, up, w_down, custom_vjp=self.custom_vjp)
 
@@ -155,7 +155,7 @@ class Block(nn.Module):
         feed_forward = FeedForward(self.config, self.custom_vjp, name="feed_forward")
         x = row_major(x) if self.custom_vjp else x
         y, aux = attention(norm(name="attention_norm")(x), table, attend)
-        x = x + self._apply_adapter(attention, y)
+        x = checkpoint_name(x + self._apply_adapter(attention, y), "residual")
         y = feed_forward(norm(name="ffn_norm")(x))
         return x + self._apply_adapter(feed_forward, y), aux
 

@@ -13,10 +13,13 @@ from jax.sharding import PartitionSpec as P
 from llama_jax import sharding
 from llama_jax.attention import Backend
 from llama_jax.config import LlamaConfig
+from llama_jax.errors import InputError
 from llama_jax.layers import output_matrix, unembed
-from llama_jax.model import ForwardOptions, Params, Remat, hidden_states
+from llama_jax.model import ForwardOptions, Params, hidden_states
 from llama_jax.ops.fused_cross_entropy import fused_cross_entropy
+from llama_jax.ops.inputs import as_array
 from llama_jax.ops.quantization import Quantized
+from llama_jax.ops.remat import Remat
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -80,13 +83,16 @@ def next_token_loss(
     options = options.override(
         dtype=dtype, attention_backend=attention_backend, remat=remat, custom_vjp=custom_vjp
     )
+    tokens = as_array("tokens", tokens)
+    if jnp.ndim(tokens) != 2:
+        raise InputError(f"tokens has shape {jnp.shape(tokens)}; it must be [batch, length]")
     return _next_token_loss(
         config,
         params,
         tokens,
-        mask,
-        positions,
-        segment_ids,
+        as_array("mask", mask),
+        as_array("positions", positions),
+        as_array("segment_ids", segment_ids),
         jnp.asarray(z_loss, jnp.float32),
         embedding_noise,
         options=options,
@@ -130,7 +136,6 @@ def _next_token_loss(
     return cross_entropy(x, params, targets, weights, z_loss, num_chunks=num_chunks)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "options", "num_chunks"))
 def token_logprobs(
     config: LlamaConfig,
     params: Params,
@@ -150,14 +155,26 @@ def token_logprobs(
     Returns:
       f32 [B, T]; 0 for the first token of each row and segment.
     """
-    x = hidden_states(
-        config,
-        params,
-        tokens,
-        positions,
-        segment_ids,
-        options=options,
+    tokens, positions = as_array("tokens", tokens), as_array("positions", positions)
+    segment_ids = as_array("segment_ids", segment_ids)
+    return _token_logprobs(
+        config, params, tokens, positions, segment_ids, options=options, num_chunks=num_chunks
     )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "options", "num_chunks"))
+def _token_logprobs(
+    config: LlamaConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array | None,
+    segment_ids: jax.Array | None,
+    *,
+    options: ForwardOptions,
+    num_chunks: int,
+) -> jax.Array:
+    x = hidden_states(config, params, tokens, positions, segment_ids, options=options)
+    x = sharding.gather_sequence(x)
 
     def chunk_logprobs(chunk: Any) -> jax.Array:
         x, targets = chunk
@@ -171,8 +188,8 @@ def token_logprobs(
     predicted = jnp.arange(length) > 0
     if segment_ids is not None:
         segments = _gather_context(segment_ids)
-        predicted = predicted & (segments == jnp.roll(segments, 1, axis=1))
-    return jnp.where(predicted, jnp.roll(_gather_context(logprobs), 1, axis=1), 0.0)
+        predicted = predicted & (segments == _roll(segments, 1))
+    return jnp.where(predicted, _roll(_gather_context(logprobs), 1), 0.0)
 
 
 def _gather_context(x: jax.Array) -> jax.Array:
@@ -180,7 +197,16 @@ def _gather_context(x: jax.Array) -> jax.Array:
 
 
 def _shift_left(x: jax.Array) -> jax.Array:
-    return jnp.roll(_gather_context(x), -1, axis=1)
+    return _roll(_gather_context(x), -1)
+
+
+def _roll(x: jax.Array, shift: int) -> jax.Array:
+    """`jnp.roll` of [B, T] along T."""
+    if x.shape[0] > 1:
+        return jnp.roll(x, shift, axis=1)
+    # JAX 0.12 drops the sharding of a sliced dimension of size one, and concatenates like shardings only.
+    parts = (_gather_context(part) for part in (x[:, -shift:], x[:, :-shift]))
+    return jnp.concatenate(list(parts), axis=1)
 
 
 def cross_entropy(
@@ -202,7 +228,7 @@ def cross_entropy(
       z_loss: f32 [], as for `next_token_loss`.
       num_chunks: as for `next_token_loss`.
     """
-    chunks = _chunk_count(x.shape[1], num_chunks)
+    x, chunks = sharding.gather_sequence(x), _chunk_count(x.shape[1], num_chunks)
 
     @jax.checkpoint  # the backward pass recomputes the logits of a chunk
     def chunk_loss(chunk: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:

@@ -10,35 +10,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 
 from llama_jax import kv_cache as kv
 from llama_jax import rope, sharding
-from llama_jax.attention import AttentionMask, Backend, KeyValues, attention, cached_attention
+from llama_jax.attention import AttentionMask, Backend, KeyValues, attention, cached_attention, uses_ring
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError, InputError
 from llama_jax.layers import Attend, Block, embed, rms_norm, unembed
+from llama_jax.ops import zigzag
+from llama_jax.ops.inputs import as_array
+from llama_jax.ops.remat import Remat, rematerialize
 
 Params = Any  # a nested dict of arrays, see the module's docstring
-Remat = Literal["none", "save_projections", "attention", "full", "offload"]
-
-# Checkpoint names of what the backward pass reads: attention's output with its log-sum-exp, and projections.
-_ATTENTION = ("attention_out", "splash_residuals")
-_PROJECTIONS = ("q", "k", *_ATTENTION, "gate", "up")
-_REMAT_POLICIES: dict[str, Any] = {
-    "save_projections": jax.checkpoint_policies.save_only_these_names(*_PROJECTIONS),
-    "attention": jax.checkpoint_policies.save_only_these_names(*_ATTENTION),
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=list(_PROJECTIONS),
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +37,13 @@ class ForwardOptions:
     Attributes:
       dtype: the compute dtype; None is the dtype of the parameters. Norms, rotary angles, softmax, logits and
         accumulation are f32 in any case.
-      attention_backend: `xla`, `blockwise` or `splash`; see `attention.attention`.
+      attention_backend: `xla`, `blockwise`, `splash` or `cudnn`; see `attention.attention`.
       remat: what the backward pass of a layer keeps from its forward pass, which saves memory with stacked
-        layers. `none`: everything, nothing is recomputed. `save_projections`: the outputs of the projections
-        and of attention. `attention`: the output of attention. `full`: only the input of the layer.
-        `offload`: as `save_projections`, in host memory.
+        layers. `none`: everything, nothing is recomputed. `save_dots`: the outputs of all matrix products and
+        of attention. `save_projections`: the same but for v and the sum after attention.
+        `save_dots_except_mlp`: the outputs of the products in attention, and the sum after it. `attention`:
+        the output of attention. `full`: only the input of the layer. `offload`: as `save_projections`, in
+        host memory.
       custom_vjp: use the custom backward passes of `ops`, which compute in the compute dtype with f32
         accumulation, as the trainer does. They have no forward-mode derivative (`jax.jvp`).
 
@@ -165,7 +154,7 @@ def forward(
     Args:
       config: the model.
       params: its parameters, stacked or not.
-      tokens: int [B, T].
+      tokens: int [B, T], an array or nested lists.
       positions: int [B, T], the position of each token in its document; 0..T-1 by default. In packed rows
         they restart with each document, and `segment_ids` separates the documents.
       segment_ids: int [B, T]; a token attends only to its own segment. None: each row is one segment.
@@ -183,6 +172,8 @@ def forward(
     options = options.override(
         dtype=dtype, attention_backend=attention_backend, remat=remat, custom_vjp=custom_vjp
     )
+    tokens, positions = as_array("tokens", tokens), as_array("positions", positions)
+    segment_ids = as_array("segment_ids", segment_ids)
     return _forward(config, params, tokens, positions, segment_ids, options=options)
 
 
@@ -227,27 +218,26 @@ def hidden_states(
         positions = sharding.constrain(jnp.asarray(positions), sharding.TOKENS_BT)
     if segment_ids is not None:
         segment_ids = sharding.constrain(jnp.asarray(segment_ids), sharding.TOKENS_BT)
+    ring = uses_ring(options.attention_backend, prefix=_prefix_length(params) > 0)
+    if ring:  # here and at the end, so that no layer moves a token to another device
+        tokens, positions, segment_ids = zigzag.enter((tokens, positions, segment_ids))
     # Causal in the order of the row: positions restart with each packed document.
     mask = AttentionMask(row_order, row_order, segment_ids, segment_ids)
 
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, prefix: KeyValues | None = None
     ) -> tuple[jax.Array, None]:
-        return attention(q, k, v, mask, prefix, backend=options.attention_backend), None
+        return attention(q, k, v, mask, prefix, backend=options.attention_backend, ring=ring), None
 
     dtype = options.dtype or compute_dtype(params)
     x = embed(params["embed"]["embedding"], tokens, dtype=dtype, custom_vjp=options.custom_vjp)
     if embedding_noise is not None:
-        x = x + sharding.constrain(embedding_noise, sharding.ACT_BTD).astype(x.dtype)
-    x, _ = _run_layers(
-        config,
-        params,
-        x,
-        rope.rotary(config, positions + _prefix_length(params)),
-        lambda _: attend,
-        options=options,
-    )
-    return rms_norm(x, params["final_norm"]["scale"], eps=config.rms_norm_eps)
+        noise = zigzag.enter(embedding_noise) if ring else embedding_noise
+        x = x + sharding.constrain(noise, sharding.ACT_BTD).astype(x.dtype)
+    table = rope.rotary(config, positions + _prefix_length(params))
+    x, _ = _run_layers(config, params, x, table, lambda _: attend, options=options)
+    x = rms_norm(x, params["final_norm"]["scale"], eps=config.rms_norm_eps)
+    return zigzag.leave(x) if ring else x
 
 
 def forward_cached(
@@ -294,6 +284,7 @@ def forward_cached(
         def attend(
             q: jax.Array, k: jax.Array, v: jax.Array, prefix: KeyValues | None = None
         ) -> tuple[jax.Array, Any]:
+            k, v = (sharding.constrain(x, sharding.CACHE_BKSH) for x in (k, v))
             keys, values = kv.write(cache.k[layer], k, start), kv.write(cache.v[layer], v, start)
             return cached_attention(q, keys, values, mask, prefix, used=used), (keys, values)
 
@@ -377,16 +368,12 @@ def _run_layers(
     layers = params["layers"]
     if isinstance(layers, Mapping):
         return jax.lax.scan(
-            _remat(functools.partial(layer, attend=attend_in_layer(0)), options.remat), x, layers
+            rematerialize(functools.partial(layer, attend=attend_in_layer(0)), options.remat), x, layers
         )
     outputs = []
     for index, weights in enumerate(layers):
-        x, aux = _remat(functools.partial(layer, attend=attend_in_layer(index)), options.remat)(x, weights)
+        x, aux = rematerialize(functools.partial(layer, attend=attend_in_layer(index)), options.remat)(
+            x, weights
+        )
         outputs.append(aux)
     return x, outputs
-
-
-def _remat(step: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
-    if remat == "none":
-        return step
-    return jax.checkpoint(step, policy=_REMAT_POLICIES[remat], prevent_cse=False)

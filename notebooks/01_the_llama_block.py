@@ -86,7 +86,7 @@ on_sphere = rms_norm(points, jnp.ones(3), eps=1e-6)
 on_circle = layer_norm(points, jnp.ones(3), jnp.zeros(3), eps=1e-6)
 
 figure_axes = style.panels(3, height=3.3, subplot_kw={"projection": "3d"})
-titles = ("x, and the direction (1, 1, 1) in red", "RMSNorm(x): a sphere", "LayerNorm(x): a circle")
+titles = ("x, and a line along (1, 1, 1)", "RMSNorm(x): a sphere", "LayerNorm(x): a circle")
 for axes, cloud, title in zip(figure_axes, (points, on_sphere, on_circle), titles, strict=True):
     inside = np.abs(cloud).max(1) < 2.2
     axes.scatter(*np.asarray(cloud)[inside].T, c=np.asarray(points).sum(1)[inside], s=6)

@@ -243,7 +243,7 @@ axes, ranks = style.panels(1, 2, height=3.6, height_ratios=(2.2, 1))
 style.heat(axes, shown.max(-1), label="probability of the argmax token", vmin=0, vmax=1)
 for (row, place), top in np.ndenumerate(shown.max(-1)):
     word = style.visible(piece(shown[row, place].argmax()))
-    axes.text(place, row, word, ha="center", va="center", fontsize=7, color=style.ink(top))
+    axes.text(place, row, word, ha="center", va="center", fontsize=8, color=style.ink(top))
 axes.set(title="most likely next token, decoded after each layer", ylabel="layer")
 axes.set_yticks(range(len(layers)), layers)
 style.token_ticks(axes, [piece(i) for i in ids[0]])
@@ -269,8 +269,9 @@ assert seen[-1, -1].argmax() == rome
 # Before the first layer the stream is the token's embedding, and since SmolLM2's output is tied to it, the
 # lens decodes the token itself (except for the names, where `<filename>`, a marker of code files, scores
 # even higher). In the middle it decodes short words with too much confidence: those layers use a basis that
-# does not match the unembedding, which the tuned lens corrects. The ranks show the layer at which a name
-# starts to rise.
+# does not match the unembedding, which the tuned lens corrects. The dark column at the left is the first
+# token, the attention sink of notebook 01: its stream is a hundred times larger than the others', and says
+# nothing about the next token. The ranks show the layer at which a name starts to rise.
 #
 # ## 4. Guided decoding, in ten lines
 #

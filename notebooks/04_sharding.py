@@ -41,7 +41,7 @@ import llama_jax as lj
 from llama_jax import sharding
 
 sys.path.append(str(Path(style.__file__).parents[1]))  # for benchmarks/, which is not in the package
-from benchmarks import tpu_hlo
+from llama_jax.plan import collectives, hlo
 
 style.use()
 assert jax.device_count() == 8
@@ -205,7 +205,7 @@ _ = right.set(xlabel="step", ylabel="relative (10⁻⁹ stands for 0)")
 def traffic(compiled):
     """By kind of collective: how often it runs in a step, and the bytes that each device sends."""
     times, sent = collections.Counter(), collections.Counter()
-    for one in tpu_hlo.collectives(tpu_hlo.parse(compiled.as_text())):
+    for one in collectives.find(hlo.parse(compiled.as_text())):
         if one.group in (1, None) or one.bytes < 1024:  # a single device, or a few scalars
             continue
         times[one.kind] += one.times
@@ -249,10 +249,11 @@ _ = axes.legend(bbox_to_anchor=(1, 1))
 # These values can be derived by hand. With `data=8`, only gradients are all-reduced. With `fsdp=8`, every
 # matrix of a layer is all-gathered twice, for the forward and for the backward pass, and the embedding and
 # output matrices once each; every gradient is reduce-scattered once. On the 4x2 mesh `tensor` halves the
-# all-gathers, and adds all-reduces of activations [B/4, T, D]: eight per layer, and one for each of the two
-# vocabulary matrices. Two of the eight are in the forward pass, after attention and after the feed-forward
-# layer; one is the first of them again, due to rematerialization; five are in the backward pass, for the
-# input gradients through `wq`, `wk`, `wv`, `w_gate` and `w_up`.
+# all-gathers of weights. It divides the positions of the residual stream too (sequence parallelism, arXiv
+# 2205.05198), so that a sublayer all-gathers its input [B/4, T, D] and reduce-scatters its output. A layer
+# has six such all-gathers: of its two inputs in the forward pass, of both again in the backward pass, and of
+# two gradients. It has five reduce-scatters: of two outputs, of the first again due to rematerialization, and
+# of the gradients of two inputs. The two vocabulary matrices add one of each kind.
 
 # %%
 tables = 4 * 2 * config.vocab_size * config.hidden_size
@@ -270,12 +271,12 @@ check("data=8: all-reduce of gradients", sent["data=8"]["all-reduce"], 2 * 7 / 8
 check("fsdp=8: all-gather of weights", sent["fsdp=8"]["all-gather"], 7 / 8 * (2 * matrices + tables))
 check("fsdp=8: reduce-scatter of gradients", sent["fsdp=8"]["reduce-scatter"], 7 / 8 * (matrices + tables))
 mixed = sent["fsdp=4,tensor=2"]
-check("fsdp=4,tensor=2: all-gather of weights", mixed["all-gather"], 3 / 4 * (2 * matrices + tables) / 2)
-check(
-    "fsdp=4,tensor=2: reduce-scatter of gradients", mixed["reduce-scatter"], 3 / 4 * (matrices + tables) / 2
-)
-sums = (8 * config.num_hidden_layers + 2) * activations / 4
-check("fsdp=4,tensor=2: all-reduce of activations", mixed["all-reduce"], sums)  # times 2 (n-1)/n, which is 1
+moved, layers = 1 / 2 * activations / 4, config.num_hidden_layers  # by each of two devices
+gathered = 3 / 4 * (2 * matrices + tables) / 2 + (6 * layers + 2) * moved
+check("fsdp=4,tensor=2: all-gather of weights, activations", mixed["all-gather"], gathered)
+scattered = 3 / 4 * (matrices + tables) / 2 + (5 * layers + 2) * moved
+check("fsdp=4,tensor=2: reduce-scatter of gradients, activations", mixed["reduce-scatter"], scattered)
+assert mixed["all-reduce"] < 0.02 * activations  # the gradients of norms, and what the loss sums
 
 # %% [markdown]
 # ## 4. fsdp communicates weights, tensor communicates activations
@@ -365,6 +366,6 @@ else:
 
 # %% [markdown]
 # The trainer's step (`train/step.py`) adds clipping, gradient accumulation and metrics; `llama-jax train
-# CONFIG --mesh.fsdp 4 --mesh.tensor 2` runs it. `python -m benchmarks.tpu_compile configs/llama2_70b.toml
-# --topology v5p-128` does for a pod what this notebook did for eight simulated devices: it compiles the
-# step for the real TPU on a laptop and prints memory, cycles and collectives.
+# CONFIG --mesh.fsdp 4 --mesh.tensor 2` runs it. `llama-jax plan llama2_70b --topology v5p-128` does for a
+# pod what this notebook did for eight simulated devices: it compiles the step for the real TPU on a laptop
+# and prints memory, time and collectives.

@@ -1,4 +1,4 @@
-"""Runs the notebooks from top to bottom: `python -m notebooks.run [NAME ...] [--out FOLDER]`.
+"""Runs the notebooks from top to bottom: `python -m notebooks.run [NAME ...] [--out FOLDER] [--jobs N]`.
 
 Each is a text file of cells (jupytext's percent format), converted to a notebook in memory and run in its own
 kernel. The first cell that fails ends its notebook; the cell and its error are printed, and the exit status
@@ -8,6 +8,7 @@ is 1.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import dataclasses
 import re
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-SLOW_S = 180  # a notebook should take less
+SLOW_S = 180  # a notebook that runs alone should take less
 CELL_TIMEOUT_S = 900
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -47,12 +48,13 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("[0-9]*.py"))
 
 
-def run(path: Path, out: Path | None) -> Report:
-    """Runs one notebook in its own folder, as Jupyter would, and writes it with its outputs to `out`."""
+async def run(path: Path, out: Path | None) -> Report:
+    """Runs one notebook in its own folder, as Jupyter would, and writes it to `out`, as .ipynb and .html."""
     import jupytext
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+    from nbconvert import HTMLExporter
 
     notebook = jupytext.read(path)
     client = NotebookClient(
@@ -64,16 +66,34 @@ def run(path: Path, out: Path | None) -> Report:
     )
     start, error = time.perf_counter(), ""
     try:
-        client.execute()
+        await client.async_execute()
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as raised:
         error = failure(path, notebook, raised)
     seconds = time.perf_counter() - start
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, out / f"{path.stem}.ipynb")
+        html, _ = HTMLExporter().from_notebook_node(notebook)
+        (out / f"{path.stem}.html").write_text(html, encoding="utf-8")
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     figures = sum("image/png" in o.get("data", {}) for cell in code for o in cell.outputs)
     return Report(path.stem, seconds, len(code), figures, error)
+
+
+async def run_all(selected: list[str], out: Path | None, jobs: int) -> list[Report]:
+    """Runs notebooks, `jobs` of them at a time; a failure is printed when it happens."""
+    gate = asyncio.Semaphore(jobs)
+
+    async def one(name: str) -> Report:
+        async with gate:
+            print(f"{name} ...", flush=True)
+            report = await run(FOLDER / f"{name}.py", out)
+        print(f"{name}: {report.seconds:.0f} s", flush=True)
+        if report.error:
+            print(report.error, file=sys.stderr, flush=True)
+        return report
+
+    return await asyncio.gather(*map(one, selected))
 
 
 def failure(path: Path, notebook: Any, raised: Exception) -> str:
@@ -97,20 +117,17 @@ def main() -> int:
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="a name or its prefix, such as 03; all by default"
     )
-    parser.add_argument("--out", type=Path, help="write the notebooks with their outputs (.ipynb) here")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--out", type=Path, help="write the notebooks with their outputs here, as .ipynb and .html"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="how many run at a time (default: 1)")
+    args = parser.parse_intermixed_args()
     selected = [name for name in names() if not args.names or any(map(name.startswith, args.names))]
     for given in args.names:
         if not any(name.startswith(given) for name in names()):
             print(f"error: there is no notebook {given!r}; there are {', '.join(names())}", file=sys.stderr)
             return 2
-    reports = []
-    for name in selected:
-        print(f"{name} ...", flush=True)
-        report = run(FOLDER / f"{name}.py", args.out)
-        reports.append(report)
-        if report.error:
-            print(report.error, file=sys.stderr)
+    reports = asyncio.run(run_all(selected, args.out, args.jobs))
     print(f"\n{'notebook':<32}{'seconds':>8}{'cells':>7}{'figures':>9}  ")
     for report in reports:
         print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ def use() -> None:
             "axes.titlelocation": "left",
             "axes.titlesize": 10,
             "figure.constrained_layout.use": True,
+            "savefig.pad_inches": 0.2,  # rotated tick labels may reach beyond the figure
             "figure.dpi": 110,
             "font.size": 9,
             "image.cmap": SHADES,
@@ -55,7 +57,9 @@ def heat(axes: Axes, values: Any, *, label: str, colorbar: bool = True, **rest: 
 def visible(text: str) -> str:
     """A token as a tick label: visible spaces and newlines, at most 12 characters."""
     text = text.replace("\n", "↵").replace("\t", "→")
-    text = "·" + text[1:] if text.startswith(" ") else text
+    text = "·" + text[1:] if text.startswith(" ") and text.strip() else text.replace(" ", "␣")
+    if len(text) == 1 and text in string.punctuation:
+        text = f"“{text}”"  # alone a period is hard to see
     text = text.replace("$", r"\$")
     return text if len(text) <= 12 else text[:11] + "…"
 

@@ -1,4 +1,4 @@
-"""What every test may ask for: 8 simulated devices, the shared data, real SmolLM2 weights."""
+"""What every test may ask for: 8 simulated devices, processes, the shared data, real SmolLM2 weights."""
 
 import gc
 import importlib.metadata
@@ -18,6 +18,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import pytest
@@ -29,6 +30,9 @@ from tests.durations import (  # noqa: F401  # hooks of pytest
     pytest_runtest_logreport,
     pytest_sessionfinish,
 )
+
+if TYPE_CHECKING:
+    from tests.train.fork_server import ForkServer
 
 
 def _absent(reason: str) -> None:
@@ -65,6 +69,18 @@ def smollm2_path() -> Path:
 def smollm2(smollm2_path: Path) -> "lj.Model":
     """SmolLM2-135M loaded in f32."""
     return lj.load(smollm2_path)
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator["ForkServer"]:
+    """Starts processes that have imported JAX and this project."""
+    from tests.train.fork_server import ForkServer
+    from tests.train.processes import environment
+
+    cache = tmp_path_factory.getbasetemp() / "compiled"
+    server = ForkServer(environment(cache), tmp_path_factory.mktemp("output"))
+    yield server
+    server.close()
 
 
 @pytest.fixture(autouse=True, scope="session")

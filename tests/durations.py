@@ -1,4 +1,4 @@
-"""Which tests take long: `make test FAST=1` leaves them out, and two workers take the longest files first.
+"""Which tests take long: `FAST=1` and `make test-jax` leave them out, and workers take long files first.
 
 `durations.txt` holds the seconds of each test that took one or more when `make durations` last ran the suite.
 A test that it does not name counts as fast.
@@ -23,17 +23,22 @@ def read(path: Path = FILE) -> dict[str, float]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("llama_jax")
-    group.addoption("--fast", action="store_true", help=f"leave out the tests that {FILE.name} names")
+    group.addoption(
+        "--shorter-than",
+        type=float,
+        metavar="SECONDS",
+        help=f"leave out the tests that took longer, by {FILE.name}",
+    )
     group.addoption("--store-durations", action="store_true", help=f"write {FILE.name} anew")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     seconds = read()
-    if config.option.fast:
-        kept = [item for item in items if item.nodeid not in seconds]
-        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in seconds])
-        items[:] = kept
+    if limit := config.option.shorter_than:
+        long = [item for item in items if seconds.get(item.nodeid, 0.0) >= limit]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if seconds.get(item.nodeid, 0.0) < limit]
     if hasattr(config, "workerinput"):  # with `--no-loadscope-reorder`, workers take files in this order
         files: dict[str, float] = defaultdict(float)
         for item in items:

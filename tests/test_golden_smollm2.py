@@ -41,7 +41,7 @@ def test_logits_over_a_page(smollm2: lj.Model, golden: dict[str, np.ndarray]) ->
 
 def test_greedy_continuations(smollm2: lj.Model, golden: dict[str, np.ndarray]) -> None:
     prompts = [golden[f"prompt_{i}"].tolist() for i in range(PROMPTS)]
-    greedy = np.stack([golden[f"greedy_{i}"] for i in range(PROMPTS)])[:, :64]  # parity takes all 128
+    greedy = np.stack([golden[f"greedy_{i}"] for i in range(PROMPTS)])[:, :32]  # parity takes all 128
     out = lj.generate(
         smollm2.config,
         smollm2.params,

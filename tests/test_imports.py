@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import llama_jax as lj
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llama_jax"
 
@@ -84,9 +86,10 @@ def test_no_two_files_import_each_other():
         pytest.fail(f"an import cycle: {' -> '.join(error.args[1])}")
 
 
-def test_the_library_reaches_the_trainer_from_one_verb_alone():
+def test_the_library_reaches_the_trainer_from_three_verbs_alone():
     importers = [path for path in FILES if "train" in rooms_imported_by(path)]
-    assert importers == [PACKAGE / "cli" / "train.py"]
+    verbs = ("data", "plan", "plan_search", "train")
+    assert importers == [PACKAGE / "cli" / f"{verb}.py" for verb in verbs]
 
 
 def test_the_trainer_can_be_forked():
@@ -127,9 +130,14 @@ def test_core_dependencies_are_those_imported():
 
 def test_training_dependencies_are_those_the_trainer_adds():
     extras = PROJECT["optional-dependencies"]
-    optional = declared(extras["plot"]) | declared(extras["wandb"])
+    optional = declared(extras["plot"]) | declared(extras["wandb"]) | declared(extras["beam"])
     added = third_party(TRAINER) - declared(PROJECT["dependencies"]) - optional
     assert added == declared(extras["train"])
+
+
+def test_dir_lists_the_rooms_and_the_public_names():
+    assert {*lj.__all__, "adapters", "train", "weights", "__version__"} <= set(dir(lj))
+    assert all(hasattr(lj, name) for name in dir(lj))
 
 
 def test_help_needs_no_jax():

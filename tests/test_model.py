@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from llama_jax import model
 from llama_jax.errors import ConfigError, InputError
 from llama_jax.layers import embed
 from llama_jax.model import forward_cached
+from llama_jax.ops.remat import Remat
 from tests.random_models import random_model, random_prompts
 
 # Every kind of RoPE scaling; groups of 1, 2 and 3 heads; 1 to 3 layers; tied or not.
@@ -82,11 +84,13 @@ def assert_same_gradients(got, expected):
 @pytest.mark.parametrize(
     ("remat", "backend"),
     [
+        ("save_dots", "xla"),
         ("save_projections", "xla"),
         ("attention", "xla"),
         ("full", "xla"),
         ("none", "blockwise"),
         ("save_projections", "blockwise"),
+        ("save_dots_except_mlp", "blockwise"),
         ("attention", "blockwise"),
         ("full", "blockwise"),
     ],
@@ -120,6 +124,25 @@ def test_full_remat_recomputes_the_forward_pass(policy):
     mean = lambda p: lj.forward(config, p, tokens, remat=policy).mean()  # noqa: E731
     jaxpr = str(jax.make_jaxpr(jax.grad(mean))(params))
     assert ("remat" in jaxpr or "checkpoint" in jaxpr) == (policy == "full")
+
+
+def test_remat_policies_recompute_what_they_say():
+    """The products of a layer in the backward pass, beside those where everything is saved."""
+    config, params = random_model(2)
+    tokens, _ = random_prompts(2, config, [16])
+
+    def products(policy):
+        options = lj.ForwardOptions(remat=policy, attention_backend="blockwise", custom_vjp=True)
+        mean = lambda p: lj.forward(config, p, tokens, options=options).mean()  # noqa: E731
+        return str(jax.make_jaxpr(jax.grad(mean))(params)).count("dot_general[")
+
+    saved = products("none")
+    recomputed = {policy: products(policy) - saved for policy in get_args(Remat)}
+    assert recomputed["save_dots"] == 0
+    assert recomputed["save_projections"] == recomputed["offload"] == 2  # v and wo
+    assert recomputed["save_dots_except_mlp"] == 2  # w_gate and w_up
+    assert recomputed["attention"] == 8  # besides these, q, k and their rotation
+    assert recomputed["full"] > recomputed["attention"]
 
 
 def test_init_is_as_documented():
@@ -160,7 +183,8 @@ def test_unknown_remat_policy_is_an_error():
     config, params = random_model(0)
     with pytest.raises(
         ConfigError,
-        match="remat policy 'some' is unknown; use one of none, save_projections, attention, full",
+        match="remat policy 'some' is unknown; use one of none, save_dots, save_projections, "
+        "save_dots_except_mlp, attention, full",
     ):
         lj.forward(config, params, np.zeros((1, 2), np.int32), remat="some")
 
@@ -241,7 +265,7 @@ def test_override_replaces_what_is_not_none():
     ("changes", "message"),
     [
         ({"attention_backend": "flash"}, "attention backend 'flash' is unknown; use one of xla, blockwise, "),
-        ({"remat": "some"}, "remat policy 'some' is unknown; use one of none, save_projections,"),
+        ({"remat": "some"}, "remat policy 'some' is unknown; use one of none, save_dots, save_projections,"),
         ({"dtype": "brain"}, "compute dtype is 'brain'; it must be a float dtype"),
         ({"dtype": "int8"}, "compute dtype is 'int8'; it must be a float dtype"),
         ({"custom_vjp": "fast"}, "custom_vjp is 'fast'; it must be True or False"),

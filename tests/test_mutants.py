@@ -19,6 +19,6 @@ def test_every_mutant_can_be_applied():
 def test_mutants_are_named_once_and_touch_every_room():
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 40
     rooms = {str(Path(mutant.path).parent) for mutant in MUTANTS}
-    library = ("adapters", "decoding", "hub", "ops", "text", "tokenizer", "weights", "console")
+    library = ("adapters", "decoding", "hub", "ops", "plan", "text", "tokenizer", "weights", "console")
     assert rooms >= {"llama_jax", *(f"llama_jax/{room}" for room in library)}
     assert rooms >= {"train", "train/data", "train/metrics", "train/objectives"}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from notebooks import run
 
 pytest.importorskip("jupytext")
 pytest.importorskip("nbclient")
+pytest.importorskip("nbconvert")
 pytest.importorskip("ipykernel")
 
 HEADER = "# %% [markdown]\n# # A story\n\n"
@@ -26,18 +29,23 @@ def test_there_are_notebooks_and_each_begins_with_a_title():
 def test_what_a_notebook_came_to(tmp_path):
     good = tmp_path / "good.py"
     good.write_text(f"{HEADER}# %%\nimport matplotlib.pyplot as plt\nplt.plot([1, 2])\n\n# %%\nprint(1)\n")
-    report = run.run(good, tmp_path / "out")
-    assert (report.error, report.cells, report.figures, report.remarks) == ("", 2, 1, "ok")
-    assert '"image/png"' in (tmp_path / "out" / "good.ipynb").read_text()
-
     bad = tmp_path / "bad.py"
     bad.write_text(
         f"{HEADER}# %%\nx = 1\n\n# %%\n# a cell\nassert x == 2, 'not two'\n\n# %%\nprint('never')\n"
     )
-    report = run.run(bad, None)
-    assert report.error.startswith("bad.py, the cell at line 8:\n    # a cell\n    assert x == 2")
-    assert "AssertionError: not two" in report.error and "\x1b" not in report.error
-    assert report.remarks == "failed, no figure"
+
+    async def both():  # at a time
+        return await asyncio.gather(run.run(good, tmp_path / "out"), run.run(bad, None))
+
+    report, failed = asyncio.run(both())
+    assert (report.error, report.cells, report.figures, report.remarks) == ("", 2, 1, "ok")
+    assert '"image/png"' in (tmp_path / "out" / "good.ipynb").read_text()
+    page = (tmp_path / "out" / "good.html").read_text()
+    assert "A story" in page and "data:image/png;base64," in page
+
+    assert failed.error.startswith("bad.py, the cell at line 8:\n    # a cell\n    assert x == 2")
+    assert "AssertionError: not two" in failed.error and "\x1b" not in failed.error
+    assert failed.remarks == "failed, no figure"
 
 
 def test_an_unknown_name_is_named(monkeypatch, capsys):

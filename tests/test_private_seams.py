@@ -56,22 +56,6 @@ def varying_axes() -> bool:
     return found == [{"a"}]
 
 
-def final_path() -> bool:
-    from orbax.checkpoint.path import atomicity
-
-    source = inspect.getsource(atomicity.AtomicRenameTemporaryPath.finalize)
-    return "self._final_path" in source and bool(atomicity.TMP_DIR_SUFFIX)
-
-
-def process_folder() -> bool:
-    import orbax.checkpoint as ocp
-
-    package = Path(ocp.__file__).parent
-    assert inspect.iscoroutinefunction(ocp.PyTreeCheckpointHandler.async_save)
-    texts = (path.read_text() for path in package.rglob("serialization/*.py"))
-    return any("ocdbt.process_" in text for text in texts)
-
-
 def orbax_metadata() -> bool:
     package = Path(importlib.import_module("orbax.checkpoint").__file__ or "").parent
     texts = [path.read_text() for path in (package / "_src").rglob("*.py")]
@@ -108,7 +92,110 @@ def jax_clusters() -> bool:
     return all(callable(kind.is_env_present) for kind in clusters.ClusterEnv._cluster_types)
 
 
+CLIENT_METHODS = ("key_value_set", "key_value_dir_get", "blocking_key_value_get", "key_value_delete")
+
+
+def coordination_client() -> bool:
+    from jax._src.distributed import global_state
+    from jax._src.lib import _jax
+
+    client = _jax.DistributedRuntimeClient
+    return {"client", "process_id", "num_processes"} <= set(dir(global_state)) and all(
+        callable(getattr(client, name)) for name in CLIENT_METHODS
+    )
+
+
+def partial_shard_map() -> bool:
+    """JAX 0.10 lowers the shardings of a `shard_map` by this function, which `sum_over_data` corrects."""
+    from jax._src import shard_map
+
+    function = shard_map._shardy_shard_map_sharding
+    return list(inspect.signature(function).parameters)[:4] == ["ctx", "mesh", "manual_axes", "spec"]
+
+
+def cudnn_attention_names() -> bool:
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    wrapper = fused_attention_stablehlo._dot_product_attention_fwd_p_wrapper
+    return wrapper.name == "dot_product_attention_fwd_wrapper" and callable(
+        fused_attention_stablehlo.check_cudnn_version
+    )
+
+
+def splash_gradient() -> bool:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel_lib
+
+    named = list(inspect.signature(kernel_lib._splash_attention_bwd).parameters)
+    kernel = inspect.signature(kernel_lib._splash_attention).parameters
+    return named[-2:] == ["res", "do"] and set(named[:-2]) <= set(kernel)
+
+
+def driver_choice() -> bool:
+    from orbax.checkpoint._src.path import gcs_utils
+    from orbax.checkpoint._src.serialization import tensorstore_utils as utils
+
+    chosen = inspect.getsource(utils._build_ocdbt_kvstore_tspec)
+    asked = (
+        "_normalize_path(directory)",
+        "_use_gcs_driver(directory)",
+        "gcs_utils.get_kvstore_for_gcs(directory)",
+    )
+    return callable(gcs_utils.get_kvstore_for_gcs) and all(call in chosen for call in asked)
+
+
+def gcs_requests() -> bool:
+    file_system = pytest.importorskip("gcsfs.core").GCSFileSystem
+    return inspect.iscoroutinefunction(file_system._call) and bool(file_system._location)
+
+
+def s3_requests() -> bool:
+    return inspect.iscoroutinefunction(pytest.importorskip("s3fs.core").S3FileSystem._call_s3)
+
+
+def plugin_logger() -> bool:
+    from jax._src import xla_bridge
+
+    return xla_bridge.logger.name == "jax._src.xla_bridge" and "logger.exception" in inspect.getsource(
+        xla_bridge.discover_pjrt_plugins
+    )
+
+
 SEAMS = (
+    Seam(
+        "jax",
+        "_src.shard_map._shardy_shard_map_sharding",
+        ("llama_jax/ops/spmd.py",),
+        "jax.shard_map of JAX 0.11 and later, which keeps shardings over explicit axes",
+        partial_shard_map,
+    ),
+    Seam(
+        "jax",
+        "_src.xla_bridge",
+        ("llama_jax/console/loading.py", "tests/test_targets.py"),
+        "a public list of the plugins that could not be started, and why",
+        plugin_logger,
+    ),
+    Seam(
+        "jax",
+        "_splash_attention_bwd",
+        ("llama_jax/ops/splash_attention.py",),
+        "a splash kernel whose gradient takes the log-sum-exp over all keys, for ring attention",
+        splash_gradient,
+    ),
+    Seam(
+        "jax",
+        "dot_product_attention_fwd_wrapper",
+        ("llama_jax/ops/cudnn_attention.py",),
+        "checkpoint names on what jax.nn.dot_product_attention by cuDNN keeps for its gradient",
+        cudnn_attention_names,
+    ),
+    Seam(
+        "jax",
+        "_src.cudnn.fused_attention_stablehlo",
+        ("tests/cuda.py",),
+        "lowering of cuDNN's attention for CUDA by jax.export without an installed cuDNN",
+        cudnn_attention_names,
+    ),
     Seam(
         "jax",
         "manual_axis_type",
@@ -125,6 +212,13 @@ SEAMS = (
     ),
     Seam(
         "jax",
+        "_src.distributed.global_state",
+        ("llama_jax/decoding/processes.py", "train/coordination.py"),
+        "the key-value store of the coordination service, as a public interface",
+        coordination_client,
+    ),
+    Seam(
+        "jax",
         "jax_platforms",
         ("train/devices.py",),
         "a public getter for the platforms that JAX may use",
@@ -132,24 +226,31 @@ SEAMS = (
     ),
     Seam(
         "orbax-checkpoint",
-        "_final_path",
-        ("train/checkpoints/orbax_manager.py",),
-        "a hook of CheckpointManager that runs after everything is written and before the commit",
-        final_path,
-    ),
-    Seam(
-        "orbax-checkpoint",
-        "ocdbt.process_",
-        ("train/checkpoints/orbax_manager.py",),
-        "checksums of the files that each process wrote, computed by Orbax",
-        process_folder,
-    ),
-    Seam(
-        "orbax-checkpoint",
         "_METADATA",
-        ("llama_jax/weights/orbax.py",),
+        ("llama_jax/weights/orbax_tree.py",),
         "a function that tells whether a folder is an Orbax tree without reading it",
         orbax_metadata,
+    ),
+    Seam(
+        "orbax-checkpoint",
+        "_src._normalize_path._use_gcs_driver",
+        ("llama_jax/weights/orbax_paths.py",),
+        "Orbax's support of s3:// (its Composite of storage backends), and paths as TensorStore specs",
+        driver_choice,
+    ),
+    Seam(
+        "gcsfs",
+        "_call._location",
+        ("llama_jax/storage/writing.py",),
+        "pipe_file with ifGenerationMatch",
+        gcs_requests,
+    ),
+    Seam(
+        "s3fs",
+        "_call_s3",
+        ("llama_jax/storage/reading.py", "llama_jax/storage/writing.py"),
+        "cat_file and pipe_file with IfMatch",
+        s3_requests,
     ),
     Seam(
         "grain",
@@ -158,7 +259,7 @@ SEAMS = (
         "statistics of a parent iterator, readable through ConcatThenSplitIterDataset",
         packer_state,
     ),
-    Seam("grain", "_parent", ("train/data/lanes.py",), "MapDataset.parents", parent_dataset),
+    Seam("grain", "_parent", ("train/data/order.py",), "MapDataset.parents", parent_dataset),
     Seam(
         "argparse (Python)",
         "_option_string_actions",
@@ -194,7 +295,14 @@ def name_of(seam: Seam) -> str:
     return f"{seam.package} {seam.name}"
 
 
-@pytest.mark.parametrize("seam", SEAMS, ids=name_of)
+PARITY = ("transformers", "trl")  # are installed for `make parity` only
+
+
+@pytest.mark.parametrize(
+    "seam",
+    [pytest.param(seam, marks=[pytest.mark.parity] * (seam.package in PARITY)) for seam in SEAMS],
+    ids=name_of,
+)
 def test_the_installed_version_has_it(seam):
     try:
         found = seam.exists()
@@ -244,8 +352,16 @@ def test_every_private_name_is_listed():
     paths += (ROOT / "train").rglob("*.py")
     trees = {path: ast.parse(path.read_text()) for path in paths}
     ours = {name for tree in trees.values() for name in defined_names(tree)}
-    ours -= {"_final_path"}  # which orbax_manager.py sets
-    ours |= {"_replace", "_asdict", "_fields", "_exit"}  # of NamedTuple and os, which are documented
+    ours |= {"_replace", "_asdict", "_fields", "_exit", "_thread"}  # documented
+    ours |= {
+        "_info",
+        "_ls",
+        "_find",
+        "_cat_file",
+        "_pipe_file",
+        "_rm_file",
+        "_cp_file",
+    }  # fsspec
     for path, tree in trees.items():
         file = str(path.relative_to(ROOT))
         listed = {part for seam in SEAMS if file in seam.files for part in seam.name.split(".")}

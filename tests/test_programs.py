@@ -67,7 +67,11 @@ def test_the_tpu_compiler_compiles_it_to_the_same(name: str) -> None:
     command = [sys.executable, "-m", "benchmarks.program_fingerprint", "--json", name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for stage, table in json.loads(done.stdout)[name].items():
+    stages = json.loads(done.stdout)[name]
+    # 3% above what was measured, also where a renewed fingerprint is the same again.
+    assert stages["optimised"]["whole"]["estimated_cycles"] <= 3.88e9
+    assert stages["optimised"]["memory"]["peak_memory"] < 85e9
+    for stage, table in stages.items():
         check(name, stage, table)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -146,9 +149,59 @@ def test_make_mesh_parses_a_string():
 def test_mesh_sizes_need_no_devices():
     assert sharding.mesh_sizes("fsdp=-1,tensor=8", 256) == {"data": 1, "fsdp": 32, "context": 1, "tensor": 8}
     with pytest.raises(
-        ConfigError, match="data 2 x fsdp 3 x context 1 x tensor 1 needs 6 devices and there are 256"
+        ConfigError, match="mesh data 2 x fsdp 3: it takes 6 of 256 devices, and must take all"
     ):
         sharding.mesh_sizes({"fsdp": 3, "data": 2}, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What JAX looks at in a device when it lays a mesh over a torus."""
+
+    id: int
+    coords: tuple[int, int, int]
+    device_kind: str
+    platform: str = "tpu"
+    core_on_chip: int = 0
+    process_index: int = 0
+    slice_index: int = 0
+
+
+def torus(*sides, kind="TPU v5", slice_index=0):
+    first = slice_index * math.prod(sides)
+    coords = enumerate(itertools.product(*map(range, sides)), first)
+    return [Chip(i, (*at, 0, 0)[:3], kind, slice_index=slice_index) for i, at in coords]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sides"),
+    [
+        ("TPU v4", (4, 4, 4)),
+        ("TPU v5", (2, 2, 4)),
+        ("TPU v5", (4, 4, 4)),
+        ("TPU v5", (4, 8, 8)),
+        ("TPU v5 lite", (4, 4)),
+        ("TPU v6 lite", (16, 16)),
+        ("TPU7x", (4, 4, 8)),
+    ],
+)
+def test_every_mesh_of_powers_of_two_can_be_laid_over_a_torus(kind, sides):
+    chips = torus(*sides, kind=kind)
+    exponents = math.prod(sides).bit_length() - 1
+    for shape in itertools.product(range(exponents + 1), repeat=4):
+        if sum(shape) == exponents:
+            sizes = {name: 2**power for name, power in zip(sharding.AXES, shape, strict=True)}
+            mesh = sharding.make_mesh(sizes, devices=chips)
+            assert dict(mesh.shape) == sizes
+            assert {*mesh.devices.flat} == {*chips}
+
+
+def test_the_tensor_axis_lies_on_neighbours_of_a_torus():
+    mesh = sharding.make_mesh("fsdp=32,tensor=2", devices=torus(4, 4, 4))
+    first, second = np.moveaxis(mesh.devices, -1, 0).reshape(2, -1)
+    for a, b in zip(first, second, strict=True):
+        apart = [min((x - y) % 4, (y - x) % 4) for x, y in zip(a.coords, b.coords, strict=True)]
+        assert sum(apart) == 1
 
 
 @pytest.mark.parametrize(
@@ -161,7 +214,11 @@ def test_mesh_sizes_need_no_devices():
         ("fsdp=-1,data=-1", "both -1"),
         ("fsdp=4,fsdp=8", "mesh axis fsdp is given twice"),
         ({"fsdp": "8"}, "mesh axis fsdp has size '8'; it must be a whole number"),
-        ("fsdp=3", "needs 3 devices and there are 8"),
+        ("fsdp=3", "mesh fsdp 3: it takes 3 of 8 devices, and must take all"),
+        (
+            "fsdp=16",
+            "mesh fsdp 16: it needs 16 devices and there are 8; CPU devices can be simulated: ",
+        ),
     ],
 )
 def test_invalid_meshes_are_errors(spec, message):
@@ -183,6 +240,21 @@ def test_error_names_the_sizes_that_divide_the_model():
         pytest.raises(ConfigError, match="num_key_value_heads 3"),
     ):
         lj.init(config, KEY)
+
+
+def test_error_names_all_axes_that_divide_parameters():
+    config = CONFIG.replace(hidden_size=36, head_dim=8)
+    message = (
+        r"hidden_size 36 does not divide over axis fsdp x context of size 8 \(sizes that would: 1, 2, 3, 4\)"
+    )
+    with pytest.raises(ConfigError, match=message):
+        sharding.check_mesh(config, sharding.make_mesh("fsdp=2,context=4"))
+
+
+def test_a_sequence_that_tensor_does_not_divide_is_sharded_over_context(params):
+    with jax.set_mesh(sharding.make_mesh("fsdp=2,context=2,tensor=2")):
+        for length, expected in ((8, sharding.SEQUENCE), (6, "context"), (1, None)):
+            assert sharding.out_sharding(sharding.ACT_BTD, (2, length, 64))[1] == expected
 
 
 def test_error_names_a_batch_size_that_divides(params):

@@ -23,9 +23,9 @@ CONFIG = LlamaConfig(
 )
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder: Path, c: LlamaConfig = CONFIG) -> Path:
     """Writes `tiny.bin` and `tok.bin`, and returns the model's path."""
-    c, rng = CONFIG, np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     width, kv = c.hidden_size, c.num_key_value_heads * c.head_dim
     sizes = (width, c.intermediate_size, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads)
     header = struct.pack("<7i", *sizes, c.vocab_size, c.max_position_embeddings)

@@ -4,6 +4,12 @@ import sys
 
 from llama_jax.console.exit_status import exit_status
 
-from . import command
 
-sys.exit(exit_status(lambda: command.run(sys.argv[1:])))
+def run() -> None:
+    """Runs the command."""
+    from . import command  # Ctrl-C is handled by now
+
+    command.run(sys.argv[1:])
+
+
+sys.exit(exit_status(run, ends_process=True))

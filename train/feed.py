@@ -70,10 +70,11 @@ class Feed:
                 f"train.global_batch_size is {batch_size}, which mesh.data x mesh.fsdp = {num_blocks} does "
                 f"not divide; make it {-(-batch_size // num_blocks) * num_blocks}"
             )
-        if seq_len % sizes["context"]:
+        chunks = 2 * sizes["context"] if sizes["context"] > 1 else 1  # as in ring attention
+        if seq_len % chunks:
             raise ConfigError(
-                f"train.seq_len is {seq_len}, which mesh.context {sizes['context']} does not divide; "
-                f"make it {-(-seq_len // sizes['context']) * sizes['context']}"
+                f"train.seq_len is {seq_len}, which 2 x mesh.context = {chunks} does not divide; "
+                f"make it {-(-seq_len // chunks) * chunks}"
             )
         sharding, shape = named(mesh, TOKENS_BT), (batch_size, seq_len)
         starts_of: dict[int, set[int]] = {}  # process -> first rows of its devices' blocks

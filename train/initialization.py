@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,8 +15,12 @@ from llama_jax.errors import ConfigError
 from llama_jax.text.pretrained import open_model
 from llama_jax.tokenizer import Tokenizer
 from llama_jax.weights.adapters import adapter_folder
+from llama_jax.weights.derived import ResizedVocabulary
 from llama_jax.weights.hf import default_labels
+from llama_jax.weights.load import load_tensors
+from llama_jax.weights.run_adapters import is_step
 from llama_jax.weights.source import format_list
+from llama_jax.weights.tensors import Tensors
 
 from .config.objective import HEAD_OBJECTIVES
 from .config.run import RunConfig
@@ -32,11 +37,37 @@ def model_config(run: RunConfig, tokenizer: Tokenizer) -> LlamaConfig:
     """
     if not run.model.init_from:
         return with_labels(run, run.model.build(tokenizer.vocab_size))
-    pretrained = open_model(run.model.init_from).plain_tensors().config
-    model = with_labels(run, pretrained)
+    pretrained = _open_base(run).config
+    model = with_labels(run, run.model.extended(pretrained))
     if pretrained.labels:
         _check_head(run, pretrained.labels, model.labels)
     return model
+
+
+def check_context(run: RunConfig, model: LlamaConfig) -> None:
+    """Checks that a model's context holds the sequences that a new run trains it on.
+
+    Raises:
+      ConfigError: with the settings that extend it.
+    """
+    length, context, scaling = run.train.seq_len, model.max_position_embeddings, model.rope_scaling
+    if length <= context:
+        return
+    if scaling is not None:
+        original = scaling.original_max_position_embeddings or round(context / scaling.factor)
+        factor = math.ceil(length / original)
+        fix = f"--model.rope_scaling.factor {factor}"
+        if run.model.max_position_embeddings or not scaling.original_max_position_embeddings:
+            fix += f" --model.max_position_embeddings {factor * original}"
+    elif run.model.init_from and not run.model.max_position_embeddings:
+        factor = math.ceil(length / context)
+        fix = f"--model.rope_scaling.rope_type yarn --model.rope_scaling.factor {factor}"
+    else:
+        fix = f"--model.max_position_embeddings {length}"
+    raise ConfigError(
+        f"train.seq_len is {length} and the model's context (max_position_embeddings) {context}: extend it "
+        f"with {fix}, or set train.seq_len to at most {context}"
+    )
 
 
 def with_labels(run: RunConfig, model: LlamaConfig) -> LlamaConfig:
@@ -54,9 +85,24 @@ def load_pretrained(run: RunConfig, mesh: Mesh | None, trainable_spec: Trainable
     # Frozen weights are not read in a higher precision than they are stored in.
     is_f32 = trainable_spec.adapter is None or trainable_spec.base == "float32"
     with terminal.progress_bar("loading weights") as progress:
-        opened = open_model(run.model.init_from)
         dtype = jnp.float32 if is_f32 else jnp.bfloat16
-        return opened.params(dtype=dtype, mesh=mesh, scan_layers=True, progress=progress)
+        options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "scan_layers": True, "progress": progress}
+        if run.model.vocab_size:
+            return load_tensors(_open_base(run), **options)
+        return open_model(run.model.init_from).params(**options)
+
+
+def _open_base(run: RunConfig) -> Tensors:
+    """The tensors of `model.init_from`, with rows added to its vocabulary up to `model.vocab_size`."""
+    tensors = open_model(run.model.init_from).plain_tensors()
+    if not run.model.vocab_size:
+        return tensors
+    if run.model.vocab_size < tensors.config.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {run.model.vocab_size} and model.init_from {run.model.init_from!r} has a "
+            f"vocabulary of {tensors.config.vocab_size}: leave it out, or give at least that"
+        )
+    return ResizedVocabulary(tensors, run.model.vocab_size)
 
 
 def base_fingerprint(run: RunConfig) -> str:
@@ -64,7 +110,8 @@ def base_fingerprint(run: RunConfig) -> str:
     digest = hashlib.blake2b(digest_size=16)
     opened = open_model(run.model.init_from)
     paths = {info.file for info in opened.source.tensors.values()}
-    paths |= {path for adapter in opened.adapters for path in adapter_folder(adapter).glob("*.safetensors")}
+    for adapter in map(adapter_folder, opened.adapters):
+        paths |= {adapter} if is_step(adapter) else {*adapter.glob("*.safetensors"), *adapter.glob("*.bin")}
     files = sorted(file for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
     for file in files:
         if file.is_file():

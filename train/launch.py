@@ -6,53 +6,68 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from rich.console import Console
 
-from llama_jax import LlamaConfig, adapters
+from llama_jax import LlamaConfig
 from llama_jax.console import terminal
 from llama_jax.console.loading import init_jax
-from llama_jax.errors import ConfigError, DataError, InputError
+from llama_jax.errors import InputError
+from llama_jax.plan.flops import flops_by_attention
 from llama_jax.sharding import check_mesh, use_mesh
 from llama_jax.tokenizer import Tokenizer
-from llama_jax.weights.adapters import RUN_ADAPTER_DIR
-from llama_jax.weights.derived import Head
-from llama_jax.weights.write.adapters import save_adapter
+from llama_jax.tokenizer.fit import fit_vocabulary
+from llama_jax.weights.runs import StepMetadata
 
+from . import gpu
 from .checkpoints.atomic_write import write_atomically
 from .checkpoints.checkpoints import Checkpoints, Restored
 from .checkpoints.lock import run_directory, run_lock
+from .config.objective import PAIR_OBJECTIVES
 from .config.read import to_toml
 from .config.run import RunConfig
-from .data import Data, open_data, show_batch
-from .devices import compute_dtype, join_processes, run_mesh
+from .coordination import Agreement
+from .data import Data, Peers, open_data, show_batch
+from .devices import compute_dtype, resolve_attention, run_mesh, start_jax
+from .export import export_adapter
+from .failed_start import discarded_unless_begun
 from .feed import Feed
-from .initialization import base_fingerprint, load_pretrained, model_config
+from .gather import gather_bytes
+from .initialization import base_fingerprint, check_context, load_pretrained, model_config, with_labels
 from .loop import EVAL_LOSSES, Loop
+from .metrics.clock import Clock, GoodputRecords
 from .metrics.evaluate import make_eval_fn, make_sample_fn
-from .metrics.flops import flops_per_token, peak_flops
+from .metrics.peak_flops import peak_flops
 from .metrics.report import Report
-from .metrics.run_log import log_adapter, log_example_lengths, log_results, log_run
-from .objectives import make_loss_fn
+from .metrics.run_log import log_adapter, log_best_step, log_examples, log_goodput, log_results, log_run
+from .nonfinite import make_find_nonfinite
 from .objectives.reference import reference_logprobs
 from .optimizer import make_optimizer, make_schedule
+from .peers import end_together
+from .provenance import (
+    CONFIG_FILE,
+    check_agreement,
+    check_data,
+    check_model,
+    check_settings,
+    is_same_model,
+    needs_base,
+    place_of,
+    provenance,
+    read_started,
+    with_places,
+)
 from .signals import Interrupts
-from .state import TrainState, init_state, split_params
+from .state import TrainState, init_state, split_params, with_ema
 from .step import build_step
 from .tokenizer import run_tokenizer
 from .trainable import Frozen, TrainableSpec
-
-CONFIG_FILE = "config.toml"
+from .watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +86,8 @@ class Setup:
       data: the training and validation data.
       is_primary: whether this is process 0, which writes files and logs.
       log: prints a line on stderr; does nothing in other processes.
+      given: the configuration as it was given; in `run`, files that moved are where they are now.
+      started: the record of the run's newest checkpoint; None if it has none.
     """
 
     run: RunConfig
@@ -84,22 +101,33 @@ class Setup:
     data: Data
     is_primary: bool
     log: Callable[[str], None]
+    given: RunConfig
+    started: StepMetadata | None
+
+    @functools.cached_property
+    def base(self) -> str | None:
+        """The fingerprint of the frozen or reference weights; None if the run has none or they are random."""
+        run, is_reference = self.run, self.run.train.objective == "dpo"
+        if not run.model.init_from or not (is_reference or self.trainable_spec.adapter is not None):
+            return None
+        place = place_of(self.given, self.run_dir, self.started, "model.init_from")
+        if place is None and self.started is not None:  # a run of all weights reads them no more
+            return self.started.run.get("base")
+        return base_fingerprint(run)
 
     @functools.cached_property
     def provenance(self) -> dict[str, Any]:
-        """What may not change during a run: saved in checkpoints, compared when the run is resumed.
-
-        The order of the batches, the model, and the frozen base of an adapter.
-        """
-        train = self.run.train
-        base = base_fingerprint(self.run) if self.trainable_spec.adapter is not None else None
-        return {
-            "data": self.data.fingerprint,
-            "seed": train.seed,
-            "seq_len": train.seq_len,
-            "model": json.loads(json.dumps(dataclasses.asdict(self.model))),
-            "base": base,
-        }
+        """What is recorded in checkpoints, and compared when the run is resumed."""
+        return provenance(
+            self.given,
+            self.run_dir,
+            self.started,
+            data=self.data.fingerprint,
+            model=self.model,
+            spec=self.trainable_spec,
+            base=self.base,
+            base_model=self.run.model.init_from,
+        )
 
     def load_pretrained(self) -> Any:
         """The weights of `model.init_from`; None if weights start random."""
@@ -118,11 +146,19 @@ def train(run: RunConfig) -> int:
       0 when the last step is done, or the number of the signal that stopped the run, with its state saved.
 
     Raises:
-      LlamaJaxError: with a one-line message for bad input, and for files that cannot be read or written.
+      LlamaJaxError: with a one-line message for bad input, and for files that cannot be read or written. Of
+        several processes every one prints it and exits.
     """
+    clock = Clock()
     _check_wandb(run)
-    join_processes(run.distributed)  # JAX installs a SIGTERM handler there, which Interrupts replaces
-    with Interrupts() as interrupts, contextlib.ExitStack() as stack:
+    start_jax(run.mesh, run.distributed)  # JAX installs a SIGTERM handler there, which Interrupts replaces
+    agreement = Agreement.of_run()
+    watchdog = Watchdog(clock, run.distributed, run_directory(run.train.run_dir))
+    with (
+        Interrupts(agreement) as interrupts,
+        contextlib.ExitStack() as stack,
+        end_together(stack.close, agreement, watchdog),
+    ):
         setup = _set_up(run, stack)
         checkpoints = stack.enter_context(
             Checkpoints(
@@ -130,17 +166,18 @@ def train(run: RunConfig) -> int:
             )
         )
         stack.enter_context(use_mesh(setup.mesh))
-        step, *abstract_args = build_step(run, setup.model, setup.mesh, setup.platform, setup.trainable_spec)
-        restored = checkpoints.restore(abstract_args[0])
-        state, frozen = _initialize(setup, restored, has_frozen=abstract_args[2] is not None)
+        run = setup.run
+        step, abstract, *rest = build_step(run, setup.model, setup.mesh, setup.platform, setup.trainable_spec)
+        with clock.spend("checkpoint"):
+            restored = _restore(setup, checkpoints, abstract)
+        state, frozen = _initialize(setup, restored, has_frozen=rest[1] is not None)
         start_step = 0 if restored is None else restored.step
         if setup.is_primary:
-            write_atomically(setup.run_dir / CONFIG_FILE, to_toml(run).encode())
+            write_atomically(setup.run_dir / CONFIG_FILE, to_toml(setup.given).encode())
         log_run(run, setup.model, setup.data, setup.mesh, setup.log)
         log_adapter(run, state.params, frozen, setup.log)
         if start_step >= run.train.steps:
-            if setup.trainable_spec.adapter is not None:  # a run may be killed before it is written
-                _save_adapter(setup, setup.trainable_spec.adapter, state.params)
+            export_adapter(run, setup.run_dir, setup.model, setup.trainable_spec, state.params, start_step)
             setup.log(
                 f"{setup.run_dir} is complete after {start_step} steps; increase train.steps to continue"
             )
@@ -153,8 +190,9 @@ def train(run: RunConfig) -> int:
         stack.callback(batches.close)
         if restored is not None:
             batches.restore(restored.data_states)
-        with terminal.spinner("compiling the step ..."):
-            compiled = step.lower(*abstract_args).compile()
+        with terminal.spinner("compiling the step ..."), clock.spend("compile"):
+            compiled = gpu.compile_step(step.lower(abstract, *rest), setup.model)
+            agreement.meet("compiled")
         model, platform, spec = setup.model, setup.platform, setup.trainable_spec
         loop = Loop(
             run=run,
@@ -167,10 +205,16 @@ def train(run: RunConfig) -> int:
             checkpoints=checkpoints,
             report=stack.enter_context(_make_report(setup, start_step)),
             interrupts=interrupts,
-            evaluate=make_eval_fn(run, model, platform, data, setup.feed, spec, frozen),
-            sample=make_sample_fn(run, model, platform, setup.tokenizer, setup.mesh, spec, frozen),
-            find_nonfinite=_make_find_nonfinite(setup, frozen),
-            flops_per_token=_flops_per_token(setup),
+            clock=clock,
+            goodput=stack.enter_context(
+                GoodputRecords(setup.run_dir, clock, first=start_step, is_primary=setup.is_primary)
+            ),
+            evaluate=make_eval_fn(run, model, platform, data, setup.feed, spec, frozen, log=setup.log),
+            sample=make_sample_fn(run, model, platform, setup.tokenizer, spec, frozen),
+            find_nonfinite=make_find_nonfinite(run, model, platform, spec, frozen),
+            flops_per_token=flops_by_attention(
+                model, run.train.seq_len, frozen=spec.adapter is not None, reference=spec.reference
+            ),
             peak_flops=peak_flops(compute_dtype(run.train, platform)),
             eval_losses=[] if restored is None else list(restored.data_states[0].get(EVAL_LOSSES, [])),
         )
@@ -190,8 +234,9 @@ def print_first_batch(run: RunConfig) -> None:
         tokenizer = run_tokenizer(run, Path(directory))
         data = _open_data(run, tokenizer, shard=0, num_shards=1)
         with contextlib.closing(data.train()) as batches:
-            show_batch(next(batches), tokenizer, Console(highlight=False))
-    log_example_lengths(data, terminal.note)
+            pairs = run.train.objective in PAIR_OBJECTIVES
+            show_batch(next(batches), tokenizer, terminal.console(), pairs=pairs)
+    log_examples(data, terminal.note)
 
 
 def _check_wandb(run: RunConfig) -> None:
@@ -206,17 +251,35 @@ def _set_up(run: RunConfig, stack: contextlib.ExitStack) -> Setup:
     init_jax()
     is_primary = jax.process_index() == 0
     log: Callable[[str], None] = terminal.note if is_primary else lambda _: None
+    gpu.note_unused_gpu(log)
     mesh = run_mesh(run.mesh)
     feed = Feed.for_mesh(mesh, run.train.global_batch_size, run.train.seq_len)
     run_dir = run_directory(run.train.run_dir)
     if is_primary:
         stack.enter_context(run_lock(run_dir, warn=log))
-    tokenizer = run_tokenizer(run, run_dir)
-    model = model_config(run, tokenizer)
-    platform = jax.devices()[0].platform
+        stack.enter_context(discarded_unless_begun(run_dir))
+    check_agreement(run)
+    started, given = read_started(run_dir), run
+    check_settings(given, run_dir, started)
+    run = with_places(given, run_dir, started)
+    if started is None and not run.model.init_from:
+        check_context(run, run.model.build())  # before a vocabulary is trained
+    tokenizer = run_tokenizer(run, run_dir, started)
+    unread_base = bool(run.model.init_from) and not needs_base(run)
+    if started is not None and unread_base and is_same_model(given, started):
+        model = with_labels(run, started.config)
+        model = model.replace(vocab_size=run.model.vocab_size or model.vocab_size)
+    else:
+        model = model_config(run, tokenizer)
+    if started is None:
+        check_context(run, model)
+    check_model(given, model, run_dir, started)
+    tokenizer = fit_vocabulary(tokenizer, model.vocab_size)
+    platform = (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform
     trainable_spec = TrainableSpec.from_config(run, platform, head_outputs=len(model.labels))
     if mesh is not None:
         check_mesh(model, mesh)
+    run = resolve_attention(run, model, mesh, jax.local_devices()[0], log)
     return Setup(
         run=run,
         run_dir=run_dir,
@@ -229,6 +292,8 @@ def _set_up(run: RunConfig, stack: contextlib.ExitStack) -> Setup:
         data=_open_data(run, tokenizer, shard=feed.shard, num_shards=feed.num_shards),
         is_primary=is_primary,
         log=log,
+        given=given,
+        started=started,
     )
 
 
@@ -242,7 +307,25 @@ def _open_data(run: RunConfig, tokenizer: Tokenizer, *, shard: int, num_shards: 
         seed=run.train.seed,
         process_index=shard,
         process_count=num_shards,
+        peers=Peers(jax.process_index(), jax.process_count(), gather_bytes),
     )
+
+
+def _restore(setup: Setup, checkpoints: Checkpoints, abstract: TrainState) -> Restored | None:
+    """The newest intact checkpoint; where the optimizer's settings allow it, its state as they are now."""
+    if setup.started is None:
+        return checkpoints.restore(abstract)
+    check_data(setup.given, setup.provenance, setup.run_dir, setup.started, setup.data.is_of)
+    optimizer = setup.run.optimizer
+    saved = setup.started.run.get("settings", {})
+    had_ema = saved.get("optimizer.ema_decay", optimizer.ema_decay) > 0
+    refrozen = saved.get("optimizer.freeze", list(optimizer.freeze)) != list(optimizer.freeze)
+    restored = checkpoints.restore(
+        with_ema(abstract, had_ema), lambda name: refrozen and name.startswith("opt_state.")
+    )
+    if restored is None:
+        return None
+    return dataclasses.replace(restored, state=with_ema(restored.state, optimizer.ema_decay > 0))
 
 
 def _initialize(setup: Setup, restored: Restored | None, *, has_frozen: bool) -> tuple[TrainState, Frozen]:
@@ -252,38 +335,9 @@ def _initialize(setup: Setup, restored: Restored | None, *, has_frozen: bool) ->
         optimizer = make_optimizer(run.optimizer, make_schedule(run.optimizer, run.train.steps))
         params = setup.load_pretrained()
         return init_state(setup.model, optimizer, run.train.seed, params, setup.trainable_spec)
-    _check_provenance(restored.run, setup.provenance, setup.run_dir)
     frozen = setup.split_initial_params()[1] if has_frozen else None
     setup.log(f"resuming {setup.run_dir} after step {restored.step}")
     return restored.state, frozen
-
-
-def _check_provenance(saved: Mapping[str, Any], current: Mapping[str, Any], run_dir: Path) -> None:
-    """Checks that a resumed run trains the same model on the same data in the same order."""
-    if saved.get("data") != current["data"]:
-        raise DataError(
-            f"{run_dir}: the data is not what this run was started with (files, text, tokenizer or weights "
-            "have changed); restore it, or start another run with --train.run_dir and --model.init_from"
-        )
-    for name in ("seed", "seq_len"):
-        if saved.get(name) != current[name]:
-            raise ConfigError(
-                f"train.{name} is {current[name]} and the run in {run_dir} was started with "
-                f"{saved.get(name)}; the order of its batches depends on it: set it to that, or choose "
-                "another train.run_dir"
-            )
-    model = saved.get("model", current["model"])
-    for name, value in current["model"].items():
-        if name in model and model[name] != value:
-            raise ConfigError(
-                f"model.{name} is {value} and the run in {run_dir} was started with {model[name]}: set it to "
-                "that, or start another run with --train.run_dir and --model.init_from"
-            )
-    if saved.get("base", current["base"]) != current["base"]:
-        raise ConfigError(
-            f"model.init_from holds other weights than those that the adapter in {run_dir} was started on; "
-            "give those, or choose another train.run_dir"
-        )
 
 
 def _with_reference_logprobs(
@@ -306,6 +360,7 @@ def _with_reference_logprobs(
         setup.data,
         setup.feed,
         setup.trainable_spec,
+        base=setup.base,
         initial_params=initial_params,
         stop=interrupts.agreed_stop,
         log=setup.log,
@@ -327,64 +382,13 @@ def _make_report(setup: Setup, start_step: int) -> Report:
 def _finish(setup: Setup, data: Data, loop: Loop, stopped: int) -> None:
     """Logs how the run ended; writes the adapter and the plot of a run that was not stopped."""
     if stopped:
-        loop.report.log(f"saved after step {loop.steps_done}; run the same command again to resume")
+        log_goodput(loop.goodput, loop.report.log)
+        saved = f"saved after step {loop.steps_done}" if loop.steps_done else "stopped before the first step"
+        loop.report.log(f"{saved}; run the same command again to resume")
         return
-    if setup.trainable_spec.adapter is not None:
-        _save_adapter(setup, setup.trainable_spec.adapter, loop.state.params)
+    params, step = loop.state.params, loop.steps_done
+    export_adapter(setup.run, setup.run_dir, setup.model, setup.trainable_spec, params, step)
     if setup.is_primary:
+        log_best_step(setup.run_dir, loop.report.log)
         log_results(setup.run, setup.run_dir, data, loop.report.log)
-
-
-def _flops_per_token(setup: Setup) -> dict[str, float]:
-    """FLOPs per token by how attention is counted: `causal` or `full`."""
-    return {
-        attention: flops_per_token(
-            setup.model,
-            setup.run.train.seq_len,
-            causal=attention == "causal",
-            frozen=setup.trainable_spec.adapter is not None,
-            reference=setup.trainable_spec.reference,
-        )
-        for attention in ("causal", "full")
-    }
-
-
-def _make_find_nonfinite(setup: Setup, frozen: Frozen) -> Callable[[Any, Any], dict[str, Any]]:
-    """Makes the function that reports which parameters and gradients are not finite on a batch."""
-    loss_fn = setup.trainable_spec.wrap(make_loss_fn(setup.run, setup.model, setup.platform))
-
-    def total_loss(trainable: Any, frozen: Frozen, batch: Any) -> jax.Array:
-        return loss_fn(trainable, frozen, batch).total
-
-    def find_nonfinite(trainable: Any, batch: Any) -> dict[str, Any]:
-        grads = jax.jit(jax.grad(total_loss))(trainable, frozen, batch)
-        report = {}
-        for name, tree in (("parameters", trainable), ("gradients", grads)):
-            counts = {
-                jax.tree_util.keystr(path, simple=True, separator="."): int(jnp.sum(~jnp.isfinite(leaf)))
-                for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-            }
-            report[f"not_finite_in_{name}"] = {path: count for path, count in counts.items() if count}
-        return report
-
-    return find_nonfinite
-
-
-def _save_adapter(setup: Setup, settings: adapters.Settings, trainable: Any) -> None:
-    """Writes the adapter, gathered from all processes, and its head into the run's directory."""
-    if jax.process_count() > 1:
-        trainable = multihost_utils.process_allgather(trainable, tiled=True)
-    if not setup.is_primary:
-        return
-    head = None
-    if setup.model.labels:
-        head = Head(np.asarray(trainable["score"]["kernel"]).T, setup.model.labels)
-    save_adapter(
-        setup.run_dir / RUN_ADAPTER_DIR,
-        settings,
-        {"layers": trainable["layers"]},
-        setup.model,
-        base_model=setup.run.model.init_from,
-        replace=True,
-        head=head,
-    )
+        log_goodput(loop.goodput, loop.report.log)

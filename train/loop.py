@@ -8,12 +8,13 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
-from llama_jax.errors import DataError, LlamaJaxError
+from llama_jax.errors import DataError, ExitStatus, LlamaJaxError, StorageError, StoreError
+from llama_jax.storage import local_folder
 
 from .checkpoints.checkpoints import Checkpoints
 from .config.eval import EvalConfig
@@ -21,8 +22,9 @@ from .config.objective import HEAD_OBJECTIVES
 from .config.run import RunConfig
 from .data import Batches
 from .feed import Feed, only_arrays
+from .metrics.clock import Clock, GoodputRecords
 from .metrics.report import Report
-from .signals import Interrupts
+from .signals import FAILED, REFUSED, Interrupts
 from .state import TrainState
 from .step import StepMetrics
 
@@ -32,6 +34,13 @@ EVAL_LOSSES = "eval_losses"  # key in a checkpoint's data state
 class Diverged(LlamaJaxError):
     """Loss or gradient were not finite for `train.max_bad_steps` consecutive steps."""
 
+    exit_status = ExitStatus.NOT_FINITE
+
+
+def _may_pass(problem: Exception) -> bool:
+    """Whether what a run was stopped for may be over when it is started again."""
+    return not isinstance(problem, StoreError) or problem.transient
+
 
 def should_stop_early(losses: Sequence[float], config: EvalConfig) -> bool:
     """Whether none of the last `config.patience` eval losses improved on the lowest before them."""
@@ -39,28 +48,6 @@ def should_stop_early(losses: Sequence[float], config: EvalConfig) -> bool:
         return False
     before, last = losses[: -config.patience], losses[-config.patience :]
     return min(last) > min(before) - max(config.min_improvement, 1e-12)
-
-
-@dataclasses.dataclass
-class Timer:
-    """Seconds since the last record, by what they were spent on."""
-
-    start: float = dataclasses.field(default_factory=time.perf_counter)
-    data: float = 0.0
-    checkpoint: float = 0.0
-    evaluation: float = 0.0
-
-    @contextlib.contextmanager
-    def measure(self, name: str) -> Any:
-        """Adds the time of the block to `data`, `checkpoint` or `evaluation`."""
-        start = time.perf_counter()
-        yield
-        setattr(self, name, getattr(self, name) + time.perf_counter() - start)
-
-    @property
-    def training(self) -> float:
-        """Seconds spent on steps and their data."""
-        return time.perf_counter() - self.start - self.checkpoint - self.evaluation
 
 
 @dataclasses.dataclass
@@ -75,12 +62,12 @@ class Loop:
       steps_done: number of steps in `state`.
       batches: this process's batches from the next step on.
       feed: transfers batches to the devices.
-      checkpoints, report, interrupts: see their classes.
+      checkpoints, report, interrupts, clock, goodput: see their classes.
       evaluate: trainable parameters -> metrics on the validation set.
       sample: (trainable parameters, key) -> sampled text.
       find_nonfinite: (trainable parameters, batch) -> which parameters and gradients are not finite.
       flops_per_token: FLOPs per token with `causal` and `full` attention.
-      peak_flops: FLOP/s of all devices.
+      peak_flops: FLOP/s of all devices; None if it is unknown.
       eval_losses: the eval losses of the run so far, for `eval.patience`.
     """
 
@@ -94,33 +81,39 @@ class Loop:
     checkpoints: Checkpoints
     report: Report
     interrupts: Interrupts
+    clock: Clock
+    goodput: GoodputRecords
     evaluate: Callable[[Any], dict[str, float]]
     sample: Callable[[Any, jax.Array], str]
     find_nonfinite: Callable[[Any, Any], dict[str, Any]]
     flops_per_token: Mapping[str, float]
-    peak_flops: float
+    peak_flops: float | None
     eval_losses: list[float] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._start = time.perf_counter()
-        self._timer = Timer()
-        self._unlogged: list[tuple[int, StepMetrics]] = []  # steps since the last record
-        self._latest: tuple[int, StepMetrics] | None = None
+        self._start, self._first_step = time.perf_counter(), self.steps_done + 1
+        self._running: list[tuple[int, StepMetrics]] = []  # dispatched, and perhaps not finished
+        self._unlogged: list[tuple[int, StepMetrics]] = []  # finished steps since the last record
+        self._logged_seconds: dict[str, float] = {}  # of the clock, at the last record
         self._recent_batches: dict[int, Mapping[str, np.ndarray]] = {}  # of the last two steps
         self._eval_metrics: dict[str, float] = {}  # of this step, if it was evaluated
         self._trace_end = 0  # the step after which the profiler trace ends; 0 without one
+        self._trace_files = contextlib.ExitStack()
 
     def train(self) -> int:
         """Runs the remaining steps.
 
         Returns:
-          0, or the signal that stopped it; the state is saved in either case.
+          0, or the signal that stopped it; the state is saved in any case.
 
         Raises:
           Diverged: after `max_bad_steps` consecutive steps whose loss or gradient was not finite; the last of
             them is not saved, but dumped for debugging.
           CheckpointError, DataError: from saving checkpoints and reading data.
+          StorageError, BrokenPipeError: if the metrics or the log cannot be written; the state is saved.
         """
+        self.clock.switch("steps")
+        self._logged_seconds = self.clock.seconds()
         try:
             stopped = self._run_steps()
         except DataError as error:
@@ -129,13 +122,36 @@ class Loop:
         self._log_metrics()
         self._stop_trace()
         self._save()
-        self.checkpoints.wait()
+        with self.clock.spend("checkpoint"):
+            self.checkpoints.wait()
+        self.goodput.finish(self.steps_done, complete=not stopped)
+        self.clock.switch("evaluation")  # what is left may take as long
+        self._raise_problem(stopped)
         return stopped
+
+    def _raise_problem(self, stopped: int) -> None:
+        """Raises what the run was saved and stopped for, in this process or another."""
+        if isinstance(problem := self.report.problem, BrokenPipeError):
+            raise problem
+        if problem is not None or stopped in (FAILED, REFUSED):
+            fix = "" if isinstance(problem, StoreError) else "free some space, and "
+            raise StorageError(
+                f"{problem or 'process 0 cannot write the metrics'}; the run is saved after step "
+                f"{self.steps_done}: {fix}run the same command again to resume",
+                transient=_may_pass(problem) if problem is not None else stopped == FAILED,
+            )
+
+    def _agreed_stop(self) -> int:
+        if (problem := self.report.problem) is not None:
+            self.interrupts.fail(transient=_may_pass(problem))
+        if jax.process_count() > 1 and jax.process_index() == 0 and self.checkpoints.is_time():
+            self.interrupts.ask_to_save()
+        return self.interrupts.agreed_stop()
 
     def _run_steps(self) -> int:
         """Runs the remaining steps and the final evaluation; returns 0, or the signal that stopped it."""
         stopped = 0
-        while self.steps_done < self.run.train.steps and not (stopped := self.interrupts.agreed_stop()):
+        while self.steps_done < self.run.train.steps and not (stopped := self._agreed_stop()):
             if should_stop_early(self.eval_losses, self.run.eval):
                 self.report.log(
                     f"eval_loss has not improved in {self.run.eval.patience} evaluations: stopped after step "
@@ -143,7 +159,7 @@ class Loop:
                 )
                 break
             self._run_step()
-        self._check_finite(self._latest)
+        self._finish_running()
         if not stopped:
             self._evaluate(final=True)
         return stopped
@@ -164,38 +180,69 @@ class Loop:
         )
 
     def _run_step(self) -> None:
-        """Runs a step, and the logging, evaluation and checkpoint that are due after it."""
+        """Dispatches a step, and runs the logging, evaluation and checkpoint that are due.
+
+        The metrics of a step are read when the next one has been dispatched, so that the devices have work
+        while the host prepares the batch after it.
+        """
         self._profile()
-        with self._timer.measure("data"):
-            batch = next(self.batches)
+        batch = self._next_batch()
         self.state, metrics = self.step(self.state, self.feed.put(batch))
+        for value in jax.tree.leaves(metrics):
+            value.copy_to_host_async()
         self.steps_done += 1
-        self._unlogged.append((self.steps_done, metrics))
+        self._running.append((self.steps_done, metrics))
         self._recent_batches[self.steps_done] = batch
         self._recent_batches.pop(self.steps_done - 2, None)
-        self._check_finite(self._latest)  # of the previous step, so that this one runs asynchronously
-        self._latest = (self.steps_done, metrics)
-        if self.steps_done % self.run.log.every == 0:
-            self._log_metrics()
+        self._finish_running(but=1)
+        self.report.advance(self.steps_done)
         if self.steps_done == self.run.train.steps:
             return
         self._evaluate(final=False)
-        if self.checkpoints.should_save(self.steps_done):
-            self._check_finite(self._latest)  # waits for the step, whose time is not the checkpoint's
+        if self.checkpoints.should_save(self.steps_done, is_time=self.interrupts.save_is_due):
+            self._finish_running()  # their time is not the checkpoint's
             if not int(metrics.bad_run):  # else the weights may be ruined, and would push out good ones
                 self._save()
 
-    def _check_finite(self, step: tuple[int, StepMetrics] | None) -> None:
-        """Aborts if this was the last of `max_bad_steps` consecutive skipped steps."""
-        if step is None or int(step[1].bad_run) < self.run.train.max_bad_steps:
-            return
-        number, metrics = step
-        dump = self._dump(number, metrics)
+    def _next_batch(self) -> Mapping[str, np.ndarray]:
+        """This process's next batch; the wait is the data's where the devices have become idle."""
+        start, self.clock.waiting_for = time.monotonic(), "waiting for a batch"
+        batch = next(self.batches)
+        self.clock.waiting_for = ""
+        if all(value.is_ready() for _, metrics in self._running[-1:] for value in jax.tree.leaves(metrics)):
+            self.clock.reassign(time.monotonic() - start, source="steps", target="data")
+        return batch
+
+    def _finish_running(self, but: int = 0) -> None:
+        """Waits for all dispatched steps but the last few, and logs their metrics.
+
+        Raises:
+          Diverged: if one was the last of `max_bad_steps` consecutive skipped steps.
+        """
+        while len(self._running) > but:
+            number, on_devices = self._running.pop(0)
+            metrics = jax.device_get(on_devices)
+            self.clock.progress()
+            self._unlogged.append((number, metrics))
+            if int(metrics.bad_run) >= self.run.train.max_bad_steps:
+                self._diverged(number, metrics)
+            if number == self._first_step:
+                self.report.first_step(number, float(metrics.loss))
+            if number % self.run.log.every == 0:
+                self._log_metrics()
+
+    def _diverged(self, number: int, metrics: StepMetrics) -> NoReturn:
+        """Dumps a step that was not finite, and aborts."""
+        try:
+            with self.clock.spend("evaluation"):
+                details = f"{self._dump(number, metrics)} lists the tensors"
+        except OSError as error:
+            details = f"{error.filename or self.run_dir} cannot be written: {error.strerror}"
         self._log_metrics()
         raise Diverged(
             f"step {number}: loss {float(metrics.loss)}, gradient norm {float(metrics.grad_norm)}; not "
-            f"finite for {int(metrics.bad_run)} consecutive steps, which were skipped; {dump} lists the "
-            "tensors; lower optimizer.learning_rate, or check the data of that step"
+            f"finite for {int(metrics.bad_run)} consecutive steps, which were skipped; {details}; "
+            "lower optimizer.learning_rate, or check the data of that step"
         )
 
     def _dump(self, number: int, metrics: StepMetrics) -> Path:
@@ -214,39 +261,52 @@ class Loop:
             (folder / "report.json").write_text(json.dumps(report, indent=1))
             if batch is not None:
                 arrays: dict[str, Any] = {**only_arrays(batch)}
-                np.savez(folder / "batch.npz", **arrays)
+                with (folder / "batch.npz").open("wb") as file:
+                    np.savez(file, **arrays)
         return folder
 
     def _log_metrics(self) -> None:
-        """Writes the record of the steps since the last one."""
+        """Writes the record of the finished steps since the last one."""
         if not self._unlogged:
             return
-        metrics = [jax.device_get(m) for _, m in self._unlogged]
-        seconds, timer, steps = self._timer.training, self._timer, len(metrics)
+        last, metrics = self._unlogged[-1][0], [values for _, values in self._unlogged]
+        now, steps = self.clock.seconds(), len(metrics)
+        seconds = {name: value - self._logged_seconds[name] for name, value in now.items()}
         count = sum(float(m.tokens) for m in metrics)
         tokens_per_step = self.run.train.global_batch_size * self.run.train.seq_len
-        rate = steps * tokens_per_step / seconds
+        rate = steps * tokens_per_step / max(seconds["steps"] + seconds["data"], 1e-9)
         total_loss = sum(float(m.loss) * float(m.tokens) for m in metrics)
+        self.goodput.write(last)
+        goodput = self.goodput.goodput()
+        shares = {} if goodput is None else goodput.shares
         self.report.step(
             {
-                "step": self._unlogged[-1][0],
+                "step": last,
                 "loss": total_loss / max(count, 1.0),
-                "tokens": self._unlogged[-1][0] * tokens_per_step,
+                "tokens": last * tokens_per_step,
                 "tokens_per_second": rate,
-                "mfu": rate * self.flops_per_token["causal"] / self.peak_flops,
-                "mfu_full_attention": rate * self.flops_per_token["full"] / self.peak_flops,
+                "mfu": self._utilization(rate, "causal"),
+                "mfu_full_attention": self._utilization(rate, "full"),
                 "learning_rate": float(metrics[-1].learning_rate),
                 "grad_norm": float(metrics[-1].grad_norm),
                 "seconds": time.perf_counter() - self._start,
-                "step_seconds": (seconds - timer.data) / steps,
-                "data_seconds": timer.data / steps,
-                "checkpoint_seconds": timer.checkpoint / steps,
-                "evaluation_seconds": timer.evaluation / steps,
+                "step_seconds": seconds["steps"] / steps,
+                "data_seconds": seconds["data"] / steps,
+                "checkpoint_seconds": seconds["checkpoint"] / steps,
+                "evaluation_seconds": seconds["evaluation"] / steps,
                 "skipped_steps": int(metrics[-1].skipped),
                 "skipped_records": sum(self.batches.skipped.values()),
+                "goodput": shares.get("steps"),
+                "wall_time": {name: round(share, 4) for name, share in shares.items()},
             }
         )
-        self._unlogged, self._timer = [], Timer()
+        self._unlogged, self._logged_seconds = [], now
+
+    def _utilization(self, tokens_per_second: float, attention: str) -> float | None:
+        """The fraction of the devices' peak FLOP/s; None where that is unknown."""
+        if self.peak_flops is None:
+            return None
+        return tokens_per_second * self.flops_per_token[attention] / self.peak_flops
 
     def _evaluate(self, *, final: bool) -> None:
         """Evaluates, and samples text, if this step is due for it."""
@@ -256,9 +316,9 @@ class Loop:
         sample = sample and config.max_new_tokens and objective not in HEAD_OBJECTIVES  # they have no LM head
         record: dict[str, Any] = {"step": self.steps_done}
         self._eval_metrics = {}
-        if evaluate or sample:  # pending steps are not evaluation time
-            jax.block_until_ready(self.state.step)
-        with self._timer.measure("evaluation"):
+        if evaluate or sample:
+            self._finish_running()  # their time is not the evaluation's
+        with self.clock.spend("evaluation"):
             if evaluate:
                 self._eval_metrics = self.evaluate(self.state.params)
                 record |= self._eval_metrics
@@ -271,7 +331,8 @@ class Loop:
 
     def _save(self) -> None:
         if self.steps_done:
-            with self._timer.measure("checkpoint"):
+            with self.clock.spend("checkpoint"):
+                self.report.flush()
                 data_state = {**self.batches.state(), EVAL_LOSSES: self.eval_losses}
                 self.checkpoints.save(self.steps_done, self.state, data_state, self._eval_metrics)
 
@@ -280,7 +341,8 @@ class Loop:
         is_due = self.run.train.profile_at and self.steps_done + 1 == self.run.train.profile_at
         if (is_due or self.interrupts.profile) and not self._trace_end:
             self.interrupts.profile = False
-            jax.profiler.start_trace(str(self.run_dir / "profile"))
+            folder = self._trace_files.enter_context(local_folder(self.run_dir / "profile"))
+            jax.profiler.start_trace(str(folder))
             self._trace_end = self.steps_done + self.run.train.profile_steps
         elif self._trace_end and self.steps_done >= self._trace_end:
             self._stop_trace()
@@ -288,7 +350,9 @@ class Loop:
     def _stop_trace(self) -> None:
         if self._trace_end:
             jax.block_until_ready(self.state.step)
-            jax.profiler.stop_trace()
+            with self.clock.spend("evaluation"):
+                jax.profiler.stop_trace()
+                self._trace_files.close()
             self._trace_end = 0
             self.report.log(
                 f"profiler trace in {self.run_dir / 'profile'}; view it with tensorboard --logdir"

@@ -47,16 +47,37 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
       ConfigError: at initialization, if a pattern of `freeze` matches no parameter.
     """
     transform = _optimizer(config, schedule)
-    if config.layer_decay != 1:
-        transform = optax.chain(transform, _scale_by_layer(config.layer_decay))
-    if not config.freeze:
-        return transform
+    if config.freeze:
+        transform = _without_frozen(transform, config)
+    return transform if config.layer_decay == 1 else _scaled_by_layer(transform, config.layer_decay)
 
-    def labels(params: Any) -> Any:
-        mask = frozen_mask(config, params)
-        return jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "trained", mask)
 
-    return optax.partition({"trained": transform, "frozen": optax.set_to_zero()}, labels)
+def _without_frozen(
+    transform: optax.GradientTransformation, config: OptimizerConfig
+) -> optax.GradientTransformation:
+    """Applies `transform` to the parameters that are not frozen; the others get no update.
+
+    The state has the leaves that it has without frozen parameters, but for theirs: a resumed run may freeze
+    others.
+    """
+
+    def without(tree: Any, mask: Any) -> Any:
+        return jax.tree.map(lambda x, is_frozen: optax.MaskedNode() if is_frozen else x, tree, mask)
+
+    def init(params: Any) -> Any:
+        return transform.init(without(params, frozen_mask(config, params)))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        mask = frozen_mask(config, updates)
+        params = None if params is None else without(params, mask)
+        new, state = transform.update(without(updates, mask), state, params)
+        zeros = jax.tree.map(jnp.zeros_like, updates)
+        new = jax.tree.map(
+            lambda zero, update: zero if isinstance(update, optax.MaskedNode) else update, zeros, new
+        )
+        return new, state
+
+    return optax.GradientTransformation(init, update)
 
 
 def frozen_mask(config: OptimizerConfig, params: Any) -> Any:
@@ -79,11 +100,14 @@ def frozen_mask(config: OptimizerConfig, params: Any) -> Any:
     return mask
 
 
-def _scale_by_layer(decay: float) -> optax.GradientTransformation:
-    """Scales updates of layer l of L by decay^(L - 1 - l), of the embedding by decay^L."""
+def _scaled_by_layer(transform: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
+    """Scales the updates of layer l of L by decay^(L - 1 - l), of the embedding by decay^L.
 
-    def scale(updates: Any, params: Any = None) -> Any:
-        del params
+    The state is that of `transform`, so that a resumed run may change the decay.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = transform.update(updates, state, params)
         count = jax.tree.leaves(updates["layers"])[0].shape[0]
 
         def scale_leaf(path: Any, update: jax.Array) -> jax.Array:
@@ -94,9 +118,9 @@ def _scale_by_layer(decay: float) -> optax.GradientTransformation:
             factors = decay ** jnp.arange(count - 1, -1, -1, dtype=jnp.float32)
             return update * factors.reshape(-1, *(1,) * (update.ndim - 1))
 
-        return jax.tree_util.tree_map_with_path(scale_leaf, updates)
+        return jax.tree_util.tree_map_with_path(scale_leaf, updates), state
 
-    return optax.stateless(scale)
+    return optax.GradientTransformation(transform.init, update)
 
 
 def _optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

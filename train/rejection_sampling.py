@@ -7,6 +7,7 @@ train on with `train.objective = "sft"`.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,13 +20,16 @@ from rich.console import Console
 from rich.progress import Progress
 
 import llama_jax as lj
-from llama_jax.chat import chat_template, encode_chat, validate_messages
+from llama_jax.chat import chat_template, encode_chat
 from llama_jax.console import terminal
 from llama_jax.console.exit_status import exit_status
 from llama_jax.console.parser import Parser
 from llama_jax.decoding.arguments import pad_right
 from llama_jax.errors import DataError, InputError
+from llama_jax.storage import as_path
 
+from .data.conversations import Conversation, read_messages, read_variables
+from .data.records import BadRecord
 from .scorer import Scorer
 
 EXAMPLES = """
@@ -34,11 +38,11 @@ python -m llama_jax.train.rejection_sampling smollm2-135m runs/reward prompts.js
 llama-jax train configs/sft_smollm2.toml --data.files best.jsonl
 """
 
-Messages = list[dict[str, str]]
 
-
-def read_prompts(path: Path) -> list[Messages]:
+def read_prompts(path: Path) -> list[Conversation]:
     """Reads prompts: JSONL with `messages` (trailing answers are dropped) or `prompt`, a text or messages.
+
+    `tools` and `chat_template_kwargs` go to the template, as in training.
 
     Raises:
       DataError: naming file and line.
@@ -53,20 +57,18 @@ def read_prompts(path: Path) -> list[Messages]:
             continue
         try:
             record = json.loads(line)
-            prompt = record["messages"] if "messages" in record else record["prompt"]
-            messages = (
-                [{"role": "user", "content": prompt}]
-                if isinstance(prompt, str)
-                else validate_messages(prompt)
-            )
-        except (ValueError, TypeError, KeyError, RecursionError, InputError) as error:
-            problem = str(error) if isinstance(error, InputError) else "no object with messages or prompt"
+            name = "messages" if "messages" in record else "prompt"
+            if name == "prompt" and isinstance(record[name], str):
+                record[name] = [{"role": "user", "content": record[name]}]
+            messages, variables = read_messages(record, name), read_variables(record)
+        except (ValueError, TypeError, KeyError, RecursionError, BadRecord) as error:
+            problem = error.message if isinstance(error, BadRecord) else "no object with messages or prompt"
             raise DataError(f"{path}:{number}: {problem}; fix or remove the line") from None
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if not messages:
             raise DataError(f"{path}:{number}: no user message to answer; fix or remove the line")
-        prompts.append(messages)
+        prompts.append(Conversation(messages, len(messages), variables))
     if not prompts:
         raise DataError(f"{path}: contains no prompts; give a JSONL file with messages or prompt")
     return prompts
@@ -75,7 +77,7 @@ def read_prompts(path: Path) -> list[Messages]:
 def best_of_n(
     model: lj.Model,
     scorer: Scorer,
-    prompts: Sequence[Messages],
+    prompts: Sequence[Conversation],
     *,
     samples: int,
     max_new_tokens: int,
@@ -87,7 +89,8 @@ def best_of_n(
     """Samples answers to each prompt, and yields the conversation with the highest reward.
 
     Args:
-      model: the policy.
+      model: the policy; on a mesh over several processes each must make the same call, and each gets all
+        records.
       scorer: the reward model.
       prompts: conversations that end with a user message.
       samples: answers per prompt.
@@ -96,22 +99,25 @@ def best_of_n(
       template: the policy's chat template; empty for the one that came with it.
 
     Yields:
-      `messages`, `reward`, and `rewards` of all distinct, non-empty answers; nothing if there is none.
+      `messages`, `reward`, `rewards` of all distinct, non-empty answers, and the template's variables, such
+      as `tools`; nothing if there is no answer.
     """
     chat = chat_template(model.tokenizer, template or None)
-    for index, messages in enumerate(prompts):
-        tokens, lengths = pad_right([encode_chat(model.tokenizer, chat, messages)])
-        out = lj.generate(
-            model.config,
-            model.params,
-            tokens,
-            lengths,
-            jax.random.fold_in(jax.random.key(seed), index),
-            lj.Sampling(temperature=temperature, top_p=top_p),
-            max_new_tokens=max_new_tokens,
-            eos_id=model.tokenizer.eos_ids,
-            num_return_sequences=samples,
-        )
+    sampling, _ = model.sampling(temperature=temperature, top_p=top_p)
+    for index, prompt in enumerate(prompts):
+        tokens, lengths = pad_right([encode_chat(model.tokenizer, chat, prompt.messages, **prompt.variables)])
+        with model.on_mesh():
+            out = lj.generate(
+                model.config,
+                model.params,
+                tokens,
+                lengths,
+                jax.random.fold_in(jax.random.key(seed), index),
+                sampling,
+                max_new_tokens=max_new_tokens,
+                eos_id=model.tokenizer.eos_ids,
+                num_return_sequences=samples,
+            )
         ids, ends = np.asarray(out.tokens).reshape(samples, -1), np.asarray(out.lengths).reshape(samples)
         texts = [
             model.tokenizer.decode(row[:end].tolist()).strip() for row, end in zip(ids, ends, strict=True)
@@ -119,11 +125,17 @@ def best_of_n(
         answers = list(dict.fromkeys(text for text in texts if text))
         if not answers:
             continue
-        conversations = [[*messages, {"role": "assistant", "content": text}] for text in answers]
+        conversations = [
+            dataclasses.replace(prompt, messages=[*prompt.messages, {"role": "assistant", "content": text}])
+            for text in answers
+        ]
         rewards = scorer.scores(conversations)[:, 0]
         best = int(rewards.argmax())
+        others = {name: value for name, value in prompt.variables.items() if name != "tools"}
         yield {
-            "messages": conversations[best],
+            "messages": conversations[best].messages,
+            **({"tools": prompt.variables["tools"]} if "tools" in prompt.variables else {}),
+            **({"chat_template_kwargs": others} if others else {}),
             "reward": float(rewards[best]),
             "rewards": [float(reward) for reward in rewards],
         }
@@ -154,10 +166,10 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse(argv)
     if args.samples < 1:
         raise InputError(f"--samples is {args.samples}; it must be at least 1")
-    out = Path(args.out)
+    out = as_path(args.out)
     if out.exists():
         raise InputError(f"{out}: already exists; remove it, or give another output file")
-    prompts = read_prompts(Path(args.prompts))
+    prompts = read_prompts(as_path(args.prompts))
     scorer = Scorer.load(args.reward, template=args.template)
     if scorer.objective != "reward":
         raise InputError(f"{args.reward}: was trained to {scorer.objective}; give a reward model")

@@ -11,19 +11,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import llama_jax as lj
+from llama_jax import sharding
 from llama_jax.chat import ChatTemplate, chat_template
+from llama_jax.decoding.processes import fetch
 from llama_jax.errors import InputError, TokenizerError
 from llama_jax.model import hidden_states
 from llama_jax.text.pretrained import resolve
 from llama_jax.weights import open_source
+from llama_jax.weights.run_adapters import is_step, run_of
 
 from .config.objective import HEAD_OBJECTIVES, Objective
 from .config.read import load_config
+from .data.conversations import Conversation
 from .data.encode import Encoder
 from .data.examples import ExampleEncoder, Segment
-from .data.formats import Conversation, Example, PlainText
+from .data.formats import Example, PlainText
 from .data.records import BadRecord
 
 _PAD_MULTIPLE = 64  # sequences are padded to a multiple of it, to limit the number of compiled programs
@@ -46,13 +51,16 @@ class Scorer:
     pad_id: int | None = None
 
     @staticmethod
-    def load(name_or_path: str | Path, dtype: str = "float32", *, template: str = "") -> Scorer:
+    def load(
+        name_or_path: str | Path, dtype: str = "float32", *, template: str = "", mesh: Mesh | None = None
+    ) -> Scorer:
         """Loads a run, or another model with a head, such as Hugging Face's LlamaForSequenceClassification.
 
         Args:
-          name_or_path: the directory of the run or model.
+          name_or_path: the directory of the run, of one of its steps, or of a model.
           dtype: compute dtype.
           template: chat template for conversations, if the model comes with none.
+          mesh: shard the model over this mesh, as `llama_jax.load` does.
 
         Raises:
           InputError: if it has no head.
@@ -60,16 +68,18 @@ class Scorer:
         """
         folder = resolve(name_or_path)
         objective: Objective
-        if (folder / "config.toml").is_file():
-            run = load_config(folder / "config.toml")
+        config_file = (run_of(folder) if is_step(folder) else folder) / "config.toml"
+        if config_file.is_file():
+            run = load_config(config_file)
             objective = encoding_objective = run.train.objective
             model_template, seq_len = run.data.template, run.train.seq_len
+            parse_special = run.data.parse_special
             if objective not in HEAD_OBJECTIVES:
                 raise InputError(
                     f'{folder}: its train.objective is "{objective}", which has no head; give a run of '
                     f"{', '.join(HEAD_OBJECTIVES)}"
                 )
-            model, pad_id = lj.load(folder, dtype=dtype), None
+            model, pad_id = lj.load(folder, dtype=dtype, mesh=mesh), None
         else:
             source = open_source(folder)
             if not source.config.labels:
@@ -78,16 +88,17 @@ class Scorer:
                     f"{', '.join(HEAD_OBJECTIVES)}, or a Hugging Face directory of "
                     "LlamaForSequenceClassification"
                 )
-            model, pad_id = lj.load(folder, dtype=dtype), source.metadata.get("pad_token_id")
+            model, pad_id = lj.load(folder, dtype=dtype, mesh=mesh), source.metadata.get("pad_token_id")
             objective = "reward" if len(source.config.labels) == 1 else "classify"
-            encoding_objective, model_template = "classify", ""
+            encoding_objective, model_template, parse_special = "classify", "", True
             seq_len = model.config.max_position_embeddings
         try:
             chat: ChatTemplate | None = chat_template(model.tokenizer, model_template or None)
         except TokenizerError:
             chat = chat_template(model.tokenizer, template) if template else None
         seq_len = min(seq_len, model.config.max_position_embeddings)
-        encode = ExampleEncoder(Encoder(model.tokenizer), chat, encoding_objective, seq_len, "fail")
+        encode_text = Encoder(model.tokenizer, parse_special)
+        encode = ExampleEncoder(encode_text, chat, encoding_objective, seq_len, "fail")
         return Scorer(model, objective, encode, pad_id)
 
     @property
@@ -98,16 +109,20 @@ class Scorer:
     def scores(self, inputs: Sequence[Any], batch_size: int = 16) -> np.ndarray:
         """Returns the head's outputs f32 [n, C] for each text or conversation.
 
+        On a mesh over several processes each must make the same call, and each gets all outputs.
+
         Args:
-          inputs: texts, or lists of messages; for a reward model these end with the answer, and plain text is
-            a pair (prompt, answer).
-          batch_size: sequences per forward pass.
+          inputs: texts, or conversations: lists of messages or `Conversation`s; for a reward model these end
+            with the answer, and plain text is a pair (prompt, answer).
+          batch_size: sequences per forward pass; raised to what the mesh divides.
 
         Raises:
           InputError: for one that cannot be encoded, with its index.
         """
         segments = [self._segment(i, one) for i, one in enumerate(inputs)]
         outputs = []
+        with self.model.on_mesh():
+            batch_size = -(-batch_size // sharding.batch_shards()) * sharding.batch_shards()
         for start in range(0, len(segments), batch_size):
             batch = segments[start : start + batch_size]
             width = -(-max(map(len, batch)) // _PAD_MULTIPLE) * _PAD_MULTIPLE
@@ -117,8 +132,9 @@ class Scorer:
             last = np.array(
                 [self._last_token(segment) for segment in batch] + [0] * (batch_size - len(batch))
             )
-            values = _head_outputs(self.model.config, self.model.params, tokens, last)
-            outputs.append(np.asarray(values)[: len(batch)])
+            with self.model.on_mesh():
+                values = fetch(_head_outputs(self.model.config, self.model.params, tokens, last))
+            outputs.append(values[: len(batch)])
         return np.concatenate(outputs) if outputs else np.zeros((0, len(self.labels)), np.float32)
 
     def classes(self, inputs: Sequence[Any], batch_size: int = 16) -> list[str]:
@@ -134,8 +150,9 @@ class Scorer:
             side = PlainText(*value)
             encode = dataclasses.replace(encode, objective=self.objective)  # appends EOS to the answer
         else:
-            answer = max(len(value) - 1, 0) if self.objective == "reward" else 0
-            side = Conversation([dict(message) for message in value], answer)
+            side = value if isinstance(value, Conversation) else Conversation([dict(m) for m in value])
+            answer = max(len(side.messages) - 1, 0) if self.objective == "reward" else 0
+            side = dataclasses.replace(side, first=answer)
         try:
             return encode(Example((side,))).segments[0]
         except BadRecord as bad:
@@ -150,6 +167,6 @@ class Scorer:
 @functools.partial(jax.jit, static_argnums=0)
 def _head_outputs(config: lj.LlamaConfig, params: Any, tokens: jax.Array, last: jax.Array) -> jax.Array:
     """The head's outputs f32 [B, C] at positions `last` int32 [B]."""
-    x = hidden_states(config, params, tokens)
-    x_last = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0].astype(jnp.float32)
-    return x_last @ params["score"]["kernel"]
+    x, last = sharding.over_batch(hidden_states(config, params, tokens)), sharding.over_batch(last)
+    take = jax.vmap(lambda row, index: jax.lax.dynamic_index_in_dim(row, index, keepdims=False))
+    return take(x, last).astype(jnp.float32) @ params["score"]["kernel"]

@@ -1,4 +1,4 @@
-"""Signal handling: the first Ctrl-C or SIGTERM saves and stops, a second Ctrl-C exits immediately."""
+"""Signal handling: the first Ctrl-C, SIGTERM or SIGHUP saves and stops, a second Ctrl-C exits immediately."""
 
 from __future__ import annotations
 
@@ -9,22 +9,33 @@ import threading
 from types import TracebackType
 from typing import Self
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
+from .coordination import Agreement
+
+FAILED = 255  # in place of a signal: a process cannot go on, and asks the others to save and stop with it
+REFUSED = 254  # the same, and would fail again
+SAVE = "save"  # the event that a checkpoint is due by the clock of process 0
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupts:
     """A context in which signals set flags that the loop reads between steps.
 
+    Args:
+      agreement: with the other processes of the run.
+
     Attributes:
-      stop: the last SIGINT or SIGTERM that this process received, or 0.
+      stop: the last SIGINT, SIGTERM or SIGHUP (the terminal was closed) that this process received, or 0.
       profile: whether SIGUSR1 has requested a profiler trace.
+      save_is_due: whether `SAVE` was agreed on at the last call of `agreed_stop`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, agreement: Agreement | None = None) -> None:
+        self.agreement = Agreement() if agreement is None else agreement
         self.stop = 0
         self.profile = False
+        self.save_is_due = False
+        self._agreed = 0
+        self._asked_to_save = self._failed = False
         self._cleanup = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -39,7 +50,9 @@ class Interrupts:
             self._cleanup.callback(thread.join)
             self._cleanup.callback(os.close, write_end)
             self._cleanup.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(write_end))
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            for number in (*_STOPS, signal.SIGUSR1):
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # as `nohup` wants it
                 self._cleanup.callback(signal.signal, number, signal.signal(number, lambda *_: None))
         return self
 
@@ -49,10 +62,32 @@ class Interrupts:
         self._cleanup.close()
 
     def agreed_stop(self) -> int:
-        """The signal that any process of the run received, or 0; a collective: every process must call it."""
-        if jax.process_count() == 1:
-            return self.stop
-        return int(np.max(multihost_utils.process_allgather(np.int32(self.stop))))
+        """The signal that any process of the run received, FAILED or REFUSED if one has, or 0.
+
+        Every process must call it equally often: all return the signal at the same call, and from then on.
+        """
+        events = self.agreement.poll()
+        self.save_is_due = SAVE in events
+        self._asked_to_save &= not self.save_is_due
+        stops = [int(event.partition(" ")[2]) for event in events if event.startswith("stop ")]
+        self._agreed = self._agreed or max(stops, default=0)
+        return self._agreed
+
+    def ask_to_save(self) -> None:
+        """Asks all processes to save a checkpoint after the same step; once until they do."""
+        if not self._asked_to_save:
+            self._asked_to_save = True
+            self.agreement.request(SAVE)
+
+    def fail(self, *, transient: bool = True) -> None:
+        """Asks all processes to save and stop, as this one cannot go on; once.
+
+        Args:
+          transient: whether the reason may pass.
+        """
+        if not self._failed:
+            self._failed = True
+            self.agreement.request(f"stop {FAILED if transient else REFUSED}")
 
     def _watch(self, pipe: int) -> None:
         with open(pipe, "rb", buffering=0) as signal_numbers:
@@ -63,8 +98,14 @@ class Interrupts:
         if number == signal.SIGUSR1:
             self.profile = True
         elif number == signal.SIGINT and self.stop:
-            os.write(2, b"\nstopped without saving; the run resumes from its last checkpoint\n")
+            _say(b"\nstopped without saving; the run resumes from its last checkpoint\n")
             os._exit(128 + number)
-        elif number in (signal.SIGINT, signal.SIGTERM):
+        elif number in _STOPS:
             self.stop = number
-            os.write(2, b"\nstopping after this step (Ctrl-C again to exit immediately) ...\n")
+            self.agreement.request(f"stop {number}")
+            _say(b"\nstopping after this step (Ctrl-C again to exit immediately) ...\n")
+
+
+def _say(text: bytes) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, text)

@@ -88,6 +88,21 @@ def init_state(
     return state, frozen
 
 
+def with_ema(state: TrainState, uses_ema: bool) -> TrainState:
+    """Returns a state with or without an EMA, concrete or abstract.
+
+    An EMA that is begun starts at the present parameters; where one is ended, training goes on from the
+    parameters that the optimizer updates.
+    """
+    if uses_ema == (state.moved is not None):
+        return state
+    if not uses_ema:
+        return state.replace(params=state.moved, moved=None)  # type: ignore[attr-defined]
+    is_abstract = isinstance(jax.tree.leaves(state.params)[0], jax.ShapeDtypeStruct)
+    moved = state.params if is_abstract else jax.tree.map(jnp.copy, state.params)
+    return state.replace(moved=moved)  # type: ignore[attr-defined]
+
+
 def abstract_state(
     model: LlamaConfig,
     optimizer: optax.GradientTransformation,

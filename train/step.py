@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from llama_jax import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.loss import Loss
+from llama_jax.ops.spmd import sum_over_data
 from llama_jax.sharding import TOKENS_BT, explicit_axes
 
 from .config.run import RunConfig
@@ -61,6 +62,7 @@ def make_step(
     trainable_spec: TrainableSpec = FULL_FINETUNING,
     needs_key: bool = False,
     ema_decay: float = 0.0,
+    gradient_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Step:
     """Makes the step, not yet jitted.
 
@@ -77,6 +79,7 @@ def make_step(
       trainable_spec: which parameters are trained.
       needs_key: whether loss_fn takes a random `key`, a different one in each step.
       ema_decay: decay of the EMA of the parameters, if the state has one.
+      gradient_dtype: in which gradients are summed over the mesh axis `data`, once a step.
     """
     split_loss_fn = trainable_spec.wrap(loss_fn)
 
@@ -116,7 +119,8 @@ def make_step(
 
     def step(state: TrainState, batch: Batch, frozen: Frozen = None) -> tuple[TrainState, StepMetrics]:
         old_params = state.params if state.moved is None else state.moved
-        loss, grads = accumulate(old_params, batch, frozen, jax.random.fold_in(state.key, state.step))
+        key = jax.random.fold_in(state.key, state.step)
+        loss, grads = sum_over_data(accumulate, gradient_dtype)(old_params, batch, frozen, key)
         count = jnp.maximum(loss.count, 1.0)
         norm = optax.tree.norm(grads) / count
         scale = 1 / count
@@ -205,6 +209,7 @@ def build_step(
         trainable_spec=trainable_spec,
         needs_key=run.train.neftune_alpha > 0,
         ema_decay=run.optimizer.ema_decay,
+        gradient_dtype=jnp.dtype(run.mesh.gradient_dtype),
     )
     shape = (run.train.global_batch_size, run.train.seq_len)
     layout = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, TOKENS_BT)

@@ -23,6 +23,7 @@ from llama_jax.adapters import layer_trees
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError, InputError
 from llama_jax.model import forward_cached, unstack
+from llama_jax.ops import striped_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +83,15 @@ def _compute_kv(config: LlamaConfig, params: Any, tokens: jax.Array) -> Any:
     # The batch has to divide over the mesh's batch axes, so the same row is repeated over all of them.
     batch = math.prod(sharding.explicit_axes().get(axis, 1) for axis in sharding.BATCH)
     params = unstack(params)
-    tokens = jnp.broadcast_to(tokens, (batch, tokens.shape[0]))
-    cache = kv.init_cache(config, batch, tokens.shape[1], params["embed"]["embedding"].dtype)
+    length = tokens.shape[0]
+    tokens = jnp.broadcast_to(tokens, (batch, length))
+    cache = kv.init_cache(config, batch, length, params["embed"]["embedding"].dtype)
     _, cache = forward_cached(config, params, tokens, jnp.zeros(batch, jnp.int32), cache)
 
     def first_row(layers: Any) -> jax.Array:
         spec = P(None, *sharding.PREFIX_KPH)
-        return jnp.stack([sharding.constrain(x, spec)[0] for x in layers]).astype(jnp.float32)
+        ordered = (striped_cache.in_order(x, length) for x in layers)
+        return jnp.stack([sharding.constrain(x, spec)[0] for x in ordered]).astype(jnp.float32)
 
     return {"layers": {"attention": {"k": first_row(cache.k), "v": first_row(cache.v)}}}
 

@@ -2,116 +2,116 @@
 
 The rendered template is encoded as in Hugging Face's transformers, with one more rule: a control token, or
 another turn marker such as Llama 2's `[INST]`, is recognized only where all of it was written by the
-template. In the content of a message it is ordinary text.
+template. In a message, a tool or another variable it is ordinary text.
 """
 
 from __future__ import annotations
 
 import bisect
 import functools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+from llama_jax.chat.messages import (
+    ROLES,
+    Messages,
+    content_text,
+    map_said,
+    map_texts,
+    part_text,
+    texts,
+    validate_messages,
+    validate_variables,
+)
 from llama_jax.chat.process import RENDERER
 from llama_jax.chat.templates import ChatTemplate
-from llama_jax.errors import InputError
+from llama_jax.errors import InputError, LlamaJaxError
 from llama_jax.tokenizer import Tokenizer
-
-Messages = Sequence[Mapping[str, str]]
-
-ROLES = ("system", "user", "assistant")
 
 # Turn markers that are not control tokens in some vocabularies.
 _TURN_MARKER = re.compile(r"\[/?INST\]|<</?SYS>>|<\|[^\s<>|]{1,40}\|>")
 
 
-def validate_messages(messages: Messages) -> list[dict[str, str]]:
-    """Validates a conversation and returns a copy of its messages.
-
-    The content may be any text, including NUL and other control characters.
-
-    Raises:
-      InputError: if there are no messages; or naming the first message whose keys are not role and content,
-        whose role is not system, user or assistant, or whose content is not a str or has a lone surrogate.
-    """
-    if isinstance(messages, str | Mapping) or not messages:
-        raise InputError("there are no messages; give a list of {'role': 'user', 'content': '...'}")
-    checked = []
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            found = list(message) if isinstance(message, Mapping) else type(message).__name__
-            raise InputError(
-                f"messages[{i}] is {str(found)[:60]}; it must have a role and a content, and nothing else"
-            )
-        role, content = message["role"], message["content"]
-        if role not in ROLES:
-            raise InputError(f"messages[{i}]: role is {str(role)[:40]!r}; it must be {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise InputError(f"messages[{i}]: content is of type {type(content).__name__}; it must be a str")
-        try:
-            content.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"messages[{i}]: content has a lone surrogate, {content[error.start]!r}, at character "
-                f"{error.start}; replace it, for example with content.encode('utf-8', 'replace').decode()"
-            ) from None
-        checked.append({"role": role, "content": content})
-    return checked
-
-
-def render_chat(template: ChatTemplate, messages: Messages, add_generation_prompt: bool = True) -> str:
+def render_chat(
+    template: ChatTemplate, messages: Messages, add_generation_prompt: bool = True, **variables: Any
+) -> str:
     """Renders a conversation with a template as one text; see `encode_chat`."""
-    return _render(template, validate_messages(messages), add_generation_prompt)
-
-
-def _render(template: ChatTemplate, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-    return RENDERER.render(
-        template.name,
-        template.source,
-        {
-            "messages": messages,
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            **template.tokens,
-        },
+    return _render(
+        template, validate_messages(messages), validate_variables(variables), add_generation_prompt
     )
 
 
+def _render(
+    template: ChatTemplate,
+    messages: list[dict[str, Any]],
+    variables: Mapping[str, Any],
+    add_generation_prompt: bool,
+) -> str:
+    """Renders a template; it gets contents in parts as they are, or as one text if it reads only texts."""
+
+    def render(messages: list[dict[str, Any]]) -> str:
+        inputs = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        return RENDERER.render(template.name, template.source, {**template.tokens, **variables, **inputs})
+
+    messages = [{name: value for name, value in m.items() if name != "weight"} for m in messages]
+    in_parts = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+    if in_parts:
+        try:
+            rendered = render(messages)
+        except LlamaJaxError:
+            rendered = ""
+        written = all(part_text(part).strip() in rendered for content in in_parts for part in content)
+        if written and not any(str(content) in rendered for content in in_parts):  # no Python lists
+            return rendered
+        messages = [{**m, "content": content_text(m)} if "content" in m else m for m in messages]
+    return render(messages)
+
+
 def encode_chat(
-    tokenizer: Tokenizer, template: ChatTemplate, messages: Messages, add_generation_prompt: bool = True
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Messages,
+    add_generation_prompt: bool = True,
+    **variables: Any,
 ) -> list[int]:
     """Encodes a conversation as the token ids of a prompt.
 
     The ids equal those of Hugging Face's `apply_chat_template`: control tokens written by the template
     become their ids, and BOS is present if and only if the template writes it, regardless of
-    `tokenizer.add_bos`; a doubled BOS at the start is collapsed to one.
+    `tokenizer.add_bos`; a doubled BOS at the start is collapsed to one. Unlike there, contents in parts are
+    joined for a template that reads only texts.
 
-    In the content of a message, the vocabulary's control tokens and the template's own markers of the forms
+    In messages and variables, the vocabulary's control tokens and the template's own markers of the forms
     `[INST]`, `<<SYS>>` and `<|...|>` are ordinary text: their ids differ from those of the template's
-    markers, and decode to the same characters.
+    markers, and decode to the same characters. This holds for a template that changes a message too, or the
+    message is refused.
 
     Args:
       tokenizer: the tokenizer.
       template: from `chat_template`.
-      messages: each with a role (system, user or assistant) and a content.
+      messages: each with a role and a content, or tool calls; see `validate_messages`.
       add_generation_prompt: whether to append the header of the assistant's answer.
+      **variables: the template's other variables: `tools`, a list of JSON schemas or its JSON text;
+        `documents`; and what this template knows, such as `enable_thinking`.
 
     Returns:
       The ids, a list of int.
 
     Raises:
-      InputError: for malformed messages (see `validate_messages`), or messages that the template refuses.
+      InputError: for malformed messages or tools, or messages that the template refuses.
       TokenizerError: for a template that does not render, or exceeds the limits on time or memory.
     """
-    messages = validate_messages(messages)
+    checked, variables = validate_messages(messages), validate_variables(variables)
+    _check_calls(template, checked)
     markers = filter(None, (*tokenizer.special_tokens, *_TURN_MARKER.findall(template.source)))
     matcher = _marker_matcher(frozenset(markers))
-    sentinel = _unused_character([template.source, *(message["content"] for message in messages)])
-    guarded = [
-        {**m, "content": matcher.insert_sentinels(m["content"], sentinel, tokenizer)} for m in messages
-    ]
-    first, *rest = matcher.split(_render(template, guarded, add_generation_prompt), sentinel)
+    sentinel = _unused_character([template.source, *texts([checked, variables])])
+    rendered = _render_marked(
+        template, checked, variables, add_generation_prompt, matcher, sentinel, tokenizer
+    )
+    first, *rest = matcher.split(rendered, sentinel)
     ids = tokenizer.encode(first, add_bos=False, parse_special=True)
     sentinel_ids = tokenizer.encode(sentinel, add_bos=False) if rest else []
     for part in rest:
@@ -121,6 +121,98 @@ def encode_chat(
     if not ids:
         raise InputError(f"{template.name} renders these messages as an empty text; give another template")
     return ids
+
+
+def _check_calls(template: ChatTemplate, messages: list[dict[str, Any]]) -> None:
+    """Raises InputError for a message that is nothing but tool calls, which the template would leave out."""
+    for i, message in enumerate(messages):
+        calls = next((name for name in ("tool_calls", "function_call") if name in message), None)
+        if calls and not content_text(message) and calls not in template.source:
+            raise InputError(
+                f"messages[{i}] has {calls}, and {template.name} writes none; give a template for models "
+                "that call tools, as a Jinja file"
+            )
+
+
+def _render_marked(
+    template: ChatTemplate,
+    messages: list[dict[str, Any]],
+    variables: dict[str, Any],
+    add_generation_prompt: bool,
+    matcher: _MarkerMatcher,
+    sentinel: str,
+    tokenizer: Tokenizer,
+) -> str:
+    """Renders a template with a sentinel in every marker that was written, all or in part, by a message.
+
+    A template may write a marker from a message that holds none, by deleting or replacing characters. If it
+    changes messages, it is rendered again with a seam between all of their characters: that gives the same
+    text, and shows where each character came from; or it must give the same markers without a seam.
+
+    Raises:
+      InputError: if it does not.
+    """
+
+    def guard(text: str) -> str:
+        return matcher.insert_sentinels(text, sentinel, tokenizer)
+
+    def render(messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
+        rendered = _render(template, messages, variables, add_generation_prompt)
+        return rendered.replace(_escaped(sentinel), sentinel)
+
+    guarded_variables = {name: map_texts(guard, value) for name, value in variables.items()}
+    guarded = [
+        {**map_texts(guard, message), "role": matcher.guard_role(message["role"], sentinel)}
+        for message in messages
+    ]
+    rendered = render(guarded, guarded_variables)
+    if _in_order([text.strip() for message in guarded for text in _said(message)], rendered):
+        return rendered
+    # ASCII, and no white space: what drops or strips other characters keeps it.
+    used = set().union(template.source, *texts([messages, variables]))
+    seam = next((c for c in map(chr, range(1, 9)) if c not in used), sentinel)
+    apart = [
+        {**safe, **{name: map_said(seam.join, message[name]) for name in _SAID if name in message}}
+        for safe, message in zip(guarded, messages, strict=True)
+    ]
+    try:
+        seamed = render(apart, guarded_variables).replace(seam, sentinel)
+    except LlamaJaxError:  # the template looks for something in the message
+        return rendered
+    if seamed.replace(sentinel, "") == rendered.replace(sentinel, ""):
+        return seamed
+    if matcher.whole(seamed, sentinel) == matcher.whole(rendered, sentinel):
+        return rendered
+    raise InputError(
+        f"{template.name} changes a message so that it spells a control token, which only the template may "
+        "write; leave it out of the message, or give a template that writes messages as they are"
+    )
+
+
+_SAID = ("content", "reasoning_content", "thinking")
+
+
+def _said(message: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the texts of a message's reasoning and content."""
+    if "reasoning_content" in message:
+        yield from texts(message["reasoning_content"])
+    yield content_text(message)
+
+
+def _in_order(parts: Sequence[str], text: str) -> bool:
+    """Returns whether a text contains all parts, one after the other."""
+    position = 0
+    for part in parts:
+        found = text.find(part, position)
+        if found < 0:
+            return False
+        position = found + len(part)
+    return True
+
+
+def _escaped(character: str) -> str:
+    """Returns how JSON in ASCII, and Python's repr, write a private-use character."""
+    return json.dumps(character)[1:-1]
 
 
 class _MarkerMatcher:
@@ -156,6 +248,16 @@ class _MarkerMatcher:
         if any(content[end - n : end] in self._prefixes for n in lengths):
             positions.add(end)
         return sentinel.join(_split_at(content, sorted(positions)))
+
+    def guard_role(self, role: str, sentinel: str) -> str:
+        """Returns a role with a sentinel inside if a template could write a marker around it."""
+        if role in ROLES or not any(role in marker for marker in self._markers):
+            return role
+        return f"{role[:1]}{sentinel}{role[1:]}"
+
+    def whole(self, rendered: str, sentinel: str) -> list[str]:
+        """Returns the markers of a rendered text without a sentinel inside, in order."""
+        return [marker for part in rendered.split(sentinel) for marker in self._exact.findall(part)]
 
     def split(self, rendered: str, sentinel: str) -> list[str]:
         """Returns the parts of a rendered text to encode separately, without sentinels."""
@@ -217,14 +319,14 @@ def _encode_continuation(
 
 
 def _unused_character(texts: Sequence[str]) -> str:
-    """Returns a private-use character that occurs in none of the texts.
+    """Returns a private-use character that occurs in none of the texts, not even escaped.
 
     Raises:
       InputError: if they hold all of them.
     """
     used = set().union(*texts)
     for character in _private_use():
-        if character not in used:
+        if character not in used and not any(_escaped(character) in text for text in texts):
             return character
     raise InputError("the messages and their template hold every private-use character; leave some out")
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llama_jax.errors import TokenizerError
+from llama_jax.storage import as_path
 from llama_jax.tokenizer import Tokenizer
 
 # The format of Meta's code (meta-llama/llama, llama/generation.py, chat_completion): each exchange is
@@ -100,7 +101,7 @@ def _default_template(tokenizer: Tokenizer) -> str:
 
 def _read(path: str | Path) -> str:
     try:
-        with Path(path).expanduser().open("rb") as file:
+        with as_path(path).expanduser().open("rb") as file:
             data = file.read(_MAX_SOURCE_BYTES + 1)
         return data.decode()
     except FileNotFoundError:

@@ -38,7 +38,15 @@ class ModelParser(Parser):
         self.add_argument(
             "--adapter",
             metavar="PATH",
-            help="apply an adapter to the model: its directory, or the directory of its training run",
+            help="apply an adapter to the model: its directory, that of its training run, or OWNER/NAME",
+        )
+
+    def add_tokenizer(self) -> None:
+        """Adds --tokenizer."""
+        self.add_argument(
+            "--tokenizer",
+            metavar="PATH",
+            help="read the tokenizer from this file, directory or known model (default: MODEL's own)",
         )
 
     def add_dtype(self) -> None:
@@ -64,6 +72,14 @@ class ModelParser(Parser):
             type=full_dtype,
             choices=("float32", "bfloat16", "float16", "int8"),
             help="dtype of the key/value cache (default: --dtype)",
+        )
+
+    def add_mesh(self) -> None:
+        """Adds --mesh."""
+        self.add_argument(
+            "--mesh",
+            metavar="AXIS=N,...",
+            help="shard the model over all devices, as in tensor=8, or context=8 for long prompts",
         )
 
 

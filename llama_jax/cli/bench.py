@@ -27,7 +27,7 @@ def run(argv: Sequence[str]) -> None:
 
     path = loading.resolve(args.model)
     before, start = throughput.peak_host_memory(), time.perf_counter()
-    model = loading.load(str(path), args.dtype, args.bits)
+    model = loading.load(str(path), args.dtype, args.bits, tokenizer=args.tokenizer)
     seconds, peak = time.perf_counter() - start, throughput.peak_host_memory()
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     with terminal.spinner("measuring ..."):
@@ -79,6 +79,7 @@ def _parser() -> ModelParser:
     option(
         "--repeats", type=parse_positive_int, default=5, metavar="N", help="repeats of each run (default: 5)"
     )
+    parser.add_tokenizer()
     parser.add_dtype()
     parser.add_json()
     return parser

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from llama_jax.cli import output
@@ -32,11 +32,12 @@ COMMANDS = {
     "/reset": "clear the conversation",
     "/undo": "remove the last message and its answer",
     "/system TEXT": "set the system prompt from the next turn on; without TEXT, remove it",
-    "/quit": "quit, like Ctrl-D",
+    "/quit": "quit, like /exit and Ctrl-D",
 }
 HELP_NOTES = """\
-Each line is a message. Ctrl-C stops an answer; at the prompt Ctrl-C and Ctrl-D quit. To send a message that
-begins with /, put a space before it. If stdin is not a terminal, each of its lines is answered in turn.
+Each line is a message. Ctrl-C stops an answer, or clears a line that is being typed; on an empty line Ctrl-C
+and Ctrl-D quit. To send a message that begins with /, put a space before it. If stdin is not a terminal, each
+of its lines is answered in turn.
 """
 
 
@@ -49,7 +50,7 @@ def run(argv: Sequence[str]) -> None:
     from llama_jax.text.conversation import Conversation
 
     check_sampling_flags(args)
-    model = loading.load(args.model, args.dtype, args.bits, args.adapter)
+    model = loading.load(args.model, args.dtype, args.bits, args.adapter, args.tokenizer, args.mesh)
     conversation = Conversation(model, args.system, args.template, cache_dtype=args.cache_dtype)
     _Chat(conversation, args).run()
 
@@ -90,12 +91,14 @@ class _Chat:
         settings["seed"] ^= self.num_answers  # so that a repeated question gets a new sample
         self.num_answers += 1
         try:
-            for piece in conversation.say(
-                message, max_new_tokens=args.max_new_tokens, stop_strings=args.stop_string, **settings
+            for piece in terminal.spin_until_first(
+                lambda: conversation.say(
+                    message, max_new_tokens=args.max_new_tokens, stop_strings=args.stop_string, **settings
+                )
             ):
                 pieces.append(piece)
                 if not args.json:
-                    print(piece, end="", flush=True)
+                    terminal.write(piece)
         except KeyboardInterrupt:
             conversation.stop()
             if not self.interactive:
@@ -117,19 +120,24 @@ class _Chat:
             terminal.note("(stopped before the first token; the message is removed)")
 
     def run_command(self, line: str) -> bool:
-        """Runs a slash command; returns False if it is `/quit`."""
+        """Runs a slash command and says what it did; returns False if it is `/quit`."""
         command, _, rest = line.strip().partition(" ")
-        if command == "/quit":
+        if command in ("/quit", "/exit"):
             return False
         if command == "/help":
             commands = "\n".join(f"  {name:<14}{summary}" for name, summary in COMMANDS.items())
             terminal.note(f"{commands}\n{HELP_NOTES}")
         elif command == "/reset":
             self.conversation.reset()
+            kept = "" if self.conversation.system is None else "; the system prompt is kept"
+            terminal.note(f"(the conversation is cleared{kept})")
         elif command == "/undo":
             self.conversation.undo()
+            turns = sum(message["role"] == "user" for message in self.conversation.messages)
+            terminal.note(f"(the last message and its answer are removed; {turns} before them are kept)")
         elif command == "/system":
             self.conversation.system = rest.strip() or None
+            terminal.note(f"(the system prompt is {'set' if self.conversation.system else 'removed'})")
         else:
             known = [name.split()[0] for name in COMMANDS]
             hint = suggestion(command, known) or f"; the commands are {', '.join(known)}"
@@ -137,9 +145,12 @@ class _Chat:
         return True
 
     def read_terminal(self) -> Iterator[str]:
-        """Yields the lines typed at the terminal, until Ctrl-C or Ctrl-D at the prompt."""
+        """Yields the lines typed at the terminal, until Ctrl-C or Ctrl-D on an empty line."""
+        typed: Callable[[], str] = str
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  # gives `input` history and line editing
+            import readline  # gives `input` history and line editing
+
+            typed = readline.get_line_buffer
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
         prompt_is_output = sys.stdout.isatty() and not self.args.json
         while True:
@@ -149,8 +160,13 @@ class _Chat:
                 else:
                     print("> ", end="", file=sys.stderr, flush=True)
                     line = sys.stdin.readline()
-            except (EOFError, KeyboardInterrupt):
+            except EOFError:
                 line = ""
+            except KeyboardInterrupt:
+                line = ""
+                if prompt_is_output and typed():
+                    print()  # the half-typed line is dropped, not the conversation
+                    continue
             if not line:
                 print(file=sys.stdout if prompt_is_output else sys.stderr)
                 return
@@ -175,7 +191,9 @@ def _parser() -> ModelParser:
     option("--template", metavar="T", help="llama-2, chatml, or a Jinja file (default: the model's own)")
     add_sampling_flags(parser, max_new_tokens=512)
     parser.add_adapter()
+    parser.add_tokenizer()
     parser.add_dtype()
     parser.add_cache_dtype()
+    parser.add_mesh()
     option("--json", action="store_true", help="print one JSON object per turn on stdout, nothing else")
     return parser

@@ -124,7 +124,7 @@ def run(argv: Sequence[str]) -> None:
         )
         return
     rate = f"{terminal.human_bytes(nbytes)} in {seconds:.1f} s, {terminal.human_bytes(nbytes / seconds)}/s"
-    print(f"{target}: {written.format}, {len(written.tensors)} tensors, {rate}")
+    output.print_line(f"{target}: {written.format}, {len(written.tensors)} tensors, {rate}")
 
 
 @contextlib.contextmanager

@@ -51,12 +51,13 @@ def run(argv: Sequence[str]) -> None:
             f"--num-return-sequences {args.num_return_sequences} is more than --num-beams "
             f"{args.num_beams}; raise --num-beams"
         )
-    model = loading.load(args.model, args.dtype, args.bits, args.adapter)
+    model = loading.load(args.model, args.dtype, args.bits, args.adapter, args.tokenizer, args.mesh)
     ids = model.encode_prompt(prompt, parse_special=args.parse_special)
-    if speculative or args.num_beams > 1 or args.num_return_sequences > 1:
-        _generate_whole(args, model, prompt, ids)
-    else:
-        _stream(args, model, prompt, ids)
+    with terminal.warnings_as_notes():
+        if speculative or args.num_beams > 1 or args.num_return_sequences > 1:
+            _generate_whole(args, model, prompt, ids)
+        else:
+            _stream(args, model, prompt, ids)
 
 
 def _stream(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]) -> None:
@@ -65,7 +66,7 @@ def _stream(args: argparse.Namespace, model: Model, prompt: str, ids: list[int])
 
     def write(text: str) -> None:
         if not args.json:
-            print(text, end="", flush=True)
+            terminal.write(text)
 
     sampling, key = model.sampling(**sampling_kwargs(args))
     end_ids, stop_strings = split_stop_strings(model.tokenizer, args.stop_string)
@@ -73,10 +74,8 @@ def _stream(args: argparse.Namespace, model: Model, prompt: str, ids: list[int])
     tokens: list[int] = []
     pieces: list[str] = []
     clock.tick()
-    steps = model.stream_tokens(
-        ids, sampling, key, max_new_tokens=args.max_new_tokens, end_ids=end_ids, cache_dtype=args.cache_dtype
-    )
-    for token, text in steps:
+    limits = {"max_new_tokens": args.max_new_tokens, "end_ids": end_ids, "cache_dtype": args.cache_dtype}
+    for token, text in terminal.spin_until_first(lambda: model.stream_tokens(ids, sampling, key, **limits)):
         clock.tick()
         visible, stopped = stops.push(text)
         write(visible if tokens else prompt + visible)
@@ -148,7 +147,7 @@ def _generate_whole(args: argparse.Namespace, model: Model, prompt: str, ids: li
         )
         return
     for index, text in enumerate(texts, 1):
-        print(f"[{index}] {prompt}{text}" if len(texts) > 1 else prompt + text)
+        terminal.write((f"[{index}] {prompt}{text}" if len(texts) > 1 else prompt + text) + "\n")
     terminal.note(f"{seconds:.1f} s including compilation; {_precision_and_devices(args)}")
     if counts:
         terminal.note(
@@ -162,7 +161,9 @@ def _load_draft(args: argparse.Namespace) -> Draft | Model | None:
 
     if args.prompt_lookup:
         return PromptLookup()
-    return None if args.draft_model is None else loading.load(args.draft_model, args.dtype, args.bits)
+    if args.draft_model is None:
+        return None
+    return loading.load(args.draft_model, args.dtype, args.bits, tokenizer=args.tokenizer, mesh=args.mesh)
 
 
 def _speculate(
@@ -202,7 +203,7 @@ def _precision_and_devices(args: argparse.Namespace) -> str:
     import jax
 
     weights = args.dtype if args.bits is None else f"{args.bits}-bit weights, {args.dtype}"
-    return f"{weights}, {jax.device_count()} {jax.default_backend()} device(s)"
+    return f"{weights}, {jax.device_count()} {jax.devices()[0].platform} device(s)"
 
 
 def _parser() -> ModelParser:
@@ -256,8 +257,10 @@ def _parser() -> ModelParser:
     )
     parser.replacements["--draft"] = "--prompt-lookup or --draft-model MODEL"
     parser.add_adapter()
+    parser.add_tokenizer()
     parser.add_dtype()
     parser.add_cache_dtype()
+    parser.add_mesh()
     parser.add_json()
     return parser
 

@@ -40,6 +40,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_json()
     args = parser.parse(argv)
 
+    from llama_jax.eval.goodput import ACTIVITIES, describe, read_goodput
     from llama_jax.eval.throughput import kv_cache_bytes
     from llama_jax.weights import open_source
     from llama_jax.weights.runs import is_run, list_steps
@@ -48,6 +49,7 @@ def run(argv: Sequence[str]) -> None:
     with terminal.warnings_as_notes():
         source = open_source(path)
     steps = list_steps(source.path) if source.format == "orbax" and is_run(source.path) else []
+    goodput = read_goodput(source.path) if steps else None
     config = source.config
     length = args.length or config.max_position_embeddings
     groups = group_tensors(source)
@@ -70,15 +72,23 @@ def run(argv: Sequence[str]) -> None:
                 "weight_bytes": weights,
                 "kv_cache": {"batch": args.batch, "length": length, "bytes": cache},
                 **({"training": _training(source, steps)} if source.format == "orbax" else {}),
+                **({"goodput": {**dataclasses.asdict(goodput), "shares": goodput.shares}} if goodput else {}),
             }
         )
         return
     size = terminal.human_bytes
-    print(f"{source.path}\n{source.format}: {source.detected_by}\n")
+    output.print_line(f"{source.path}\n{source.format}: {source.detected_by}\n")
     rows = [[name, _format(value)] for name, value in dataclasses.asdict(config).items() if value != ()]
     output.print_table(rows, ("config", ""))
     if steps:
         output.print_table(*_steps_table(steps), right=(0, 1))
+    if goodput:
+        output.print_line(describe(goodput))
+        rows = [
+            [name, f"{goodput.seconds[name]:,.0f} s", f"{share:.1%}", ACTIVITIES[name]]
+            for name, share in goodput.shares.items()
+        ]
+        output.print_table(rows, ("wall time", "", "", ""), right=(1, 2))
     rows = []
     for group in groups:
         shape = "x".join(map(str, group["shape"]))
@@ -126,7 +136,7 @@ def group_tensors(source: Source) -> list[dict[str, Any]]:
     """Groups tensors by name (layer number as `*`), shape and dtype, in the file's order."""
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, info in source.tensors.items():
-        pattern = re.sub(r"\.\d+\.", ".*.", name)
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)|(?<=\[)\d+(?=\])", "*", name)  # layers.0.wq; llama2.c's wq[0]
         key = (pattern, info.shape, info.dtype)
         group = groups.setdefault(
             key, {"name": pattern, "count": 0, "shape": list(info.shape), "dtype": info.dtype, "bytes": 0}

@@ -12,19 +12,30 @@ from llama_jax.hub import known
 EXAMPLES = """
 llama-jax models
 llama-jax models --json
+llama-jax models --check
 """
 
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command."""
     parser = Parser("llama-jax models", "List the known models.", EXAMPLES)
+    parser.add_argument(
+        "--check", action="store_true", help="check the cached files against their published SHA-256"
+    )
     parser.add_json()
     args = parser.parse(argv)
+    if args.check:
+        for name in filter(known.is_cached, known.KNOWN):
+            with terminal.progress_bar(f"checking {name}") as progress:
+                known.verify(name, progress)
     if args.json:
-        output.print_json({"models": [_describe(model) for model in known.KNOWN.values()]})
+        checked = {"intact": True} if args.check else {}
+        described = [_describe(model) for model in known.KNOWN.values()]
+        output.print_json({"models": [row | (checked if row["cached"] else {}) for row in described]})
         return
     for model in known.KNOWN.values():
-        status = f"cached: {model.path}" if known.is_cached(model.name) else "downloaded on first use"
+        intact = ", intact" if args.check else ""
+        status = f"cached{intact}: {model.path}" if known.is_cached(model.name) else "downloaded on first use"
         print(
             f"{model.name}\n"
             f"  {model.summary}\n"

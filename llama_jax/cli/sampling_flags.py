@@ -80,7 +80,7 @@ def add_sampling_flags(parser: Parser, max_new_tokens: int) -> None:
 
 def sampling_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the keyword arguments of `Model.sampling` from parsed flags."""
-    from llama_jax.text.model import SamplingSettings
+    from llama_jax.text.settings import SamplingSettings
 
     return {name: getattr(args, name) for name in SamplingSettings.__annotations__}
 

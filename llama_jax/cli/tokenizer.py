@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_jax.cli import output
@@ -46,7 +45,7 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command."""
     commands = {"encode": _encode, "decode": _decode, "train": _train}
     name, *rest = argv or ["--help"]
-    if name in ("-h", "--help"):
+    if name in ("-h", "--help", "help"):
         print(HELP, end="")
     elif name in commands:
         commands[name](rest)
@@ -94,7 +93,7 @@ def _decode(argv: Sequence[str]) -> None:
     if args.json:
         output.print_json({"text": text})
     else:
-        print(text)
+        terminal.write(text + "\n")
 
 
 def _train(argv: Sequence[str]) -> None:
@@ -104,11 +103,13 @@ def _train(argv: Sequence[str]) -> None:
         TRAIN_EXAMPLES,
     )
     parser.add_argument(
-        "files", metavar="FILE", nargs="+", help="text or JSON Lines (.jsonl, .ndjson) files, or quoted globs"
+        "files", metavar="FILE", nargs="+", help="text or JSON files, also .gz, .bz2 or .xz, or quoted globs"
     )
     parser.add_argument("--vocab-size", type=parse_int, required=True, help="size of the vocabulary")
-    parser.add_argument("--out", type=Path, required=True, help="the .model file to write")
-    parser.add_argument("--field", default="text", help="JSON Lines field with the text (default: text)")
+    parser.add_argument("--out", required=True, help="the .model file to write")
+    parser.add_argument(
+        "--field", default="text", help="field of a JSON record with the text (default: text)"
+    )
     parser.add_argument(
         "--max-bytes",
         type=parse_positive_int,
@@ -118,18 +119,22 @@ def _train(argv: Sequence[str]) -> None:
     parser.add_json()
     args = parser.parse(argv)
 
+    from llama_jax.storage import as_path
     from llama_jax.tokenizer.texts import find_files, read_texts
     from llama_jax.tokenizer.train import train_sentencepiece
 
     paths = find_files(args.files)
     with terminal.spinner("training the vocabulary ..."):
         train_sentencepiece(
-            read_texts(paths, args.field), args.out, vocab_size=args.vocab_size, max_bytes=args.max_bytes
+            read_texts(paths, args.field),
+            as_path(args.out),
+            vocab_size=args.vocab_size,
+            max_bytes=args.max_bytes,
         )
     if args.json:
-        output.print_json({"out": str(args.out), "vocab_size": args.vocab_size, "files": len(paths)})
+        output.print_json({"out": args.out, "vocab_size": args.vocab_size, "files": len(paths)})
     else:
-        print(args.out)
+        output.print_line(args.out)
 
 
 def _load(model: str) -> Tokenizer:

@@ -8,11 +8,10 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli import output
-from llama_jax.cli.arguments import ModelParser
+from llama_jax.cli.arguments import ModelParser, full_dtype
 from llama_jax.console import loading, terminal
 from llama_jax.console.parser import UsageError, parse_float
 from llama_jax.errors import InputError
@@ -64,6 +63,7 @@ def run(argv: Sequence[str]) -> None:
             b,
             b_backend=args.program or "llama_jax",
             text=text,
+            tokenizer=args.tokenizer,
             outputs=not args.tensors_only,
             dtype=args.dtype,
             tolerance=args.tolerance,
@@ -93,8 +93,10 @@ def _parser() -> ModelParser:
     )
     option("--prompt", metavar="TEXT", help="input of both models (default: a built-in page of English)")
     option("--text", metavar="FILE", help="read the input from a file; at most 512 tokens are used")
+    option("--tokenizer", metavar="PATH", help="tokenizer of the text (default: the models' own, compared)")
     option(
         "--dtype",
+        type=full_dtype,
         choices=("float32", "bfloat16", "float16"),
         default="float32",
         help="dtype of the computation (default: float32)",
@@ -132,8 +134,10 @@ def _read_text(name: str) -> str:
     Raises:
       InputError: if it cannot be read, or is not UTF-8.
     """
+    from llama_jax.storage import as_path
+
     try:
-        with Path(name).expanduser().open("rb") as file:
+        with as_path(name).expanduser().open("rb") as file:
             data = file.read(_MAX_TEXT_BYTES)
             truncated = bool(file.read(1))
     except (
@@ -170,7 +174,7 @@ def _finite(value: Any) -> Any:
 
 def _print_report(report: Report) -> None:
     """Prints tables, with the verdict on the last line."""
-    print(f"A  {report.a.path}  {report.a.format}\nB  {report.b.path}  {report.b.format}\n")
+    output.print_line(f"A  {report.a.path}  {report.a.format}\nB  {report.b.path}  {report.b.format}\n")
     if report.fields:
         rows = [_field_row(field) for field in report.fields]
         output.print_table(rows, ("config", "A", "B", ""))
@@ -179,7 +183,7 @@ def _print_report(report: Report) -> None:
     for tensor in report.tensors:
         if any(tensor.not_finite):
             a, b = tensor.not_finite
-            print(f"{tensor.name} has NaN or infinite values: {a} in A, {b} in B")
+            output.print_line(f"{tensor.name} has NaN or infinite values: {a} in A, {b} in B")
     if report.text is not None:
         _print_outputs(report, report.text)
     if not report.same and report.divergence is not None:
@@ -188,8 +192,8 @@ def _print_report(report: Report) -> None:
             for difference in report.streams
         ]
         output.print_table(rows, ("residual stream after", "mean |A - B| / |A|", "max"), right=(1, 2))
-        print(_divergence(report, report.divergence))
-    print(_verdict(report))
+        output.print_line(_divergence(report, report.divergence))
+    output.print_line(_verdict(report))
 
 
 def _print_outputs(report: Report, text: Text) -> None:

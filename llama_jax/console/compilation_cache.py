@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 from llama_jax.errors import CheckpointError
-from llama_jax.hub.known import cache_folder
+from llama_jax.storage.cache import cache_folder
 
 
 def enable_compilation_cache() -> None:

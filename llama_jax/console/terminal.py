@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -17,10 +20,38 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+T = TypeVar("T")
+
+
+# Control characters, except tab and newline, and how they are shown: escape sequences can move a terminal's
+# cursor, set its title, or answer for its user.
+_ESCAPES = {c: repr(chr(c))[1:-1] for c in (*range(32), *range(127, 160)) if chr(c) not in "\t\n"}
+
+
+def printable(text: str) -> str:
+    r"""Escapes control characters, as in `\x1b`: for names and texts that come from elsewhere."""
+    return text.translate(_ESCAPES)
+
+
+def write(text: str) -> None:
+    """Writes generated text to stdout at once: as it is to a file or a pipe, `printable` on a terminal."""
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+
 
 def note(text: str) -> None:
     """Prints a line of information on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console; without any style where `NO_COLOR` is set, bold and underlined text included."""
+    system: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+    return _Console(stderr=stderr, highlight=False, color_system=system)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would exit with status 1
 
 
 @contextlib.contextmanager
@@ -49,8 +80,8 @@ def progress_bar(title: str, *, fallback: str = "") -> Iterator[Callable[[int, i
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    screen = console(stderr=True)
+    bar = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
     task = bar.add_task(title, total=None)
     started = False
 
@@ -59,7 +90,7 @@ def progress_bar(title: str, *, fallback: str = "") -> Iterator[Callable[[int, i
         if not started:
             started = True
             bar.start()
-            if fallback and not console.is_terminal:
+            if fallback and not screen.is_terminal:
                 note(fallback)
         bar.update(task, completed=done, total=total)
 
@@ -72,7 +103,16 @@ def progress_bar(title: str, *, fallback: str = "") -> Iterator[Callable[[int, i
 
 def spinner(text: str) -> contextlib.AbstractContextManager[object]:
     """Shows a spinner on stderr while the block runs; nothing if stderr is not a terminal."""
-    return Console(stderr=True).status(text)
+    return console(stderr=True).status(text)
+
+
+def spin_until_first(start: Callable[[], Iterable[T]]) -> Iterator[T]:
+    """Yields the items of `start()`, with a spinner until the first one: XLA compiles before it."""
+    with spinner("waiting for the first token (XLA compiles once per model and length) ..."):
+        items = iter(start())
+        first = list(itertools.islice(items, 1))
+    yield from first
+    yield from items
 
 
 def human_bytes(nbytes: float) -> str:

@@ -14,9 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax import sharding
 from llama_jax.config import LlamaConfig
+from llama_jax.decoding import processes
 from llama_jax.decoding.sampling import Sampling
 from llama_jax.errors import InputError
+from llama_jax.ops.inputs import as_array
 
 EosId = int | Sequence[int] | jax.Array | None
 
@@ -32,6 +35,9 @@ class Request(NamedTuple):
       max_prompt_length: the maximum of `lengths`; None while tracing, or where other processes hold a part
         of them.
       capacity: cache slots for prompt and continuation, a power of two; None likewise.
+      key: as it was given, with a key for each row that was added.
+      rows: the number of rows that were given. Where the batch axes of the mesh do not divide it, empty rows
+        (of length 0, done from the start) are added to the arrays above, if their values are known.
     """
 
     tokens: jax.Array
@@ -40,6 +46,8 @@ class Request(NamedTuple):
     eos_ids: jax.Array
     max_prompt_length: int | None
     capacity: int | None
+    key: Any
+    rows: int
 
 
 def prepare_request(
@@ -50,8 +58,14 @@ def prepare_request(
     eos_id: EosId,
     max_new_tokens: int,
     *others: Any,
+    key: Any = None,
+    num_return_sequences: int = 1,
+    function: str = "generate",
+    options: Any = None,
 ) -> Request:
     """Checks the arguments of a generation and pads them to the shapes that programs are compiled for.
+
+    Over several processes it also checks that all make the same call.
 
     Args:
       config: the model.
@@ -61,11 +75,55 @@ def prepare_request(
       eos_id: end-of-sequence ids.
       max_new_tokens: at least 1.
       *others: further arguments; if any leaf of them is a tracer, the request counts as traced.
+      key: a key, or B * num_return_sequences of them.
+      num_return_sequences: continuations of each row.
+      function: what was called, for the comparison of processes.
+      options: its other arguments, likewise.
 
     Raises:
-      InputError: for known values that cannot work.
+      InputError: for known values that cannot work; for a call that differs between processes.
     """
+    try:
+        request = _prepare(
+            config,
+            tokens,
+            lengths,
+            sampling,
+            eos_id,
+            max_new_tokens,
+            (*others, key),
+            key,
+            num_return_sequences,
+        )
+    except InputError as error:
+        processes.tell_failure(error)
+        raise
+    if request.capacity is not None:
+        processes.check_same_call(
+            {
+                "function": function,
+                "prompts": (request.tokens, request.lengths),
+                "key": key,
+                "sampling": request.sampling,
+                "options": (request.eos_ids, max_new_tokens, options),
+            }
+        )
+    return request
+
+
+def _prepare(
+    config: LlamaConfig,
+    tokens: Any,
+    lengths: Any,
+    sampling: Sampling | None,
+    eos_id: EosId,
+    max_new_tokens: int,
+    others: tuple[Any, ...],
+    key: Any,
+    num_return_sequences: int,
+) -> Request:
     sampling = Sampling() if sampling is None else sampling
+    tokens, lengths = as_array("tokens", tokens), as_array("lengths", lengths)
     if jnp.ndim(tokens) != 2:
         raise InputError(f"tokens has shape {jnp.shape(tokens)}; it must be [batch, length]")
     batch, length = jnp.shape(tokens)
@@ -89,21 +147,47 @@ def prepare_request(
             _check_ids(config, ids, counts)
             max_prompt_length = None if traced else int(counts.max())
     capacity = None if max_prompt_length is None else cache_capacity(max_prompt_length + max_new_tokens)
+    sampling, rows = sampling.broadcast(batch), batch
     if ids is not None:
         # Padding may hold any integer, also one that int32 cannot represent.
         ids = np.clip(ids, -1, 2**31 - 1).astype(np.int32)
-        if capacity is not None and max_prompt_length is not None:
-            ids = np.pad(ids[:, :max_prompt_length], ((0, 0), (0, capacity - max_prompt_length)))
+        if capacity is not None and max_prompt_length is not None and counts is not None:
+            rows = sharding.filled_rows(batch, num_return_sequences)
+            added = ((0, rows - batch), (0, capacity - max_prompt_length))
+            ids = np.pad(ids[:, :max_prompt_length], added)
+            if rows != batch:
+                counts = np.pad(counts, added[0])
+                sampling = jax.tree.map(lambda x: _repeat_last(x, rows), sampling)
+                key = _fill_keys(key, batch * num_return_sequences, rows * num_return_sequences)
         tokens = jax.device_put(ids)
     counts = lengths if counts is None else jax.device_put(counts.astype(np.int32))
     return Request(
         tokens=jnp.asarray(tokens, jnp.int32),
         lengths=jnp.asarray(counts, jnp.int32),
-        sampling=sampling.broadcast(batch),
+        sampling=sampling,
         eos_ids=pad_eos_ids(eos_id),
         max_prompt_length=max_prompt_length,
         capacity=capacity,
+        key=key,
+        rows=batch,
     )
+
+
+def _repeat_last(x: jax.typing.ArrayLike, rows: int) -> jax.Array:
+    """[B, ...] -> [rows, ...], on the host: a value that no other row has could turn a filter on."""
+    values = np.asarray(x)
+    return jax.device_put(
+        np.pad(values, [(0, rows - len(values))] + [(0, 0)] * (values.ndim - 1), mode="edge")
+    )
+
+
+def _fill_keys(key: Any, batch: int, rows: int) -> Any:
+    """`rows` keys of `batch` ones; anything else unchanged, for `row_keys` to check."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.shape == (batch,):
+        data = _repeat_last(jax.random.key_data(key), rows)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+    return _repeat_last(key, rows) if dtype == jnp.uint32 and key.shape == (batch, 2) else key
 
 
 def cache_capacity(length: int) -> int:
@@ -146,6 +230,8 @@ def row_keys(key: jax.Array, batch: int) -> jax.Array:
     Raises:
       InputError: for another number of keys, or an array that is not a key.
     """
+    if not hasattr(key, "dtype"):
+        raise InputError(f"key is {str(key)[:40]}; make one with jax.random.key(seed)")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         if key.dtype != jnp.uint32 or key.ndim not in (1, 2):
             raise InputError(f"key is {key.dtype} of shape {key.shape}; make one with jax.random.key(seed)")
@@ -159,8 +245,7 @@ def row_keys(key: jax.Array, batch: int) -> jax.Array:
 
 def concrete(array: Any) -> np.ndarray | None:
     """The values as numpy; None while tracing, or where other processes hold a part of them."""
-    traced = isinstance(array, jax.core.Tracer)
-    if traced or (isinstance(array, jax.Array) and not array.is_fully_addressable):
+    if isinstance(array, jax.core.Tracer) or processes.spans(array):
         return None
     return np.asarray(array)
 

@@ -31,6 +31,8 @@ from llama_jax.decoding.beam_hypotheses import (
     length_normalized,
     select_top,
 )
+from llama_jax.decoding.generation import truncate
+from llama_jax.decoding.keywords import explain_unknown_keywords
 from llama_jax.decoding.sampling import Sampling
 from llama_jax.decoding.state import prefill_cache
 from llama_jax.errors import InputError
@@ -77,6 +79,7 @@ class _State:
     finished: BeamSearchOutput
 
 
+@explain_unknown_keywords
 def beam_search(
     config: LlamaConfig,
     params: Params,
@@ -127,10 +130,19 @@ def beam_search(
       InputError: as `generate`; for more beams than tokens; for a `sampling` that is random.
     """
     request = arguments.prepare_request(
-        config, tokens, lengths, sampling, eos_id, max_new_tokens, params, length_penalty
+        config,
+        tokens,
+        lengths,
+        sampling,
+        eos_id,
+        max_new_tokens,
+        params,
+        length_penalty,
+        function="beam_search",
+        options=(num_beams, length_penalty, early_stopping, num_return_sequences, str(cache_dtype)),
     )
     _check(config, num_beams, num_return_sequences, Sampling() if sampling is None else sampling)
-    (batch, columns), max_prompt_length = request.tokens.shape, request.max_prompt_length
+    (filled, columns), max_prompt_length = request.tokens.shape, request.max_prompt_length
     if max_prompt_length is None:
         max_prompt_length, prompts = columns, jnp.pad(request.tokens, ((0, 0), (0, max_new_tokens)))
         slots = columns + num_beams * max_new_tokens
@@ -142,20 +154,17 @@ def beam_search(
         max_prompt_length=jax.device_put(np.int32(max_prompt_length)),
         limit=jax.device_put(np.int32(max_new_tokens)),
         eos_ids=request.eos_ids,
-        length_penalty=_length_penalty_rows(length_penalty, batch),
+        length_penalty=_length_penalty_rows(length_penalty, request.rows, filled),
         early_stopping=jax.device_put(np.int32(_stopping_rule(early_stopping, num_beams))),
         sampling=request.sampling,
     )
     dtype = kv.dtype_name(cache_dtype)
     output = _beam_search(config, params, prompts, constants, num_beams, slots, dtype)
 
-    def truncate(x: Any) -> Any:
-        return x[(slice(None), slice(num_return_sequences), slice(max_new_tokens))[: x.ndim]]
-
+    size = request.rows, num_return_sequences, max_new_tokens
     if request.max_prompt_length is None:
-        return jax.tree.map(truncate, output)
-    # On the host: on the device each size would compile a program.
-    return jax.tree.map(lambda x: jax.device_put(truncate(np.asarray(x)), x.sharding), output)
+        return jax.tree.map(lambda x: x[tuple(map(slice, size[: x.ndim]))], output)
+    return truncate(output, *size)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "beams", "slots", "cache_dtype"))
@@ -306,8 +315,8 @@ def _check(config: LlamaConfig, num_beams: int, num_return_sequences: int, sampl
             )
 
 
-def _length_penalty_rows(length_penalty: Any, batch: int) -> jax.Array:
-    """The length penalty of each row, f32 [B]."""
+def _length_penalty_rows(length_penalty: Any, batch: int, filled: int) -> jax.Array:
+    """The length penalty of each row, f32 [B], and 0 for rows that were added."""
     if np.shape(length_penalty) not in ((), (batch,)):
         raise InputError(
             f"length_penalty has shape {np.shape(length_penalty)}; it must be a scalar or one value for "
@@ -319,7 +328,8 @@ def _length_penalty_rows(length_penalty: Any, batch: int) -> jax.Array:
     is_number = jnp.issubdtype(values.dtype, np.floating) or jnp.issubdtype(values.dtype, np.integer)
     if not is_number or not np.isfinite(values.astype(np.float32)).all():
         raise InputError(f"length_penalty is {length_penalty!r}; it must be a finite number, or one per row")
-    return jax.device_put(np.broadcast_to(values.astype(np.float32), (batch,)))
+    rows = np.broadcast_to(values.astype(np.float32), (batch,))
+    return jax.device_put(np.pad(rows, (0, filled - batch)))
 
 
 def _stopping_rule(early_stopping: EarlyStopping, num_beams: int) -> int:

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from llama_jax import kv_cache as kv
+from llama_jax import sharding
 from llama_jax.config import LlamaConfig
-from llama_jax.decoding import arguments
+from llama_jax.decoding import arguments, processes
 from llama_jax.decoding.arguments import EosId
+from llama_jax.decoding.finite import warn_if_not_finite
+from llama_jax.decoding.keywords import explain_unknown_keywords
 from llama_jax.decoding.sampling import Sampling
 from llama_jax.decoding.state import DecodeState, GenerateOutput, decode_loop, init_state, prefill
 from llama_jax.errors import InputError
@@ -24,6 +29,7 @@ from llama_jax.model import Params, compute_dtype, unstack
 from llama_jax.ops.compiler_options import decode_options
 
 
+@explain_unknown_keywords
 def generate(
     config: LlamaConfig,
     params: Params,
@@ -45,13 +51,18 @@ def generate(
 
     Called from Python it compiles two programs per batch size and cache size (prompt plus new tokens,
     rounded up to a power of two, at least 128). No setting, nor `max_new_tokens`, recompiles them;
-    `warm_up` compiles them in advance. On a mesh, a batch that `data` x `fsdp` does not divide is replicated.
+    `warm_up` compiles them in advance.
+
+    On a mesh any number of rows will do: where `data` x `fsdp` does not divide it, empty rows are added,
+    which are done from the start; while tracing, and for a single row, the batch is replicated instead. Over
+    several processes each must make the same call, which is checked, and each gets all of the result. If the
+    prompts are arrays that span the processes, nothing is checked or fetched: the result is sharded too.
 
     Args:
       config: the model.
       params: its parameters. Stacked layers are unstacked first, which copies them on every call; pass
         `unstack(params)` to avoid that.
-      tokens: int [B, T], right-padded prompts; padding may hold any value.
+      tokens: int [B, T], right-padded prompts, an array or nested lists; padding may hold any value.
       lengths: int [B], the prompts' lengths, at least 1.
       key: a single key, of which row b uses `fold_in(key, b)`; or one key per row [B].
       sampling: temperature, filters and logits processors, see `Sampling`; None is temperature 1 and
@@ -69,20 +80,31 @@ def generate(
 
     Raises:
       InputError: for values known at the call (not traced) that cannot work: an empty prompt, an id
-        outside the vocabulary, a setting out of range, more positions than the model's context.
+        outside the vocabulary, a setting out of range, more positions than the model's context; or a process
+        that makes another call, or none.
     """
     static = _static_arguments(config, num_return_sequences, top_logprobs, cache_dtype)
     request = arguments.prepare_request(
-        config, tokens, lengths, sampling, eos_id, max_new_tokens, params, key
+        config,
+        tokens,
+        lengths,
+        sampling,
+        eos_id,
+        max_new_tokens,
+        params,
+        key=key,
+        num_return_sequences=num_return_sequences,
+        options=static,
     )
     if request.capacity is None:
         return _generate(config, params, *request[:4], key, max_new_tokens=max_new_tokens, **static)
     params = unstack_jit(params)
-    state = prefill_jit(config, params, request, key, max_new_tokens, **static)
-    state = decode_loop_jit(config, params, state, np.int32(max_new_tokens))
-    return truncate(state.output, max_new_tokens)
+    state = prefill_jit(config, params, request, max_new_tokens, **static)
+    state, _ = decode_loop_jit(config, params, state, np.int32(max_new_tokens))
+    return truncate(state.output, request.rows * num_return_sequences, max_new_tokens)
 
 
+@explain_unknown_keywords
 def stream(
     config: LlamaConfig,
     params: Params,
@@ -106,19 +128,36 @@ def stream(
       InputError: as `generate`, at the call.
     """
     static = _static_arguments(config, num_return_sequences, 0, cache_dtype)
-    request = arguments.prepare_request(config, tokens, lengths, sampling, eos_id, max_new_tokens)
+    request = arguments.prepare_request(
+        config,
+        tokens,
+        lengths,
+        sampling,
+        eos_id,
+        max_new_tokens,
+        key=key,
+        num_return_sequences=num_return_sequences,
+        function="stream",
+        options=static,
+    )
     params = unstack_jit(params)
-    return _iterate(config, params, prefill_jit(config, params, request, key, max_new_tokens, **static))
+    state = prefill_jit(config, params, request, max_new_tokens, **static)
+    rows = request.rows * num_return_sequences
+    live = np.ones(rows, bool) if request.capacity is not None else ~processes.fetch(state.done)
+    return _iterate(config, params, state, live)
 
 
 def _iterate(
-    config: LlamaConfig, params: Params, state: DecodeState
+    config: LlamaConfig, params: Params, state: DecodeState, live: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    live = ~np.asarray(state.done)
+    rows, checked = len(live), False
     while live.any():
-        state = decode_loop_jit(config, params, state, np.int32(1))
-        yield np.asarray(state.token), live
-        live = ~np.asarray(state.done)
+        state, newest = decode_loop_jit(config, params, state, np.int32(1))
+        if not checked:
+            warn_if_not_finite(params, newest.logprob)
+            checked = True
+        yield np.asarray(newest.token)[:rows], live
+        live = ~np.asarray(newest.done)[:rows]
 
 
 def warm_up(
@@ -160,9 +199,20 @@ def warm_up(
     capacity = arguments.cache_capacity(2)
     while True:
         new_tokens = min(capacity, longest) - 1
-        request = arguments.prepare_request(config, *prompts, Sampling(), None, new_tokens)
-        state = prefill_jit(config, params, request, jax.random.key(0), new_tokens, **static)
-        jax.block_until_ready(decode_loop_jit(config, params, state, np.int32(1)))
+        request = arguments.prepare_request(
+            config,
+            *prompts,
+            Sampling(),
+            None,
+            new_tokens,
+            key=jax.random.key(0),
+            num_return_sequences=num_return_sequences,
+            function="warm_up",
+            options=static,
+        )
+        state = prefill_jit(config, params, request, new_tokens, **static)
+        state, _ = decode_loop_jit(config, params, state, np.int32(1))
+        processes.fetch(state.output)
         sizes += 1
         if capacity >= longest:
             return sizes
@@ -173,12 +223,11 @@ def prefill_jit(
     config: LlamaConfig,
     params: Params,
     request: arguments.Request,
-    key: jax.Array,
     max_new_tokens: int,
     **static: Any,
 ) -> DecodeState:
     """The state after the request's prompts, from a compiled program."""
-    prompts = request.tokens, request.lengths
+    prompts, key = (request.tokens, request.lengths), request.key
     if request.capacity is None or request.max_prompt_length is None:
         settings = {"max_new_tokens": max_new_tokens, "eos_id": request.eos_ids}
         return _prefill_exact(config, params, *prompts, key, request.sampling, **settings, **static)
@@ -200,7 +249,23 @@ _prefill_exact = jax.jit(prefill, static_argnames=(*_STATIC, "max_new_tokens"))
 _unstack = jax.jit(unstack)
 
 
-def decode_loop_jit(config: LlamaConfig, params: Params, state: DecodeState, steps: np.int32) -> DecodeState:
+class Newest(NamedTuple):
+    """What the host reads of a state after each step; replicated, so that every process can.
+
+    Attributes:
+      token: int32 [B], the newest token.
+      done: bool [B].
+      logprob: f32 [B], the token's log-probability; 0 in rows that had ended before it.
+    """
+
+    token: jax.Array
+    done: jax.Array
+    logprob: jax.Array
+
+
+def decode_loop_jit(
+    config: LlamaConfig, params: Params, state: DecodeState, steps: np.int32
+) -> tuple[DecodeState, Newest]:
     """`decode_loop`, compiled; the state is donated."""
     device = next(iter(jax.tree.leaves(state)[0].devices()))
     return decode_program(device.platform)(config, params, state, steps)
@@ -210,9 +275,17 @@ def decode_loop_jit(config: LlamaConfig, params: Params, state: DecodeState, ste
 def decode_program(platform: str) -> Any:
     """The jitted function of `decode_loop_jit` on a platform."""
     options = decode_options(platform)
-    return jax.jit(
-        decode_loop, static_argnames=("config",), donate_argnames=("state",), compiler_options=options
-    )
+    return jax.jit(_decode, static_argnames=("config",), donate_argnames=("state",), compiler_options=options)
+
+
+def _decode(
+    config: LlamaConfig, params: Params, state: DecodeState, steps: jax.Array
+) -> tuple[DecodeState, Newest]:
+    state = decode_loop(config, params, state, steps)
+    output = state.output
+    is_newest = jnp.arange(output.logprobs.shape[1]) == output.lengths[:, None] - 1
+    newest = Newest(state.token, state.done, jnp.where(is_newest, output.logprobs, 0.0).sum(-1))
+    return state, jax.tree.map(lambda x: sharding.constrain(x, P(None)), newest)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -286,10 +359,13 @@ def _static_arguments(
     }
 
 
-def truncate(output: GenerateOutput, length: int) -> GenerateOutput:
-    """The first `length` columns, sliced on the host: on the device each length would compile a program."""
+def truncate(output: Any, *size: int) -> Any:
+    """The first rows, columns, ... of arrays that have them.
 
-    def slice_columns(x: jax.Array) -> jax.Array:
-        return x if x.ndim == 1 else jax.device_put(np.asarray(x)[:, :length], x.sharding)
-
-    return jax.tree.map(slice_columns, output)
+    Sliced on the host: on the device each size would compile a program.
+    """
+    return jax.tree.map(
+        lambda values, x: processes.put_like(values[tuple(map(slice, size[: x.ndim]))], x),
+        processes.fetch(output),
+        output,
+    )

@@ -80,7 +80,9 @@ class Sampling:
             if isinstance(getattr(self, name), jax.core.Tracer):
                 continue
             values = _to_array(name, getattr(self, name))
-            invalid = np.flatnonzero(~is_valid(values.astype(np.float32)))  # in the dtype they are used in
+            with np.errstate(over="ignore"):  # infinity is not valid either
+                in_use = values.astype(np.float32)  # the dtype they are used in
+            invalid = np.flatnonzero(~is_valid(in_use))
             if invalid.size:
                 where = f" in row {invalid[0]}" if shape else ""
                 raise InputError(f"{name} is {values[invalid[0]]}{where}; it must be {requirement}")

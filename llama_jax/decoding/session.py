@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llama_jax import kv_cache as kv
@@ -70,6 +69,7 @@ class Session:
 
         The iterator may be closed, or an exception thrown into it, at any time: the session then keeps the
         tokens run so far, or, if a step was interrupted, an empty cache. Another call of `stream` ends it.
+        Over several processes each must make the same calls, and take and leave the same ids.
 
         Args:
           tokens: the whole prompt, at least one id.
@@ -86,12 +86,12 @@ class Session:
         """
         row = np.asarray(tokens)[None] if len(tokens) else np.zeros((1, 0), np.int32)
         lengths = np.array([len(tokens)], np.int32)
-        request = arguments.prepare_request(self._config, row, lengths, sampling, eos_id, max_new_tokens)
-        return self._run(list(tokens), request, key, max_new_tokens)
+        request = arguments.prepare_request(
+            self._config, row, lengths, sampling, eos_id, max_new_tokens, key=key, function="Session.stream"
+        )
+        return self._run(list(tokens), request, max_new_tokens)
 
-    def _run(
-        self, prompt: list[int], request: arguments.Request, key: jax.Array, max_new_tokens: int
-    ) -> Iterator[int]:
+    def _run(self, prompt: list[int], request: arguments.Request, max_new_tokens: int) -> Iterator[int]:
         self._turn += 1
         turn, capacity = self._turn, request.tokens.shape[1]
         cache, cached_tokens = self._release()
@@ -111,7 +111,7 @@ class Session:
             request.lengths,
             np.int32(self.reused),
             np.int32(len(prompt) - 1),
-            key,
+            request.key,
             request.sampling,
             request.eos_ids,
             np.int32(max_new_tokens),
@@ -120,8 +120,8 @@ class Session:
         self._cache, self.tokens = state.cache, run
         while not done and turn == self._turn:
             self._release()
-            state = decode_loop_jit(self._config, self._params, state, np.int32(1))
-            token, done = int(np.asarray(state.token)[0]), bool(np.asarray(state.done)[0])
+            state, newest = decode_loop_jit(self._config, self._params, state, np.int32(1))
+            token, done = int(np.asarray(newest.token)[0]), bool(np.asarray(newest.done)[0])
             run.append(last)
             self._cache, self.tokens = state.cache, run
             last = token
@@ -141,10 +141,7 @@ def _empty_cache(config: LlamaConfig, capacity: int, dtype: str) -> kv.KVCache:
 
 @functools.partial(jax.jit, static_argnames=("capacity",))
 def _grow_cache(cache: kv.KVCache, capacity: int) -> kv.KVCache:
-    def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, capacity - size if axis == 2 else 0) for axis, size in enumerate(x.shape)])
-
-    return jax.tree.map(pad, cache)
+    return kv.grow(cache, capacity)
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))

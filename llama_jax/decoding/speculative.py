@@ -25,6 +25,7 @@ from llama_jax.decoding import arguments, drafts
 from llama_jax.decoding.arguments import EosId
 from llama_jax.decoding.drafts import Draft, DraftModel, Drafts, PromptLookup
 from llama_jax.decoding.generation import truncate, unstack_jit
+from llama_jax.decoding.keywords import explain_unknown_keywords
 from llama_jax.decoding.sampling import Sampling, argmax, categorical, is_greedy, sample, transform
 from llama_jax.decoding.state import DecodeState, GenerateOutput, init_state, sample_token
 from llama_jax.errors import InputError
@@ -74,6 +75,7 @@ class _State:
     accepted: jax.Array
 
 
+@explain_unknown_keywords
 def speculative_generate(
     config: LlamaConfig,
     params: Params,
@@ -127,7 +129,17 @@ def speculative_generate(
             f"num_draft_tokens is {num_draft_tokens}; the model's context has {context} positions, give a few"
         )
     request = arguments.prepare_request(
-        config, tokens, lengths, sampling, eos_id, max_new_tokens, params, key, draft
+        config,
+        tokens,
+        lengths,
+        sampling,
+        eos_id,
+        max_new_tokens,
+        params,
+        draft,
+        key=key,
+        function="speculative_generate",
+        options=(num_draft_tokens, str(cache_dtype), repr(getattr(draft, "config", draft))),
     )
     drafts.check_draft(config, draft, lengths, max_new_tokens)
     prompts, stop, new_tokens = request.tokens, request.max_prompt_length, request.capacity
@@ -145,7 +157,7 @@ def speculative_generate(
         prompts,
         request.lengths,
         np.int32(stop - 1),
-        key,
+        request.key,
         request.sampling,
         request.eos_ids,
         np.int32(max_new_tokens),
@@ -153,9 +165,7 @@ def speculative_generate(
         new_tokens=new_tokens,
         cache_dtype=kv.dtype_name(cache_dtype),
     )
-    if new_tokens == max_new_tokens:
-        return result
-    return dataclasses.replace(result, output=truncate(result.output, max_new_tokens))
+    return result if request.capacity is None else truncate(result, request.rows, max_new_tokens)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_draft_tokens", "new_tokens", "cache_dtype"))

@@ -25,10 +25,11 @@ from llama_jax.decoding.arguments import EosId
 from llama_jax.decoding.logits_processors import TokenHistory
 from llama_jax.decoding.sampling import Sampling, sample
 from llama_jax.model import Params, compute_dtype, forward_cached
-from llama_jax.ops import spmd
+from llama_jax.ops import spmd, striped_cache
+from llama_jax.ops.inputs import as_array
 
 # Chunk sizes of a prefill: large chunks first, the rest in small ones. Activation memory is that of one
-# chunk, whatever the prompt's length.
+# chunk, whatever the prompt's length. On a mesh, `context` divides a chunk: each device has this many tokens.
 PREFILL_CHUNKS = (256, 32)
 
 # (processed logits f32 [B, V], settings, keys [B]) -> token int32 [B]
@@ -104,6 +105,7 @@ def prefill(
     Each row's last token is left for the first step, so that every token is sampled in one place. Arguments
     are those of `generate`; they are neither checked nor padded to a bucket here.
     """
+    tokens, lengths = as_array("tokens", tokens), as_array("lengths", lengths)
     batch, length = tokens.shape
     sampling = (Sampling() if sampling is None else sampling).broadcast(batch)
     dtype = compute_dtype(params) if cache_dtype is None else cache_dtype
@@ -218,7 +220,7 @@ def prefill_cache(
         return forward_cached(config, params, ids, starts, cache, used=position + size)[1]
 
     cache = spmd.pvary_like(cache, params, tokens)
-    large, small = (min(size, length) for size in PREFILL_CHUNKS)
+    large, small = (_chunk_size(size, length) for size in PREFILL_CHUNKS)
     maximum: Any = max if isinstance(stop - start, int) else jnp.maximum
     # A remainder of more than half a large chunk takes another large one.
     num_large = maximum((stop - start + large // 2 - 1) // large, 0) if large > small else 0
@@ -228,6 +230,13 @@ def prefill_cache(
         if not isinstance(number, int) or number:
             cache = jax.lax.fori_loop(0, number, functools.partial(run_chunk, size, first), cache)
     return cache
+
+
+def _chunk_size(tokens: int, length: int) -> int:
+    """Tokens of a chunk with `tokens` on each device, in rows of `length`."""
+    shards = striped_cache.shards()
+    size = min(tokens * shards, length)
+    return size - size % shards if size > shards else size
 
 
 def repeat_rows(x: jax.Array, times: int) -> jax.Array:

@@ -1,6 +1,6 @@
-"""Models in repositories on the Hugging Face Hub, if `huggingface_hub` is installed.
+"""Models and adapters in repositories on the Hugging Face Hub, if `huggingface_hub` is installed.
 
-That library handles downloads, cache, resuming and access tokens; this module selects the files of the model.
+That library handles downloads, cache, resuming and access tokens; this module selects the files.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama_jax.errors import CheckpointError
@@ -21,12 +21,15 @@ _INSTALL_HINT = "pip install 'llama-jax[hub]'"
 # Configuration and tokenizer files, beside the weights.
 _METADATA = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|params)\.json"
-    r"|tokenizer\.model|chat_template\.(json|jinja)|(model\.safetensors|pytorch_model\.bin)\.index\.json"
+    r"|tokenizer\.model|chat_template\.(json|jinja)|additional_chat_templates/tool_use\.jinja"
+    r"|(model\.safetensors|pytorch_model\.bin)\.index\.json"
 )
 _SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _TORCH = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin")
 _SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 _META = re.compile(r"consolidated\.\d+\.pth")
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin", "adapter.safetensors")
 
 
 class _Selection(NamedTuple):
@@ -124,13 +127,15 @@ def _select(name: str, files: Iterable[str], gguf_file: str | None) -> _Selectio
             )
         return _Selection(parts[first], first)
     for folder, weights in (("", _SAFETENSORS), ("", _TORCH), ("", _META), ("original/", _META)):
-        in_folder = [file for file in files if str(PurePosixPath(file).parent) == (folder.rstrip("/") or ".")]
-        names = {PurePosixPath(file).name: file for file in in_folder}
+        names = {file.removeprefix(folder): file for file in files if file.startswith(folder)}
         shards = [file for base, file in names.items() if weights.fullmatch(base)]
         config = "params.json" if weights is _META else "config.json"
         if shards and config in names:
             metadata = [file for base, file in names.items() if _METADATA.fullmatch(base)]
             return _Selection([*metadata, *shards], folder)
+    if _ADAPTER_CONFIG in files and (weights_file := next((file for file in _ADAPTER if file in files), "")):
+        metadata = [file for file in files if _METADATA.fullmatch(file)]
+        return _Selection([_ADAPTER_CONFIG, *metadata, weights_file], "")
     if len(ggufs) == 1:
         return _Selection(parts[ggufs[0]], ggufs[0])
     if ggufs:

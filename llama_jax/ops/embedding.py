@@ -38,12 +38,16 @@ def _embed(dtype: jnp.dtype, table: jax.Array, tokens: jax.Array) -> jax.Array:
         rows = table.at[_local_ids(table.shape[0], tokens, axes)]
         if "tensor" not in axes:
             return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        return jax.lax.psum(rows.get(mode="fill", fill_value=0, wrap_negative_indices=False), "tensor")
+        found = rows.get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        if "tensor" in sharding.axes_of(out_spec[1]):
+            return jax.lax.psum_scatter(found, "tensor", scatter_dimension=1, tiled=True)
+        return jax.lax.psum(found, "tensor")
 
     # One device casts only the rows that it reads; several gather the whole table, so they cast it first.
     table = sharding.gather(table.astype(dtype), sharding.EMBEDDING_VD) if axes else table
     in_specs = (P("tensor", None), sharding.TOKENS_BT)
-    return spmd.shard_map_or_call(local, in_specs, sharding.ACT_BTD)(table, tokens).astype(dtype)
+    out_spec = sharding.out_sharding(sharding.ACT_BTD, (*tokens.shape, 0)) or P()
+    return spmd.shard_map_or_call(local, in_specs, out_spec)(table, tokens).astype(dtype)
 
 
 def _embed_forward(dtype: jnp.dtype, table: jax.Array, tokens: jax.Array) -> Any:
@@ -62,7 +66,7 @@ def _embed_backward(dtype: jnp.dtype, residuals: Any, d_out: jax.Array) -> Any:
         d_table = rows.add(d_out.astype(jnp.float32), mode="drop", wrap_negative_indices=False)
         return spmd.reduce_scatter_grad(d_table, 1, axes)
 
-    in_specs = (sharding.ACT_BTD, sharding.TOKENS_BT)
+    in_specs = (sharding.GATHERED_BTD, sharding.TOKENS_BT)
     d_table = spmd.shard_map_or_call(local, in_specs, sharding.EMBEDDING_VD)(d_out, tokens)
     return d_table.astype(table.dtype), None
 

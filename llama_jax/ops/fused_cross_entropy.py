@@ -19,7 +19,7 @@ from llama_jax import sharding
 from llama_jax.ops import spmd
 from llama_jax.ops.products import dot, weight_gradient
 
-_GATHERED_DV = P(None, "tensor")  # the output projection, gathered over fsdp
+_GATHERED_DV = P(None, "tensor")  # the output projection, gathered over fsdp and context
 
 
 def fused_cross_entropy(
@@ -49,6 +49,8 @@ def fused_cross_entropy(
     tied = "lm_head" not in params
     weight = params["embed"]["embedding"] if tied else params["lm_head"]["kernel"]
     weight_spec = sharding.EMBEDDING_VD if tied else sharding.HEAD_DV
+    if sharding.spec_of(x) != sharding.out_sharding(sharding.ACT_BTD, x.shape):
+        x = sharding.constrain(x, sharding.ACT_BTD)
     x, weight, targets, weights, z_loss = spmd.pvary_like((x, weight, targets, weights, z_loss))
     return _loss(num_chunks, tied, weight_spec, x, weight, targets, weights, z_loss)
 
@@ -84,10 +86,12 @@ def _over_devices(
     """`_local` on every device: (total,), or (total, d_x, d_weight) with `gradients`."""
     weight = sharding.gather(weight.astype(x.dtype), weight_spec)
     axes = tuple(name for name in sharding.AXES if name in sharding.explicit_axes())
-    local = functools.partial(_local, gradients, num_chunks, tied, axes)
+    shards = sharding.explicit_axes()["tensor"] if sharding.is_sequence_parallel(x) else 1
+    local = functools.partial(_local, gradients, num_chunks, tied, axes, shards)
     gathered_spec = P(*reversed(_GATHERED_DV)) if tied else _GATHERED_DV
-    in_specs = (sharding.ACT_BTD, gathered_spec, sharding.TOKENS_BT, sharding.TOKENS_BT, P())
-    out_specs = (P(), sharding.ACT_BTD, weight_spec) if gradients else (P(),)
+    x_spec = sharding.spec_of(x) or P()
+    in_specs = (x_spec, gathered_spec, sharding.TOKENS_BT, sharding.TOKENS_BT, P())
+    out_specs = (P(), x_spec, weight_spec) if gradients else (P(),)
     return spmd.shard_map_or_call(local, in_specs, out_specs)(x, weight, *rest)
 
 
@@ -96,13 +100,17 @@ def _local(
     num_chunks: int,
     tied: bool,
     axes: tuple[str, ...],
+    shards: int,
     x: jax.Array,
     weight: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
     z_loss: jax.Array,
 ) -> Any:
-    """One device's computation, with its collectives over `axes`, the names of the mesh axes."""
+    """One device's computation, with its collectives over `axes`, the names of the mesh axes.
+
+    `tensor` may shard the sequence of x in `shards` parts, which are gathered chunk by chunk.
+    """
     tensor = tuple(name for name in axes if name == "tensor")
     others = tuple(name for name in axes if name != "tensor")
     x, weight, targets, weights, z_loss = spmd.pvary_like((x, weight, targets, weights, z_loss))
@@ -116,6 +124,8 @@ def _local(
 
     def step(carry: Any, chunk: Any) -> Any:
         x, targets, weights = chunk
+        if shards > 1:
+            x = jax.lax.all_gather(x, "tensor", axis=1, tiled=True)
         logits = dot(to_logits, x, weight)
         is_target = first_id + jnp.arange(vocab_size, dtype=jnp.int32) == targets[..., None]
         max_logit = vocab_max(jax.lax.stop_gradient(logits.max(-1)))
@@ -132,18 +142,24 @@ def _local(
         d_logits = d_logits.astype(x.dtype)
         # [D, V] in both cases: of the two operands, x is the smaller to transpose.
         d_weight = weight_gradient("btd", x, "btv", d_logits, "dv")
-        return (carry[0] + total, carry[1] + d_weight), dot(to_hidden, d_logits, weight)
+        d_x = dot(to_hidden, d_logits, weight)
+        if shards > 1:
+            d_x = jax.lax.psum_scatter(d_x.astype(x.dtype), "tensor", scatter_dimension=1, tiled=True)
+        return (carry[0] + total, carry[1] + d_weight), d_x
 
     chunks = max(1, min(num_chunks, x.shape[1]))
     like = spmd.pvary_like(jnp.zeros((), jnp.float32), x)
     start = (like, jnp.zeros((x.shape[-1], vocab_size), jnp.float32) + like) if gradients else (like,)
+    if shards > 1:
+        targets, weights = (_in_order_of_chunks(array, shards, chunks) for array in (targets, weights))
     (total, *d_weight), d_x = jax.lax.scan(step, start, _split((x, targets, weights), chunks))
     # Equal on every device along `tensor`: pmax makes it invariant over that axis.
     total = vocab_max(total)
     total = jax.lax.psum(total, others) if others else total
     if not gradients:
         return (total,)
-    d_x = vocab_sum(_join(d_x, x.shape)).astype(x.dtype)
+    d_x = _join(d_x, x.shape)
+    d_x = d_x if shards > 1 else vocab_sum(d_x).astype(x.dtype)
     projection = spmd.reduce_scatter_grad(d_weight[0], 0, others)
     return total, d_x, projection.T if tied else projection
 
@@ -156,6 +172,13 @@ def _split(arrays: Any, chunks: int) -> Any:
         return jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0)
 
     return jax.tree.map(split, arrays)
+
+
+def _in_order_of_chunks(array: jax.Array, shards: int, chunks: int) -> jax.Array:
+    """[B, T], padded and reordered so that the parts that the shards of T have in a chunk are neighbours."""
+    array = array.reshape(array.shape[0], shards, -1)
+    array = jnp.pad(array, ((0, 0), (0, 0), (0, -array.shape[2] % chunks)))
+    return array.reshape(*array.shape[:2], chunks, -1).swapaxes(1, 2).reshape(array.shape[0], -1)
 
 
 def _join(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -86,7 +86,7 @@ class Quantized:
         return dataclasses.replace(self, shape=shape, contracted=inputs)
 
     def gather(self, weight_spec: P) -> Quantized:
-        """Gathered over `fsdp`; see `sharding.gather`."""
+        """Gathered over `fsdp` and `context`; see `sharding.gather`."""
         outputs, inputs = self._axes(weight_spec)
         scale_spec = P(outputs, inputs if self.bits != 8 else None)
         values_spec = P(outputs, inputs, *(None,) * (self.values.ndim - 2))
@@ -203,16 +203,16 @@ def _check_groups(
         raise InputError(
             f"{name} has {inputs} inputs, not a multiple of {group_size}; quantize to 8 bits instead"
         )
-    entry: Any = None if spec is None else spec[contracted[0] + stacked]
-    for mesh_axis in entry if isinstance(entry, tuple) else filter(None, (entry,)):
-        size = sharding.explicit_axes()[mesh_axis]
-        groups = inputs // group_size
-        if groups % size:
-            fits = [str(n) for n in range(1, max(sharding.explicit_axes().values()) + 1) if groups % n == 0]
-            raise InputError(
-                f"{name}: its {inputs} inputs are {groups} groups of {group_size}, which do not divide over "
-                f"mesh axis {mesh_axis} of size {size} (sizes that would: {', '.join(fits)}); or use 8 bits"
-            )
+    sizes = sharding.explicit_axes()
+    used = () if spec is None else sharding.axes_of(spec[contracted[0] + stacked])
+    used = tuple(axis for axis in used if sizes[axis] > 1)
+    groups, size = inputs // group_size, math.prod(sizes[axis] for axis in used)
+    if groups % size:
+        fits = [str(n) for n in range(1, max(sizes.values()) + 1) if groups % n == 0]
+        raise InputError(
+            f"{name}: its {inputs} inputs are {groups} groups of {group_size}, which do not divide over mesh "
+            f"axis {' x '.join(used)} of size {size} (sizes that would: {', '.join(fits)}); or use 8 bits"
+        )
 
 
 def _output_input_matrix(weight: jax.Array, contracted: tuple[int, ...]) -> jax.Array:

@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+from jax._src import shard_map as shard_map_lib
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
-from llama_jax.sharding import explicit_axes, is_spec, restrict
+from llama_jax.sharding import BATCH, PARAMS, explicit_axes, is_spec, restrict
 
 
 def pvary_like(tree: Any, *others: Any) -> Any:
@@ -48,37 +51,87 @@ def shard_map_or_call(function: Callable[..., Any], in_specs: Any, out_specs: An
     return lambda *args: mapped(*jax.tree.map(jax.sharding.reshard, args, in_specs))
 
 
-def reduce_scatter_grad(x: jax.Array, dimension: int | None, axes: Iterable[str]) -> jax.Array:
+def reduce_scatter_grad(
+    x: jax.Array, dimension: int | None, axes: Iterable[str], *, over_tensor: bool = False
+) -> jax.Array:
     """Inside `shard_map_or_call`: sums `x` over `data`, `context` and `fsdp`; returns this device's shard.
 
-    Work-around for XLA:TPU (JAX 0.12.0.1): over all three dimensions of a TPU torus, from 64 devices on, it
-    compiles a reduce-scatter to an all-reduce, which moves twice the bytes. Over one dimension of four
-    devices and then over the other two it does not.
+    It is scattered over `fsdp` and `context` first: only shards are summed over the other axes.
 
     Args:
       x: this device's contribution to the gradient of a weight.
-      dimension: the one that `fsdp` shards; None where it shards none, and each device gets the whole sum.
+      dimension: the one that `fsdp` and `context` shard; None where they shard none, and each device gets the
+        whole sum.
       axes: the names of the mesh axes.
+      over_tensor: sum over `tensor` too, which shards the rows that `x` is a sum of.
     """
-    axes = set(axes)
-    summed = ("data", "context") if dimension is not None else ("data", "context", "fsdp")
-    if names := tuple(name for name in summed if name in axes):
-        x = jax.lax.psum(x, names)
-    if dimension is None or "fsdp" not in axes:
-        return x
-    scatter = functools.partial(
-        jax.lax.psum_scatter, axis_name="fsdp", scatter_dimension=dimension, tiled=True
-    )
-    size = jax.lax.axis_size("fsdp")
-    if size < 64 or size % 4:
-        return scatter(x)
-    minor = size // 4
+    names = set(axes)
+    scattered = tuple(axis for axis in PARAMS if axis in names) if dimension is not None else ()
+    summed = {*BATCH, *PARAMS, *(("tensor",) if over_tensor else ())} & names - {*scattered}
+    if scattered:
+        x = jax.lax.psum_scatter(x, scattered, scatter_dimension=dimension, tiled=True)
+    return jax.lax.psum(x, tuple(sorted(summed))) if summed else x
 
-    def in_two_stages(x: jax.Array) -> jax.Array:
-        x = scatter(x, axis_index_groups=[[a * minor + b for a in range(4)] for b in range(minor)])
-        return scatter(x, axis_index_groups=[[a * minor + b for b in range(minor)] for a in range(4)])
 
-    return jax.lax.platform_dependent(x, tpu=in_two_stages, default=scatter)
+def sum_over_data(
+    function: Callable[..., Any], dtype: jax.typing.DTypeLike, batch_argument: int = 1
+) -> Callable[..., Any]:
+    """Runs `function` on the rows of each index of the mesh axis `data` apart, and sums the results once.
+
+    However many gradients `function` adds up, one sum of the shards of the total crosses `data`, the axis
+    between slices. Without that axis, or where it has size 1, `function` is returned.
+
+    Args:
+      function: (params, batch, ...) -> (loss, gradients), sums over the rows of the batch. Inside, `data` is
+        not an axis of the mesh.
+      dtype: in which the gradients are summed over `data`; the loss is summed in its own.
+      batch_argument: the position of the batch, arrays [B, ...]; other arguments are the same for all rows.
+    """
+    if explicit_axes().get("data", 1) == 1:
+        return function
+    _keep_explicit_shardings()
+
+    def apart(*args: Any) -> Any:
+        return jax.tree.map(lambda x: x[None], function(*args))
+
+    def summed(loss: Any, grads: Any) -> Any:
+        grads = jax.tree.map(lambda g: jax.lax.psum(g[0].astype(dtype), "data").astype(g.dtype), grads)
+        return jax.tree.map(lambda x: jax.lax.psum(x[0], "data"), loss), grads
+
+    def mapped(*args: Any) -> Any:
+        in_specs = tuple(P("data") if place == batch_argument else P() for place in range(len(args)))
+        # With `check_vma`, JAX (0.10.2, 0.12.0.1) cannot lower a `shard_map` inside of this one that is
+        # differentiated: it gives its residuals the outer axes too.
+        over_data = functools.partial(jax.shard_map, axis_names={"data"}, check_vma=False)
+        parts = over_data(apart, in_specs=in_specs, out_specs=P("data"))(*args)
+        # Summed in a `shard_map` over all axes: on a sum of bf16 inside of one over `data` alone XLA:CPU (JAX
+        # 0.10.2, 0.12.0.1) ends the process.
+        specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, parts)
+        out_specs = jax.tree.map(lambda spec: P(*spec[1:]), specs, is_leaf=is_spec)
+        return jax.shard_map(summed, in_specs=specs, out_specs=out_specs)(*parts)
+
+    return mapped
+
+
+def _keep_explicit_shardings() -> None:
+    """Makes a `shard_map` over some axes keep the shardings of its arguments and results over the others.
+
+    Work-around for JAX 0.10.2, which gathers them over all other axes, explicit ones too. JAX 0.12 lowers the
+    sharding of the type, as this does.
+    """
+    original = shard_map_lib._shardy_shard_map_sharding  # private: tests/test_private_seams.py
+    if jax.__version_info__ >= (0, 11) or original.__module__ == __name__:
+        return
+
+    @functools.wraps(original)
+    def from_type(context: Any, mesh: Any, manual_axes: Any, spec: P, aval: Any) -> Any:
+        kinds = {AxisType.Explicit, AxisType.Manual}
+        if aval.sharding.mesh.axis_types and kinds.issuperset(aval.sharding.mesh.axis_types):
+            spec = aval.sharding.spec
+        return original(context, mesh, manual_axes, spec, aval)
+
+    from_type.__module__ = __name__
+    shard_map_lib._shardy_shard_map_sharding = from_type  # type: ignore[assignment]
 
 
 def pvary_all(*arrays: jax.Array) -> tuple[jax.Array, ...]:

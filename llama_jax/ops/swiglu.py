@@ -51,7 +51,7 @@ def _down(y: jax.Array, w_down: jax.Array | Quantized | Adapted, custom_vjp: boo
 @jax.custom_vjp
 def _swiglu_down(gate: jax.Array, up: jax.Array, w_down: jax.Array) -> jax.Array:
     gate, up = jax.lax.optimization_barrier((gate, up))
-    return _down(jax.lax.optimization_barrier(swiglu(gate, up)), w_down)
+    return _down(jax.lax.optimization_barrier(swiglu(gate, up)), w_down, custom_vjp=True)
 
 
 def _swiglu_down_forward(gate: jax.Array, up: jax.Array, w_down: jax.Array) -> Any:
@@ -60,6 +60,7 @@ def _swiglu_down_forward(gate: jax.Array, up: jax.Array, w_down: jax.Array) -> A
 
 def _swiglu_down_backward(residuals: Any, d_out: jax.Array) -> Any:
     gate, up, w_down = residuals
+    d_out = sharding.gather_sequence(d_out)
     dtype, gathered = gate.dtype, sharding.gather(w_down.astype(gate.dtype), sharding.DOWN_FD)
     d_y = dot("btd,fd->btf", d_out, gathered, sharding.spec_of(gate)).astype(dtype)
     gate, up, d_y = (a.astype(jnp.float32) for a in (gate, up, jax.lax.optimization_barrier(d_y)))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from llama_jax.chat import ChatTemplate, chat_template, encode_chat
 from llama_jax.decoding import arguments
 from llama_jax.decoding.session import Session
 from llama_jax.errors import InputError
-from llama_jax.text.model import Model, SamplingSettings
+from llama_jax.text.model import Model
+from llama_jax.text.settings import SamplingSettings
 from llama_jax.text.stop_strings import StopStrings, split_stop_strings
 
 
@@ -21,6 +22,8 @@ class Conversation:
     cached prefix: usually the end of the last answer and the new user message. The answer equals that of a
     prefill of the whole conversation.
 
+    On a mesh over several processes each says the same, and stops an answer at the same piece.
+
     The conversation is never truncated: a turn that does not fit in the model's context is an error, and an
     answer that reaches the end of the context ends there.
 
@@ -30,9 +33,11 @@ class Conversation:
       template: `llama-2`, `chatml`, the path of a template file, or a `ChatTemplate`; see `chat_template`.
         None is the model's own template.
       cache_dtype: dtype of the key/value cache: float32, bfloat16, float16 or int8, as for `generate`.
+      **variables: the template's other variables, such as `tools`; see `encode_chat`.
 
     Attributes:
       system: the system prompt, or None; a change takes effect at the next turn.
+      variables: the template's other variables; so does a change of these.
       session: the decoding session; `session.reused` is the number of cached tokens of the last prompt.
       prompt_tokens: number of tokens of the last prompt.
       finish_reason: how the last answer ended: `stop` (EOS token or stop string), `length`
@@ -50,26 +55,28 @@ class Conversation:
         template: str | Path | ChatTemplate | None = None,
         *,
         cache_dtype: str | None = None,
+        **variables: Any,
     ):
         if not isinstance(template, ChatTemplate):
             template = chat_template(model.tokenizer, template)
         self.model = model
         self.template = template
         self.system = system
+        self.variables = variables
         self.session = Session(model.config, model.params, cache_dtype=cache_dtype)
         self.prompt_tokens = 0
         self.finish_reason: str | None = None
-        self._turns: list[dict[str, str]] = []
+        self._turns: list[dict[str, Any]] = []
         self._answer: Generator[str, None, None] | None = None
 
     @property
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         """The message history as dicts with `role` and `content`, the system prompt first."""
         return [dict(message) for message in self._with_system(self._turns)]
 
     def say(
         self,
-        text: str,
+        text: str | Mapping[str, Any],
         *,
         max_new_tokens: int = 512,
         stop_strings: str | Sequence[str] = (),
@@ -82,7 +89,7 @@ class Conversation:
         call closes an answer that is still open.
 
         Args:
-          text: the user message.
+          text: the user message; or a message of any role, such as a tool's result.
           max_new_tokens: maximum length of the answer in tokens; the end of the context also limits it.
           stop_strings: the answer ends before the first of these; see `StopStrings`.
           **settings: see `SamplingSettings`: `temperature=0.8, top_p=0.95, seed=1`.
@@ -96,8 +103,9 @@ class Conversation:
           TokenizerError: if the template does not render.
         """
         self.stop()
-        turns = [*self._turns, {"role": "user", "content": text}]
-        ids = encode_chat(self.model.tokenizer, self.template, self._with_system(turns))
+        message = dict(text) if isinstance(text, Mapping) else {"role": "user", "content": text}
+        turns = [*self._turns, message]
+        ids = encode_chat(self.model.tokenizer, self.template, self._with_system(turns), **self.variables)
         context = self.model.config.max_position_embeddings
         if len(ids) >= context:
             raise InputError(
@@ -142,11 +150,11 @@ class Conversation:
         self.stop()
         self._turns = []
 
-    def _with_system(self, turns: list[dict[str, str]]) -> list[dict[str, str]]:
+    def _with_system(self, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return turns if self.system is None else [{"role": "system", "content": self.system}, *turns]
 
     def _record(
-        self, turns: list[dict[str, str]], pieces: Generator[str, None, None]
+        self, turns: list[dict[str, Any]], pieces: Generator[str, None, None]
     ) -> Generator[str, None, None]:
         """Yields an answer and adds it to the history, even if it is interrupted."""
         answer: list[str] = []

@@ -6,18 +6,22 @@ import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, overload
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import adapters
+from llama_jax import adapters, sharding
+from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, InputError, TokenizerError
 from llama_jax.ops.quantization import Quantized
+from llama_jax.storage import as_path
 from llama_jax.text.model import Model
 from llama_jax.text.pretrained import DTYPES, Progress, model_tokenizer, open_model, resolve
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.tokenizer.export import classifier_pad_id, export_vocabulary
+from llama_jax.tokenizer.fit import fit_vocabulary
 from llama_jax.tokenizer.missing import MissingTokenizer
 from llama_jax.tokenizer.pad import pad_vocabulary
 from llama_jax.weights import manifest
@@ -105,7 +109,7 @@ def convert(
         tensors = ResizedVocabulary(tensors, vocab_size)
     for checkpoint in sources:
         _check_outside(target, checkpoint.path)
-    vocabulary = _vocabulary(tokenizer, sources[0], progress, vocab_size is None)
+    vocabulary = model_tokenizer(opened[0], tokenizer, progress, fit=vocab_size is None)
     if vocab_size is not None and tokenizer is None:
         vocabulary = pad_vocabulary(vocabulary, vocab_size)
     plan = _plan(tensors, format, dtype, shards, vocabulary, sources[0].metadata.get("pad_token_id"))
@@ -117,6 +121,7 @@ def convert(
     return target
 
 
+@overload
 def save(
     model: Model,
     path: str | Path,
@@ -125,14 +130,35 @@ def save(
     dtype: str | None = None,
     shards: int | None = None,
     progress: Progress | None = None,
-) -> Path:
-    """Saves a model to disk, with its tokenizer.
+) -> Path: ...
+
+
+@overload
+def save(
+    config: LlamaConfig,
+    params: Mapping[str, Any],
+    path: str | Path,
+    format: Format | None = None,
+    *,
+    tokenizer: Tokenizer | str | Path | None = None,
+    dtype: str | None = None,
+    shards: int | None = None,
+    progress: Progress | None = None,
+) -> Path: ...
+
+
+def save(*arguments: Any, **settings: Any) -> Path:
+    """Saves a model: `save(model, path)` with its tokenizer, or `save(config, params, path)`.
 
     Args:
       model: the model; its parameters may be on one device or sharded over a mesh, and are fetched one tensor
         at a time. Attached LoRA adapters are merged.
+      config: the configuration, in place of a model; `tokenizer` is then optional, as for `load_params`.
+      params: its parameters, as from `load_params` or `init`: layers stacked or not.
       path: the path to write, which must not exist.
       format: as for `convert`.
+      tokenizer: a tokenizer, or the path or known model to read it from. Without one, the result has none:
+        its arrays load, and its text methods say what is missing.
       dtype: dtype of the tensors; by default that of the parameters.
       shards: as for `convert`.
       progress: called with (bytes written, total bytes, name of what was written).
@@ -142,27 +168,52 @@ def save(
 
     Raises:
       CheckpointError: if `path` exists, the format cannot represent the model, or the disk is full.
+      ConfigError: if the parameters are not those of the configuration.
       InputError: for an unknown format or dtype, quantized parameters, or an attached adapter that cannot be
         merged.
+      TokenizerError: for a vocabulary that is unreadable, or of another size than the model's.
     """
+    is_model = isinstance(next(iter(arguments), None), Model) or "model" in settings
+    return _save_model(*arguments, **settings) if is_model else _save_params(*arguments, **settings)
+
+
+def _save_model(model: Model, path: str | Path, format: Format | None = None, **settings: Any) -> Path:
+    with model.on_mesh():
+        return _save_params(model.config, model.params, path, format, tokenizer=model.tokenizer, **settings)
+
+
+def _save_params(
+    config: LlamaConfig,
+    params: Any,
+    path: str | Path,
+    format: Format | None = None,
+    *,
+    tokenizer: Tokenizer | str | Path | None = None,
+    dtype: str | None = None,
+    shards: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
     target = _absolute(path)
     format = _infer_format(format, target)
-    if isinstance(model.params["embed"]["embedding"], Quantized):
+    if any(isinstance(leaf, Quantized) for leaf in jax.tree.leaves(params, is_leaf=_is_quantized)):
         raise InputError("the parameters are quantized; load the model without bits to save it")
-    with model.on_mesh():
-        tensors = ParamsTensors(model.config, adapters.merge(model.params))
-    write(_plan(tensors, format, dtype, shards, model.tokenizer), tensors, target, progress=progress)
+    with sharding.use_mesh(sharding.mesh_of(params)):
+        tensors = ParamsTensors(config, adapters.merge(params))
+    tensors.check()
+    size = config.vocab_size
+    if tokenizer is None:
+        vocabulary: Tokenizer = MissingTokenizer(size, f"{target} was saved without a tokenizer")
+    elif isinstance(tokenizer, (str, Path)):
+        vocabulary = fit_vocabulary(load_tokenizer(resolve(tokenizer, progress)), size)
+    else:
+        vocabulary = tokenizer
+    plan = _plan(tensors, format, dtype, shards, vocabulary, warn=tokenizer is not None)
+    write(plan, tensors, target, progress=progress)
     return target
 
 
-def _vocabulary(
-    tokenizer: str | Path | None, source: Source, progress: Progress | None, fit: bool
-) -> Tokenizer:
-    if tokenizer is not None:
-        return load_tokenizer(resolve(tokenizer, progress))
-    if fit:
-        return model_tokenizer(source)
-    return load_tokenizer(source.tokenizer_dir or source.path)
+def _is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, Quantized)
 
 
 def _check_outside(target: Path, source: Path) -> None:
@@ -177,7 +228,7 @@ def _check_outside(target: Path, source: Path) -> None:
 
 def _absolute(path: str | Path) -> Path:
     try:
-        target = Path(path).expanduser()
+        target = as_path(path).expanduser()
     except RuntimeError as error:  # an unknown user's home
         raise CheckpointError(f"{path}: {error}; give an absolute path") from None
     if target.name in ("", ".."):
@@ -203,9 +254,11 @@ def _plan(
     shards: int | None,
     tokenizer: Tokenizer,
     pad_id: int | None = None,
+    *,
+    warn: bool = True,
 ) -> Plan:
     size = tensors.config.vocab_size
-    if isinstance(tokenizer, MissingTokenizer):
+    if isinstance(tokenizer, MissingTokenizer) and warn:
         warnings.warn(f"{tokenizer.problem}, or give it with tokenizer (--tokenizer)", stacklevel=3)
     if tokenizer.vocab_size != size:
         pad_hint = f", or pad it with [PADn] by vocab_size={size} (--vocab-size)"

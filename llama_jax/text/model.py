@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, Unpack, overload
 
 import jax
 import numpy as np
@@ -15,41 +14,24 @@ from jax.sharding import Mesh
 
 from llama_jax import sharding
 from llama_jax.config import LlamaConfig
-from llama_jax.decoding import arguments
-from llama_jax.decoding.arguments import pad_right, random_key
+from llama_jax.decoding.arguments import check_int, pad_right, random_key
 from llama_jax.decoding.beam_search import EarlyStopping, beam_search
 from llama_jax.decoding.drafts import Draft, DraftModel
+from llama_jax.decoding.finite import checked_tokens
 from llama_jax.decoding.generation import generate, stream
 from llama_jax.decoding.sampling import Sampling
 from llama_jax.decoding.speculative import SpeculativeOutput, speculative_generate
 from llama_jax.errors import InputError
+from llama_jax.text.settings import SamplingSettings, check_names
 from llama_jax.text.stop_strings import StopStrings, split_stop_strings
 from llama_jax.tokenizer import StreamDecoder, Tokenizer
-
-
-class SamplingSettings(TypedDict, total=False):
-    """Sampling settings: the fields of `Sampling`, which documents them, and the seed.
-
-    The default temperature is 0: greedy decoding.
-    """
-
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    no_repeat_ngram_size: int
-    min_new_tokens: int
-    suppress_tokens: Sequence[int]
-    forced_tokens: Sequence[int]
-    seed: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A Llama with its parameters and tokenizer.
+
+    On a mesh over several processes each makes the same calls, and each gets the whole result.
 
     Attributes:
       config: the model's configuration.
@@ -153,7 +135,7 @@ class Model:
         sampling, key = self.sampling(**settings)
         end_ids, stop_strings = split_stop_strings(self.tokenizer, stop_strings)
         count = 1 if num_return_sequences is None else num_return_sequences
-        repeated = [row for row in rows for _ in range(arguments.check_int("num_return_sequences", count))]
+        repeated = [row for row in rows for _ in range(check_int("num_return_sequences", count))]
         limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "cache_dtype": cache_dtype}
         options = {**limits, "eos_id": end_ids, "num_return_sequences": count}
         inputs = (self.config, self.params, tokens, lengths)
@@ -181,14 +163,14 @@ class Model:
                 end_ids=end_ids,
                 **limits,
             ).output
-            new, counts = np.asarray(out.tokens), np.asarray(out.lengths)
+            new, counts = checked_tokens(self.params, out)
         elif stop_strings:
             texts = self._generate_until_stop(inputs, key, sampling, stop_strings, options, repeated)
             return _group(texts, prompt, num_return_sequences)
         else:
             with self.on_mesh():
                 out = generate(*inputs, key, sampling, **options)
-            new, counts = np.asarray(out.tokens), np.asarray(out.lengths)
+            new, counts = checked_tokens(self.params, out)
         texts = [
             self.continuation(ids, new[row, : counts[row]], stop_strings) for row, ids in enumerate(repeated)
         ]
@@ -315,12 +297,7 @@ class Model:
         Raises:
           InputError: for an unknown setting, naming the closest known one, or one out of range.
         """
-        known = SamplingSettings.__annotations__
-        for name in settings:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}"
-                raise InputError(f"setting {name!r} is unknown; {hint}")
+        check_names(settings)
         seed = settings.pop("seed", 0)
         values: Any = {"temperature": 0.0, **settings}
         if unused := getattr(self.tokenizer, "unused_ids", ()):

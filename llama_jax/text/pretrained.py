@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 from collections.abc import Callable
@@ -18,12 +19,13 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, InputError, MissingTokenizerError
 from llama_jax.hub import huggingface, known
 from llama_jax.ops.quantization import Bits, quantize
+from llama_jax.storage import as_path, is_address
 from llama_jax.text.model import Model
-from llama_jax.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from llama_jax.tokenizer.fit import fit_vocabulary
 from llama_jax.tokenizer.missing import MissingTokenizer
 from llama_jax.weights import open_source
-from llama_jax.weights.adapters import apply_adapter, run_base_model
+from llama_jax.weights.adapters import adapter_folder, apply_adapter, base_of_adapter
 from llama_jax.weights.load import load_tensors
 from llama_jax.weights.source import Source
 from llama_jax.weights.tensors import StoredTensors, Tensors
@@ -40,6 +42,7 @@ def load(
     mesh: Mesh | None = None,
     *,
     adapter: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     bits: Bits | None = None,
     scan_layers: bool = True,
     progress: Progress | None = None,
@@ -53,10 +56,13 @@ def load(
         the Hugging Face Hub.
       dtype: dtype of the parameters and of the computation: float32, bfloat16 or float16.
       mesh: shard the parameters over this mesh (`llama_jax.sharding.make_mesh`).
-      adapter: the directory of an adapter, or of the training run that wrote one. LoRA, rsLoRA and DoRA in
-        PEFT's format are merged into the weights, in f32, as these are read; a prefix in PEFT's format, or a
-        bottleneck adapter in AdapterHub's, is attached. If `name_or_path` is a run that trained an adapter,
-        the model is that adapter on its base model.
+      adapter: the directory of an adapter, of the training run that trains one, or of one of its steps; or
+        OWNER/NAME[@REVISION] on the Hub. LoRA, rsLoRA and DoRA in PEFT's format are merged into the weights,
+        in f32, as these are read; a prefix in PEFT's format, or a bottleneck adapter in AdapterHub's, is
+        attached. If `name_or_path` is itself one of these, the model is that adapter on the base model that
+        it names.
+      tokenizer: read the tokenizer from this path, or from this known model, instead. By default it is that
+        of the adapter, if its directory has one, or else the model's own.
       bits: quantize the matrices to 8 or 4 bits or NF4, see `quantize`; the original parameters are freed.
       scan_layers: store each layer parameter as one stacked [L, ...] array, as `init` does. If False,
         `params["layers"]` is a tuple with one tree per layer. Every function takes both forms, but with
@@ -76,22 +82,37 @@ def load(
     _check_precision(dtype, bits)
     opened = open_model(name_or_path, adapter, progress=progress)
     path, config = opened.source.path, opened.config
-    tokenizer = model_tokenizer(opened.source)
+    found = model_tokenizer(opened, tokenizer, progress)
     params = opened.params(dtype=dtype, bits=bits, mesh=mesh, scan_layers=scan_layers, progress=progress)
-    return Model(config, params, tokenizer, path, mesh)
+    return Model(config, params, found, path, mesh)
 
 
-def model_tokenizer(source: Source) -> Tokenizer:
-    """Loads the tokenizer of a checkpoint, fitted to its embedding; a `MissingTokenizer` if it has none.
+def model_tokenizer(
+    opened: OpenedModel, path: str | Path | None = None, progress: Progress | None = None, *, fit: bool = True
+) -> Tokenizer:
+    """Loads the tokenizer of a model; a `MissingTokenizer` if it has none.
+
+    Args:
+      opened: the model.
+      path: as `tokenizer` of `load`.
+      progress: as for `load`.
+      fit: fit it to the model's embedding (`fit_vocabulary`).
 
     Raises:
       TokenizerError: as `load`.
     """
-    size = source.config.vocab_size
+    size, source = opened.config.vocab_size, opened.source
+    folders = [
+        folder for adapter in reversed(opened.adapters) if has_tokenizer(folder := adapter_folder(adapter))
+    ]
+    own = [*folders, source.tokenizer_dir or source.path][0]
     try:
-        return fit_vocabulary(load_tokenizer(source.tokenizer_dir or source.path), size)
+        found = load_tokenizer(own if path is None else resolve(path, progress))
     except MissingTokenizerError as error:
+        if path is not None or not fit:
+            raise
         return MissingTokenizer(size, str(error))
+    return fit_vocabulary(found, size) if fit else found
 
 
 def load_params(
@@ -207,17 +228,25 @@ def open_model(
     Raises:
       CheckpointError, ConfigError: as `load`.
     """
-    path, adapters = resolve(name_or_path, progress), [] if adapter is None else [Path(adapter)]
-    while (base := run_base_model(path)) is not None:
+    path, adapters = resolve(name_or_path, progress), [] if adapter is None else [_find_adapter(adapter)]
+    while (base := base_of_adapter(path)) is not None:
         adapters.insert(0, path)
+        if base == path:
+            break
         if len(adapters) > _MAX_ADAPTERS:
             raise CheckpointError(
                 f"{path}: a chain of more than {_MAX_ADAPTERS} adapters, or a cycle; merge part of it into a "
                 "model with convert"
             )
-        path = resolve(base, progress)
+        try:
+            path = resolve(base, progress)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; it is the base model that the adapter {path} names: if it is elsewhere, load it "
+                "with the adapter beside it (adapter=, --adapter)"
+            ) from None
     source = open_source(path)
-    _check_finished(path, source)
+    _check_described(path, source)
     opened = OpenedModel(source, (), StoredTensors(source))
     for adapter_dir in adapters:
         tensors, attached = apply_adapter(opened.plain_tensors(), adapter_dir, merged_dtype=merged_dtype)
@@ -225,11 +254,21 @@ def open_model(
     return opened
 
 
-def _check_finished(path: Path, source: Source) -> None:
-    """Rejects a run whose checkpoints contain an adapter that it has not exported yet."""
+def _find_adapter(name_or_path: str | Path) -> Path:
+    """Returns the local path of an adapter, downloading one that is OWNER/NAME[@REVISION] on the Hub."""
+    path = as_path(name_or_path)
+    with contextlib.suppress(OSError, RuntimeError):  # a name too long, an unknown user's home
+        if not path.expanduser().exists() and huggingface.is_repository(str(name_or_path)):
+            return huggingface.fetch(str(name_or_path))
+    return path
+
+
+def _check_described(path: Path, source: Source) -> None:
+    """Rejects checkpoints that contain an adapter without its settings, as they once did."""
     if "step" in source.metadata and "embed.embedding" not in source.tensors:
         raise CheckpointError(
-            f"{path}: an unfinished run that trains an adapter; finish it, then give the run's directory"
+            f"{path}: holds an adapter whose settings and base model are not recorded; resume the run, which "
+            "writes them, or give its base model, with --adapter RUN/adapter"
         )
 
 
@@ -243,13 +282,15 @@ def resolve(name_or_path: str | Path, progress: Progress | None = None) -> Path:
     if name in known.KNOWN:
         return known.fetch(name, progress=progress)
     try:
-        path = Path(name_or_path).expanduser()
+        path = as_path(name_or_path).expanduser()
         if name and path.exists():  # Path("") is the current directory
             return path
     except PermissionError as error:
         raise CheckpointError(f"{name}: cannot be read: {error.strerror}; check its permissions") from None
     except (OSError, RuntimeError):  # an unknown user's home, a name too long, ...
         pass
+    if is_address(name):
+        raise CheckpointError(f"{name}: there is no such object or folder; check the address")
     if huggingface.is_repository(name):
         return huggingface.fetch(name)
     if len(name) > 200:

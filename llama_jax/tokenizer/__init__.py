@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from llama_jax.errors import CheckpointError, MissingTokenizerError, TokenizerError
+from llama_jax.storage import as_path
 from llama_jax.tokenizer import (
     gguf_vocab,
     llama2c_vocab,
@@ -17,8 +18,9 @@ from llama_jax.tokenizer.base import StreamDecoder, Tokenizer
 from llama_jax.tokenizer.files import read_bytes
 from llama_jax.weights import open_source
 from llama_jax.weights.gguf_header import MAGIC
+from llama_jax.weights.gguf_split import first_part
 
-__all__ = ["StreamDecoder", "Tokenizer", "load_tokenizer"]
+__all__ = ["StreamDecoder", "Tokenizer", "has_tokenizer", "load_tokenizer"]
 
 
 def _load_model_file(path: Path) -> Tokenizer:
@@ -50,7 +52,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
       TokenizerError: if there is none, or it cannot be read.
     """
     try:
-        path = Path(path).expanduser()
+        path = as_path(path).expanduser()
     except RuntimeError as error:  # unknown ~user
         raise TokenizerError(f"{path}: {error}; give the full path") from None
     try:
@@ -59,6 +61,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise TokenizerError(
             f"{path} cannot be read ({error.strerror or error}); check its path and permissions"
         ) from None
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory has the tokenizer of a Hugging Face model."""
+    return any((directory / name).is_file() for name in _PATTERNS[:2])
 
 
 def _load(path: Path) -> Tokenizer:
@@ -86,7 +93,7 @@ def _load_from(directory: Path, model: Path) -> Tokenizer:
     patterns = _PATTERNS[:-1] if model.suffix == ".bin" and model.is_file() else _PATTERNS
     for pattern in patterns:
         try:
-            found = sorted(directory.glob(pattern))
+            found = sorted({first_part(path) for path in directory.glob(pattern)})
         except OSError as error:
             raise TokenizerError(f"{directory} cannot be read ({error.strerror})") from None
         if len(found) == 1:

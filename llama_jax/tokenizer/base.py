@@ -47,7 +47,12 @@ class Tokenizer(Protocol):
     chat_template: str | None
 
     def encode(
-        self, text: str, *, add_bos: bool | None = None, add_eos: bool = False, parse_special: bool = False
+        self,
+        text: str,
+        *,
+        add_bos: bool | None = None,
+        add_eos: bool | None = None,
+        parse_special: bool = False,
     ) -> list[int]:
         """Returns the ids of `text`."""
 
@@ -65,7 +70,7 @@ class Tokenizer(Protocol):
 class TokenizerSettings:
     """The settings of a vocabulary besides its pieces; see `Tokenizer` for the fields.
 
-    `prefix_ids` are what `encode` prepends where that is not BOS.
+    `prefix_ids` are what `encode` prepends where that is not BOS, and `suffix_ids` what it appends.
     """
 
     bos_id: int | None = None
@@ -76,6 +81,7 @@ class TokenizerSettings:
     add_bos: bool = False
     chat_template: str | None = None
     prefix_ids: tuple[int, ...] = ()
+    suffix_ids: tuple[int, ...] = ()
 
     @property
     def control_ids(self) -> set[int]:
@@ -162,7 +168,9 @@ class BaseTokenizer(abc.ABC):
     Attributes:
       table: the mapping from ids to bytes.
       origin: the path of the file it was loaded from.
+      prefix_ids, suffix_ids: see `TokenizerSettings`.
       unused_ids: ids that stand for nothing: rows of a padded embedding table, see `fit_vocabulary`.
+      fitted_from: the vocabulary that `fit_vocabulary` has fitted to a model; None for any other.
 
     Raises:
       TokenizerError: if a special id is outside the vocabulary.
@@ -182,12 +190,14 @@ class BaseTokenizer(abc.ABC):
         eos_id = [] if settings.eos_id is None else [settings.eos_id]
         self.eos_ids = tuple(dict.fromkeys([*eos_id, *settings.eos_ids, *end_ids]))
         self.prefix_ids = settings.prefix_ids
+        self.suffix_ids = settings.suffix_ids
         self.add_bos = settings.add_bos and (settings.bos_id is not None or bool(settings.prefix_ids))
         self.special_tokens = table.special
         self.chat_template = settings.chat_template
         self.table = table
         self.origin = origin
         self.unused_ids = range(0)
+        self.fitted_from: BaseTokenizer | None = None
 
     @property
     def added_ids(self) -> frozenset[int]:
@@ -203,7 +213,12 @@ class BaseTokenizer(abc.ABC):
         """Returns one vocabulary entry as it is written in the file."""
 
     def encode(
-        self, text: str, *, add_bos: bool | None = None, add_eos: bool = False, parse_special: bool = False
+        self,
+        text: str,
+        *,
+        add_bos: bool | None = None,
+        add_eos: bool | None = None,
+        parse_special: bool = False,
     ) -> list[int]:
         """Returns the ids of `text`.
 
@@ -213,7 +228,8 @@ class BaseTokenizer(abc.ABC):
         Args:
           text: any text, including NUL and other control characters.
           add_bos: whether to prepend BOS, unless the ids begin with it; None means `self.add_bos`.
-          add_eos: whether to append EOS, unless the ids end with it.
+          add_eos: whether to append EOS, unless the ids end with it; None means what the vocabulary appends
+            (`suffix_ids`), and nothing if `add_bos` is given.
           parse_special: whether control tokens in the text become their ids. Keep it off for untrusted
             text: `</s>` then stays four characters.
 
@@ -238,10 +254,11 @@ class BaseTokenizer(abc.ABC):
             prefix = list(self.prefix_ids) or [self._require_id("BOS", self.bos_id)]
             if ids[: len(prefix)] != prefix:
                 ids = prefix + ids
-        if add_eos:
-            eos = self._require_id("EOS", self.eos_id)
-            if ids[-1:] != [eos]:
-                ids.append(eos)
+        suffix = [self._require_id("EOS", self.eos_id)] if add_eos else []
+        if add_eos is None and add_bos is None:
+            suffix = list(self.suffix_ids)
+        if suffix and ids[-len(suffix) :] != suffix:
+            ids = ids + suffix
         if max(ids, default=0) >= self.vocab_size:
             token = max(ids)
             raise TokenizerError(

@@ -1,12 +1,14 @@
-"""GPT-2's byte-level alphabet, and the pre-tokenizers of byte-level BPE vocabularies."""
+"""GPT-2's byte-level alphabet, and what a byte-level BPE tokenizer does before it merges."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models
+
+from llama_jax.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 
 
 def _alphabet() -> dict[str, int]:
@@ -29,66 +31,6 @@ def piece_bytes(piece: str) -> bytes:
         return bytes(map(BYTE_OF.__getitem__, piece))
     except KeyError:
         return piece.encode()
-
-
-class PreTokenizer(NamedTuple):
-    """The pre-tokenization of a byte-level BPE vocabulary.
-
-    Attributes:
-      build: builds the pre-tokenizer, whose last step is `ByteLevel`.
-      normalizer: builds the normalizer, applied first; or None.
-      ignore_merges: whether a word that is a piece becomes that piece regardless of the merges.
-      add_bos: whether vocabularies of this kind prepend BOS by default.
-    """
-
-    build: Callable[[], pre_tokenizers.PreTokenizer]
-    normalizer: Callable[[], normalizers.Normalizer] | None = None
-    ignore_merges: bool = False
-    add_bos: bool = False
-
-
-def _gpt2() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _single_digits() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
-
-
-def _split(*patterns: str) -> Callable[[], pre_tokenizers.PreTokenizer]:
-    def build() -> pre_tokenizers.PreTokenizer:
-        splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
-        return pre_tokenizers.Sequence(
-            [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
-
-    return build
-
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT2 = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-_LLAMA3 = PreTokenizer(
-    _split(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"), ignore_merges=True, add_bos=True
-)
-_SINGLE_DIGITS = PreTokenizer(_single_digits)
-
-# By the value of `tokenizer.ggml.pre`. The names are llama.cpp's (src/llama-vocab.cpp); each entry is the
-# pre-tokenizer in the tokenizer.json of the models that the name stands for. `default`, for files without
-# the key, is llama.cpp's own.
-PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
-    "default": PreTokenizer(_split(r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
-    "gpt-2": PreTokenizer(_gpt2),
-    "smollm": _SINGLE_DIGITS,
-    "starcoder": _SINGLE_DIGITS,
-    "refact": _SINGLE_DIGITS,
-    "llama-bpe": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "llama3": _LLAMA3,
-    "qwen2": PreTokenizer(_split(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"), normalizer=normalizers.NFC),
-}
 
 
 def is_byte_level(backend: Tokenizer) -> bool:

@@ -57,6 +57,12 @@ def export_vocabulary(tokenizer: Tokenizer, format: Format, *, pad_id: int | Non
             f"the vocabulary of {tokenizer.origin} prepends {names} to every text, which {format} cannot "
             "represent; write hf"
         )
+    if tokenizer.suffix_ids not in ((), (tokenizer.eos_id,)[: format != "llama2c"]) and format != "hf":
+        names = " ".join(map(tokenizer.id_to_token, tokenizer.suffix_ids))
+        raise TokenizerError(
+            f"the vocabulary of {tokenizer.origin} appends {names} to every text, which {format} cannot "
+            "represent; write hf"
+        )
     files: Mapping[str, bytes] = {}
     fields: Mapping[str, Any] = {}
     if format == "gguf":
@@ -106,7 +112,7 @@ def _files(tokenizer: BaseTokenizer, format: Format, pad_id: int | None) -> dict
 def _tokenizer_config(tokenizer: BaseTokenizer) -> dict[str, Any]:
     """Returns the special tokens, BOS rule and chat template for tokenizer_config.json."""
     config: dict[str, Any] = {
-        "add_eos_token": False,
+        "add_eos_token": bool(tokenizer.suffix_ids),
         "clean_up_tokenization_spaces": False,
     }
     if not tokenizer.prefix_ids:  # else the post-processor says what is prepended
@@ -124,18 +130,16 @@ def _set_bos(backend: tokenizers.Tokenizer, tokenizer: BaseTokenizer) -> None:
     """Sets the post-processor to prepend BOS if `tokenizer.add_bos`, and otherwise nothing."""
     if tokenizer.prefix_ids:
         return
-    first = next(iter(backend.encode("").ids), None)
-    if (first is not None and first == tokenizer.bos_id) == tokenizer.add_bos:
+    added = backend.encode("").ids
+    begins = bool(added) and added[0] == tokenizer.bos_id
+    if begins == tokenizer.add_bos and added[int(begins) :] == list(tokenizer.suffix_ids):
         return
-    bos = (
-        [tokenizer.id_to_token(tokenizer.bos_id)]
-        if tokenizer.bos_id is not None and tokenizer.add_bos
-        else []
-    )
+    ids = [tokenizer.bos_id] if tokenizer.bos_id is not None and tokenizer.add_bos else []
+    bos, eos = (list(map(tokenizer.id_to_token, added)) for added in (ids, tokenizer.suffix_ids))
     backend.post_processor = processors.TemplateProcessing(
-        single=[*bos, "$A"],
-        pair=[*bos, "$A", *bos, "$B"],
-        special_tokens=[(name, tokenizer.bos_id) for name in bos],
+        single=[*bos, "$A", *eos],
+        pair=[*bos, "$A", *eos, *bos, "$B", *eos],
+        special_tokens=list(dict(zip([*bos, *eos], [*ids, *tokenizer.suffix_ids], strict=True)).items()),
     )
 
 

@@ -12,9 +12,10 @@ import numpy as np
 
 from llama_jax.errors import TokenizerError
 from llama_jax.tokenizer.base import END_TOKENS, BaseTokenizer
-from llama_jax.tokenizer.byte_level import PRE_TOKENIZERS, is_byte_level, match_pre_tokenizer
+from llama_jax.tokenizer.byte_level import is_byte_level, match_pre_tokenizer
 from llama_jax.tokenizer.gguf_vocab import NO_TOKEN, PREFIX
 from llama_jax.tokenizer.pieces import extract_pieces
+from llama_jax.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from llama_jax.tokenizer.sentencepiece_model import CONTROL, NORMAL, UNUSED, USER_DEFINED
 from llama_jax.tokenizer.tokenizer_json import HuggingFaceTokenizer
 
@@ -45,6 +46,8 @@ def gguf_fields(tokenizer: BaseTokenizer) -> dict[str, Any]:
         elif name in required:
             fields[f"{name}_token_id"] = NO_TOKEN
     fields["add_bos_token"] = tokenizer.add_bos
+    if tokenizer.suffix_ids:
+        fields["add_eos_token"] = True
     metadata = {f"{PREFIX}{key}": value for key, value in fields.items()}
     if tokenizer.chat_template is not None:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template

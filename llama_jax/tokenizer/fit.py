@@ -39,6 +39,7 @@ def fit_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
         special={name: token for name, token in table.special.items() if token < vocab_size},
     )
     fitted.vocab_size, fitted.special_tokens = vocab_size, fitted.table.special
+    fitted.fitted_from = tokenizer
     fitted.unused_ids = range(min(size, vocab_size), vocab_size)
     fitted.eos_ids = tuple(token for token in tokenizer.eos_ids if token < vocab_size)
     for name in ("bos_id", "eos_id", "unk_id", "pad_id"):

@@ -21,8 +21,9 @@ from llama_jax.tokenizer.base import (
     TokenizerSettings,
     validate_special_id,
 )
-from llama_jax.tokenizer.byte_level import PRE_TOKENIZERS, piece_bytes
+from llama_jax.tokenizer.byte_level import piece_bytes
 from llama_jax.tokenizer.files import one_line
+from llama_jax.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from llama_jax.tokenizer.sentencepiece_model import (
     BYTE,
     CONTROL,
@@ -61,12 +62,12 @@ def from_metadata(metadata: Mapping[str, Any], origin: str) -> BaseTokenizer:
     kind = metadata.get(f"{PREFIX}model")
     if kind in (None, "no_vocab"):
         raise MissingTokenizerError(
-            f"{origin} has no vocabulary; give the model's own tokenizer file instead"
+            f"{origin} has no vocabulary; give the model's own with tokenizer (--tokenizer)"
         )
     if kind not in ("llama", "gpt2"):
         raise TokenizerError(
             f"{origin}: {PREFIX}model is {str(kind)[:40]!r}; llama_jax supports 'llama' (SentencePiece) and "
-            "'gpt2' (byte-level BPE), give the model's own tokenizer file instead"
+            "'gpt2' (byte-level BPE); give the model's own with tokenizer (--tokenizer)"
         )
     vocabulary = _Vocabulary(metadata, origin)
     return vocabulary.sentencepiece() if kind == "llama" else vocabulary.byte_level()
@@ -129,15 +130,16 @@ class _Vocabulary:
             validate_special_id(f"{PREFIX}{key}_token_id", value, len(self.tokens), self.origin)
             return value
 
-        end_ids = (token("eot"), token("eom"))
+        end_ids, eos_id = (token("eot"), token("eom")), token("eos")
         template = self.metadata.get("tokenizer.chat_template")
         return TokenizerSettings(
             bos_id=token("bos"),
-            eos_id=token("eos"),
+            eos_id=eos_id,
             unk_id=token("unknown"),
             pad_id=token("padding"),
             eos_ids=tuple(end_id for end_id in end_ids if end_id is not None),
             add_bos=self.boolean("add_bos_token", add_bos),
+            suffix_ids=(eos_id,) if eos_id is not None and self.boolean("add_eos_token", False) else (),
             chat_template=template if isinstance(template, str) else None,
         )
 
@@ -173,7 +175,7 @@ class _Vocabulary:
         if pre is None:
             raise TokenizerError(
                 f"{self.origin}: {PREFIX}pre is {str(name)[:40]!r}, an unknown pre-tokenizer; known are "
-                f"{', '.join(PRE_TOKENIZERS)}; give the model's tokenizer.json instead"
+                f"{', '.join(PRE_TOKENIZERS)}; give the model's tokenizer.json with tokenizer (--tokenizer)"
             )
         settings = self.settings(add_bos=pre.add_bos)
         special = {

@@ -12,6 +12,7 @@ from llama_jax.errors import TokenizerError
 from llama_jax.tokenizer.base import TokenizerSettings
 from llama_jax.tokenizer.files import parse_json_object, read_bytes
 
+TOOL_USE = "additional_chat_templates/tool_use.jinja"  # beside chat_template.jinja
 _SPECIAL_TOKENS = ("bos", "eos", "unk", "pad")
 
 
@@ -22,7 +23,9 @@ class HFConfig:
     Attributes:
       tokens: `bos`, `eos`, `unk` or `pad` to the token, and the file that defines it.
       ids: `bos` or `eos` to ids, from generation_config.json or config.json, which have only ids.
-      add_bos: whether to prepend BOS.
+      add_bos, add_eos: whether to prepend BOS, to append EOS.
+      add_prefix_space: whether to prepend a space to every text.
+      tokenizer_class: transformers' class.
       chat_template: Jinja source.
       added: tokens that were added to a vocabulary by id, with whether they are control tokens.
     """
@@ -30,6 +33,9 @@ class HFConfig:
     tokens: Mapping[str, tuple[str, Path]]
     ids: Mapping[str, tuple[int, ...]]
     add_bos: bool | None
+    add_eos: bool | None
+    add_prefix_space: bool | None
+    tokenizer_class: str
     chat_template: str | None
     added: Mapping[int, tuple[str, bool]]
 
@@ -62,9 +68,11 @@ class HFConfig:
             elif known.get(name) and getattr(settings, f"{name}_id") is None:
                 ids[name] = known[name][0]
         changes: dict[str, Any] = {f"{name}_id": token_id for name, token_id in ids.items()}
+        eos_id = changes.get("eos_id", settings.eos_id)
         return dataclasses.replace(
             settings,
             **changes,
+            suffix_ids=(eos_id,) if self.add_eos and eos_id is not None else settings.suffix_ids,
             eos_ids=(*settings.eos_ids, *known.get("eos", ())),
             add_bos=settings.add_bos if self.add_bos is None else self.add_bos,
             chat_template=self.chat_template or settings.chat_template,
@@ -100,11 +108,18 @@ def read_hf_config(path: Path) -> HFConfig:
                 )
             if values:
                 ids.setdefault(name, tuple(values))
-    add_bos = files["tokenizer_config"].get("add_bos_token")
+
+    def flag(name: str) -> bool | None:
+        value = files["tokenizer_config"].get(name)
+        return value if isinstance(value, bool) else None
+
     return HFConfig(
         tokens,
         ids,
-        add_bos if isinstance(add_bos, bool) else None,
+        flag("add_bos_token"),
+        flag("add_eos_token"),
+        flag("add_prefix_space"),
+        str(files["tokenizer_config"].get("tokenizer_class")),
         _chat_template(path, files),
         _added_tokens(path, files, {token for token, _ in tokens.values()}),
     )
@@ -138,18 +153,35 @@ def _added_tokens(
 
 
 def _chat_template(path: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Returns the template: chat_template.jinja overrides tokenizer_config.json, as in transformers."""
-    jinja = path.with_name("chat_template.jinja")
-    try:
-        if jinja.is_file():
-            return read_bytes(jinja).decode()
-    except UnicodeDecodeError as error:
-        raise TokenizerError(f"{jinja} is not UTF-8 ({error.reason}); take a fresh copy") from None
+    """Returns the template: chat_template.jinja overrides tokenizer_config.json, as in transformers.
+
+    Of several named ones it is `default`, with `tool_use` for conversations with tools.
+    """
+    default = _read_template(path.with_name("chat_template.jinja"))
+    if default is not None:
+        return _with_tool_use(default, _read_template(path.parent / TOOL_USE))
     template = files["tokenizer_config"].get("chat_template")
-    if isinstance(template, list):  # several named templates
+    if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        default, tool_use = named.get("default"), named.get("tool_use")
+        template = _with_tool_use(default, tool_use) if isinstance(default, str) else None
     return template if isinstance(template, str) else None
+
+
+def _read_template(path: Path) -> str | None:
+    try:
+        return read_bytes(path).decode() if path.is_file() else None
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path} is not UTF-8 ({error.reason}); take a fresh copy") from None
+
+
+def _with_tool_use(default: str, tool_use: object) -> str:
+    """One template of both: `tool_use` where there are tools, as transformers chooses."""
+    if not isinstance(tool_use, str):
+        return default
+    # Jinja drops a newline at the end of a template, and one after a block's tag.
+    inner, other = (source.removesuffix("\n") for source in (tool_use, default))
+    return "{% if tools %}{{ '' }}" + inner + "{% else %}{{ '' }}" + other + "{% endif %}"
 
 
 def _read(path: Path) -> dict[str, Any]:

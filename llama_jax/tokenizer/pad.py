@@ -49,4 +49,6 @@ def pad_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
     extended = [*old.pieces, *map(str.encode, names)]
     added = {name: token for token, name in enumerate(names, tokenizer.vocab_size)}
     table: DecodeTable = dataclasses.replace(old, pieces=extended, special={**old.special, **added})
-    return HuggingFaceTokenizer(backend, table, settings, tokenizer.origin, tokenizer.gguf_pre)
+    padded = HuggingFaceTokenizer(backend, table, settings, tokenizer.origin, tokenizer.gguf_pre)
+    padded.check_text = tokenizer.check_text
+    return padded

@@ -49,8 +49,14 @@ class SentencePieceTokenizer(BaseTokenizer):
     ):
         super().__init__(pieces, settings, origin)
         self._model = model
+        self._appended: frozenset[int] = frozenset()  # ids that files next to the model add
         longest_first = sorted(map(re.escape, self.special_tokens), key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+
+    @property
+    def added_ids(self) -> frozenset[int]:
+        """Ids of the control tokens, and of the tokens that files next to the model add."""
+        return super().added_ids | self._appended
 
     def _encode(self, text: str, parse_special: bool) -> list[int]:
         if not parse_special:
@@ -89,7 +95,8 @@ def load(path: Path) -> SentencePieceTokenizer:
         )
     hf_config = read_hf_config(path)
     model = load_model(data, str(path))
-    if added := _added_pieces(path, hf_config.added, model.vocab_size()):
+    own_size = model.vocab_size()
+    if added := _added_pieces(path, hf_config.added, own_size):
         model = load_model(with_pieces(data, added), str(path))
     settings = TokenizerSettings(
         bos_id=_optional_id(model.bos_id()),
@@ -99,9 +106,11 @@ def load(path: Path) -> SentencePieceTokenizer:
         add_bos=model.bos_id() >= 0,
     )
     pieces = decode_table(model)
-    return SentencePieceTokenizer(
+    tokenizer = SentencePieceTokenizer(
         model, pieces, hf_config.apply(settings, pieces.special, len(pieces.pieces)), str(path)
     )
+    tokenizer._appended = frozenset(range(own_size, len(pieces.pieces)))
+    return tokenizer
 
 
 def _added_pieces(path: Path, added: Mapping[int, tuple[str, bool]], size: int) -> list[Piece]:

@@ -18,9 +18,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from llama_jax.errors import TokenizerError
 from llama_jax.tokenizer.base import DecodeTable, TokenizerSettings
-from llama_jax.tokenizer.byte_level import BYTE_OF, PRE_TOKENIZERS
+from llama_jax.tokenizer.byte_level import BYTE_OF
 from llama_jax.tokenizer.files import MAX_IDS, one_line
 from llama_jax.tokenizer.hf_config import read_hf_config
+from llama_jax.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from llama_jax.tokenizer.tokenizer_json import HuggingFaceTokenizer
 
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d{1,9}")

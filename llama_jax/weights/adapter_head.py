@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.errors import CheckpointError
+from llama_jax.weights.adapter_file import read_f32, read_header
 from llama_jax.weights.derived import Head
 from llama_jax.weights.hf import MAX_LABELS, default_labels
 from llama_jax.weights.json_fields import read_json
 from llama_jax.weights.names import SCORE
-from llama_jax.weights.safetensors import read_metadata, read_safetensors_header
-from llama_jax.weights.source import TensorInfo, quote, read_f32
+from llama_jax.weights.safetensors import read_metadata
+from llama_jax.weights.source import TensorInfo, quote
 
 # PEFT's tensor names: in LoRA adapters (whose tuner wraps the model), and in prompt-learning adapters.
 HEAD_TENSORS = (f"base_model.model.{SCORE.hf}", f"base_model.{SCORE.hf}")
@@ -32,16 +33,27 @@ def check_task(path: Path, fields: Mapping[str, Any]) -> None:
     """Checks that a PEFT adapter is for a language model or a classifier.
 
     Raises:
-      CheckpointError: if it is for another task, or has trained modules other than a classifier's head.
+      CheckpointError: if it is for another task, or `modules_to_save` is not a list.
     """
     task, saved = fields.get("task_type"), fields.get("modules_to_save") or []
     if task not in (None, "CAUSAL_LM", SEQ_CLS):
         raise CheckpointError(
             f"{path}: task_type is {quote(str(task))}; only CAUSAL_LM and {SEQ_CLS} adapters are supported"
         )
-    if not isinstance(saved, list) or set(map(str, saved)) - (_HEAD_MODULES if task == SEQ_CLS else set()):
+    if not isinstance(saved, list):
+        raise CheckpointError(f"{path}: modules_to_save is {quote(str(saved))}; it must be a list of names")
+
+
+def check_only_head_saved(path: Path, fields: Mapping[str, Any]) -> None:
+    """Checks that an adapter has trained no modules but a classifier's head.
+
+    Raises:
+      CheckpointError: naming them.
+    """
+    saved = fields.get("modules_to_save") or []
+    if set(map(str, saved)) - (_HEAD_MODULES if fields.get("task_type") == SEQ_CLS else set()):
         raise CheckpointError(
-            f"{path}: 'modules_to_save' is {quote(str(saved))}; only a classifier's 'score' is supported"
+            f"{path}: modules_to_save is {quote(str(saved))}; only a classifier's score is supported here"
         )
 
 
@@ -74,7 +86,7 @@ def read_head(config_path: Path, config: Mapping[str, Any], weights: Path) -> He
         file = weights
     else:
         return None
-    stored = read_safetensors_header(file)
+    stored = read_header(file)
     name = next((name for name in names if name in stored), None)
     if name is None:
         raise CheckpointError(f"{file}: missing tensors: {names[0]}, the adapter's classification head")
@@ -102,7 +114,7 @@ def _labels_by_id(path: Path, label2id: Any) -> tuple[str, ...]:
 def _stored_labels(file: Path, count: int) -> tuple[str, ...]:
     """Returns the label names in the file's metadata, or Hugging Face's default names."""
     try:
-        names = json.loads(read_metadata(file).get(LABELS_KEY, ""))
+        names = json.loads(read_metadata(file).get(LABELS_KEY, "")) if file.suffix == ".safetensors" else ()
         if len(names) == count and all(isinstance(name, str) for name in names):
             return tuple(names)
     except (ValueError, TypeError, RecursionError):

@@ -19,8 +19,9 @@ import numpy as np
 from llama_jax.adapters.bottleneck import Bottleneck
 from llama_jax.errors import CheckpointError
 from llama_jax.ops.adapted import Activation
+from llama_jax.weights.adapter_file import read_f32
 from llama_jax.weights.safetensors import read_safetensors_header
-from llama_jax.weights.source import TensorInfo, format_list, quote, read_f32
+from llama_jax.weights.source import TensorInfo, format_list, quote
 
 WEIGHTS = "adapter.safetensors"
 # For each location of an adapter: AdapterHub's module name, and the field that enables it.

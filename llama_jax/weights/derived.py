@@ -1,4 +1,4 @@
-"""Models derived from others: pooled KV heads, averages, resized vocabularies, heads, merged adapters."""
+"""Models derived from others: pooled KV heads, averages, resized vocabularies, heads."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from llama_jax import adapters
-from llama_jax.adapters import lora
-from llama_jax.config import LlamaConfig
+from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import ConfigError
 from llama_jax.weights.names import SCORE, Leaf
 from llama_jax.weights.tensors import Tensors
 from llama_jax.weights.write.cast import cast
 
 _MAX_VOCAB_SIZE = 1 << 24
-_CHUNK = 1 << 22  # values per step of an average (in f64) or a merge
+_CHUNK = 1 << 22  # values per step of an average, in f64
+_ROWS = 1 << 10  # of a vocabulary, per step of their mean
 
 
 @dataclasses.dataclass(frozen=True)
-class _DerivedTensors:
+class DerivedTensors:
     """Delegates to the tensors of a base model; subclasses override what they change."""
 
     base: Tensors
@@ -42,9 +40,12 @@ class _DerivedTensors:
     def read(self, leaf: Leaf, layer: int | None) -> np.ndarray:
         return self.base.read(leaf, layer)
 
+    def read_rows(self, leaf: Leaf, layer: int | None, begin: int, end: int) -> np.ndarray:
+        return self.read(leaf, layer)[begin:end]
+
 
 @dataclasses.dataclass(frozen=True)
-class PooledHeads(_DerivedTensors):
+class PooledHeads(DerivedTensors):
     """A model with key and value heads mean-pooled in groups: the starting point of GQA uptraining.
 
     Mean pooling worked best in the GQA paper (arXiv 2305.13245, 2.1). It is exact if the heads of a group are
@@ -83,7 +84,7 @@ class PooledHeads(_DerivedTensors):
 
 
 @dataclasses.dataclass(frozen=True)
-class Averaged(_DerivedTensors):
+class Averaged(DerivedTensors):
     """A weighted average of models: a model soup (arXiv 2203.05482), or an interpolation of two models.
 
     Attributes:
@@ -135,7 +136,7 @@ class Averaged(_DerivedTensors):
 
 
 @dataclasses.dataclass(frozen=True)
-class ResizedVocabulary(_DerivedTensors):
+class ResizedVocabulary(DerivedTensors):
     """A model with vocabulary rows appended, each the mean of the existing rows, or truncated.
 
     Mean initialization gives a new token the probability of an average token; zero or random initialization
@@ -151,6 +152,9 @@ class ResizedVocabulary(_DerivedTensors):
     """
 
     vocab_size: int
+    _means: dict[tuple[str, ...], np.ndarray] = dataclasses.field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if type(self.vocab_size) is not int or not 1 <= self.vocab_size <= _MAX_VOCAB_SIZE:
@@ -172,6 +176,51 @@ class ResizedVocabulary(_DerivedTensors):
         mean = cast(array.mean(axis=0, dtype=np.float64), array.dtype)
         return np.concatenate([array, np.broadcast_to(mean, (added, len(mean)))])
 
+    def read_rows(self, leaf: Leaf, layer: int | None, begin: int, end: int) -> np.ndarray:
+        """Reads some rows; for added ones, the mean of all, all of them once, a part at a time."""
+        old = self.base.config.vocab_size
+        if "V" not in leaf.axes or end <= old:
+            return self.base.read_rows(leaf, layer, begin, end)
+        mean = self._mean(leaf, layer)
+        added = np.broadcast_to(mean, (end - max(begin, old), len(mean)))
+        if begin >= old:
+            return added
+        return np.concatenate([self.base.read_rows(leaf, layer, begin, old), added])
+
+    def _mean(self, leaf: Leaf, layer: int | None) -> np.ndarray:
+        """The mean of a table's rows, added in the order in which `mean` adds them."""
+        if leaf.path not in self._means:
+            height, total = self.base.config.vocab_size, None
+            for begin in range(0, height, _ROWS):
+                rows = self.base.read_rows(leaf, layer, begin, min(begin + _ROWS, height))
+                dtype, wide = rows.dtype, rows.astype(np.float64)
+                total = wide.sum(axis=0) if total is None else np.vstack([total, wide]).sum(axis=0)
+            assert total is not None
+            self._means[leaf.path] = cast(total / height, dtype)
+        return self._means[leaf.path]
+
+
+@dataclasses.dataclass(frozen=True)
+class WithContext(DerivedTensors):
+    """A model whose context is extended: other rotary settings, the same tensors.
+
+    Attributes:
+      base: the model.
+      max_position_embeddings, rope_theta, rope_scaling: as in `LlamaConfig`.
+    """
+
+    max_position_embeddings: int
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+
+    @property
+    def config(self) -> LlamaConfig:
+        return self.base.config.replace(
+            max_position_embeddings=self.max_position_embeddings,
+            rope_theta=self.rope_theta,
+            rope_scaling=self.rope_scaling,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Head:
@@ -182,7 +231,7 @@ class Head:
 
 
 @dataclasses.dataclass(frozen=True)
-class WithHead(_DerivedTensors):
+class WithHead(DerivedTensors):
     """A model with a classification head in place of its output projection or previous head.
 
     Attributes:
@@ -212,54 +261,3 @@ class WithHead(_DerivedTensors):
 
     def read(self, leaf: Leaf, layer: int | None) -> np.ndarray:
         return self.head.weight if leaf is SCORE else self.base.read(leaf, layer)
-
-
-@dataclasses.dataclass(frozen=True)
-class Merged(_DerivedTensors):
-    """A model with a LoRA adapter merged into its matrices, computed in f32.
-
-    W + scale a b; for DoRA, its rows are then rescaled to the learned magnitudes.
-
-    Attributes:
-      base: the model.
-      settings: the adapter's settings.
-      adapter: the adapter's tree for `lora.attach`, layers stacked.
-      merged_dtype: dtype of the merged matrices; None keeps each base matrix's dtype, which may round the
-        update away.
-
-    Raises:
-      ConfigError: if the adapter is for another model.
-    """
-
-    settings: lora.Lora
-    adapter: Any
-    merged_dtype: np.dtype[Any] | None = None
-
-    def __post_init__(self) -> None:
-        adapters.check(self.settings, self.config, self.adapter)
-        object.__setattr__(self, "adapter", jax.tree.map(np.asarray, self.adapter))
-
-    def dtype(self, leaf: Leaf, layer: int | None) -> np.dtype[Any]:
-        if self.merged_dtype is None or self._adapter_of(leaf) is None:
-            return self.base.dtype(leaf, layer)
-        return self.merged_dtype
-
-    def read(self, leaf: Leaf, layer: int | None) -> np.ndarray:
-        array, adapter = self.base.read(leaf, layer), self._adapter_of(leaf)
-        if adapter is None:
-            return array
-        a, b = adapter["a"][layer].T, self.settings.scale * adapter["b"][layer].T  # [r, I], [O, r]
-        out = np.empty(array.shape, self.dtype(leaf, layer))
-        rows = max(1, _CHUNK // array.shape[1])
-        for start in range(0, len(array), rows):
-            chunk = slice(start, start + rows)
-            merged = array[chunk].astype(np.float32) + b[chunk] @ a
-            if "magnitude" in adapter:
-                norms = np.linalg.norm(merged, axis=1)
-                merged *= (adapter["magnitude"][layer][chunk] / norms)[:, None]
-            out[chunk] = cast(merged, out.dtype)
-        return out
-
-    def _adapter_of(self, leaf: Leaf) -> Any:
-        """Returns the adapter's leaves of a matrix, or None if it is not adapted."""
-        return self.adapter["layers"].get(leaf.path[1], {}).get(leaf.path[-1]) if leaf.per_layer else None

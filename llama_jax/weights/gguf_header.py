@@ -54,6 +54,20 @@ def read_header(path: Path, with_tensors: bool = True) -> Header:
         return _Parser(path, file, size).header(with_tensors)
 
 
+def without_tensors(path: Path) -> bytes:
+    """Returns a GGUF file with one file's metadata, its vocabulary among them, and no tensors.
+
+    Raises:
+      CheckpointError: as `read_header`.
+    """
+    with open_file(path) as (file, size):
+        parser = _Parser(path, file, size)
+        parser.header(with_tensors=False)
+        file.seek(0)
+        data = file.read(size - parser.remaining)
+    return data[:8] + bytes(8) + data[16:]  # magic and version, the number of tensors, the fields
+
+
 class _Parser:
     """A cursor over the header that never reads past the end of the file."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.errors import CheckpointError
+from llama_jax.storage import as_path
 from llama_jax.weights.gguf_header import Header, read_header
 from llama_jax.weights.source import format_list, quote
 
@@ -38,8 +39,9 @@ def read_gguf_metadata(path: str | Path) -> Mapping[str, Any]:
     Raises:
       CheckpointError: if the file is missing, truncated or malformed.
     """
-    first = first_part(Path(path))
-    return read_header(first if first.exists() else Path(path), with_tensors=False).metadata
+    path = as_path(path)
+    first = first_part(path)
+    return read_header(first if first.exists() else path, with_tensors=False).metadata
 
 
 def read_gguf_header(path: str | Path) -> Header:
@@ -49,7 +51,7 @@ def read_gguf_header(path: str | Path) -> Header:
       CheckpointError: if a file is missing, truncated or malformed, a tensor has an unsupported type, or the
         parts are not those of one model.
     """
-    path = Path(path)
+    path = as_path(path)
     first = first_part(path)
     if not first.exists() and first != path:
         raise CheckpointError(f"{path}: is a part of a model whose first, {first.name}, is missing; add it")

@@ -8,8 +8,9 @@ from typing import Any
 
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import ConfigError
-from llama_jax.weights.hf_tensors import HFSource, read_tensors, resolve_tied
+from llama_jax.weights.hf_tensors import HFSource, drop_zero_biases, read_tensors, resolve_tied
 from llama_jax.weights.json_fields import JsonFields, read_json
+from llama_jax.weights.quantized import dequantized
 from llama_jax.weights.source import Source, decode_floats, quote
 
 CLASSIFIER_ARCHITECTURE = "LlamaForSequenceClassification"
@@ -22,8 +23,10 @@ def open_hf(path: Path, detected_by: str) -> Source:
     Raises:
       CheckpointError: if a file is missing or malformed, or llama_jax does not support the model.
     """
-    config, metadata = read_config_and_metadata(path / "config.json")
-    tensors = read_tensors(path)
+    fields = _Fields(path / "config.json", read_json(path / "config.json"))
+    config, metadata = fields.config_and_metadata()
+    tensors = dequantized(fields.path, fields.quantization(), read_tensors(path))
+    tensors = drop_zero_biases(tensors, fields.modules_with_bias())
     config = config.replace(tie_word_embeddings=resolve_tied(tensors, config.tie_word_embeddings))
     return HFSource("hf", path, detected_by, config, tensors, decode_floats, metadata)
 
@@ -39,9 +42,7 @@ def read_config(path: Path) -> LlamaConfig:
 
 def read_config_and_metadata(path: Path) -> tuple[LlamaConfig, dict[str, Any]]:
     """Like `read_config`, and a classifier's `pad_token_id`: scores are read at the last non-pad token."""
-    fields = _Fields(path, read_json(path))
-    config = fields.config()
-    return config, {"pad_token_id": fields.pad_token_id(config.vocab_size)} if config.labels else {}
+    return _Fields(path, read_json(path)).config_and_metadata()
 
 
 def default_labels(count: int) -> tuple[str, ...]:
@@ -57,15 +58,29 @@ def problem_type(count: int) -> str:
 class _Fields(JsonFields):
     """The fields of a config.json."""
 
+    def config_and_metadata(self) -> tuple[LlamaConfig, dict[str, Any]]:
+        config = self.config()
+        return config, {"pad_token_id": self.pad_token_id(config.vocab_size)} if config.labels else {}
+
+    def quantization(self) -> dict[str, Any]:
+        """The settings of a quantized model; empty for others."""
+        settings = self.fields.get("quantization_config") or self.fields.get("compression_config") or {}
+        if not isinstance(settings, dict):
+            raise self.error(f"quantization_config is {quote(str(settings))}; it must be an object")
+        return settings
+
+    def modules_with_bias(self) -> list[str]:
+        """The modules whose projections have biases, by the names that tensors have."""
+        settings = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
+        return [module for module, setting in settings.items() if self.fields.get(setting)]
+
     def config(self) -> LlamaConfig:
         if "model_type" not in self.fields:
             raise self.error("model_type is missing; use the config.json that was saved with the model")
         self.require_value("model_type", "llama")
         self.require_value("hidden_act", "silu", "swish")  # synonyms
-        self.require_value("attention_bias", False)
-        self.require_value("mlp_bias", False)
-        if self.fields.get("quantization_config") is not None:
-            raise self.error("quantization_config is set; quantized weights are only read from GGUF files")
+        self.require_value("attention_bias", False, True)  # `drop_zero_biases` decides
+        self.require_value("mlp_bias", False, True)
         heads, hidden = self.integer("num_attention_heads"), self.integer("hidden_size")
         context = self.integer("max_position_embeddings", 2048)
         # transformers 5 moved rope_theta and rope_scaling into rope_parameters.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ import numpy as np
 
 from llama_jax.errors import CheckpointError
 from llama_jax.weights.json_fields import read_json
+from llama_jax.weights.quantized import QuantizedInfo
 from llama_jax.weights.safetensors import read_safetensors_header
-from llama_jax.weights.source import FLOAT_DTYPES, Source, TensorInfo, format_list, quote, read_bytes
-from llama_jax.weights.torch_zip import StridedInfo, read_array, read_torch_zip, slice_dimension
+from llama_jax.weights.source import Source, TensorInfo, format_list, quote
+from llama_jax.weights.torch_zip import read_rows, read_tensor, read_torch_zip
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _PREFIX = "model."
+_BIAS = re.compile(r"model\.layers\.\d{1,4}\.(?P<module>self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\.bias")
 _CHUNK_ROWS = 4096  # of two matrices, compared at a time
 
 # Weights files in the order in which transformers looks for them: the single file, the index, the reader.
@@ -36,7 +38,22 @@ class HFSource(Source):
           CheckpointError: if there is no such tensor, or its bytes can no longer be read.
         """
         info = self.tensors.get(name)
-        return read_array(name, info) if isinstance(info, StridedInfo) else super().read(name)
+        if isinstance(info, QuantizedInfo):
+            return info.read(name)
+        return super().read(name) if info is None else read_tensor(name, info)
+
+    def read_rows(self, name: str, begin: int, end: int) -> np.ndarray:
+        """Reads some rows of one tensor; torch's checksum, which is of the whole, is not compared.
+
+        Raises:
+          CheckpointError: as `read`.
+        """
+        info = self.tensors.get(name)
+        if isinstance(info, QuantizedInfo):
+            return info.read_rows(name, begin, end)
+        if info is None:
+            return self.read(name)[begin:end]
+        return read_rows(name, info, begin, end)
 
 
 def read_tensors(folder: Path) -> dict[str, TensorInfo]:
@@ -97,6 +114,30 @@ def _checked_file_name(index: Path, tensor: str, file: Any, suffix: str) -> str:
     return file
 
 
+def drop_zero_biases(tensors: dict[str, TensorInfo], announced: Sequence[str]) -> dict[str, TensorInfo]:
+    """Leaves out the biases of projections that are zero.
+
+    Args:
+      tensors: the tensors by name.
+      announced: the modules whose biases config.json says to use: self_attn (attention_bias), mlp (mlp_bias).
+
+    Raises:
+      CheckpointError: for an announced one that is not zero, as the model has none.
+    """
+    kept = {}
+    for name, info in tensors.items():
+        bias = _BIAS.fullmatch(name)
+        if bias and not read_tensor(name, info).any():
+            continue
+        if bias and bias["module"] in announced:
+            raise CheckpointError(
+                f"{info.file}: {quote(name)} is a trained bias (attention_bias or mlp_bias of config.json), "
+                "and the projections of this model have none; run it in transformers"
+            )
+        kept[name] = info
+    return kept
+
+
 def resolve_tied(tensors: dict[str, TensorInfo], tied: bool) -> bool:
     """Decides by the files whether the output projection is the embedding table, as transformers does.
 
@@ -131,9 +172,6 @@ def _equal(left: TensorInfo, right: TensorInfo) -> bool:
 
 
 def _rows(info: TensorInfo, begin: int, end: int) -> np.ndarray:
-    if isinstance(info, StridedInfo):
-        return read_array(EMBEDDING, slice_dimension(info, 0, begin, end)).astype(np.float64)
-    row = info.nbytes // max(info.shape[0], 1)
-    part = dataclasses.replace(info, nbytes=(end - begin) * row, offset=info.offset + begin * row)
-    raw = read_bytes(EMBEDDING, part).view(FLOAT_DTYPES[info.dtype])
-    return raw.reshape(end - begin, *info.shape[1:]).astype(np.float64)
+    if isinstance(info, QuantizedInfo):
+        return info.read(EMBEDDING)[begin:end].astype(np.float64)
+    return read_rows(EMBEDDING, info, begin, end).astype(np.float64)

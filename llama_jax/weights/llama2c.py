@@ -6,6 +6,7 @@ writer) and run.c and runq.c (the readers).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import struct
@@ -18,7 +19,7 @@ import numpy as np
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.weights.names import LEAVES
-from llama_jax.weights.source import Source, TensorInfo, decode_floats, open_file, quote
+from llama_jax.weights.source import Source, TensorInfo, decode_floats, open_file, quote, read_bytes
 
 MAGIC = b"24ka"  # "ak42" as a little-endian integer
 HEADER_BYTES = 256  # since version 1
@@ -84,7 +85,38 @@ def open_llama2c(path: Path, detected_by: str) -> Source:
             tensors[name] = TensorInfo(block.shape, block.dtype, block.nbytes, path, offset)
             offset += block.nbytes
     decode = functools.partial(_decode, group=group)
-    return Source("llama2c", path, detected_by, config, tensors, decode, {"version": version})
+    return Llama2cSource(
+        "llama2c", path, detected_by, config, tensors, decode, {"version": version, "group": group}
+    )
+
+
+class Llama2cSource(Source):
+    """A llama2.c model."""
+
+    def read_rows(self, name: str, begin: int, end: int) -> np.ndarray:
+        """Reads some rows of one tensor; of a quantized one their values, and their scales behind all values.
+
+        Raises:
+          CheckpointError: as `read`.
+        """
+        info = self.tensors.get(name)
+        if info is None or info.dtype != INT8:
+            return super().read_rows(name, begin, end)
+        (height, width), group = info.shape, self.metadata["group"]
+        # Groups may straddle rows of the matrices whose width is intermediate_size.
+        first, last = begin * width // group, -(-end * width // group)
+        values = _part(info, first * group, (last - first) * group)
+        scales = _part(info, height * width + 4 * first, 4 * (last - first))
+        raw = np.concatenate([read_bytes(name, values), read_bytes(name, scales)])
+        flat = dataclasses.replace(info, shape=((last - first) * group,))
+        start = begin * width - first * group
+        found = self.decode(name, flat, raw)[start : start + (end - begin) * width]
+        return found.reshape(end - begin, width)
+
+
+def _part(info: TensorInfo, start: int, nbytes: int) -> TensorInfo:
+    """Some bytes of a tensor."""
+    return dataclasses.replace(info, nbytes=nbytes, offset=info.offset + start)
 
 
 def _config(path: Path, sizes: bytes, tied: bool) -> LlamaConfig:

@@ -16,8 +16,9 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.sharding import check_mesh, named, param_specs
-from llama_jax.weights.names import HEAD_DTYPE, SCORE, Entry, entries
+from llama_jax.weights.names import HEAD_DTYPE, SCORE, Entry, Format, Leaf, entries
 from llama_jax.weights.orbax import OrbaxSource
+from llama_jax.weights.row_shards import ReadRows, RowShards
 from llama_jax.weights.source import Progress, Source, quote
 from llama_jax.weights.tensors import Tensors
 from llama_jax.weights.validation import validate_tensors
@@ -33,7 +34,8 @@ def load_params(
 ) -> dict[str, Any]:
     """Loads a checkpoint into a parameter tree.
 
-    Peak host memory is two tensors of the checkpoint, besides the device's own allocations.
+    Peak host memory is two tensors of the checkpoint, besides the device's own allocations. On a mesh of
+    several processes each reads its share of every matrix: together they read the checkpoint once.
 
     Args:
       source: an open checkpoint.
@@ -63,7 +65,10 @@ def load_params(
     def read(entry: Entry) -> np.ndarray:
         return entry.leaf.from_stored(source.read(entry.name), config, source.format)
 
-    return _build(builder, sizes, read, progress)
+    def read_rows(entry: Entry, begin: int, end: int) -> np.ndarray:
+        return source.read_rows(entry.name, begin, end)
+
+    return _build(builder, sizes, read, read_rows, source.format, progress)
 
 
 def load_tensors(
@@ -87,19 +92,31 @@ def load_tensors(
     def read(entry: Entry) -> np.ndarray:
         return entry.leaf.from_stored(tensors.read(entry.leaf, entry.layer), config, "hf")
 
-    return _build(builder, sizes, read, progress)
+    def read_rows(entry: Entry, begin: int, end: int) -> np.ndarray:
+        return tensors.read_rows(entry.leaf, entry.layer, begin, end)
+
+    return _build(builder, sizes, read, read_rows, "hf", progress)
 
 
 def _build(
     builder: _ParamsBuilder,
     sizes: Mapping[Entry, int],
     read: Callable[[Entry], np.ndarray],
+    read_rows: Callable[[Entry, int, int], np.ndarray],
+    format: Format,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """Reads and adds the tensors in the order of `sizes`, which maps each to its bytes for `progress`."""
+    """Reads and adds the tensors in the order of `sizes`, which maps each to its bytes for `progress`.
+
+    Of several processes each reads its share of the rows of every matrix, in the layout of `format`.
+    """
     done, total = 0, sum(sizes.values())
+    by_rows = builder.mesh is not None and builder.mesh.is_multi_process
     for entry, nbytes in sizes.items():
-        builder.add(entry, read(entry))
+        if by_rows and len(entry.leaf.shape(builder.config)) > 1:
+            builder.add_rows(entry, functools.partial(read_rows, entry), format)
+        else:
+            builder.add(entry, read(entry))
         done += nbytes
         if progress is not None:
             progress(done, total, entry.name)
@@ -151,10 +168,32 @@ class _ParamsBuilder:
             _parent(self.layers[layer], leaf.path[1:])[leaf.path[-1]] = value
             return
         parent = _parent(self.params, leaf.path)
+        parent[leaf.path[-1]] = _write_layer(self.stack(leaf, spec), value, layer)
+
+    def add_rows(self, entry: Entry, read_rows: ReadRows, format: Format) -> None:
+        """Reads this process's rows of one matrix, and writes its shards into the tree."""
+        assert self.mesh is not None
+        leaf, layer = entry.leaf, entry.layer
+        spec = _parent(self.specs, leaf.path)[leaf.path[-1]]
+        shards = RowShards(leaf, self.config, self.mesh, spec if layer is None else P(*spec[1:]), format)
+        jax.block_until_ready(self.last)
+        if layer is not None and self.layers is None:
+            self.last = shards.load_into(self.stack(leaf, spec), read_rows, layer)
+            _parent(self.params, leaf.path)[leaf.path[-1]] = self.last
+            return
+        self.last = shards.load(read_rows, HEAD_DTYPE if leaf is SCORE else self.dtype)
+        if layer is None:
+            _parent(self.params, leaf.path)[leaf.path[-1]] = self.last
+        elif self.layers is not None:
+            _parent(self.layers[layer], leaf.path[1:])[leaf.path[-1]] = self.last
+
+    def stack(self, leaf: Leaf, spec: P) -> jax.Array:
+        """Returns a stacked leaf, zeros at first."""
+        parent = _parent(self.params, leaf.path)
         if leaf.path[-1] not in parent:
-            shape = (self.config.num_hidden_layers, *array.shape)
+            shape = leaf.stored_shape(self.config, "orbax")
             parent[leaf.path[-1]] = jnp.zeros(shape, self.dtype, device=self.sharding(spec))
-        parent[leaf.path[-1]] = _write_layer(parent[leaf.path[-1]], value, layer)
+        return parent[leaf.path[-1]]
 
     def transfer(self, array: np.ndarray, spec: P, dtype: np.dtype[Any]) -> jax.Array:
         # Wait for the previous transfer, so that no queue of tensors builds up in host memory.

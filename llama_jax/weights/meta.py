@@ -18,7 +18,7 @@ from llama_jax.errors import CheckpointError
 from llama_jax.weights.json_fields import JsonFields, read_json
 from llama_jax.weights.meta_params import EXTRA_FILE, PARAMS_FILE, config_from_params
 from llama_jax.weights.source import FLOAT_DTYPES, Source, TensorInfo, decode_floats, format_list, quote
-from llama_jax.weights.torch_zip import StridedInfo, read_array, read_torch_zip, slice_dimension
+from llama_jax.weights.torch_zip import StridedInfo, read_array, read_rows, read_torch_zip, slice_dimension
 
 _SHARD_FILE = re.compile(r"consolidated\.(\d\d)\.pth")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -76,6 +76,18 @@ class ShardedTensor:
             del array  # free it before the next shard is read
         return out
 
+    def read_rows(self, name: str, begin: int, end: int) -> np.ndarray:
+        """Reads rows of the concatenated tensor; replicas are not compared."""
+        shards = self.shards[:: self.copies]
+        if self.axis == 1 and len(shards) > 1:
+            return np.concatenate([read_rows(name, shard, begin, end) for shard in shards], axis=1)
+        step, parts = shards[0].shape[0], []
+        for number, shard in enumerate(shards):
+            first, last = max(begin - number * step, 0), min(end - number * step, step)
+            if first < last:
+                parts.append(read_rows(name, shard, first, last))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
     def _slice(self, out: np.ndarray, index: int) -> np.ndarray:
         """Returns the view of `out` for the distinct shard `index`."""
         step = self.shards[0].shape[self.axis]
@@ -101,6 +113,16 @@ class MetaSource(Source):
         if name not in self.sharded:
             raise CheckpointError(f"{self.path}: there is no tensor {quote(name)}")
         return self.sharded[name].read(name)
+
+    def read_rows(self, name: str, begin: int, end: int) -> np.ndarray:
+        """Reads some rows of one tensor, from the shards that have them.
+
+        Raises:
+          CheckpointError: as `read`.
+        """
+        if name not in self.sharded:
+            return self.read(name)
+        return self.sharded[name].read_rows(name, begin, end)
 
 
 def _heads_equal(sharded: Mapping[str, ShardedTensor]) -> bool:

@@ -155,7 +155,7 @@ def _sizes(letters: str, config: LlamaConfig) -> tuple[int, ...]:
     return tuple(sizes[letter] for letter in letters)
 
 
-_EMBEDDING = Leaf(
+EMBEDDING = Leaf(
     ("embed", "embedding"),
     "VD",
     hf="model.embed_tokens.weight",
@@ -171,7 +171,7 @@ _FINAL_NORM = Leaf(
     gguf="output_norm.weight",
     llama2c="rms_final_weight",
 )
-_LM_HEAD = Leaf(
+LM_HEAD = Leaf(
     ("lm_head", "kernel"),
     "D->V",
     hf="lm_head.weight",
@@ -212,10 +212,10 @@ def _layer_leaf(path: str, axes: str, hf: str, meta: str, gguf: str, llama2c: st
 
 
 LEAVES: tuple[Leaf, ...] = (
-    _EMBEDDING,
+    EMBEDDING,
     *(_layer_leaf(*row.split()) for row in _LAYER_TABLE.strip().splitlines()),
     _FINAL_NORM,
-    _LM_HEAD,
+    LM_HEAD,
 )
 
 # Redundant tensors that are ignored on load: rotary tables, which follow from the configuration (GGUF's
@@ -240,7 +240,7 @@ class Entry(NamedTuple):
 
 def leaves(config: LlamaConfig) -> tuple[Leaf, ...]:
     """Returns the leaves of `config`'s params: no output projection if it is tied or a head replaces it."""
-    base = tuple(leaf for leaf in LEAVES if leaf is not _LM_HEAD or config.has_output)
+    base = tuple(leaf for leaf in LEAVES if leaf is not LM_HEAD or config.has_output)
     return (*base, SCORE) if config.labels else base
 
 
@@ -255,6 +255,6 @@ def entries(config: LlamaConfig, format: Format) -> Iterator[Entry]:
 
 def is_ignored(name: str, config: LlamaConfig, format: Format) -> bool:
     """Whether the tensor `name` is redundant in a checkpoint of `config` and ignored on load."""
-    tied_copy = config.tie_word_embeddings and name == _LM_HEAD.name(format)
+    tied_copy = config.tie_word_embeddings and name == LM_HEAD.name(format)
     ignored = _IGNORED.get(format)
     return tied_copy or (ignored is not None and ignored.fullmatch(name) is not None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llama_jax.errors import CheckpointError
+from llama_jax.storage import as_path
 from llama_jax.weights.gguf import open_gguf
 from llama_jax.weights.gguf_header import MAGIC
 from llama_jax.weights.gguf_split import first_part
@@ -33,9 +34,8 @@ def open_source(path: str | Path) -> Source:
       CheckpointError: if the path does not exist, the format is unknown, the headers are malformed, or
         llama_jax does not support the model.
     """
-    path = Path(path)
     try:
-        path = path.expanduser()
+        path = as_path(path).expanduser()
         if path.is_dir():
             return _open_directory(path)
         with open_file(path) as (file, _):

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import math
 import threading
-import urllib.parse
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +25,17 @@ from llama_jax.errors import CheckpointError
 from llama_jax.sharding import named, param_specs
 from llama_jax.weights import manifest
 from llama_jax.weights.hf import read_config_and_metadata
-from llama_jax.weights.json_fields import read_json
 from llama_jax.weights.names import HEAD_DTYPE, SCORE, Leaf, leaves
+from llama_jax.weights.orbax_tree import (
+    METADATA,
+    array_spec,
+    read_tree,
+    read_verified,
+    single_line_errors,
+    tree_metadata,
+    verify_arrays,
+)
+from llama_jax.weights.processes import raised_by_all
 from llama_jax.weights.runs import (
     CHECKPOINTS,
     PARAMS,
@@ -39,8 +46,8 @@ from llama_jax.weights.runs import (
 )
 from llama_jax.weights.source import DTYPE_NAMES, Progress, Source, TensorInfo, decode_floats, quote
 
-_METADATA = "_METADATA"  # every Orbax tree has this file
-_CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
+_T = TypeVar("_T")
+_TRIES = 10  # to read a run's newest step while it saves others and deletes it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +115,7 @@ class OrbaxSource(Source):
         """Returns the tree to read single leaves from; verifies checksums on the first call."""
         with self._lock:
             if "folder" not in self._cache:
-                self._cache["folder"] = self._newest_intact()
+                self._cache["folder"] = self._from_newest_intact(_verified)
             return self._cache["folder"]
 
     def restore(
@@ -126,65 +133,102 @@ class OrbaxSource(Source):
         Raises:
           CheckpointError: if the files are damaged and no earlier step is intact, or cannot be read.
         """
-        folder = self._newest_intact()
         total = sum(info.nbytes for info in self.tensors.values())
         report = progress or (lambda *_: None)
-        report(0, total, str(folder))
-        params = read_tree(folder, abstract_params(self.config, dtype, mesh))
-        report(total, total, str(folder))
+        abstract = abstract_params(self.config, dtype, mesh)
+
+        def read(folder: Path) -> dict[str, Any]:
+            report(0, total, str(folder))
+            params = read_verified(folder, abstract)
+            report(total, total, str(folder))
+            return params
+
+        params = self._from_newest_intact(read, shared=mesh is not None and mesh.is_multi_process)
         return params if scan_layers else _unstack(params, self.config, mesh)
 
-    def _newest_intact(self) -> Path:
-        """Returns the newest tree whose checksums match, with a warning if it is not `folder`."""
-        problems: list[str] = []
-        for folder in (self.folder, *self.fallbacks):
-            try:
-                if "step" in self.metadata or (folder / manifest.NAME).exists():
-                    manifest.verify(folder)
-            except CheckpointError as error:
-                problems.append(str(error))
-                continue
-            if problems:
-                warnings.warn(f"{'; '.join(problems)}; using {folder.parent} instead", stacklevel=4)
-            return folder
-        raise CheckpointError(f"{'; '.join(problems)}; restore the file from a copy")
+    def _from_newest_intact(self, read: Callable[[Path], _T], *, shared: bool = False) -> _T:
+        """Reads the newest tree that is intact, with a warning if newer ones are damaged.
+
+        Those of a run are listed again if it has saved and deleted steps meanwhile.
+
+        Args:
+          read: reads the tree in a directory; an error is one of the tree.
+          shared: whether all processes do so together; then each hashes its share of the files.
+        """
+        folders: tuple[Path, ...] = (self.folder, *self.fallbacks)
+        share = (jax.process_index(), jax.process_count()) if shared else (0, 1)
+        for _ in range(_TRIES):
+            problems: list[str] = []
+            for folder in folders:
+                try:
+                    with raised_by_all(shared):
+                        if "step" in self.metadata or (folder / manifest.NAME).exists():
+                            manifest.verify(folder, shard=share)
+                    found = read(folder)
+                except CheckpointError as error:
+                    problems += [str(error)] if folder.exists() else []
+                    continue
+                if problems:
+                    warnings.warn(f"{'; '.join(problems)}; using {folder.parent} instead", stacklevel=4)
+                return found
+            if self.path in (self.folder, self.folder.parent):  # one step
+                break
+            listed = tuple(step / PARAMS for step in reversed(step_folders(self.path).values()))
+            if listed == folders:
+                break
+            folders = listed
+        problem = "; ".join(problems) or f"{self.folder}: was deleted meanwhile"
+        raise CheckpointError(f"{problem}; restore the file from a copy")
 
 
-def array_spec(folder: Path, name: str) -> dict[str, Any]:
-    """Returns the TensorStore spec of a leaf: a zarr array in the directory's OCDBT database."""
-    base = f"file://{urllib.parse.quote(str(folder.absolute()))}/"
-    return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+def _verified(folder: Path) -> Path:
+    verify_arrays(folder)
+    return folder
 
 
 def is_orbax(path: Path) -> bool:
     """Whether a directory is an Orbax tree of parameters, or a checkpoint that contains one."""
-    return (path / _METADATA).is_file() or (path / PARAMS / _METADATA).is_file()
+    return (path / METADATA).is_file() or (path / PARAMS / METADATA).is_file()
 
 
 def open_run(path: Path) -> OrbaxSource:
     """Opens the newest step of a training run that has all its files.
 
+    The run may be saving and deleting steps: if all steps found are gone, they are listed again.
+
     Raises:
       CheckpointError: if there is none, with the problem of each step.
     """
-    folders = list(reversed(step_folders(path).values()))
-    if not folders:
-        raise CheckpointError(
-            f"{path}: a training run without a checkpoint yet; train it first: llama-jax train"
-        )
+    folders: list[Path] = []
     problems: list[str] = []
+    for _ in range(_TRIES):
+        listed = list(reversed(step_folders(path).values()))
+        if not listed:
+            raise CheckpointError(
+                f"{path}: a training run without a checkpoint yet; train it first: llama-jax train"
+            )
+        if listed == folders:
+            break
+        folders, problems = listed, []
+        if (source := _open_first(path, folders, problems)) is not None:
+            return source
+    raise CheckpointError(f"{path}: no checkpoint of this run is intact: {'; '.join(problems)}")
+
+
+def _open_first(path: Path, folders: list[Path], problems: list[str]) -> OrbaxSource | None:
+    """Opens the first of a run's steps that can be; adds the problem of each one before it to `problems`."""
     for index, folder in enumerate(folders):
         try:
             detected_by = f"a training run; its newest {'intact ' if problems else ''}step is {folder.name}"
             source = open_orbax(folder, "; ".join([detected_by, *problems]))
         except CheckpointError as error:
-            problems.append(str(error))
+            problems += [str(error)] if folder.exists() else []
             continue
         if problems:
-            warnings.warn(f"{'; '.join(problems)}; using {folder} instead", stacklevel=2)
+            warnings.warn(f"{'; '.join(problems)}; using {folder} instead", stacklevel=3)
         fallbacks = tuple(folder / PARAMS for folder in folders[index + 1 :])
         return dataclasses.replace(source, path=path, fallbacks=fallbacks)
-    raise CheckpointError(f"{path}: no checkpoint of this run is intact: {'; '.join(problems)}")
+    return None
 
 
 def open_orbax(path: Path, detected_by: str) -> OrbaxSource:
@@ -193,7 +237,7 @@ def open_orbax(path: Path, detected_by: str) -> OrbaxSource:
     Raises:
       CheckpointError: if a file is missing or damaged, or there is no model configuration.
     """
-    folder = path / PARAMS if (path / PARAMS / _METADATA).is_file() else path
+    folder = path / PARAMS if (path / PARAMS / METADATA).is_file() else path
     tokenizer_dir = path
     if (metadata_path := path / RUN / STEP_METADATA_FILE).parent.is_dir():
         manifest.verify(path, quick=True)
@@ -239,86 +283,6 @@ def abstract_params(config: LlamaConfig, dtype: Any, mesh: Mesh | None) -> dict[
         return jax.ShapeDtypeStruct(leaf.stored_shape(config, "orbax"), leaf_dtype, sharding=sharding)
 
     return unflatten_dict({leaf.orbax: abstract(leaf) for leaf in leaves(config)}, sep=".")
-
-
-def tree_metadata(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes and dtypes of an Orbax tree's arrays by path, keys joined with dots.
-
-    Raises:
-      CheckpointError: if the directory has no Orbax tree, or a damaged one.
-    """
-    for name in (_METADATA, _CHECKPOINT_METADATA):
-        if (folder / name).exists():
-            read_json(folder / name)  # hostile files crash Orbax's own parser
-    with _open_checkpointer(folder) as (_, checkpointer):
-        metadata = checkpointer.metadata(folder.absolute())  # Orbax does not accept relative paths
-        flat, _ = jax.tree_util.tree_flatten_with_path(metadata.item_metadata.tree)
-        return {
-            jax.tree_util.keystr(path, simple=True, separator="."): jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype
-            )
-            for path, leaf in flat
-        }
-
-
-def read_tree(folder: Path, abstract: Any) -> Any:
-    """Restores an Orbax tree, or a part of it.
-
-    Args:
-      folder: the directory of the tree.
-      abstract: a tree of `jax.ShapeDtypeStruct` with the target dtypes and shardings. Orbax casts to the
-        dtype; the shapes must equal the stored ones.
-
-    Raises:
-      CheckpointError: if the tree cannot be read.
-    """
-    with _open_checkpointer(folder) as (ocp, checkpointer):
-        args = ocp.args.PyTreeRestore(
-            item=abstract,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-            partial_restore=True,
-        )
-        return jax.block_until_ready(checkpointer.restore(folder.absolute(), args=args))
-
-
-@contextlib.contextmanager
-def _open_checkpointer(folder: Path) -> Iterator[tuple[Any, Any]]:
-    """Yields the Orbax module and a pytree checkpointer; its errors become one-line `CheckpointError`s."""
-    import orbax.checkpoint as ocp
-
-    with (
-        single_line_errors(folder),
-        silence_orbax_log(),
-        ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
-    ):
-        yield ocp, checkpointer
-
-
-@contextlib.contextmanager
-def single_line_errors(folder: Path, operation: str = "read") -> Iterator[None]:
-    """Converts exceptions of TensorStore and Orbax to one-line `CheckpointError`s."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:  # TensorStore's and Orbax's exceptions have no common base class
-        detail = " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError(f"{folder}: cannot be {operation}: {detail}") from error
-
-
-@contextlib.contextmanager
-def silence_orbax_log() -> Iterator[None]:
-    """Suppresses Orbax's log messages, including tracebacks: errors are raised as well."""
-    logger = logging.getLogger("absl")
-
-    def is_not_orbax(record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname
-
-    logger.addFilter(is_not_orbax)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_not_orbax)
 
 
 def _unstack(params: dict[str, Any], config: LlamaConfig, mesh: Mesh | None) -> dict[str, Any]:

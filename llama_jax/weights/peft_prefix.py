@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from llama_jax.adapters.prefix import Prefix
 from llama_jax.errors import CheckpointError
 from llama_jax.weights import adapter_head
+from llama_jax.weights.adapter_file import read_f32, read_header, weights_path
 from llama_jax.weights.json_fields import JsonFields
-from llama_jax.weights.peft import check_fields, weights_path
-from llama_jax.weights.safetensors import read_safetensors_header
-from llama_jax.weights.source import format_list, quote, read_f32
+from llama_jax.weights.peft_fields import check_fields
+from llama_jax.weights.source import format_list, quote
 
 PROMPT_EMBEDDINGS = "prompt_embeddings"
 
@@ -42,6 +42,7 @@ def read_prefix(config_path: Path, config: Mapping[str, Any]) -> tuple[Prefix, d
     """
     fields = JsonFields(config_path, config)
     adapter_head.check_task(config_path, config)
+    adapter_head.check_only_head_saved(config_path, config)
     if config.get("num_transformer_submodules") not in (None, 1):
         submodules = quote(str(config["num_transformer_submodules"]))
         raise fields.error(f"num_transformer_submodules is {submodules}; a Llama has 1")
@@ -50,7 +51,7 @@ def read_prefix(config_path: Path, config: Mapping[str, Any]) -> tuple[Prefix, d
     if width % heads:
         raise fields.error(f"token_dim is {width}, not a multiple of num_attention_heads {heads}")
     file = weights_path(config_path)
-    stored = adapter_head.exclude_head(config, read_safetensors_header(file))
+    stored = adapter_head.exclude_head(config, read_header(file))
     if set(stored) != {PROMPT_EMBEDDINGS}:
         names = format_list([quote(name) for name in stored], 4) or "no tensor"
         raise CheckpointError(f"{file}: has {names}; a prefix is one tensor, {PROMPT_EMBEDDINGS}")

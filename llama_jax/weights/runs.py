@@ -20,6 +20,7 @@ from typing import Any
 
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import CheckpointError, ConfigError
+from llama_jax.storage import StorePath, local_file
 from llama_jax.weights import manifest
 from llama_jax.weights.json_fields import read_json
 from llama_jax.weights.source import os_error_reason, quote
@@ -65,13 +66,18 @@ def step_folders(run: Path) -> dict[int, Path]:
     """
     folder = run / CHECKPOINTS
     try:
-        names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.exists() else []
+        names = [path.name for path in folder.iterdir()] if folder.exists() else []
     except OSError as error:
         raise CheckpointError(
             f"{folder}: cannot be read: {os_error_reason(error)}; check its permissions"
         ) from None
     steps = sorted(int(name) for name in names if name.isascii() and name.isdigit() and len(name) < 19)
-    return {step: folder / str(step) for step in steps if (folder / str(step)).is_dir()}
+    return {step: folder / str(step) for step in steps if _is_committed(folder / str(step))}
+
+
+def _is_committed(step: Path) -> bool:
+    """Whether a step is complete: on a disk if it has its name, in a store if it has its manifest."""
+    return step.is_dir() if local_file(step) else (step / manifest.NAME).is_file()
 
 
 def read_step_metadata(step: Path) -> StepMetadata:
@@ -169,16 +175,24 @@ class Step:
     kept_by: list[str]
 
 
+def _size(folder: Path) -> int:
+    if isinstance(folder, StorePath):
+        return sum(info.size for info in folder.find().values())
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def list_steps(run: Path) -> list[Step]:
     """Returns a run's steps, oldest first."""
     steps: list[Step] = []
     for number, folder in step_folders(run).items():
-        nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        nbytes = 0
         try:
+            nbytes = _size(folder)
             manifest.verify(folder, quick=True)
             steps.append(Step(number, nbytes, read_step_metadata(folder), None, []))
-        except CheckpointError as error:
-            steps.append(Step(number, nbytes, None, str(error), []))
+        except (CheckpointError, OSError) as error:
+            if folder.exists():  # else the run has deleted it meanwhile
+                steps.append(Step(number, nbytes, None, str(error), []))
     intact = [step for step in steps if step.metadata is not None]
     reasons = retention_reasons([step.metadata for step in intact if step.metadata])
     for step, kept_by in zip(intact, reasons, strict=True):

@@ -11,7 +11,9 @@ from typing import Any
 
 from llama_jax.errors import CheckpointError
 from llama_jax.weights import json_fields
-from llama_jax.weights.source import FLOAT_DTYPES, TensorInfo, check_overlaps, open_file, quote
+from llama_jax.weights.source import FLOAT_DTYPES, PART_DTYPES, TensorInfo, check_overlaps, open_file, quote
+
+_ITEMSIZES = {name: dtype.itemsize for name, dtype in {**FLOAT_DTYPES, **PART_DTYPES}.items()} | {"C64": 8}
 
 
 def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
@@ -76,12 +78,12 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
             raise malformed(f"has {quote(str(numbers))} where whole numbers should be")
     if len(offsets) != 2:
         raise malformed(f"has {len(offsets)} data_offsets, not 2")
-    if not isinstance(dtype, str) or dtype not in FLOAT_DTYPES:
+    if not isinstance(dtype, str) or dtype not in _ITEMSIZES:
         raise CheckpointError(
             f"{path}: tensor {quote(name)} has dtype {quote(str(dtype))}, which cannot be read; save it as "
             f"one of {', '.join(FLOAT_DTYPES)}"
         )
-    nbytes = math.prod(shape) * FLOAT_DTYPES[dtype].itemsize
+    nbytes = math.prod(shape) * _ITEMSIZES[dtype]
     if offsets[1] - offsets[0] != nbytes:
         raise malformed(f"is {dtype} {shape}, {nbytes} bytes, but its data_offsets are {offsets}")
     return TensorInfo(tuple(shape), dtype, nbytes, path, data_start + offsets[0])

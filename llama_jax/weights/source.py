@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
+import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +14,7 @@ import numpy as np
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError
+from llama_jax.storage import read_range
 from llama_jax.weights.names import Format
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in total, and the tensor or file
@@ -25,6 +26,22 @@ FLOAT_DTYPES: Mapping[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(jnp.bfloat16),
 }
+# The other dtypes of safetensors files: of the parts of quantized matrices, and of what is not a parameter.
+PART_DTYPES: Mapping[str, np.dtype[Any]] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I16": np.dtype("<i2"),
+    "U16": np.dtype("<u2"),
+    "I32": np.dtype("<i4"),
+    "U32": np.dtype("<u4"),
+    "I64": np.dtype("<i8"),
+    "U64": np.dtype("<u8"),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
+    "F8_E8M0": np.dtype(jnp.float8_e8m0fnu),
+}
+FLOAT8 = ("F8_E4M3", "F8_E5M2")
 DTYPE_NAMES: Mapping[np.dtype[Any], str] = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 
 
@@ -82,15 +99,40 @@ class Source:
             raise CheckpointError(f"{self.path}: there is no tensor {quote(name)}")
         return self.decode(name, info, read_bytes(name, info))
 
+    def read_rows(self, name: str, begin: int, end: int) -> np.ndarray:
+        """Reads the rows `begin` to `end` (exclusive) of one tensor, and no other bytes if it can.
+
+        Raises:
+          CheckpointError: as `read`.
+        """
+        info = self.tensors.get(name)
+        if info is None or info.nbytes % info.shape[0]:
+            return self.read(name)[begin:end]
+        part = slice_rows(info, begin, end)
+        return self.decode(name, part, read_bytes(name, part))
+
+
+def slice_rows(info: TensorInfo, begin: int, end: int) -> TensorInfo:
+    """Returns the location of some rows of a contiguous tensor."""
+    row = info.nbytes // info.shape[0]
+    return dataclasses.replace(
+        info,
+        shape=(end - begin, *info.shape[1:]),
+        nbytes=(end - begin) * row,
+        offset=info.offset + begin * row,
+    )
+
 
 def read_bytes(name: str, info: TensorInfo) -> np.ndarray:
     """Reads a tensor's bytes as uint8 [nbytes].
 
-    The file is read and not memory-mapped: peak host memory is one tensor, and a file that another process
-    truncates raises an error here instead of SIGBUS.
+    Peak host memory is one tensor.
+
+    Raises:
+      CheckpointError: if the file cannot be read, or has become shorter.
     """
     try:
-        raw = np.fromfile(info.file, np.uint8, count=info.nbytes, offset=info.offset)
+        raw = read_range(info.file, info.offset, info.nbytes)
     except OSError as error:
         raise CheckpointError(
             f"{info.file}: cannot read tensor {quote(name)}: {os_error_reason(error)}"
@@ -104,13 +146,19 @@ def read_bytes(name: str, info: TensorInfo) -> np.ndarray:
 
 
 def decode_floats(name: str, info: TensorInfo, raw: np.ndarray) -> np.ndarray:
-    """Views raw bytes as an array of the tensor's floating-point dtype and shape."""
-    return raw.view(FLOAT_DTYPES[info.dtype]).reshape(info.shape)
+    """Views raw bytes as an array of the tensor's floating-point dtype and shape; f32 for 8-bit floats.
 
-
-def read_f32(name: str, info: TensorInfo) -> np.ndarray:
-    """Reads a tensor of any floating-point dtype as f32."""
-    return decode_floats(name, info, read_bytes(name, info)).astype(np.float32)
+    Raises:
+      CheckpointError: if the tensor holds integers.
+    """
+    if info.dtype in FLOAT_DTYPES:
+        return raw.view(FLOAT_DTYPES[info.dtype]).reshape(info.shape)
+    if info.dtype in FLOAT8:
+        return raw.view(PART_DTYPES[info.dtype]).reshape(info.shape).astype(np.float32)
+    raise CheckpointError(
+        f"{info.file}: tensor {quote(name)} has dtype {quote(info.dtype)}, which no parameter has; save it "
+        f"as one of {', '.join(FLOAT_DTYPES)}"
+    )
 
 
 @contextlib.contextmanager
@@ -126,7 +174,9 @@ def open_file(path: Path) -> Iterator[tuple[BinaryIO, int]]:
             problem = "not a regular file" if path.exists() else "no such file"
             raise CheckpointError(f"{path}: {problem}; give the path of a checkpoint")
         with path.open("rb") as file:
-            yield file, os.fstat(file.fileno()).st_size
+            size = file.seek(0, io.SEEK_END)
+            file.seek(0)
+            yield file, size
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be read: {os_error_reason(error)}; check its permissions"

@@ -10,12 +10,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from llama_jax.config import LlamaConfig
-from llama_jax.weights.names import STACKED, Leaf
+from llama_jax.errors import ConfigError
+from llama_jax.weights.names import INTERLEAVED, STACKED, Leaf, leaves
 from llama_jax.weights.orbax import OrbaxSource
-from llama_jax.weights.source import FLOAT_DTYPES, Source
+from llama_jax.weights.source import FLOAT_DTYPES, Source, format_list
 from llama_jax.weights.validation import validate_tensors
 
 
@@ -41,6 +43,13 @@ class Tensors(Protocol):
 
         Raises:
           CheckpointError: if the tensor cannot be read.
+        """
+
+    def read_rows(self, leaf: Leaf, layer: int | None, begin: int, end: int) -> np.ndarray:
+        """Reads the rows `begin` to `end` (exclusive) of a tensor; others only where it cannot do without.
+
+        Raises:
+          CheckpointError: as `read`.
         """
 
 
@@ -72,6 +81,16 @@ class StoredTensors:
         array = source.read(leaf.name(source.format, layer))
         return leaf.convert_layout(array, self.config, source.format, "hf")
 
+    def read_rows(self, leaf: Leaf, layer: int | None, begin: int, end: int) -> np.ndarray:
+        source = self.source
+        if isinstance(source, OrbaxSource):
+            return self.read(leaf, layer)[begin:end]
+        # Layouts differ in the order of rows within a head.
+        head = self.config.head_dim if leaf.rotary and source.format in INTERLEAVED else 1
+        first, last = begin - begin % head, end + -end % head
+        rows = source.read_rows(leaf.name(source.format, layer), first, last)
+        return leaf.convert_layout(rows, self.config, source.format, "hf")[begin - first : end - first]
+
 
 @dataclasses.dataclass(frozen=True)
 class ParamsTensors:
@@ -93,6 +112,35 @@ class ParamsTensors:
         array, index = self._leaf(leaf, layer)
         return leaf.to_stored(np.asarray(array if index is None else array[index]), self.config, "hf")
 
+    def read_rows(self, leaf: Leaf, layer: int | None, begin: int, end: int) -> np.ndarray:
+        return self.read(leaf, layer)[begin:end]
+
+    def check(self) -> None:
+        """Checks, from shapes alone, that the parameters are those of the configuration.
+
+        Raises:
+          ConfigError: naming what differs.
+        """
+        config = self.config
+        expected = {
+            leaf.orbax: (config.num_hidden_layers,) * leaf.per_layer + leaf.shape(config)
+            for leaf in leaves(config)
+        }
+        params = dict(self.params)
+        if isinstance(layers := params.get("layers"), (list, tuple)):
+            params["layers"] = jax.tree.map(_stack_shape, *layers)
+        found = {
+            ".".join(str(getattr(key, "key", key)) for key in path): tuple(array.shape)
+            for path, array in jax.tree_util.tree_leaves_with_path(params)
+        }
+        if found != expected:
+            names = sorted(name for name in expected | found if found.get(name) != expected.get(name))
+            named = [f"{name} {_shown(found.get(name))}, not {_shown(expected.get(name))}" for name in names]
+            raise ConfigError(
+                f"the parameters are not those of the configuration: {format_list(named, 3)}; give the "
+                "configuration that they were loaded or initialized with"
+            )
+
     def _leaf(self, leaf: Leaf, layer: int | None) -> tuple[Any, int | None]:
         """Returns the array of the leaf, and the layer index in it if it is stacked."""
         value: Any = self.params
@@ -101,3 +149,14 @@ class ParamsTensors:
             if key == "layers" and not isinstance(value, Mapping):
                 value, layer = value[layer], None
         return value, layer
+
+
+def _stack_shape(*layers: Any) -> jax.ShapeDtypeStruct:
+    """The shape of the arrays of all layers, stacked; that of the first one that differs if one does."""
+    shapes = [layer.shape for layer in layers]
+    other = next((shape for shape in shapes if shape != shapes[0]), shapes[0])
+    return jax.ShapeDtypeStruct((len(layers), *other), layers[0].dtype)
+
+
+def _shown(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))

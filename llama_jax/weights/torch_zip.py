@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from llama_jax.weights.source import (
     open_file,
     quote,
     read_bytes,
+    slice_rows,
 )
 from llama_jax.weights.torch_pickle import TensorView, read_torch_pickle
 from llama_jax.weights.zip_directory import LOCAL_MAGIC, Entry, archive_error, read_directory
@@ -38,9 +40,11 @@ class StridedInfo(TensorInfo):
 
     Attributes:
       strides: step between consecutive indices of each dimension, in elements.
+      crc: CRC-32 of its bytes; 0 for a part of a storage, and where the archive has none.
     """
 
     strides: tuple[int, ...]
+    crc: int = 0
 
 
 def read_torch_zip(path: Path) -> dict[str, StridedInfo]:
@@ -95,6 +99,7 @@ def slice_dimension(info: StridedInfo, axis: int, begin: int, end: int) -> Strid
         shape=shape,
         nbytes=math.prod(shape) * itemsize,
         offset=info.offset + begin * info.strides[axis] * itemsize,
+        crc=0,
     )
 
 
@@ -105,13 +110,39 @@ def read_array(name: str, info: StridedInfo) -> np.ndarray:
       `info.shape` in its own dtype, C-contiguous.
 
     Raises:
-      CheckpointError: if its bytes can no longer be read.
+      CheckpointError: if its bytes can no longer be read, or their checksum does not match, which torch does
+        not compare.
     """
     if _is_contiguous(info):
-        return decode_floats(name, info, read_bytes(name, info))
+        raw = read_bytes(name, info)
+        if info.crc and zlib.crc32(raw.data) != info.crc:
+            raise archive_error(info.file, f"the checksum of tensor {quote(name)} does not match")
+        return decode_floats(name, info, raw)
     out = np.empty(info.shape, FLOAT_DTYPES[info.dtype])
     _read_strided(name, info, out)
     return out
+
+
+def read_tensor(name: str, info: TensorInfo) -> np.ndarray:
+    """Reads one floating-point tensor of a torch or safetensors file, in its own dtype.
+
+    Raises:
+      CheckpointError: if its bytes can no longer be read.
+    """
+    if isinstance(info, StridedInfo):
+        return read_array(name, info)
+    return decode_floats(name, info, read_bytes(name, info))
+
+
+def read_rows(name: str, info: TensorInfo, begin: int, end: int) -> np.ndarray:
+    """Reads rows of one floating-point tensor of a torch or safetensors file, in its own dtype.
+
+    Raises:
+      CheckpointError: if its bytes can no longer be read.
+    """
+    if isinstance(info, StridedInfo):
+        return read_array(name, slice_dimension(info, 0, begin, end))
+    return read_tensor(name, slice_rows(info, begin, end))
 
 
 def _read_strided(name: str, info: StridedInfo, out: np.ndarray) -> None:
@@ -175,7 +206,8 @@ def _locate(path: Path, name: str, view: TensorView, entry: Entry | None) -> Str
         )
     count = math.prod(view.shape)
     offset = entry.begin + view.offset * itemsize
-    info = StridedInfo(view.shape, storage.dtype, count * itemsize, path, offset, view.strides)
+    crc = entry.crc if count == storage.length else 0
+    info = StridedInfo(view.shape, storage.dtype, count * itemsize, path, offset, view.strides, crc)
     if any(size > 1 and stride == 0 for size, stride in zip(view.shape, view.strides, strict=True)):
         raise CheckpointError(
             f"{path}: tensor {quote(name)} is an expanded view; save a contiguous copy of it"

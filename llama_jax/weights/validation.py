@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -13,6 +14,8 @@ from llama_jax.weights.source import Source, format_list, quote
 
 def validate_tensors(source: Source) -> list[Entry]:
     """Checks that a checkpoint has exactly the tensors that its configuration requires.
+
+    Warns of more in a Hugging Face directory, which transformers ignores.
 
     Returns:
       The required tensors.
@@ -40,6 +43,12 @@ def validate_tensors(source: Source) -> list[Entry]:
         if name in tensors and tensors[name].shape != (shape := leaf.stored_shape(config, source.format))
     ]
     problems = []
+    if unexpected and source.format == "hf" and not missing and not wrong_shapes:
+        names = format_list(map(quote, _merge_layers(unexpected)), 5)
+        warnings.warn(
+            f"{source.path}: ignored, as by transformers: {names}, which a Llama does not have", stacklevel=3
+        )
+        unexpected = []
     if missing:
         problems.append(f"missing tensors: {format_list(_merge_layers(missing))}")
     if unexpected:

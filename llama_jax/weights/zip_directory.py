@@ -32,7 +32,10 @@ _SYMLINK = 0o12
 
 
 class Entry(NamedTuple):
-    """One file in an archive: offset of its data, size in bytes, and CRC-32."""
+    """One file in an archive: offset of its data, size in bytes, and CRC-32.
+
+    A CRC-32 of 0 was not computed: `torch.serialization.set_crc32_options(False)` writes such archives.
+    """
 
     begin: int
     size: int
@@ -48,7 +51,7 @@ class Entry(NamedTuple):
             raise archive_error(path, f"an entry has {self.size} bytes; at most {limit} are read")
         file.seek(self.begin)
         data = file.read(self.size)
-        if zlib.crc32(data) != self.crc:
+        if self.crc and zlib.crc32(data) != self.crc:
             raise archive_error(path, f"the checksum of the entry at byte {self.begin} does not match")
         return data
 

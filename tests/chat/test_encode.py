@@ -306,21 +306,36 @@ def test_unreadable_files(tmp_path, llama2, choice, message):
 # Messages
 
 
+def nested(depth: int) -> list:
+    return [nested(depth - 1)] if depth else []
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
         ([], "there are no messages; give a list of"),
         ("hi", "there are no messages; give a list of"),
         (user("hi"), "there are no messages; give a list of"),
-        (["hi"], "messages[0] is str; it must have a role and a content, and nothing else"),
+        (["hi"], "messages[0] is str; it must have a role and a content"),
         ([user("a"), {"role": "user"}], "messages[1] is ['role']; it must have a role and a content"),
-        ([{**user("a"), "name": "b"}], "messages[0] is ['role', 'content', 'name']; it must have"),
+        ([{"role": "user", "content": None}], "messages[0] is ['role']; it must have a role and a content"),
+        ([{**user("a"), "weight": 0.5}], "messages[0]: weight is 0.5; it must be 0, not trained on, or 1"),
+        ([{**user("a"), "tool_calls": {}}], "messages[0]: tool_calls is of type dict; it must be a list"),
         (
-            [user("a"), {"role": "tool", "content": "a"}],
-            "messages[1]: role is 'tool'; it must be system, user",
+            [user("a"), {"role": "Assistent", "content": "a"}],
+            "messages[1]: role is 'Assistent'; did you mean 'assistant'?",
         ),
-        ([{"role": ["user"], "content": "a"}], "messages[0]: role is \"['user']\"; it must be system"),
-        ([user("a"), user(b"a")], "messages[1]: content is of type bytes; it must be a str"),
+        ([{"role": "User", "content": "a"}], "messages[0]: role is 'User'; did you mean 'user'?"),
+        ([{"role": ["user"], "content": "a"}], "messages[0]: role is \"['user']\"; it must be a name such"),
+        ([{"role": "a|>", "content": "a"}], "messages[0]: role is 'a|>'; it must be a name such as system, "),
+        ([user("a"), user(b"a")], "messages[1]: content is of type bytes; it must be a str, or a list of"),
+        (
+            [{"role": "user", "content": ["a", {"type": "image_url", "image_url": "b"}]}],
+            "messages[0]: content[1] is of type 'image_url', and the model reads text only",
+        ),
+        ([{"role": "user", "content": [3]}], "messages[0]: content[0] is of type 'int', and the model"),
+        ([{**user("a"), "x": nested(70)}], "messages[0]: x is nested more than 64 deep; simplify it"),
+        ([{**user("a"), "x": ["\ud800"]}], "messages[0]: x has a lone surrogate"),
         (
             [user("a"), user("ab\ud800c")],
             r"messages[1]: content has a lone surrogate, '\ud800', at character 2",

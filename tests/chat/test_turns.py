@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.chat import ChatTemplate, chat_template, encode_chat, encode_turns
+from llama_jax.chat import (
+    ChatTemplate,
+    PromptDiffersError,
+    TurnsDifferError,
+    chat_template,
+    encode_chat,
+    encode_each_turn,
+    encode_turns,
+)
 from llama_jax.errors import InputError, TokenizerError
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 from tests.messages import assistant, jinja, system, user
@@ -127,6 +135,69 @@ def test_custom_template_that_trims(llama2):
     assert masked_texts(llama2, ids, mask) == ["Yes</s>", "No</s>"]
 
 
+# Templates that render a turn otherwise later, or otherwise than its prompt
+
+# Reasoning is left out of the turns before the last question, as by Qwen 3's template.
+THINK = jinja(
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}{% set c = m.content %}"
+    "{% if m.role == 'assistant' and loop.index0 < ns.last %}{% set c = c.split('</think>')[-1] %}{% endif %}"
+    "{{ m.role + ':' + c + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+THOUGHTS = [user("q"), assistant("<think>x</think>a"), user("r"), assistant("<think>y</think>b")]
+
+
+def test_turns_that_are_rendered_otherwise_later_are_learned_apart(smollm2_vocabulary):
+    tokenizer = smollm2_vocabulary
+    message = r"renders messages\[1\], or what precedes it, otherwise once other messages follow"
+    with pytest.raises(TurnsDifferError, match=message):
+        encode_turns(tokenizer, THINK, THOUGHTS)
+    found = encode_each_turn(tokenizer, THINK, THOUGHTS)
+    texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids, _ in found]
+    assert texts == [
+        "user:q<|im_end|>assistant:<think>x</think>a<|im_end|>",
+        "user:q<|im_end|>assistant:a<|im_end|>user:r<|im_end|>assistant:<think>y</think>b<|im_end|>",
+    ]
+    for turn, (ids, mask) in zip((1, 3), found, strict=True):
+        start = mask.index(1)
+        assert ids[:start] == encode_chat(tokenizer, THINK, THOUGHTS[:turn])  # the prompt of generate
+        assert masked_texts(tokenizer, ids, mask) == [THOUGHTS[turn]["content"] + "<|im_end|>"]
+    assert encode_each_turn(tokenizer, THINK, THOUGHTS, first=2) == found[1:]
+    assert encode_turns(tokenizer, THINK, THOUGHTS, first=2) == found[1]  # the last turn is as it was
+    assert encode_each_turn(tokenizer, THINK, THOUGHTS, max_prompt=6) == found[:1]
+    weighed = [*THOUGHTS[:3], {**THOUGHTS[3], "weight": 0}]
+    assert encode_each_turn(tokenizer, THINK, weighed) == found[:1]
+
+
+def test_an_answer_that_differs_from_its_prompt_is_learned_from_there_unless_exact(smollm2_vocabulary):
+    """As TRL does, with a warning."""
+    tokenizer = smollm2_vocabulary
+    template = jinja(
+        "{% for m in messages %}{{ m.role + ':' + m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:<think>{% endif %}"
+    )
+    with pytest.raises(PromptDiffersError, match="after other text than its generation prompt"):
+        encode_turns(tokenizer, template, [user("a"), assistant("b")])
+    found = encode_turns(tokenizer, template, [user("a"), assistant("b"), user("c")], exact=False)
+    assert masked_texts(tokenizer, *found) == ["b<|im_end|>"]
+    merged = [user("a"), assistant("\n\n\nx")]
+    ids, mask = encode_turns(tokenizer, chat_template(tokenizer), merged, exact=False)
+    prompt = encode_chat(tokenizer, chat_template(tokenizer), merged[:1])
+    assert mask.index(1) == len(prompt) - 1  # the token that both share a part of
+    assert ids[: len(prompt) - 1] == prompt[:-1]
+
+
+def test_a_template_that_renders_the_context_otherwise(smollm2_vocabulary):
+    template = jinja(
+        "{{ messages | length }}{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}:{% endif %}"
+    )
+    message = r"renders the messages before messages\[1\] otherwise once it follows, so it cannot be learned"
+    for exact in (True, False):
+        with pytest.raises(InputError, match=message):
+            encode_turns(smollm2_vocabulary, template, [user("a"), assistant("b")], exact=exact)
+
+
 # Rejected templates and conversations
 
 
@@ -166,15 +237,20 @@ def test_answer_that_merges_with_the_prompt(smollm2_vocabulary):
 
 
 def test_conversation_that_begins_with_the_assistant(smollm2_vocabulary):
+    """Its first message is context; there must be an answer to something."""
+    tokenizer, template = smollm2_vocabulary, chat_template(smollm2_vocabulary, "chatml")
     dialog = [assistant("a"), user("b")]
-    message = r"messages\[0\] has the role assistant; a conversation must begin with another role"
-    assert_rejected(smollm2_vocabulary, chat_template(smollm2_vocabulary), dialog, message)
+    message = r"messages\[0\] has the role assistant, and no other answer follows"
+    assert_rejected(tokenizer, template, dialog, message)
+    found = encode_turns(tokenizer, template, [*dialog, assistant("c")])
+    assert masked_texts(tokenizer, *found) == ["c<|im_end|>"]
+    assert encode_each_turn(tokenizer, template, [*dialog, assistant("c")]) == [found]
 
 
 def test_errors_of_encode_chat(llama2):
     template = chat_template(llama2)
     assert_rejected(
-        llama2, template, [user("a"), {"role": "tool", "content": "b"}], r"messages\[1\]: role is 'tool'"
+        llama2, template, [user("a"), {"role": "asistant", "content": "b"}], "did you mean 'assis"
     )
     assert_rejected(llama2, template, [user("a"), user("b")], "refuses these messages: after an optional")
     broken = jinja("{{ messages[0].content | nothing }}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import os
@@ -20,6 +19,7 @@ import pytest
 
 import llama_jax as lj
 from llama_jax import cli
+from llama_jax.console.terminal import printable
 from llama_jax.text.conversation import Conversation
 from llama_jax.tokenizer import load_tokenizer
 from tests import tiny
@@ -36,10 +36,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tiny_path(folder):
     """A model with a context of 8192 tokens, for long answers."""
-    config = tiny.CONFIG
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny, "CONFIG", dataclasses.replace(config, max_position_embeddings=8192))
-        return tiny.write_model(folder)
+    return tiny.write_model(folder, tiny.CONFIG.replace(max_position_embeddings=8192))
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +94,13 @@ def test_commands(run, args, answers):
     assert (shown.status, shown.out) == (0, "")
     for command in ("/help", "/reset", "/undo", "/system TEXT", "/quit", "Ctrl-C"):
         assert command in shown.err
+    assert run(args, "/exit\na\n").out == ""
+
+
+def test_commands_confirm(run, args):
+    told = run(args, "a\n/undo\n/reset\n/system abc\n/reset\n/system\n").err.splitlines()
+    for line, part in zip(told, ("0 before", "cleared)", "set)", "is kept", "removed)"), strict=True):
+        assert part in line
 
 
 def test_the_system_prompt_is_set_and_removed(run, args):
@@ -223,6 +227,22 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
+    def wait_for_key(self) -> None:
+        """Waits until the command has used no processor time for a while, so that it waits for a key.
+
+        CPython's `input` with readline notices Ctrl-C only while it waits: one that comes just after another
+        key is noticed with the next key.
+        """
+        end = time.monotonic() + 60
+        idle, before = 0, ""
+        while idle < 4:
+            assert time.monotonic() < end, "the command does not wait for a key"
+            time.sleep(0.1)
+            stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+            state, *counters = stat.rpartition(") ")[2].split()
+            now = " ".join(counters[10:12])  # utime, stime
+            idle, before = (idle + 1 if state == "S" and now == before else 0), now
+
     def status(self) -> int:
         """Waits for the process to exit and returns its status."""
         end = time.monotonic() + 60
@@ -264,7 +284,7 @@ def test_ctrl_c_stops_only_the_answer(terminal, args, answers):
     assert "did you mean /undo?" in screen.until(r"\n> ")
     screen.type("a\n")
     shown = screen.until(r"a\r\n.{30}")
-    assert answers[0].replace("\n", "\r\n") in shown  # the same answer as in a new conversation
+    assert printable(answers[0]).replace("\n", "\r\n") in shown  # the same answer as in a new conversation
     screen.process.send_signal(signal.SIGINT)
     screen.until(r"\n> ")
     screen.type("\x04")  # Ctrl-D
@@ -275,7 +295,14 @@ def test_ctrl_c_stops_only_the_answer(terminal, args, answers):
 def test_ctrl_c_at_the_prompt_quits(terminal, args):
     screen = terminal(args)
     screen.until("> ")
-    time.sleep(0.5)  # until readline waits for a key
+    screen.wait_for_key()
+    screen.type("half a li")
+    screen.until("half a li")
+    screen.wait_for_key()
+    screen.type("\x03")  # clears the line
+    screen.until(r"\n> ")
+    assert screen.process.poll() is None
+    screen.wait_for_key()
     screen.type("\x03")
     assert screen.status() == 0
     assert "Traceback" not in screen.seen
@@ -297,7 +324,7 @@ def test_json_output_excludes_the_prompt(terminal, args, answers, tmp_path):
 @pytest.mark.slow
 def test_smollm2_answers_over_two_turns(run, smollm2_path):
     questions = "What is the capital of France?\nAnd of Italy?\n"
-    done = run(["chat", "smollm2-135m", "--max-new-tokens", "40", "--json"], questions)
+    done = run(["chat", "smollm2-135m", "--max-new-tokens", "12", "--json"], questions)
     assert (done.status, done.err) == (0, "")
     first, second = map(json.loads, done.out.splitlines())
     assert "Paris" in first["assistant"]

@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,6 +15,8 @@ import pytest
 
 import llama_jax as lj
 from llama_jax import cli
+from llama_jax.cli import output
+from llama_jax.console import terminal
 from tests import tiny
 
 NEW = 6
@@ -57,6 +60,26 @@ def test_generate_prints_prompt_and_continuation(run, tiny_path):
     assert done.err.count("\n") == 1
     assert "prefill" in done.err
     assert "decode" in done.err
+
+
+@pytest.mark.slow
+def test_generate_on_a_mesh_prints_the_text_of_one_device(run, tiny_path):
+    arguments = "generate", tiny_path, "--prompt", "ab", "--max-new-tokens", NEW
+    done = run(*arguments, "--mesh", "context=4,tensor=2")
+    assert (done.status, done.out) == (0, run(*arguments).out)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("contxt=8", "mesh axis 'contxt' is unknown; the axes are data, fsdp, context, tensor"),
+        ("context", "mesh part 'context' is not AXIS=SIZE, as in fsdp=4,tensor=2"),
+        ("context=16", "it needs 16 devices and there are 8; CPU devices can be simulated"),
+        ("tensor=8", "num_attention_heads 4 does not divide over axis tensor of size 8"),
+    ],
+)
+def test_a_mesh_that_does_not_fit(run, tiny_path, spec, message):
+    assert_error(run("generate", tiny_path, "--prompt", "ab", "--mesh", spec), message)
 
 
 def test_generate_json_is_one_object(run, tiny_path):
@@ -115,6 +138,7 @@ def test_inspect_groups_layers(run, tiny_path):
     assert done.status == 0
     assert done.err == ""
     assert len(done.out.splitlines()) < 60
+    assert re.search(rf"^wq\[\*\] +{tiny.CONFIG.num_hidden_layers} ", done.out, re.MULTILINE)
     assert f"{tiny.CONFIG.num_params:,}" in done.out
 
 
@@ -139,6 +163,64 @@ def test_tokenizer_encode_and_decode(run, tiny_path):
         "text": "ab a"
     }
     assert run("tokenizer", "decode", tiny_path, *ids.split(), "--special").out.startswith("<s>")
+
+
+def test_options_may_stand_before_optional_arguments(run, tiny_path):
+    encoded = run("tokenizer", "encode", tiny_path, "ab a", "--json").out
+    ids = [str(token) for token in json.loads(encoded)["ids"]]
+    for args in (
+        [tiny_path, "--json", "ab a"],
+        ["--json", tiny_path, "ab a"],
+        ["--json", "--", tiny_path, "ab a"],
+    ):
+        assert run("tokenizer", "encode", *args).out == encoded
+    special = run("tokenizer", "decode", tiny_path, *ids, "--special").out
+    assert run("tokenizer", "decode", tiny_path, "--special", *ids).out == special
+    assert run("tokenizer", "decode", tiny_path, ids[0], "--special", *ids[1:]).out == special
+    # What starts with a dash and is no option: a number, a text.
+    assert_error(run("tokenizer", "decode", tiny_path, "--special", "-1"), "-1")
+    assert json.loads(run("tokenizer", "encode", tiny_path, "--json", "- ab -c").out)["pieces"][-1] == "c"
+    assert_error(run("tokenizer", "encode", tiny_path, "-j", "ab"), "unexpected argument '-j'")
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_tables_fit_the_terminal(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    names = [f"model.layers.*.self_attn.{name}_proj.weight" for name in "qkv"]
+    rows = [[name, "float32 / bfloat16", "30", "rounded to bfloat16", "0.1"] for name in names]
+    output.print_table(rows, ("tensor", "dtype", "count", "", "max"), right=(2, 4))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    assert sum(name in line for name in names for line in lines) == len(names)
+    assert len(lines) == (6 if width > 110 else 10)
+    output.print_table([["a", "", "1"]], ("name", "nothing", "value"))
+    assert "nothing" not in capsys.readouterr().out
+    output.print_table([["text", "a built-in page of English " * 4]], ("outputs", ""))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    assert " ".join(lines[2:]).split() == ["text", *("a built-in page of English " * 4).split()]
+
+
+def test_control_characters_reach_a_file_and_no_terminal(monkeypatch, capsys):
+    text = "a\x1b]0;title\x07\tb\x9b2J\r\n"
+    terminal.write(text)
+    assert capsys.readouterr().out == text
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    terminal.write(text)
+    output.print_table([["\x1b[2Jx"]], ("name",))
+    terminal.note("warning: \x1b[2J")
+    shown = "".join(capsys.readouterr())
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown)
+    assert shown.startswith("a\\x1b]0;title\\x07\tb\\x9b2J\\r\n") and "\\x1b[2Jx" in shown
+
+
+def test_no_color_leaves_no_style(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    console = terminal.console()
+    console.file, console._force_terminal = io.StringIO(), True
+    console.print("x", style="bold green")
+    assert console.file.getvalue() == "x\n"
 
 
 def test_bench_json(run, tiny_path):
@@ -237,6 +319,44 @@ def test_unavailable_platform(tiny_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_every_command_and_option(run, shell):
+    script = run("completion", shell).out
+    assert all(verb in script for verb in cli.SUBCOMMANDS)
+    for word in (
+        "--max-new-tokens",
+        "--train.steps",
+        "--list-configs",
+        "--tensors-only",
+        "--vocab-size",
+        SMOL,
+    ):
+        assert word in script
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["ge"], ["generate"]),
+        (["generate", "smol"], [SMOL]),
+        (["generate", "m", "--num-b"], ["--num-beams"]),
+        (["train", "--optimizer.w"], ["--optimizer.warmup_steps", "--optimizer.weight_decay"]),
+        (["tokenizer", "d"], ["decode"]),
+        (["tokenizer", "decode", "m", "--sp"], ["--special"]),
+        (["data", "p"], ["prepare"]),
+        (["data", "prepare", "c", "--run"], ["--runner"]),
+        (["data", "prepare", "c", "--data.fi"], ["--data.field", "--data.files"]),
+        (["nothing", "--x"], []),
+    ],
+)
+def test_bash_completes(run, words, expected):
+    script = run("completion", "bash").out
+    typed = f"COMP_WORDS=(llama-jax {' '.join(words)}); COMP_CWORD={len(words)}; _llama_jax"
+    command = f"{script}\n{typed}; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.stdout.split(), done.stderr) == (expected, "")
+
+
 # Bad usage
 
 
@@ -244,7 +364,11 @@ def test_unavailable_platform(tiny_path):
     ("args", "parts"),
     [
         (["generte", "x"], ["generte", "did you mean generate?"]),
-        (["--verbose"], ["--verbose", "generate"]),
+        (["--verbose"], ["unknown option '--verbose'; the commands are", "generate"]),
+        (["--verion"], ["did you mean --version?"]),
+        (["verion"], ["did you mean version?"]),
+        (["generate", "m", "--quiet"], ["unknown option --quiet; see: llama-jax generate --help"]),
+        (["generate", "m", "--temp", "1"], ["did you mean --temperature?"]),
         (["generate"], ["missing", "MODEL", "--prompt", "--help"]),
         (["generate", "m", "--promt", "x"], ["--promt", "did you mean --prompt?"]),
         (["generate", "m", "--zzz"], ["--zzz", "--help"]),
@@ -360,11 +484,13 @@ def test_bench_requires_two_new_tokens(run, tiny_path):
 
 def test_version_and_help_of_a_command(run):
     version = importlib.metadata.version("llama-jax")
-    for argument in ("--version", "-V", "version"):
+    for argument in ("--version", "-V", "-v", "version"):
         done = run(argument)
         assert (done.status, done.out) == (0, f"llama-jax {version}\n")
     assert run("help", "verify").out == run("verify", "--help").out
     assert run("help").out == run("--help").out
+    assert run("help", "tokenizer", "encode").out == run("tokenizer", "encode", "--help").out
+    assert run("help", "train", "log").out == run("train", "--help", "log").out
 
 
 @pytest.mark.parametrize(("short", "full"), [("bf16", "bfloat16"), ("fp16", "float16"), ("f32", "float32")])

@@ -5,6 +5,7 @@ Most tests run batches of four rows of one model, so that they share its compile
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -17,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import llama_jax as lj
 from llama_jax import sharding
-from llama_jax.decoding import arguments, generation
+from llama_jax.decoding import arguments, generation, processes
 from llama_jax.errors import ConfigError, InputError
 from tests.decoding.compiled import counting_compiles, loop_body
 from tests.optimized import optimized
@@ -292,11 +293,11 @@ def test_a_cache_of_lower_precision_gives_nearly_the_same_log_probabilities(dtyp
     assert (dtype == "float32") == np.array_equal(small.logprobs, full.logprobs)
 
 
-def compiled_loop(rows):
-    request = arguments.prepare_request(CONFIG, TOKENS[:rows], LENGTHS[:rows], GREEDY, None, 12)
+def compiled_loop(rows, params=PARAMS):
+    request = arguments.prepare_request(CONFIG, TOKENS[:rows], LENGTHS[:rows], GREEDY, None, 12, key=KEY)
     static = {"num_return_sequences": 1, "top_logprobs": 0, "cache_dtype": None}
-    state = generation.prefill_jit(CONFIG, PARAMS, request, KEY, 12, **static)
-    lowered = generation.decode_program("cpu").lower(CONFIG, PARAMS, state, np.int32(12))
+    state = generation.prefill_jit(CONFIG, params, request, 12, **static)
+    lowered = generation.decode_program("cpu").lower(CONFIG, params, state, np.int32(12))
     return loop_body(optimized(lowered).as_text())
 
 
@@ -308,6 +309,20 @@ def test_the_compiled_loop_never_copies_the_cache_or_a_weight():
     moved = re.findall(r"= (f32\[[\d,]+\])\S* (?:copy|transpose|convert)\(", body)
     sizes = {shape: math.prod(map(int, shape[4:-1].split(","))) for shape in moved}
     assert moved and not [shape for shape, size in sizes.items() if size in large]
+
+
+@pytest.mark.slow
+def test_a_step_on_a_tensor_mesh_communicates_activations_and_never_the_cache():
+    """The embedding, attention's output, the feed-forward output, and the logits."""
+    mesh = sharding.make_mesh("tensor=2", devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        body = compiled_loop(4, lj.shard_params(PARAMS, mesh, CONFIG))
+    cache = f"f32[4,{CONFIG.num_key_value_heads // 2},128,{CONFIG.head_dim}]"
+    assert cache in body and f"{cache}{{3,2,1,0}} copy(" not in body
+    collectives = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    found = re.findall(rf"= (\w+\[[\d,]*\])\S* ({collectives})(?:-start)?\(", body)
+    activations, logits = f"f32[4,1,{CONFIG.hidden_size}]", f"f32[4,{CONFIG.vocab_size}]"
+    assert sorted(found) == [(activations, "all-reduce")] * 3 + [(logits, "all-gather")]
 
 
 def test_the_compiled_loop_of_one_row_never_copies_the_cache():
@@ -369,6 +384,60 @@ def test_invalid_arguments_are_refused(arguments, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_lists_are_arrays():
+    rows, lengths = TOKENS.tolist(), LENGTHS.tolist()
+    arguments = {"sampling": GREEDY, "max_new_tokens": 9}
+    listed = lj.generate(CONFIG, PARAMS, rows, lengths, KEY, **arguments)
+    given = lj.generate(CONFIG, PARAMS, TOKENS, LENGTHS, KEY, **arguments)
+    jax.tree.map(np.testing.assert_array_equal, listed, given)
+    for function in (
+        lambda tokens, lengths: lj.forward(CONFIG, PARAMS, tokens, tokens, tokens),
+        lambda tokens, lengths: lj.next_token_loss(CONFIG, PARAMS, tokens, tokens, tokens, tokens),
+        lambda tokens, lengths: lj.token_logprobs(CONFIG, PARAMS, tokens, tokens, tokens),
+        lambda tokens, lengths: lj.prefill(CONFIG, PARAMS, tokens, lengths, KEY, max_new_tokens=9),
+    ):  # shapes alone: nothing is compiled
+        of_lists = jax.eval_shape(lambda f=function: f(rows, lengths))
+        of_arrays = jax.eval_shape(lambda f=function: f(jnp.asarray(TOKENS), jnp.asarray(LENGTHS)))
+        assert of_lists == of_arrays
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([[1, 2], [3]], "tokens has rows of different lengths; pad them on the right"),
+        ([1, 2], "shape (2,)"),
+        ([[1, 2**40]], "tokens contains 1099511627776, beyond any vocabulary"),
+        ("ab", "tokens is 'ab'; it must be an array, or a list, of whole numbers"),
+        ([["a"]], "tokens is \"[['a']]\"; it must be an array, or a list, of whole numbers"),
+        ([[0.5]], "tokens is float"),
+    ],
+)
+def test_lists_that_are_no_arrays(tokens, message):
+    for function in (lj.forward, lj.next_token_loss, lj.token_logprobs):
+        with pytest.raises(InputError, match=re.escape(message)):
+            function(CONFIG, PARAMS, tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("max_tokens", "did you mean max_new_tokens?"),
+        ("seed", "give key=jax.random.key(seed)"),
+        ("eos_token_id", "did you mean eos_id?"),
+        ("temperature", "give sampling=Sampling(temperature=...)"),
+        ("repeat_penalty", "give sampling=Sampling(repetition_penalty=...)"),
+        ("cache_dtyp", "did you mean cache_dtype?"),
+        ("zzz", "use one of config, params, tokens"),
+    ],
+)
+def test_unknown_arguments_are_explained(name, hint):
+    for function in (lj.generate, lj.stream, lj.speculative_generate):
+        with pytest.raises(
+            InputError, match=re.escape(f"{function.__name__} has no argument '{name}'; {hint}")
+        ):
+            function(CONFIG, PARAMS, TOKENS, LENGTHS, **{name: 1})
+
+
 def test_no_type_of_a_setting_and_no_length_within_a_bucket_recompiles():
     array = lambda x: np.array([x], np.float64)  # noqa: E731
     forms = [
@@ -420,29 +489,84 @@ def test_one_row_of_multi_head_attention_on_a_mesh():
     np.testing.assert_array_equal(out.tokens, expected.tokens)
 
 
-@pytest.mark.parametrize(
-    ("spec", "count"),
-    [("fsdp=2,context=2,tensor=2", 3), pytest.param("data=2,fsdp=4", 1, marks=pytest.mark.slow)],
-)
-def test_a_batch_that_does_not_divide_the_mesh_is_replicated(spec, count):
-    """With 8 sequences of one prompt, the batch divides the mesh where the prompts do not."""
-    prompts = TOKENS[:count], LENGTHS[:count]
-    rows = 8 if count == 1 else count
+def on_mesh(spec, count):
+    """The output for the first of 8 rows, which are those of the module twice, on a mesh; streamed too."""
     mesh = sharding.make_mesh(spec)
+    rows = np.arange(count) % 4
     with jax.set_mesh(mesh):
+        given = TOKENS[rows], LENGTHS[rows], KEYS[:count], RANDOM
         params = lj.shard_params(PARAMS, mesh, CONFIG)
-        settings = {"sampling": RANDOM, "params": params, "num_return_sequences": rows // count}
-        out = jax.device_get(run(*prompts, KEYS[:rows], **settings))
-        streamed, _ = run_stream(*prompts, KEYS[:rows], **settings)
-        with pytest.raises(ConfigError, match=f"batch of {count} rows does not divide over mesh axes"):
-            lj.forward(CONFIG, params, prompts[0])
+        out, (streamed, _) = run(*given, params=params), run_stream(*given, params=params)
     np.testing.assert_array_equal(streamed, out.tokens)
-    for first in range(0, rows, 4):
-        same = TOKENS[[0] * 4] if count == 1 else TOKENS, LENGTHS[[0] * 4] if count == 1 else LENGTHS
-        expected = jax.device_get(run(*same, KEYS[first : first + 4], RANDOM))
-        here = slice(first, min(rows, first + 4))
-        np.testing.assert_array_equal(out.tokens[here], expected.tokens[: rows - first])
-        np.testing.assert_allclose(out.logprobs[here], expected.logprobs[: rows - first], atol=1e-5)
+    return jax.device_get(out)
+
+
+def assert_as_without_a_mesh(out, count):
+    """The tokens; log-probabilities are rounded in another order on a mesh."""
+    assert len(out.tokens) == count
+    for first in range(0, count, 4):
+        expected = jax.device_get(run(key=KEYS[first : first + 4], sampling=RANDOM))
+        some = slice(first, min(first + 4, count))
+        np.testing.assert_array_equal(out.tokens[some], expected.tokens[: count - first])
+        np.testing.assert_allclose(out.logprobs[some], expected.logprobs[: count - first], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "counts"),
+    [
+        pytest.param("fsdp=4,tensor=2", [3, 1], marks=pytest.mark.slow),
+        ("data=2,fsdp=2,context=2", [5]),
+    ],
+)
+def test_any_number_of_rows_on_any_mesh(spec, counts):
+    """Rows that do not divide are filled up. With one on each device, each is bitwise the row alone."""
+    outputs = [on_mesh(spec, count) for count in counts]
+    for count, out in zip(counts, outputs, strict=True):
+        assert_as_without_a_mesh(out, count)
+    if 1 in counts:
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:1], b), *outputs)
+
+
+@pytest.mark.slow
+def test_several_sequences_of_each_prompt_on_a_mesh():
+    """3 of each of 3 prompts: 9 rows on 8 devices are filled up to 24."""
+    mesh, same = sharding.make_mesh("data=2,fsdp=4"), np.repeat(np.arange(3), 3)
+    keys = jax.random.split(KEY, 9)
+    with jax.set_mesh(mesh):
+        settings = {"params": lj.shard_params(PARAMS, mesh, CONFIG), "num_return_sequences": 3}
+        out = jax.device_get(run(TOKENS[:3], LENGTHS[:3], keys, RANDOM, **settings))
+    assert len(out.tokens) == 9
+    for first in (0, 4, 5):
+        rows = same[first : first + 4]
+        expected = jax.device_get(run(TOKENS[rows], LENGTHS[rows], keys[first : first + 4], RANDOM))
+        np.testing.assert_array_equal(out.tokens[first : first + 4], expected.tokens)
+
+
+def test_forward_says_which_number_of_rows_divides():
+    mesh = sharding.make_mesh("fsdp=4,tensor=2")
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ConfigError, match="batch of 3 rows does not divide over mesh axes"),
+    ):
+        lj.forward(CONFIG, PARAMS, TOKENS[:3])
+
+
+def test_inside_jit_nothing_leaves_the_device(monkeypatch):
+    """No callback to the host and no look at other processes, on a mesh and without one."""
+
+    class Untouchable:
+        def __getattr__(self, name):
+            pytest.fail(f"{name} of the coordination service is used")
+
+    monkeypatch.setattr(processes, "_client", Untouchable)
+    go = functools.partial(lj.generate, CONFIG, sampling=RANDOM, max_new_tokens=4)
+    mesh = sharding.make_mesh("fsdp=4,tensor=2")
+    for setting in (mesh, None):
+        with sharding.use_mesh(setting):
+            params = PARAMS if setting is None else lj.shard_params(PARAMS, mesh, CONFIG)
+            jaxpr = str(jax.make_jaxpr(go)(params, TOKENS[:3], LENGTHS[:3], KEYS[:3]))
+        assert "while[" in jaxpr
+        assert not re.search("callback|infeed|outfeed", jaxpr)
 
 
 def test_works_with_64_bit_types_enabled():

@@ -197,6 +197,7 @@ def test_a_filter_that_is_off_in_every_row_does_not_read_the_logits():
     [
         ({"temperature": -0.5}, "temperature is -0.5; it must be a finite number, at least 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1e39}, "temperature is 1e+39; it must be a finite number, at least 0"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_k": 2.5}, "top_k is 2.5"),
         ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),

@@ -288,7 +288,6 @@ def test_works_inside_jit_vmap_and_shard_map(draft):
 @pytest.mark.parametrize(
     ("spec", "rows", "draft"),
     [
-        ("data=2,context=2,tensor=2", ROWS, "lookup"),
         pytest.param("data=2,context=2,tensor=2", ROWS, "model", marks=pytest.mark.slow),
         pytest.param("fsdp=4,tensor=2", 1, "model", marks=pytest.mark.slow),
     ],

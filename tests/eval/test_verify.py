@@ -21,9 +21,9 @@ from llama_jax.eval.verify.stream import LayerwiseRun
 from llama_jax.eval.verify.text import PASSAGE
 from llama_jax.weights import open_source
 from llama_jax.weights.compare import compare_configs, compare_tensor
+from llama_jax.weights.hf_tensors import HFSource
 from llama_jax.weights.names import LEAVES, leaves
 from llama_jax.weights.orbax import OrbaxSource
-from llama_jax.weights.source import Source
 from llama_jax.weights.tensors import ParamsTensors, StoredTensors
 from llama_jax.weights.write.hf import plan_hf
 from llama_jax.weights.write.orbax import plan_orbax
@@ -543,8 +543,8 @@ def test_stacked_tensors_are_read_leaf_by_leaf(tmp_path, reference, outputs, mon
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_tensor_is_read_once(tmp_path, outputs, tied, monkeypatch):
     config = TIED if tied else CONFIG
-    path, read, names = write_hf(tmp_path, config, small_params(config)), Source.read, []
-    monkeypatch.setattr(Source, "read", lambda self, name: (names.append(name), read(self, name))[1])
+    path, read, names = write_hf(tmp_path, config, small_params(config)), HFSource.read, []
+    monkeypatch.setattr(HFSource, "read", lambda self, name: (names.append(name), read(self, name))[1])
     compare(path, path, outputs=outputs)
     twice = ["model.embed_tokens.weight"] if tied and outputs else []  # also as the output projection
     assert sorted(names) == sorted(2 * [*open_source(path).tensors, *twice])
@@ -574,7 +574,7 @@ def test_unreadable_checkpoints(tmp_path, reference):
 def test_a_file_truncated_during_the_comparison(tmp_path, reference, monkeypatch):
     path = write_hf(tmp_path / "a", CONFIG, small_params())
     source = dataclasses.replace(open_source(path))
-    monkeypatch.setattr("llama_jax.eval.verify.run.open_source", lambda _: source)
+    monkeypatch.setattr("llama_jax.text.pretrained.open_source", lambda _: source)
     (path / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="the file changed while it was read"):
         compare(reference, path)

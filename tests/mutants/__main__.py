@@ -85,7 +85,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="mutants to run; all by default")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (default: 2)")
     parser.add_argument("--table", type=Path, help="write a Markdown table of the outcomes here")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     chosen = [mutant for mutant in MUTANTS if not args.names or mutant.name in args.names]
     if missing := set(args.names) - {mutant.name for mutant in MUTANTS}:
         print(f"error: there is no mutant {', '.join(sorted(missing))}", file=sys.stderr)

@@ -10,7 +10,8 @@ import pytest
 from llama_jax import sharding
 from llama_jax.attention import AttentionMask, attention
 from llama_jax.errors import ConfigError
-from llama_jax.ops.splash_attention import RESIDUALS, block_size, splash_attention
+from llama_jax.ops import splash_attention as splash
+from llama_jax.ops.splash_attention import RESIDUALS, block_size, block_sizes, splash_attention
 
 
 def inputs(*, batch=2, length=256, heads=4, kv_heads=2, head_dim=64, dtype=jnp.float32):
@@ -82,7 +83,7 @@ def test_other_lengths_are_padded_to_a_multiple_of_128(length):
 
 @pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "fsdp=2,context=2,tensor=2"])
 def test_meshes_equal_one_device(mesh):
-    """Batch rows, heads and (over `context`) queries are sharded; keys are replicated over `context`."""
+    """Batch rows and heads are sharded; over `context`, every device computes the same."""
     arrays = inputs(batch=4, length=256)
     segments = thirds(4, 256)
     wanted = expected(*arrays, segments)
@@ -107,8 +108,38 @@ def test_saved_residuals_are_not_recomputed():
     assert computed() > 2
 
 
+def test_two_backward_kernels_equal_one(monkeypatch):
+    """Of long sequences a kernel for dq is apart: that for dk and dv writes it once per column of tiles."""
+    *qkv, coeffs = inputs(length=384)  # three columns
+    segments = thirds(2, 384)
+
+    def attend(*qkv):
+        return splash_attention(*qkv, segments, interpret=True)
+
+    def kernels():
+        return str(jax.make_jaxpr(jax.grad(lambda q: attend(q, *qkv[1:]).sum()))(qkv[0])).count(
+            "pallas_call["
+        )
+
+    assert kernels() == 2
+    monkeypatch.setattr(splash, "FUSED_COLUMNS", 2)
+    assert kernels() == 3
+    found = value_and_gradients(attend, *qkv, coeffs)
+    for ours, theirs in zip(found, expected(*qkv, coeffs, segments), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
 def test_block_sizes_divide_the_length():
-    assert [block_size(length) for length in (128, 384, 512, 4096, 4224)] == [128, 128, 512, 1024, 128]
+    lengths = (128, 384, 512, 4096, 4224, 8192, 16384)
+    assert [block_size(length) for length in lengths] == [128, 128, 512, 1024, 128, 2048, 2048]
+    assert block_sizes(4096, 4096).block_kv_compute == block_sizes(8192, 8192).block_kv_dkv_compute == 512
+
+
+def test_one_backward_kernel_up_to_some_columns_of_tiles():
+    shapes = [(4096, 4096), (8192, 8192), (4096, 8192), (16384, 16384)]
+    assert [block_sizes(*shape).use_fused_bwd_kernel for shape in shapes] == [True, True, True, False]
+    assert block_sizes(8192, 16384, ring=True).use_fused_bwd_kernel
+    assert not block_sizes(16384, 32768, ring=True).use_fused_bwd_kernel
 
 
 def test_invalid_arguments_are_errors():
@@ -117,9 +148,6 @@ def test_invalid_arguments_are_errors():
         ConfigError, match="as many keys as queries and got 128 and 64; use the xla or blockwise"
     ):
         splash_attention(q[:, :64], k, v, interpret=True)
-    for mesh, message in (
-        ("fsdp=2,context=4", r"128 tokens .* context of size 4; use a multiple of 512"),
-        ("tensor=8", r"4 query and 2 key/value heads do not divide .* size 8"),
-    ):
-        with jax.set_mesh(sharding.make_mesh(mesh)), pytest.raises(ConfigError, match=message):
-            splash_attention(q, k, v, interpret=True)
+    message = r"4 query and 2 key/value heads do not divide .* size 8"
+    with jax.set_mesh(sharding.make_mesh("tensor=8")), pytest.raises(ConfigError, match=message):
+        splash_attention(q, k, v, interpret=True)

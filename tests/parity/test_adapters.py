@@ -92,6 +92,72 @@ def test_adapters_that_peft_made(kind: str, dtype: Any, tmp_path: Path) -> None:
     assert relative_error(our_logits(attached), their_logits(model.merge_and_unload())) <= TOLERANCE
 
 
+MERGED = {
+    "both tables": {"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
+    "both tied": {"target_modules": ["q_proj", "lm_head", "embed_tokens"], "ensure_weight_tying": True},
+    "embedding alone": {"target_modules": ["embed_tokens"]},
+    "dora": {"target_modules": ["v_proj", "lm_head", "embed_tokens"], "use_dora": True},
+    "dora of one layer": {"target_modules": ["q_proj"], "layers_to_transform": [1], "use_dora": True},
+    "expressions": {
+        "target_modules": ["q_proj", "v_proj", "lm_head"],
+        "rank_pattern": {"lm_head": 3, r".*layers\.[1-9]\..*(q|v)_proj": 2},
+        "alpha_pattern": {r"layers\.\d+\.self_attn\.v_proj": 3},
+    },
+    "saved tables": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "saved embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "saved embedding, tied": {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["embed_tokens"],
+        "ensure_weight_tying": True,
+    },
+    "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "saved norms": {"target_modules": "all-linear", "modules_to_save": ["norm", "input_layernorm"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1, 7]},
+    "tokens of each": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": [3, 1, 7], "lm_head": [2, 4]},
+    },
+    "full names": {"target_modules": ["model.layers.0.self_attn.q_proj", "layers.1.mlp.up_proj"]},
+    "pissa": {"target_modules": ["q_proj", "up_proj", "lm_head"], "init_lora_weights": "pissa"},
+    "olora": {"target_modules": ["k_proj", "down_proj"], "init_lora_weights": "olora", "use_rslora": True},
+    "larger": {"target_modules": ["q_proj"]},
+    "larger, adapted": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "larger, saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "larger, tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 63]},
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")  # about tied and resized tables
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", MERGED)
+def test_adapters_that_change_more_than_projections(kind: str, tied: bool, tmp_path: Path) -> None:
+    """On a base that is saved first, so that PEFT sees whether its vocabulary was resized."""
+    weights = {name: leaf for name, leaf in params().items() if not (tied and name == "lm_head")}
+    hf.model(MODEL.replace(tie_word_embeddings=tied), weights).save_pretrained(tmp_path / "base")
+
+    def base() -> Any:
+        torch.manual_seed(5)
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        if kind.startswith("larger"):
+            model.resize_token_embeddings(MODEL.vocab_size + 5, mean_resizing=False)
+        return model
+
+    config = peft.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **MERGED[kind])
+    model = peft.get_peft_model(base(), config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight += 0.1 * torch.randn_like(weight)
+    model.save_pretrained(tmp_path / "a", safe_serialization=kind != "embedding alone")
+    expected = their_logits(peft.PeftModel.from_pretrained(base(), tmp_path / "a").eval())
+    merged, found = lj.load_params(tmp_path / "a")
+    logits = np.asarray(lj.forward(merged, found, TOKENS))
+    assert relative_error(logits, expected) <= TOLERANCE
+    assert (
+        relative_error(their_logits(base())[..., : MODEL.vocab_size], logits[..., : MODEL.vocab_size]) > 0.01
+    )
+
+
 @pytest.mark.parametrize("kind", OURS)
 def test_adapters_that_peft_reads(kind: str, tmp_path: Path) -> None:
     settings, base = OURS[kind], params()

@@ -95,6 +95,66 @@ SOURCES = {
 }
 
 
+def dialogs() -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
+    """Conversations with tools, calls, reasoning and names, and the template's other variables."""
+    parameters = {"type": "object", "properties": {"city": {"type": "string", "description": "é <b>"}}}
+    function = {"name": "weather", "description": "Tells it.", "parameters": parameters}
+    tools = [{"type": "function", "function": function}]
+    user = {"role": "user", "content": "In Rome?"}
+    answer = {"role": "assistant", "content": "Sunny."}
+    found: list[tuple[list[dict[str, Any]], dict[str, Any]]] = []
+    for arguments in ({"city": "Rome", "days": 2}, '{"city": "Rome"}'):
+        call = {
+            "id": "abcdef123",
+            "type": "function",
+            "function": {"name": "weather", "arguments": arguments},
+        }
+        calls = {"role": "assistant", "content": None, "tool_calls": [call]}
+        result = {"role": "tool", "tool_call_id": "abcdef123", "name": "weather", "content": "sun"}
+        found += [
+            ([user, calls, result], {"tools": tools}),
+            ([user, calls, result, answer], {"tools": tools}),
+        ]
+        found += [([user, {**calls, "content": "Let me see."}, result, answer, user], {})]
+    thought = {**answer, "reasoning_content": "It is May."}
+    found += [([user, thought, user], {}), ([user, {**answer, "thinking": "Hm."}], {})]
+    found += [([user, {**answer, "content": "<think>\nHm.\n</think>\n\nSun."}, user, answer], {})]
+    found += [([{**user, "name": "ann"}, answer, user], {"enable_thinking": False})]
+    found += [
+        ([user], {"documents": [{"title": "T", "text": "t"}]}),
+        ([{"role": "developer", "content": "d"}], {}),
+    ]
+    return found
+
+
+def test_published_templates() -> None:
+    """Those that TRL comes with, of many models: the same text, or an error here as there."""
+    trl = pytest.importorskip("trl")
+    render = transformers.utils.chat_template_utils.render_jinja_template
+    rendered = 0
+    for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja")):
+        if "training" in path.name:
+            continue
+        template = ChatTemplate(path.read_text(), path.name, TOKENS)
+        for messages, variables in dialogs():
+            present = [{name: value for name, value in m.items() if value is not None} for m in messages]
+            try:
+                (wanted,), _ = render(
+                    [present],
+                    chat_template=template.source,
+                    add_generation_prompt=True,
+                    **TOKENS,
+                    **variables,
+                )
+            except Exception:
+                with pytest.raises(LlamaJaxError):
+                    render_chat(template, messages, **variables)
+            else:
+                assert render_chat(template, messages, **variables) == wanted, path.name
+                rendered += 1
+    assert rendered > 300
+
+
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
 def test_texts(source: str, lines: list[str]) -> None:
     render = transformers.utils.chat_template_utils.render_jinja_template

@@ -9,7 +9,11 @@ import pytest
 
 import llama_jax as lj
 from llama_jax.text.convert import convert
+from llama_jax.train.config.rope_scaling import RopeScalingConfig
+from llama_jax.train.config.run import ModelConfig
+from tests import tiny
 from tests.golden import text
+from tests.random_models import random_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -49,3 +53,22 @@ def test_pooled_heads_are_the_model_that_transformers_runs(
         expected = theirs(torch.tensor(ids)).logits.numpy()
     found = np.asarray(lj.forward(ours.config, ours.params, ids))
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn", "llama3"])
+def test_an_extended_model_is_the_one_that_transformers_runs(kind: str, tmp_path: Path) -> None:
+    """As a run configures it: `factor` alone, on a model of 32 tokens; its written config.json, at 200."""
+    base, params = random_model(3, tiny.CONFIG)
+    scaling = RopeScalingConfig(kind, factor=8.0)  # type: ignore[arg-type]
+    config = ModelConfig(init_from="base", rope_scaling=scaling).extended(base)
+    path = lj.save(config, params, tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    assert theirs.config.max_position_embeddings == 256
+    ids = np.random.default_rng(0).integers(3, base.vocab_size, (2, 200))
+    with torch.inference_mode():
+        expected = theirs(torch.tensor(ids)).logits.numpy()
+    found = np.asarray(lj.forward(config, params, ids))
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert lj.load_params(path)[0].max_position_embeddings == 256
+    unscaled = np.asarray(lj.forward(base, params, ids))
+    assert np.abs(unscaled - expected).max() > 1e-3 * np.abs(expected).max()

@@ -177,6 +177,22 @@ def test_a_random_llama_continues_the_same(
 # Vocabularies
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["tekken", "gpt-4o", "deepseek-llm", "deepseek-coder", "deepseek-v3", "falcon", "viking", "superbpe"],
+)
+def test_llama_cpp_pre_tokenizes_as_we_do(name: str, tmp_path: Path) -> None:
+    content = vocabularies.byte_level_json()
+    tokenizer = load_tokenizer(
+        vocabularies.write_gguf(tmp_path / "v.gguf", vocabularies.bpe_fields(content, name))
+    )
+    config = lj.presets.TINY.replace(vocab_size=tokenizer.vocab_size, num_hidden_layers=1)
+    path = lj.save(*random_model(0, config), tmp_path / "a.gguf", tokenizer=tokenizer)
+    llama_cpp = LlamaCpp(path)
+    for line in [*vocabularies.TEXT, *corpus.lines()[::60], "fooBar ÉcoleParis 12345.678 你好世界，かな"]:
+        assert llama_cpp.encode(line, add_bos=False) == tokenizer.encode(line, add_bos=False), line
+
+
 def test_llama_cpp_encodes_as_we_do(tokenizer: Tokenizer, shared_data: Path, tmp_path: Path) -> None:
     config = lj.presets.TINY.replace(vocab_size=tokenizer.vocab_size, num_hidden_layers=1)
     model = lj.Model(*random_model(0, config), tokenizer, tmp_path)

@@ -145,6 +145,19 @@ def test_what_is_not_read_is_said(make: Any, said: str, tmp_path: Path) -> None:
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_an_archive_without_checksums(tmp_path: Path) -> None:
+    state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(3).to(torch.bfloat16)}
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, tmp_path / "a.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    found = read_torch_zip(tmp_path / "a.pth")
+    assert found["a"].crc == 0
+    for name, info in found.items():
+        assert_equal(read_array(name, info), state[name])
+
+
 def test_the_format_before_zip(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(2)}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match="a PyTorch file older than"):

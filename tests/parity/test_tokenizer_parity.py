@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
-from llama_jax.tokenizer.byte_level import PRE_TOKENIZERS
+from llama_jax.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from tests.tokenizer import corpus, make_golden
 
 pytestmark = pytest.mark.parity

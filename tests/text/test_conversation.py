@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 import llama_jax as lj
-from llama_jax import sharding
 from llama_jax.chat import ChatTemplate, encode_chat
 from llama_jax.decoding import session
 from llama_jax.errors import InputError, TokenizerError
 from llama_jax.text.conversation import Conversation
 from llama_jax.tokenizer import load_tokenizer
 from tests import random_models
+from tests.chat.test_tools import RESULT, TOOLS
+from tests.messages import user
 from tests.tokenizer import vocabularies
 
 QUESTIONS = ["the quick brown fox", "hello world, the cat", "  is   there a forêt?\n"]
@@ -91,26 +92,21 @@ def test_answers_equal_a_full_prefill_and_only_new_tokens_are_run(tokenizers, ki
     assert conversation.session.reused > 50
 
 
+def test_tools_and_their_results(model):
+    variables = {"tools": [{"name": "weather"}], "enable_thinking": False}
+    conversation = Conversation(model, template=TOOLS, **variables)
+    for said, message in (("In Rome?", user("In Rome?")), (RESULT, RESULT)):
+        conversation.say(said)  # encoded at once, answered when it is read
+        ids = encode_chat(model.tokenizer, TOOLS, [message], **variables)
+        assert conversation.prompt_tokens == len(ids)
+
+
 def test_the_seed_determines_the_samples(chat):
     first = reply(chat, "hello", temperature=1.0, seed=1)
     chat.undo()
     assert reply(chat, "hello", temperature=1.0, seed=1) == first
     chat.undo()
     assert reply(chat, "hello", temperature=1.0, seed=2) != first
-
-
-def test_answers_on_a_mesh_are_the_same(tokenizers):
-    model = build(tokenizers["sentencepiece"])
-    short = ChatTemplate("{% for m in messages %}{{ m.content }}. {% endfor %}", "the template", {})
-    chat = Conversation(model, template=short)
-    mesh = sharding.make_mesh("tensor=2", devices=jax.devices()[:2])
-    on_mesh = Conversation(
-        dataclasses.replace(model, params=lj.shard_params(model.params, mesh, model.config), mesh=mesh),
-        template=short,
-    )
-    for question in QUESTIONS[:2]:
-        assert reply(on_mesh, question) == reply(chat, question)
-    assert on_mesh.session.reused == chat.session.reused > 0
 
 
 # How an answer ends

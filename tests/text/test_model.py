@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -118,6 +120,9 @@ def test_logits_processor_settings_take_effect(model):
     ("settings", "message"),
     [
         ({"temprature": 1.0}, "setting 'temprature' is unknown; did you mean temperature?"),
+        ({"max_tokens": 5}, "setting 'max_tokens' is unknown; did you mean max_new_tokens?"),
+        ({"key": jax.random.key(0)}, "setting 'key' is unknown; give seed=N, a whole number"),
+        ({"stop": "a"}, "setting 'stop' is unknown; did you mean stop_strings?"),
         ({"xyz": 1.0}, "setting 'xyz' is unknown; use one of temperature, top_k"),
         ({"num_beams": 3, "temperature": 0.5}, "temperature"),
         ({"num_beams": 3, "stop_strings": "a"}, "stop_strings and num_beams cannot be combined"),
@@ -168,3 +173,15 @@ def test_an_interrupted_stream_leaves_the_model_usable(model):
 def test_load_rejects_other_numbers_of_bits(path):
     with pytest.raises(InputError, match="bits is 3; it must be 8 or 4"):
         lj.load(path, bits=3)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_weight_that_is_not_finite_is_named_with_the_text(model, bad):
+    params = jax.tree.map(lambda leaf: leaf, model.params)
+    w_down = params["layers"][1]["feed_forward"]["w_down"]
+    params["layers"][1]["feed_forward"]["w_down"] = w_down.at[3, 2].set(bad)
+    damaged = dataclasses.replace(model, params=params)
+    message = r"logits are not finite, because layers\.1\.feed_forward\.w_down in the weights holds NaN"
+    for generate in (damaged.generate, lambda *args, **kw: list(damaged.stream(*args, **kw))):
+        with pytest.warns(UserWarning, match=message):
+            generate(PROMPTS[0], max_new_tokens=NEW)

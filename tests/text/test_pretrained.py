@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import llama_jax as lj
-from llama_jax import sharding
 from llama_jax.decoding.arguments import pad_right
 from llama_jax.errors import CheckpointError, InputError, TokenizerError
 from llama_jax.hub import known
@@ -99,15 +98,6 @@ def test_load_params_needs_no_tokenizer(tmp_path):
 def test_dtype_of_the_leaves(tiny_path):
     leaves = jax.tree.leaves(lj.load(tiny_path, "bfloat16").params)
     assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"}
-
-
-def test_text_on_a_mesh_is_the_same(tiny_path, model):
-    mesh = sharding.make_mesh("fsdp=4,tensor=2")
-    sharded = lj.load(tiny_path, mesh=mesh)
-    assert sharded.params["layers"]["attention"]["wq"].sharding.mesh.shape == mesh.shape
-    batch = [*PROMPTS, ""]  # batch size 4, the size of the fsdp axis
-    alone = [*model.generate(PROMPTS, max_new_tokens=NEW), model.generate("", max_new_tokens=NEW)]
-    assert sharded.generate(batch, max_new_tokens=NEW) == alone
 
 
 def test_pad_right():

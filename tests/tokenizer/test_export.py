@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tokenizers
 from hypothesis import given, settings
+from tokenizers import processors
 
 from llama_jax.errors import TokenizerError
 from llama_jax.tokenizer import Tokenizer, gguf_vocab, load_tokenizer
@@ -226,6 +227,12 @@ def test_post_processor_of_tokenizer_json_prepends_bos(
     vocabularies.write_json(
         tmp_path / "tokenizer_config.json", {"bos_token": bos, "eos_token": eos, "add_bos_token": add_bos}
     )
+    if kind != "sentencepiece":  # a tokenizer.json says it itself
+        backend = tokenizers.Tokenizer.from_file(str(path))
+        token = (bos, backend.token_to_id(bos))
+        single = f"{bos} $A" if add_bos else "$A"
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[token])
+        backend.save(str(path))
     tokenizer = load_tokenizer(path)
     assert tokenizer.add_bos == add_bos
     data = export_vocabulary(tokenizer, "hf").files["tokenizer.json"]

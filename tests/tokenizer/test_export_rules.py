@@ -12,8 +12,9 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
-from llama_jax.tokenizer.byte_level import PRE_TOKENIZERS, match_pre_tokenizer
+from llama_jax.tokenizer.byte_level import match_pre_tokenizer
 from llama_jax.tokenizer.export import export_vocabulary
+from llama_jax.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from tests.tokenizer import vocabularies
 from tests.tokenizer.test_export import assert_equivalent, assert_unsupported, lines, load_json, read_back
 
@@ -53,7 +54,7 @@ GPT2_PRE_TOKENIZER = {
     ("rule", "ignore_merges", "name"),
     [
         (LLAMA3_PRE_TOKENIZER, True, "llama-bpe"),
-        (LLAMA3_PRE_TOKENIZER, False, None),
+        (LLAMA3_PRE_TOKENIZER, False, "dbrx"),
         (SMOLLM_PRE_TOKENIZER, False, "smollm"),
         (GPT2_PRE_TOKENIZER, False, "gpt-2"),
         (GPT2_PRE_TOKENIZER | {"add_prefix_space": True}, False, None),

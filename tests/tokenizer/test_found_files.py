@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tokenizers
 
+from llama_jax.chat import chat_template, render_chat
 from llama_jax.errors import TokenizerError
 from llama_jax.text.convert import convert
 from llama_jax.tokenizer import load_tokenizer
@@ -92,6 +93,22 @@ def test_the_jinja_file_is_the_chat_template(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     edit(folder / "tokenizer_config.json", chat_template="OLD")
     assert load_tokenizer(folder).chat_template == "OLD"
+
+
+@pytest.mark.parametrize("files", [True, False])
+def test_conversations_with_tools_use_the_template_for_them(files: bool, folder: Path) -> None:
+    sources = {"default": "\n{{- messages[0].content }}\n", "tool_use": "\n{{ tools | length }} tools\n\n"}
+    if files:
+        (folder / "chat_template.jinja").write_text(sources["default"])
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text(sources["tool_use"])
+    else:
+        rows = [{"name": name, "template": source} for name, source in sources.items()]
+        edit(folder / "tokenizer_config.json", chat_template=rows)
+    template, dialog = chat_template(load_tokenizer(folder)), [{"role": "user", "content": "hi"}]
+    assert render_chat(template, dialog) == "hi"
+    tool = {"type": "function", "function": {"name": "f"}}
+    assert render_chat(template, dialog, tools=[tool, tool]) == "\n2 tools\n"
 
 
 def post_processor(*names: str, ids: dict[str, int]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import pytest
 
 from llama_jax.errors import TokenizerError
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
-from llama_jax.tokenizer.byte_level import BYTE_OF, PRE_TOKENIZERS
+from llama_jax.tokenizer.byte_level import BYTE_OF
+from llama_jax.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from tests.tokenizer import vocabularies
 from tests.tokenizer.test_sentencepiece_model import goldens
 
@@ -104,6 +105,25 @@ SPLITS = {
     "default": ["I", "'", "m", " ", "123", "4", "  ", " aé", "!?", "\n", "\n", "x"],
 }
 
+WORDS = "I'm fooBar 1234   é!?\n\n你"
+OTHER_SPLITS = {
+    "tekken": ["I", "'m", " foo", "Bar", " ", "1", "2", "3", "4", "  ", " é", "!?\n\n", "你"],
+    "gpt-4o": ["I'm", " foo", "Bar", " ", "123", "4", "  ", " é", "!?\n\n", "你"],
+    "deepseek-llm": ["I", "'", "m", " fooBar", " ", "1234", "  ", " é", "!?", "\n", "\n", "你"],
+    "deepseek-coder": [*("I", "'", "m", " fooBar", " ", *"1234", "  ", " é", "!?", "\n", "\n", "你")],
+    "deepseek-v3": ["I", "'m", " fooBar", " ", "123", "4", "  ", " é", "!?\n\n", "你"],
+    "falcon": ["I", "'", "m", " fooBar", " ", "123", "4", "  ", " é", "!?", "\n", "\n", "你"],
+    "viking": ["I'm", " fooBar", " ", "1", "2", "3", "4", "  ", " é", "!?\n\n", "你"],
+    "superbpe": ["I'm fooBar ", "1", "234", "   é!?\n\n你"],
+    "seed-coder": ["I", "'m", " fooBar", " ", "1", "2", "3", "4", "  ", " é", "!?", "\n\n", "你"],
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SPLITS)
+def test_splits_of_other_vocabularies(name: str) -> None:
+    pieces = [piece for piece, _ in PRE_TOKENIZERS[name].build().pre_tokenize_str(WORDS)]
+    assert [bytes(BYTE_OF[c] for c in piece).decode() for piece in pieces] == OTHER_SPLITS[name]
+
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_splits_of_each_pre_tokenizer(name: str) -> None:
@@ -134,7 +154,7 @@ def without(fields: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 DUPLICATE = [*SPM["tokens"][:-1], SPM["tokens"][-2]]
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "no vocabulary": ({}, "has no vocabulary; give the model's own tokenizer file"),
+    "no vocabulary": ({}, "has no vocabulary; give the model's own with tokenizer"),
     "other kind": (SPM | {"model": "bert"}, "tokenizer.ggml.model is 'bert'; llama_jax supports 'llama'"),
     "model of another type": (SPM | {"model": 7}, "tokenizer.ggml.model is '7'"),
     "no tokens": (without(SPM, "tokens"), "tokenizer.ggml.tokens is missing"),
@@ -170,8 +190,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "no valid Sentence",
     ),
     "unknown pre": (
-        BPE | {"pre": "viking"},
-        "tokenizer.ggml.pre is 'viking', an unknown pre-tokenizer",
+        BPE | {"pre": "viking-2"},
+        "tokenizer.ggml.pre is 'viking-2', an unknown pre-tokenizer",
     ),
     "pre of another type": (BPE | {"pre": 3}, "tokenizer.ggml.pre is '3'"),
     "no merges": (without(BPE, "merges"), "tokenizer.ggml.merges is missing"),

@@ -11,6 +11,7 @@ import pytest
 from llama_jax.errors import TokenizerError
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 from tests.tokenizer import vocabularies
+from tests.tokenizer.test_export import read_back
 from tests.tokenizer.test_sentencepiece_model import goldens
 
 BYTE_LEVEL = vocabularies.byte_level_json()
@@ -43,17 +44,50 @@ def test_bos_from_the_post_processor(tmp_path: Path) -> None:
     assert (byte_level.bos_id, byte_level.add_bos, byte_level.eos_id) == (None, False, None)
 
 
-def test_tokenizer_config_overrides_the_post_processor(tmp_path: Path) -> None:
-    assert not load(tmp_path, LLAMA, tokenizer_config={"add_bos_token": False}).add_bos
-    end = {"bos_token": {"content": "<|endoftext|>"}, "add_bos_token": True}
-    assert load(tmp_path, BYTE_LEVEL, tokenizer_config=end).encode("fox")[0] == 0
+def test_the_post_processor_overrides_the_tokenizer_config(tmp_path: Path) -> None:
+    """As in transformers 5, whose classes take no notice of both fields beside a tokenizer.json."""
+    for value in (True, False):
+        fields = {"add_bos_token": value, "add_eos_token": value}
+        assert load(tmp_path, LLAMA, tokenizer_config=fields).encode("fox") == [1, 269, 334]
+        end = fields | {"bos_token": {"content": "<|endoftext|>"}, "eos_token": "<|endoftext|>"}
+        tokenizer = load(tmp_path, BYTE_LEVEL, tokenizer_config=end)
+        assert tokenizer.decode(tokenizer.encode("fox"), skip_special_tokens=False) == "fox"
 
 
-def test_eos_in_the_post_processor_is_not_appended(tmp_path: Path) -> None:
+def test_eos_in_the_post_processor_is_appended(tmp_path: Path) -> None:
     content = copy.deepcopy(LLAMA)
     content["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
     content["post_processor"]["special_tokens"]["</s>"] = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
-    assert load(tmp_path, content).encode("fox") == load(tmp_path, LLAMA).encode("fox")
+    tokenizer = load(tmp_path, content, tokenizer_config={"bos_token": "<s>", "eos_token": "</s>"})
+    assert tokenizer.encode("fox") == tokenizer.encode("fox", add_eos=True) == [1, 269, 334, 2]
+    assert tokenizer.encode("fox", add_eos=False) == [1, 269, 334]
+    assert tokenizer.encode("fox", add_bos=False) == [269, 334]  # transformers' add_special_tokens=False
+    for format in ("hf", "gguf", "meta", "orbax"):
+        again = read_back(tokenizer, format, tmp_path / format)
+        assert again.encode("fox") == [1, 269, 334, 2]
+    with pytest.raises(TokenizerError, match="appends </s> to every text, which llama2c cannot represent"):
+        read_back(tokenizer, "llama2c", tmp_path / "llama2c")
+
+
+def test_add_prefix_space_is_for_the_classes_that_read_it(tmp_path: Path) -> None:
+    llama = {"tokenizer_class": "LlamaTokenizerFast", "add_prefix_space": False}
+    tokenizer = load(tmp_path, LLAMA, tokenizer_config=llama)
+    assert tokenizer.encode("the", add_bos=False) == [259, 300]
+    assert tokenizer.decode([*tokenizer.encode(" the", add_bos=False)]) == " the"
+    gpt2 = {"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": True}
+    tokenizer = load(tmp_path, BYTE_LEVEL, tokenizer_config=gpt2)
+    assert tokenizer.decode(tokenizer.encode("fox")) == " fox"
+    for value in (True, False):
+        fields = {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": value}
+        assert load(tmp_path, LLAMA, tokenizer_config=fields).encode("fox") == [1, 269, 334]
+
+
+def test_byte_pieces_without_byte_fallback_are_text(tmp_path: Path) -> None:
+    decoder = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": False}
+    tokenizer = load(tmp_path, changed(LLAMA, decoder=decoder))
+    assert tokenizer.decode([298, 63]) == "<0x3C>"
+    fields = {"tokenizer_class": "LlamaTokenizer"}  # whose decoder in transformers is not the file's
+    assert load(tmp_path, changed(LLAMA, decoder=decoder), tokenizer_config=fields).decode([298, 63]) == "<"
 
 
 def test_special_tokens_come_from_the_most_specific_file(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import lzma
 import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from llama_jax import cli
 from llama_jax.errors import TokenizerError
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.tokenizer.texts import read_texts
 from llama_jax.tokenizer.train import train_sentencepiece
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -159,6 +162,42 @@ def test_command_reads_json_lines(run, tmp_path, path):
     done = run(*args)
     assert done.status == 2
     assert "a.jsonl:1: not an object with a text field 'text'; see --field" in done.err
+
+
+def test_json_and_compressed_files_are_the_same_texts(tmp_path):
+    rows = [{"text": text} for text in (*SOURCES, "naïve")]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    array = json.dumps(rows, indent=1).encode()
+    files = {
+        "a.jsonl": lines,
+        "b.json": b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n"),
+        "c.json": b"\xef\xbb\xbf \n" + array,
+        "d.json.gz": gzip.compress(array),
+        "e.jsonl.gz": gzip.compress(lines[:100]) + gzip.compress(lines[100:]),
+        "f.jsonl.xz": lzma.compress(lines),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        assert [*read_texts([tmp_path / name], "text")] == [row["text"] for row in rows], name
+    (tmp_path / "g.txt.gz").write_bytes(gzip.compress("é\r\n".encode()))
+    assert [*read_texts([tmp_path / "g.txt.gz"], "text")] == ["é\r\n"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl.zst", b"(", "a.jsonl.zst is compressed with zstd, which Python cannot read: zstd -d"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9, mtime=0)[:-9], "a.jsonl.gz is damaged"),
+        ("a.jsonl.gz", b'{"text": "a"}', "a.jsonl.gz cannot be read (Not a gzipped file"),
+        ("a.json", b'[{"text": "a"}, {}]', "a.json: record 2: not an object with a text field 'text'"),
+        ("a.json", b'[{"text": "a"}', "a.json is not JSON"),
+    ],
+)
+def test_damaged_files_are_one_line(name, data, message, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(TokenizerError) as caught:
+        list(read_texts([tmp_path / name], "text"))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

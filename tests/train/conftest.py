@@ -1,19 +1,9 @@
-"""The directory in which a test module runs training processes, and the server that starts them."""
-
-from collections.abc import Iterator
+"""The directory in which a test module runs training processes."""
 
 import pytest
 
 from tests.train.fork_server import ForkServer
-from tests.train.processes import Workshop, environment
-
-
-@pytest.fixture(scope="session")
-def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    cache = tmp_path_factory.getbasetemp() / "compiled"
-    server = ForkServer(environment(cache), tmp_path_factory.mktemp("output"))
-    yield server
-    server.close()
+from tests.train.processes import Workshop
 
 
 @pytest.fixture(scope="module")

@@ -194,9 +194,10 @@ def run_commands(_: Sequence[str]) -> int:
     stdin is a socket; a request is a line of JSON: the folder to run in, then the arguments.
     """
     from llama_jax import cli
-    from llama_jax.train.metrics import flops
+    from llama_jax.train.metrics import peak_flops
 
-    flops._measured_flops = functools.cache(flops._measured_flops)  # of the machine, a quarter of a second
+    # Of the machine; it takes a quarter of a second.
+    peak_flops._measured_flops = functools.cache(peak_flops._measured_flops)
 
     requests = socket.socket(fileno=0)
     for line in requests.makefile("r"):

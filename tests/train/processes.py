@@ -185,7 +185,7 @@ def checkpoint_contents(run: Path, step: int) -> tuple[Mapping[str, np.ndarray],
     """Every array of a checkpoint by name, and the data states of all processes."""
     import jax
 
-    from llama_jax.weights.orbax import read_tree, tree_metadata
+    from llama_jax.weights.orbax_tree import read_tree, tree_metadata
 
     folder = run / "checkpoints" / str(step)
     arrays = {}

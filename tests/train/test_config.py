@@ -187,7 +187,7 @@ def test_bad_file_is_a_one_line_error_that_names_the_place(text, message, write)
         (["--data.exclude", "["], '--data.exclude is \'[\'; it must be a list such as ["a", "b"]'),
         (
             ["--train.remat", "everything"],
-            "train.remat is 'everything'; it must be one of none, save_projections",
+            "train.remat is 'everything'; it must be one of none, save_dots, save_projections",
         ),
     ],
 )
@@ -256,7 +256,7 @@ def test_unreadable_file_is_named(tmp_path):
 
 def test_invalid_model_is_a_config_error():
     with pytest.raises(
-        ConfigError, match=r"model.vocab_size is 100; the tokenizer has 300 tokens: leave it out, or set it"
+        ConfigError, match=r"model.vocab_size is 100; the tokenizer has 300 tokens: leave it out, or give"
     ):
         ModelConfig(vocab_size=100).build(300)
     with pytest.raises(ConfigError, match="model: hidden_size 10 is not a multiple of num_attention_heads 4"):

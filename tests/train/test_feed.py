@@ -29,7 +29,7 @@ def rows(count: int = BATCH) -> dict[str, np.ndarray]:
         "data=2,fsdp=4",
         "fsdp=2,context=2,tensor=2",
         "data=2,fsdp=2,tensor=2",
-        "context=8",
+        "fsdp=2,context=4",
         "tensor=8",
     ],
 )
@@ -122,7 +122,12 @@ def test_several_processes_put_every_row_once(spec, processes, monkeypatch):
             8,
             "train.global_batch_size is 12, which mesh.data x mesh.fsdp = 8 does not divide; make it 16",
         ),
-        ("fsdp=2,context=4", 2, 10, "train.seq_len is 10, which mesh.context 4 does not divide; make it 12"),
+        (
+            "fsdp=2,context=4",
+            2,
+            12,
+            "train.seq_len is 12, which 2 x mesh.context = 8 does not divide; make it 16",
+        ),
     ],
 )
 def test_batch_that_the_mesh_does_not_divide_is_an_error_with_one_that_works(spec, batch, length, message):

@@ -157,6 +157,9 @@ def test_an_adapter_is_not_resumed_on_another_base(workshop, shared_data, traine
     refused = workshop.run(config, *base, "--train.steps", STEPS + 2)
     assert refused.status == 2
     assert "model.init_from holds other weights than those that the adapter in" in refused.error
+    shutil.rmtree(elsewhere)
+    refused = workshop.run(config, *base, "--train.steps", STEPS + 2)
+    assert f"the weights that the run in {halves} was started on are not there any more" in refused.error
     assert steps(halves)[-1] == STEPS + 1
 
 
@@ -166,6 +169,14 @@ def test_resumed_run_equals_uninterrupted_run(workshop, shared_data, trained, na
     config, whole, done = trained(name)
     objective, adapter, _ = CASES[name]
     halves = interrupted(whole)
+    if adapter.startswith("[adapter]"):  # a step is the model that its adapter would be exported as
+        step = lj.load(halves)
+        assert step.tokenizer.vocab_size == step.config.vocab_size
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            step.params,
+            lj.load(whole / "checkpoints" / str(STEPS // 2)).params,
+        )
     cached = halves / REFERENCE_FILE
     if adapter == PRECOMPUTED:  # the initial weights are loaded to compute it again
         cached.write_bytes(cached.read_bytes()[:-1])
@@ -245,7 +256,8 @@ def test_reward_model_scores_and_rejection_sampling(workshop, reward_run, shared
 
     prompts, out = workshop.folder / "prompts.jsonl", workshop.folder / "best.jsonl"
     prompts.write_text(
-        '{"prompt": "The cow said"}\n{"messages": [{"role": "user", "content": "The pig said"}]}\n'
+        '{"prompt": "The cow said"}\n'
+        '{"messages": [{"role": "user", "content": "The pig said"}], "tools": [{"name": "f"}]}\n'
     )
     base = str(shared_data / "stories260K" / "stories260K.bin")
     flags = (base, str(reward_run), str(prompts), str(out), "--template", "llama-2", "--max-new-tokens", "8")
@@ -267,13 +279,14 @@ def test_reward_model_scores_and_rejection_sampling(workshop, reward_run, shared
     ]
     answers = [json.loads(line) for line in out.read_text().splitlines()]
     assert [record["messages"][0]["content"] for record in answers] == ["The cow said", "The pig said"]
+    assert [record.get("tools") for record in answers] == [None, [{"name": "f"}]]
     for record in answers:
         assert record["reward"] == max(record["rewards"]) and len(record["rewards"]) > 1
         assert record["messages"][-1]["role"] == "assistant" and record["messages"][-1]["content"]
     with pytest.raises(InputError, match="already exists"):
         rejection_sampling.main([*flags])
-    prompts.write_text('{"prompt": "a"}\n{"messages": [{"role": "bot", "content": "b"}]}\n')
-    with pytest.raises(DataError, match=r"prompts\.jsonl:2: messages\[0\]: role is 'bot'"):
+    prompts.write_text('{"prompt": "a"}\n{"messages": [{"role": "User", "content": "b"}]}\n')
+    with pytest.raises(DataError, match=r"prompts\.jsonl:2: messages\[0\]: role is 'User'"):
         rejection_sampling.main([*flags[:3], str(workshop.folder / "other.jsonl")])
     assert not (workshop.folder / "other.jsonl").exists()
 
@@ -394,11 +407,6 @@ def test_run_starts_from_the_adapter_of_another_and_resumes(workshop, shared_dat
         np.abs(one.params["layers"]["attention"]["wq"] - plain.params["layers"]["attention"]["wq"]).max()
         > 0.01
     )
-
-    unfinished = workshop.folder / "unfinished"
-    shutil.copytree(stage1, unfinished, ignore=shutil.ignore_patterns("adapter"))
-    with pytest.raises(CheckpointError, match="an unfinished run that trains an adapter; finish it"):
-        lj.load(unfinished)
 
     assert_same(stage2, halves, 4)
     np.testing.assert_allclose(losses(stage2)[1], np.log(2), rtol=1e-5)  # the policy equals its reference

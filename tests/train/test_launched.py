@@ -107,7 +107,8 @@ def test_open_mpi_5_is_detected_through_mpi4py(launch, monkeypatch, variables, m
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **kwargs: calls.append(kwargs))
     devices.join_processes(DistributedConfig(heartbeat_seconds=7))
-    assert calls == [{"cluster_detection_method": method, "heartbeat_timeout_seconds": 7}]
+    timeouts = {"initialization_timeout": 360, "heartbeat_timeout_seconds": 7}
+    assert calls == [{"cluster_detection_method": method, **timeouts}]
 
 
 @pytest.mark.parametrize(

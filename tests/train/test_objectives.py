@@ -24,6 +24,7 @@ from llama_jax.train.metrics.evaluate import macro_f1
 from llama_jax.train.objectives import make_metrics_fn
 from llama_jax.train.objectives.common import segment_cumsum, segment_ends
 from llama_jax.train.objectives.heads import ranking_loss
+from llama_jax.train.objectives.language_modeling import neftune_noise
 from llama_jax.train.objectives.preference import dpo_loss
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import abstract_state, init_state
@@ -305,25 +306,25 @@ ADAPTERS = {
     "bottleneck": AdapterConfig(type="bottleneck", bottleneck_size=8, base="int8"),
     "prefix": AdapterConfig(type="prefix", prefix_length=4, base="float32"),
 }
-# Every objective, every adapter and every base.
+# Every objective, every adapter and every base; keys that travel over `context`, and, with a prefix, do not.
 CASES = [
-    ("dpo", None),
-    ("reward", "dora"),
-    ("classify", "prefix"),
-    ("regress", "bottleneck"),
-    ("sft", "qlora"),
+    ("dpo", None, "fsdp=2,context=2,tensor=2"),
+    ("reward", "dora", "fsdp=2,context=4"),
+    ("classify", "prefix", "fsdp=2,context=2,tensor=2"),
+    ("regress", "bottleneck", "fsdp=4,tensor=2"),
+    ("sft", "qlora", "fsdp=4,tensor=2"),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("objective", "adapter"), CASES)
-def test_losses_on_a_mesh_equal_a_single_device(objective, adapter, params):
+@pytest.mark.parametrize(("objective", "adapter", "spec"), CASES)
+def test_losses_on_a_mesh_equal_a_single_device(objective, adapter, spec, params):
     run, model = run_of(objective, adapter and ADAPTERS[adapter]), MODEL
     quantized = adapter in ("bottleneck", "qlora")
     if quantized:
         model, params = WIDE, init_params(WIDE)
     one, trained, _ = train_curve(run, None, params, model=model)
-    many, there, _ = train_curve(run, "fsdp=4,tensor=2", params, model=model)
+    many, there, _ = train_curve(run, spec, params, model=model)
     np.testing.assert_allclose(many, one, rtol=1e-3 if quantized else 1e-4)
     assert one[-2:].mean() < one[:2].mean()  # on the same two batches
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), there[-1], trained[-1])
@@ -355,6 +356,17 @@ def averaged(noisy, params) -> tuple[Any, Any]:
     run, _ = noisy
     run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, ema_decay=0.9))
     return tuple(train_curve(run, spec, params, steps=3) for spec in (None, "fsdp=4,tensor=2"))
+
+
+def test_neftune_noise_is_scaled_by_the_length_of_each_example():
+    """The paper's formula, alpha / sqrt(L d) of each sequence, whatever else is in its row."""
+    segment_ids = np.array([[1] * 3 + [2] * 7 + [0] * 2, [5] * 12])
+    key, alpha, width = jax.random.key(3), 15.0, 4
+    noise = neftune_noise(key, jnp.array(segment_ids), width, alpha)
+    unit = np.asarray(jax.random.uniform(key, (2, 12, width), jnp.float32, -1.0, 1.0))
+    for row, start, length in ((0, 0, 3), (0, 3, 7), (1, 0, 12)):
+        at = row, slice(start, start + length)
+        np.testing.assert_allclose(noise[at], unit[at] * alpha / (length * width) ** 0.5, rtol=1e-6)
 
 
 @pytest.mark.slow

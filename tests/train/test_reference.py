@@ -20,6 +20,7 @@ from llama_jax.train.config.preference import PreferenceConfig
 from llama_jax.train.config.run import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from llama_jax.train.data import Data, DataConfig, open_data
 from llama_jax.train.feed import Feed
+from llama_jax.train.initialization import base_fingerprint
 from llama_jax.train.metrics.evaluate import make_eval_fn
 from llama_jax.train.objectives.reference import REFERENCE_FILE, reference_logprobs
 from llama_jax.train.optimizer import make_optimizer, make_schedule
@@ -101,10 +102,10 @@ class Launch:
 
     def logprobs(self, stop=lambda: 0) -> np.ndarray | None:
         args = (self.run, self.run_dir, MODEL, "cpu", self.data, self.feed, self.trainable_spec)
+        base = base_fingerprint(self.run) if self.run.model.init_from else None
+        options = {"base": base, "initial_params": self.initial_params, "log": self.messages.append}
         with use_mesh(self.mesh):
-            return reference_logprobs(
-                *args, initial_params=self.initial_params, stop=stop, log=self.messages.append
-            )
+            return reference_logprobs(*args, stop=stop, **options)
 
     def train(self, steps: int = 8) -> tuple[np.ndarray, dict[str, float], Any]:
         """Losses, evaluation metrics, and the frozen parameters."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -11,10 +12,25 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+import llama_jax as lj
+from llama_jax.eval.goodput import read_goodput
+from llama_jax.text.convert import FORMATS, convert
 from tests.train.fork_server import xla_flags
-from tests.train.processes import Workshop, assert_same, finish, losses, records, running, steps, wait_for
+from tests.train.processes import (
+    Workshop,
+    assert_same,
+    checkpoint_contents,
+    finish,
+    losses,
+    records,
+    running,
+    steps,
+    wait_for,
+)
 
 STEPS = 24  # a save takes a sixth of a second
 
@@ -55,13 +71,15 @@ def test_a_bad_record_in_the_middle_loses_no_step_and_skipping_it_resumes(worksh
     lines = [json.dumps({"text": f"the cat sat on mat number {i}. " * 4}) + "\n" for i in range(400)]
     files = workshop.folder / "bad.jsonl"
     files.write_text("".join([*lines[:60], '{"text": 3}\n', *lines[60:]]))
-    tokenizer = ("--tokenizer.path", uninterrupted / "tokenizer.model", "--tokenizer.vocab_size", 0)
+    original = Path(shutil.copy(uninterrupted / "tokenizer.model", workshop.folder / "mine.model"))
+    tokenizer = ("--tokenizer.path", original, "--tokenizer.vocab_size", 0)
     flags = (*tokenizer, "--data.files", files, "--data.shuffle", "false", "--data.validation_fraction", 0)
     command = (*flags, "--train.steps", STEPS)
     done = workshop.train("bad", *command, status=2)
     assert "bad.jsonl:61: field 'text' is of type int" in done.error
     (saved,) = steps(workshop.folder / "bad")
     assert f"saved after step {saved}; the same command with --data.bad_records skip goes on" in done.err
+    original.unlink()  # the run has a copy
     again = workshop.train("bad", *command, "--data.bad_records", "skip")
     assert f"resuming bad after step {saved}" in again.err
     assert steps(workshop.folder / "bad")[-1] == STEPS
@@ -89,6 +107,33 @@ def test_a_run_is_not_resumed_with_another_model(workshop, uninterrupted, flag, 
     assert sorted(path.relative_to(uninterrupted) for path in uninterrupted.rglob("*")) == before
 
 
+def test_optimizer_settings_may_change_when_a_run_is_resumed(workshop):
+    """An average begins at the present weights; what is frozen keeps its value, and later gets moments."""
+    flags = ("--optimizer.ema_decay", 0.5, "--optimizer.layer_decay", 0.9, "--optimizer.freeze", "embed.*")
+    workshop.train("changed", "--train.steps", 2)
+    workshop.train("changed", "--train.steps", 4, *flags)
+    workshop.train("changed", "--train.steps", 5)
+    two, four, five = (checkpoint_contents(workshop.folder / "changed", step)[0] for step in (2, 4, 5))
+    embedding, scale = "embed.embedding", "final_norm.scale"
+    assert (two[f"params:{embedding}"] == four[f"state:moved.{embedding}"]).all()
+    assert (four[f"state:moved.{scale}"] != four[f"params:{scale}"]).any()
+    assert (two[f"params:{embedding}"] != five[f"params:{embedding}"]).any()
+    assert two.keys() == five.keys() and not any("embed" in name for name in four if "opt_state" in name)
+    assert int(five["state:opt_state.0.count"]) == 5
+
+
+def test_a_padded_vocabulary_trains_and_converts(workshop):
+    workshop.train("padded", "--train.steps", 1, "--model.vocab_size", 384)
+    run = lj.load(workshop.folder / "padded")
+    assert (run.config.vocab_size, len(run.tokenizer.unused_ids)) == (384, 84)
+    sampling, _ = run.sampling(temperature=1.0)
+    assert list(sampling.suppress_tokens) == list(range(300, 384))
+    for format in set(FORMATS) - {"llama2c"}:  # which has another layout of the vocabulary
+        found = lj.load(convert(workshop.folder / "padded", workshop.folder / f"padded.{format}", format))
+        assert found.tokenizer.encode("the cat sat") == run.tokenizer.encode("the cat sat")
+        jax.tree.map(np.testing.assert_array_equal, found.params, run.params)
+
+
 def test_generate_and_inspect_read_a_run_by_its_path(workshop, uninterrupted):
     generate = ("generate", "uninterrupted", "--prompt", "the cat", "--max-new-tokens", 8)
     inspect = ("inspect", "uninterrupted")
@@ -106,13 +151,19 @@ def test_generate_and_inspect_read_a_run_by_its_path(workshop, uninterrupted):
     evaluated = [step["step"] for step in about["training"]["steps"] if step["metrics"]]
     assert evaluated == [10, 20, STEPS]  # those evaluated, eval.every
     assert "eval_loss" in table.out
+    shares = about["goodput"]["shares"]
+    assert sum(shares.values()) == pytest.approx(1) and shares["steps"] > 0 and shares["compile"] > 0
+    assert f"goodput: {shares['steps']:.1%} of " in table.out and "waiting for a batch" in table.out
+    last = records(uninterrupted)[-1]
+    assert last["wall_time"].keys() == shares.keys() and 0 < last["goodput"] <= 1
 
 
 def test_finetuning_starts_from_pretrained_weights(workshop, shared_data):
     """A llama2.c model with its tokenizer: eval_loss is far below ln 512 = 6.24 from the start."""
     config = workshop.folder / "tune.toml"
     files = workshop.folder / "text" / "*.txt"
-    model = shared_data / "stories260K" / "stories260K.bin"
+    base = Path(shutil.copytree(shared_data / "stories260K", workshop.folder / "base"))
+    model = base / "stories260K.bin"
     config.write_text(
         f'[model]\ninit_from = "{model}"\n[data]\nfiles = "{files}"\nvalidation_fraction = 0.2\n'
         '[train]\nsteps = 5\nglobal_batch_size = 4\nseq_len = 32\ndtype = "float32"\nrun_dir = "tuned"\n'
@@ -120,7 +171,9 @@ def test_finetuning_starts_from_pretrained_weights(workshop, shared_data):
         "[optimizer]\nlearning_rate = 1e-4\nwarmup_steps = 0\n[eval]\nevery = 1\nbatches = 4\n"
         'max_new_tokens = 4\nprompt = "Once"\n[log]\ntensorboard = false\nplot = false\n'
     )
-    _, again = workshop.train_all([config], [config])
+    workshop.train_all([config])
+    shutil.rmtree(base)  # a run of all weights needs it no more
+    (again,) = workshop.train_all([config])
     evaluations = records(workshop.folder / "tuned", "evaluations.jsonl")
     assert evaluations[0]["eval_loss"] < 5.5
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
@@ -195,7 +248,15 @@ def test_killed_and_resumed_run_equals_uninterrupted_run(workshop, uninterrupted
             process.wait()
         kills += process.returncode == -signal.SIGKILL
         in_checkpoint += saving(run)
-        workshop.train(name, *flags)
+        reached = len(records(run))
+        resumed = re.search(r"after step (\d+)", workshop.train(name, *flags).err)
+        if process.returncode:
+            lost = reached - int(resumed[1] if resumed else 0)
+            goodput = read_goodput(run)
+            assert goodput is not None and goodput.starts == 2
+            assert goodput.lost_steps in (lost, lost + 1)  # killed between the records of a step
+            assert (goodput.seconds["lost"] > 0) == (goodput.lost_steps > 0)
+            assert sum(goodput.shares.values()) == pytest.approx(1)
         assert_same(uninterrupted, run, STEPS)
         assert losses(run) == losses(uninterrupted)
         assert not saving(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import re
@@ -16,10 +17,12 @@ import pytest
 import llama_jax as lj
 from llama_jax.errors import ConfigError
 from llama_jax.loss import Loss
-from llama_jax.sharding import make_mesh, param_specs, use_mesh
+from llama_jax.ops.spmd import sum_over_data
+from llama_jax.plan import collectives, hlo
+from llama_jax.sharding import PARAMS, TOKENS_BT, is_spec, make_mesh, named, param_specs, use_mesh
 from llama_jax.train.config.run import OptimizerConfig, RunConfig, TrainConfig
 from llama_jax.train.feed import Feed
-from llama_jax.train.objectives.language_modeling import language_modeling
+from llama_jax.train.objectives.language_modeling import language_modeling, neftune_noise
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import TrainState, create_state
 from llama_jax.train.step import build_step, make_step
@@ -41,7 +44,7 @@ RUN = RunConfig(
 )
 # Compiles fastest; the tests below show that results do not depend on it.
 CHEAP = {"remat": "none", "attention": "xla", "loss_chunks": 1}
-ALL_AXES, SHARDED = "fsdp=2,context=2,tensor=2", "fsdp=4,tensor=2"
+ALL_AXES, SHARDED, SLICES = "fsdp=2,context=2,tensor=2", "fsdp=4,tensor=2", "data=2,fsdp=4"
 MICROBATCHED = {"gradient_accumulation_steps": 2}
 
 
@@ -115,7 +118,7 @@ def single_device() -> tuple[np.ndarray, TrainState, TrainState]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("spec", "train"), [("data=2,fsdp=4", CHEAP), (ALL_AXES, MICROBATCHED)])
+@pytest.mark.parametrize(("spec", "train"), [(SLICES, CHEAP), (ALL_AXES, MICROBATCHED)])
 def test_losses_are_the_same_on_every_mesh(single_device, spec, train):
     """The second with everything that the single device does without: microbatches, remat, chunks."""
     curve, state, _ = curves(spec, **train)
@@ -134,6 +137,112 @@ def test_microbatches_on_a_mesh_give_the_same_gradient(single_device):
     assert sum(np.square(leaf).sum() for leaf in jax.tree.leaves(jax.device_get(expected))) > 0.05**2
     atol = 2e-7 * 0.1 * min(1, 1 / curve[0, 1])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), moments, expected)
+
+
+def test_keys_travel_over_context_and_are_never_gathered():
+    """What crosses `context` whole is one number a token; keys go from device to device."""
+    module = hlo.parse(compiled(changed(train=MICROBATCHED), ALL_AXES).as_text())
+    mesh = make_mesh(ALL_AXES).shape
+    found = collectives.find(module)
+    numbers = 4 * BATCH // 2 // mesh["fsdp"] * LENGTH
+    for one in found:
+        axes = collectives.mesh_axes(one.groups, mesh) if one.groups else ()
+        if one.kind in ("all-gather", "all-to-all") and "context" in axes and "fsdp" not in axes:
+            assert one.bytes <= 3 * numbers, one  # XLA may combine those of tokens, segments and weights
+    # K and V of a shard travel in the forward pass, in the backward pass, and where attention is recomputed;
+    # dK and dV, in f32, one step more, home. Hidden states leave the zig-zag order; their gradients enter.
+    keys = numbers // mesh["context"] * MODEL.num_key_value_heads // mesh["tensor"] * MODEL.head_dim
+    hidden, ints = numbers // mesh["context"] * MODEL.hidden_size, numbers // mesh["context"]
+    steps, layers = mesh["context"] - 1, MODEL.num_hidden_layers
+    least, most = (2 * (layers * 2 * keys * (n * steps + steps + 1) + 2 * hidden) for n in (2, 3))
+    sent = sum(one.bytes * one.times for one in found if one.kind == "collective-permute")
+    assert least <= sent <= most + 2 * (3 + 3 * layers) * ints  # tokens, positions; segments with the keys
+
+
+def on_two_slices(microbatches: int, **mesh: Any) -> RunConfig:
+    train = {**CHEAP, "gradient_accumulation_steps": microbatches, "global_batch_size": BATCH * microbatches}
+    return changed(train=train, mesh=mesh)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_gradients_cross_slices_as_shards_once_per_step(microbatches):
+    """The bytes of the compiled step's collectives on each mesh axis, and how often it runs them."""
+    module = hlo.parse(compiled(on_two_slices(microbatches), SLICES).as_text())
+    sent: dict[tuple[str, tuple[str, ...]], int] = collections.Counter()
+    for one in collectives.find(module):
+        axes = collectives.mesh_axes(one.groups, make_mesh(SLICES).shape)
+        sent[one.kind, axes] += one.bytes * one.times
+    params = jax.eval_shape(lambda: lj.init(MODEL, jax.random.key(0)))
+    sharded = jax.tree.map(lambda spec: PARAMS in spec, param_specs(MODEL), is_leaf=is_spec)
+    sizes = list(zip(jax.tree.leaves(params), jax.tree.leaves(sharded), strict=True))
+    matrices, vectors = (
+        4 * sum(leaf.size for leaf, is_sharded in sizes if is_sharded == kind) for kind in (1, 0)
+    )
+    tables = 4 * 2 * MODEL.vocab_size * MODEL.hidden_size  # embedding and output projection
+    scalars = 128
+    # Of each matrix a quarter, the shard of fsdp; of each norm's scale the whole.
+    across = matrices // 4 + vectors
+    assert across <= sent.pop(("all-reduce", ("data",))) <= across + scalars
+    # Within a slice, in each microbatch; the layers' matrices are gathered twice, forwards and backwards. XLA
+    # may gather embedding and output projection once for all microbatches.
+    layers = 2 * microbatches * (matrices - tables)
+    assert sent.pop(("reduce-scatter", ("fsdp",))) == microbatches * matrices
+    assert layers + tables <= sent.pop(("all-gather", ("fsdp",))) <= layers + microbatches * tables
+    assert sent.pop(("all-reduce", ("fsdp",))) <= microbatches * (vectors + scalars) + scalars
+    assert {axes for _, axes in sent} <= {()}
+
+
+def test_microbatches_on_two_slices_give_the_same_gradient(single_device):
+    run, mesh = on_two_slices(2), make_mesh(SLICES)
+    feed = Feed.for_mesh(mesh, 2 * BATCH, LENGTH)
+    twice = {name: np.concatenate([rows, rows]) for name, rows in packed(0).items()}  # the same mean
+    with use_mesh(mesh):
+        state, metrics = compiled(run, SLICES)(initial_state(run, SLICES), feed.put(twice))
+    np.testing.assert_allclose([metrics.loss, metrics.grad_norm], single_device[0][0], rtol=2e-6)
+    moments, expected = (optax.tree.get(s.opt_state, "mu") for s in (state, single_device[2]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-8), moments, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_cross_slices_in_the_configured_dtype(dtype):
+    """In the program as it is lowered: XLA:CPU sums bf16 in f32."""
+    with use_mesh(mesh := make_mesh(SLICES)):
+        step, state, batch, _ = build_step(on_two_slices(1, gradient_dtype=dtype), MODEL, mesh, "cpu")
+        text = step.lower(state, batch).as_text()
+    sums = re.findall(r"stablehlo\.all_reduce.*?\}\) : \(tensor<((?:\d+x)*)(\w+)>\)", text, re.DOTALL)
+    names = {"float32": "f32", "bfloat16": "bf16"}
+    count = len(jax.tree.leaves(state.params))
+    assert sum(kind == "bf16" for _, kind in sums) == (count if dtype == "bfloat16" else 0)
+    assert sum(kind == names[dtype] for _, kind in sums) >= count
+
+
+def test_a_step_on_two_slices_lowers_for_tpus():
+    """With the TPU's attention kernel, whose mask is divided over `context`."""
+    mesh = make_mesh("data=2,fsdp=2,context=2")
+    run = changed(on_two_slices(2), train={"attention": "splash", "seq_len": 512, "dtype": "bfloat16"})
+    with use_mesh(mesh):
+        step, state, batch, _ = build_step(run, MODEL, mesh, "tpu")
+        text = step.trace(state, batch).lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" in text
+
+
+def test_noise_on_embeddings_does_not_depend_on_slices():
+    """A sum that weighs each element of the noise differently."""
+
+    def total(scale: jax.Array, batch: dict[str, jax.Array], key: jax.Array) -> Any:
+        noise = neftune_noise(key, batch["segment_ids"], 4, 5.0)
+        return (noise * batch["weights"][..., None] * jnp.arange(1.0, 5.0)).sum(), scale
+
+    rows = {
+        "segment_ids": jnp.asarray(packed(0)["segment_ids"]),
+        "weights": jax.random.normal(jax.random.key(1), (BATCH, LENGTH)),
+    }
+    arguments = jnp.ones(()), rows, jax.random.key(2)
+    with use_mesh(mesh := make_mesh(SLICES)):
+        sharded = {name: jax.device_put(x, named(mesh, TOKENS_BT)) for name, x in rows.items()}
+        apart = jax.jit(sum_over_data(total, jnp.float32))(arguments[0], sharded, arguments[2])
+    np.testing.assert_allclose(apart[0], jax.jit(total)(*arguments)[0], rtol=1e-5)
+    assert apart[1] == 2
 
 
 def host_leaves(state: TrainState) -> list[np.ndarray]:

@@ -200,6 +200,8 @@ def test_scores_are_read_at_the_last_non_pad_token(saved, editable_copy):
     cut = ["a", "b a da", "the ca"]
     np.testing.assert_allclose(other.scores(texts), plain.scores(cut), atol=1e-5)
     assert other.classes(texts) == plain.classes(cut)
+    mesh = lj.make_mesh("data=2,fsdp=2", devices=jax.devices()[:4])  # 3 texts, in batches of 1, of 4 on it
+    np.testing.assert_allclose(Scorer.load(saved, mesh=mesh).scores(texts, 1), plain.scores(texts), atol=1e-5)
     # Conversions keep pad_token_id.
     again = convert(
         convert(editable_copy, editable_copy.parent / "orbax", "orbax"), editable_copy.parent / "again"
@@ -272,8 +274,12 @@ SCORE = "base_model.model.score.weight"
         ({}, np.zeros(3, np.float32), r"score.weight is \[3\]; it must be \[classes, hidden_size\]"),
         ({}, np.zeros((3, 8), np.float32), "8 inputs, the base model's hidden_size is 16"),
         ({"task_type": "CAUSAL_LM"}, np.zeros((3, 16), np.float32), f"unexpected tensors: '{SCORE}'"),
-        ({"modules_to_save": ["lm_head"]}, np.zeros((3, 16), np.float32), "only a classifier's 'score'"),
-        ({"modules_to_save": "score"}, np.zeros((3, 16), np.float32), "only a classifier's 'score'"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            np.zeros((3, 16), np.float32),
+            "those of 'lm_head', which modules",
+        ),
+        ({"modules_to_save": "score"}, np.zeros((3, 16), np.float32), "'score'; it must be a list"),
     ],
     ids=str,
 )

@@ -172,13 +172,13 @@ def test_peak_host_memory_is_a_few_tensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_smollm2(smollm2_path: Path) -> None:
+def test_smollm2(smollm2_path: Path, smollm2: lj.Model) -> None:
     source = open_source(smollm2_path)
-    assert source.config == lj.presets.SMOLLM2_135M
+    assert source.config == smollm2.config == lj.presets.SMOLLM2_135M
     assert source.detected_by == "the file begins with GGUF"
-    params = load_params(source, dtype=jnp.bfloat16)
-    assert sum(x.size for x in jax.tree.leaves(params)) == source.config.num_params == 134_515_008
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+    sizes = [x.size for x in jax.tree.leaves(smollm2.params)]
+    assert sum(sizes) == source.config.num_params == 134_515_008
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(smollm2.params))
 
 
 def test_stories260k_generates_the_golden_text(shared_data: Path) -> None:
@@ -217,8 +217,8 @@ def test_all_missing_unexpected_and_misshapen_tensors_are_named(tmp_path: Path) 
         random_params(),
         extra={
             "model.layers.1.mlp.up_proj.weight": np.zeros((4, 4), np.float32),
-            "model.layers.0.self_attn.q_proj.bias": np.zeros(64, np.float32),
-            "model.layers.1.self_attn.q_proj.bias": np.zeros(64, np.float32),
+            "model.layers.0.self_attn.q_proj.bias": np.ones(64, np.float32),
+            "model.layers.1.self_attn.q_proj.bias": np.ones(64, np.float32),
             "surprise": np.zeros(1, np.float32),
         },
         num_hidden_layers=5,

@@ -15,7 +15,7 @@ from llama_jax.weights import manifest
 def folder(tmp_path: Path) -> Path:
     """A directory with a subdirectory that has its own manifest, as another process writes it."""
     root = tmp_path / "step"
-    for name, data in {"a": b"alpha", "b/c": b"", "b/shard/d": bytes(70_000), "b/shard/e/f": b"x"}.items():
+    for name, data in {"a": b"alpha", "b/c": b"", "b/shard/d": bytes(140_000), "b/shard/e/f": b"x"}.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
@@ -64,7 +64,7 @@ def test_missing_new_and_resized_files_are_named(folder: Path) -> None:
 
 
 def test_quick_hashes_only_small_files(folder: Path) -> None:
-    (folder / "b" / "shard" / "d").write_bytes(b"1" * 70_000)
+    (folder / "b" / "shard" / "d").write_bytes(b"1" * 140_000)
     manifest.verify(folder, quick=True)
     (folder / "a").write_bytes(b"aleph")
     assert str(folder / "a") in problem(folder, quick=True)
@@ -107,3 +107,14 @@ def test_invalid_manifests_are_refused(text: bytes, folder: Path) -> None:
 
 def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
     assert "there is no checksums.json" in problem(tmp_path)
+
+
+def test_large_files_of_arrays_with_digests_are_listed_by_size(folder: Path) -> None:
+    large = folder / "b" / "shard" / "d"
+    manifest.write_manifest(folder / "b" / "shard", arrays_have_digests=True)
+    manifest.write_manifest(folder)
+    assert [entry.path for entry in manifest.read_manifest(folder) if entry.sha256 is None] == [large]
+    large.write_bytes(b"1" * 140_000)
+    manifest.verify(folder)
+    large.write_bytes(b"1" * 140_001)
+    assert f"{large}: has 140001 bytes; it was saved with 140000" in problem(folder)

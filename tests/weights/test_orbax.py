@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -20,7 +22,8 @@ from llama_jax.cli import main
 from llama_jax.errors import CheckpointError
 from llama_jax.sharding import make_mesh, named, param_specs
 from llama_jax.train.config.checkpoint import CheckpointConfig
-from llama_jax.weights import load_params, manifest, open_source
+from llama_jax.weights import load_params, manifest, open_source, orbax
+from llama_jax.weights.runs import list_steps
 from llama_jax.weights.tensors import StoredTensors
 from llama_jax.weights.write.hf import plan_hf
 from llama_jax.weights.write.run import write
@@ -123,7 +126,7 @@ def test_params_saved_by_plain_orbax(tmp_path: Path) -> None:
     assert trees_equal(load_params(open_source(tmp_path / "step" / "params")), trained(1))
 
 
-@pytest.mark.parametrize("quick", [0, 1 << 16])  # found when arrays are read, or when the run is opened
+@pytest.mark.parametrize("quick", [0, 1 << 17])  # found when arrays are read, or when the run is opened
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_falls_back_to_the_previous_step(
     kind: str, quick: int, damaged_run: Path, monkeypatch: pytest.MonkeyPatch
@@ -257,3 +260,79 @@ def test_orbax_is_imported_lazily_and_silently(run: Path) -> None:
         text=True,
     )
     assert inspected.returncode == 0 and inspected.stderr == ""
+
+
+RACES = {  # a function of orbax.py, during whose first call the run saves a step and deletes the others
+    "while the headers are read": "read_step_metadata",
+    "while checksums are verified": "manifest.verify",
+    "while the arrays are read": "read_verified",
+}
+
+
+@pytest.mark.parametrize("race", RACES)
+def test_a_step_that_is_deleted_while_it_is_read_gives_way_to_the_next(
+    race: str, module_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(module_run, tmp_path / "run"))
+    (run / "checkpoints" / "1").rename(tmp_path / "3")
+    owner, name = (manifest, "verify") if "." in RACES[race] else (orbax, RACES[race])
+    function = getattr(owner, name)
+    calls: list[object] = []
+
+    def racing(*args: object, **kwargs: object) -> object:
+        calls.append(args)
+        if len(calls) == 1:
+            (tmp_path / "3").rename(run / "checkpoints" / "3")
+            shutil.rmtree(run / "checkpoints" / "2")
+        return function(*args, **kwargs)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no step is damaged
+        monkeypatch.setattr(owner, name, racing)
+        params = load_params(open_source(run))
+    assert len(calls) > 1 and trees_equal(params, trained(1))
+
+
+def test_steps_are_listed_while_they_are_deleted(
+    module_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(module_run, tmp_path / "run"))
+    verify = manifest.verify
+    monkeypatch.setattr(
+        manifest, "verify", lambda folder, **kw: (shutil.rmtree(folder), verify(folder, **kw))
+    )
+    assert list_steps(run) == []
+
+
+def test_an_orbax_tree_that_orbax_cannot_read_is_named(damaged_run: Path, tmp_path: Path) -> None:
+    tree = shutil.copytree(damaged_run / "checkpoints" / "2" / "params", tmp_path / "tree")
+    (tree / "_METADATA").write_text("{}")
+    with pytest.raises(CheckpointError) as caught:
+        orbax.tree_metadata(tree)
+    assert str(tree) in one_line(caught) and "NoneType" not in str(caught.value)
+
+
+def test_what_orbax_gives_up_after_an_error_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: said.append(str(args.exc_value)))
+
+    @types.coroutine
+    def wait() -> Iterator[None]:
+        yield
+
+    async def read() -> None:
+        try:
+            await wait()
+        finally:
+            raise ValueError("the loop is closed")
+
+    def abandon() -> None:
+        read().send(None)
+
+    abandon()
+    assert said == ["the loop is closed"]
+    with warnings.catch_warnings():
+        with pytest.raises(CheckpointError), orbax.single_line_errors(Path("tree")):
+            raise ValueError
+        abandon()
+    assert said == ["the loop is closed"]

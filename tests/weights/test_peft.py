@@ -289,6 +289,7 @@ LEFT_OUT = {
         2,
     ),
     "first layer": ({"target_modules": ["v_proj"], "layers_to_transform": [0]}, ("self_attn.v_proj",), 1),
+    "full names": ({"target_modules": ["model.layers.0.mlp.up_proj"]}, ("mlp.up_proj",), 1),
     "by an expression": ({"target_modules": r".*layers\.0\..*up_proj"}, ("mlp.up_proj",), 1),
 }
 
@@ -312,9 +313,25 @@ def test_what_the_configuration_leaves_out_is_not_adapted(case, base, params, tm
             np.testing.assert_allclose(merged[sublayer][name], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_dora_adapter_of_some_layers_is_refused(tmp_path):
+def test_a_dora_adapter_of_some_layers_is_merged_alone(base, params, tmp_path):
     stored = tensors(("self_attn.v_proj",), layers=1)
-    stored["base_model.model.model.layers.0.self_attn.v_proj.lora_magnitude_vector"] = np.ones(8, np.float32)
-    folder = write(tmp_path / "a", stored, target_modules=["v_proj"], layers_to_transform=[0], use_dora=True)
-    with pytest.raises(CheckpointError, match="DoRA adapter of some layers only; merge it"):
+    at = "base_model.model.model.layers.0.self_attn.v_proj"
+    magnitude = np.linspace(1, 2, 8, dtype=np.float32)
+    folder = write(
+        tmp_path / "a",
+        stored | {f"{at}.lora_magnitude_vector": magnitude},
+        target_modules=["v_proj"],
+        layers_to_transform=[0],
+        use_dora=True,
+    )
+    with pytest.raises(
+        CheckpointError, match="is a DoRA adapter of some layers only, so that it can only be"
+    ):
         load_adapter(folder, 2)
+    merged = np.asarray(lj.load_params(base, adapter=folder)[1]["layers"]["attention"]["wv"])
+    original = np.asarray(params["layers"]["attention"]["wv"])
+    update = (stored[f"{at}.lora_B.weight"] @ stored[f"{at}.lora_A.weight"]).T
+    expected = original[0].reshape(16, 8) + 6 / 4 * update
+    expected *= magnitude / np.linalg.norm(expected, axis=0)
+    np.testing.assert_allclose(merged[0].reshape(16, 8), expected, rtol=1e-5)
+    np.testing.assert_array_equal(merged[1], original[1])

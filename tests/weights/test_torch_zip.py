@@ -398,13 +398,39 @@ def test_damaged_headers(tmp_path: Path) -> None:
     with path.open("r+b", buffering=0) as file:
         for at in places:
             os.pwrite(file.fileno(), bytes([good[at] ^ 1 << int(rng.integers(8))]), at)
-            if error := problem(lambda: read_torch_zip(path)):
+            if error := problem(lambda: contents(path)):
                 assert "\n" not in error and len(error) < 400
                 refused += 1
             else:
                 assert_same_shapes(contents(path), expected)
             os.pwrite(file.fileno(), good[at : at + 1], at)
     assert len(places) > refused > len(places) / 2
+
+
+def test_a_flipped_bit_of_a_tensor_is_found(tmp_path: Path) -> None:
+    path = Path(shutil.copy(GOLDEN, tmp_path / "a.pth"))
+    with zipfile.ZipFile(path) as file:
+        first = next(entry for entry in file.infolist() if "/data/" in entry.filename)
+    data = bytearray(path.read_bytes())
+    data[data_end(first, data) - 1] ^= 1
+    path.write_bytes(data)
+    assert "the checksum of tensor '" in problem(lambda: contents(path))
+
+
+def test_an_archive_without_checksums(tmp_path: Path) -> None:
+    """As `torch.serialization.set_crc32_options(False)` writes it: every CRC-32 is 0."""
+    path = Path(shutil.copy(GOLDEN, tmp_path / "a.pth"))
+    data = path.read_bytes()
+    with zipfile.ZipFile(path) as file:
+        for entry in file.infolist():
+            data = data.replace(
+                struct.pack("<I", entry.CRC) + struct.pack("<I", entry.file_size),
+                bytes(4) + struct.pack("<I", entry.file_size),
+            )
+    path.write_bytes(data)
+    assert all(info.CRC == 0 for info in zipfile.ZipFile(path).infolist())
+    for name, info in read_torch_zip(GOLDEN).items():
+        np.testing.assert_array_equal(read_array(name, read_torch_zip(path)[name]), read_array(name, info))
 
 
 def data_end(entry: zipfile.ZipInfo, data: bytes) -> int:

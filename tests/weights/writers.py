@@ -250,6 +250,24 @@ def write_gguf(
     return path
 
 
+def split_gguf(path: Path, folder: Path, tensors: int) -> list[Path]:
+    """Writes the model of `path` again in parts of so many tensors each."""
+    folder.mkdir()
+    model = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(folder / "m.gguf", "llama", split_max_tensors=tensors)
+    for field in model.fields.values():
+        if not field.name.startswith(("GGUF.", "general.architecture")):
+            element = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], element)
+    for tensor in model.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(folder.iterdir())
+
+
 def quantized(params: dict[str, Any], kind: str) -> dict[str, Any]:
     """The parameters after quantization to `kind` and back with the `gguf` package."""
     if kind in ("F32", "F16", "BF16"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llama_jax.errors import InputError
+from llama_jax.storage import local_file
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -14,6 +15,9 @@ def write_atomically(path: Path, content: bytes) -> None:
       InputError: if it cannot be written.
     """
     try:
+        if not local_file(path):  # an object appears whole
+            path.write_bytes(content)
+            return
         partial = path.with_suffix(".partial")
         partial.write_bytes(content)
         partial.replace(path)

@@ -1,8 +1,8 @@
 """A lock that prevents two runs from using the same directory.
 
-It is a POSIX record lock on RUN/lock: the kernel releases it when the process ends for any reason, data
-workers that outlive it do not inherit it, and NFS servers forward it. On a file system without locks the run
-continues without one, with a warning.
+On a disk it is a POSIX record lock on RUN/lock: the kernel releases it when the process ends for any reason,
+data workers that outlive it do not inherit it, and NFS servers forward it. On a file system without locks the
+run continues without one, with a warning. In an object store it is an object: see store_lock.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llama_jax.errors import InputError
+from llama_jax.storage import StorePath, as_path
+
+from .store_lock import store_lock
 
 LOCK_FILE = "lock"
 _MAX_OWNER_BYTES = 1000  # bytes read of the lock file, which describes the owner
@@ -34,7 +37,7 @@ def run_directory(path: str) -> Path:
         text.
     """
     try:
-        found = Path(path).expanduser()
+        found = as_path(path).expanduser()
         whole = str(found.absolute())
         whole.encode()
     except RuntimeError as error:  # an unknown user
@@ -53,7 +56,7 @@ def run_directory(path: str) -> Path:
 def run_lock(run_dir: str | Path, *, warn: Callable[[str], None] = lambda _: None) -> Iterator[None]:
     """Locks a run's directory for this process, and creates it if it does not exist.
 
-    Only process 0 of a run takes the lock.
+    Only process 0 of a run takes the lock. A directory with nothing else in it at the end is removed.
 
     Args:
       run_dir: the run's directory.
@@ -62,26 +65,56 @@ def run_lock(run_dir: str | Path, *, warn: Callable[[str], None] = lambda _: Non
     Raises:
       InputError: if another run has the lock, naming its process, or the directory cannot be written.
     """
-    path = Path(run_dir).expanduser().absolute() / LOCK_FILE
+    path = as_path(run_dir).expanduser().absolute() / LOCK_FILE
     if path in _held:
         raise InputError(f"{path.parent}: this process already trains there; choose another train.run_dir")
+    if isinstance(path, StorePath):
+        with store_lock(path, _describe_owner(), warn):
+            _held.add(path)
+            try:
+                yield
+            finally:
+                _held.discard(path)
+        return
+    descriptor = _open_locked(path, warn)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise InputError(
-            f"{path.parent}: cannot be written: {reason}; choose another train.run_dir"
-        ) from None
-    try:
-        _lock(path, descriptor, warn)
         _held.add(path)
         _write(descriptor, _describe_owner())
         yield
         _write(descriptor, b"")
     finally:
         _held.discard(path)
+        _remove_if_alone(path)
         os.close(descriptor)
+
+
+def _open_locked(path: Path, warn: Callable[[str], None]) -> int:
+    """Opens and locks the file; again if another process has removed it in between."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise InputError(
+                f"{path.parent}: cannot be written: {reason}; choose another train.run_dir"
+            ) from None
+        try:
+            _lock(path, descriptor, warn)
+            if os.fstat(descriptor).st_nlink:
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _remove_if_alone(path: Path) -> None:
+    """Removes a directory in which there is nothing but the lock, which this process holds."""
+    with contextlib.suppress(OSError):
+        if [entry.name for entry in path.parent.iterdir()] == [path.name]:
+            path.unlink()
+            path.parent.rmdir()
 
 
 def _lock(path: Path, descriptor: int, warn: Callable[[str], None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.errors import CheckpointError
-from llama_jax.weights.orbax import tree_metadata
+from llama_jax.weights.orbax_tree import tree_metadata
 from llama_jax.weights.runs import PARAMS
 from llama_jax.weights.source import format_list
 
@@ -42,6 +42,22 @@ def join_state(like: Any, params: Any, leaves: Mapping[str, Any]) -> Any:
     return dataclasses.replace(like, params=params, **jax.tree_util.tree_unflatten(structure, values))
 
 
+def named_leaves(state: Any) -> dict[str, Any]:
+    """All leaves of a state by name, random keys as their key data."""
+    params, rest = split_state(state)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    named = {f"{PARAMS}.{jax.tree_util.keystr(path, simple=True, separator='.')}": x for path, x in leaves}
+    return {**named, **rest}
+
+
+def from_named_leaves(like: Any, leaves: Mapping[str, Any]) -> Any:
+    """The inverse of `named_leaves`."""
+    params, _ = split_state(like)
+    paths, structure = jax.tree_util.tree_flatten_with_path(params)
+    names = (f"{PARAMS}.{jax.tree_util.keystr(path, simple=True, separator='.')}" for path, _ in paths)
+    return join_state(like, jax.tree_util.tree_unflatten(structure, [leaves[name] for name in names]), leaves)
+
+
 def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
@@ -62,8 +78,16 @@ def _key_data(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
 
 
-def check_tree(folder: Path, expected: Any) -> None:
+def check_tree(folder: Path, expected: Any, may_differ: Callable[[str], bool] = lambda _: False) -> set[str]:
     """Checks names, shapes and dtypes of a saved tree, since Orbax silently casts other dtypes.
+
+    Args:
+      folder: the directory of the tree.
+      expected: its leaves, as `jax.ShapeDtypeStruct`.
+      may_differ: whether a leaf of this name may be only in one of the two.
+
+    Returns:
+      The names of the expected leaves that the saved tree has not.
 
     Raises:
       CheckpointError: naming each tensor that differs, with both shapes and dtypes.
@@ -84,10 +108,11 @@ def check_tree(folder: Path, expected: Any) -> None:
         ("only this run has", set(ours) - set(saved)),
         ("only the checkpoint has", set(saved) - set(ours)),
     ):
-        if names:
-            problems.append(f"{owner} {format_list(sorted(names), 6)}")
+        if unknown := sorted(name for name in names if not may_differ(name)):
+            problems.append(f"{owner} {format_list(unknown, 6)}")
     if problems:
         raise CheckpointError(
             f"{folder}: of another model or optimizer: {format_list(problems, 6)}; resume with the "
             "configuration that the run was started with, or choose another train.run_dir"
         )
+    return set(ours) - set(saved)

@@ -36,8 +36,8 @@ class AdapterConfig:
         sequence's own.
       rank, alpha, target_modules, rslora, dora: as in `llama_jax.adapters.lora.Lora`; for `bottleneck`,
         target_modules as in `llama_jax.adapters.bottleneck.Bottleneck`.
-      bottleneck_size: `size` of `llama_jax.adapters.bottleneck.Bottleneck`.
-      prefix_length: `length` of `llama_jax.adapters.prefix.Prefix`.
+      bottleneck_size: hidden width, `size` of `llama_jax.adapters.bottleneck.Bottleneck`.
+      prefix_length: learned keys and values per layer, `length` of `llama_jax.adapters.prefix.Prefix`.
       base: dtype or quantization of the frozen base weights: `auto` is the compute dtype; `int8`; `nf4` is
         QLoRA.
 

@@ -19,6 +19,10 @@ class CheckpointConfig:
       keep_every: retain forever the steps that are multiples of it; 0 is off.
       keep_hours: retain one checkpoint per this many hours forever; 0 is off.
       best: number of checkpoints with the lowest eval_loss to retain.
+      local_every: steps between copies of the state on each host, from which a restart resumes if it can;
+        0 is off.
+      local_dir: the directory of the copies, on each host in memory or on a disk of its own, such as
+        /dev/shm/llama_jax.
       asynchronous: write checkpoints in the background instead of blocking the training loop.
 
     Raises:
@@ -31,10 +35,12 @@ class CheckpointConfig:
     keep_every: int = 0
     keep_hours: float = 0.0
     best: int = 1
+    local_every: int = 0
+    local_dir: str = ""
     asynchronous: bool = True
 
     def __post_init__(self) -> None:
-        for name, minimum in (("every", 0), ("keep", 1), ("keep_every", 0), ("best", 0)):
+        for name, minimum in (("every", 0), ("keep", 1), ("keep_every", 0), ("best", 0), ("local_every", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < minimum:
                 raise ConfigError(
@@ -44,5 +50,10 @@ class CheckpointConfig:
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < math.inf:
                 raise ConfigError(f"checkpoint.{name} is {value!r}; it must be a finite number, at least 0")
+        if type(self.local_dir) is not str or (self.local_every and not self.local_dir):
+            raise ConfigError(
+                f"checkpoint.local_dir is {self.local_dir!r}; it must be a directory on each host where "
+                f"checkpoint.local_every is {self.local_every}"
+            )
         if type(self.asynchronous) is not bool:
             raise ConfigError(f"checkpoint.asynchronous is {self.asynchronous!r}; it must be true or false")

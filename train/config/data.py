@@ -10,21 +10,23 @@ from llama_jax.errors import ConfigError
 
 from .checks import check_one_of
 
-Format = Literal["auto", "text", "jsonl", "parquet", "arrayrecord", "tokens"]
+Format = Literal["auto", "text", "jsonl", "csv", "parquet", "arrow", "arrayrecord", "tokens"]
 BadRecords = Literal["fail", "skip"]
 TooLong = Literal["drop", "truncate", "fail"]
+Files = str | tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """One set of files of one format.
+    """One set of files.
 
     Attributes:
-      files: a glob (`**` is any number of folders) relative to the current directory, or a folder that
-        `python -m llama_jax.train.data` wrote; `{stdlib}` is the directory of Python's standard library.
+      files: a glob (`**` is any number of folders) relative to the current directory, a folder that
+        `Dataset.save_to_disk` or `llama-jax data prepare` wrote, or a list of these, whose records
+        follow each other; `{stdlib}` is the directory of Python's standard library.
       exclude: patterns of paths to leave out; `*` matches slashes too.
-      format: `auto` detects it from the file names: .jsonl and .ndjson, .parquet, .arrayrecord, a folder of
-        token ids; everything else is text.
+      format: `auto` detects it from the file names: .jsonl, .ndjson and .json, .csv and .tsv, .parquet,
+        .arrow and .feather, .arrayrecord, a folder of token ids; everything else is text.
       field: the JSON field or Parquet column with the text.
       weight: this source's share of the tokens, relative to the other sources' weights.
 
@@ -32,7 +34,7 @@ class SourceConfig:
       ConfigError: for an invalid value, naming field and value.
     """
 
-    files: str
+    files: Files
     exclude: tuple[str, ...] = ()
     format: Format = "auto"
     field: str = "text"
@@ -40,7 +42,8 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exclude", _patterns(self.exclude))
-        if not isinstance(self.files, str) or not self.files:
+        object.__setattr__(self, "files", _globs("data.files", self.files))
+        if not self.files:
             raise ConfigError(
                 f"data.files is {self.files!r}; use a file, or a glob such as 'corpus/**/*.txt'"
             )
@@ -49,8 +52,18 @@ class SourceConfig:
         check_one_of("data.format", self.format, get_args(Format))
         if not _is_number(self.weight) or not 0 < self.weight < math.inf:
             raise ConfigError(
-                f"data.weight is {self.weight!r} (files {self.files!r}); it must be a finite number above 0"
+                f"data.weight is {self.weight!r} (files {self.title!r}); it must be a finite number above 0"
             )
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The globs and folders."""
+        return (self.files,) if isinstance(self.files, str) else self.files
+
+    @property
+    def title(self) -> str:
+        """The globs and folders as one string, for messages and metrics."""
+        return ", ".join(self.patterns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,18 +77,20 @@ class DataConfig:
       bad_records: whether a record that cannot be read stops the run, or is skipped and counted.
       shuffle: whether the order of documents is a function of (seed, epoch), or the file order.
       workers: processes that read and tokenize; 0 uses a thread. The batches are the same.
-      validation_files: a glob of validation files, instead of a fraction of the others; with the format
-        and field of the first source.
+      validation_files: a glob of validation files, or a list of them, instead of a fraction of the others;
+        with the format and field of the first source.
       template: finetuning's chat template: `llama-2`, `chatml`, or a Jinja file; empty is the model's own.
       too_long: what happens to a finetuning example longer than a row: it is dropped and counted, truncated
         (see `train.data.examples`), or stops the run.
+      parse_special: whether control tokens spelled in a text become their ids, as Hugging Face's tokenizers
+        do. In the messages of conversations they are always ordinary text.
       labels: a classifier's class names; records contain the name or the index, from 0.
 
     Raises:
       ConfigError: for an invalid value, naming field and value.
     """
 
-    files: str = ""
+    files: Files = ""
     exclude: tuple[str, ...] = ()
     format: Format = "auto"
     field: str = "text"
@@ -84,9 +99,10 @@ class DataConfig:
     bad_records: BadRecords = "fail"
     shuffle: bool = True
     workers: int = 0
-    validation_files: str = ""
+    validation_files: Files = ""
     template: str = ""
     too_long: TooLong = "drop"
+    parse_special: bool = True
     labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -99,13 +115,15 @@ class DataConfig:
                 f"data.validation_fraction is {self.validation_fraction!r}; it must be at least 0 and below 1"
             )
         check_one_of("data.bad_records", self.bad_records, get_args(BadRecords))
-        if not isinstance(self.shuffle, bool):
-            raise ConfigError(f"data.shuffle is {self.shuffle!r}; it must be true or false")
+        for name in ("shuffle", "parse_special"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"data.{name} is {getattr(self, name)!r}; it must be true or false")
         if isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 0:
             raise ConfigError(f"data.workers is {self.workers!r}; it must be a whole number, at least 0")
-        for name in ("validation_files", "template"):
-            if not isinstance(getattr(self, name), str):
-                raise ConfigError(f"data.{name} is {getattr(self, name)!r}; it must be a string")
+        for name in ("files", "validation_files"):
+            object.__setattr__(self, name, _globs(f"data.{name}", getattr(self, name)))
+        if not isinstance(self.template, str):
+            raise ConfigError(f"data.template is {self.template!r}; it must be a string")
         check_one_of("data.too_long", self.too_long, get_args(TooLong))
         object.__setattr__(self, "labels", _names(self.labels))
         if self.files:
@@ -124,6 +142,18 @@ class DataConfig:
           ConfigError: if `files` is invalid.
         """
         return self.mixture or (SourceConfig(self.files, self.exclude, self.format, self.field),)
+
+
+def _globs(name: str, value: Any) -> Files:
+    """Returns one glob as a string, several as a tuple."""
+    if isinstance(value, str):
+        return value
+    whole = isinstance(value, (list, tuple)) and all(isinstance(glob, str) and glob for glob in value)
+    if not whole or not value:
+        raise ConfigError(
+            f"{name} is {value!r}; use a file, or a glob such as 'corpus/**/*.txt', or a list of them"
+        )
+    return value[0] if len(value) == 1 else tuple(value)
 
 
 def _patterns(value: Any) -> tuple[str, ...]:

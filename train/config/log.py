@@ -13,7 +13,8 @@ class LogConfig:
 
     Attributes:
       every: steps between lines of `metrics.jsonl`; each line aggregates the steps since the line before.
-      tensorboard: also write TensorBoard event files, to `tensorboard/` in the run directory.
+      tensorboard: also write TensorBoard event files, to `tensorboard/` in the run directory; to view them:
+        `pip install tensorboard`, then `tensorboard --logdir RUN`.
       wandb: a Weights & Biases project to log to (needs the `wandb` extra); empty for none.
       plot: plot the losses to `loss.png` in the run directory at the end (needs the `plot` extra).
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal, get_args
 
 from llama_jax.errors import ConfigError
 
-from .checks import check_at_least
+from .checks import check_at_least, check_one_of
+
+GradientDtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +19,10 @@ class MeshConfig:
     Attributes:
       data, fsdp, context, tensor: axis sizes; one may be -1, which is inferred from the number of devices.
       slices: number of TPU slices connected by the data-center network (DCN); it must divide `data`.
+      gradient_dtype: dtype in which gradients are summed over `data`, once a step. bfloat16 halves the bytes
+        that cross the DCN; within a slice gradients are summed in f32 in any case.
       topology: the TPU topology that the file is meant for, such as `v5p:4x4x4`: what
-        `benchmarks/tpu_compile.py` compiles for. Training ignores it.
+        `llama-jax plan` plans for. Training ignores it.
 
     Raises:
       ConfigError: for a size that is not positive, or more than one -1.
@@ -28,10 +33,12 @@ class MeshConfig:
     context: int = 1
     tensor: int = 1
     slices: int = 1
+    gradient_dtype: GradientDtype = "float32"
     topology: str = ""
 
     def __post_init__(self) -> None:
         check_at_least("mesh", self, slices=1)
+        check_one_of("mesh.gradient_dtype", self.gradient_dtype, get_args(GradientDtype))
         sizes = {name: getattr(self, name) for name in ("data", "fsdp", "context", "tensor")}
         for name, size in sizes.items():
             if size < 1 and size != -1:

@@ -9,6 +9,9 @@ from llama_jax.config import LlamaConfig, presets
 from llama_jax.errors import ConfigError
 
 from .checks import check_one_of
+from .rope_scaling import RopeScalingConfig, check_reach
+
+_CONTEXT = ("max_position_embeddings", "rope_theta", "rope_scaling")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,10 +21,20 @@ class ModelConfig:
     Attributes:
       preset: a name in `llama_jax.presets`, case-insensitive; the fields below override its values.
       init_from: a checkpoint (a path or a known name) with the initial weights and the architecture.
-      vocab_size and the rest: as in `LlamaConfig`; vocab_size defaults to the tokenizer's.
+      vocab_size: V; by default the tokenizer's, or that of init_from. A larger value pads the embedding with
+        rows that no token has, for instance to a multiple of a mesh axis.
+      max_position_embeddings: the context in tokens, at least `train.seq_len`. With rope_scaling it is by
+        default the scaling factor times the original context.
+      rope_theta: base of the rotary frequencies (arXiv 2104.09864).
+      rope_scaling: how rotary frequencies are scaled for a longer context, a table: `--help
+        model.rope_scaling.factor`, ...
+      hidden_size and the rest: as in `LlamaConfig`.
+
+    Beside init_from, max_position_embeddings, rope_theta and rope_scaling extend the pretrained context.
 
     Raises:
-      ConfigError: for an unknown preset, or architecture settings beside init_from.
+      ConfigError: for an unknown preset, or other architecture settings than these and vocab_size beside
+        init_from.
     """
 
     preset: str = ""
@@ -36,15 +49,22 @@ class ModelConfig:
     max_position_embeddings: int | None = None
     rms_norm_eps: float | None = None
     rope_theta: float | None = None
+    rope_scaling: RopeScalingConfig | None = None
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self) -> None:
         if self.preset:
             check_one_of("model.preset", self.preset.lower(), [name.lower() for name in vars(presets)])
-        if self.init_from and (self.preset or self.overrides):
+        others = [name for name in self.overrides if name not in ("vocab_size", *_CONTEXT)]
+        if self.init_from and (self.preset or others):
             raise ConfigError(
                 f"model.init_from is {self.init_from!r}, which determines the architecture; remove "
-                f"model.{next(iter(self.overrides), 'preset')}"
+                f"model.{next(iter(others), 'preset')}"
+            )
+
+        if self.rope_scaling is not None and self.rope_scaling.rope_type is None and not self.init_from:
+            raise ConfigError(
+                "model.rope_scaling.rope_type is missing; it must be one of linear, ntk, yarn, llama3"
             )
 
     @property
@@ -53,6 +73,11 @@ class ModelConfig:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {k: v for k, v in fields.items() if v is not None and k not in ("preset", "init_from")}
 
+    @property
+    def extends_context(self) -> bool:
+        """Whether the rotary settings or the context of `init_from` are changed."""
+        return bool(self.init_from) and any(getattr(self, name) is not None for name in _CONTEXT)
+
     def build(self, vocab_size: int | None = None) -> LlamaConfig:
         """Makes the model's configuration.
 
@@ -60,20 +85,42 @@ class ModelConfig:
           vocab_size: the tokenizer's, if it is known yet.
 
         Raises:
-          ConfigError: for an invalid architecture, or a vocabulary of another size than the tokenizer's.
+          ConfigError: for an invalid architecture, or a vocabulary smaller than the tokenizer's.
         """
         by_name = {name.lower(): value for name, value in vars(presets).items()}
-        overrides = dict(self.overrides)
+        overrides = {name: value for name, value in self.overrides.items() if name not in _CONTEXT}
         if vocab_size is not None:
             overrides.setdefault("vocab_size", vocab_size)
-            if overrides["vocab_size"] != vocab_size:
+            if overrides["vocab_size"] < vocab_size:
                 raise ConfigError(
                     f"model.vocab_size is {overrides['vocab_size']}; the tokenizer has {vocab_size} tokens: "
-                    "leave it out, or set it to that"
+                    "leave it out, or give at least that"
                 )
         try:
-            if self.preset:
-                return by_name[self.preset.lower()].replace(**overrides)
-            return LlamaConfig(**overrides)
+            base = by_name[self.preset.lower()].replace(**overrides) if self.preset else None
+            # Without a preset a given context is that of the scaled model.
+            is_known = base is not None or self.max_position_embeddings is None
+            return self._with_context(LlamaConfig(**overrides) if base is None else base, is_known)
         except ConfigError as error:
-            raise ConfigError(f"model: {error}") from None
+            text = str(error)
+            raise ConfigError(text if text.startswith("model.") else f"model: {text}") from None
+
+    def extended(self, base: LlamaConfig) -> LlamaConfig:
+        """The configuration of `init_from`, with the rotary settings and the context that are set.
+
+        Raises:
+          ConfigError: if they are incomplete, invalid, or contradict each other.
+        """
+        return self._with_context(base, True)
+
+    def _with_context(self, base: LlamaConfig, is_known: bool) -> LlamaConfig:
+        changes = {name: getattr(self, name) for name in _CONTEXT if getattr(self, name) is not None}
+        if self.rope_scaling is not None:
+            context = base.max_position_embeddings if is_known else None
+            scaling, reach = self.rope_scaling.resolve(base, self.max_position_embeddings, context=context)
+            changes |= {"rope_scaling": scaling, "max_position_embeddings": reach}
+        if not changes:
+            return base
+        config = base.replace(**changes)
+        check_reach(config)
+        return config

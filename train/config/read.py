@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import re
 import reprlib
 import tomllib
-import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
 
 from llama_jax.console.parser import UsageError, suggestion
 from llama_jax.errors import ConfigError
+from llama_jax.storage import as_path, is_address
 
 from .run import RunConfig
+from .settings import ALIASES, ELSEWHERE, alternatives, settings
 
 # Former names of settings: the error for an old name gives the new one.
 RENAMED = {
@@ -51,7 +54,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
       UsageError: for an unknown flag or a flag without a value.
     """
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        table = tomllib.loads(as_path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}; give a .toml file") from None
     except (ValueError, RecursionError) as error:  # also nesting and numbers beyond Python's limits
@@ -69,7 +72,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
                 hint = f"; it is now {new}" if new else _closest(key, known)
                 raise ConfigError(f"{path}: unknown key {name}.{key}{hint}")
     for name, key, text in _parse_flags(overrides):
-        table.setdefault(name, {})[key] = _parse_value(f"--{name}.{key}", text, _fields(sections[name])[key])
+        annotation = settings(sections[name])[key].annotation
+        *tables, last = name, *key.split(".")
+        target, place = table, ""
+        for part in tables:
+            target, place = target.setdefault(part, {}), f"{place}{part}."
+            if not isinstance(target, dict):
+                raise ConfigError(f"{path}: {place[:-1]} is {target!r}; it must be a table")
+            _replace_aliases(target, place)
+        target[last] = _parse_value(f"--{name}.{key}", text, annotation)
     return _build(RunConfig, table, "")
 
 
@@ -86,13 +97,13 @@ def to_toml(config: RunConfig) -> str:
 
 def keys() -> dict[str, list[tuple[str, str]]]:
     """Returns (key, default) of every setting, by section: what `--help` prints."""
-    sections = {}
-    for name, section in _fields(RunConfig).items():
-        sections[name] = [
-            (f.name, "" if f.default in (None, dataclasses.MISSING) else str(f.default))
-            for f in dataclasses.fields(section)
+    return {
+        name: [
+            (key, "" if s.field.default in (None, dataclasses.MISSING) else str(s.field.default))
+            for key, s in settings(section).items()
         ]
-    return sections
+        for name, section in _fields(RunConfig).items()
+    }
 
 
 def _fields(cls: Any) -> dict[str, Any]:
@@ -108,15 +119,17 @@ def _closest(name: str, known: Any) -> str:
 def _parse_flags(arguments: Sequence[str]) -> list[tuple[str, str, str]]:
     """(section, key, value) of each flag."""
     parsed, pending, sections = [], list(arguments), _fields(RunConfig)
-    settings = [f"{name}.{key}" for name, cls in sections.items() for key in _fields(cls)]
+    known = [f"{name}.{key}" for name, cls in sections.items() for key in settings(cls)]
     while pending:
         argument = pending.pop(0)
         if not argument.startswith("--"):
             raise UsageError(f"unexpected argument {argument!r}; settings are --section.key VALUE")
         name, equals, value = argument[2:].partition("=")
-        if name not in settings:
+        name = ALIASES.get(name, name)
+        if name not in known:
             new = RENAMED.get(name)
-            hint = f"; it is now --{new}" if new else suggestion(name, settings) or "; see: --help"
+            hint = f"; it is now --{new}" if new else suggestion(name, known) or "; see: --help"
+            hint = f"; that is --{ELSEWHERE[name]}" if name in ELSEWHERE else hint
             raise UsageError(f"unknown setting --{name}{hint}")
         if not equals:
             if not pending:
@@ -132,13 +145,18 @@ def _parse_value(name: str, text: str, annotation: Any) -> Any:
 
     Numbers may also be written as Python does, `.0001` or `3.e-4`, and lists without brackets, `wq,wv`.
     """
-    types_ = _alternatives(annotation)
+    types_ = alternatives(annotation)
+    if str in types_ and tuple[str, ...] in types_:
+        return _parse_names(text)
     if str in types_ or any(get_origin(t) is Literal for t in types_):
         return text
     for target in types_:
         if get_origin(target) is tuple and not text.lstrip().startswith("["):
             items = [item.strip() for item in text.split(",") if item.strip()]
             return [_parse_value(name, item, get_args(target)[0]) for item in items]
+    if any(map(dataclasses.is_dataclass, types_)):  # also as JSON, {"rope_type": "yarn"}
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(text)
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
@@ -147,17 +165,35 @@ def _parse_value(name: str, text: str, annotation: Any) -> Any:
         raise ConfigError(f"{name} is {reprlib.repr(text)}; it must be {_describe(annotation)}") from None
 
 
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union; any other type alone."""
-    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+def _parse_names(text: str) -> str | list[str]:
+    """Parses one name, or several: `a,b`, or a list as TOML and JSON write it, for names with commas."""
+    if text.lstrip().startswith("["):  # which also begins a glob, [ab]*.txt
+        with contextlib.suppress(ValueError, RecursionError):
+            names = tomllib.loads(f"value = {text}")["value"]
+            if all(isinstance(name, str) for name in names):
+                return names
+    if "," not in text or (not is_address(text) and Path(text).exists()):
+        return text
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _replace_aliases(table: dict[str, Any], prefix: str) -> None:
+    """Gives keys that are known under two names the first one."""
+    for key in [key for key in table if f"{prefix}{key}" in ALIASES]:
+        value, name = table.pop(key), ALIASES[f"{prefix}{key}"].removeprefix(prefix)
+        if table.setdefault(name, value) != value:
+            raise ConfigError(f"{prefix}{key} is {value!r} and {prefix}{name} {table[name]!r}: remove one")
 
 
 def _build(cls: Any, table: Mapping[str, Any], prefix: str) -> Any:
     """Makes a dataclass from a TOML table; `prefix` is the table's dotted name, for errors."""
-    fields = _fields(cls)
+    fields, table = _fields(cls), dict(table)
+    _replace_aliases(table, prefix)
     for key in table:
         if key not in fields:
-            raise ConfigError(f"unknown key {prefix}{key}{_closest(key, fields)}")
+            other = ELSEWHERE.get(f"{prefix}{key}")
+            hint = f"; that is {other}" if other else _closest(key, fields)
+            raise ConfigError(f"unknown key {prefix}{key}{hint}")
     for field in dataclasses.fields(cls):
         if field.default is field.default_factory is dataclasses.MISSING and field.name not in table:
             raise ConfigError(f"{prefix}{field.name} is missing; give {_describe(fields[field.name])}")
@@ -166,7 +202,7 @@ def _build(cls: Any, table: Mapping[str, Any], prefix: str) -> Any:
 
 def _convert(value: Any, annotation: Any, name: str) -> Any:
     """Converts a TOML value to a field's type: tables to dataclasses, lists to tuples, integers to floats."""
-    for target in _alternatives(annotation):
+    for target in alternatives(annotation):
         if dataclasses.is_dataclass(target) and isinstance(value, Mapping):
             return _build(target, value, f"{name}.")
         if get_origin(target) is tuple and isinstance(value, list):
@@ -193,4 +229,4 @@ def _describe(annotation: Any) -> str:
             return 'a list such as ["a", "b"]' if str in get_args(target) else "a list"
         return names.get(target, "a string")
 
-    return " or ".join(describe(t) for t in _alternatives(annotation) if t is not type(None))
+    return " or ".join(describe(t) for t in alternatives(annotation) if t is not type(None))

@@ -63,10 +63,10 @@ class RunConfig:
                 f'adapter.type is "{self.adapter.type}" and model.init_from is not set; an adapter needs '
                 "the weights of a base model"
             )
-        if self.adapter.type == "prefix" and self.train.attention == "splash":
+        if self.adapter.type == "prefix" and self.train.attention in ("splash", "cudnn"):
             raise ConfigError(
-                'train.attention is "splash", which does not support a prefix (adapter.type); use "auto" or '
-                '"blockwise"'
+                f'train.attention is "{self.train.attention}", which does not support a prefix '
+                '(adapter.type); use "auto" or "blockwise"'
             )
         if self.train.neftune_alpha and self.train.objective not in ("pretrain", "sft"):
             raise ConfigError(

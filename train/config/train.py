@@ -7,7 +7,8 @@ from typing import Literal, get_args
 
 from llama_jax.attention import Backend
 from llama_jax.errors import ConfigError
-from llama_jax.model import Remat
+from llama_jax.ops.remat import Remat
+from llama_jax.storage import as_path
 
 from .checks import check_at_least, check_one_of
 from .objective import Objective
@@ -30,13 +31,14 @@ class TrainConfig:
       gradient_accumulation_steps: microbatches per step; more of them reduce activation memory.
       dtype: compute dtype (parameters are f32); `auto` is bfloat16 on accelerators and on CPUs with
         bf16 instructions.
-      attention: attention backend; `auto` is `splash` on TPU and `blockwise` elsewhere.
+      attention: attention backend; `auto` is `splash` on TPU, `cudnn` on NVIDIA GPUs where cuDNN supports the
+        run, and `blockwise` elsewhere.
       remat: rematerialization policy: which activations of a layer are saved for the backward pass; see
         `llama_jax.forward`.
       loss_chunks: number of sequence chunks in which the logits are computed.
       z_loss: weight of log^2 Z, 0 for none (PaLM used 1e-4).
-      neftune_alpha: noise on the embeddings in training, uniform within alpha / sqrt(seq_len x hidden_size)
-        (NEFTune, arXiv 2310.05914, which used 5 to 15); 0 for none.
+      neftune_alpha: noise on the embeddings in training, uniform within alpha / sqrt(length of the example x
+        hidden_size) (NEFTune, arXiv 2310.05914, which used 5 to 15); 0 for none.
       max_bad_steps: consecutive steps with a non-finite loss or gradient after which the run aborts; such
         steps are skipped: they update nothing.
       profile_at, profile_steps: first step and number of steps of a profiler trace; profile_at 0 for none.
@@ -72,11 +74,7 @@ class TrainConfig:
         check_one_of("train.remat", self.remat, get_args(Remat))
         if not self.run_dir:
             raise ConfigError("train.run_dir is empty; give the run's output directory")
-        if "://" in self.run_dir:
-            raise ConfigError(
-                f"train.run_dir is {self.run_dir!r}; it must be a directory: mount the bucket "
-                "and give its path"
-            )
+        as_path(self.run_dir)  # or the error of an address that is none
         if self.steps >= 1 << 31:
             raise ConfigError(
                 f"train.steps is {self.steps}; it must be below 2^31: the step counter is int32"

@@ -59,7 +59,7 @@ class Batches(Iterator[Batch]):
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain reads its absl flags, which nobody has parsed
             options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=PREFETCH)
-            steps = source.mp_prefetch(options, worker_init_fn=_init_worker)
+            steps = source.mp_prefetch(options, worker_init_fn=init_worker)
             steps = steps.batch(self._workers, batch_fn=_interleave)
         self._prefetched = [iter(ThreadPrefetchIterDataset(steps, prefetch_buffer_size=PREFETCH))]
         self._close = weakref.finalize(
@@ -150,7 +150,7 @@ def _interleave(parts: Any) -> dict[str, Any]:
     return {**merged, "state": json.dumps(dict(sorted(states.items(), key=lambda item: int(item[0]))))}
 
 
-def _init_worker(worker: int, workers: int) -> None:
+def init_worker(worker: int, workers: int) -> None:
     """Ends a worker process when its parent ends."""
     del worker, workers
     import jax

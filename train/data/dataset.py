@@ -19,15 +19,19 @@ from ..config.data import DataConfig
 from ..config.objective import Objective
 from . import evaluation
 from .batches import Batches
+from .control_tokens import control_token_notes
 from .encode import Encoder
 from .examples import EncodedExample, Examples, ExampleSource
-from .lanes import LaneBatches, LaneDocuments, Mixture, State, TrainDocuments, infinite_order
-from .packing import pack_examples, packed_row, packed_rows, segment_ends
+from .lanes import LaneBatches, LaneDocuments, Mixture, State
+from .order import infinite_order
+from .packing import pack_examples, packed_row, segment_ends
 from .parts import Part, no_text_message
-from .records import BadRecord, bad_record_error
-from .source import Document
+from .sharing import ALONE, Cost, Peers, encoded_once
+from .source import TrainDocuments
+from .validation import ValidationSet
 
 _SAMPLE = 200  # examples that `describe` encodes
+FINGERPRINT = "2:"  # begins the fingerprints of this version
 _EXTRA_PATIENCE = 1000  # consecutive unusable records, on top of one epoch, before a lane raises
 
 
@@ -36,9 +40,9 @@ class Data:
 
     Attributes:
       fingerprint: a hash of everything that determines the batches, except the seed, the batch size and the
-        sequence length: text, file names, vocabulary, weights, split. Text formats are hashed completely;
-        Parquet and ArrayRecord files by size and samples.
-      validation_skipped: count of the examples that the last pass of `validation_batches` skipped, by reason.
+        sequence length: text, file names, vocabulary, weights, split. Text and JSON were hashed completely
+        when they were indexed; other formats are hashed by size and samples.
+      validation: the validation set.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Data:
         batch_size: int,
         seed: int,
         local_rows: range,
+        peers: Peers = ALONE,
     ):
         """See `open_data`. `validation_parts` are used for validation only.
 
@@ -62,23 +67,45 @@ class Data:
         self._config = config
         self._objective = objective
         self._validation_parts = validation_parts
-        self.validation_skipped: collections.Counter[str] = collections.Counter()
         self._parts = parts
         self._encode = encode
         self._seq_len = seq_len
         self._batch_size = batch_size
         self._seed = seed
         self._local_rows = local_rows
-        sources = [[part.source.fingerprint, float(part.config.weight)] for part in parts]
-        inputs: list[Any] = [
-            encode.fingerprint,
-            float(config.source_validation_fraction),
-            config.shuffle,
-            sources,
-        ]
-        serialized = json.dumps(inputs if objective == "pretrain" else [*inputs, objective])
-        self.fingerprint = hashlib.blake2b(serialized.encode(), digest_size=16).hexdigest()
+        self._peers = peers
+        self.fingerprint = FINGERPRINT + self._hash([part.source.fingerprint for part in parts])
+        self.validation = ValidationSet(
+            self._all_parts,
+            self._documents,
+            encode,
+            objective=objective,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            local_rows=local_rows,
+            peers=peers,
+        )
         self._check_enough()
+
+    def is_of(self, fingerprint: str) -> bool:
+        """Returns whether a fingerprint is that of this data, also one that an earlier version recorded.
+
+        Then text, JSON and CSV are read as a whole, once: those versions hashed them in one piece.
+        """
+        if fingerprint.startswith(FINGERPRINT):
+            return fingerprint == self.fingerprint
+        return fingerprint == self._hash([part.source.earlier_fingerprint() for part in self._parts])
+
+    def _hash(self, fingerprints: Sequence[str]) -> str:
+        weights = [float(part.config.weight) for part in self._parts]
+        inputs: list[Any] = [
+            self._encode.fingerprint,
+            float(self._config.source_validation_fraction),
+            self._config.shuffle,
+            [list(pair) for pair in zip(fingerprints, weights, strict=True)],
+        ]
+        serialized = json.dumps(inputs if self._objective == "pretrain" else [*inputs, self._objective])
+        return hashlib.blake2b(serialized.encode(), digest_size=16).hexdigest()
 
     def train(self) -> Batches:
         """Returns this process's rows of the training batches, starting with the first step."""
@@ -87,7 +114,13 @@ class Data:
         def make_lane_batches(lanes: range, states: Mapping[str, State] | None) -> LaneBatches:
             whole_examples = self._objective != "pretrain"
             return LaneBatches(
-                mixture, lanes, self._batch_size, self._seq_len, states, whole_examples=whole_examples
+                mixture,
+                lanes,
+                self._batch_size,
+                self._seq_len,
+                states,
+                whole_examples=whole_examples,
+                separators=self._encode.separators,
             )
 
         return Batches(self._local_rows, self._batch_size, self._config.workers, make_lane_batches)
@@ -95,17 +128,19 @@ class Data:
     @property
     def validation_sources(self) -> dict[str, float]:
         """The sources with validation records, by their `files`, and their shares of the eval_loss."""
-        weights: dict[str, float] = {}
-        for part in self._all_parts:
-            if len(part.validation_index):
-                weights[part.config.files] = weights.get(part.config.files, 0.0) + part.config.weight
-        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+        return self.validation.sources
+
+    @property
+    def validation_skipped(self) -> collections.Counter[str]:
+        """Count of the examples that `validation_batches` skipped so far, by reason."""
+        return self.validation.skipped
 
     def validation_batches(self, source: str | None = None) -> Iterator[dict[str, Any]]:
         """Yields this process's rows of the validation batches: the same ones every time.
 
         Every token of the validation documents, except each one's first, is predicted exactly once. For
-        finetuning, every validation example appears once, uncut.
+        finetuning, every validation example appears once, uncut. They are encoded once, each record by one
+        of the processes, which must all take the same batches, and kept.
 
         Args:
           source: one of `validation_sources`; None is all of them, one after the other.
@@ -114,20 +149,12 @@ class Data:
           The arrays of a training batch; and `bytes`, int: the UTF-8 length of the GLOBAL batch's predicted
           text, for bits per byte. For examples it is the text that is trained on.
         """
-        if source in (None, next(iter(self.validation_sources), None)):  # a new pass
-            self.validation_skipped.clear()
-        return evaluation.global_batches(self._validation_rows(source), self._batch_size, self._local_rows)
-
-    def _validation_rows(self, source: str | None = None) -> Iterator[dict[str, Any]]:
-        parts = [part for part in self._all_parts if source in (None, part.config.files)]
-        if self._objective == "pretrain":
-            return evaluation.pack_documents(self._validation_documents(parts), self._seq_len)
-        return packed_rows(map(self._with_bytes, self._validation_examples(parts)), self._seq_len)
+        return self.validation.batches(source)
 
     @property
     def records(self) -> int:
         """Number of records of all sources, validation included."""
-        return sum(len(part.source.keys) for part in self._all_parts)
+        return sum(len(part.source) for part in self._all_parts)
 
     @property
     def pairs_fingerprint(self) -> str:
@@ -144,9 +171,12 @@ class Data:
           record r, where records are numbered across all sources; 0 elsewhere.
         """
 
+        def items(part: Part) -> Iterator[Any]:
+            records = self._documents(part, range(len(part.source)))
+            return encoded_once(len(records), records.__getitem__, self._peers, Cost())
+
         def usable() -> Iterator[tuple[EncodedExample, int]]:
-            indices = (self._usable(part, np.arange(len(part.source.keys))) for part in self._all_parts)
-            for record, item in enumerate(itertools.chain.from_iterable(indices)):
+            for record, item in enumerate(itertools.chain.from_iterable(map(items, self._all_parts))):
                 if isinstance(item, EncodedExample):
                     yield item, record
 
@@ -167,30 +197,27 @@ class Data:
           logprobs: f32 [records, 2], the reference model's log-probabilities of each record's chosen and
             rejected answer; a record with NaN is skipped.
         """
-        boundaries = np.cumsum([len(part.source.keys) for part in self._all_parts])[:-1]
+        boundaries = np.cumsum([len(part.source) for part in self._all_parts])[:-1]
         data = copy.copy(self)
         parts = [
             dataclasses.replace(part, reference=reference)
             for part, reference in zip(self._all_parts, np.split(logprobs, boundaries), strict=True)
         ]
         data._parts, data._validation_parts = parts[: len(self._parts)], parts[len(self._parts) :]
+        data.validation = self.validation.of(parts)
         return data
 
     def location(self, record: int) -> str:
         """Returns the file and line of a record, numbered across all sources, for messages."""
         for part in self._all_parts:
-            if isinstance(part.source, ExampleSource) and record < len(part.source.keys):
+            if isinstance(part.source, ExampleSource) and record < len(part.source):
                 return part.source.records.location(record)
-            record -= len(part.source.keys)
+            record -= len(part.source)
         raise IndexError(record)
 
     @property
     def _all_parts(self) -> list[Part]:
         return [*self._parts, *self._validation_parts]
-
-    def _with_bytes(self, example: EncodedExample) -> tuple[EncodedExample, int]:
-        learned = (segment.ids[segment.mask > 0] for segment in example.segments)
-        return example, sum(len(self._encode.tokenizer.decode(ids).encode()) for ids in learned)
 
     def unigram_loss(self, batches: int | None = None, max_tokens: int = 1_000_000) -> float:
         """Returns the eval_loss of a unigram model with add-one smoothing, in nats per token.
@@ -209,19 +236,12 @@ class Data:
         )
         train = (document["tokens"] for document in documents)
         logprobs = evaluation.unigram_logprobs(train, self._encode.vocab_size, max_tokens)
-        shares = self.validation_sources
-        return evaluation.weighted_mean(
-            (
-                evaluation.unigram_loss(logprobs, self._limited(self._validation_rows(name), batches, share)),
-                share,
-            )
-            for name, share in shares.items()
-        )
-
-    def _limited(self, rows: Iterator[dict[str, Any]], batches: int | None, share: float) -> Iterator[Any]:
-        if batches is None:
-            return rows
-        return itertools.islice(rows, evaluation.batches_of(batches, share) * self._batch_size)
+        means = []
+        for name, share in self.validation_sources.items():
+            limit = None if batches is None else evaluation.batches_of(batches, share)
+            counts = self.validation.token_counts(name, limit)
+            means.append((evaluation.unigram_loss(logprobs, counts), share))
+        return evaluation.weighted_mean(means)
 
     def describe(self) -> dict[str, Any]:
         """Returns counts of documents and bytes, in total and by source; JSON-serializable.
@@ -230,13 +250,15 @@ class Data:
         `examples`, of their `tokens` and of tokens that are trained on (`learned`), the length of the
         `longest` example, and the `skipped` ones by reason.
 
+        `notes` are sentences on what the first records have, such as control tokens.
+
         Raises:
           DataError: if one of those records is bad and `data.bad_records` is "fail".
         """
         sources: list[dict[str, Any]] = [
             {
-                "files": part.config.files,
-                "documents": len(part.source.keys),
+                "files": part.config.title,
+                "documents": len(part.source),
                 "validation_documents": len(part.validation_index),
                 "bytes": part.source.nbytes,
                 "weight": part.config.weight,
@@ -247,35 +269,46 @@ class Data:
             name: sum(source[name] for source in sources)
             for name in ("documents", "validation_documents", "bytes")
         }
-        sample = {} if self._objective == "pretrain" else {"sample": self._sample()}
-        return {**totals, "sources": sources, **sample}
+        notes = control_token_notes(self._parts, self._encode, _SAMPLE)
+        sample = {}
+        if self._objective != "pretrain":
+            sample["sample"], counts = self._sample()
+            notes += [f"in {count} of the first examples {note}" for note, count in counts.items()]
+        return {**totals, "sources": sources, **sample, "notes": notes}
 
-    def _sample(self) -> dict[str, Any]:
+    def _sample(self) -> tuple[dict[str, Any], collections.Counter[str]]:
+        """Returns statistics of the first examples, and counts of their notes."""
         skipped: collections.Counter[str] = collections.Counter()
-        lengths, learned = [], 0
+        notes: collections.Counter[str] = collections.Counter()
+        lengths: list[int] = []
+        learned = 0
         for part in self._parts:
             for item in itertools.islice(
                 self._usable(part, part.train_index), _SAMPLE // len(self._parts) + 1
             ):
                 if isinstance(item, EncodedExample):
-                    lengths.append(len(item))
+                    lengths += map(len, item.parts())
                     learned += sum(int(segment.mask.sum()) for segment in item.segments)
+                    notes.update(item.notes)
                 else:
                     skipped[str(item)] += 1
-        return {
+        statistics = {
             "examples": len(lengths),
             "tokens": sum(lengths),
             "learned": learned,
             "longest": max(lengths, default=0),
             "skipped": dict(skipped),
         }
+        return statistics, notes
 
-    def _usable(self, part: Part, index: np.ndarray) -> Iterator[np.ndarray | EncodedExample | str]:
+    def _usable(
+        self, part: Part, index: Sequence[int] | np.ndarray
+    ) -> Iterator[np.ndarray | EncodedExample | str]:
         """Yields the document or example of each record, or the reason it is unusable."""
         documents = self._documents(part, index)
         return map(documents.__getitem__, range(len(documents)))
 
-    def _documents(self, part: Part, index: np.ndarray) -> TrainDocuments | Examples:
+    def _documents(self, part: Part, index: Sequence[int] | np.ndarray) -> TrainDocuments | Examples:
         skip = self._config.bad_records == "skip"
         if isinstance(part.source, ExampleSource):
             return Examples(part.source, index, skip, self._config.too_long, part.reference)
@@ -293,33 +326,15 @@ class Data:
         patience = sum(len(part.train_index) for part in self._parts) + _EXTRA_PATIENCE
         return Mixture(orders, [part.config.weight for part in self._parts], patience)
 
-    def _validation_documents(self, parts: Sequence[Part]) -> Iterator[Document]:
-        for part in parts:
-            if isinstance(part.source, ExampleSource):
-                continue
-            for index in part.validation_index.tolist():
-                try:
-                    yield part.source.document(index)
-                except BadRecord as bad:
-                    if self._config.bad_records == "fail":
-                        raise DataError(bad_record_error(bad.message)) from None
-
-    def _validation_examples(self, parts: Sequence[Part]) -> Iterator[EncodedExample]:
-        for part in parts:
-            for item in self._usable(part, part.validation_index):
-                if isinstance(item, EncodedExample):
-                    yield item
-                else:
-                    self.validation_skipped[str(item)] += 1
-
     def _check_enough(self) -> None:
         """Raises DataError unless each source has text, and all of them together fill one sequence.
 
         For finetuning one example per source is enough, since rows are padded. The first validation records
-        are read too: a bad one would end the run at its first evaluation.
+        are read too, each by one of the processes: a bad one would end the run at its first evaluation.
         """
         for part in self._all_parts:
-            collections.deque(itertools.islice(self._usable(part, part.validation_index), _SAMPLE), maxlen=0)
+            first = part.validation_index[:_SAMPLE][self._peers.index :: self._peers.count]
+            collections.deque(self._usable(part, first), maxlen=0)
         total = 0
         for part in self._parts:
             found = 0

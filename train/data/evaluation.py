@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from .source import Document
+from .encode import Document
 
 
 def pack_documents(documents: Iterable[Document], seq_len: int) -> Iterator[dict[str, Any]]:
@@ -38,6 +38,16 @@ def pack_documents(documents: Iterable[Document], seq_len: int) -> Iterator[dict
             offset, start = end, last_predicted
     if segment:
         yield row
+
+
+def split_document(document: Document, separators: Sequence[int]) -> Iterator[Document]:
+    """Yields the documents within a document, each of which ends at one of the ids `separators`."""
+    ends = np.flatnonzero(np.isin(document.ids, separators)) + 1
+    taken = 0
+    for ids in np.split(document.ids, ends[ends < len(document.ids)]):
+        before = document.nbytes * taken // max(len(document.ids), 1)
+        taken += len(ids)
+        yield Document(ids, document.nbytes * taken // max(len(document.ids), 1) - before)
 
 
 def global_batches(
@@ -95,18 +105,28 @@ def unigram_logprobs(train: Iterable[np.ndarray], vocab_size: int, max_tokens: i
     return np.log(counts / counts.sum())
 
 
-def unigram_loss(logprobs: np.ndarray, rows: Iterable[dict[str, Any]]) -> float:
-    """-mean log p(token) over the predicted tokens of packed rows, in nats; NaN if there are none.
+def unigram_loss(logprobs: np.ndarray, counts: np.ndarray) -> float:
+    """-mean log p(token) over predicted tokens, in nats; NaN if there are none.
 
     Args:
       logprobs: f64 [V].
-      rows: as from `pack_documents`.
+      counts: int64 [V], how often each token is predicted.
     """
-    counts = np.zeros(len(logprobs), np.int64)
+    return float(-(counts * logprobs).sum() / counts.sum()) if counts.any() else float("nan")
+
+
+def token_counts(rows: Iterable[dict[str, Any]], vocab_size: int) -> np.ndarray:
+    """Returns how often each token is predicted in packed rows, int64 [V].
+
+    Args:
+      rows: as from `pack_documents`.
+      vocab_size: V.
+    """
+    counts = np.zeros(vocab_size, np.int64)
     for row in rows:
         predicted = row["tokens"][(row["segment_ids"] > 0) & (row["positions"] > 0)]
-        counts += np.bincount(predicted, minlength=len(logprobs))
-    return float(-(counts * logprobs).sum() / counts.sum()) if counts.any() else float("nan")
+        counts += np.bincount(predicted, minlength=vocab_size)
+    return counts
 
 
 def _row(seq_len: int) -> dict[str, Any]:

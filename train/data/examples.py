@@ -1,8 +1,5 @@
 """Encodes examples as token ids, with a mask of the tokens that are trained on.
 
-Plain text is encoded as `generate` encodes its prompt, and ends with EOS; conversations as `encode_turns`
-does. A classifier's input gets no EOS, as in Hugging Face.
-
 An example is never split. One that is longer than a row is dropped or, with `data.too_long = "truncate"`, cut
 at its end: the answers of a preference pair are both cut to the greatest common length that fits the pair
 into a row. An example with no tokens left to train on is dropped.
@@ -11,24 +8,20 @@ into a row. An example with no tokens left to train on is dropped.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from llama_jax.chat import ChatTemplate, encode_chat, encode_turns
+from llama_jax.chat import ChatTemplate
 from llama_jax.errors import DataError, InputError, TokenizerError
-from llama_jax.tokenizer import Tokenizer
 
 from ..config.data import SourceConfig, TooLong
 from ..config.objective import PAIR_OBJECTIVES, Objective
 from .encode import Encoder
-from .formats import Example, PlainText, RecordFormats, Side
-from .records import BadRecord, Records, TooLongRecord, bad_record_error, record_keys
-from .tables import Parquet
-
-_MARKER = "\ue000"  # private use: no vocabulary merges it with other text
+from .formats import Example, RecordFormats, Side
+from .records import BadRecord, Records, TooLongRecord, bad_record_error
+from .sides import PROMPT_DIFFERS, SideEncoder
+from .source import RecordSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,21 +42,31 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedExample:
-    """One encoded record, which is never split between rows: one segment, or the two of a pair.
+    """One encoded record: one segment, the two of a pair, or one for each turn.
 
     Attributes:
       segments: of a pair, the chosen answer's first.
       value: the label or margin, placed at the last token of each segment.
       reference: the reference model's log-probability of the masked tokens of each segment; empty if not
         precomputed.
+      apart: whether each segment is an example of its own. Otherwise they stay in one row.
+      notes: what is to be said of it.
     """
 
     segments: tuple[Segment, ...]
     value: float = 0.0
     reference: tuple[float, ...] = ()
+    apart: bool = False
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return sum(map(len, self.segments))
+
+    def parts(self) -> list[EncodedExample]:
+        """Returns the examples that stay in one row each: itself, or one for each segment."""
+        if not self.apart:
+            return [self]
+        return [dataclasses.replace(self, segments=(segment,), apart=False) for segment in self.segments]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,43 +95,62 @@ class ExampleEncoder:
           DataError: for a conversation without a template.
         """
         try:
-            segments = self._segments(example)
+            encoded = self._encoded(example)
         except InputError as error:
             raise BadRecord("refused conversation", str(error)) from None
         except TokenizerError as error:
             raise BadRecord("template failed", str(error)) from None
-        if not all(segment.mask.any() for segment in segments) and sum(map(len, segments)) <= self.seq_len:
+        segments = encoded.segments
+        learned = [segment for segment in segments if segment.mask.any()]
+        if len(learned) < len(segments) and len(encoded) <= self.seq_len:
             raise BadRecord("nothing to train on", "no token of the example is trained on")
+        if encoded.apart:
+            return dataclasses.replace(encoded, segments=tuple(self._truncate_each(segments)))
         segments = self._truncate(segments)
         if len(segments) == 2 and np.array_equal(segments[0].ids, segments[1].ids):
             raise BadRecord("identical answers", "chosen and rejected are encoded as the same tokens")
-        return EncodedExample(segments, example.value)
+        return dataclasses.replace(encoded, segments=segments)
 
-    def _segments(self, example: Example) -> tuple[Segment, ...]:
+    def _encoded(self, example: Example) -> EncodedExample:
+        encode = SideEncoder(self.encode, self.template, self.objective, self.seq_len)
         try:
-            return tuple(map(self._segment, example.sides))
+            sides = list(map(encode, example.sides))
         except TokenizerError:  # retry: a template timeout on a busy machine must not change the batches
-            return tuple(map(self._segment, example.sides))
+            sides = list(map(encode, example.sides))
+        segments = [
+            Segment(np.array(ids, np.int32), np.array(mask, np.int32))
+            for sequences, _ in sides
+            for ids, mask in sequences
+        ]
+        notes = dict.fromkeys(note for _, notes in sides for note in notes)
+        apart = len(segments) > len(example.sides)
+        if self.objective in PAIR_OBJECTIVES and PROMPT_DIFFERS in notes:  # as in TRL, both from one token on
+            starts = [int(segment.mask.argmax()) for segment in segments]
+            for segment, start in zip(segments, starts, strict=True):
+                segment.mask[min(starts) : start] = 1
+        return EncodedExample(tuple(segments), example.value, apart=apart, notes=tuple(notes))
 
-    def _segment(self, side: Side) -> Segment:
-        tokenizer = self.encode.tokenizer
-        labeled = self.objective in ("classify", "regress")
-        if isinstance(side, PlainText):
-            ids, mask = _plain(tokenizer, side, end=not labeled)
-        elif self.template is None:
-            raise DataError(
-                "the data has chat messages, and the model has no chat template; set data.template to "
-                "llama-2, chatml or a Jinja file"
-            )
-        elif labeled:
-            ids, mask = encode_chat(tokenizer, self.template, side.messages, False), []
+    def _truncate_each(self, segments: tuple[Segment, ...]) -> Iterator[Segment]:
+        """Yields the segments that fit into a row, truncated if `too_long` allows it.
+
+        Raises:
+          TooLongRecord: if none does, or `too_long` is "fail" and one does not.
+        """
+        bad, found = TooLongRecord("too long", "no turn fits"), False
+        for segment in segments:
+            try:
+                (fitting,) = self._truncate((segment,))
+            except TooLongRecord as error:
+                bad = error
+                if self.too_long == "fail":
+                    break
+                continue
+            found = True
+            yield fitting
         else:
-            ids, mask = encode_turns(
-                tokenizer, self.template, side.messages, first=side.first, max_prompt=self.seq_len
-            )
-        if labeled:
-            mask = [0] * (len(ids) - 1) + [1] * bool(ids)
-        return Segment(np.array(ids, np.int32), np.array(mask, np.int32))
+            if found:
+                return
+        raise bad
 
     def _truncate(self, segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
         """Truncates segments to fit into a row, if `too_long` allows it."""
@@ -164,50 +186,21 @@ class ExampleEncoder:
         return Segment(segment.ids[:end], mask)
 
 
-def _plain(tokenizer: Tokenizer, side: PlainText, *, end: bool) -> tuple[list[int], list[int]]:
-    """Returns ids that answer_start with exactly those of the prompt, and a mask of the rest."""
-    prompt = tokenizer.encode(side.prompt)
-    ids = tokenizer.encode(side.prompt + side.answer)
-    if ids[: len(prompt)] != prompt:
-        ids = prompt + _encode_continuation(tokenizer, side.answer)
-    if end and tokenizer.eos_id is not None:
-        ids.append(tokenizer.eos_id)
-    mask = [0] * len(prompt) + [1] * (len(ids) - len(prompt))
-    mask[:1] = [0]  # the first token is not predicted
-    return ids, mask
-
-
-def _encode_continuation(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Encodes text that continues other text: without the leading space that SentencePiece adds."""
-    marker = tokenizer.encode(_MARKER, add_bos=False)
-    ids = tokenizer.encode(_MARKER + text, add_bos=False)
-    return ids[len(marker) :] if ids[: len(marker)] == marker else tokenizer.encode(text, add_bos=False)
-
-
-class ExampleSource:
+class ExampleSource(RecordSource):
     """The examples of one source, encoded on access.
 
     Attributes:
-      records, keys, nbytes, blocks, fingerprint: as in `TextSource`.
       record_format: the name of the format of its records.
     """
 
     def __init__(
         self, config: SourceConfig, records: Records, formats: RecordFormats, encode: ExampleEncoder
     ):
-        self.records = records
-        self.keys = record_keys([file.name for file in records.files], records.counts)
-        self.nbytes = records.nbytes
-        self.blocks = records.blocks
+        template = encode.template and [encode.template.source, dict(encode.template.tokens)]
+        super().__init__(records, config.field, dataclasses.astuple(formats), template, encode.too_long)
         self.record_format = ""
         self._formats = formats
         self._encode = encode
-        names = [file.name for file in records.files]
-        template = encode.template and [encode.template.source, dict(encode.template.tokens)]
-        inputs: list[Any] = [type(records).__name__, config.field, names, records.counts.tolist()]
-        inputs += [dataclasses.astuple(formats), template, encode.too_long]
-        serialized = json.dumps(inputs) + records.digest
-        self.fingerprint = hashlib.blake2b(serialized.encode(), digest_size=16).hexdigest()
 
     def detect_format(self, skip_bad: bool) -> None:
         """Sets `record_format` from the first readable record.
@@ -215,7 +208,7 @@ class ExampleSource:
         Raises:
           BadRecord: if it has no format that the objective accepts.
         """
-        for index in range(len(self.keys)):
+        for index in range(len(self)):
             try:
                 row = self.records.row(index)
             except BadRecord:
@@ -226,8 +219,7 @@ class ExampleSource:
                 self.record_format = self._formats.detect(row)
             except BadRecord as bad:
                 raise BadRecord(bad.reason, f"{self.records.location(index)}: {bad.message}") from None
-            if isinstance(self.records, Parquet):
-                self.records.columns = self._formats.columns(self.record_format)
+            self.records.select(self._formats.columns(self.record_format))
             return
 
     def example(self, index: int) -> EncodedExample:
@@ -246,6 +238,13 @@ class ExampleSource:
             bad.has_location = False
             raise bad from None
 
+    def sides(self, index: int) -> tuple[Side, ...]:
+        """Returns the sides of one record's example; none if it cannot be used."""
+        try:
+            return self._formats.read(self.record_format, self.records.row(index)).sides
+        except (BadRecord, RecursionError):
+            return ()
+
     def located_message(self, bad: BadRecord, index: int) -> str:
         """Returns the message of a bad record, with its location."""
         return bad.message if bad.has_location else f"{self.records.location(index)}: {bad.message}"
@@ -257,7 +256,7 @@ class Examples:
     def __init__(
         self,
         source: ExampleSource,
-        index: np.ndarray,
+        index: Sequence[int] | np.ndarray,
         skip_bad: bool,
         too_long: TooLong,
         reference: np.ndarray | None = None,

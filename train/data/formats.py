@@ -9,18 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.chat import validate_messages
-from llama_jax.chat.encode import ROLES
-from llama_jax.errors import InputError
-
 from ..config.objective import PAIR_OBJECTIVES, Objective
+from .conversations import (
+    VARIABLES,
+    Conversation,
+    Messages,
+    Row,
+    read_messages,
+    read_variables,
+    with_answers,
+    with_system,
+)
 from .lines import list_names
 from .records import BadRecord
-
-Row = Mapping[str, Any]
-Messages = list[dict[str, str]]
-
-_SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant"}  # ShareGPT's names
 
 # Stanford Alpaca's prompts (github.com/tatsu-lab/stanford_alpaca, train.py).
 _ALPACA = (
@@ -36,22 +37,30 @@ _ALPACA_INPUT = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Conversation:
-    """A conversation; the assistant's turns from messages[first] on are trained on."""
-
-    messages: Messages
-    first: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
 class PlainText:
     """Text without a template: the prompt, and the answer that is trained on."""
 
     prompt: str
     answer: str
 
+    def texts(self) -> tuple[str, ...]:
+        """Returns the prompt and the answer."""
+        return self.prompt, self.answer
 
-Side = Conversation | PlainText
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Token ids, and a mask of those that are trained on."""
+
+    ids: list[int]
+    mask: list[int]
+
+    def texts(self) -> tuple[str, ...]:
+        """Returns no texts."""
+        return ()
+
+
+Side = Conversation | PlainText | Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +99,19 @@ class RecordFormats:
             return {"pair": ("chosen", "rejected")}
         if self.objective == "sft":
             common |= {"prompt": ("prompt", "completion"), "alpaca": ("instruction", "output")}
-            return {**common, "text": (self.field,)}
+            return {"tokens": ("input_ids",), **common, "text": (self.field,)}
         return {name: (*fields, "label") for name, fields in {**common, "text": (self.field,)}.items()}
 
     def columns(self, record_format: str) -> list[str]:
         """Returns every field that a format may use."""
-        optional = {"alpaca": ("input",), "pair": ("prompt", "margin")}
+        optional = {
+            "messages": VARIABLES,
+            "sharegpt": (*VARIABLES, "system"),
+            "alpaca": ("input", "system"),
+            "prompt": VARIABLES,
+            "pair": ("prompt", "margin", *VARIABLES),
+            "tokens": ("labels", *_MASKS),
+        }
         return [*self.fields()[record_format], *optional.get(record_format, ())]
 
     def detect(self, row: Row) -> str:
@@ -129,9 +145,17 @@ class RecordFormats:
             return Example((self._sft_side(record_format, row),))
         if record_format == "text":
             return Example((PlainText("", _filled(row, self.field, "empty text")),), self._label(row))
-        return Example((Conversation(_messages(row, *self.fields()[record_format][:1])),), self._label(row))
+        return Example((self._conversation(record_format, row),), self._label(row))
+
+    def _conversation(self, record_format: str, row: Row) -> Conversation:
+        messages = read_messages(row, self.fields()[record_format][0])
+        if record_format == "sharegpt":
+            messages = with_system(row, messages)
+        return Conversation(messages, 0, read_variables(row))
 
     def _sft_side(self, record_format: str, row: Row) -> Side:
+        if record_format == "tokens":
+            return _tokens(row)
         if record_format == "text":
             return PlainText("", _filled(row, self.field, "empty text"))
         if record_format == "prompt":
@@ -143,10 +167,10 @@ class RecordFormats:
                 template = _ALPACA_INPUT if given_input else _ALPACA
                 return PlainText(template.format(instruction=instruction, input=given_input), output)
             content = f"{instruction}\n\n{given_input}" if given_input else instruction
-            return _with_answers(
-                [{"role": "user", "content": content}, {"role": "assistant", "content": output}]
-            )
-        return _with_answers(_messages(row, *self.fields()[record_format]))
+            messages = [{"role": "user", "content": content}, {"role": "assistant", "content": output}]
+            return with_answers(with_system(row, messages))
+        conversation = self._conversation(record_format, row)
+        return with_answers(conversation.messages, variables=conversation.variables)
 
     def _label(self, row: Row) -> float:
         if self.objective == "regress":
@@ -200,43 +224,27 @@ def _number(row: Row, name: str) -> float:
     raise BadRecord(f"{name} is not a number", f"{name} is {repr(value)[:40]}; it must be a finite number")
 
 
-def _messages(row: Row, name: str) -> Messages:
-    """Returns the validated messages of a field, in OpenAI's or ShareGPT's format."""
-    value = row[name]
-    if not isinstance(value, list) or not value:
-        kind = "empty" if value == [] else f"of type {type(value).__name__}, not a list"
-        raise BadRecord("no messages", f"field {name!r} is {kind}; it must be a list of messages")
-    messages = []
-    for i, message in enumerate(value):
-        if isinstance(message, dict):
-            # In Parquet every message has the fields of all messages.
-            message = {key: part for key, part in message.items() if part is not None}
-            if set(message) == {"from", "value"}:
-                role = message["from"]
-                message = {"role": _SPEAKERS.get(str(role), role), "content": message["value"]}
-            if (role := message.get("role", "user")) not in ROLES:
-                raise BadRecord(
-                    "unknown role",
-                    f"{name}[{i}]: role is {str(role)[:40]!r}; it must be {', '.join(ROLES)}",
-                )
-        messages.append(message)
-    try:
-        return validate_messages(messages)
-    except InputError as error:
-        details = str(error).replace("messages[", f"{name}[", 1)
-        reason = "lone surrogate" if "lone surrogate" in details else "malformed message"
-        raise BadRecord(reason, details) from None
+_MASKS = ("completion_mask", "assistant_masks")  # of token ids, TRL's; each may only leave tokens out
 
 
-def _with_answers(messages: Messages, first: int = 0, name: str = "") -> Conversation:
-    """Returns the conversation; its answers must exist and not be empty."""
-    of = f"field {name!r} has " if name else ""
-    answers = [message["content"] for message in messages[first:] if message["role"] == "assistant"]
-    if not answers:
-        raise BadRecord("no assistant turn", f"{of}no assistant turn to train on")
-    if not all(answer.strip() for answer in answers):
-        raise BadRecord("empty answer", f"{of}an empty assistant turn")
-    return Conversation(messages, first)
+def _tokens(row: Row) -> Tokens:
+    """Returns token ids as TRL takes them: with `labels`, -100 where nothing is learned, or with masks."""
+    columns = {name: row[name] for name in ("input_ids", "labels", *_MASKS) if row.get(name) is not None}
+    ids = columns.pop("input_ids")
+    for name, column in {"input_ids": ids, **columns}.items():
+        if not isinstance(column, list) or not all(type(value) is int for value in column):
+            raise BadRecord("not token ids", f"field {name!r} must be a list of whole numbers")
+        if len(column) != len(ids):
+            raise BadRecord(
+                "not token ids", f"field {name!r} has {len(column)} entries, and input_ids {len(ids)}"
+            )
+    if not ids:
+        raise BadRecord("empty text", "field 'input_ids' is empty")
+    if "labels" in columns:
+        mask = [int(label != -100) for label in columns["labels"]]
+    else:
+        mask = [int(all(bits)) for bits in zip(*columns.values(), strict=True)] or [1] * len(ids)
+    return Tokens(ids, [0, *mask[1:]])  # the first token is not predicted
 
 
 def _answer(row: Row, name: str) -> Side:
@@ -248,8 +256,9 @@ def _answer(row: Row, name: str) -> Side:
             "malformed message",
             f"one of 'prompt' and {name!r} is text, the other messages; use the same type for both",
         )
-    prompt, answer = _messages(row, "prompt"), _messages(row, name)
-    return _with_answers(answer if answer[: len(prompt)] == prompt else prompt + answer, len(prompt), name)
+    prompt, answer = read_messages(row, "prompt"), read_messages(row, name)
+    whole = answer if answer[: len(prompt)] == prompt else prompt + answer
+    return with_answers(whole, len(prompt), name, read_variables(row))
 
 
 def _pair(row: Row) -> tuple[Side, Side]:
@@ -267,7 +276,8 @@ def _pair(row: Row) -> tuple[Side, Side]:
     if prompt is not None and isinstance(prompt, str) == isinstance(chosen, str):
         return _answer(row, "chosen"), _answer(row, "rejected")
     if not isinstance(chosen, str):
-        return _split_common_messages(_messages(row, "chosen"), _messages(row, "rejected"))
+        messages = read_messages(row, "chosen"), read_messages(row, "rejected")
+        return _split_common_messages(*messages, read_variables(row))
     if prompt is not None:
         raise BadRecord(
             "malformed message", "'prompt' is a list and the answers are text; use the same type for both"
@@ -275,13 +285,18 @@ def _pair(row: Row) -> tuple[Side, Side]:
     return _split_common_words(_filled(row, "chosen"), _filled(row, "rejected"))
 
 
-def _split_common_messages(chosen: Messages, rejected: Messages) -> tuple[Side, Side]:
+def _split_common_messages(
+    chosen: Messages, rejected: Messages, variables: Mapping[str, Any]
+) -> tuple[Side, Side]:
     shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     if not shared or chosen[shared]["role"] != "assistant" or rejected[shared]["role"] != "assistant":
         raise BadRecord(
             "prompts differ", "chosen and rejected must have the same messages up to an assistant answer"
         )
-    return _with_answers(chosen, shared, "chosen"), _with_answers(rejected, shared, "rejected")
+    return (
+        with_answers(chosen, shared, "chosen", variables),
+        with_answers(rejected, shared, "rejected", variables),
+    )
 
 
 def _split_common_words(chosen: str, rejected: str) -> tuple[Side, Side]:

@@ -9,110 +9,21 @@ states, from which any number of processes can resume.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
-from grain.experimental import ConcatThenSplitIterDataset, index_shuffle
+from grain.experimental import ConcatThenSplitIterDataset
 
 from llama_jax.errors import DataError
 
-from .examples import EncodedExample, Examples
+from .examples import EncodedExample
 from .packing import PackedExamples
-from .records import BadRecord, Blocks, bad_record_error
-from .source import Source
 
 State = dict[str, Any]
 Usable = np.ndarray | EncodedExample
-
-
-class TrainDocuments:
-    """Random access to training documents: their ids, or the reason a record is unusable."""
-
-    def __init__(self, source: Source, index: np.ndarray, skip_bad: bool):
-        self._source = source
-        self._index = index
-        self._skip_bad = skip_bad
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, i: int) -> np.ndarray | str:
-        try:
-            return self._source.document(int(self._index[i])).ids
-        except BadRecord as bad:
-            if self._skip_bad:
-                return bad.reason
-            raise DataError(bad_record_error(bad.message)) from None
-
-    def __repr__(self) -> str:
-        return f"TrainDocuments({len(self)})"
-
-
-def infinite_order(
-    documents: TrainDocuments | Examples, blocks: Blocks | None, seed: str | None
-) -> grain.MapDataset:
-    """Returns a source's infinite order of documents, epoch after epoch.
-
-    Args:
-      documents: the source's.
-      blocks: the blocks of documents that are read together, or None.
-      seed: of the shuffle, which differs in each epoch; any string. None keeps the file order.
-    """
-    order: grain.MapDataset = grain.MapDataset.source(documents)
-    if seed is not None:
-        # Grain adds the epoch to a shuffle's seed: hashing keeps seeds 0 and 1 from overlapping.
-        hashed = int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=4).digest(), "little")
-        order = order.shuffle(hashed) if blocks is None else _WindowShuffle(order, blocks, hashed)
-    return order.repeat()
-
-
-class _WindowShuffle(grain.MapDataset):
-    """Shuffles blocks, and the documents of each window of blocks together.
-
-    Neighbors in the order are in the same few blocks, which are in memory. If all blocks fit in one window
-    this is a shuffle of all documents; if not, a window is a random sample of the blocks.
-    """
-
-    def __init__(self, parent: grain.MapDataset, blocks: Blocks, seed: int):
-        super().__init__(parent)
-        self._sizes = blocks.sizes[blocks.sizes > 0]
-        self._starts = np.cumsum(self._sizes) - self._sizes
-        self._windows = -(-len(self._sizes) // max(blocks.window, 1))  # of about equal numbers of blocks
-        self._seed = seed
-        self._orders: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-
-    def __len__(self) -> int:
-        return len(self._parent)  # private: tests/test_private_seams.py
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return self.slice(index)
-        epoch, place = divmod(index, len(self))
-        order, block_ends, window_ends = self._order_of(epoch)
-        window = int(np.searchsorted(window_ends, place, side="right"))
-        start = int(window_ends[window - 1]) if window else 0
-        size = int(window_ends[window]) - start
-        seed = (self._seed + epoch + 1 + window) % 2**32
-        shuffled = start + index_shuffle(place - start, max_index=size - 1, seed=seed, rounds=4)
-        nth = int(np.searchsorted(block_ends, shuffled, side="right"))
-        block = int(order[nth])
-        within = shuffled - (int(block_ends[nth]) - int(self._sizes[block]))
-        return self._parent[int(self._starts[block]) + within + epoch * len(self)]
-
-    def _order_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns an epoch's order of blocks, and the ends of its blocks and windows in that order."""
-        if epoch not in self._orders:
-            last, seed = len(self._sizes) - 1, (self._seed + epoch) % 2**32
-            order = np.array([index_shuffle(i, max_index=last, seed=seed, rounds=4) for i in range(last + 1)])
-            ends = np.cumsum(self._sizes[order])
-            windows = np.array([part[-1] for part in np.array_split(ends, self._windows)])
-            self._orders[epoch] = order, ends, windows
-            self._orders.pop(epoch - 4, None)  # lanes are rarely more than 4 epochs apart
-        return self._orders[epoch]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,11 +131,16 @@ class LaneBatches(grain.IterDataset):
         states: Mapping[str, State] | None = None,
         *,
         whole_examples: bool = False,
+        separators: Sequence[int] = (),
     ):
-        """`whole_examples` packs items without splitting them; otherwise documents are split at row ends."""
+        """`whole_examples` packs items without splitting them; otherwise documents are split at row ends.
+
+        Documents end at the ids `separators` too.
+        """
         super().__init__()
         self._mixture = mixture
         self._whole_examples = whole_examples
+        self._separators = tuple(separators)
         self._lanes = tuple(lanes)
         self._lane_count = lane_count
         self._seq_len = seq_len
@@ -248,30 +164,43 @@ class LaneBatches(grain.IterDataset):
         if self._whole_examples:
             return PackedExamples(iter(documents), self._seq_len)
         return _SplitDocuments(
-            iter(ConcatThenSplitIterDataset(documents, length_struct={"tokens": self._seq_len}))
+            iter(ConcatThenSplitIterDataset(documents, length_struct={"tokens": self._seq_len})),
+            self._separators,
         )
 
 
 class _SplitDocuments(grain.DatasetIterator):
     """Rows of documents, split where a row ends."""
 
-    def __init__(self, packer: grain.DatasetIterator):
+    def __init__(self, packer: grain.DatasetIterator, separators: Sequence[int]):
         super().__init__()
         self._packer = packer
+        self._separators = separators
 
     def __next__(self) -> dict[str, np.ndarray]:
         row = next(self._packer)
-        return {
-            "tokens": row["tokens"],
-            "segment_ids": row["tokens_segment_ids"],
-            "positions": row["tokens_positions"],
-        }
+        tokens, segment_ids, positions = (
+            row[name] for name in ("tokens", "tokens_segment_ids", "tokens_positions")
+        )
+        if np.isin(tokens, self._separators).any():
+            segment_ids, positions = split_segments(tokens, segment_ids, self._separators)
+        return {"tokens": tokens, "segment_ids": segment_ids, "positions": positions}
 
     def get_state(self) -> State:
         return self._packer.get_state()
 
     def set_state(self, state: State) -> None:
         self._packer.set_state(_to_tuples(state))
+
+
+def split_segments(
+    tokens: np.ndarray, segment_ids: np.ndarray, separators: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns segment ids and positions of a full row, int32 [T], whose segments end at `separators` too."""
+    starts = np.diff(segment_ids, prepend=0) != 0
+    starts[1:] |= np.isin(tokens[:-1], separators)
+    first = np.maximum.accumulate(np.where(starts, np.arange(len(tokens)), 0))
+    return np.cumsum(starts, dtype=np.int32), np.arange(len(tokens), dtype=np.int32) - first.astype(np.int32)
 
 
 class _LaneBatchIterator(grain.DatasetIterator):

@@ -1,53 +1,60 @@
-"""Plain text, JSON Lines and JSON arrays: one scan indexes the documents; afterwards access is random."""
+"""Plain text, JSON Lines and JSON arrays: documents by random access, through an index of the files."""
 
 from __future__ import annotations
 
-import array
-import codecs
+import dataclasses
 import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from llama_jax.errors import DataError
 
-from .files import File, read_chunks
+from .cache import find_copy
+from .compression import Plain
+from .files import File, read_chunks, whole_digest
+from .indexing import open_index
+from .pieces import Kind
 from .records import MAX_RECORD_BYTES, BadRecord, Records, decode
 
 T = TypeVar("T")
-_BEGINNING = 1 << 12  # bytes in which an array shows its bracket
-_MAX_ARRAY_BYTES = 1 << 30
-DOCUMENT_BYTES = 1 << 16  # text files are split into documents of at most this size
 
 
 class _Spans(Records):
     """Records that are byte ranges of their files."""
 
-    def __init__(self, files: Sequence[File]):
-        self.files = files
-        digest = hashlib.blake2b(digest_size=16)
-        spans = []
-        for file in files:
-            with file.open() as opened:
-                found = self._scan(opened, digest)
-            digest.update(file.size.to_bytes(8, "little"))
-            spans.append(np.array(found, np.int64).reshape(-1, 2))
-        self.counts = np.array([len(part) for part in spans], np.int64)
-        self._spans = np.concatenate(spans)
-        self.nbytes = int(self._spans[:, 1].sum())
-        self.digest = digest.hexdigest()
+    kind: Kind
 
-    def _scan(self, opened: BinaryIO, digest: hashlib.blake2b) -> array.array[int]:
-        """Returns start and length of each document, flattened, and updates the digest with the file."""
-        raise NotImplementedError
+    def __init__(self, files: Sequence[File], plain: Plain):
+        """Opens the files' index, which is made if there is none; `plain` decompresses them for that."""
+        self._index = open_index(files, self.kind, plain)
+        self.files = [
+            self._as_indexed(file, plain, row) for file, row in zip(files, self._index.files, strict=True)
+        ]
+        self.counts = self._index.counts
+        self.nbytes = self._index.nbytes
+        self.digest = hashlib.blake2b(self._index.files["digest"].tobytes(), digest_size=16).hexdigest()
+
+    def _as_indexed(self, file: File, plain: Plain, row: np.void) -> File:
+        """Returns the file with the copy that was indexed, if there was one."""
+        if any(key := row["copy"].tobytes()):
+            copy = find_copy(key.hex())
+            file = plain(file) if copy is None else dataclasses.replace(file, copy=copy)
+        if file.nbytes != row["read"]:
+            raise DataError(
+                f"{file.content}, which {file.path} was converted to, has changed; remove it, and start again"
+            )
+        return file
+
+    def earlier_digest(self) -> str:
+        return whole_digest(self.files)
 
     def _span(self, index: int) -> tuple[File, int, int]:
         file, _ = self.locate(index)
-        start, length = self._spans[index].tolist()
-        return self.files[file], start, length
+        return self.files[file], *self._index.span(file, index)
 
     def _line_location(self, file: File, end: int) -> str:
         """Returns `file:line` of byte number `end`."""
@@ -64,22 +71,7 @@ class _Spans(Records):
 class Text(_Spans):
     """Plain text: each file is split at line ends into documents of at most 64 kB."""
 
-    def _scan(self, opened: BinaryIO, digest: hashlib.blake2b) -> array.array[int]:
-        found = array.array("q")
-        start, rest = 0, opened.read(len(codecs.BOM_UTF8))
-        if rest == codecs.BOM_UTF8:
-            digest.update(rest)
-            start, rest = len(rest), b""
-        while piece := rest + opened.read(DOCUMENT_BYTES - len(rest)):
-            cut = len(piece)
-            if cut == DOCUMENT_BYTES:
-                cut = piece.rfind(b"\n", DOCUMENT_BYTES // 2) + 1 or _character_boundary(piece)
-            piece, rest = piece[:cut], piece[cut:]
-            digest.update(piece)
-            if piece.strip():
-                found.extend((start, len(piece)))
-            start += len(piece)
-        return found
+    kind = "text"
 
     def text(self, index: int) -> str:
         file, start, length = self._span(index)
@@ -90,44 +82,15 @@ class Text(_Spans):
             return decode(data, self._line_location(file, start + error.start))
 
 
-def _character_boundary(data: bytes) -> int:
-    """Returns the largest split point of UTF-8 data that does not split a character."""
-    for back in range(1, 5):
-        byte = data[-back]
-        if byte & 0xC0 != 0x80:  # first byte of a character of 1 to 4 bytes
-            length = 1 if byte < 0xC0 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return len(data) if length <= back else len(data) - back
-    return len(data)  # not UTF-8: reading the document reports it
-
-
 class JsonLines(_Spans):
     """JSON Lines, or an array of objects, with the text in `field`. Blank lines are ignored."""
 
-    def __init__(self, files: Sequence[File], field: str):
-        self._field = field
-        super().__init__(files)
+    kind = "jsonl"
 
-    def _scan(self, opened: BinaryIO, digest: hashlib.blake2b) -> array.array[int]:
-        beginning = opened.read(_BEGINNING)
-        start = len(codecs.BOM_UTF8) if beginning.startswith(codecs.BOM_UTF8) else 0
-        opened.seek(start)
-        digest.update(beginning[:start])
-        if beginning[start:].lstrip().startswith(b"["):
-            return _array_elements(opened, start, digest)
-        found = array.array("q")
-        length = 0
-        blank = True
-        for part in iter(lambda: opened.readline(1 << 20), b""):
-            digest.update(part)
-            length += len(part)
-            blank = blank and part.isspace()
-            if part.endswith(b"\n"):
-                if not blank:
-                    found.extend((start, length))
-                start, length, blank = start + length, 0, True
-        if length and not blank:
-            found.extend((start, length))
-        return found
+    def __init__(self, files: Sequence[File], plain: Plain, field: str):
+        """See `_Spans`; `field` has the text."""
+        self._field = field
+        super().__init__(files, plain)
 
     def text(self, index: int) -> str:
         return self._read(index, lambda data: text_field(data, self._field, ""))
@@ -148,49 +111,6 @@ class JsonLines(_Spans):
             return parse(file.read(start, length))
         except BadRecord as bad:
             raise BadRecord(bad.reason, self._line_location(file, start) + bad.message) from None
-
-
-def _array_elements(opened: BinaryIO, start: int, digest: hashlib.blake2b) -> array.array[int]:
-    """Returns start and length of each element of a JSON array, flattened.
-
-    Raises:
-      DataError: if the file is larger than can be held in memory, or not an array.
-    """
-    data = opened.read(_MAX_ARRAY_BYTES + 1)
-    if len(data) > _MAX_ARRAY_BYTES:
-        raise DataError(
-            f"{opened.name}: a JSON array of over {_MAX_ARRAY_BYTES} bytes; write an object a line (.jsonl)"
-        )
-    digest.update(data)
-    found, decoder = array.array("q"), json.JSONDecoder()
-    try:
-        text = data.decode()
-        position = text.index("[") + 1
-        read = start + position  # bytes; what precedes is ASCII
-        closed = text.startswith("]", begin := _skip_space(text, position))
-        while not closed:
-            _, end = decoder.raw_decode(text, begin)
-            read += len(text[position:begin].encode())
-            length = len(text[begin:end].encode())
-            found.extend((read, length))
-            read, position = read + length, end
-            after = _skip_space(text, end)
-            if text[after : after + 1] not in (",", "]"):
-                raise ValueError("an element is not followed by ',' or ']'")
-            closed, begin = text[after] == "]", _skip_space(text, after + 1)
-        if text[begin:].strip("] \t\r\n"):
-            raise ValueError("text follows the array")
-    except (ValueError, RecursionError) as error:
-        why = " ".join(str(error).split())[:80]
-        raise DataError(f"{opened.name}: not a JSON array ({why}); write it again") from None
-    return found
-
-
-def _skip_space(text: str, position: int) -> int:
-    """Returns the position of the next character that is not white space."""
-    while text[position : position + 1].isspace():
-        position += 1
-    return position
 
 
 def text_field(data: bytes, field: str, where: str) -> str:
@@ -219,10 +139,20 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
     Raises:
       BadRecord: if the data is not a JSON object.
     """
-    try:
-        value = json.loads(decode(data, where))
-    except (ValueError, RecursionError) as error:
-        raise BadRecord("not JSON", f"{where}: not JSON ({' '.join(str(error).split())[:80]})") from None
+    # A byte order mark begins each file, also of several joined into one.
+    value = parse_value(decode(data, where).removeprefix("\ufeff"), where)
     if not isinstance(value, dict):
         raise BadRecord("not an object", f"{where}: a JSON {type(value).__name__}, not an object")
     return value
+
+
+def parse_value(text: str, where: str) -> Any:
+    """Parses JSON.
+
+    Raises:
+      BadRecord: if the text is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRecord("not JSON", f"{where}: not JSON ({' '.join(str(error).split())[:80]})") from None

@@ -6,8 +6,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
-import numpy as np
-
 from llama_jax.chat import chat_template
 from llama_jax.errors import ConfigError, DataError, TokenizerError
 from llama_jax.tokenizer import Tokenizer
@@ -18,9 +16,11 @@ from .dataset import Data
 from .encode import Encoder
 from .examples import ExampleEncoder, ExampleSource
 from .formats import RecordFormats
-from .parts import split, validation_part
-from .records import BadRecord, bad_record_error, record_keys, validation_mask
+from .parts import split, validation_config, validation_part
+from .records import BadRecord, bad_record_error
+from .sharing import ALONE, Peers
 from .source import Source, open_records, open_source
+from .splitting import TrainingRecords, validation_records
 
 
 def open_data(
@@ -33,6 +33,7 @@ def open_data(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
+    peers: Peers = ALONE,
 ) -> Data:
     """Opens a run's data: finds, indexes and splits the files. Globs are relative to the current directory.
 
@@ -47,6 +48,7 @@ def open_data(
       batch_size: B, rows of a global batch.
       seed: of the data order.
       process_index, process_count: select this process's contiguous shard of the rows.
+      peers: the processes of the run, which encode the validation set together.
 
     Raises:
       ConfigError: for invalid sizes.
@@ -60,7 +62,7 @@ def open_data(
             f"train.global_batch_size is {batch_size}, which {process_count} processes do not divide; "
             "make it a multiple"
         )
-    encode = Encoder(tokenizer)
+    encode = Encoder(tokenizer, config.parse_special)
     open_one: Callable[[SourceConfig], Source | ExampleSource] = functools.partial(open_source, encode=encode)
     if objective != "pretrain":
         readers = _example_readers(config, encode, objective, seq_len)
@@ -69,8 +71,12 @@ def open_data(
     parts = [split(source, config, open_one(source)) for source in config.sources]
     validation_parts = []
     if config.validation_files:
-        source = dataclasses.replace(config.sources[0], files=config.validation_files, exclude=(), weight=1.0)
-        validation_parts = [validation_part(source, open_one(source), parts)]
+        source = validation_config(config)
+        try:
+            opened = open_one(source)
+        except DataError as error:
+            raise DataError(str(error).replace("data.files", "data.validation_files")) from None
+        validation_parts = [validation_part(source, opened, parts)]
     return Data(
         config,
         parts,
@@ -81,6 +87,7 @@ def open_data(
         batch_size=batch_size,
         seed=seed,
         local_rows=range(process_index * rows, (process_index + 1) * rows),
+        peers=peers,
     )
 
 
@@ -123,9 +130,9 @@ def train_texts(config: DataConfig) -> Iterator[str]:
     """
     for source in config.sources:
         records = open_records(source)
-        keys = record_keys([file.name for file in records.files], records.counts)
-        is_validation = validation_mask(keys, config.source_validation_fraction)
-        for index in np.flatnonzero(~is_validation).tolist():
+        names = [file.name for file in records.files]
+        validation = validation_records(names, records.counts, config.source_validation_fraction)
+        for index in TrainingRecords(len(records), validation):
             try:
                 yield records.text(index)
             except BadRecord as bad:

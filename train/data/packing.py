@@ -14,6 +14,7 @@ from .examples import EncodedExample
 
 OPEN_BINS = 8  # rows being filled at once: more waste less padding, and mix epochs further
 T = TypeVar("T")
+_Placed = tuple[tuple[int, int, int], EncodedExample]  # the source, the record's number, its part; the part
 
 
 class Bins(Generic[T]):
@@ -100,8 +101,8 @@ def pack_examples(
 ) -> Iterator[Sequence[tuple[EncodedExample, T]]]:
     """Packs a finite number of (example, payload) items into rows, each once."""
     bins: Bins[tuple[EncodedExample, T]] = Bins(seq_len)
-    for item in items:
-        if row := bins.add(len(item[0]), item):
+    for example, payload in items:
+        if row := bins.add(len(example), (example, payload)):
             yield row
     yield from bins.drain()
 
@@ -134,32 +135,45 @@ class _ExampleStream(Protocol):
 class PackedExamples(grain.DatasetIterator):
     """Infinite rows of whole examples.
 
-    Its state stays small: it lists the examples in open rows by number, and reads them rows on restore.
+    Its state stays small: it lists the examples of open and finished rows by number, and reads them on
+    restore.
     """
 
     def __init__(self, examples: _ExampleStream, seq_len: int):
         super().__init__()
         self._examples = examples
         self._seq_len = seq_len
-        self._bins: Bins[tuple[int, int, EncodedExample]] = Bins(seq_len)
+        self._bins: Bins[_Placed] = Bins(seq_len)
+        self._finished: list[list[_Placed]] = []  # a record whose turns are apart may finish several
 
     def __next__(self) -> dict[str, np.ndarray]:
-        full = None
-        while full is None:
-            item: Any = self._examples.next_item()
-            full = self._bins.add(len(item[2]), item)
-        return packed_row([example for _, _, example in full], self._seq_len)
+        while not self._finished:
+            source, number, item = self._examples.next_item()
+            for index, part in enumerate(item.parts()):
+                if row := self._bins.add(len(part), ((source, number, index), part)):
+                    self._finished.append(row)
+        return packed_row([example for _, example in self._finished.pop(0)], self._seq_len)
 
     def get_state(self) -> dict[str, Any]:
-        open_rows = [[[source, number] for source, number, _ in row] for row in self._bins.rows]
-        return {"parent_state": self._examples.get_state(), "open": open_rows}
+        state = {"parent_state": self._examples.get_state(), "open": _places(self._bins.rows)}
+        return {**state, "finished": _places(self._finished)} if self._finished else state
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._examples.set_state(state["parent_state"])
-        rows: list[list[tuple[int, int, Any]]] = [
-            [(source, number, self._examples.item(source, number)) for source, number in row]
-            for row in state["open"]
-        ]
-        if any(isinstance(item, str) for row in rows for _, _, item in row):
+        open_rows = self._read(state["open"])
+        self._bins = Bins(self._seq_len, [[(len(item[1]), item) for item in row] for row in open_rows])
+        self._finished = self._read(state.get("finished", []))
+
+    def _read(self, rows: list[list[list[int]]]) -> list[list[_Placed]]:
+        return [[self._part(*place) for place in row] for row in rows]
+
+    def _part(self, source: int, number: int, index: int = 0) -> _Placed:
+        item = self._examples.item(source, number)
+        if isinstance(item, str) or index >= len(parts := item.parts()):
             raise DataError("the checkpoint's data state is for other data; restore the original data")
-        self._bins = Bins(self._seq_len, [[(len(item[2]), item) for item in row] for row in rows])
+        return (source, number, index), parts[index]
+
+
+def _places(rows: list[list[_Placed]]) -> list[list[list[int]]]:
+    """Returns where the examples of rows come from; the first part of a record is not numbered."""
+    return [[list(place if place[2] else place[:2]) for place, _ in row] for row in rows]

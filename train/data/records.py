@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,6 +74,10 @@ class Records(abc.ABC):
         file = int(np.searchsorted(self._ends, index, side="right"))
         return file, index - int(self._ends[file] - self.counts[file])
 
+    def earlier_digest(self) -> str:
+        """Returns the digest by which earlier versions knew these files, which may read all of them."""
+        return self.digest
+
     @abc.abstractmethod
     def text(self, index: int) -> str:
         """Returns a document's text; an empty one is ignored.
@@ -93,6 +96,10 @@ class Records(abc.ABC):
         """
         return {"text": self.text(index)}
 
+    def select(self, columns: Sequence[str]) -> None:
+        """Lets `row` leave out other fields than `columns`, where that is cheaper."""
+        del columns
+
     def location(self, index: int) -> str:
         """Returns a record's file and number, for messages."""
         file, record = self.locate(index)
@@ -106,34 +113,6 @@ class TooLongRecord(BadRecord):
 def bad_record_error(message: str) -> str:
     """Returns the error message for a bad record that stops the run."""
     return f'{message}; fix it, or set data.bad_records = "skip"'
-
-
-def record_keys(names: Sequence[str], counts: np.ndarray) -> np.ndarray:
-    """Returns uint64 [records]: a hash of each record's file name and number, the same on every machine.
-
-    The hash is SplitMix64 with the record number as its counter (Steele et al., OOPSLA 2014).
-    """
-    hashed = (hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8) for name in names)
-    start = np.frombuffer(b"".join(name.digest() for name in hashed), "<u8")
-    first = np.cumsum(counts) - counts
-    number = (np.arange(counts.sum()) - np.repeat(first, counts) + 1).astype(np.uint64)
-    x = np.repeat(start, counts) + number * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def validation_mask(keys: np.ndarray, fraction: float) -> np.ndarray:
-    """Returns bool [records]: the validation records, selected by their keys alone.
-
-    With two or more records and `fraction` above 0, both splits have at least one record.
-    """
-    if not fraction or len(keys) < 2:
-        return np.zeros(len(keys), bool)
-    mask = keys < np.uint64(fraction * 2.0**64)
-    mask[np.argmin(keys)] = True
-    mask[np.argmax(keys)] = False
-    return mask
 
 
 def decode(data: bytes, where: str) -> str:

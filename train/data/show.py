@@ -10,20 +10,24 @@ from rich.text import Text
 
 from llama_jax.tokenizer import Tokenizer
 
+_SEPARATOR = "╎"  # rare in texts, unlike |
 _VISIBLE = {"\n": "↵\n", "\t": "⇥\t", "\r": "␍"}  # replacements for invisible characters
 
 
-def show_batch(batch: Mapping[str, np.ndarray], tokenizer: Tokenizer, console: Console) -> None:
+def show_batch(
+    batch: Mapping[str, np.ndarray], tokenizer: Tokenizer, console: Console, *, pairs: bool = False
+) -> None:
     """Prints the rows of a batch, segment by segment.
 
     Tokens that are trained on are green and underlined, in two alternating shades; the others are dim;
-    control tokens are reversed. Without color, tokens that are trained on are in ⟦brackets⟧, and | separates
-    tokens.
+    control tokens are reversed. Without color, tokens that are trained on are in ⟦brackets⟧, and ╎
+    separates tokens.
 
     Args:
       batch: `tokens`, `segment_ids`, int [B, T], and for finetuning `mask` and `value`.
       tokenizer: the model's.
       console: the output.
+      pairs: whether the segments are, in turn, a chosen and a rejected answer.
     """
     tokens, segments = np.asarray(batch["tokens"]), np.asarray(batch["segment_ids"])
     trained = np.asarray(batch.get("mask", segments > 0)) > 0
@@ -43,7 +47,10 @@ def show_batch(batch: Mapping[str, np.ndarray], tokenizer: Tokenizer, console: C
                 f", value {values[row, index[-1]]:g}" if values is not None and values[row, index[-1]] else ""
             )
             counts = f"{len(index)} tokens, {int(trained[row, index].sum())} trained on"
-            console.print(Text(f"  segment {segment}: {counts}{value}"), style="cyan")
+            title = f"segment {segment}"
+            if pairs:
+                title = f"pair {(segment + 1) // 2}, {'chosen' if segment % 2 else 'rejected'}"
+            console.print(Text(f"  {title}: {counts}{value}"), style="cyan")
             console.print(
                 _styled_tokens(tokens[row, index].tolist(), trained[row, index].tolist(), tokenizer, console),
                 soft_wrap=True,
@@ -58,7 +65,7 @@ def _styled_tokens(ids: list[int], trained: list[bool], tokenizer: Tokenizer, co
         previous = i and trained[i - 1]
         if plain:
             text.append(
-                "⟦" if train and not previous else "⟧" if previous and not train else "|" if i else ""
+                "⟦" if train and not previous else "⟧" if previous and not train else _SEPARATOR if i else ""
             )
         piece = "".join(
             _VISIBLE.get(c, c if c.isprintable() else repr(c)[1:-1]) for c in tokenizer.piece(token)

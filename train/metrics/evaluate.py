@@ -9,10 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from llama_jax import LlamaConfig, Sampling, generate
 from llama_jax.errors import ConfigError
@@ -26,6 +23,7 @@ from ..devices import compute_dtype
 from ..feed import Feed
 from ..objectives import make_metrics_fn
 from ..trainable import FULL_FINETUNING, Frozen, TrainableSpec, cast
+from .run_log import log_validation
 
 
 def make_eval_fn(
@@ -36,6 +34,8 @@ def make_eval_fn(
     feed: Feed,
     trainable_spec: TrainableSpec = FULL_FINETUNING,
     frozen: Frozen = None,
+    *,
+    log: Callable[[str], None] = lambda _: None,
 ) -> Callable[[Any], dict[str, float]]:
     """Makes the function from trainable parameters to metrics on the validation set.
 
@@ -45,6 +45,8 @@ def make_eval_fn(
 
     With several sources each gets its share of `eval.batches` by its weight; the metrics are their weighted
     means, and `eval_loss/FILES` is the loss of each.
+
+    What encoding the validation set took is logged, in the evaluations that encode any of it.
     """
     without_z_loss = dataclasses.replace(run, train=dataclasses.replace(run.train, z_loss=0.0))
     metrics_fn = jax.jit(trainable_spec.wrap(make_metrics_fn(without_z_loss, model, platform)))
@@ -70,13 +72,15 @@ def make_eval_fn(
         return means
 
     def evaluate(trainable: Any) -> dict[str, float]:
-        shares = data.validation_sources
+        shares, encoded = data.validation_sources, data.validation.cost.records
         results = {
             source: evaluate_source(
                 trainable, source if len(shares) > 1 else None, batches_of(run.eval.batches, share)
             )
             for source, share in shares.items()
         }
+        if data.validation.cost.records > encoded:
+            log_validation(data, log)
         results = {source: means for source, means in results.items() if means}
         if not results:
             return {}
@@ -113,7 +117,6 @@ def make_sample_fn(
     model: LlamaConfig,
     platform: str,
     tokenizer: Tokenizer,
-    mesh: Mesh | None,
     trainable_spec: TrainableSpec = FULL_FINETUNING,
     frozen: Frozen = None,
 ) -> Callable[[Any, jax.Array], str]:
@@ -125,7 +128,6 @@ def make_sample_fn(
       ConfigError: if the prompt alone fills the context.
     """
     config: EvalConfig = run.eval
-    batch_size = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]  # at least a row per device
     prompt = tokenizer.encode(config.prompt, add_bos=tokenizer.bos_id is not None)
     prompt = prompt or [*tokenizer.eos_ids, 0][:1]
     max_new_tokens = min(config.max_new_tokens, model.max_position_embeddings - len(prompt))
@@ -134,7 +136,10 @@ def make_sample_fn(
             f"eval.prompt has {len(prompt)} tokens and the model's context {model.max_position_embeddings}; "
             "shorten it"
         )
-    tokens = jnp.asarray(np.tile(np.array(prompt, np.int32), (batch_size, 1)))
+    unused = tuple(getattr(tokenizer, "unused_ids", ()))  # rows of a padded vocabulary
+    sampling = Sampling(temperature=config.temperature, suppress_tokens=unused)
+    tokens: Any = np.array([prompt], np.int32)  # the same in every process
+    length: Any = np.array([len(prompt)], np.int32)
     dtype = compute_dtype(run.train, platform)
 
     @jax.jit
@@ -146,19 +151,16 @@ def make_sample_fn(
             model,
             merged_params(trainable, frozen),
             tokens,
-            jnp.full(batch_size, len(prompt), jnp.int32),
+            length,
             key,
-            Sampling(temperature=config.temperature),
+            sampling,
             max_new_tokens=max_new_tokens,
             eos_id=tokenizer.eos_ids,
         )
-        ids, lengths = out.tokens, out.lengths
-        if jax.process_count() > 1:
-            ids, lengths = (multihost_utils.process_allgather(x, tiled=True) for x in (ids, lengths))
         # SentencePiece drops the first piece's leading space in decoding; a continuation must keep it.
         text = tokenizer.stream()
         text.extend(prompt)
-        new_ids = np.asarray(ids)[0, : int(np.asarray(lengths)[0])]
+        new_ids = np.asarray(out.tokens)[0, : int(np.asarray(out.lengths)[0])]
         return config.prompt + text.extend(new_ids) + text.flush()
 
     return sample

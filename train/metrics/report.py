@@ -10,13 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from llama_jax.console import terminal
+from llama_jax.errors import InputError, StoreError
+
+from ..checkpoints.atomic_write import write_atomically
 from ..config.log import LogConfig
+from .append_file import AppendFile
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 WANDB_ID_FILE = "wandb_id"
+_SPEED_SECONDS = 600.0  # of which the bar's time to go is estimated: many steps, even of a minute each
 # The metrics of an evaluation's log line, in this order, and their formats.
 _EVALUATION_FORMATS = {
     "eval_loss": ".4f",
@@ -39,6 +44,13 @@ class Report:
       start_step: the step that the run resumes after; records of later steps, which run again, are removed.
       is_primary: whether this is process 0.
       settings: the run's configuration, for W&B.
+
+    Attributes:
+      problem: what went wrong first in writing the metrics or the log, if anything: the run is to be saved
+        and stopped with it. What cannot be written after that is lost.
+
+    Raises:
+      InputError, StoreError: if the files cannot be written.
     """
 
     def __init__(
@@ -52,7 +64,8 @@ class Report:
         settings: Mapping[str, Any],
     ) -> None:
         self._is_primary = is_primary
-        self._console = Console(stderr=True, highlight=False)
+        self.problem: InputError | StoreError | BrokenPipeError | None = None
+        self._console = terminal.console(stderr=True)
         columns = (
             TextColumn("training"),
             BarColumn(),
@@ -61,23 +74,27 @@ class Report:
             TimeRemainingColumn(),
         )
         self._bar = Progress(
-            *columns, console=self._console, disable=not (is_primary and self._console.is_terminal)
+            *columns,
+            console=self._console,
+            disable=not (is_primary and self._console.is_terminal),
+            speed_estimate_period=_SPEED_SECONDS,
         )
         self._task = self._bar.add_task("", total=total_steps, completed=start_step, metrics="")
-        self._total_steps = total_steps
+        self._total_steps, self._log_every = total_steps, config.every
         self._run_dir = run_dir
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, AppendFile] = {}
         self._tensorboard: Any = None
         self._wandb: Any = None
         if not is_primary:
             return
         for name in (METRICS, EVALUATIONS):
             _truncate_after(run_dir / name, start_step)
-            self._files[name] = (run_dir / name).open("a", buffering=1, encoding="utf-8")
+            self._files[name] = AppendFile(run_dir / name)
+            self._files[name].append(b"")
         if config.tensorboard:
-            from tensorboardX import SummaryWriter
+            from .tensorboard import EventWriter
 
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+            self._tensorboard = EventWriter(run_dir / "tensorboard", start_step + 1, self.log)
         if config.wandb:
             self._wandb = _init_wandb(config.wandb, run_dir, settings)
 
@@ -86,13 +103,31 @@ class Report:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            self._bar.stop()
         for file in self._files.values():
             file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def flush(self) -> None:
+        """Writes what has been logged to where it is read after a kill: before a checkpoint is saved."""
+        for file in self._files.values():
+            try:
+                file.flush()
+            except StoreError as error:
+                self.problem = self.problem or error
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar."""
+        self._bar.update(self._task, completed=step)
+
+    def first_step(self, step: int, loss: float) -> None:
+        """Logs the first loss where no bar shows progress, as the first record may be far."""
+        if self._log_every > 1 and not self._console.is_terminal:
+            self.log(f"step {step}/{self._total_steps}  loss {loss:.4f}")
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Writes the metrics of the steps since the last record."""
@@ -122,11 +157,19 @@ class Report:
     def log(self, text: str) -> None:
         """Prints a line on stderr, above the progress bar."""
         if self._is_primary:
-            self._console.print(text, markup=False, soft_wrap=True)
+            try:
+                self._console.print(terminal.printable(text), markup=False, soft_wrap=True)
+            except BrokenPipeError as error:  # as in `train 2>&1 | head`
+                self.problem = self.problem or error
+            except OSError:  # the terminal is gone: SIGHUP stops the run, if anything
+                pass
 
     def _write(self, name: str, record: Mapping[str, Any]) -> None:
         if self._is_primary:
-            self._files[name].write(json.dumps(_finite(record), allow_nan=False) + "\n")
+            try:
+                self._files[name].append(json.dumps(_finite(record), allow_nan=False).encode() + b"\n")
+            except (InputError, StoreError) as error:
+                self.problem = self.problem or error
 
     def _track(self, group: str, record: Mapping[str, Any]) -> None:
         """Sends a record's numbers to TensorBoard and W&B; `eval_loss` is `eval/loss`, as in HF's Trainer."""
@@ -136,8 +179,7 @@ class Report:
             if name != "step" and isinstance(value, (int, float))
         }
         if self._tensorboard is not None:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, record["step"])
+            self._tensorboard.add_scalars(metrics, record["step"])
         if self._wandb is not None:
             self._wandb.log(metrics, step=record["step"])
 
@@ -156,11 +198,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def _truncate_after(path: Path, step: int) -> None:
     """Removes the records after `step`."""
-    if path.exists():
+    if path.is_file():
         kept = [record for record in read_records(path) if record["step"] <= step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        temporary.replace(path)
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
 def _finite(record: Mapping[str, Any]) -> dict[str, Any]:

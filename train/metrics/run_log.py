@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +13,18 @@ from jax.sharding import Mesh
 
 from llama_jax import LlamaConfig
 from llama_jax.console import terminal
+from llama_jax.errors import CheckpointError
+from llama_jax.eval.goodput import describe
 from llama_jax.weights.adapters import RUN_ADAPTER_DIR
+from llama_jax.weights.runs import BEST_METRIC, CHECKPOINTS, read_step_metadata, step_folders
 
 from ..config.objective import HEAD_OBJECTIVES
 from ..config.run import RunConfig
 from ..data import Data
 from ..devices import compute_dtype
 from ..trainable import Frozen
-from .plot import plot_losses
+from .clock import GoodputRecords
+from .plot import PLOT, plot_losses
 
 Log = Callable[[str], None]
 
@@ -29,15 +34,16 @@ def log_run(run: RunConfig, model: LlamaConfig, data: Data, mesh: Mesh | None, l
     facts = data.describe()
     axes = "" if mesh is None else " x ".join(f"{n} {s}" for n, s in mesh.shape.items() if s > 1)
     platform = jax.devices()[0].platform
+    simulated = "simulated " if platform == "cpu" and jax.local_device_count() > 1 else ""
     log(
         f"model: {model.num_params / 1e6:,.1f}M parameters, {model.num_hidden_layers} layers; vocabulary "
-        f"{model.vocab_size}"
+        f"{model.vocab_size}" + _context(model)
     )
     log(
         f"data: {facts['documents']} documents, {facts['validation_documents']} of them for validation, "
         f"{terminal.human_bytes(facts['bytes'])}"
     )
-    log_example_lengths(data, log)
+    log_examples(data, log)
     if 0 < run.optimizer.schedule_steps < run.train.steps and run.optimizer.schedule != "constant":
         log(
             f"the learning-rate schedule ends after step {run.optimizer.schedule_steps} of "
@@ -45,21 +51,45 @@ def log_run(run: RunConfig, model: LlamaConfig, data: Data, mesh: Mesh | None, l
         )
     log(
         f"step: {run.train.global_batch_size} x {run.train.seq_len} tokens in "
-        f"{compute_dtype(run.train, platform).name} on {jax.device_count()} {jax.devices()[0].device_kind} "
+        f"{compute_dtype(run.train, platform).name} on {jax.device_count()} {simulated}"
+        f"{jax.devices()[0].device_kind} "
         f"device{'s' * (jax.device_count() > 1)}{f' ({axes})' if axes else ''}"
     )
 
 
-def log_example_lengths(data: Data, log: Log) -> None:
-    """Logs the lengths of finetuning examples, the fraction of tokens in the loss, and skipped examples."""
-    sample = data.describe().get("sample")
-    if not sample or not sample["examples"]:
-        return
-    skipped = ", ".join(f"{count} {reason}" for reason, count in sample["skipped"].items())
+def _context(model: LlamaConfig) -> str:
+    """The context of a model whose frequencies are scaled; empty for another."""
+    scaling = model.rope_scaling
+    if scaling is None:
+        return ""
+    return f"; context {model.max_position_embeddings} ({scaling.kind}, factor {scaling.factor:g})"
+
+
+def log_examples(data: Data, log: Log) -> None:
+    """Logs the lengths of finetuning examples, the fraction of tokens in the loss, and skipped examples.
+
+    Of any data, the notes of `Data.describe`.
+    """
+    facts = data.describe()
+    sample = facts.get("sample")
+    if sample and sample["examples"]:
+        skipped = ", ".join(f"{count} {reason}" for reason, count in sample["skipped"].items())
+        log(
+            f"first {sample['examples']} examples: {sample['tokens'] / sample['examples']:.0f} tokens "
+            f"on average, at most {sample['longest']}; {sample['learned'] / sample['tokens']:.0%} of them "
+            "in the loss" + (f"; skipped: {skipped}" if skipped else "")
+        )
+    for note in facts["notes"]:
+        log(f"note: {note}")
+
+
+def log_validation(data: Data, log: Log) -> None:
+    """Logs what it took to encode the validation set."""
+    cost, processes = data.validation.cost, jax.process_count()
+    by = "" if processes == 1 else f" by this one of {processes} processes"
     log(
-        f"first {sample['examples']} examples: {sample['tokens'] / sample['examples']:.0f} tokens "
-        f"on average, at most {sample['longest']}; {sample['learned'] / sample['tokens']:.0%} of them in "
-        "the loss" + (f"; skipped: {skipped}" if skipped else "")
+        f"validation set: {cost.records} records encoded{by} in {cost.seconds:.1f} s, and kept in "
+        f"{terminal.human_bytes(data.validation.nbytes)}"
     )
 
 
@@ -70,9 +100,46 @@ def log_adapter(run: RunConfig, trainable: Any, frozen: Frozen, log: Log) -> Non
     count = sum(leaf.size for leaf in jax.tree.leaves(trainable))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(frozen["base"]))
     log(
-        f"{run.adapter.settings}: {count / 1e6:,.2f}M trainable parameters on a frozen base of "
+        f"{_adapter_settings(run)}: {count / 1e6:,.2f}M trainable parameters on a frozen base of "
         f"{terminal.human_bytes(size)}"
     )
+    if run.model.extends_context:
+        log(
+            "note: adapter formats do not record the context that the run extends; llama_jax reads it from "
+            "the run, and for other programs `llama-jax convert` merges the adapter into its base"
+        )
+
+
+def _adapter_settings(run: RunConfig) -> str:
+    """As in `lora, rank 8, alpha 16, target_modules *, dora`; what is off is left out."""
+    words: list[str] = [run.adapter.type]
+    for name, value in vars(run.adapter.settings).items():
+        if value is True:
+            words.append(name)
+        elif value is not False:
+            value = " ".join(value) if isinstance(value, tuple) else value
+            words.append(f"{name} {value if isinstance(value, str) else f'{value:g}'}")
+    return ", ".join(words)
+
+
+def log_best_step(run_dir: Path, log: Log) -> None:
+    """Logs which kept checkpoint has the lowest eval_loss, if that is not the last one."""
+    losses = {}
+    for step, folder in step_folders(run_dir).items():
+        with contextlib.suppress(CheckpointError):
+            losses[step] = read_step_metadata(folder).metrics.get(BEST_METRIC, math.inf)
+    best = min(losses, key=lambda step: (not math.isfinite(losses[step]), losses[step], -step), default=0)
+    if losses and math.isfinite(losses[best]) and best != max(losses):
+        log(
+            f"the lowest eval_loss of a kept checkpoint, {losses[best]:.4f}, is that of step {best}: "
+            f"{run_dir / CHECKPOINTS / str(best)} is that model, {run_dir} the last one"
+        )
+
+
+def log_goodput(records: GoodputRecords, log: Log) -> None:
+    """Logs what the wall time of all starts of the run was spent on."""
+    if (goodput := records.goodput()) is not None:
+        log(describe(goodput))
 
 
 def log_results(run: RunConfig, run_dir: Path, data: Data, log: Log) -> None:
@@ -81,8 +148,11 @@ def log_results(run: RunConfig, run_dir: Path, data: Data, log: Log) -> None:
     if not math.isnan(unigram_loss):  # there is a validation set
         log(f"eval_loss of a unigram model of the same tokens: {unigram_loss:.4f}")
     if run.log.plot:
-        path = plot_losses(run_dir, unigram_loss)
-        log(f"loss plot: {path}" if path else "loss plot: needs pip install 'llama-jax[plot]'")
+        try:
+            path = plot_losses(run_dir, unigram_loss)
+            log(f"loss plot: {path}" if path else "loss plot: needs pip install 'llama-jax[plot]'")
+        except OSError as error:
+            log(f"loss plot: {run_dir / PLOT} cannot be written: {error.strerror}")
     if run.adapter.type != "none":
         library = "AdapterHub" if run.adapter.type == "bottleneck" else "PEFT"
         log(f"the adapter is in {run_dir / RUN_ADAPTER_DIR}, in {library} format")

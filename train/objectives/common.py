@@ -62,6 +62,18 @@ def segment_cumsum(values: jax.Array, ids: jax.Array) -> jax.Array:
     return jax.lax.associative_scan(combine, (ids != previous, values), axis=1)[1]
 
 
+def segment_lengths(segment_ids: jax.Array) -> jax.Array:
+    """f32 [B, T]: the number of tokens of the segment that each token belongs to.
+
+    Args:
+      segment_ids: int [B, T]; padding, id 0, counts as segments too.
+    """
+    ids = unshard_sequence(segment_ids)
+    ones = jnp.ones_like(ids, jnp.float32)
+    up_to, from_there = segment_cumsum(ones, ids), segment_cumsum(ones, ids[:, ::-1])[:, ::-1]
+    return up_to + from_there - 1
+
+
 def segment_ends(ids: jax.Array) -> jax.Array:
     """bool [B, T]: the last token of each segment; padding, id 0, has none."""
     following = jnp.concatenate([ids[:, 1:], jnp.full_like(ids[:, :1], -1)], axis=1)

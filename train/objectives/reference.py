@@ -22,13 +22,10 @@ from rich.progress import Progress
 
 from llama_jax import LlamaConfig, sharding
 from llama_jax.errors import DataError
-from llama_jax.text.pretrained import open_model
-from llama_jax.weights.adapters import adapter_folder
 
 from ..checkpoints.atomic_write import write_atomically
 from ..config.run import RunConfig
 from ..data import Data
-from ..data.files import File, sampled_digest
 from ..devices import compute_dtype
 from ..feed import Feed
 from ..trainable import TrainableSpec
@@ -46,6 +43,7 @@ def reference_logprobs(
     feed: Feed,
     trainable_spec: TrainableSpec,
     *,
+    base: str | None,
     initial_params: Callable[[], Any],
     stop: Callable[[], int],
     log: Callable[[str], None],
@@ -58,6 +56,7 @@ def reference_logprobs(
     Args:
       run, model, platform, data, feed, trainable_spec: of the run.
       run_dir: its directory.
+      base: the fingerprint of the initial weights; None if they are random.
       initial_params: returns the initial parameters; called only if something has to be computed.
       stop: returns the signal that asked any process to stop, or 0; every process calls it.
       log: called with status messages.
@@ -71,7 +70,7 @@ def reference_logprobs(
     """
     is_primary, path, fingerprint, table = jax.process_index() == 0, run_dir / REFERENCE_FILE, "", None
     if is_primary:
-        fingerprint = _fingerprint(run, model, platform, data, trainable_spec)
+        fingerprint = _fingerprint(run, model, platform, data, trainable_spec, base)
         table = _read(path, fingerprint, data.records, log)
     table = _broadcast(table, data.records)
     if table is not None:
@@ -124,28 +123,21 @@ def _compute(
 
 
 def _fingerprint(
-    run: RunConfig, model: LlamaConfig, platform: str, data: Data, trainable_spec: TrainableSpec
+    run: RunConfig,
+    model: LlamaConfig,
+    platform: str,
+    data: Data,
+    trainable_spec: TrainableSpec,
+    base: str | None,
 ) -> str:
-    """A hash of everything that determines the values: pairs, initial weights, base and compute dtypes.
-
-    Weight files are hashed by their sizes and samples.
-    """
-    digest = hashlib.blake2b(digest_size=16)
+    """A hash of everything that determines the values: pairs, initial weights, base and compute dtypes."""
     dtypes = [
         compute_dtype(run.train, platform).name,
         trainable_spec.adapter is not None and trainable_spec.base,
     ]
-    inputs = [data.pairs_fingerprint, dataclasses.asdict(model), dtypes]
-    digest.update(json.dumps(inputs if run.model.init_from else [*inputs, run.train.seed]).encode())
-    if run.model.init_from:
-        opened = open_model(run.model.init_from)
-        weight_files = {info.file for info in opened.source.tensors.values()}
-        for path in [*sorted(weight_files), *map(adapter_folder, opened.adapters)]:
-            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                if file.is_file():
-                    info = file.stat()
-                    digest.update(sampled_digest(File(str(file), file.name, info.st_size, info.st_mtime_ns)))
-    return digest.hexdigest()
+    weights = run.train.seed if base is None else base
+    inputs = [data.pairs_fingerprint, dataclasses.asdict(model), dtypes, weights]
+    return hashlib.blake2b(json.dumps(inputs).encode(), digest_size=16).hexdigest()
 
 
 def _encode(fingerprint: str, table: np.ndarray) -> bytes:

@@ -41,6 +41,9 @@ class TransformersModel:
         tensor = self.state[leaf.name("hf", layer)].float().numpy()  # torch cannot convert bfloat16 to numpy
         return np.asarray(tensor.astype(self.dtype(leaf, layer), copy=False))
 
+    def read_rows(self, leaf: Leaf, layer: int | None, begin: int, end: int) -> np.ndarray:
+        return self.read(leaf, layer)[begin:end]
+
     def run(self, tokens: np.ndarray) -> RecordedRun:
         """Runs the model on tokens int [T] and records the residual stream after each layer."""
         torch = importlib.import_module("torch")

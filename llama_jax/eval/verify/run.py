@@ -26,11 +26,10 @@ from llama_jax.eval.verify.report import (
 )
 from llama_jax.eval.verify.stream import LayerwiseRun, Run
 from llama_jax.eval.verify.text import encode_text
-from llama_jax.text.pretrained import DTYPES, Progress, resolve
-from llama_jax.weights import open_source
+from llama_jax.text.pretrained import DTYPES, Progress, open_model, resolve
 from llama_jax.weights.compare import TensorDifference, compare_configs, compare_tensor, stored_type
 from llama_jax.weights.names import LEAVES, SCORE, Leaf
-from llama_jax.weights.tensors import StoredTensors, Tensors
+from llama_jax.weights.tensors import Tensors
 
 Backend = Literal["llama_jax", "transformers"]
 
@@ -43,6 +42,7 @@ def compare(
     *,
     b_backend: Backend = "llama_jax",
     text: str | None = None,
+    tokenizer: str | Path | None = None,
     outputs: bool = True,
     dtype: str = "float32",
     tolerance: float = 0.0,
@@ -60,6 +60,8 @@ def compare(
       b: a known name or a path; for transformers, a Hugging Face directory.
       b_backend: the program that runs `b`.
       text: input text, of which the first 512 tokens are used; None is a built-in passage of English.
+      tokenizer: the tokenizer of the text for both models, whose own are then not compared: a path or a known
+        name.
       outputs: whether to run the models; otherwise only configurations and tensors are compared.
       dtype: dtype of the computation: float32, bfloat16 or float16.
       tolerance: allowed difference of two tensors, relative to the largest absolute value of the tensor.
@@ -94,8 +96,15 @@ def compare(
                     "language model; compare two models of the same kind"
                 )
         outputs = False  # they do not predict tokens
-    tokenizer_dirs = models[0].tokenizer_dir, models[1].tokenizer_dir
-    encoded = encode_text(text, tokenizer_dirs, configs) if outputs else None
+    given = None if tokenizer is None else resolve(tokenizer)
+    encoded = None
+    if outputs:
+        encoded = encode_text(
+            text, (given or models[0].tokenizer_dir, given or models[1].tokenizer_dir), configs
+        )
+    if encoded is not None and given is not None:
+        note = f"encoded with {given}; the models' own tokenizers were not compared"
+        encoded = dataclasses.replace(encoded, differences=None, notes=(*encoded.notes, note))
     runs = None
     if encoded is not None and configs[0].vocab_size == configs[1].vocab_size:
         ids = np.array(encoded.ids, np.int32)
@@ -129,10 +138,11 @@ class _Model:
 
 
 def _open(name_or_path: str | Path, dtype: str) -> _Model:
-    source = open_source(resolve(name_or_path))
-    run = functools.partial(LayerwiseRun, source.config, dtype=jnp.dtype(dtype))
-    side = Side(str(source.path), source.format)
-    return _Model(side, source.tokenizer_dir or source.path, StoredTensors(source), run)
+    opened = open_model(name_or_path)  # of a run that trains an adapter, the base with the adapter
+    source, tensors = opened.source, opened.plain_tensors()
+    run = functools.partial(LayerwiseRun, tensors.config, dtype=jnp.dtype(dtype))
+    side = Side(str(resolve(name_or_path) if opened.adapters else source.path), source.format)
+    return _Model(side, source.tokenizer_dir or source.path, tensors, run)
 
 
 def _open_with_transformers(name_or_path: str | Path, dtype: str) -> _Model:

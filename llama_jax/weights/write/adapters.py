@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from llama_jax.adapters.lora import Lora
 from llama_jax.adapters.prefix import Prefix
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError
+from llama_jax.storage import StorePath, as_path
 from llama_jax.weights.adapters import CONFIG
 from llama_jax.weights.derived import Head
+from llama_jax.weights.run_adapters import ORIGIN
 from llama_jax.weights.source import os_error_reason
 from llama_jax.weights.write import adapterhub, peft
+from llama_jax.weights.write.small_files import json_file
 from llama_jax.weights.write.staging import sync_path
 
 
@@ -28,6 +32,7 @@ def save_adapter(
     base_model: str | None = None,
     replace: bool = False,
     head: Head | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes an adapter: LoRA and prefixes in PEFT's format, bottleneck adapters in AdapterHub's.
 
@@ -40,6 +45,7 @@ def save_adapter(
       base_model: path or Hub name of the base model, for PEFT's `AutoPeftModel`.
       replace: replace an existing adapter.
       head: the classification or reward head trained with the adapter.
+      origin: of a training run's adapter, the step and the base model's relative path, see `run_adapters`.
 
     Returns:
       `path`.
@@ -48,7 +54,7 @@ def save_adapter(
       CheckpointError: if `path` exists (with `replace`, if it is not an adapter), or on a file system error.
       ConfigError: if the adapter does not fit the base model.
     """
-    target = Path(path)
+    target = as_path(path)
     adapters.check(settings, config, adapter)
     if target.exists() and not (replace and (target / CONFIG).is_file()):
         raise CheckpointError(f"{target}: already exists; remove it, or give another path to write to")
@@ -59,6 +65,12 @@ def save_adapter(
             files = peft.prefix_files(settings, adapter, config, base_model, head)
         case Bottleneck():
             files = adapterhub.bottleneck_files(settings, adapter, config, base_model, head)
+    if origin is not None:
+        files[ORIGIN] = json_file(origin)
+    if isinstance(target, StorePath):
+        for name in sorted(files, key=lambda name: name == CONFIG):  # by which a reader finds the others
+            (target / name).write_bytes(files[name])
+        return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as staging_dir:

@@ -20,7 +20,7 @@ from flax.traverse_util import unflatten_dict
 
 from llama_jax.config import LlamaConfig
 from llama_jax.weights.names import Leaf, leaves
-from llama_jax.weights.orbax import array_spec, silence_orbax_log, single_line_errors
+from llama_jax.weights.orbax_tree import array_spec, silence_orbax_log, single_line_errors
 from llama_jax.weights.runs import PARAMS
 from llama_jax.weights.tensors import Tensors
 from llama_jax.weights.write.cast import cast

@@ -12,10 +12,12 @@ from llama_jax.adapters.prefix import Prefix
 from llama_jax.config import LlamaConfig
 from llama_jax.ops.adapted import PROJECTIONS
 from llama_jax.weights import adapter_head
+from llama_jax.weights.adapter_file import WEIGHTS
 from llama_jax.weights.adapters import CONFIG
 from llama_jax.weights.derived import Head
 from llama_jax.weights.names import LEAVES
-from llama_jax.weights.peft import LORA_A, LORA_B, LORA_MAGNITUDE, NAME_PREFIX, WEIGHTS
+from llama_jax.weights.peft import LORA_A, LORA_B, LORA_MAGNITUDE
+from llama_jax.weights.peft_modules import NAME_PREFIX
 from llama_jax.weights.peft_prefix import PROMPT_EMBEDDINGS
 from llama_jax.weights.write.small_files import json_file, safetensors_file
 

@@ -1,20 +1,27 @@
-"""A staging directory beside the output path, renamed to it when the output is complete."""
+"""A staging directory beside the output path, renamed to it when the output is complete.
+
+An object store has no renaming, nor writing in any order: its staging directory is on the disk, and uploaded.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from llama_jax.errors import CheckpointError
+from llama_jax.errors import CheckpointError, StoreError
+from llama_jax.storage import StorePath, local_file, upload
+from llama_jax.storage.cache import cache_folder
 from llama_jax.weights.source import os_error_reason
 
 SUFFIX = ".partial"
 JOURNAL = "journal.jsonl"
 _DATA, _LOCK = "data", "lock"
+_LAST = ("_METADATA", "params.json", "config.json")  # uploaded after all else: what tells a format
 
 
 @contextlib.contextmanager
@@ -22,7 +29,7 @@ def staged(target: Path, single_file: str | None = None) -> Iterator[Path]:
     """Context manager for a directory that is renamed to `target` if the block ends without an error.
 
     After an error, or if the process is killed, `target` does not exist, and the files are kept in
-    `<target>.partial` for the next attempt.
+    `<target>.partial` for the next attempt; of a target in an object store in the cache.
 
     Args:
       target: the output path, which must not exist.
@@ -35,11 +42,16 @@ def staged(target: Path, single_file: str | None = None) -> Iterator[Path]:
       CheckpointError: if `target` exists, `<target>.partial` is not a staging directory, another process is
         writing it, or on a file system error.
     """
-    partial = target.with_name(target.name + SUFFIX)
-    data = partial / _DATA
+    partial = _staging_folder(target)
+    data, complete = partial / _DATA, False
     with _locked(partial, target):
         try:
             yield data
+            if isinstance(target, StorePath):
+                _check_absent(target)
+                upload(data / (single_file or ""), target, last=_LAST)
+                complete = True
+                return
             for path in sorted(data.rglob("*")):
                 sync_path(path)
             sync_path(data)
@@ -51,8 +63,14 @@ def staged(target: Path, single_file: str | None = None) -> Iterator[Path]:
                 f"{target}: cannot be written: {os_error_reason(error)}; partial output is kept in {partial};"
                 " run the same command to resume"
             ) from error
+        except StoreError as error:
+            raise StoreError(
+                f"{error}; what was written is kept in {partial}: run the same command to resume",
+                transient=error.transient,
+            ) from error
         finally:
-            if target.exists() or not any(path.is_file() for path in data.rglob("*")):
+            complete = complete or (local_file(target) and target.exists())
+            if complete or not any(path.is_file() for path in data.rglob("*")):
                 _remove(partial)
 
 
@@ -81,9 +99,26 @@ def _locked(partial: Path, target: Path) -> Iterator[None]:
         yield
 
 
+def _staging_folder(target: Path) -> Path:
+    """Returns the staging directory of an output: beside it, or in the cache if it is in an object store."""
+    if not isinstance(target, StorePath):
+        return target.with_name(target.name + SUFFIX)
+    key = hashlib.sha256(str(target).encode()).hexdigest()[:16]
+    return cache_folder() / "uploads" / f"{target.name}-{key}{SUFFIX}"
+
+
 def _check_absent(target: Path) -> None:
-    if os.path.lexists(target):
+    if _exists(target):
         raise CheckpointError(f"{target}: already exists; remove it, or give another path to write to")
+
+
+def _exists(target: Path) -> bool:
+    """Whether an output exists; what an interrupted upload has left of this one in a store does not count."""
+    if not isinstance(target, StorePath):
+        return os.path.lexists(target)
+    if _staging_folder(target).exists():
+        return target.is_file() or any((target / name).is_file() for name in _LAST)
+    return target.exists()
 
 
 def _check_staging(partial: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.train.data import Data, DataConfig, open_data
+from llama_jax.train.prepare.steps import prepare
 from tests.tokenizer import vocabularies
 
 Open = Callable[..., Data]
@@ -76,12 +80,59 @@ def write_arrayrecord(folder: Path, texts: Sequence[str], wrap: bool = False) ->
     return f"{folder}/*.arrayrecord"
 
 
+def write_gzip(folder: Path, texts: Sequence[str]) -> str:
+    write_jsonl(folder, texts)
+    for path in folder.glob("*.jsonl"):
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    return f"{folder}/*.jsonl.gz"
+
+
+def write_csv(folder: Path, texts: Sequence[str]) -> str:
+    folder.mkdir(parents=True)
+    with (folder / "a.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file).writerows([("id", "text"), *enumerate(texts)])
+    return f"{folder}/*.csv"
+
+
+def write_dataset(folder: Path, rows: Sequence[dict[str, object]]) -> str:
+    """Writes a folder as `datasets.Dataset.save_to_disk` does, in two files."""
+    import pyarrow as pa
+
+    folder.mkdir(parents=True)
+    table = pa.Table.from_pylist(list(rows))
+    names = [f"data-0000{i}-of-00002.arrow" for i in range(2)]
+    for i, name in enumerate(names):
+        part = table.slice(i * (len(table) // 2), None if i else len(table) // 2)
+        with pa.OSFile(str(folder / name), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(part, max_chunksize=7)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    (folder / "dataset_info.json").write_text(json.dumps({"features": {}}, indent=2))
+    return str(folder)
+
+
+def write_arrow(folder: Path, texts: Sequence[str]) -> str:
+    return write_dataset(folder, [{"id": i, "text": text} for i, text in enumerate(texts)])
+
+
 WRITERS = {
     "text": write_text,
     "jsonl": write_jsonl,
+    "gzip": write_gzip,
+    "csv": write_csv,
     "parquet": write_parquet,
+    "arrow": write_arrow,
     "arrayrecord": write_arrayrecord,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of decompressed and converted files."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("LLAMA_JAX_CACHE", str(folder))
+        yield folder / "data"
 
 
 @pytest.fixture(scope="session")
@@ -91,11 +142,18 @@ def corpora(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> dict[
     return {name: write(folder / name, texts) for name, write in WRITERS.items()}
 
 
+def prepared(out: Path, tokenizer: Tokenizer, files: str = "", **settings: object) -> list[dict[str, Any]]:
+    """Prepares data in this process; takes `seed`, `prepare.Settings`, and any argument of DataConfig."""
+    seed, how = settings.pop("seed", 0), settings.pop("settings", None)
+    config = DataConfig(files=files, **settings)  # type: ignore[arg-type]
+    return prepare(config, tokenizer, out, seed=seed, settings=how)  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def opened(tokenizer: Tokenizer) -> Open:
     """Opens data with small sizes; takes `files` and any argument of DataConfig and open_data."""
     defaults = {"seq_len": 64, "batch_size": 4, "seed": 0}
-    names = (*defaults, "process_index", "process_count", "objective")
+    names = (*defaults, "process_index", "process_count", "objective", "peers")
 
     def open_(files: str = "", **settings: object) -> Data:
         sizes = {name: settings.pop(name) for name in names if name in settings}

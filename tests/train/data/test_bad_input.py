@@ -81,8 +81,10 @@ def test_a_glob_that_matches_nothing(opened, tmp_path, monkeypatch):
     )
     assert_refused(r"no file matches data\.files = '/none/x'; check the path", lambda: opened("/none/x"))
     (tmp_path / "folder").mkdir()
+    assert_refused(r"'folder' is a directory, .*: it has no files; check the path", lambda: opened("folder"))
+    (tmp_path / "folder" / "a.py").write_text("x = 1\n" * 100)
     assert_refused(
-        r"'folder' is a directory .*; to match its files use 'folder/\*\*/\*'", lambda: opened("folder")
+        r"'folder' is a directory, .*; to match its files use 'folder/\*\*/\*'", lambda: opened("folder")
     )
     assert_refused(r"folder/tokens\.json cannot be read", lambda: opened("folder", format="tokens"))
 

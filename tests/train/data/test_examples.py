@@ -55,7 +55,7 @@ CASES = [
         "<s> 2 + 2 = ",
         "four</s>",
     ),  # the space stays with the prompt
-    ({"prompt": "un", "completion": "happy </s>"}, "<s> un", "happy </s></s>"),
+    ({"prompt": "un", "completion": "happy </s>"}, "<s> un", "happy </s>"),  # one EOS
     ({"prompt": "", "completion": "all"}, "<s>", "all</s>"),
     ({"text": "all of it"}, "<s>", "all of it</s>"),
 ]
@@ -147,7 +147,7 @@ def test_a_template_timeout_is_retried(llama2, monkeypatch):
         return encode_turns(*args, **settings)
 
     expected = decode_segments(llama2, encoded(llama2, "sft", {"messages": HI}))
-    monkeypatch.setattr("llama_jax.train.data.examples.encode_turns", encode)
+    monkeypatch.setattr("llama_jax.train.data.sides.encode_turns", encode)
     assert decode_segments(llama2, encoded(llama2, "sft", {"messages": HI})) == expected
     late += [TokenizerError("took more than 2 s")] * 2
     with pytest.raises(BadRecord, match="took more than 2 s"):

@@ -131,16 +131,14 @@ def test_numbers():
 MESSAGES = [
     ([], "no messages", "field 'messages' is empty"),
     ("hi", "no messages", "of type str, not a list"),
-    (
-        [message("tool", "a"), *HI],
-        "unknown role",
-        r"messages\[0\]: role is 'tool'; it must be system, user, assis",
-    ),
+    ([message("User", "a"), *HI], "unknown role", r"messages\[0\]: role is 'User'; did you mean 'user'\?"),
+    ([message("a b", "a"), *HI], "unknown role", r"messages\[0\]: role is 'a b'; it must be a name such as"),
     ([message("user", "a"), message("user", "b")], "no assistant turn", "no assistant turn to train on"),
     ([*HI, message("user", "a"), message("assistant", " \n")], "empty answer", "an empty assistant turn"),
     ([*HI, "a"], "malformed message", r"messages\[2\] is str; it must have a role and a content"),
     ([*HI, {"role": "user"}], "malformed message", r"messages\[2\] is \['role'\]; it must have"),
-    ([*HI, {**HI[0], "name": "x"}], "malformed message", r"messages\[2\] is \['role', 'content', 'name'\]"),
+    ([*HI, {**HI[1], "weight": 2}], "malformed message", r"messages\[2\]: weight is 2; it must be 0, not"),
+    ([*ASK, {**HI[1], "weight": 0}], "no assistant turn", "no assistant turn to train on: each has weight 0"),
     ([*HI, message("user", 3)], "malformed message", r"messages\[2\]: content is of type int"),  # type: ignore[arg-type]
     ([message("user", "\ud800"), *YES], "lone surrogate", r"messages\[0\]: content has a lone surrogate"),
 ]
@@ -223,7 +221,7 @@ BAD = [
         "sft",
         {"txt": "a"},
         "unknown record format",
-        "its fields are 'txt', .* for sft needs: messages; conversations; prompt and",
+        "its fields are 'txt', .* for sft needs: input_ids; messages; conversations; prompt and",
     ),
     (
         "dpo",
@@ -267,7 +265,7 @@ def test_another_format_further_down_names_the_line(opened, tmp_path):
 def test_an_unknown_format_stops_the_run(opened, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('\n{"txt": "a"}\n')
-    message = r"a\.jsonl:2: its fields are 'txt', and a record for sft needs: messages; .*; text$"
+    message = r"a\.jsonl:2: its fields are 'txt', and a record for sft needs: input_ids; .*; text$"
     for bad_records in ("fail", "skip"):
         with pytest.raises(DataError, match=message):
             opened(str(path), objective="sft", bad_records=bad_records)
@@ -281,7 +279,7 @@ def test_an_unknown_format_stops_the_run(opened, tmp_path):
         ({"labels": ["a", "a"]}, r"data\.labels is \['a', 'a'\]; use a list"),
         ({"labels": "ab"}, r"data\.labels is 'ab'; use a list"),
         ({"template": None}, r"data\.template is None; it must be a string"),
-        ({"validation_files": 3}, r"data\.validation_files is 3; it must be a string"),
+        ({"validation_files": 3}, r"data\.validation_files is 3; use a file, or a glob"),
     ],
 )
 def test_settings_that_cannot_work(settings, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import time
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 from llama_jax.errors import ConfigError, DataError
 from llama_jax.train.data import SourceConfig
 from llama_jax.train.data.packing import OPEN_BINS, Bins
+from llama_jax.train.prepare import command
+from tests.train.data.conftest import prepared, write_dataset
 from tests.train.data.test_batches import take
 
 NAMES = {"tokens", "segment_ids", "positions", "mask", "value"}
@@ -55,6 +58,11 @@ def write(path, rows):
         pq.write_table(
             pa.Table.from_pylist([{"id": i, **row} for i, row in enumerate(rows)]), path, row_group_size=7
         )
+    elif path.suffix == ".arrow":
+        write_dataset(path, [{"id": i, **row} for i, row in enumerate(rows)])
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([list(rows[0]), *(row.values() for row in rows)])
     elif path.suffix == ".arrayrecord":
         from array_record.python import array_record_module
 
@@ -73,7 +81,7 @@ def files(tmp_path_factory):
     return {
         (kind, suffix): write(folder / f"{kind}.{suffix}", records(kind))
         for kind in KINDS
-        for suffix in ("jsonl", "parquet", "arrayrecord")
+        for suffix in ("jsonl", "parquet", "arrayrecord", "arrow", "csv")
     }
 
 
@@ -164,7 +172,8 @@ def test_each_epoch_has_every_example_once_and_uncut(finetuning_data, kind):
 def test_every_file_format_gives_the_same_batches(finetuning_data, kind):
     lines, *others = (
         take(finetuning_data(kind, suffix, shuffle=False, validation_fraction=0).train(), 4)
-        for suffix in ("jsonl", "parquet", "arrayrecord")
+        for suffix in ("jsonl", "parquet", "arrayrecord", "arrow", "csv")
+        if (kind, suffix) != ("chat", "csv")  # a field of CSV is text
     )
     for other in others:
         assert_same(other, lines)
@@ -316,9 +325,9 @@ def test_nothing_but_too_long_examples(finetuning_data):
 
 
 def test_a_bad_example_stops_the_run_or_is_counted(finetuning_data, tmp_path):
-    rows = [*records("chat")[:9], {"messages": [{"role": "robot", "content": "x"}]}]
+    rows = [*records("chat")[:9], {"messages": [{"role": "User", "content": "x"}]}]
     path = write(tmp_path / "a.jsonl", rows)
-    message = r"a\.jsonl:10: messages\[0\]: role is 'robot'; .*; fix it, or set data\.bad_records = \"skip\"$"
+    message = r"a\.jsonl:10: messages\[0\]: role is 'User'; .*; fix it, or set data\.bad_records = \"skip\"$"
     with pytest.raises(DataError, match=message):
         take(finetuning_data("chat", files=path, validation_fraction=0).train(), 6)
     batches = finetuning_data("chat", files=path, validation_fraction=0, bad_records="skip").train()
@@ -347,22 +356,17 @@ def test_messages_where_there_is_no_template(finetuning_data):
 
 
 def test_a_folder_of_token_ids_has_no_examples(finetuning_data, corpora, tokenizer, tmp_path):
-    from llama_jax.train.data.encode import Encoder
-    from llama_jax.train.data.write import write_tokens
-
-    write_tokens(SourceConfig(corpora["text"]), Encoder(tokenizer), tmp_path / "ids")
+    prepared(tmp_path / "ids", tokenizer, corpora["text"])
     with pytest.raises(DataError, match="is a folder of token ids; use the text"):
         finetuning_data(files=str(tmp_path / "ids"))
 
 
 def test_examples_cannot_be_tokenized_ahead_of_time(tmp_path):
-    from llama_jax.train.data.__main__ import main
-
     (tmp_path / "run.toml").write_text('[train]\nobjective = "sft"\n')
     with pytest.raises(
         ConfigError, match=r'train\.objective is "sft", whose examples are tokenized during training'
     ):
-        main([str(tmp_path / "run.toml"), str(tmp_path / "out")])
+        command.run([str(tmp_path / "run.toml"), str(tmp_path / "out")])
 
 
 def test_a_parquet_file_that_lacks_a_column_of_the_first(finetuning_data, tmp_path):

@@ -61,10 +61,10 @@ def known(data):
     """The record of each pair, by its tokens."""
     found, start = {}, 0
     for part in data._all_parts:
-        usable = [i for i in range(len(part.source.keys)) if start + i in USABLE]
+        usable = [i for i in range(len(part.source)) if start + i in USABLE]
         for i in usable:
             found[tuple(tuple(s.ids.tolist()) for s in part.source.example(i).segments)] = start + i
-        start += len(part.source.keys)
+        start += len(part.source)
     assert len(found) == len(USABLE)
     return found
 

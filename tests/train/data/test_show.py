@@ -18,9 +18,9 @@ def smollm2_vocabulary(smollm2_path: Path) -> Tokenizer:
     return load_tokenizer(smollm2_path)
 
 
-def shown(batch, tokenizer, **settings) -> str:
+def shown(batch, tokenizer, pairs=False, **settings) -> str:
     file = io.StringIO()
-    show_batch(batch, tokenizer, Console(file=file, width=80, **settings))
+    show_batch(batch, tokenizer, Console(file=file, width=80, **settings), pairs=pairs)
     return file.getvalue()
 
 
@@ -42,9 +42,15 @@ def test_without_color_trained_tokens_are_in_brackets(batch, smollm2_vocabulary)
     lines = shown(batch, smollm2_vocabulary, color_system=None).splitlines()
     assert lines[0] == f"row 0: 2 segments, {batch['tokens'].size - 3} tokens, 3 trained on, 3 padding"
     assert lines[1] == "  segment 1: 6 tokens, 2 trained on"
-    assert lines[2:5] == ["<|im_start|>|a|↵", "⟦ b|<|im_end|>⟧↵", ""]
+    assert lines[2:5] == ["<|im_start|>╎a╎↵", "⟦ b╎<|im_end|>⟧↵", ""]
     assert lines[5].endswith("1 trained on, value -1.5")
-    assert lines[6] == " [|bold|]|x⟦ é⟧"
+    assert lines[6] == " [╎bold╎]╎x⟦ é⟧"
+
+
+def test_pairs_are_named(batch, smollm2_vocabulary):
+    lines = shown(batch, smollm2_vocabulary, color_system=None, pairs=True).splitlines()
+    assert lines[1] == "  pair 1, chosen: 6 tokens, 2 trained on"
+    assert lines[5].startswith("  pair 1, rejected: ")
 
 
 def test_with_color_trained_tokens_are_underlined(batch, smollm2_vocabulary):
@@ -58,4 +64,4 @@ def test_pretraining_trains_on_all_but_the_first_token_of_each_segment(batch, sm
     plain = {name: batch[name] for name in ("tokens", "segment_ids")}
     lines = shown(plain, smollm2_vocabulary, color_system=None).splitlines()
     assert lines[1] == "  segment 1: 6 tokens, 5 trained on"
-    assert lines[2] == "<|im_start|>⟦a|↵"
+    assert lines[2] == "<|im_start|>⟦a╎↵"

@@ -1,27 +1,24 @@
-"""Every file format gives the same documents, and pretokenized data gives the same batches."""
+"""Every file format gives the same documents."""
 
 from __future__ import annotations
 
 import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from llama_jax.errors import ConfigError, DataError
+from llama_jax.errors import DataError
 from llama_jax.tokenizer import load_tokenizer
 from llama_jax.train.data import DataConfig, SourceConfig, train_texts
-from llama_jax.train.data.__main__ import main, tokenize
 from llama_jax.train.data.encode import Encoder
-from llama_jax.train.data.lines import DOCUMENT_BYTES
+from llama_jax.train.data.pieces import DOCUMENT_BYTES
 from llama_jax.train.data.records import BadRecord
-from llama_jax.train.data.source import open_records, open_source
-from llama_jax.train.data.write import write_tokens
+from llama_jax.train.data.source import open_records
 from tests.tokenizer.conftest import KINDS
 from tests.train.data.conftest import WRITERS, write_arrayrecord, write_parquet
-from tests.train.data.test_batches import assert_same, take
+from tests.train.data.test_batches import take
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -46,11 +43,12 @@ def test_every_format_trains_and_evaluates(opened, corpora, texts, name):
     assert next(data.validation_batches())["tokens"].any()
 
 
-@pytest.mark.parametrize("name", ["parquet", "arrayrecord"])
+@pytest.mark.parametrize("name", ["parquet", "arrow", "arrayrecord"])
 def test_evaluation_can_read_while_training_prefetches(corpora, texts, name, monkeypatch):
     """Threads share open files and decoded row groups, here with a cache of two."""
     small_windows(monkeypatch, 1)
     monkeypatch.setattr("llama_jax.train.data.tables._OPEN_FILES", 1)
+    monkeypatch.setattr("llama_jax.train.data.arrow._MAPS", 1)
     records = open_records(SourceConfig(corpora[name]))
     with ThreadPoolExecutor(4) as pool:
         orders = [range(60), range(59, -1, -1)] * 6
@@ -116,67 +114,6 @@ def test_documents_are_bos_ids_eos(tokenizer, vocabulary_paths):
     assert Encoder(tokenizer)("the fox").tolist() == [1, *tokenizer.encode("the fox", add_bos=False), 2]
     without_bos = load_tokenizer(vocabulary_paths["gguf-bpe"])
     assert Encoder(without_bos)("fox").tolist() == [*without_bos.encode("fox"), without_bos.eos_id]
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_pretokenized_data_gives_the_same_batches(tmp_path, corpora, opened, tokenizer, name):
-    out = tmp_path / "tokens"
-    result = write_tokens(SourceConfig(corpora[name]), Encoder(tokenizer), out)
-    assert result["documents"] == 60
-    text, tokens = (opened(files, validation_fraction=0.2) for files in (corpora[name], str(out)))
-    assert tokens.fingerprint == text.fingerprint
-    assert_same(take(tokens.train(), 12), take(text.train(), 12))
-    for one, other in zip(text.validation_batches(), tokens.validation_batches(), strict=True):
-        assert one.pop("bytes") == other.pop("bytes")
-        assert_same([one], [other])
-
-
-def test_a_pretokenized_mixture_gives_the_same_batches(tmp_path, corpora, opened, tokenizer, capsys):
-    names, weights, out = ("parquet", "jsonl"), (1.0, 2.5), tmp_path / "out"
-    sources = tuple(SourceConfig(corpora[n], weight=w) for n, w in zip(names, weights, strict=True))
-    tokenize(DataConfig(mixture=sources), tokenizer, out)
-    assert "60 documents" in capsys.readouterr().err
-    written = tuple(SourceConfig(str(out / str(i)), weight=w) for i, w in enumerate(weights))
-    text, tokens = (opened(mixture=mixture) for mixture in (sources, written))
-    assert tokens.fingerprint == text.fingerprint
-    assert_same(take(tokens.train(), 12), take(text.train(), 12))
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_the_command_reads_a_runs_configuration(tmp_path, corpora, vocabulary_paths, opened, capsys):
-    (tmp_path / "run.toml").write_text(f'[data]\nfiles = "{corpora["text"]}"\nvalidation_fraction = 0.2\n')
-    words = [str(tmp_path / "run.toml"), str(tmp_path / "out")]
-    with pytest.raises(ConfigError, match=r"tokenizer\.path is not set; train a vocabulary with"):
-        main(words)
-    main([*words, "--tokenizer.path", str(vocabulary_paths["sentencepiece"]), "--tokenizer.vocab_size", "0"])
-    assert f"train with data.files = '{tmp_path}/out'" in capsys.readouterr().err
-    text, tokens = opened(corpora["text"]), opened(str(tmp_path / "out"))
-    assert_same(take(tokens.train(), 3), take(text.train(), 3))
-
-
-def test_several_shards_of_token_ids(tmp_path, corpora, tokenizer, monkeypatch):
-    monkeypatch.setattr("llama_jax.train.data.write.SHARD_BYTES", 1000)
-    write_tokens(SourceConfig(corpora["jsonl"]), Encoder(tokenizer), tmp_path / "tokens")
-    assert len(list((tmp_path / "tokens").glob("*.arrayrecord"))) > 3
-    encode = Encoder(tokenizer)
-    text = open_source(SourceConfig(corpora["jsonl"]), encode)
-    tokens = open_source(SourceConfig(str(tmp_path / "tokens")), encode)
-    tokens.document(0)
-    tokens = pickle.loads(pickle.dumps(tokens))  # as sent to a worker process
-    for i in range(60):
-        assert tokens.document(i).ids.tolist() == text.document(i).ids.tolist()
-        assert tokens.document(i).nbytes == text.document(i).nbytes
-
-
-def test_records_skipped_in_pretokenizing_stay_skipped(tmp_path, opened, tokenizer, texts):
-    path = tmp_path / "a.jsonl"
-    lines = [json.dumps({"text": text}) for text in texts]
-    lines[5] = "{"
-    path.write_text("\n".join(lines))
-    result = write_tokens(SourceConfig(str(path)), Encoder(tokenizer), tmp_path / "t", bad_records="skip")
-    assert result["skipped"] == {"not JSON": 1}
-    text, tokens = opened(str(path), bad_records="skip"), opened(str(tmp_path / "t"))
-    assert_same(take(tokens.train(), 12), take(text.train(), 12))
 
 
 def small_windows(monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:
@@ -261,51 +198,3 @@ def test_an_element_that_is_no_object_is_a_bad_record(tmp_path):
 def test_a_byte_order_mark_is_not_text(tmp_path):
     (tmp_path / "a.txt").write_text("\ufeffHello", encoding="utf-8")
     assert open_records(SourceConfig(str(tmp_path / "a.txt"))).text(0) == "Hello"
-
-
-def test_ids_of_another_tokenizer_are_refused(tmp_path, corpora, tokenizer, vocabulary_paths, opened):
-    write_tokens(SourceConfig(corpora["text"]), Encoder(tokenizer), tmp_path / "t")
-    other = load_tokenizer(vocabulary_paths["json-llama"])
-    with pytest.raises(DataError, match=r"/t was written with another tokenizer; write it again") as raised:
-        opened(str(tmp_path / "t"), tokenizer=other)
-    assert "\n" not in str(raised.value)
-
-
-def test_a_folder_of_token_ids_is_created_atomically(tmp_path, tokenizer):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "fine"}\n{"text": 3}\n')
-    out = tmp_path / "deep" / "tokens"
-    with pytest.raises(DataError, match=r"a\.jsonl:2: field 'text' is of type int"):
-        write_tokens(SourceConfig(str(path)), Encoder(tokenizer), out)
-    assert list(out.parent.iterdir()) == []
-    write_tokens(SourceConfig(str(path)), Encoder(tokenizer), out, bad_records="skip")
-    with pytest.raises(DataError, match=r"tokens exists; use another name"):
-        write_tokens(SourceConfig(str(path)), Encoder(tokenizer), out, bad_records="skip")
-
-
-def damage_index(folder: Path, **changes: object) -> None:
-    index = json.loads((folder / "tokens.json").read_text())
-    (folder / "tokens.json").write_text(json.dumps({**index, **changes}))
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda folder: (folder / "tokens.json").write_text("{"), r"tokens\.json is not JSON"),
-        (lambda folder: (folder / "tokens.json").write_text("[]"), r"was not written by this version"),
-        (lambda folder: damage_index(folder, version=99), r"was not written by this version"),
-        (lambda folder: damage_index(folder, shards=[["../x", 1, 1]]), r"was not written by this version"),
-        (lambda folder: damage_index(folder, files=[["x", 3]]), r"tokens\.json is inconsistent with"),
-        (lambda folder: (folder / "tokens-00000.arrayrecord").unlink(), r"cannot be read \(No such file"),
-        (
-            lambda folder: (folder / "tokens-00000.arrayrecord").write_bytes(b"x"),
-            r"has 1 bytes, and had 1310",
-        ),
-    ],
-)
-def test_a_damaged_folder_of_ids(tmp_path, corpora, tokenizer, opened, damage, message):
-    write_tokens(SourceConfig(corpora["text"]), Encoder(tokenizer), tmp_path / "t")
-    damage(tmp_path / "t")
-    with pytest.raises(DataError, match=message) as raised:
-        opened(str(tmp_path / "t"))
-    assert "\n" not in str(raised.value)

@@ -1,0 +1,167 @@
+"""Time of a training step's computation, by arithmetic: each part by the roofline that binds it.
+
+FLOPs are those of the products and attention kernels that the compiled step runs: forward, backward, and what
+the remat policy recomputes. Bytes are those that elementwise passes read and write in HBM.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+from llama_jax.plan.calibration import ADAPTED, calibration
+from llama_jax.plan.chips import CHIPS
+from llama_jax.plan.inputs import StepInputs
+from llama_jax.plan.memory import SAVED, saved_elements, trained_per_chip
+from llama_jax.plan.result import Part
+from llama_jax.plan.weights import layer_matrices, layer_size, table_size
+
+# Parts of the computation, by the names that compiled plans give them too.
+ATTENTION, FEED_FORWARD, PROJECTIONS = "attention kernels", "feed-forward products", "attention projections"
+
+# Products of a tile of queries by one of keys: in the forward kernel; in the backward kernels, one for dq and
+# one for dk and dv, or a single one for all.
+FORWARD_PRODUCTS, SPLIT_PRODUCTS, FUSED_PRODUCTS = 2, 7, 5
+# Passes over [tokens, D] arrays in a layer, in bytes of the compute dtype: norms, rotary embedding, residual
+# sums; forward, and backward. The same over [tokens, F] of SwiGLU.
+_NARROW = {"forward": 10, "backward": 16}
+_WIDE = {"forward": 3, "backward": 6}
+_SAVED_PASSES = 2  # a saved tensor is copied into its stack, and out of it
+_TILE_OVERHEAD = 1 / 6  # of a tile of 1024, over its products
+_LOGIT_BYTES = 24  # of passes over a chunk's logits, per logit
+_STEP_PASSES = 9  # AdamW in f32: reads p, m, v, g and the norm's g; writes p, m, v; scales
+_ACCUMULATION_PASSES = 3
+
+
+def attention_block(inputs: StepInputs) -> int:
+    """The side of an attention kernel's tile: as `ops.splash_attention` chooses it, unless it is given."""
+    return inputs.attention_block or _default_block(_chunk(inputs))
+
+
+def _default_block(length: int) -> int:
+    return math.gcd(length, 2048 if length >= 8192 else 1024)
+
+
+def _chunk(inputs: StepInputs) -> int:
+    """Tokens of a kernel's row; in zig-zag order over `context`, those of one of a device's two parts."""
+    chunks = inputs.mesh["context"] * (2 if inputs.mesh["context"] > 1 else 1)
+    return max(-(-inputs.seq_len // chunks // 128), 1) * 128
+
+
+def _backward_products(inputs: StepInputs) -> int:
+    """As `ops.splash_attention.block_sizes`: one kernel where there are few columns of tiles."""
+    columns = _chunk(inputs) // attention_block(inputs)
+    return FUSED_PRODUCTS if columns <= (8 if inputs.mesh["context"] > 1 else 4) else SPLIT_PRODUCTS
+
+
+def tile_work(inputs: StepInputs) -> float:
+    """Time of the kernels' tiles over that of whole rows in tiles of the default size.
+
+    With those the kernels' share of peak is measured. Of tiles on the diagonal, half is masked; and each tile
+    costs a third of a microsecond, beside two of products at 1024 (`ops.splash_attention.block_size`).
+    """
+
+    def work(block: int) -> float:
+        return (1 + block / inputs.seq_len) * (1 + _TILE_OVERHEAD * (1024 / block) ** 2)
+
+    return work(attention_block(inputs)) / work(_default_block(-(-inputs.seq_len // 128) * 128))
+
+
+def layer_product_flops(inputs: StepInputs, names: Collection[str]) -> tuple[float, float]:
+    """FLOPs of a layer's products with these matrices on a device in a microbatch: forward, backward.
+
+    What the backward pass recomputes is counted with it.
+    """
+    recomputed = set() if inputs.remat == "none" else _recomputed(inputs.remat)
+    forward = backward = 0.0
+    for matrix in layer_matrices(inputs.model):
+        if matrix.name in names:
+            product = 2 * inputs.micro_tokens * matrix.size / inputs.mesh["tensor"]
+            forward += product
+            backward += product * (1 if inputs.frozen else 2) + product * (matrix.saved in recomputed)
+    return forward, backward
+
+
+def _recomputed(remat: str) -> set[str]:
+    """The results of products that the backward pass computes again."""
+    return {"q", "k", "v", "residual", "gate", "up"} - set(SAVED[remat])
+
+
+def layer_attention_flops(inputs: StepInputs) -> tuple[float, float]:
+    """FLOPs of one layer's attention kernels on a device in a microbatch: forward, backward; masked ones not.
+
+    The ring over `context` has equal work on every device (`ops.ring_attention`).
+    """
+    model = inputs.model
+    heads = model.num_attention_heads / inputs.mesh["tensor"]
+    product = inputs.micro_tokens * inputs.seq_len * heads * model.head_dim  # causal: half of T x T
+    backward = inputs.attention_backward or _backward_products(inputs)
+    again = FORWARD_PRODUCTS if "attention" not in SAVED[inputs.remat] else 0
+    return FORWARD_PRODUCTS * product, (backward + again) * product
+
+
+def layer_bytes(inputs: StepInputs) -> tuple[float, float]:
+    """HBM bytes of one layer's elementwise passes on a device in a microbatch: forward, backward."""
+    model, size = inputs.model, inputs.compute_bytes
+    tensor = inputs.mesh["tensor"]
+    narrow, wide = model.hidden_size / tensor, model.intermediate_size / tensor
+    saved = saved_elements(model, inputs.remat, tensor)
+    passes = {
+        name: _NARROW[name] * narrow + _WIDE[name] * wide + _SAVED_PASSES * saved
+        for name in ("forward", "backward")
+    }
+    again = 0.0 if inputs.remat == "none" else 6 * narrow
+    return (
+        inputs.micro_tokens * size * passes["forward"],
+        inputs.micro_tokens * size * (passes["backward"] + again),
+    )
+
+
+def products_share(inputs: StepInputs) -> float:
+    """Share of peak that matrix products reach."""
+    known = calibration(inputs.topology.kind)
+    share = known.products[inputs.scoped_vmem_kib > 0]
+    return share * ADAPTED if inputs.frozen else share
+
+
+def plan_compute(inputs: StepInputs) -> tuple[Part, ...]:
+    """The parts of a step's computation on one chip."""
+    known, chip = calibration(inputs.topology.kind), CHIPS[inputs.topology.kind]
+    layers = inputs.model.num_hidden_layers * inputs.accumulation
+    # Of one device.
+    bandwidth = known.elementwise[inputs.scoped_vmem_kib > 0] * chip.hbm_bandwidth / chip.devices
+    peak, count = chip.peak_flops / chip.devices, chip.devices
+    share = products_share(inputs)
+    forward = 2 if inputs.reference else 1  # passes forward
+
+    def product(name: str, names: Collection[str]) -> Part:
+        once, backward = layer_product_flops(inputs, names)
+        flops = layers * (once * forward + backward)
+        return Part(name, flops / (share * peak), flops * count)
+
+    kernels = layer_attention_flops(inputs)
+    kernel_flops = layers * (kernels[0] * forward + kernels[1])
+    kernel_seconds = kernel_flops * tile_work(inputs) / (chip.kernel_share * peak)
+    moved = layer_bytes(inputs)
+    passes = layers * (moved[0] * forward + moved[1])
+    tokens = inputs.micro_tokens * inputs.accumulation
+    table = table_size(inputs.model) / inputs.mesh["tensor"]
+    logit_flops = 2 * tokens * table * ((2 if inputs.frozen else 3) + forward - 1)
+    logit_bytes = tokens * inputs.model.vocab_size / inputs.mesh["tensor"] * _LOGIT_BYTES
+    logit_seconds = logit_flops / (share * peak) + logit_bytes / bandwidth
+    state = _STEP_PASSES * 4 * trained_per_chip(inputs)
+    if inputs.accumulation > 1:
+        state += inputs.accumulation * _ACCUMULATION_PASSES * 4 * trained_per_chip(inputs)
+    parts = [
+        product(FEED_FORWARD, ("w_gate", "w_up", "w_down")),
+        product(PROJECTIONS, ("wq", "wk", "wv", "wo")),
+        Part(ATTENTION, kernel_seconds, kernel_flops * count),
+        Part("elementwise", passes / bandwidth, hbm_bytes=passes * count, bound="hbm"),
+        Part("output projection and loss", logit_seconds, logit_flops * count, logit_bytes * count),
+        Part("optimizer", state / bandwidth, hbm_bytes=state * count, bound="hbm"),
+    ]
+    if inputs.frozen and inputs.base_bytes < 1:  # all layers' weights, in the forward and the backward pass
+        weights = layers * layer_size(inputs.model) / inputs.mesh["tensor"] * (forward + 1)
+        seconds = weights * count / known.dequantized
+        parts.append(Part("dequantization", seconds, hbm_bytes=3 * weights * count, bound="hbm"))
+    return tuple(parts)

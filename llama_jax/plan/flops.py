@@ -1,0 +1,46 @@
+"""FLOPs of a training step per token, for model FLOPs utilization (MFU)."""
+
+from __future__ import annotations
+
+from llama_jax.config import LlamaConfig
+
+
+def flops_per_token(
+    model: LlamaConfig, seq_len: int, *, causal: bool, frozen: bool = False, reference: bool = False
+) -> float:
+    """FLOPs of the forward and backward pass per token, without rematerialization.
+
+    6 per weight of a matrix product (including the output projection, not the embedding lookup), and
+    12 L N H T for attention's two products (PaLM, arXiv 2204.02311, appendix B), half of that if `causal`: a
+    token attends to half of the sequence on average. Both conventions are in use; compare like with like.
+
+    Args:
+      model: the model's configuration.
+      seq_len: T.
+      causal: whether to count attention's masked half not at all.
+      frozen: base weights are frozen under an adapter: no weight gradients, so 4 per weight instead of 6; the
+        adapter's own weights are not counted.
+      reference: a reference model's forward pass runs beside the policy's: 2 more per weight, and 4 L N H T.
+    """
+    lookup_only = model.has_output or model.labels  # a tied embedding is also the output projection
+    embedding = model.vocab_size * model.hidden_size if lookup_only else 0
+    norms = (2 * model.num_hidden_layers + 1) * model.hidden_size
+    weights = model.num_params - embedding - norms
+    attention = (
+        (16 if reference else 12)
+        * model.num_hidden_layers
+        * model.num_attention_heads
+        * model.head_dim
+        * seq_len
+    )
+    return (6 - 2 * frozen + 2 * reference) * weights + attention * (0.5 if causal else 1.0)
+
+
+def flops_by_attention(
+    model: LlamaConfig, seq_len: int, *, frozen: bool, reference: bool
+) -> dict[str, float]:
+    """`flops_per_token` by how attention is counted: `causal` or `full`."""
+    return {
+        name: flops_per_token(model, seq_len, causal=name == "causal", frozen=frozen, reference=reference)
+        for name in ("causal", "full")
+    }

@@ -1,0 +1,125 @@
+"""What the cost of a training step depends on: the input of the arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import ConfigError
+from llama_jax.plan.chips import CHIPS
+from llama_jax.plan.topology import Topology
+
+
+@dataclasses.dataclass(frozen=True)
+class StepInputs:
+    """A training step, as far as its cost goes.
+
+    Attributes:
+      model: of which the step trains all weights, or an adapter.
+      topology: the slices.
+      mesh: sizes of the axes `data`, `fsdp`, `context` and `tensor`, whose product is the number of devices.
+      global_batch_size: sequences a step.
+      seq_len: T, tokens a sequence.
+      steps: of the whole run.
+      accumulation: microbatches a step.
+      remat: a policy of `memory.SAVED`.
+      loss_chunks: chunks of T in which logits are computed.
+      compute_bytes: of a number in activations and products: 2 in bfloat16.
+      optimizer_bytes: of optimizer state per trained parameter; 8 with AdamW.
+      gradient_bytes: of a gradient summed over `data`.
+      trained: number of trained parameters if the base is frozen; None: all.
+      base_bytes: of a frozen base weight, scales included; of its gathered form too.
+      reference: whether a reference model runs forward in each step.
+      reference_bytes: of a reference weight that the step holds beside the trained ones; 0 if it is the base.
+      ema: whether the state has a moving average of the trained parameters too.
+      attention_block: side of an attention kernel's tile; 0: as `ops.splash_attention` chooses it.
+      attention_backward: products of attention's backward kernels: 5 in one kernel, 7 in two; 0: as
+        `ops.splash_attention` chooses them.
+      scoped_vmem_kib: the compiler's `xla_tpu_scoped_vmem_limit_kib`; 0: its default.
+
+    Raises:
+      ConfigError: for a mesh of another number of chips, or a batch, length or model that it does not divide.
+    """
+
+    model: LlamaConfig
+    topology: Topology
+    mesh: Mapping[str, int]
+    global_batch_size: int
+    seq_len: int
+    steps: int = 1
+    accumulation: int = 1
+    remat: str = "full"
+    loss_chunks: int = 8
+    compute_bytes: float = 2.0
+    optimizer_bytes: float = 8.0
+    gradient_bytes: float = 4.0
+    trained: int | None = None
+    base_bytes: float = 2.0
+    reference: bool = False
+    reference_bytes: float = 0.0
+    ema: bool = False
+    attention_block: int = 0
+    attention_backward: int = 0
+    scoped_vmem_kib: int = 0
+
+    def __post_init__(self) -> None:
+        chip = CHIPS.get(self.topology.kind)
+        if chip is None:
+            raise ConfigError(f"chip {self.topology.kind!r} is unknown; plan for {', '.join(CHIPS)}")
+        if math.prod(self.mesh.values()) != self.topology.chips * chip.devices:
+            shape = " x ".join(f"{name} {size}" for name, size in self.mesh.items())
+            raise ConfigError(f"mesh {shape} is not the {self.topology.chips} chips of {self.topology.name}")
+        if self.global_batch_size % (self.accumulation * self.batch_shards):
+            raise ConfigError(
+                f"train.global_batch_size {self.global_batch_size} does not divide into "
+                f"{self.accumulation} microbatches over data x fsdp of size {self.batch_shards}"
+            )
+        for axes, dimensions in self._sharded().items():
+            shards = math.prod(self.mesh[axis] for axis in axes)
+            for name, size in dimensions.items():
+                if size % shards:
+                    raise ConfigError(f"{name} {size} does not divide over mesh.{' x '.join(axes)} {shards}")
+        context = self.mesh["context"]
+        if context > 1 and self.seq_len % (2 * context):
+            raise ConfigError(
+                f"train.seq_len {self.seq_len} is not a multiple of twice mesh.context {context}"
+            )
+        if self.mesh["data"] % self.topology.slices:
+            raise ConfigError(
+                f"mesh.data is {self.mesh['data']}, which is not a multiple of {self.topology.slices} slices"
+            )
+
+    def _sharded(self) -> dict[tuple[str, ...], dict[str, int]]:
+        """The dimensions that each axis divides, as in `sharding.check_mesh`."""
+        names = ("vocab_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+        return {
+            ("fsdp", "context"): {"hidden_size": self.model.hidden_size},
+            ("tensor",): {name: getattr(self.model, name) for name in names},
+        }
+
+    @property
+    def batch_shards(self) -> int:
+        """The number of devices that have batch rows of their own."""
+        return self.mesh["data"] * self.mesh["fsdp"]
+
+    @property
+    def frozen(self) -> bool:
+        """Whether only an adapter is trained."""
+        return self.trained is not None
+
+    @property
+    def micro_rows(self) -> int:
+        """Sequences, or parts of them under `context`, of a device in a microbatch."""
+        return self.global_batch_size // self.accumulation // self.batch_shards
+
+    @property
+    def micro_tokens(self) -> float:
+        """Tokens of a device in a microbatch."""
+        return self.micro_rows * self.seq_len / self.mesh["context"]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step, of all devices."""
+        return self.global_batch_size * self.seq_len

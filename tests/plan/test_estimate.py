@@ -1,0 +1,148 @@
+"""The arithmetic of a step's cost: laws, closed forms, and the compiler's numbers beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+
+from benchmarks import plan_accuracy
+from llama_jax.config import presets
+from llama_jax.errors import ConfigError
+from llama_jax.ops.remat import Remat
+from llama_jax.plan.estimate import estimate
+from llama_jax.plan.inputs import StepInputs
+from llama_jax.plan.memory import SAVED
+from llama_jax.plan.topology import Topology
+from llama_jax.plan.weights import layer_size, parameters_per_chip, table_size
+
+MODEL = presets.LLAMA2_70B
+
+
+def mesh(**sizes: int) -> dict[str, int]:
+    return {"data": 1, "fsdp": 1, "context": 1, "tensor": 1} | sizes
+
+
+def step(topology: str = "v5p:4x4x4", **changes: object) -> StepInputs:
+    given = {"mesh": mesh(fsdp=64), "global_batch_size": 256, "seq_len": 4096, "accumulation": 4}
+    return StepInputs(MODEL, Topology.parse(topology), **(given | {"remat": "save_projections"} | changes))
+
+
+def moved(inputs: StepInputs, kind: str, axes: str) -> float:
+    return sum(one.bytes for one in estimate(inputs).traffic if (one.kind, one.axes) == (kind, axes))
+
+
+def test_memory_falls_with_fsdp():
+    peaks = [
+        estimate(step(f"v5p:4x4x{side}", mesh=mesh(fsdp=16 * side), global_batch_size=64 * side)).memory.peak
+        for side in (4, 8, 16)
+    ]
+    assert peaks == sorted(peaks, reverse=True)
+    assert len(set(peaks)) == 3
+
+
+def test_memory_is_flat_when_context_and_length_grow_together():
+    plans = [
+        estimate(
+            step(
+                mesh=mesh(fsdp=8, context=8 // 2**k, data=2**k),
+                seq_len=131072 // 2**k,
+                accumulation=1,
+                global_batch_size=16 * 2**k,
+                attention_block=1024,
+            )
+        )
+        for k in range(3)
+    ]
+    activations = {plan.memory.activations for plan in plans}
+    assert len(activations) == 1
+
+
+@pytest.mark.parametrize("remat", SAVED)
+def test_every_policy_has_a_plan_whose_parts_add_up(remat):
+    plan = estimate(step(remat=remat))
+    memory = plan.memory
+    parts = memory.parameters + memory.optimizer + memory.gradients + memory.activations + memory.temporaries
+    assert memory.peak == pytest.approx(parts)
+    assert plan.step_seconds == pytest.approx(
+        plan.compute_seconds + plan.exposed_seconds + plan.launch_seconds
+    )
+    # Products alone compute the model's FLOPs and what is recomputed.
+    assert sum(part.flops for part in plan.parts) * plan.chips > plan.model_flops
+    assert 0 < plan.mfu <= plan.mfu_without_waiting < plan.mfu_full_attention * 1.2
+
+
+def test_every_remat_policy_of_a_run_is_in_the_table():
+    assert set(get_args(Remat)) <= set(SAVED)
+
+
+def test_more_saved_is_more_memory_and_less_time():
+    chain = ["full", "attention", "save_projections", "save_dots"]
+    plans = [estimate(step(remat=remat)) for remat in chain]
+    assert [p.memory.activations for p in plans] == sorted(p.memory.activations for p in plans)
+    flops = [sum(part.flops for part in plan.parts) for plan in plans]
+    assert flops == sorted(flops, reverse=True)
+
+
+def test_bytes_over_fsdp_are_the_closed_form():
+    """Two gathers of every layer in bf16, one of each table, and one scatter in f32, in each microbatch."""
+    layers, table, share = MODEL.num_hidden_layers * layer_size(MODEL), table_size(MODEL), 63 / 64
+    inputs = step()
+    assert moved(inputs, "all-gather", "fsdp") == pytest.approx(4 * 2 * (2 * layers + 2 * table) * share)
+    assert moved(inputs, "reduce-scatter", "fsdp") == pytest.approx(4 * 4 * (layers + 2 * table) * share)
+    assert moved(dataclasses.replace(inputs, accumulation=2), "all-gather", "fsdp") == pytest.approx(
+        moved(inputs, "all-gather", "fsdp") / 2
+    )
+
+
+def test_two_slices_send_each_gradient_once_a_step():
+    slices = Topology("v5p", (4, 4, 4), 2)
+    inputs = step(topology="v5p:4x4x4")
+    two = dataclasses.replace(inputs, topology=slices, mesh=mesh(data=2, fsdp=64), global_batch_size=512)
+    sent = [one for one in estimate(two).traffic if one.network == "dcn"]
+    assert sum(one.bytes for one in sent) == pytest.approx(4 * parameters_per_chip(MODEL, two.mesh))
+    half = dataclasses.replace(two, gradient_bytes=2.0)
+    assert sum(o.bytes for o in estimate(half).traffic if o.network == "dcn") * 2 == pytest.approx(
+        sum(one.bytes for one in sent)
+    )
+
+
+def test_a_batch_or_mesh_that_does_not_divide_is_one_line():
+    with pytest.raises(ConfigError, match="does not divide into 4 microbatches"):
+        step(global_batch_size=250)
+    with pytest.raises(ConfigError, match="is not the 64 chips of v5p:4x4x4"):
+        step(mesh=mesh(fsdp=32))
+
+
+def test_the_arithmetic_needs_no_jax():
+    code = (
+        "import sys, llama_jax.plan.estimate, llama_jax.plan.memory; "
+        "sys.exit(any(name in sys.modules for name in ('jax', 'libtpu', 'llama_jax.train')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def compiled_cases() -> list[plan_accuracy.Case]:
+    return [case for case in plan_accuracy.CASES if case.key in plan_accuracy.stored()]
+
+
+@pytest.mark.parametrize("case", compiled_cases(), ids=lambda case: case.key)
+def test_the_arithmetic_is_close_to_the_compiled_step(case):
+    """Memory within 10%, time within 15%, bytes of gathers and scatters within 2%."""
+    compiled = plan_accuracy.stored()[case.key]
+    plan = plan_accuracy.arithmetic(case, compiled)
+    for name, (ours, theirs) in plan_accuracy.compare(plan, compiled).items():
+        assert ours == pytest.approx(theirs, rel=0.1 if name == "peak_bytes" else 0.15), name
+    for kind in ("all-gather", "reduce-scatter"):
+        if kind in compiled.get("moved", {}):
+            ours = sum(one.bytes for one in plan.traffic if one.kind == kind)
+            assert ours == pytest.approx(compiled["moved"][kind], rel=0.02), kind
+
+
+def test_every_shipped_configuration_for_slices_was_compiled():
+    configs = {case.config for case in compiled_cases()}
+    assert {"llama2_7b", "llama2_70b", "sft_llama2_70b"} <= configs
+    assert {case.topology.partition(":")[0] for case in compiled_cases()} >= {"v5p", "v5e", "v6e"}

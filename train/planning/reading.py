@@ -1,0 +1,322 @@
+"""Compiles a lowered step, and reads a `StepPlan` off the program."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import InputError
+from llama_jax.plan import collectives, hlo, parts, schedule
+from llama_jax.plan.chips import CHIPS, GIB
+from llama_jax.plan.flops import flops_by_attention
+from llama_jax.plan.parts import Shapes
+from llama_jax.plan.result import Memory, StepPlan, Traffic
+from llama_jax.plan.topology import Topology
+from llama_jax.plan.wiring import Use, Wiring
+
+from ..config.run import RunConfig
+from ..devices import compute_dtype
+from ..trainable import TrainableSpec
+from .errors import OutOfMemory
+from .lowering import LoweredStep
+
+STEP_LAUNCH, LOOP_LAUNCH = 1e-3, 5e-6  # seconds, assumed: starting a step's program, and a loop's iteration
+_LARGEST = 40  # operations in `details`
+_HLO_NAMES = {"bfloat16": "bf16", "float32": "f32"}
+_UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+
+
+def compile_step(step: LoweredStep, run: RunConfig) -> Any:
+    """The step as a `jax.stages.Compiled`.
+
+    Raises:
+      OutOfMemory: if it needs more memory than a chip has.
+      InputError: if the compiler refuses it for another reason.
+    """
+    try:
+        return step.lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise refusal(str(error), run) from None
+
+
+def refusal(message: str, run: RunConfig) -> InputError:
+    """The error for a compiler's message."""
+    steps = 2 * run.train.gradient_accumulation_steps
+    advice = f"try --train.gradient_accumulation_steps {steps}, --train.remat full, or a larger slice"
+    program_total = r"Used ([\d.]+\w) of ([\d.]+\w) hbm\. Exceeded hbm capacity by ([\d.]+\w)"
+    if found := re.search(program_total, message):
+        needs = f"{found[1]} of HBM per chip, which has {found[2]}: {found[3]} too much"
+        return OutOfMemory(
+            f"the step needs {needs}; {advice}", needed=_bytes(found[1]), capacity=_bytes(found[2])
+        )
+    temporaries = r"temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)"
+    if found := re.search(temporaries, message):
+        needs = f"{found[1]} of HBM per chip in addition to its state, and a chip has {found[2]}"
+        return OutOfMemory(
+            f"the step needs {needs}; {advice}", needed=_bytes(found[1]), capacity=_bytes(found[2])
+        )
+    lines = message.strip().splitlines()
+    return InputError(f"the TPU compiler refused the step: {lines[0][:300] if lines else 'without a reason'}")
+
+
+def _bytes(text: str) -> float:
+    """`95.74G` as bytes."""
+    return float(text[:-1]) * _UNITS[text[-1]] if text[-1] in _UNITS else float(text)
+
+
+def read_plan(
+    compiled: Any, step: LoweredStep, run: RunConfig, model: LlamaConfig, topology: Topology
+) -> StepPlan:
+    """The cost of a compiled step.
+
+    Args:
+      compiled: of `compile_step`.
+      step: what was compiled.
+      run: the run's configuration.
+      model: the model that it trains.
+      topology: the slices.
+    """
+    chip, mesh = CHIPS[topology.kind], dict(step.mesh.shape)
+    module = hlo.parse(compiled.as_text())
+    found = collectives.find(module)
+    if topology.slices > 1:
+        found = collectives.with_gathers(found, mesh, _HLO_NAMES[compute_dtype(run.train, "tpu").name])
+    pairs = [one for one in found if one.pairs and "context" in _axes(one, mesh)]
+    shapes = Shapes.of(model, mesh["tensor"])
+    computed = parts.operations(module, shapes, chip, balanced=bool(pairs))
+    traffic = _traffic(module, found, computed, step, topology)
+    tokens = run.train.global_batch_size * run.train.seq_len
+    spec = TrainableSpec.from_config(run, "tpu")
+    frozen = {"frozen": spec.adapter is not None, "reference": spec.reference}
+    flops = flops_by_attention(model, run.train.seq_len, **frozen)
+    loops = sum(
+        times * hlo.trip_count(module, one) for one, times in hlo.executed(module) if one.opcode == "while"
+    )
+    return StepPlan(
+        source="compiled",
+        topology=topology.name,
+        chips=topology.chips,
+        mesh=mesh,
+        tokens_per_step=tokens,
+        steps=run.train.steps,
+        memory=_memory(module, compiled, step, run, model, topology),
+        parts=parts.summed(computed, chip),
+        traffic=traffic,
+        launch_seconds=STEP_LAUNCH + LOOP_LAUNCH * loops,
+        peak_flops=chip.peak_flops,
+        model_flops=flops["causal"] * tokens,
+        model_flops_full_attention=flops["full"] * tokens,
+        notes=_notes(topology),
+        details=_details(module, compiled, found, computed, step, run, model, topology),
+    )
+
+
+def _axes(one: collectives.Collective, mesh: dict[str, int]) -> tuple[str, ...]:
+    """The mesh axes that a collective crosses; all if the program does not say."""
+    groups = one.pairs or one.groups
+    return collectives.mesh_axes(groups, mesh) if groups else tuple(n for n, size in mesh.items() if size > 1)
+
+
+def _traffic(
+    module: hlo.Module,
+    found: list[collectives.Collective],
+    computed: list[parts.Operation],
+    step: LoweredStep,
+    topology: Topology,
+) -> tuple[Traffic, ...]:
+    """Collectives by kind, axes and network; most waited for first."""
+    mesh, chip = dict(step.mesh.shape), CHIPS[topology.kind]
+    places = [
+        (
+            getattr(device, "slice_index", None) or 0,
+            *device.coords[: len(topology.sides)],
+            device.core_on_chip,
+        )
+        for device in step.mesh.devices.flat
+    ]
+    wiring = Wiring(topology, places)
+    named = {(one.name, place): one for place, one in enumerate(found)}
+    uses: dict[str, list[Use]] = defaultdict(list)
+    for one in named.values():
+        uses[one.name].append(wiring.use(one))
+    sends = collectives.sends_between_slices(module)
+    uses |= {name: [wiring.between_slices(size)] for name, size, _ in sends}
+    seconds = {one.instruction.name: one.seconds for one in computed}
+    _, waits = schedule.simulate(module, seconds, uses)
+    totals: dict[tuple[str, str, Any], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    for (name, _), one in named.items():
+        use = wiring.use(one)
+        whole = sum(each.seconds for each in uses[name])
+        share = use.seconds / whole if whole else 0.0
+        network = "dcn" if -1 in use.sides else "ici"
+        total = totals[one.kind, ",".join(_axes(one, mesh)), network]
+        wait = waits.get(name, schedule.Wait())
+        amounts = (one.moved * chip.devices, share * wait.busy, share * wait.exposed)
+        total[:] = [a + b for a, b in zip(total, amounts, strict=True)]
+    for name, size, times in sends:
+        total = totals["send", "data", "dcn"]
+        wait = waits.get(name, schedule.Wait())
+        amounts = (size * times * chip.devices, wait.busy, wait.exposed)
+        total[:] = [a + b for a, b in zip(total, amounts, strict=True)]
+    rows = [Traffic(kind, axes, network, *total) for (kind, axes, network), total in totals.items()]
+    return tuple(sorted(rows, key=lambda row: (-row.exposed_seconds, -row.seconds)))
+
+
+def _memory(
+    module: hlo.Module,
+    compiled: Any,
+    step: LoweredStep,
+    run: RunConfig,
+    model: LlamaConfig,
+    topology: Topology,
+) -> Memory:
+    """HBM of a chip: the state by its shapes, the rest by the program's."""
+    chip, mesh = CHIPS[topology.kind], dict(step.mesh.shape)
+    state = step.state
+    trained = shard_bytes(state.params)
+    parameters = trained + shard_bytes(state.moved) + shard_bytes(step.frozen)
+    everything = shard_bytes(state)
+    optimizer = everything - trained - shard_bytes(state.moved)
+    # The sums over microbatches, and those of the one that is computed.
+    gradients = trained * (2 if run.train.gradient_accumulation_steps > 1 else 1)
+    kept = shard_shapes((state.params, step.frozen))
+    activations = saved_bytes(module, model.num_hidden_layers, kept)
+    positions = logits_positions(module, model, mesh["tensor"])
+    logit_bytes = 4 + compute_dtype(run.train, "tpu").itemsize  # and the gradient's
+    logits = logit_bytes * positions * model.vocab_size / mesh["tensor"]
+    peak = float(compiled.memory_analysis().peak_memory_in_bytes)
+    known = parameters + optimizer + gradients + activations + logits
+    return Memory(
+        parameters=parameters * chip.devices,
+        optimizer=optimizer * chip.devices,
+        gradients=gradients * chip.devices,
+        activations=activations * chip.devices,
+        logits=logits * chip.devices,
+        temporaries=max(peak - known, 0.0) * chip.devices,
+        peak=peak * chip.devices,
+        capacity=chip.hbm_bytes,
+    )
+
+
+def shard_bytes(tree: Any) -> float:
+    """The bytes of one device's shards of abstract arrays."""
+    return float(
+        sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * _itemsize(leaf)
+            for leaf in jax.tree.leaves(tree)
+        )
+    )
+
+
+def _itemsize(leaf: Any) -> float:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return 8.0
+    return 0.5 if leaf.dtype in ("int4", "uint4") else float(leaf.dtype.itemsize)
+
+
+def shard_shapes(tree: Any) -> set[tuple[int, ...]]:
+    """The sorted dimensions of one device's shards of abstract arrays, and of the whole arrays."""
+    leaves = jax.tree.leaves(tree)
+    return {
+        tuple(sorted(shape))
+        for leaf in leaves
+        for shape in (leaf.sharding.shard_shape(leaf.shape), leaf.shape)
+    }
+
+
+def saved_bytes(module: hlo.Module, layers: int, kept: set[tuple[int, ...]]) -> float:
+    """Bytes that a loop over the layers carries for the backward pass: its stacks that are no parameters."""
+    return max(
+        (
+            sum(
+                math.prod(dims) * hlo.ITEM_BYTES.get(dtype, 1)
+                for dtype, dims in one.arrays
+                if len(dims) > 2 and dims[0] == layers and tuple(sorted(dims)) not in kept
+            )
+            for one, _ in hlo.executed(module)
+            if one.opcode == "while" and hlo.trip_count(module, one) == layers
+        ),
+        default=0.0,
+    )
+
+
+def logits_positions(module: hlo.Module, model: LlamaConfig, tensor: int) -> int:
+    """Maximum number of positions whose logits exist at the same time on a device.
+
+    An array of shape hidden_size x vocab_size is the output projection.
+    """
+    sizes = hlo.beside(module, model.vocab_size // tensor)
+    return max(sizes - {model.hidden_size}, default=0)
+
+
+def is_f32_parameter_gather(one: collectives.Collective) -> bool:
+    """Whether this all-gathers more than a megabyte of f32 values: a weight, not a statistic."""
+    return one.kind == "all-gather" and one.dtype == "f32" and one.bytes > 1_000_000
+
+
+def _notes(topology: Topology) -> tuple[str, ...]:
+    chip = CHIPS[topology.kind]
+    source = chip.kernel_source or "an assumption"
+    notes = [
+        f"Attention kernels are taken at {chip.kernel_share:.0%} of peak ({source}); all else is the "
+        "compiler's own estimate.",
+        "Not modelled: input from the host, checkpoints, evaluation, stragglers.",
+    ]
+    if topology.slices > 1:
+        notes.append(
+            "The compiler takes the links of several slices for open chains and gathers weights by summing; "
+            "the time of gathers is given. Other traffic between slices is not modelled."
+        )
+    return tuple(notes)
+
+
+def _details(
+    module: hlo.Module,
+    compiled: Any,
+    found: list[collectives.Collective],
+    computed: list[parts.Operation],
+    step: LoweredStep,
+    run: RunConfig,
+    model: LlamaConfig,
+    topology: Topology,
+) -> dict[str, object]:
+    """Laws of the program, and its largest operations."""
+    leaves = len(jax.tree.leaves(step.state))
+    mesh = dict(step.mesh.shape)
+    rows = run.train.global_batch_size / run.train.gradient_accumulation_steps / math.prod(mesh.values())
+    memory = compiled.memory_analysis()
+    largest = sorted(computed, key=lambda one: -one.seconds * one.times)[:_LARGEST]
+    return {
+        "estimated_cycles": hlo.estimated_cycles(module),
+        "state_bytes": memory.argument_size_in_bytes,
+        "collectives": [
+            {k: v for k, v in dataclasses.asdict(c).items() if k not in ("name", "groups", "pairs")}
+            for c in collectives.summed(found)
+        ],
+        "collective_bytes": sum(one.moved for one in found),
+        "asynchronous_share": collectives.asynchronous_share(found),
+        "dcn_bytes": collectives.sent_between_slices(module),
+        "f32_parameter_gathers": sum(one.times for one in found if is_f32_parameter_gather(one)),
+        "positions": int(rows * run.train.seq_len),
+        "logits_positions": logits_positions(module, model, mesh["tensor"]),
+        "state_arrays": leaves,
+        "donated_arrays": len(hlo.donated(module) & set(range(leaves))),
+        "operations": [
+            {
+                "name": one.instruction.name,
+                "source": parts.source(one.instruction),
+                "part": one.part,
+                "times": one.times,
+                "seconds": one.seconds * one.times,
+                "flops": one.flops * one.times,
+            }
+            for one in largest
+        ],
+    }
