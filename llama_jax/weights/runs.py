@@ -21,6 +21,7 @@ from typing import Any
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.storage import StorePath, local_file
+from llama_jax.storage.sizes import file_sizes
 from llama_jax.weights import manifest
 from llama_jax.weights.json_fields import read_json
 from llama_jax.weights.source import os_error_reason, quote
@@ -178,7 +179,7 @@ class Step:
 def _size(folder: Path) -> int:
     if isinstance(folder, StorePath):
         return sum(info.size for info in folder.find().values())
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(file_sizes(folder))  # training may remove the step meanwhile
 
 
 def list_steps(run: Path) -> list[Step]:
