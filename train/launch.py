@@ -20,12 +20,12 @@ from llama_jax.console.loading import init_jax
 from llama_jax.errors import InputError
 from llama_jax.plan.flops import flops_by_attention
 from llama_jax.sharding import check_mesh, use_mesh
+from llama_jax.storage.atomic import write_atomically
 from llama_jax.tokenizer import Tokenizer
 from llama_jax.tokenizer.fit import fit_vocabulary
 from llama_jax.weights.runs import StepMetadata
 
 from . import gpu
-from .checkpoints.atomic_write import write_atomically
 from .checkpoints.checkpoints import Checkpoints, Restored
 from .checkpoints.lock import run_directory, run_lock
 from .config.objective import PAIR_OBJECTIVES
@@ -173,7 +173,7 @@ def train(run: RunConfig) -> int:
         state, frozen = _initialize(setup, restored, has_frozen=rest[1] is not None)
         start_step = 0 if restored is None else restored.step
         if setup.is_primary:
-            write_atomically(setup.run_dir / CONFIG_FILE, to_toml(setup.given).encode())
+            write_atomically(setup.run_dir / CONFIG_FILE, to_toml(setup.given))
         log_run(run, setup.model, setup.data, setup.mesh, setup.log)
         log_adapter(run, state.params, frozen, setup.log)
         if start_step >= run.train.steps:

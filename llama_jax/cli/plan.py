@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from llama_jax.cli import output
 from llama_jax.cli.plan_decode import plan_decoding
 from llama_jax.console import terminal
-from llama_jax.console.files import check_writable, write_whole
+from llama_jax.console.files import check_writable
 from llama_jax.console.parser import Parser, UsageError, parse_float, parse_positive_int
 from llama_jax.errors import ConfigError
+from llama_jax.storage.atomic import write_atomically
 
 if TYPE_CHECKING:
     from llama_jax.plan.result import StepPlan
@@ -192,7 +193,7 @@ def show(plan: StepPlan, args: argparse.Namespace, alternatives: Sequence[tuple[
 
     cost = budget(plan, args.tokens, args.price)
     if args.html:
-        write_whole(args.html, page(plan, cost, Path(args.config).stem))
+        write_atomically(Path(args.html), page(plan, cost, Path(args.config).stem))
     if args.json:
         changes = [{"settings": change, **_numbers(other)} for change, other in alternatives]
         output.print_json(as_json(plan, cost) | {"config": args.config, "alternatives": changes})

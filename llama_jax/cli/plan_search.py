@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli import output
 from llama_jax.console import terminal
-from llama_jax.console.files import write_whole
 from llama_jax.plan.table import budget, duration, seconds_text
+from llama_jax.storage.atomic import write_atomically
 
 if TYPE_CHECKING:
     from llama_jax.plan.topology import Topology
@@ -33,7 +34,7 @@ def search_and_print(args: argparse.Namespace, run: RunConfig, model: Any, topol
     )
     text = None if result.best is None else result.toml()
     if args.out and text is not None:
-        write_whole(args.out, text)
+        write_atomically(Path(args.out), text)
     if args.json:
         output.print_json(_as_json(args, result))
     else:

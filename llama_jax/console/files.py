@@ -1,8 +1,7 @@
-"""Writing a file that a user asked for: whole, or not at all."""
+"""Whether a file that a user asked for can be written, asked before long work."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 
@@ -22,20 +21,3 @@ def check_writable(path: str | Path) -> None:
         raise InputError(f"{path}: there is no folder {target.parent}; create it, or give another path")
     if not os.access(target.parent, os.W_OK):
         raise InputError(f"{path}: the folder {target.parent} cannot be written to; give another path")
-
-
-def write_whole(path: str | Path, text: str) -> None:
-    """Writes a text file by renaming a temporary one beside it.
-
-    Raises:
-      InputError: if it cannot be written; a file that was there is as it was.
-    """
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import sentencepiece
 
 from llama_jax.errors import TokenizerError
+from llama_jax.storage.atomic import atomic_file
 from llama_jax.tokenizer.files import one_line
 
 MAX_BYTES = 20_000_000
@@ -74,7 +74,13 @@ def train_sentencepiece(
         )
     except (RuntimeError, OSError) as error:
         raise TokenizerError(_describe_failure(str(error), vocab_size)) from None
-    _write_atomically(out, model.getvalue())
+    try:
+        with atomic_file(out) as partial:
+            partial.write_bytes(model.getvalue())
+    except OSError as error:
+        raise TokenizerError(
+            f"{out} cannot be written ({error.strerror or error}); write it elsewhere"
+        ) from None
     return out
 
 
@@ -123,18 +129,3 @@ def _describe_failure(message: str, vocab_size: int) -> str:
     if match := re.search(r"required_chars\. \d+ vs (\d+)", message):
         return f"vocab_size is {vocab_size}; the characters of this text alone need {match[1]}: increase it"
     return f"the vocabulary cannot be trained ({one_line(RuntimeError(message))}); check the texts"
-
-
-def _write_atomically(out: Path, data: bytes) -> None:
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.part")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(out)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise TokenizerError(
-            f"{out} cannot be written ({error.strerror or error}); write it elsewhere"
-        ) from None

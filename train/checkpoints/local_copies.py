@@ -31,9 +31,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from llama_jax.storage.atomic import write_atomically
 from llama_jax.weights import digests
 
-from .atomic_write import write_atomically
 from .state_tree import from_named_leaves, named_leaves
 
 _IDENTITY = (
@@ -178,7 +178,7 @@ class LocalCopies:
         path = self._checkpoints / _IDENTITY
         if create and jax.process_index() == 0 and not path.exists():
             self._checkpoints.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, uuid.uuid4().hex.encode())
+            write_atomically(path, uuid.uuid4().hex)
         identity = next(iter(_gather(path.read_text() if path.exists() else "")))
         if not identity:
             return None

@@ -8,22 +8,28 @@ import warnings
 import jax
 import jax.numpy as jnp
 
-# Dense bf16 FLOP/s of one JAX device, from the vendors' data sheets, by prefix of `device_kind`.
-_PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,  # two devices a chip
+from llama_jax.plan.chips import CHIPS
+
+# What JAX calls a TPU, by prefix of `device_kind`: its name in `plan.chips`.
+_TPUS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+# Dense bf16 FLOP/s, from NVIDIA's data sheets.
+_GPUS = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
 }
+# Of one JAX device; the first prefix that fits counts.
+_PEAK_FLOPS = {kind: CHIPS[name].peak_flops / CHIPS[name].devices for kind, name in _TPUS.items()} | _GPUS
 
 
 def peak_flops(dtype: jnp.dtype) -> float | None:

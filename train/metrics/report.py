@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from llama_jax.console import terminal
 from llama_jax.errors import InputError, StoreError
+from llama_jax.storage.atomic import write_atomically
 
-from ..checkpoints.atomic_write import write_atomically
 from ..config.log import LogConfig
 from .append_file import AppendFile
 
@@ -200,7 +200,7 @@ def _truncate_after(path: Path, step: int) -> None:
     """Removes the records after `step`."""
     if path.is_file():
         kept = [record for record in read_records(path) if record["step"] <= step]
-        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _finite(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from rich.progress import Progress
 
 from llama_jax import LlamaConfig, sharding
 from llama_jax.errors import DataError
+from llama_jax.storage.atomic import write_atomically
 
-from ..checkpoints.atomic_write import write_atomically
 from ..config.run import RunConfig
 from ..data import Data
 from ..devices import compute_dtype

@@ -9,15 +9,16 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import llama_jax
 from llama_jax.config import LlamaConfig
+from llama_jax.errors import InputError
 from llama_jax.plan.result import Memory, Part, StepPlan, Traffic
 from llama_jax.plan.topology import Topology
+from llama_jax.storage.atomic import write_atomically
 from llama_jax.storage.cache import cache_folder
 
 from ..config.run import RunConfig
@@ -75,17 +76,8 @@ def read(key: str) -> dict[str, Any] | None:
 
 def write(key: str, answer: Mapping[str, Any]) -> None:
     """Stores an answer, whole or not at all; a folder that cannot be written to is no error."""
-    with contextlib.suppress(OSError):
-        path = _path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
-            try:
-                json.dump(answer, file)
-                file.close()
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
+    with contextlib.suppress(InputError, OSError):
+        write_atomically(_path(key), json.dumps(answer))
 
 
 def _path(key: str) -> Path:

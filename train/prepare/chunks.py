@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from llama_jax.errors import DataError
+from llama_jax.storage.atomic import atomic_file
 
 from ..data.records import BadRecord, bad_record_error
-from .files import atomic_file, disk_errors, file_digest, write_text
+from .files import disk_errors, file_digest, write_text
 from .job import Job
 
 DIGEST_BYTES = 16

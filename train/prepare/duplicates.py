@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from llama_jax.storage.atomic import atomic_file
+
 from .chunks import DIGEST_BYTES, Chunk, read_chunk
-from .files import atomic_file, disk_errors
+from .files import disk_errors
 from .job import VALIDATION, Job
 
 _BUCKET = 1 << 24  # documents whose hashes are compared at once

@@ -1,36 +1,18 @@
-"""Files that are either complete or absent, and errors of the disk in one line."""
+"""Small files, errors of the disk in one line, and digests."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from llama_jax.errors import DataError, LlamaJaxError
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path, whose file is renamed to `path` if the block succeeds.
-
-    Of several processes that write the same file, each has a temporary one of its own.
-    """
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield partial
-        with partial.open("rb") as opened:
-            os.fsync(opened.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+from llama_jax.storage.atomic import atomic_file
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file atomically."""
+    """Writes a file atomically; raises OSError, which `disk_errors` converts."""
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 

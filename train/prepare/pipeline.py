@@ -20,10 +20,11 @@ from typing import Any
 
 from llama_jax.console.parser import UsageError, suggestion
 from llama_jax.errors import DataError, LlamaJaxError
+from llama_jax.storage.atomic import atomic_file
 
 from .chunks import write_chunk
 from .duplicates import chunk_of, digest_pairs, write_duplicates
-from .files import atomic_file, disk_errors, write_text
+from .files import disk_errors, write_text
 from .job import WORK, Job
 from .shards import Shard, scatter, write_shard
 

@@ -13,13 +13,14 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from llama_jax.errors import DataError
+from llama_jax.storage.atomic import atomic_file
 
 from ..data.files import File
 from ..data.layout import places_of
 from ..data.prepared import HEADER_BYTES
 from ..data.tables import Readers
 from .duplicates import read_unique
-from .files import atomic_file, disk_errors, file_digest, write_text
+from .files import disk_errors, file_digest, write_text
 from .job import Job, Split
 from .stored import send, sent
 
