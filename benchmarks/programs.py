@@ -20,7 +20,8 @@ from llama_jax.plan.topology import Topology
 from llama_jax.train.config.read import load_config
 from llama_jax.train.config.run import RunConfig, TrainConfig
 from llama_jax.train.optimizer import make_optimizer, make_schedule
-from llama_jax.train.planning.lowering import lower_step, model_of, with_rows_per_chip
+from llama_jax.train.planning import model_of, with_rows_per_chip
+from llama_jax.train.planning.lowering import lower_step
 from llama_jax.train.step import build_step, make_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -26,8 +26,6 @@ from llama_jax.ops import spmd, striped_cache, zigzag
 from llama_jax.ops.blockwise_attention import MASKED, sharded_blockwise_attention
 from llama_jax.ops.cudnn_attention import cudnn_attention
 from llama_jax.ops.products import dot, query_key_product
-from llama_jax.ops.ring_attention import ring_attention
-from llama_jax.ops.splash_attention import splash_attention
 from llama_jax.ops.striped_cache import Partial
 
 Backend = Literal["xla", "blockwise", "splash", "cudnn"]
@@ -105,12 +103,18 @@ def attention(
         )
     if backend in ("splash", "cudnn") and prefix is not None:
         raise ConfigError(f"attention backend {backend!r} takes no prefix; use 'blockwise'")
+    # Pallas, a fifth of a second of imports, only where it is used.
     if ring and (backend == "splash" or backend == "blockwise"):
+        from llama_jax.ops.ring_attention import ring_attention
+
         return ring_attention(q, k, v, mask.q_segments, backend=backend)
     k, v = (sharding.constrain(x, sharding.CACHE_BKSH) for x in (k, v))
-    if backend in ("splash", "cudnn"):
-        attend = splash_attention if backend == "splash" else cudnn_attention
-        return attend(q, k, v, mask.q_segments)
+    if backend == "splash":
+        from llama_jax.ops.splash_attention import splash_attention
+
+        return splash_attention(q, k, v, mask.q_segments)
+    if backend == "cudnn":
+        return cudnn_attention(q, k, v, mask.q_segments)
     grouped = _grouped(q, k.shape[1])
     k_segments = None if mask.k_segments is None else _gather_context(mask.k_segments)
     mask = mask._replace(k_positions=_gather_context(mask.k_positions), k_segments=k_segments)

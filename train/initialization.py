@@ -16,16 +16,14 @@ from llama_jax.text.pretrained import open_model
 from llama_jax.tokenizer import Tokenizer
 from llama_jax.weights.adapters import adapter_folder
 from llama_jax.weights.derived import ResizedVocabulary
-from llama_jax.weights.hf import default_labels
 from llama_jax.weights.load import load_tensors
 from llama_jax.weights.run_adapters import is_step
 from llama_jax.weights.source import format_list
 from llama_jax.weights.tensors import Tensors
 
-from .config.objective import HEAD_OBJECTIVES
 from .config.run import RunConfig
 from .data.files import File, sampled_digest
-from .trainable import TrainableSpec
+from .trainable import TrainableSpec, with_labels
 
 
 def model_config(run: RunConfig, tokenizer: Tokenizer) -> LlamaConfig:
@@ -68,14 +66,6 @@ def check_context(run: RunConfig, model: LlamaConfig) -> None:
         f"train.seq_len is {length} and the model's context (max_position_embeddings) {context}: extend it "
         f"with {fix}, or set train.seq_len to at most {context}"
     )
-
-
-def with_labels(run: RunConfig, model: LlamaConfig) -> LlamaConfig:
-    """Sets the labels of the head that the objective trains; none if it trains no head."""
-    labels: tuple[str, ...] = ()
-    if run.train.objective in HEAD_OBJECTIVES:
-        labels = run.data.labels if run.train.objective == "classify" else default_labels(1)
-    return model.replace(labels=labels)
 
 
 def load_pretrained(run: RunConfig, mesh: Mesh | None, trainable_spec: TrainableSpec) -> Any:

@@ -38,7 +38,7 @@ from .export import export_adapter
 from .failed_start import discarded_unless_begun
 from .feed import Feed
 from .gather import gather_bytes
-from .initialization import base_fingerprint, check_context, load_pretrained, model_config, with_labels
+from .initialization import base_fingerprint, check_context, load_pretrained, model_config
 from .loop import EVAL_LOSSES, Loop
 from .metrics.clock import Clock, GoodputRecords
 from .metrics.evaluate import make_eval_fn, make_sample_fn
@@ -66,7 +66,7 @@ from .signals import Interrupts
 from .state import TrainState, init_state, split_params, with_ema
 from .step import build_step
 from .tokenizer import run_tokenizer
-from .trainable import Frozen, TrainableSpec
+from .trainable import Frozen, TrainableSpec, with_labels
 from .watchdog import Watchdog
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from typing import Any
 
 import jax
@@ -10,9 +9,8 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from llama_jax.errors import ConfigError
-
 from .config.optimizer import OptimizerConfig
+from .trainable import frozen_mask
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -78,26 +76,6 @@ def _without_frozen(
         return new, state
 
     return optax.GradientTransformation(init, update)
-
-
-def frozen_mask(config: OptimizerConfig, params: Any) -> Any:
-    """Which leaves match a pattern of `config.freeze`: a bool for each.
-
-    Raises:
-      ConfigError: for a pattern that matches no parameter, or patterns that match all.
-    """
-    names = jax.tree_util.tree_map_with_path(
-        lambda path, _: jax.tree_util.keystr(path, simple=True, separator="."), params
-    )
-    all_names = jax.tree.leaves(names)
-    for pattern in config.freeze:
-        if not fnmatch.filter(all_names, pattern):
-            known = ", ".join(dict.fromkeys(all_names))
-            raise ConfigError(f"optimizer.freeze: {pattern!r} matches no parameter (there are {known})")
-    mask = jax.tree.map(lambda name: any(fnmatch.fnmatch(name, p) for p in config.freeze), names)
-    if all(jax.tree.leaves(mask)):
-        raise ConfigError(f"optimizer.freeze {list(config.freeze)} leaves nothing to train; freeze less")
-    return mask
 
 
 def _scaled_by_layer(transform: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:

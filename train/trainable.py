@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,13 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax import LlamaConfig, adapters, quantize, sharding
+from llama_jax.errors import ConfigError
 from llama_jax.ops.quantization import Quantized
+from llama_jax.weights.hf import default_labels
 
 from .config.objective import HEAD_OBJECTIVES
 from .config.optimizer import OptimizerConfig
 from .config.run import RunConfig
 from .devices import compute_dtype
-from .optimizer import frozen_mask
 
 Params = Any
 Trainable = Any  # what the optimizer updates and a checkpoint stores
@@ -147,3 +149,31 @@ def cast(params: Params, dtype: jax.typing.DTypeLike) -> Params:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     return jax.tree.map(cast_leaf, params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+
+
+def with_labels(run: RunConfig, model: LlamaConfig) -> LlamaConfig:
+    """Sets the labels of the head that the objective trains; none if it trains no head."""
+    labels: tuple[str, ...] = ()
+    if run.train.objective in HEAD_OBJECTIVES:
+        labels = run.data.labels if run.train.objective == "classify" else default_labels(1)
+    return model.replace(labels=labels)
+
+
+def frozen_mask(config: OptimizerConfig, params: Any) -> Any:
+    """Which leaves match a pattern of `config.freeze`: a bool for each.
+
+    Raises:
+      ConfigError: for a pattern that matches no parameter, or patterns that match all.
+    """
+    names = jax.tree_util.tree_map_with_path(
+        lambda path, _: jax.tree_util.keystr(path, simple=True, separator="."), params
+    )
+    all_names = jax.tree.leaves(names)
+    for pattern in config.freeze:
+        if not fnmatch.filter(all_names, pattern):
+            known = ", ".join(dict.fromkeys(all_names))
+            raise ConfigError(f"optimizer.freeze: {pattern!r} matches no parameter (there are {known})")
+    mask = jax.tree.map(lambda name: any(fnmatch.fnmatch(name, p) for p in config.freeze), names)
+    if all(jax.tree.leaves(mask)):
+        raise ConfigError(f"optimizer.freeze {list(config.freeze)} leaves nothing to train; freeze less")
+    return mask

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 llama-jax plan llama2_70b                                    # the slice that the config is written for
 llama-jax plan llama2_70b --topology v5p-128 --explain       # 64 chips: what binds each part of the step
-llama-jax plan llama2_70b --topology v6e:16x16 --fast        # arithmetic alone: no libtpu
+llama-jax plan llama2_70b --topology v6e:16x16 --fast        # arithmetic alone, in a second: no libtpu
 llama-jax plan llama2_70b --topology v5p:4x4x4 --slices 2 --html plan.html
 llama-jax plan llama2_7b --topology v5e-256 --search --out best.toml
 llama-jax plan smollm2-135m --decode --topology v5e:2x2 --batch 32 --context 2048

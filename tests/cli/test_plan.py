@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -44,6 +46,17 @@ def test_tables_of_memory_time_traffic_and_cost(run):
     ):
         assert shown in out
     assert "batch of 256 sequences: as many per chip as 1024 on v5p:8x8x4" in err
+
+
+def test_arithmetic_imports_nothing_that_it_does_not_need():
+    """The whole command takes less than a second, most of it importing JAX."""
+    code = (
+        f"import sys; from llama_jax import cli; cli.main({['plan', *FAST]}); "
+        "heavy = {'grain', 'optax', 'orbax', 'libtpu', 'jax.experimental.pallas'} & set(sys.modules); "
+        "sys.exit(f'imports {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_json_agrees_with_itself(run):

@@ -15,7 +15,8 @@ import llama_jax as lj
 from llama_jax.adapters import bottleneck
 from llama_jax.errors import ConfigError
 from llama_jax.train.config.run import OptimizerConfig
-from llama_jax.train.optimizer import frozen_mask, make_optimizer, make_schedule, weight_decay_mask
+from llama_jax.train.optimizer import make_optimizer, make_schedule, weight_decay_mask
+from llama_jax.train.trainable import frozen_mask
 
 MODEL = lj.LlamaConfig(
     vocab_size=24, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, head_dim=4

@@ -2,6 +2,6 @@
 
 from .compiling import plan_compiled
 from .errors import CompilerMissing, OutOfMemory
-from .lowering import model_of, with_rows_per_chip
+from .shape import model_of, with_rows_per_chip
 
 __all__ = ["CompilerMissing", "OutOfMemory", "model_of", "plan_compiled", "with_rows_per_chip"]
