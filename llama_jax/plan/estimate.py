@@ -9,10 +9,8 @@ from llama_jax.plan.compute import attention_block, plan_compute
 from llama_jax.plan.flops import flops_by_attention
 from llama_jax.plan.inputs import StepInputs
 from llama_jax.plan.memory import plan_memory
+from llama_jax.plan.program import LOOP_LAUNCH, STEP_LAUNCH
 from llama_jax.plan.result import StepPlan
-
-# Starting the step's program, and each layer's loop iteration: `docs/planning_arithmetic.md`.
-_STEP_LAUNCH, _LAYER_LAUNCH = 1e-3, 5e-6
 
 
 def estimate(inputs: StepInputs) -> StepPlan:
@@ -37,7 +35,7 @@ def estimate(inputs: StepInputs) -> StepPlan:
         memory=plan_memory(inputs),
         parts=parts,
         traffic=plan_traffic(inputs, parts),
-        launch_seconds=_STEP_LAUNCH + launches * _LAYER_LAUNCH,
+        launch_seconds=STEP_LAUNCH + launches * LOOP_LAUNCH,
         peak_flops=chip.peak_flops,
         model_flops=flops["causal"] * inputs.tokens,
         model_flops_full_attention=flops["full"] * inputs.tokens,

@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections import defaultdict
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
-from llama_jax.plan import collectives, hlo, parts, schedule
+from llama_jax.plan import collectives, hlo, parts
 from llama_jax.plan.chips import CHIPS, GIB
 from llama_jax.plan.flops import flops_by_attention
 from llama_jax.plan.parts import Shapes
-from llama_jax.plan.result import Memory, StepPlan, Traffic
+from llama_jax.plan.program import Program, read_program
+from llama_jax.plan.result import Memory, StepPlan
 from llama_jax.plan.topology import Topology
-from llama_jax.plan.wiring import Use, Wiring
 
 from ..config.run import RunConfig
 from ..devices import compute_dtype
@@ -27,7 +27,6 @@ from ..trainable import TrainableSpec
 from .errors import OutOfMemory
 from .lowering import LoweredStep
 
-STEP_LAUNCH, LOOP_LAUNCH = 1e-3, 5e-6  # seconds, assumed: starting a step's program, and a loop's iteration
 _LARGEST = 40  # operations in `details`
 _HLO_NAMES = {"bfloat16": "bf16", "float32": "f32"}
 _UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
@@ -84,21 +83,18 @@ def read_plan(
       topology: the slices.
     """
     chip, mesh = CHIPS[topology.kind], dict(step.mesh.shape)
-    module = hlo.parse(compiled.as_text())
-    found = collectives.find(module)
-    if topology.slices > 1:
-        found = collectives.with_gathers(found, mesh, _HLO_NAMES[compute_dtype(run.train, "tpu").name])
-    pairs = [one for one in found if one.pairs and "context" in _axes(one, mesh)]
-    shapes = Shapes.of(model, mesh["tensor"])
-    computed = parts.operations(module, shapes, chip, balanced=bool(pairs))
-    traffic = _traffic(module, found, computed, step, topology)
+    program = read_program(
+        compiled.as_text(),
+        mesh,
+        _places(step.mesh, topology),
+        topology,
+        Shapes.of(model, mesh["tensor"]),
+        _HLO_NAMES[compute_dtype(run.train, "tpu").name],
+    )
     tokens = run.train.global_batch_size * run.train.seq_len
     spec = TrainableSpec.from_config(run, "tpu")
     frozen = {"frozen": spec.adapter is not None, "reference": spec.reference}
     flops = flops_by_attention(model, run.train.seq_len, **frozen)
-    loops = sum(
-        times * hlo.trip_count(module, one) for one, times in hlo.executed(module) if one.opcode == "while"
-    )
     return StepPlan(
         source="compiled",
         topology=topology.name,
@@ -106,67 +102,28 @@ def read_plan(
         mesh=mesh,
         tokens_per_step=tokens,
         steps=run.train.steps,
-        memory=_memory(module, compiled, step, run, model, topology),
-        parts=parts.summed(computed, chip),
-        traffic=traffic,
-        launch_seconds=STEP_LAUNCH + LOOP_LAUNCH * loops,
+        memory=_memory(program.module, compiled, step, run, model, topology),
+        parts=parts.summed(program.operations, chip),
+        traffic=program.traffic,
+        launch_seconds=program.launch_seconds,
         peak_flops=chip.peak_flops,
         model_flops=flops["causal"] * tokens,
         model_flops_full_attention=flops["full"] * tokens,
         notes=_notes(topology),
-        details=_details(module, compiled, found, computed, step, run, model, topology),
+        details=_details(program, compiled, step, run, model, topology),
     )
 
 
-def _axes(one: collectives.Collective, mesh: dict[str, int]) -> tuple[str, ...]:
-    """The mesh axes that a collective crosses; all if the program does not say."""
-    groups = one.pairs or one.groups
-    return collectives.mesh_axes(groups, mesh) if groups else tuple(n for n, size in mesh.items() if size > 1)
-
-
-def _traffic(
-    module: hlo.Module,
-    found: list[collectives.Collective],
-    computed: list[parts.Operation],
-    step: LoweredStep,
-    topology: Topology,
-) -> tuple[Traffic, ...]:
-    """Collectives by kind, axes and network; most waited for first."""
-    mesh, chip = dict(step.mesh.shape), CHIPS[topology.kind]
-    places = [
+def _places(mesh: Mesh, topology: Topology) -> list[tuple[int, ...]]:
+    """Slice, coordinates and core of each device."""
+    return [
         (
             getattr(device, "slice_index", None) or 0,
             *device.coords[: len(topology.sides)],
             device.core_on_chip,
         )
-        for device in step.mesh.devices.flat
+        for device in mesh.devices.flat
     ]
-    wiring = Wiring(topology, places)
-    named = {(one.name, place): one for place, one in enumerate(found)}
-    uses: dict[str, list[Use]] = defaultdict(list)
-    for one in named.values():
-        uses[one.name].append(wiring.use(one))
-    sends = collectives.sends_between_slices(module)
-    uses |= {name: [wiring.between_slices(size)] for name, size, _ in sends}
-    seconds = {one.instruction.name: one.seconds for one in computed}
-    _, waits = schedule.simulate(module, seconds, uses)
-    totals: dict[tuple[str, str, Any], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
-    for (name, _), one in named.items():
-        use = wiring.use(one)
-        whole = sum(each.seconds for each in uses[name])
-        share = use.seconds / whole if whole else 0.0
-        network = "dcn" if -1 in use.sides else "ici"
-        total = totals[one.kind, ",".join(_axes(one, mesh)), network]
-        wait = waits.get(name, schedule.Wait())
-        amounts = (one.moved * chip.devices, share * wait.busy, share * wait.exposed)
-        total[:] = [a + b for a, b in zip(total, amounts, strict=True)]
-    for name, size, times in sends:
-        total = totals["send", "data", "dcn"]
-        wait = waits.get(name, schedule.Wait())
-        amounts = (size * times * chip.devices, wait.busy, wait.exposed)
-        total[:] = [a + b for a, b in zip(total, amounts, strict=True)]
-    rows = [Traffic(kind, axes, network, *total) for (kind, axes, network), total in totals.items()]
-    return tuple(sorted(rows, key=lambda row: (-row.exposed_seconds, -row.seconds)))
 
 
 def _memory(
@@ -278,16 +235,15 @@ def _notes(topology: Topology) -> tuple[str, ...]:
 
 
 def _details(
-    module: hlo.Module,
+    program: Program,
     compiled: Any,
-    found: list[collectives.Collective],
-    computed: list[parts.Operation],
     step: LoweredStep,
     run: RunConfig,
     model: LlamaConfig,
     topology: Topology,
 ) -> dict[str, object]:
     """Laws of the program, and its largest operations."""
+    module, found, computed = program.module, program.collectives, program.operations
     leaves = len(jax.tree.leaves(step.state))
     mesh = dict(step.mesh.shape)
     rows = run.train.global_batch_size / run.train.gradient_accumulation_steps / math.prod(mesh.values())
