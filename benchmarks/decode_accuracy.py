@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 from collections.abc import Sequence
-from pathlib import Path
 
+from benchmarks import page_table
 from llama_jax.config import presets
 from llama_jax.plan.decode import DecodePlan, plan_decode
 from llama_jax.plan.topology import Topology
 
-PAGE = Path(__file__).parents[1] / "docs" / "planning_arithmetic.md"
-BEGIN, END = "<!-- benchmarks.decode_accuracy -->", "<!-- end of benchmarks.decode_accuracy -->"
+PAGE = page_table.DOCS / "planning_arithmetic.md"
 LLAMA31_70B = presets.LLAMA2_70B.replace(vocab_size=128_256)
 
 
@@ -76,7 +74,8 @@ POINTS = (
 def markdown() -> str:
     """The table."""
     header = ["measured by", "slice", "tensor", "weights", "batch", "a step, arithmetic", "measured"]
-    lines = [[*header, "HBM bandwidth, arithmetic"], ["---"] * (len(header) + 1)]
+    header.append("HBM bandwidth, arithmetic")
+    lines = []
     for point in POINTS:
         plan = point.plan
         lines.append(
@@ -91,7 +90,7 @@ def markdown() -> str:
                 f"{plan.bandwidth_share:.0%}",
             ]
         )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return page_table.markdown(header, lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="write the table into the page")
     table = markdown()
     if parser.parse_args(argv).write:
-        text = PAGE.read_text()
-        PAGE.write_text(re.sub(f"{BEGIN}.*{END}", f"{BEGIN}\n{table}\n{END}", text, flags=re.DOTALL))
+        page_table.write_into(PAGE, "benchmarks.decode_accuracy", table)
     print(table)
     return 0
 

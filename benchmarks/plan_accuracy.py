@@ -12,12 +12,12 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import page_table
 from llama_jax.errors import LlamaJaxError
 from llama_jax.plan.estimate import estimate
 from llama_jax.plan.result import StepPlan
@@ -25,8 +25,7 @@ from llama_jax.plan.topology import Topology
 
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "tests" / "plan" / "compiled.json"
-PAGE = ROOT / "docs" / "planning_arithmetic.md"
-BEGIN, END = "<!-- benchmarks.plan_accuracy -->", "<!-- end of benchmarks.plan_accuracy -->"
+PAGE = page_table.DOCS / "planning_arithmetic.md"
 _AS_COMPILED = ("scoped_vmem_kib", "attention_backward")  # fields of `StepInputs` in `compiled.json`
 # (column, key in `compiled.json`, units of it in one shown, digits, unit)
 _COMPARED = (
@@ -127,7 +126,7 @@ def markdown() -> str:
     """The table, of every case that has compiled numbers."""
     columns = [f"{name}, {kind}" for name, *_ in _COMPARED for kind in ("arithmetic", "compiled")]
     header = ["step", "slice", *columns]
-    lines, found = [header, ["---"] * len(header)], stored()
+    lines, found = [], stored()
     for case in CASES:
         if case.key not in found:
             continue
@@ -144,7 +143,7 @@ def markdown() -> str:
             else:
                 row += ["", ""]
         lines.append(row)
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+    return page_table.markdown(header, lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,8 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(case.key, numbers[case.key], file=sys.stderr)
     table = markdown()
     if args.write:
-        text = PAGE.read_text()
-        PAGE.write_text(re.sub(f"{BEGIN}.*{END}", f"{BEGIN}\n{table}\n{END}", text, flags=re.DOTALL))
+        page_table.write_into(PAGE, "benchmarks.plan_accuracy", table)
     print(table)
     return 0
 
