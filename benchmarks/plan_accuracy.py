@@ -51,15 +51,22 @@ class Case:
         return " ".join((self.config, self.topology, *self.settings))
 
 
-_FULL = ("--train.remat", "full")
+_FULL, _PROJECTIONS = ("--train.remat", "full"), ("--train.remat", "save_projections")
 CASES = (
     Case("7B", "llama2_7b", "v5p:2x2x1"),
+    Case("7B, save_projections", "llama2_7b", "v5p:2x2x1", _PROJECTIONS),
     Case("7B, full", "llama2_7b", "v5p:2x2x1", _FULL),
     Case("7B, full", "llama2_7b", "v6e:16x16", _FULL),
     Case("7B, full", "llama2_7b", "v5e:16x16", _FULL),
     Case("13B", "llama2_13b", "v5p:2x2x2"),
     Case("70B", "llama2_70b", "v5p:4x4x4"),
-    Case("70B, tensor 4", "llama2_70b", "v5p:4x4x4", ("--mesh.fsdp", "16", "--mesh.tensor", "4")),
+    Case("70B, save_projections", "llama2_70b", "v5p:4x4x4", _PROJECTIONS),
+    Case(
+        "70B, tensor 4, save_projections",
+        "llama2_70b",
+        "v5p:4x4x4",
+        ("--mesh.fsdp", "16", "--mesh.tensor", "4", *_PROJECTIONS),
+    ),
     Case("70B, full", "llama2_70b", "v6e:16x16", _FULL),
     Case("70B by LoRA", "sft_llama2_70b", "v5p:2x2x4", (), "llama2_70b"),
     Case("70B by QLoRA", "sft_llama2_70b", "v5p:2x2x2", ("--adapter.base", "nf4"), "llama2_70b"),
