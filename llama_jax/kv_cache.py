@@ -121,19 +121,16 @@ def write(cache: Layer, new: jax.Array, start: jax.Array) -> Layer:
     Returns:
       The updated layer; written in place where XLA can reuse the buffer.
     """
-    striped = striped_cache.shards() > 1
-    if not isinstance(cache, Int8):
-        if striped:
-            return striped_cache.write(cache, new.astype(cache.dtype), start)
-        return write_slices(cache, new.astype(cache.dtype), start)
-    new = new.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(new), axis=-1) / 127
-    values = jnp.round(new / jnp.where(scale > 0, scale, 1.0)[..., None]).astype(jnp.int8)
-    if striped:
-        return striped_cache.write(cache, Int8(values=values, scale=scale), start)
-    return Int8(
-        values=write_slices(cache.values, values, start), scale=write_slices(cache.scale, scale, start)
-    )
+    if isinstance(cache, Int8):
+        new = new.astype(jnp.float32)
+        scale = jnp.max(jnp.abs(new), axis=-1) / 127
+        values = jnp.round(new / jnp.where(scale > 0, scale, 1.0)[..., None]).astype(jnp.int8)
+        stored: Layer = Int8(values=values, scale=scale)
+    else:
+        stored = new.astype(cache.dtype)
+    if striped_cache.shards() > 1:
+        return striped_cache.write(cache, stored, start)
+    return jax.tree.map(lambda slots, new: write_slices(slots, new, start), cache, stored)
 
 
 def grow(cache: KVCache, length: int) -> KVCache:
