@@ -89,8 +89,8 @@ MUTANTS = (
         "cache-write-off-by-one",
         "llama_jax/kv_cache.py",
         "new keys and values are written one slot too far",
-        "return write_slices(cache, new.astype(cache.dtype), start)",
-        "return write_slices(cache, new.astype(cache.dtype), start + 1)",
+        "write_slices(slots, new, start), cache, stored)",
+        "write_slices(slots, new, start + 1), cache, stored)",
         ("tests/decoding/test_generation.py",),
     ),
     Mutant(
