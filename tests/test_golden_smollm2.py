@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import json
+import sys
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 import llama_jax as lj
-from llama_jax.decoding.arguments import pad_right
+from llama_jax import cli
+from llama_jax.decoding.session import Session
+from llama_jax.tokenizer import load_tokenizer
 from tests.golden import cases
 
 pytestmark = pytest.mark.slow
 
 PROMPTS = 5
+NEW = 8
 # Ids are stored in 16 bits.
 _WIDE = {np.dtype(np.uint16): np.dtype(np.int32)}
 
@@ -40,14 +48,25 @@ def test_logits_over_a_page(smollm2: lj.Model, golden: dict[str, np.ndarray]) ->
 
 
 def test_greedy_continuations(smollm2: lj.Model, golden: dict[str, np.ndarray]) -> None:
-    prompts = [golden[f"prompt_{i}"].tolist() for i in range(PROMPTS)]
-    greedy = np.stack([golden[f"greedy_{i}"] for i in range(PROMPTS)])[:, :32]  # parity takes all 128
-    out = lj.generate(
-        smollm2.config,
-        smollm2.params,
-        *pad_right(prompts),
-        jax.random.key(0),
-        lj.Sampling(temperature=0.0),
-        max_new_tokens=greedy.shape[1],
-    )
-    np.testing.assert_array_equal(out.tokens, greedy)
+    """By a session, which compiles what the chat below runs; a parity test takes all 128 of `generate`."""
+    session = Session(smollm2.config, smollm2.params)
+    for number in range(PROMPTS):
+        prompt, greedy = golden[f"prompt_{number}"].tolist(), golden[f"greedy_{number}"][:NEW].tolist()
+        sampling = lj.Sampling(temperature=0.0)
+        assert list(session.stream(prompt, jax.random.key(0), sampling, max_new_tokens=NEW)) == greedy
+
+
+def test_a_chat_answers_over_two_turns(
+    smollm2_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = b"What is the capital of France?\nAnd of Italy?\n"
+    fake = SimpleNamespace(buffer=io.BytesIO(questions), isatty=lambda: False)
+    monkeypatch.setattr(sys, "stdin", fake)
+    assert cli.main(["chat", "smollm2-135m", "--max-new-tokens", "12", "--json"]) == 0
+    out, err = capsys.readouterr()
+    first, second = map(json.loads, out.splitlines())
+    assert err == ""
+    assert "Paris" in first["assistant"]
+    assert "Rome" in second["assistant"]
+    answer = load_tokenizer(smollm2_path).encode(first["assistant"])
+    assert second["reused_tokens"] == first["prompt_tokens"] + len(answer)

@@ -21,7 +21,6 @@ import llama_jax as lj
 from llama_jax import cli
 from llama_jax.console.terminal import printable
 from llama_jax.text.conversation import Conversation
-from llama_jax.tokenizer import load_tokenizer
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -319,15 +318,3 @@ def test_json_output_excludes_the_prompt(terminal, args, answers, tmp_path):
     screen.type("/quit\n")
     assert screen.status() == 0
     assert json.loads(out.read_text())["assistant"] == answers[0]
-
-
-@pytest.mark.slow
-def test_smollm2_answers_over_two_turns(run, smollm2_path):
-    questions = "What is the capital of France?\nAnd of Italy?\n"
-    done = run(["chat", "smollm2-135m", "--max-new-tokens", "12", "--json"], questions)
-    assert (done.status, done.err) == (0, "")
-    first, second = map(json.loads, done.out.splitlines())
-    assert "Paris" in first["assistant"]
-    assert "Rome" in second["assistant"]
-    answer = load_tokenizer(smollm2_path).encode(first["assistant"])
-    assert second["reused_tokens"] == first["prompt_tokens"] + len(answer)

@@ -16,8 +16,11 @@ import pytest
 import llama_jax as lj
 from llama_jax import cli
 from llama_jax.cli import output
-from llama_jax.console import terminal
+from llama_jax.console import loading, terminal
+from llama_jax.errors import InputError
 from tests import tiny
+from tests.random_models import random_model
+from tests.tokenizer import vocabularies
 
 NEW = 6
 SMOL = "smollm2-135m"
@@ -436,8 +439,11 @@ def test_stdin_is_not_utf8(run, tiny_path):
     assert_error(run("generate", tiny_path, "--prompt", "-", stdin=b"ab\xff"), "UTF-8", "0xff", "offset 2")
 
 
-def test_empty_prompt_without_bos(run, smollm2_path):
-    assert_error(run("generate", smollm2_path, "--prompt", ""), "prompt is empty")
+def test_empty_prompt_without_bos(run, tmp_path):
+    vocabulary = vocabularies.write_json(tmp_path / "tokenizer.json", vocabularies.byte_level_json())
+    config, params = random_model(5, tiny.CONFIG.replace(vocab_size=331))
+    path = lj.save(config, params, tmp_path / "model", tokenizer=vocabulary)
+    assert_error(run("generate", path, "--prompt", ""), "prompt is empty")
 
 
 @pytest.mark.parametrize("verb", ["generate", "inspect", "bench"])
@@ -494,12 +500,13 @@ def test_version_and_help_of_a_command(run):
 
 
 @pytest.mark.parametrize(("short", "full"), [("bf16", "bfloat16"), ("fp16", "float16"), ("f32", "float32")])
-def test_abbreviated_dtypes(run, tiny_path, short, full):
-    results = [
-        json.loads(
-            run("generate", tiny_path, "--prompt", "a", "--max-new-tokens", 2, "--dtype", d, "--json").out
-        )
-        for d in (short, full)
-    ]
-    assert results[0]["tokens"] == results[1]["tokens"]
+def test_abbreviated_dtypes(run, tiny_path, monkeypatch, short, full):
+    def load(model, dtype, *_):
+        raise InputError(f"loads it as {dtype}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "load", load)
+        for dtype in (short, full):
+            done = run("generate", tiny_path, "--prompt", "a", "--dtype", dtype)
+            assert_error(done, f"loads it as {full}")
     assert_error(run("generate", tiny_path, "--prompt", "a", "--dtype", "int3"), "int3", "bfloat16")

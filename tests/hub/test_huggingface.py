@@ -12,10 +12,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
+from llama_jax import cli
 from llama_jax.adapters import lora
 from llama_jax.errors import CheckpointError
 from llama_jax.hub import huggingface
@@ -115,11 +117,33 @@ def inspect(name, endpoint, home):
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home)
 
 
+@pytest.fixture
+def inspect_here(monkeypatch, capsys):
+    """The same command in this process: its exit status and output."""
+
+    def run(name, endpoint, home):
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        constants = {
+            "ENDPOINT": endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_HUB_DISABLE_XET": True,
+        }
+        for constant, value in constants.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{constant}", value)
+        status = cli.main(["inspect", name, "--json"])
+        out, err = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=out, stderr=err)
+
+    return run
+
+
 def read_files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_only_the_models_files_are_downloaded_and_only_once(model, tmp_path):
+def test_only_the_models_files_are_downloaded_and_only_once(model, tmp_path, inspect_here):
     extra = {"pytorch_model.bin": b"x" * 1000, "onnx/model.onnx": b"y" * 1000, "README.md": b"hello"}
     with serving({"someone/tiny": read_files(model) | extra}) as (endpoint, requests):
         first = inspect("someone/tiny", endpoint, tmp_path)
@@ -131,11 +155,11 @@ def test_only_the_models_files_are_downloaded_and_only_once(model, tmp_path):
             path for path in requests if "pytorch_model" in path or "onnx" in path or "README" in path
         ]
         files = len([path for path in requests if "/resolve/" in path])
-        again = inspect("someone/tiny@main", endpoint, tmp_path)
+        again = inspect_here("someone/tiny@main", endpoint, tmp_path)
         assert json.loads(again.stdout) == report
         # Cached files are at most revalidated.
         assert len([path for path in requests if "/resolve/" in path]) < 2 * files
-    offline = inspect("someone/tiny", "http://127.0.0.1:9", tmp_path)
+    offline = inspect_here("someone/tiny", "http://127.0.0.1:9", tmp_path)
     assert offline.returncode == 0, offline.stderr
     assert json.loads(offline.stdout) == report
 
@@ -183,8 +207,8 @@ def test_errors_are_one_line(model, monkeypatch, name, message):
     assert "\n" not in str(raised.value)
 
 
-def test_no_network_and_no_cache(tmp_path):
-    done = inspect("someone/tiny", "http://127.0.0.1:9", tmp_path)
+def test_no_network_and_no_cache(tmp_path, inspect_here):
+    done = inspect_here("someone/tiny", "http://127.0.0.1:9", tmp_path)
     assert done.returncode == 2
     assert "is not a local path, and the Hub cannot be reached" in done.stderr
 

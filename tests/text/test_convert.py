@@ -124,22 +124,33 @@ def test_stories260k_round_trip_through_all_formats(tmp_path, shared_data):
     assert after.tokenizer.eos_ids == before.tokenizer.eos_ids  # all that `generate` depends on
 
 
-@pytest.mark.slow
-def test_smollm2_round_trip_through_all_formats_that_support_its_vocabulary(tmp_path, smollm2):
-    """Two of its layers: 30 are a matter of gigabytes. `test_verify.py` converts its file as a whole."""
-    config = smollm2.config.replace(num_hidden_layers=2)
-    params = {**smollm2.params, "layers": jax.tree.map(lambda x: np.asarray(x)[:2], smollm2.params["layers"])}
-    path = tmp_path / "hf"
-    lj.save(Model(config, params, smollm2.tokenizer, path, None), path, **OUTPUTS["hf-3"])
+@pytest.fixture(scope="module")
+def smollm2_through_all_formats(tmp_path_factory, smollm2_path):
+    """A GGUF file of a small model with its vocabulary, and what it was made of."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    narrow = {"num_hidden_layers": 2, "hidden_size": 72, "intermediate_size": 96, "head_dim": 8}
+    config, params = random_model(3, lj.presets.SMOLLM2_135M.replace(**narrow))
+    tokenizer = load_tokenizer(smollm2_path)
+    path = folder / "hf"
+    lj.save(Model(config, params, tokenizer, path, None), path, **OUTPUTS["hf-3"])
     for name in ("meta", "orbax", "gguf"):
-        path = convert(path, tmp_path / name, **OUTPUTS[name])
+        path = convert(path, folder / name, **OUTPUTS[name])
+    return path, config, params, tokenizer
+
+
+@pytest.mark.slow
+def test_smollm2_round_trip_through_all_formats_that_support_its_vocabulary(
+    smollm2_through_all_formats,
+):
+    """`test_verify.py` converts its file as a whole."""
+    path, config, params, tokenizer = smollm2_through_all_formats
     after = lj.load(path)
     assert identical(after.params, params)
     assert after.config == config
     text = "Once upon a time, there was a little girl named Lily."
-    assert after.tokenizer.encode(text) == smollm2.tokenizer.encode(text)
-    assert after.tokenizer.chat_template == smollm2.tokenizer.chat_template
-    assert after.tokenizer.eos_ids == smollm2.tokenizer.eos_ids
+    assert after.tokenizer.encode(text) == tokenizer.encode(text)
+    assert after.tokenizer.chat_template == tokenizer.chat_template
+    assert after.tokenizer.eos_ids == tokenizer.eos_ids
 
 
 @pytest.mark.parametrize("layout", ["unstacked", "mesh"])
@@ -183,12 +194,13 @@ def test_added_tokens_are_never_produced_by_the_tokenizer(tmp_path, format):
 
 
 @pytest.mark.slow
-def test_smollm2_with_added_rows_tokenizes_as_before(tmp_path, smollm2, smollm2_path):
-    model = lj.load(convert(smollm2_path, tmp_path / "out", vocab_size=49_280, dtype="bfloat16"))
+def test_smollm2_with_added_rows_tokenizes_as_before(tmp_path, smollm2_through_all_formats):
+    path, _, _, tokenizer = smollm2_through_all_formats
+    model = lj.load(convert(path, tmp_path / "out", vocab_size=49_280, dtype="bfloat16"))
     text = "def f(x):\n    return [PAD49160] + x"
-    assert model.tokenizer.encode(text) == smollm2.tokenizer.encode(text)
+    assert model.tokenizer.encode(text) == tokenizer.encode(text)
     assert model.tokenizer.decode([49_200]) == ""
-    assert model.tokenizer.chat_template == smollm2.tokenizer.chat_template
+    assert model.tokenizer.chat_template == tokenizer.chat_template
 
 
 def test_an_interrupted_conversion_is_resumed(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,18 @@ from llama_jax.text.convert import convert
 from tests.tokenizer.test_found_files import V, added, edit
 
 PROMPT = "Once upon a time"
+ROWS = 64  # of padding
 
 
 @pytest.fixture(scope="module")
 def base(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """stories260K as a Hugging Face directory."""
+    """One layer of stories260K, as a Hugging Face directory."""
     folder = tmp_path_factory.mktemp("base") / "hf"
     convert(shared_data / "stories260K" / "stories260K.bin", folder, "hf")
+    state = load_file(folder / "model.safetensors")
+    kept = {name: x for name, x in state.items() if not re.match(r"model\.layers\.[1-9]", name)}
+    save_file(kept, folder / "model.safetensors")
+    edit(folder / "config.json", num_hidden_layers=1)
     return folder
 
 
@@ -47,15 +53,15 @@ def variant(base: Path, folder: Path, *, rows: int = 0, tokens: tuple[dict[str, 
 
 @pytest.fixture(scope="module")
 def chat(base: Path, tmp_path_factory: pytest.TempPathFactory) -> lj.Model:
-    """A model with two control tokens of a chat."""
+    """A model with two control tokens of a chat, as large as the padded ones: with the same programs."""
     tokens = tuple(added(V + i, name) for i, name in enumerate(("<|im_start|>", "<|turn|>")))
-    return lj.load(variant(base, tmp_path_factory.mktemp("chat") / "hf", rows=2, tokens=tokens))
+    return lj.load(variant(base, tmp_path_factory.mktemp("chat") / "hf", rows=ROWS, tokens=tokens))
 
 
 def test_rows_beyond_the_vocabulary_stand_for_nothing_and_are_never_sampled(
     base: Path, tmp_path: Path
 ) -> None:
-    plain, padded = lj.load(base), lj.load(variant(base, tmp_path / "padded", rows=64))
+    plain, padded = lj.load(base), lj.load(variant(base, tmp_path / "padded", rows=ROWS))
     assert (padded.config.vocab_size, padded.tokenizer.vocab_size) == (V + 64, V + 64)
     assert padded.tokenizer.decode([403, V, V + 63]) == plain.tokenizer.decode([403])
     assert padded.generate(PROMPT, max_new_tokens=12) == plain.generate(PROMPT, max_new_tokens=12)
@@ -65,7 +71,7 @@ def test_rows_beyond_the_vocabulary_stand_for_nothing_and_are_never_sampled(
 
 @pytest.mark.parametrize("format", ["gguf", "meta", "llama2c", "orbax", "hf"])
 def test_padded_models_are_converted_as_they_are(format: Any, base: Path, tmp_path: Path) -> None:
-    padded = variant(base, tmp_path / "padded", rows=64)
+    padded = variant(base, tmp_path / "padded", rows=ROWS)
     target = convert(padded, tmp_path / ("m.gguf" if format == "gguf" else "m"), format)
     model = lj.load(target)
     assert model.config.vocab_size == V + 64

@@ -12,13 +12,14 @@ import llama_jax as lj
 from llama_jax.errors import InputError
 from tests import tiny
 
+CONFIG = tiny.CONFIG.replace(num_hidden_layers=1)
 NEW = 8  # this, one or two prompts, and one or two texts of each: few programs
 PROMPTS = ["ab", "a b c"]
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    return tiny.write_model(tmp_path_factory.mktemp("model"))
+    return tiny.write_model(tmp_path_factory.mktemp("model"), CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_a_draft_model_needs_the_same_vocabulary(model, tmp_path):
     assert texts == model.generate(PROMPTS, max_new_tokens=NEW)
     assert texts == model.generate(PROMPTS, max_new_tokens=NEW, draft=model, num_draft_tokens=3)
 
-    other = tiny.write_model(tmp_path)
+    other = tiny.write_model(tmp_path, CONFIG)
     tiny.write_vocabulary(tmp_path / "tok.bin", [*tiny.PIECES[:-1], "ba"])
     with pytest.raises(InputError, match=r"another vocabulary: token 287 is 'ba', and 'ab' in"):
         model.generate("ab", max_new_tokens=NEW, draft=lj.load(other))
@@ -178,10 +179,10 @@ def test_load_rejects_other_numbers_of_bits(path):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_weight_that_is_not_finite_is_named_with_the_text(model, bad):
     params = jax.tree.map(lambda leaf: leaf, model.params)
-    w_down = params["layers"][1]["feed_forward"]["w_down"]
-    params["layers"][1]["feed_forward"]["w_down"] = w_down.at[3, 2].set(bad)
+    w_down = params["layers"][0]["feed_forward"]["w_down"]
+    params["layers"][0]["feed_forward"]["w_down"] = w_down.at[3, 2].set(bad)
     damaged = dataclasses.replace(model, params=params)
-    message = r"logits are not finite, because layers\.1\.feed_forward\.w_down in the weights holds NaN"
+    message = r"logits are not finite, because layers\.0\.feed_forward\.w_down in the weights holds NaN"
     for generate in (damaged.generate, lambda *args, **kw: list(damaged.stream(*args, **kw))):
         with pytest.warns(UserWarning, match=message):
             generate(PROMPTS[0], max_new_tokens=NEW)

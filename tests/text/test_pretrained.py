@@ -1,4 +1,4 @@
-"""`load`, `load_params` and `Model` on a tiny random model and on stories260K."""
+"""`load`, `load_params` and `Model` on a tiny random model."""
 
 from __future__ import annotations
 
@@ -111,13 +111,6 @@ def test_progress_ends_at_the_total(tiny_path):
     lj.load(tiny_path, progress=lambda done, total, name: seen.append((done, total)))
     assert seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1] > 0
-
-
-def test_stories260k_generates_its_golden_text(shared_data):
-    folder = shared_data / "stories260K"
-    model = lj.load(folder / "stories260K.bin")
-    golden = (folder / "golden_greedy_200.txt").read_text().rstrip("\n")
-    assert model.generate("", max_new_tokens=200) == golden
 
 
 def test_a_misspelled_name_gets_a_suggestion():

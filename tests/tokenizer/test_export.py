@@ -129,6 +129,11 @@ def llama2(shared_data: Path) -> Tokenizer:
     return load_tokenizer(shared_data / "llama2" / "tokenizer.model")
 
 
+@pytest.fixture(scope="module")
+def smollm2_vocabulary(smollm2_path: Path) -> Tokenizer:
+    return load_tokenizer(smollm2_path)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_llama2_vocabulary(llama2: Tokenizer, format: Format, shared_data: Path, tmp_path: Path) -> None:
     ours = read_back(llama2, format, tmp_path / "out")
@@ -185,8 +190,10 @@ def test_stories260k_vocabulary(format: Format, shared_data: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("format", ["hf", "meta", "gguf", "orbax"])
-def test_smollm2_vocabulary(format: Format, smollm2_path: Path, tmp_path: Path) -> None:
-    smollm2 = load_tokenizer(smollm2_path)
+def test_smollm2_vocabulary(
+    format: Format, smollm2_vocabulary: Tokenizer, smollm2_path: Path, tmp_path: Path
+) -> None:
+    smollm2 = smollm2_vocabulary
     ours = read_back(smollm2, format, tmp_path / "out")
     assert config_of(ours) == config_of(smollm2)
     assert ours.special_tokens == smollm2.special_tokens

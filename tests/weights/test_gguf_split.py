@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from llama_jax.errors import CheckpointError
+from llama_jax.text.convert import convert
 from llama_jax.tokenizer import load_tokenizer
 from llama_jax.weights import load_params, open_source, read_gguf_metadata
 from tests.weights.test_load import assert_same, one_line
@@ -32,9 +33,10 @@ def test_any_part_and_the_folder_open_the_whole_model(parts: list[Path], tmp_pat
     assert_same(load_params(open_source(parts[-1])), load_params(whole))
 
 
-def test_the_vocabulary_is_found_from_any_part(smollm2_path: Path, tmp_path: Path) -> None:
-    expected = load_tokenizer(smollm2_path)
-    for path in split_gguf(smollm2_path, tmp_path / "split", 100):
+def test_the_vocabulary_is_found_from_any_part(shared_data: Path, tmp_path: Path) -> None:
+    whole = convert(shared_data / "stories260K" / "stories260K.bin", tmp_path / "whole.gguf")
+    expected = load_tokenizer(whole)
+    for path in split_gguf(whole, tmp_path / "split", 20):
         assert load_tokenizer(path).encode("Hello world") == expected.encode("Hello world")
         assert read_gguf_metadata(path)["general.architecture"] == "llama"
     config = open_source(tmp_path / "split").config

@@ -341,9 +341,9 @@ def test_memory_of_quantization() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [None, "float16", "q8_0"])
-def test_smollm2_round_trip(dtype: str | None, smollm2: lj.Model, smollm2_path: Path, tmp_path: Path) -> None:
-    """The whole model where values are rounded most, otherwise two of its layers."""
+@pytest.mark.parametrize("dtype", ["float16", "q8_0"])
+def test_smollm2_round_trip(dtype: str, smollm2: lj.Model, smollm2_path: Path, tmp_path: Path) -> None:
+    """The whole model where values are rounded most, otherwise two layers; unrounded in `test_convert.py`."""
     config, params = smollm2.config, smollm2.params
     if dtype != "q8_0":
         config = config.replace(num_hidden_layers=2)
@@ -352,12 +352,10 @@ def test_smollm2_round_trip(dtype: str | None, smollm2: lj.Model, smollm2_path: 
     source = write_and_open(ParamsTensors(config, params), tmp_path / "a.gguf", dtype, vocabulary)
     assert source.config == config
     loaded = lj.load(tmp_path / "a.gguf")
-    if dtype is None:
-        assert_same(loaded.params, params)
     errors = jax.tree.map(
         lambda a, b: float(np.abs(np.subtract(a, b)).max() / np.abs(b).max()), loaded.params, params
     )
-    assert max(jax.tree.leaves(errors)) <= {None: 0, "float16": 2**-11, "q8_0": 0.5 / 127 + 2**-10}[dtype]
+    assert max(jax.tree.leaves(errors)) <= {"float16": 2**-11, "q8_0": 0.5 / 127 + 2**-10}[dtype]
     text = "Once upon a time, there was a little girl named Lily. She loved to play outside with her friends."
     tokens = np.array([smollm2.tokenizer.encode(text)], np.int32)
     assert loaded.tokenizer.encode(text) == tokens[0].tolist()

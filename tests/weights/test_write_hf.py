@@ -43,7 +43,10 @@ def test_round_trip_is_bit_exact(tmp_path, seed):
     config, params = random_model(seed)
     host = jax.device_get(params)  # slices of device arrays would compile a program for each shape
     source = open_source(write_hf(ParamsTensors(config, host), tmp_path / "out"))
-    assert identical(load_params(source), params)
+    stored, expected = StoredTensors(source), ParamsTensors(config, host)
+    for entry in entries(config, "hf"):
+        found, value = (tensors.read(entry.leaf, entry.layer) for tensors in (stored, expected))
+        assert found.dtype == value.dtype and np.array_equal(found, value), entry.name
     if (
         config.rope_scaling is not None and config.rope_scaling.kind == "ntk"
     ):  # written as its effective theta
@@ -53,8 +56,10 @@ def test_round_trip_is_bit_exact(tmp_path, seed):
         assert source.config == config
 
 
-@pytest.mark.parametrize("shard_bytes", [1, 5_000, 40_000, 10**9])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "shard_bytes"),
+    [("float32", 1), ("float32", 5_000), ("bfloat16", 5_000), ("float16", 40_000), ("float32", 10**9)],
+)
 def test_any_number_of_shards(tmp_path, shard_bytes, dtype):
     config, params = random_model(2)
     params = cast(params, dtype)
@@ -74,8 +79,10 @@ def test_any_number_of_shards(tmp_path, shard_bytes, dtype):
         assert set(index["weight_map"]) == set(names)
 
 
-@pytest.mark.parametrize("shards", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "shards"),
+    [("float32", 1), ("bfloat16", 2), ("float32", 3), ("bfloat16", 4), ("float32", 7)],
+)
 def test_equal_shards(tmp_path, shards, dtype):
     config, params = random_model(2, lj.presets.TINY.replace(vocab_size=64, num_hidden_layers=4))
     params = cast(params, dtype)

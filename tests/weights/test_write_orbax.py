@@ -24,15 +24,19 @@ def write_orbax(tensors, target, dtype=None, **options):
     return target
 
 
+def cast(params, dtype):
+    return jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), params)
+
+
 def identical(a, b):
-    return jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b))
+    """In numpy, which compiles nothing."""
+    return jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(x, y), a, b))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("seed", "dtype"), [(0, "float32"), (1, "float32"), (2, "bfloat16"), (3, "float16")])
 def test_round_trip_is_bit_exact(tmp_path, seed, dtype):
     config, params = random_model(seed)
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    params = cast(params, dtype)
     source = open_source(write_orbax(ParamsTensors(config, params), tmp_path / "out"))
     assert identical(load_params(source, dtype=dtype), params)
     assert identical(load_params(source, dtype=dtype, scan_layers=False), lj.unstack(params))
@@ -112,5 +116,5 @@ def test_a_full_disk(tmp_path, monkeypatch):
 def test_dtype(tmp_path):
     config, params = random_model(3)
     target = write_orbax(ParamsTensors(config, params), tmp_path / "out", np.dtype(jnp.bfloat16))
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    half = cast(params, "bfloat16")
     assert identical(load_params(open_source(target), dtype="bfloat16"), half)
