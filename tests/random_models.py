@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import llama_jax as lj
+from llama_jax.weights.names import leaves
 
 # One configuration for the tests that need no other, so that they share compiled programs. All sizes differ,
 # and no cache or mask of it has the size of a weight.
@@ -74,8 +75,20 @@ def normal(seed: int, shapes: Any, deviation: float, means: dict[str, float]) ->
 def random_model(seed: int, config: lj.LlamaConfig | None = None) -> tuple[lj.LlamaConfig, dict]:
     """A configuration and random parameters, with deviation 0.2 so that logits are far apart."""
     config = random_config(seed) if config is None else config
-    shapes = jax.eval_shape(lambda key: lj.init(config, key), jax.random.key(0))
-    return config, normal(seed, shapes, 0.2, {"scale": 1.0})
+    return config, normal(seed, shapes_of(config), 0.2, {"scale": 1.0})
+
+
+def shapes_of(config: lj.LlamaConfig) -> dict[str, Any]:
+    """The shapes of `lj.init`'s parameters, without a trace of it."""
+    tree: dict[str, Any] = {}
+    for leaf in leaves(config):
+        *outer, last = leaf.path
+        inner = tree
+        for key in outer:
+            inner = inner.setdefault(key, {})
+        layers = (config.num_hidden_layers,) if leaf.per_layer else ()
+        inner[last] = jax.ShapeDtypeStruct((*layers, *leaf.shape(config)), jnp.float32)
+    return tree
 
 
 def random_prompts(seed: int, config: lj.LlamaConfig, lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
