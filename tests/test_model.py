@@ -31,7 +31,7 @@ def test_cached_is_uncached_at_every_position(seed):
     tokens, _ = random_prompts(seed, config, [14, 14])
     expected = lj.forward(config, params, tokens)
     scale = np.abs(expected).max()
-    weights = lj.unstack(params)
+    weights = lj.unstack(jax.device_get(params))
     cache = kv.init_cache(config, 2, 20, jnp.float32)
     pieces = []
     for at in range(14):
@@ -46,7 +46,7 @@ def test_batch_rows_may_be_at_different_cache_slots():
     config, params = random_model(8)
     tokens, _ = random_prompts(7, config, [12, 12])
     expected = np.asarray(lj.forward(config, params, tokens))
-    weights = lj.unstack(params)
+    weights = lj.unstack(jax.device_get(params))
     cache = kv.init_cache(config, 2, 16, jnp.float32)
     prefill, cache = jit_forward_cached(config, weights, tokens[:, :10], np.zeros(2, np.int32), cache)
     np.testing.assert_allclose(prefill, expected[:, :10], atol=2e-5)
@@ -86,13 +86,10 @@ def assert_same_gradients(got, expected):
     [
         ("save_dots", "xla"),
         ("save_projections", "xla"),
-        ("attention", "xla"),
         ("full", "xla"),
         ("none", "blockwise"),
-        ("save_projections", "blockwise"),
         ("save_dots_except_mlp", "blockwise"),
         ("attention", "blockwise"),
-        ("full", "blockwise"),
     ],
 )
 def test_remat_and_backend_have_no_effect(remat, backend):
@@ -108,6 +105,7 @@ def test_remat_and_backend_have_no_effect(remat, backend):
     [("none", "xla"), ("save_projections", "blockwise"), ("attention", "xla"), ("full", "blockwise")],
 )
 def test_unstacking_has_no_effect(remat, backend):
+    """Nor have the policies that the test above leaves out."""
     config, params = random_model(8)
     tokens, _ = random_prompts(3, config, [12, 12])
     value, grads = mean_and_gradients(config, params, tokens, lj.ForwardOptions())

@@ -10,6 +10,7 @@ import numpy as np
 
 import llama_jax as lj
 from llama_jax import adapters
+from llama_jax.sharding import named
 from tests.random_models import normal
 
 CONFIG = lj.LlamaConfig(
@@ -69,10 +70,13 @@ def check_gradients_on_a_mesh(settings: adapters.Settings, params: Any, mesh: st
     """The custom VJP on a mesh equals autodiff on one device; gradients are sharded as the adapter is."""
     adapter, tokens = random_adapter(settings, params), random_tokens()
     _, expected = value_and_grad(adapter, params, tokens, settings)
-    with jax.set_mesh(lj.make_mesh(mesh)):
-        sharded = lj.shard_params(params, jax.sharding.get_mesh(), CONFIG)
-        like = jax.jit(lambda params: adapters.init(settings, CONFIG, params, jax.random.key(0)))(sharded)
-        adapter = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), adapter, like)
+    devices = lj.make_mesh(mesh)
+    with jax.set_mesh(devices):
+        sharded = lj.shard_params(jax.device_get(params), devices, CONFIG)
+        like = jax.eval_shape(lambda: adapters.init(settings, CONFIG, sharded, jax.random.key(0)))
+        adapter = jax.tree.map(
+            lambda x, y: jax.device_put(np.asarray(x), named(devices, y.sharding.spec)), adapter, like
+        )
         _, found = value_and_grad(
             adapter, sharded, tokens, settings, lj.ForwardOptions(custom_vjp=True, **options)
         )

@@ -102,19 +102,17 @@ def test_unstacked_equals_stacked_and_cached_equals_uncached(params, tokens):
 @pytest.mark.parametrize(
     ("kind", "mesh"),
     [
-        ("houlsby", "fsdp=4,tensor=2"),
         ("houlsby", "data=2,context=2,tensor=2"),
         ("pfeiffer", "fsdp=4,tensor=2"),
-        ("gelu", "data=2,context=2,tensor=2"),
+        ("gelu", "fsdp=4,tensor=2"),
     ],
 )
 def test_gradients_on_a_mesh_equal_one_device(kind, mesh, params):
     check_gradients_on_a_mesh(KINDS[kind], params, mesh)
 
 
-@pytest.mark.parametrize("bits", [8, "nf4"])
-def test_quantized_base(bits, params, tokens):
-    quantized = lj.quantize(params, bits)
+def test_quantized_base(params, tokens):
+    quantized = lj.quantize(params, 8)
     adapter = bottleneck.init(KINDS["houlsby"], quantized, jax.random.key(0))
     attached = bottleneck.attach(KINDS["houlsby"], quantized, adapter)
     np.testing.assert_array_equal(lj.forward(CONFIG, attached, tokens), lj.forward(CONFIG, quantized, tokens))

@@ -111,9 +111,8 @@ def test_split_is_the_inverse_of_attach(params, adapter):
     )
 
 
-@pytest.mark.parametrize("bits", [8, "nf4"])
-def test_quantized_base(bits, params, tokens):
-    quantized = lj.quantize(params, bits)
+def test_quantized_base(params, tokens):
+    quantized = lj.quantize(params, "nf4")
     attached = prefix.attach(
         SETTINGS, quantized, prefix.init(SETTINGS, CONFIG, quantized, jax.random.key(0), PREFIX_TOKENS)
     )

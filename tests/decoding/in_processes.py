@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh
 
 import llama_jax as lj
 from llama_jax.decoding import processes
+from llama_jax.decoding.arguments import row_keys
 from llama_jax.errors import InputError
 from llama_jax.sharding import AXES
 from llama_jax.text.conversation import Conversation
@@ -48,12 +49,13 @@ def results(model: lj.Model) -> dict[str, Any]:
     rows = [model.encode_prompt(text) for text in PROMPTS]
     lengths = np.array([len(row) for row in rows])
     tokens = np.array([row + [0] * (max(lengths) - len(row)) for row in rows])
-    keys = jax.random.split(jax.random.key(0), 3)
+    _, key = model.sampling(seed=0)
+    keys = row_keys(key, 3)  # what the one stands for
     request = model.config, model.params, tokens, lengths
     with model.on_mesh():
-        out = lj.generate(*request, keys, SAMPLING, max_new_tokens=NEW)
-        again = lj.generate(*request[:2], out.tokens, out.lengths, keys, SAMPLING, max_new_tokens=NEW)
-        streamed = [token for token, _ in lj.stream(*request, keys, SAMPLING, max_new_tokens=NEW)]
+        out = lj.generate(*request, key, SAMPLING, max_new_tokens=NEW)
+        again = lj.generate(*request[:2], out.tokens, out.lengths, key, SAMPLING, max_new_tokens=NEW)
+        streamed = [token for token, _ in lj.stream(*request, key, SAMPLING, max_new_tokens=NEW)]
         beams = lj.beam_search(*request, 2, max_new_tokens=NEW, length_penalty=np.array([0.0, 1.0, 2.0]))
         drafted = lj.speculative_generate(*request, keys, SAMPLING, num_draft_tokens=2, max_new_tokens=NEW)
     template = str(model.path.with_name("chat.jinja"))

@@ -25,7 +25,7 @@ from tests.optimized import optimized
 from tests.random_models import SMALL, random_model, random_prompts
 
 CONFIG, STACKED = random_model(0, SMALL.replace(num_hidden_layers=2))
-PARAMS = lj.unstack(STACKED)
+PARAMS = lj.unstack(jax.device_get(STACKED))  # in numpy, parts are cut for a mesh without compiling programs
 TOKENS, LENGTHS = random_prompts(0, CONFIG, [3, 40, 1, 97])
 KEYS = jax.random.split(jax.random.key(0), 4)
 GREEDY = lj.Sampling(temperature=0.0)
@@ -36,38 +36,32 @@ only_if_asked = pytest.mark.skipif(
 COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 
-@pytest.mark.parametrize(
-    ("spec", "settings"),
-    [
-        ("context=8", {"cache_dtype": "int8"}),
-        ("context=4,tensor=2", {"top_logprobs": 2}),
-    ],
-)
 @pytest.mark.slow
-def test_greedy_rows_of_any_length_are_those_of_one_device(spec, settings):
-    given = {"key": KEYS, "sampling": GREEDY, "max_new_tokens": 20} | settings
+def test_greedy_rows_of_any_length_are_those_of_one_device():
+    """With an int8 cache; in the parameters' dtype it is below."""
+    given = {"key": KEYS, "sampling": GREEDY, "max_new_tokens": 20, "cache_dtype": "int8"}
     expected = jax.device_get(lj.generate(CONFIG, PARAMS, TOKENS, LENGTHS, **given))
-    mesh = sharding.make_mesh(spec)
+    mesh = sharding.make_mesh("context=8")
     with jax.set_mesh(mesh):
         params = lj.shard_params(PARAMS, mesh, CONFIG)
         out = jax.device_get(lj.generate(CONFIG, params, TOKENS, LENGTHS, **given))
     np.testing.assert_array_equal(out.tokens, expected.tokens)
-    np.testing.assert_allclose(
-        out.logprobs, expected.logprobs, atol=1e-2 if "cache_dtype" in settings else 1e-5
-    )
-    if "top_logprobs" in settings:
-        np.testing.assert_array_equal(out.top_tokens, expected.top_tokens)
+    np.testing.assert_allclose(out.logprobs, expected.logprobs, atol=1e-2)
 
 
 @pytest.mark.slow
 def test_inside_jit_a_cache_that_context_does_not_divide_is_rounded_up():
     """97 prompt tokens and 20 new ones are 117 slots, and 4 devices have 30 each."""
-    settings = {"max_new_tokens": 20, "num_return_sequences": 2}
+    settings = {"max_new_tokens": 20, "num_return_sequences": 2, "top_logprobs": 2}
     go = jax.jit(lambda params: lj.generate(CONFIG, params, TOKENS, LENGTHS, KEYS[0], GREEDY, **settings))
-    mesh = sharding.make_mesh("fsdp=2,context=4")
+    mesh = sharding.make_mesh("context=4,tensor=2")
     with jax.set_mesh(mesh):
         out = go(lj.shard_params(PARAMS, mesh, CONFIG))
-    np.testing.assert_array_equal(out.tokens, go(PARAMS).tokens)
+    expected = go(PARAMS)
+    for found, wanted in ((out.tokens, expected.tokens), (out.top_tokens, expected.top_tokens)):
+        np.testing.assert_array_equal(found, wanted)
+    for found, wanted in ((out.logprobs, expected.logprobs), (out.top_logprobs, expected.top_logprobs)):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 HEADS, WIDTH = CONFIG.num_key_value_heads, CONFIG.head_dim
@@ -120,14 +114,14 @@ def test_a_prompt_moves_chunks_and_never_the_cache(lowered):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", [1024, pytest.param(LONG, marks=only_if_asked)])
+@pytest.mark.parametrize("run", [512, pytest.param(LONG, marks=only_if_asked)])
 def test_a_prompt_of_131072_tokens_over_eight_devices(run):
     """Its last tokens, after a cache that holds the others; or all of them."""
     config, params = random_model(
         3, SMALL.replace(num_attention_heads=1, num_key_value_heads=1, hidden_size=64, num_hidden_layers=2,
                          max_position_embeddings=LONG, rope_theta=1e6, rope_scaling=None),
     )  # fmt: skip
-    params, rng = lj.unstack(params), np.random.default_rng(0)
+    params, rng = lj.unstack(jax.device_get(params)), np.random.default_rng(0)
     tokens = rng.integers(0, config.vocab_size, (1, LONG)).astype(np.int32)
     written = rng.normal(size=(1, 1, LONG - run, config.head_dim)).astype(np.float32)
 

@@ -54,19 +54,28 @@ MODELS = {
 models = pytest.mark.parametrize("name", MODELS)
 
 
+def sharded(params, mesh, config=CONFIG):
+    """Parameters on a mesh; from numpy, of which parts are cut without compiling programs."""
+    return lj.shard_params(jax.device_get(params), mesh, config)
+
+
 def model_of(name):
     config, params = random_model(0, MODELS[name])
     return config, params, *random_prompts(0, config, [3, 17, 1, 9])
 
 
-def run(tokens=TOKENS, lengths=LENGTHS, key=KEY, sampling=GREEDY, *, params=PARAMS, **settings):
-    return lj.generate(CONFIG, params, tokens, lengths, key, sampling, **{"max_new_tokens": 12} | settings)
+def run(
+    tokens=TOKENS, lengths=LENGTHS, key=KEY, sampling=GREEDY, *, config=CONFIG, params=PARAMS, **settings
+):
+    return lj.generate(config, params, tokens, lengths, key, sampling, **{"max_new_tokens": 12} | settings)
 
 
-def run_stream(tokens=TOKENS, lengths=LENGTHS, key=KEY, sampling=GREEDY, *, params=PARAMS, **settings):
+def run_stream(
+    tokens=TOKENS, lengths=LENGTHS, key=KEY, sampling=GREEDY, *, config=CONFIG, params=PARAMS, **settings
+):
     """The tokens that `stream` yields [B, steps], and where rows were live."""
     settings = {"max_new_tokens": 12} | settings
-    steps = list(lj.stream(CONFIG, params, tokens, lengths, key, sampling, **settings))
+    steps = list(lj.stream(config, params, tokens, lengths, key, sampling, **settings))
     return np.stack([token for token, _ in steps], axis=1), np.stack([live for _, live in steps], axis=1)
 
 
@@ -316,7 +325,7 @@ def test_a_step_on_a_tensor_mesh_communicates_activations_and_never_the_cache():
     """The embedding, attention's output, the feed-forward output, and the logits."""
     mesh = sharding.make_mesh("tensor=2", devices=jax.devices()[:2])
     with jax.set_mesh(mesh):
-        body = compiled_loop(4, lj.shard_params(PARAMS, mesh, CONFIG))
+        body = compiled_loop(4, sharded(PARAMS, mesh))
     cache = f"f32[4,{CONFIG.num_key_value_heads // 2},128,{CONFIG.head_dim}]"
     assert cache in body and f"{cache}{{3,2,1,0}} copy(" not in body
     collectives = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
@@ -469,7 +478,7 @@ def test_one_bf16_prompt_on_a_mesh():
     halved = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), PARAMS)
     mesh = sharding.make_mesh("context=2,tensor=2", devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
-        params = lj.shard_params(halved, mesh, CONFIG)
+        params = sharded(halved, mesh)
         out = jax.device_get(run(*prompt, sampling=sampling, params=params))
         streamed, _ = run_stream(*prompt, sampling=sampling, params=params)
     np.testing.assert_array_equal(streamed, out.tokens)
@@ -477,52 +486,46 @@ def test_one_bf16_prompt_on_a_mesh():
     np.testing.assert_allclose(out.logprobs[:, :8], expected.logprobs[:, :8], atol=0.1)
 
 
-def test_one_row_of_multi_head_attention_on_a_mesh():
-    """G = 1: a reshape to groups of one must not lose the sharding of a batch of one."""
-    config, params, tokens, lengths = model_of("multi-head")
-    prompt = tokens[:1, : lengths[0]], lengths[:1], KEYS[:1], GREEDY
-    expected = lj.generate(config, params, *prompt, max_new_tokens=12)
-    mesh = sharding.make_mesh("tensor=2", devices=jax.devices()[:2])
-    with jax.set_mesh(mesh):
-        params = lj.shard_params(params, mesh, config)
-        out = lj.generate(config, params, *prompt, max_new_tokens=12)
-    np.testing.assert_array_equal(out.tokens, expected.tokens)
-
-
-def on_mesh(spec, count):
+def on_mesh(spec, name, count):
     """The output for the first of 8 rows, which are those of the module twice, on a mesh; streamed too."""
+    config, params, tokens, lengths = model_of(name)
     mesh = sharding.make_mesh(spec)
     rows = np.arange(count) % 4
     with jax.set_mesh(mesh):
-        given = TOKENS[rows], LENGTHS[rows], KEYS[:count], RANDOM
-        params = lj.shard_params(PARAMS, mesh, CONFIG)
-        out, (streamed, _) = run(*given, params=params), run_stream(*given, params=params)
+        given = tokens[rows], lengths[rows], KEYS[:count], RANDOM
+        model = {"config": config, "params": sharded(lj.unstack(jax.device_get(params)), mesh, config)}
+        out, (streamed, _) = run(*given, **model), run_stream(*given, **model)
     np.testing.assert_array_equal(streamed, out.tokens)
     return jax.device_get(out)
 
 
-def assert_as_without_a_mesh(out, count):
+def assert_as_without_a_mesh(out, name, count):
     """The tokens; log-probabilities are rounded in another order on a mesh."""
+    config, params, *prompts = model_of(name)
     assert len(out.tokens) == count
     for first in range(0, count, 4):
-        expected = jax.device_get(run(key=KEYS[first : first + 4], sampling=RANDOM))
+        keys = KEYS[first : first + 4]
+        expected = jax.device_get(run(*prompts, keys, RANDOM, config=config, params=params))
         some = slice(first, min(first + 4, count))
         np.testing.assert_array_equal(out.tokens[some], expected.tokens[: count - first])
         np.testing.assert_allclose(out.logprobs[some], expected.logprobs[: count - first], atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("spec", "counts"),
+    ("spec", "name", "counts"),
     [
-        pytest.param("fsdp=4,tensor=2", [3, 1], marks=pytest.mark.slow),
-        ("data=2,fsdp=2,context=2", [5]),
+        pytest.param("fsdp=4,tensor=2", "multi-head", [3, 1], marks=pytest.mark.slow),
+        ("data=2,fsdp=2,context=2", "grouped", [5]),
     ],
 )
-def test_any_number_of_rows_on_any_mesh(spec, counts):
-    """Rows that do not divide are filled up. With one on each device, each is bitwise the row alone."""
-    outputs = [on_mesh(spec, count) for count in counts]
+def test_any_number_of_rows_on_any_mesh(spec, name, counts):
+    """Rows that do not divide are filled up. With one on each device, each is bitwise the row alone.
+
+    In multi-head attention a reshape to groups of one must not lose the sharding of a batch of one.
+    """
+    outputs = [on_mesh(spec, name, count) for count in counts]
     for count, out in zip(counts, outputs, strict=True):
-        assert_as_without_a_mesh(out, count)
+        assert_as_without_a_mesh(out, name, count)
     if 1 in counts:
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:1], b), *outputs)
 
@@ -533,7 +536,7 @@ def test_several_sequences_of_each_prompt_on_a_mesh():
     mesh, same = sharding.make_mesh("data=2,fsdp=4"), np.repeat(np.arange(3), 3)
     keys = jax.random.split(KEY, 9)
     with jax.set_mesh(mesh):
-        settings = {"params": lj.shard_params(PARAMS, mesh, CONFIG), "num_return_sequences": 3}
+        settings = {"params": sharded(PARAMS, mesh), "num_return_sequences": 3}
         out = jax.device_get(run(TOKENS[:3], LENGTHS[:3], keys, RANDOM, **settings))
     assert len(out.tokens) == 9
     for first in (0, 4, 5):
@@ -563,7 +566,7 @@ def test_inside_jit_nothing_leaves_the_device(monkeypatch):
     mesh = sharding.make_mesh("fsdp=4,tensor=2")
     for setting in (mesh, None):
         with sharding.use_mesh(setting):
-            params = PARAMS if setting is None else lj.shard_params(PARAMS, mesh, CONFIG)
+            params = PARAMS if setting is None else sharded(PARAMS, mesh)
             jaxpr = str(jax.make_jaxpr(go)(params, TOKENS[:3], LENGTHS[:3], KEYS[:3]))
         assert "while[" in jaxpr
         assert not re.search("callback|infeed|outfeed", jaxpr)

@@ -12,7 +12,7 @@ import llama_jax as lj
 from llama_jax.decoding import logits_processors
 from llama_jax.decoding.logits_processors import TokenHistory
 from llama_jax.decoding.sampling import Sampling
-from tests.random_models import random_model, random_prompts
+from tests.random_models import SMALL, random_model, random_prompts
 
 V = 7
 KEY = jax.random.key(0)
@@ -118,7 +118,7 @@ ROWS = (
 
 def test_rows_of_a_mixed_batch_equal_each_row_alone():
     """Greedy, random, penalized, suppressed and forced rows in one batch do not affect each other."""
-    config, params = random_model(4)
+    config, params = random_model(4, SMALL)
     tokens, lengths = random_prompts(4, config, [5, 9, 3, 7, 1, 6])
     keys = jax.random.split(KEY, len(ROWS))
     off = {name: getattr(Sampling(), name) for name in set().union(*ROWS)}
@@ -128,9 +128,10 @@ def test_rows_of_a_mixed_batch_equal_each_row_alone():
         if name in ("suppress_tokens", "forced_tokens"):
             column = [list(ids) + [-1] * (3 - len(ids)) for ids in column]
         together[name] = np.array(column)
-    weights = lj.unstack(params)
+    weights = lj.unstack(jax.device_get(params))
     settings = {"max_new_tokens": 12, "eos_id": [2, 5, 8]}
     out = lj.generate(config, weights, tokens, lengths, keys, Sampling(**together), **settings)
+    out = jax.device_get(out)
     for row, alone in enumerate(ROWS):
         prompt = tokens[row : row + 1, : lengths[row]]
         one = lj.generate(
@@ -142,7 +143,7 @@ def test_rows_of_a_mixed_batch_equal_each_row_alone():
             Sampling(**alone),
             **settings,
         )
-        np.testing.assert_array_equal(out.tokens[row], one.tokens[0])
+        np.testing.assert_array_equal(out.tokens[row], np.asarray(one.tokens)[0])
     assert out.lengths[4] >= 6
     assert out.tokens[5, 0] == 3 and out.tokens[5, 2] == 7
     fifth = np.asarray(out.tokens[4, : out.lengths[4]]).tolist()

@@ -54,7 +54,7 @@ def test_a_mesh_gives_the_same_tokens():
     """The one row of a session divides no batch axis: it is replicated. Its cache is divided, and grows."""
     mesh = sharding.make_mesh("fsdp=2,context=2,tensor=2")
     with jax.set_mesh(mesh):
-        session = Session(CONFIG, lj.shard_params(WEIGHTS, mesh, CONFIG))
+        session = Session(CONFIG, lj.shard_params(jax.device_get(WEIGHTS), mesh, CONFIG))
         first = list(session.stream(PROMPT[:20], KEY, RANDOM, max_new_tokens=8))
         longer = PROMPT[:20] + first + PROMPT[20:120]
         second = list(session.stream(longer, KEY, RANDOM, max_new_tokens=8))

@@ -76,6 +76,11 @@ def run(seed, settings=GREEDY, draft=None, **more):
     return speculative_generate(*given, draft=draft, **{"num_draft_tokens": K} | more)
 
 
+def on_mesh(params, mesh):
+    """Unstacked and sharded; from numpy, of which parts are cut without compiling programs."""
+    return lj.shard_params(lj.unstack(jax.device_get(params)), mesh, CONFIG)
+
+
 def rows_of(tree, *rows):
     """Of every array some rows; on the host, where that compiles nothing, but for keys."""
 
@@ -143,8 +148,7 @@ def test_a_model_accepts_all_of_its_own_drafts_and_stops_at_eos():
 def test_a_row_in_a_batch_is_the_row_alone_and_each_round_adds_one_token_to_those_accepted(draft):
     together = jax.device_get(run(2, MIXED, draft))
     for row in range(ROWS):
-        # With a draft model among copies of itself, with the batch's program; alone it is on a mesh below.
-        rows = [row] * (1 if draft == SOURCES["lookup"] else ROWS)
+        rows = [row] * ROWS  # among copies of itself, with the batch's program; alone it is on a mesh below
         alone = speculative_generate(
             CONFIG, params_of(2), *rows_of((*prompts(2), KEYS, MIXED.broadcast(ROWS)), *rows),
             draft=draft, num_draft_tokens=K, max_new_tokens=NEW,
@@ -263,10 +267,11 @@ def test_prompt_lookup_copies_what_followed_the_latest_longest_match(row, sizes)
 
 @lookup_first
 def test_works_inside_jit_vmap_and_shard_map(draft):
-    """Each device takes one row, under several temperatures."""
+    """Each device takes one row; with a draft model under several temperatures, too."""
     # While tracing, the cache has exactly the length that the longest row fills.
     mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
     temperatures = np.array([0.4, 0.7, 1.0], np.float32)
+    each = jax.vmap if isinstance(draft, DraftModel) else lambda sample: lambda some: sample(some[0])[None]
 
     def rows(params, draft, tokens, lengths, keys, temperatures):
         def sample(temperature):
@@ -275,21 +280,21 @@ def test_works_inside_jit_vmap_and_shard_map(draft):
                 draft=draft, num_draft_tokens=K, max_new_tokens=NEW,
             ).output.tokens  # fmt: skip
 
-        return jax.vmap(sample)(temperatures)
+        return each(sample)(temperatures)
 
     lay = (P(), P(), P("rows"), P("rows"), P("rows"), P())
     split = jax.jit(jax.shard_map(rows, mesh=mesh, in_specs=lay, out_specs=P(None, "rows")))
     out = np.asarray(split(params_of(0), draft, *prompts(0), KEYS, temperatures))
-    for i, temperature in enumerate(temperatures):
+    for temperature, tokens in zip(temperatures, out, strict=isinstance(draft, DraftModel)):
         expected = run(0, lj.Sampling(temperature=temperature), draft)
-        np.testing.assert_array_equal(out[i], expected.output.tokens)
+        np.testing.assert_array_equal(tokens, expected.output.tokens)
 
 
 @pytest.mark.parametrize(
     ("spec", "rows", "draft"),
     [
         pytest.param("data=2,context=2,tensor=2", ROWS, "model", marks=pytest.mark.slow),
-        pytest.param("fsdp=4,tensor=2", 1, "model", marks=pytest.mark.slow),
+        pytest.param("fsdp=4,tensor=2", 1, "lookup", marks=pytest.mark.slow),
     ],
 )
 def test_a_mesh_gives_the_same_tokens(spec, rows, draft):
@@ -301,8 +306,8 @@ def test_a_mesh_gives_the_same_tokens(spec, rows, draft):
     mesh = sharding.make_mesh(spec)
     with jax.set_mesh(mesh):
         if isinstance(draft, DraftModel):
-            draft = DraftModel(CONFIG, lj.shard_params(draft.params, mesh, CONFIG))
-        params = lj.shard_params(params_of(1), mesh, CONFIG)
+            draft = DraftModel(CONFIG, on_mesh(draft.params, mesh))
+        params = on_mesh(params_of(1), mesh)
         out = speculative_generate(
             CONFIG, params, *given, draft=draft, num_draft_tokens=K, max_new_tokens=NEW
         )

@@ -146,7 +146,6 @@ def loss_and_gradients(config, params, tokens, positions, segments, options):
 
 
 CASES = [
-    (None, "xla", False),
     (None, "blockwise", True),
     ("fsdp=4,tensor=2", "blockwise", False),
     ("fsdp=2,context=2,tensor=2", "xla", True),

@@ -92,7 +92,7 @@ def test_product_equals_that_of_the_dequantized_matrix(bits):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_matrices_are_dequantized_one_at_a_time(bits):
     """Prefill and decoding have one or two matrices in the compute dtype in memory, not all."""
-    config, params = random_model(0, CONFIG.replace(num_hidden_layers=4))
+    config, params = random_model(0, CONFIG.replace(num_hidden_layers=3))
     weights = jax.eval_shape(lambda params: lj.unstack(lj.quantize(params, bits)), params)
     tokens = np.zeros((1, 32), np.int32)
     cache = jax.eval_shape(lambda: init_cache(config, 1, 32, jnp.float32))
@@ -209,7 +209,7 @@ def test_quantization_on_a_mesh_equals_one_device(bits):
     tokens, lengths = random_prompts(0, config, [6, 3, 8, 5])
     mesh = sharding.make_mesh("fsdp=2,tensor=2", devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
-        small = lj.quantize(lj.unstack(lj.shard_params(params, mesh, config)), bits)
+        small = lj.quantize(lj.shard_params(lj.unstack(jax.device_get(params)), mesh, config), bits)
         values = small["layers"][0]["feed_forward"]["w_up"].values
         assert values.addressable_shards[0].data.size < values.size
         out = lj.generate(config, small, tokens, lengths, KEY, GREEDY, max_new_tokens=5)

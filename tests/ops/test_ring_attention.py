@@ -44,16 +44,23 @@ def in_ring(mesh, arguments, weights, segments, **options):
 def packed(batch, length):
     """Segments of unequal lengths, different in each row, some within a chunk and some across many."""
     ends = np.random.default_rng(0).integers(0, length, (batch, 3))
-    return jnp.asarray((np.arange(length) >= ends[:, :, None]).sum(1), jnp.int32)
+    return (np.arange(length) >= ends[:, :, None]).sum(1).astype(np.int32)
 
 
-@pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("mesh", ["fsdp=2,context=2,tensor=2", "fsdp=2,context=4", "context=8"])
+def weights_of(shape):
+    """Of the output in a scalar loss; from numpy, which compiles nothing."""
+    return np.random.default_rng(6).standard_normal(shape, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "segmented"),
+    [("fsdp=2,context=2,tensor=2", True), ("fsdp=2,context=4", False), ("context=8", True)],
+)
 def test_equals_plain_attention(mesh, segmented):
     batch, length = 2, 48
     arguments = inputs(0, batch=batch, length=length, heads=4, kv_heads=2)
     segments = packed(batch, length) if segmented else None
-    weights = jax.random.normal(jax.random.key(6), arguments[0].shape)
+    weights = weights_of(arguments[0].shape)
     expected = value_and_gradients(
         lambda *qkv: attention(*qkv, causal(batch, length, segments)), *arguments, weights
     )
@@ -64,32 +71,38 @@ def test_equals_plain_attention(mesh, segmented):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_kernel_for_tpu_equals_plain_attention(dtype):
-    """In interpret mode; in bf16 within its rounding."""
-    batch, length = 1, 1024
+    """In interpret mode, with two chunks of 128 on each device; in bf16 within its rounding."""
+    devices = 4 if dtype == jnp.float32 else 2
+    batch, length = 1, 256 * devices
     arguments = inputs(1, batch=batch, length=length, heads=2, kv_heads=1, head_dim=16)
     segments = packed(batch, length)
-    weights = jax.random.normal(jax.random.key(6), arguments[0].shape)
-    arguments = [jnp.asarray(x, dtype) for x in arguments]
-    exact = [x.astype(jnp.float32) for x in arguments]
+    weights = weights_of(arguments[0].shape)
+    arguments = [x.astype(dtype) for x in arguments]
+    exact = [x.astype(np.float32) for x in arguments]
     expected = value_and_gradients(
         lambda *qkv: attention(*qkv, causal(batch, length, segments)), *exact, weights
     )
-    options = {"devices": 4, "backend": "splash", "interpret": True}
-    found = in_ring("context=4", arguments, weights, segments, **options)
+    options = {"devices": devices, "backend": "splash", "interpret": True}
+    found = in_ring(f"context={devices}", arguments, weights, segments, **options)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == dtype
         tolerance = 2e-5 if dtype == jnp.float32 else 2**-7 * np.abs(theirs).max()
         np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, atol=tolerance)
 
 
-@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize("count", [2, 8])
 def test_zigzag_gives_each_device_a_chunk_from_either_end(count):
     """Contiguous chunks 0..2C-1 become i and 2C-1-i; entering, then leaving, changes nothing."""
     mesh = sharding.make_mesh({"context": count}, devices=jax.devices()[:count])
-    rows = jnp.arange(4 * count).reshape(1, -1)
-    with jax.set_mesh(mesh):
+    rows = np.arange(4 * count).reshape(1, -1)
+
+    @jax.jit
+    def there_and_back(rows):
         entered = zigzag.enter(sharding.constrain(rows, sharding.TOKENS_BT))
-        back = zigzag.leave(entered)
+        return entered, zigzag.leave(entered)
+
+    with jax.set_mesh(mesh):
+        entered, back = there_and_back(rows)
     chunks = np.asarray(entered).reshape(count, 2, 2)[:, :, 0] // 2
     np.testing.assert_array_equal(chunks, [[i, 2 * count - 1 - i] for i in range(count)])
     np.testing.assert_array_equal(back, rows)
