@@ -17,11 +17,11 @@ from tests.train.reading_processes import checksum
 from tests.train.small_runs import MODEL, abstract_state, make_state
 
 MESH = "data=2,fsdp=2"
-LAST = 12
+LAST = 5
 
 
 def copies(folder: Path, index: int, warnings: list[str]) -> Checkpoints:
-    config = CheckpointConfig(every=10, local_every=1, local_dir=str(folder / f"host{index}"), keep=100)
+    config = CheckpointConfig(every=3, local_every=1, local_dir=str(folder / f"host{index}"), keep=100)
     return Checkpoints(folder / "run", config, model=MODEL, run={"data": "abc"}, warn=warnings.append)
 
 
@@ -33,7 +33,7 @@ def join(arguments: Sequence[str]) -> tuple[Path, int]:
 
 
 def save_until_killed(arguments: Sequence[str]) -> int:
-    """Saves checkpoints every ten steps and copies after the others; waits to be killed."""
+    """Saves checkpoints every three steps and copies after the others; waits to be killed."""
     folder, index = join(arguments)
     mesh = make_mesh(MESH)
     with copies(folder, index, []) as checkpoints:

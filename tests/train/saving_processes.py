@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
+from llama_jax.errors import CheckpointError
 from llama_jax.sharding import make_mesh
-from tests.train.small_runs import abstract_state, checkpoints_of, make_state, one_device
+from tests.train.small_runs import abstract_state, checkpoints_of, make_state, one_device, same
+
+_NEW_NAMESPACES = 0x10000000 | 0x00020000  # CLONE_NEWUSER | CLONE_NEWNS
 
 
 def save_until_killed(arguments: Sequence[str]) -> int:
@@ -18,6 +23,37 @@ def save_until_killed(arguments: Sequence[str]) -> int:
         for step in range(restored.step + 1 if restored else 1, 10_000):
             checkpoints.save(step, make_state(one_device(), step), {"batch": step})
             print(step, flush=True)
+    return 0
+
+
+def mount_small_disk(folder: Path) -> None:
+    """Mounts a file system of 1 MB, which this process alone sees; before it has threads."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    users = {"uid": os.getuid(), "gid": os.getgid()}
+    arguments = (b"none", bytes(folder), b"tmpfs", 0, b"size=1m")
+    if libc.unshare(_NEW_NAMESPACES):
+        raise OSError(ctypes.get_errno(), "unshare")
+    Path("/proc/self/setgroups").write_text("deny")
+    for kind, number in users.items():
+        Path(f"/proc/self/{kind}_map").write_text(f"0 {number} 1")
+    if libc.mount(*arguments):
+        raise OSError(ctypes.get_errno(), "mount")
+
+
+def fill_a_small_disk(arguments: Sequence[str]) -> int:
+    """Saves until the disk is full; prints the error, and which step is restored and whether it is whole."""
+    folder = Path(arguments[0])
+    mount_small_disk(folder)
+    with checkpoints_of(folder) as checkpoints:
+        try:
+            for step in range(1, 100):
+                checkpoints.save(step, make_state(one_device(), step), {})
+        except CheckpointError as error:
+            print(error)
+    with checkpoints_of(folder) as checkpoints:
+        restored = checkpoints.restore(abstract_state(one_device()))
+    assert restored is not None
+    print(restored.step, same(restored.state, make_state(one_device(), restored.step)))
     return 0
 
 

