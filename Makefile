@@ -47,7 +47,7 @@ durations: $(VENV)/test.stamp
 	$(PYTEST) $(TWO_WORKERS) -m "not parity and not pods and not stores" --store-durations
 
 test-jax: $(VENV)/test.stamp
-	$(PYTEST) $(TWO_WORKERS) -m "not parity and not pods and not stores and not slow" --shorter-than 2 $(wildcard $(JAX_TESTS))
+	$(PYTEST) $(TWO_WORKERS) -m "not parity and not pods and not stores and not slow" --shorter-than 1.5 $(wildcard $(JAX_TESTS))
 
 parity: $(VENV)/parity.stamp
 	$(PYTEST) $(TWO_WORKERS) -m parity
