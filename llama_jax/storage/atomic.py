@@ -14,10 +14,14 @@ from llama_jax.storage.address import local_file
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path, whose file is renamed to the local `path` if the block succeeds.
+    """Yields a temporary path, whose file is renamed to `path` if the block succeeds.
 
     Of several processes that write the same file, each has a temporary one of its own. The folder is created.
+    An object of a store appears whole anyway: of one, the path itself is yielded.
     """
+    if not local_file(path):
+        yield path
+        return
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -37,9 +41,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     data = content.encode() if isinstance(content, str) else content
     try:
-        if not local_file(path):  # an object appears whole
-            path.write_bytes(data)
-            return
         with atomic_file(path) as partial:
             partial.write_bytes(data)
     except OSError as error:
