@@ -184,9 +184,8 @@ print(f"{len(losses)} steps of {tokens.size} tokens: {seconds:.0f} s, including 
 attached = lora.attach(settings, params, adapter)
 merged = lora.merge(attached)
 some = np.array([ids])
-np.testing.assert_allclose(
-    lj.forward(config, merged, some), lj.forward(config, attached, some), atol=1e-4, rtol=1e-5
-)
+of_merged, of_attached = lj.forward(config, merged, some), lj.forward(config, attached, some)
+assert abs(of_merged - of_attached).max() < 2e-5 * abs(of_attached).max()  # two orders of summation in f32
 
 after = answers(lj.unstack(merged), [turns[:-1] for turns in validation])
 show(validation, before, after)
