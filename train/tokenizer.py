@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 
 from llama_jax.errors import CheckpointError, ConfigError, InputError, TokenizerError
 from llama_jax.storage import as_path
+from llama_jax.storage.atomic import atomic_file
 from llama_jax.text import pretrained
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.tokenizer.fit import fit_vocabulary
@@ -176,12 +177,10 @@ def _copy(file: Path, run_dir: Path) -> None:
     remove_tokenizer(run_dir)
     if file.suffix in (".json", ".model"):
         _copy_config(file, run_dir)
-    target, partial = run_dir / f"tokenizer{file.suffix}", run_dir / f".tokenizer{file.suffix}.partial"
-    if file.suffix == ".gguf":  # contains the weights too
-        partial.write_bytes(without_tensors(file))
-    else:
-        partial.write_bytes(file.read_bytes())
-    partial.replace(target)
+    # A .gguf file contains the weights too.
+    content = without_tensors(file) if file.suffix == ".gguf" else file.read_bytes()
+    with atomic_file(run_dir / f"tokenizer{file.suffix}") as partial:
+        partial.write_bytes(content)
 
 
 def _copy_config(file: Path, run_dir: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from llama_jax.errors import StoreError
 from llama_jax.storage import StorePath, as_path, is_address, upload
+from llama_jax.storage.atomic import atomic_file
 from llama_jax.storage.cache import cache_folder
 
 from .files import INDEX_FOLDER, File, common_folder
@@ -29,15 +30,14 @@ def fetch_index(stored: Path, local: Path) -> None:
         return
     if local.exists() and local.stat().st_mtime >= stored.info().modified:
         return
-    partial = local.with_name(f"{local.name}.{os.getpid()}.part")
-    with contextlib.suppress(OSError):  # else it is made again
-        local.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with stored.open("rb") as opened, partial.open("wb") as out:
-                shutil.copyfileobj(opened, out, 1 << 20)
-            partial.replace(local)
-        finally:
-            partial.unlink(missing_ok=True)
+    # If it cannot be copied, it is made again.
+    with (
+        contextlib.suppress(OSError),
+        atomic_file(local) as partial,
+        stored.open("rb") as opened,
+        partial.open("wb") as out,
+    ):
+        shutil.copyfileobj(opened, out, 1 << 20)
 
 
 def offer_index(local: Path, stored: Path) -> None:
