@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from benchmarks import page_table
-from llama_jax.config import presets
+from llama_jax.model_sizes import presets
 from llama_jax.plan.decode import DecodePlan, plan_decode
 from llama_jax.plan.topology import Topology
 

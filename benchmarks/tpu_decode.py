@@ -28,19 +28,19 @@ def compile_both(
     Args:
       config: the model; parameters and cache are bf16.
       topology: the slice.
-      mesh_spec: as for `sharding.make_mesh`; it takes the whole slice.
+      mesh_spec: as for `meshes.make_mesh`; it takes the whole slice.
       length: prompt and new tokens together.
       batch: rows.
     """
     import jax
     import jax.numpy as jnp
 
-    from llama_jax import sharding
+    from llama_jax import meshes, sharding
     from llama_jax.decoding import generation
     from llama_jax.decoding.sampling import Sampling
     from llama_jax.model import init, unstack
 
-    mesh = sharding.make_mesh(mesh_spec, devices=topology.devices())
+    mesh = meshes.make_mesh(mesh_spec, devices=topology.devices())
     place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(mesh, spec))  # noqa: E731
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = jax.eval_shape(lambda key: unstack(init(config, key, jnp.bfloat16)), key)

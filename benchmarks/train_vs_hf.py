@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.workers import pin
-from llama_jax.config import SMOLLM2_135M as CONFIG
 from llama_jax.eval.throughput import peak_host_memory
+from llama_jax.model_sizes import SMOLLM2_135M as CONFIG
 
 BATCH, LENGTH = 4, 512
 PAUSE_S = 0.5  # idle thread pools spin for some milliseconds after their last task

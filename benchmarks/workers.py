@@ -42,7 +42,7 @@ class HuggingFace:
         import torch
         import transformers
 
-        from llama_jax.config import SMOLLM2_135M
+        from llama_jax.model_sizes import SMOLLM2_135M
         from tests.parity import hf
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))

@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama_jax.config import LlamaConfig, RopeScaling, presets
+    from llama_jax.config import LlamaConfig, RopeScaling
     from llama_jax.decoding.beam_hypotheses import BeamSearchOutput
     from llama_jax.decoding.beam_search import beam_search
     from llama_jax.decoding.drafts import DraftModel, PromptLookup
@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     from llama_jax.decoding.speculative import SpeculativeOutput, speculative_generate
     from llama_jax.decoding.state import DecodeState, GenerateOutput, decode_step, prefill
     from llama_jax.errors import LlamaJaxError
+    from llama_jax.forward_options import ForwardOptions
     from llama_jax.loss import next_token_loss, token_logprobs
-    from llama_jax.model import ForwardOptions, forward, init, unstack
+    from llama_jax.meshes import make_mesh
+    from llama_jax.model import forward, init, unstack
+    from llama_jax.model_sizes import presets
     from llama_jax.ops.quantization import quantize
-    from llama_jax.sharding import make_mesh, shard_params
+    from llama_jax.sharding import shard_params
     from llama_jax.text.conversation import Conversation
     from llama_jax.text.convert import save
     from llama_jax.text.model import Model
@@ -37,7 +40,8 @@ if TYPE_CHECKING:
 _PUBLIC_NAMES = {
     "decoding.beam_hypotheses": ("BeamSearchOutput",),
     "decoding.beam_search": ("beam_search",),
-    "config": ("LlamaConfig", "RopeScaling", "presets"),
+    "config": ("LlamaConfig", "RopeScaling"),
+    "model_sizes": ("presets",),
     "text.conversation": ("Conversation",),
     "text.convert": ("save",),
     "decoding.state": ("DecodeState", "GenerateOutput", "decode_step", "prefill"),
@@ -45,12 +49,14 @@ _PUBLIC_NAMES = {
     "errors": ("LlamaJaxError",),
     "decoding.generation": ("generate", "stream", "warm_up"),
     "loss": ("next_token_loss", "token_logprobs"),
-    "model": ("ForwardOptions", "forward", "init", "unstack"),
+    "forward_options": ("ForwardOptions",),
+    "model": ("forward", "init", "unstack"),
     "text.pretrained": ("load", "load_params"),
     "ops.quantization": ("quantize",),
     "decoding.sampling": ("Sampling",),
     "decoding.session": ("Session",),
-    "sharding": ("make_mesh", "shard_params"),
+    "meshes": ("make_mesh",),
+    "sharding": ("shard_params",),
     "decoding.speculative": ("SpeculativeOutput", "speculative_generate"),
     "text.model": ("Model",),
 }

@@ -1,15 +1,14 @@
-"""The configuration of a Llama: one frozen, validated dataclass, and the published sizes.
+"""The configuration of a Llama or one of its kin: one frozen, validated dataclass.
 
-Field names are those of Hugging Face's `LlamaConfig`. The letters beside them are defined in
-`llama_jax/__init__.py`.
+Field names are those of Hugging Face's configurations. The letters beside them are defined in
+`llama_jax/__init__.py`. The published sizes are in `presets`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from llama_jax.errors import ConfigError
 
@@ -79,12 +78,25 @@ class RopeScaling:
             )
 
 
+class LayerKind(NamedTuple):
+    """What may differ between the layers of one model.
+
+    Attributes:
+      window: the number of keys that a query attends to, its own included; None for all before it.
+      rope: whether queries and keys are rotated.
+    """
+
+    window: int | None = None
+    rope: bool = True
+
+
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """A Llama model: its sizes and rotary settings, and nothing about how it is run.
 
-    The defaults are Llama 2 7B (arXiv 2307.09288). Instances are hashable, so that they can be static
-    arguments of jitted functions.
+    The defaults are Llama 2 7B (arXiv 2307.09288). The fields from `qkv_bias` on make it one of Llama's kin:
+    Mistral, Mixtral, Qwen2, Qwen3, SmolLM3. Instances are hashable, so that they can be static arguments of
+    jitted functions.
 
     Attributes:
       vocab_size: V, size of the token vocabulary.
@@ -102,6 +114,17 @@ class LlamaConfig:
       tie_word_embeddings: whether the output projection is the embedding table.
       labels: for a classifier or reward model, the names of the C outputs of the head [D, C], which is
         applied to the last token in place of the output projection; empty for a language model.
+      qkv_bias: whether the projections of queries, keys and values have biases (Qwen2).
+      out_bias: whether the output projection of attention has one (`attention_bias` of Llama is both).
+      qk_norm: whether the queries and keys of each head are normalized before they are rotated (Qwen3).
+      sliding_window: the number of keys that a query attends to, its own included, in layers with a window
+        (Mistral 7B v0.1, arXiv 2310.06825); None for all keys before it.
+      window_layers: for each layer, whether it has the window; empty: all have it.
+      rope_layers: for each layer, whether queries and keys are rotated (SmolLM3 leaves out one in four);
+        empty: they are in all.
+      num_experts: E, the feed-forward layers of each block, between which a router chooses for each token
+        (Mixtral, arXiv 2401.04088); 0 is one feed-forward layer without a router.
+      num_experts_per_tok: how many experts each token goes through.
 
     Raises:
       ConfigError: for an invalid value, naming field and value.
@@ -120,6 +143,14 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
     labels: tuple[str, ...] = ()
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    window_layers: tuple[bool, ...] = ()
+    rope_layers: tuple[bool, ...] = ()
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
 
     def __post_init__(self) -> None:
         if self.num_key_value_heads is None:
@@ -154,6 +185,59 @@ class LlamaConfig:
                 raise ConfigError(f"{field} is {value!r}; it must be a finite number above {least}")
         if self.head_dim == 2 and self.rope_scaling is not None and self.rope_scaling.kind == "ntk":
             raise ConfigError("head_dim is 2; ntk scaling needs more than one pair: choose linear instead")
+        self._check_layers()
+        self._check_experts()
+
+    def _check_layers(self) -> None:
+        """Checks what may differ between layers; layers that are all alike become the empty tuple."""
+        window = self.sliding_window
+        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+            raise ConfigError(
+                f"sliding_window is {window!r}; it must be a whole number of keys, at least 1, or left out"
+            )
+        for field in ("window_layers", "rope_layers"):
+            flags = tuple(getattr(self, field))
+            if flags and len(flags) != self.num_hidden_layers:
+                raise ConfigError(
+                    f"{field} has {len(flags)} values; the model has {self.num_hidden_layers} layers"
+                )
+            if not all(isinstance(flag, bool) for flag in flags):
+                raise ConfigError(f"{field} is {flags!r}; each value must be true or false")
+            object.__setattr__(self, field, () if all(flags) else flags)
+        if self.window_layers and (window is None or not any(self.window_layers)):
+            if window is None and any(self.window_layers):
+                raise ConfigError("window_layers is set and sliding_window is not; set both or neither")
+            object.__setattr__(self, "sliding_window", None)
+            object.__setattr__(self, "window_layers", ())
+
+    def _check_experts(self) -> None:
+        for field in ("num_experts", "num_experts_per_tok"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ConfigError(f"{field} is {value!r}; it must be a whole number, at least 0")
+        if self.num_experts_per_tok > self.num_experts or (self.num_experts and not self.num_experts_per_tok):
+            raise ConfigError(
+                f"num_experts_per_tok is {self.num_experts_per_tok} and num_experts {self.num_experts}; each "
+                "token goes through at least one expert, and at most all of them"
+            )
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of every layer."""
+        layers = self.num_hidden_layers
+        windows = self.window_layers or (True,) * layers
+        ropes = self.rope_layers or (True,) * layers
+        return tuple(
+            LayerKind(self.sliding_window if window else None, rope)
+            for window, rope in zip(windows, ropes, strict=True)
+        )
+
+    @property
+    def layer_period(self) -> int:
+        """The number of layers after which their kinds repeat: 1 where all layers are alike."""
+        kinds, layers = self.layer_kinds, self.num_hidden_layers
+        periods = (n for n in range(1, layers + 1) if layers % n == 0)
+        return next(n for n in periods if kinds == kinds[:n] * (layers // n))
 
     @property
     def has_output(self) -> bool:
@@ -163,11 +247,20 @@ class LlamaConfig:
     @property
     def num_params(self) -> int:
         """The number of parameters; tied embeddings are counted once."""
-        attention = (
-            2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
-        )
-        feed_forward = 3 * self.hidden_size * self.intermediate_size
-        layer = attention + feed_forward + 2 * self.hidden_size
+        return self._count_params(max(self.num_experts, 1))
+
+    @property
+    def num_active_params(self) -> int:
+        """The number of parameters with only as many experts as each token goes through."""
+        return self._count_params(max(self.num_experts_per_tok, 1))
+
+    def _count_params(self, experts: int) -> int:
+        d, h = self.hidden_size, self.head_dim
+        queries, keys = self.num_attention_heads * h, self.num_key_value_heads * h
+        attention = 2 * d * (queries + keys) + self.qkv_bias * (queries + 2 * keys) + self.out_bias * d
+        attention += self.qk_norm * 2 * h
+        feed_forward = 3 * d * self.intermediate_size * experts + d * self.num_experts  # and the router
+        layer = attention + feed_forward + 2 * d
         tables = self.hidden_size * (self.vocab_size * (1 + self.has_output) + len(self.labels))
         return self.num_hidden_layers * layer + tables + self.hidden_size
 
@@ -185,62 +278,4 @@ _SIZES = (
     "num_key_value_heads",
     "head_dim",
     "max_position_embeddings",
-)
-
-
-def _llama(hidden: int, intermediate: int, layers: int, heads: int, **rest: Any) -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        **rest,
-    )
-
-
-# Llama 1: arXiv 2302.13971, table 2; eps and context from Meta's params.json and model.py.
-LLAMA_7B = _llama(4096, 11_008, 32, 32, max_position_embeddings=2048, rms_norm_eps=1e-6)
-LLAMA_13B = _llama(5120, 13_824, 40, 40, max_position_embeddings=2048, rms_norm_eps=1e-6)
-LLAMA_30B = _llama(6656, 17_920, 60, 52, max_position_embeddings=2048, rms_norm_eps=1e-6)
-LLAMA_65B = _llama(8192, 22_016, 80, 64, max_position_embeddings=2048, rms_norm_eps=1e-5)
-
-# Llama 2: arXiv 2307.09288, table 1; sizes from Meta's params.json. 70B alone is grouped-query.
-LLAMA2_7B = _llama(4096, 11_008, 32, 32)
-LLAMA2_13B = _llama(5120, 13_824, 40, 40)
-LLAMA2_70B = _llama(8192, 28_672, 80, 64, num_key_value_heads=8)
-
-# For tests and examples: all sizes differ, heads are grouped, a forward pass takes milliseconds.
-TINY = LlamaConfig(
-    vocab_size=256,
-    hidden_size=64,
-    intermediate_size=160,
-    num_hidden_layers=2,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    max_position_embeddings=256,
-)
-
-# SmolLM2 135M, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct/blob/main/config.json
-SMOLLM2_135M = LlamaConfig(
-    vocab_size=49_152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    max_position_embeddings=8192,
-    rope_theta=100_000.0,
-    tie_word_embeddings=True,
-)
-
-presets = SimpleNamespace(
-    LLAMA_7B=LLAMA_7B,
-    LLAMA_13B=LLAMA_13B,
-    LLAMA_30B=LLAMA_30B,
-    LLAMA_65B=LLAMA_65B,
-    LLAMA2_7B=LLAMA2_7B,
-    LLAMA2_13B=LLAMA2_13B,
-    LLAMA2_70B=LLAMA2_70B,
-    TINY=TINY,
-    SMOLLM2_135M=SMOLLM2_135M,
 )

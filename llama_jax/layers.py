@@ -94,13 +94,17 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions: wq [D,N,H], wk and wv [D,K,H], wo [N,H,D]."""
+    """Grouped-query attention with rotary positions: wq [D,N,H], wk and wv [D,K,H], wo [N,H,D].
+
+    By configuration there are biases bq [N,H], bk and bv [K,H] and bo [D], and norms of queries and keys with
+    scales [H]. Without a table of rotary angles, queries and keys are not rotated.
+    """
 
     config: LlamaConfig
     custom_vjp: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, table: rope.Rotary, attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, table: rope.Rotary | None, attend: Attend) -> tuple[jax.Array, Any]:
         c = self.config
         d, n, k, h = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
         wq = _matrix(self, "wq", _normal(), (d, n, h))
@@ -114,14 +118,26 @@ class Attention(nn.Module):
             ("btd,dkh->btkh", wv, sharding.WKV_DKH),
         ]
         q, keys, values = project_all(x, matrices, out_spec=sharding.ACT_BTNH, custom_vjp=self.custom_vjp)
-        rotate = functools.partial(rope.rotate, table=table, custom_vjp=self.custom_vjp)
-        q, keys = rotate(q), rotate(keys)
+        if c.qkv_bias:
+            q, keys = self._add_bias("bq", q), self._add_bias("bk", keys)
+            values = self._add_bias("bv", values)
+        if c.qk_norm:
+            q, keys = RMSNorm(c.rms_norm_eps, name="q_norm")(q), RMSNorm(c.rms_norm_eps, name="k_norm")(keys)
+        if table is not None:
+            rotate = functools.partial(rope.rotate, table=table, custom_vjp=self.custom_vjp)
+            q, keys = rotate(q), rotate(keys)
         q, keys, values = checkpoint_name(q, "q"), checkpoint_name(keys, "k"), checkpoint_name(values, "v")
         # A query reads all keys before it: `attend` moves them over `context`, and nothing else does.
         keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
         prefix: Any = self.get_variable("params", "prefix")
         out, aux = attend(q, keys, values, *(() if prefix is None else (prefix,)))
-        return project_heads(out, wo, custom_vjp=self.custom_vjp), aux
+        out = project_heads(out, wo, custom_vjp=self.custom_vjp)
+        return self._add_bias("bo", out) if c.out_bias else out, aux
+
+    def _add_bias(self, name: str, y: jax.Array) -> jax.Array:
+        """y [B, T, ...] plus a bias of its other dimensions, added in f32."""
+        bias = self.param(name, nn.initializers.zeros, y.shape[2:], jnp.float32)
+        return (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
 
 
 class FeedForward(nn.Module):
@@ -149,7 +165,7 @@ class Block(nn.Module):
     custom_vjp: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, table: rope.Rotary, attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, table: rope.Rotary | None, attend: Attend) -> tuple[jax.Array, Any]:
         norm = functools.partial(RMSNorm, self.config.rms_norm_eps, self.custom_vjp)
         attention = Attention(self.config, self.custom_vjp, name="attention")
         feed_forward = FeedForward(self.config, self.custom_vjp, name="feed_forward")

@@ -14,8 +14,9 @@ from llama_jax import sharding
 from llama_jax.attention import Backend
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
+from llama_jax.forward_options import ForwardOptions
 from llama_jax.layers import output_matrix, unembed
-from llama_jax.model import ForwardOptions, Params, hidden_states
+from llama_jax.model import Params, hidden_states
 from llama_jax.ops.fused_cross_entropy import fused_cross_entropy
 from llama_jax.ops.inputs import as_array
 from llama_jax.ops.quantization import Quantized

@@ -7,10 +7,9 @@ Unstacked ones are unrolled, for decoding: no slice of a weight is copied.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,71 +19,13 @@ from llama_jax import rope, sharding
 from llama_jax.attention import AttentionMask, Backend, KeyValues, attention, cached_attention, uses_ring
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError, InputError
+from llama_jax.forward_options import ForwardOptions
 from llama_jax.layers import Attend, Block, embed, rms_norm, unembed
 from llama_jax.ops import zigzag
 from llama_jax.ops.inputs import as_array
 from llama_jax.ops.remat import Remat, rematerialize
 
 Params = Any  # a nested dict of arrays, see the module's docstring
-
-
-@dataclasses.dataclass(frozen=True)
-class ForwardOptions:
-    """How a forward pass is computed, apart from the model.
-
-    Hashable and static under `jit`: equal options share one compiled program.
-
-    Attributes:
-      dtype: the compute dtype; None is the dtype of the parameters. Norms, rotary angles, softmax, logits and
-        accumulation are f32 in any case.
-      attention_backend: `xla`, `blockwise`, `splash` or `cudnn`; see `attention.attention`.
-      remat: what the backward pass of a layer keeps from its forward pass, which saves memory with stacked
-        layers. `none`: everything, nothing is recomputed. `save_dots`: the outputs of all matrix products and
-        of attention. `save_projections`: the same but for v and the sum after attention.
-        `save_dots_except_mlp`: the outputs of the products in attention, and the sum after it. `attention`:
-        the output of attention. `full`: only the input of the layer. `offload`: as `save_projections`, in
-        host memory.
-      custom_vjp: use the custom backward passes of `ops`, which compute in the compute dtype with f32
-        accumulation, as the trainer does. They have no forward-mode derivative (`jax.jvp`).
-
-    Raises:
-      ConfigError: for an unknown backend, remat policy or dtype, or a `custom_vjp` that is not a bool.
-    """
-
-    dtype: jax.typing.DTypeLike | None = None
-    attention_backend: Backend = "xla"
-    remat: Remat = "none"
-    custom_vjp: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dtype is not None:
-            object.__setattr__(self, "dtype", _float_dtype(self.dtype))
-        for name, value, choices in (
-            ("attention backend", self.attention_backend, get_args(Backend)),
-            ("remat policy", self.remat, get_args(Remat)),
-        ):
-            if value not in choices:
-                raise ConfigError(f"{name} {value!r} is unknown; use one of {', '.join(choices)}")
-        if not isinstance(self.custom_vjp, bool):
-            raise ConfigError(f"custom_vjp is {self.custom_vjp!r}; it must be True or False")
-
-    def override(self, **changes: Any) -> ForwardOptions:
-        """A copy with those of `changes` that are not None.
-
-        Raises:
-          ConfigError: as for the constructor.
-        """
-        return dataclasses.replace(self, **{k: v for k, v in changes.items() if v is not None})
-
-
-def _float_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    try:
-        checked = jnp.dtype(dtype)
-    except TypeError:
-        checked = None
-    if checked is None or not jnp.issubdtype(checked, jnp.floating):
-        raise ConfigError(f"compute dtype is {dtype!r}; it must be a float dtype such as float32 or bfloat16")
-    return checked
 
 
 def init(config: LlamaConfig, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> Params:
@@ -359,21 +300,45 @@ def _run_layers(
     *,
     options: ForwardOptions = ForwardOptions(),
 ) -> tuple[jax.Array, Any]:
-    """Applies all layers to x: a scan where they are stacked, with one `attend` for all, else unrolled."""
-    block = Block(config, options.custom_vjp)
+    """Applies all layers to x: a scan where they are stacked, else unrolled.
 
-    def layer(x: jax.Array, weights: Any, attend: Attend) -> tuple[jax.Array, Any]:
-        return block.apply({"params": weights}, x, table, attend)
+    Where layers differ (`LlamaConfig.layer_kinds`), the scan's body is one period of them.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      x: [B, T, D].
+      table: rotary angles.
+      attend_in_layer: the `attend` of a layer, by its index; where layers are stacked, by that in the period.
+      options: of the forward pass.
+
+    Returns:
+      x after all layers, and what `attend` returned beside it: of each layer, where they are not stacked.
+    """
+    block, kinds = Block(config, options.custom_vjp), config.layer_kinds
+
+    def layer(index: int) -> Callable[[jax.Array, Any], tuple[jax.Array, Any]]:
+        def apply(x: jax.Array, weights: Any, attend: Attend) -> tuple[jax.Array, Any]:
+            angles = table if kinds[index].rope else None
+            return block.apply({"params": weights}, x, angles, attend)
+
+        return rematerialize(functools.partial(apply, attend=attend_in_layer(index)), options.remat)
 
     layers = params["layers"]
-    if isinstance(layers, Mapping):
-        return jax.lax.scan(
-            rematerialize(functools.partial(layer, attend=attend_in_layer(0)), options.remat), x, layers
-        )
-    outputs = []
-    for index, weights in enumerate(layers):
-        x, aux = rematerialize(functools.partial(layer, attend=attend_in_layer(index)), options.remat)(
-            x, weights
-        )
-        outputs.append(aux)
-    return x, outputs
+    if not isinstance(layers, Mapping):
+        outputs = []
+        for index, weights in enumerate(layers):
+            x, aux = layer(index)(x, weights)
+            outputs.append(aux)
+        return x, outputs
+    period = config.layer_period
+    if period == 1:
+        return jax.lax.scan(layer(0), x, layers)
+
+    def run_period(x: jax.Array, weights: Any) -> tuple[jax.Array, None]:
+        for index in range(period):
+            x, _ = layer(index)(x, jax.tree.map(lambda leaf: leaf[index], weights))  # noqa: B023
+        return x, None
+
+    grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), layers)
+    return jax.lax.scan(run_period, x, grouped)

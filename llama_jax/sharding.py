@@ -1,4 +1,4 @@
-"""Meshes, and THE one table of the partition specs of all parameters and activations.
+"""THE one table of the partition specs of all parameters and activations, and how arrays take them.
 
 The mesh axes are `data` (data parallelism, the outer axis, which may cross slow links), `fsdp` (batch and
 parameters), `context` (the sequence and parameters) and `tensor` (heads, feed-forward width, vocabulary, and
@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
 
-AXES = ("data", "fsdp", "context", "tensor")
 BATCH = ("data", "fsdp")
 PARAMS = ("fsdp", "context")  # what divides parameters and their optimizer state, besides `tensor`
 # The residual stream and the norms: sequence parallelism (arXiv 2205.05198, section 4.2.2). A sublayer
@@ -35,6 +33,9 @@ EMBEDDING_VD = P("tensor", PARAMS)
 HEAD_DV = P(PARAMS, "tensor")
 SCORE_DC = P(None, None)
 NORM_D = P(None)
+NORM_H = P(None)
+BIAS_NH = P("tensor", None)
+BIAS_D = P(None)
 WQ_DNH = P(PARAMS, "tensor", None)
 WKV_DKH = P(PARAMS, "tensor", None)
 WO_NHD = P("tensor", None, PARAMS)
@@ -58,12 +59,26 @@ CACHE_BKSH = P(BATCH, "tensor", None, None)
 STRIPED_BKSH = P(BATCH, "tensor", "context", None)  # a cache on a mesh with `context`: `ops.striped_cache`
 ROWS_B = P(BATCH)
 
-LAYER_SPECS = {
-    "attention_norm": {"scale": NORM_D},
-    "attention": {"wq": WQ_DNH, "wk": WKV_DKH, "wv": WKV_DKH, "wo": WO_NHD},
-    "ffn_norm": {"scale": NORM_D},
-    "feed_forward": {"w_gate": GATE_UP_DF, "w_up": GATE_UP_DF, "w_down": DOWN_FD},
-}
+ATTENTION_SPECS = {"wq": WQ_DNH, "wk": WKV_DKH, "wv": WKV_DKH, "wo": WO_NHD}
+FEED_FORWARD_SPECS = {"w_gate": GATE_UP_DF, "w_up": GATE_UP_DF, "w_down": DOWN_FD}
+MATRIX_SPECS = ATTENTION_SPECS | FEED_FORWARD_SPECS
+
+
+def layer_specs(config: LlamaConfig) -> dict[str, Any]:
+    """Partition specs of the parameters of one layer."""
+    attention: dict[str, Any] = dict(ATTENTION_SPECS)
+    if config.qkv_bias:
+        attention |= {"bq": BIAS_NH, "bk": BIAS_NH, "bv": BIAS_NH}
+    if config.out_bias:
+        attention["bo"] = BIAS_D
+    if config.qk_norm:
+        attention |= {"q_norm": {"scale": NORM_H}, "k_norm": {"scale": NORM_H}}
+    return {
+        "attention_norm": {"scale": NORM_D},
+        "attention": attention,
+        "ffn_norm": {"scale": NORM_D},
+        "feed_forward": dict(FEED_FORWARD_SPECS),
+    }
 
 
 def param_specs(config: LlamaConfig, *, scan_layers: bool = True) -> dict[str, Any]:
@@ -77,10 +92,11 @@ def param_specs(config: LlamaConfig, *, scan_layers: bool = True) -> dict[str, A
     Returns:
       A tree like the parameters, with a `PartitionSpec` at each leaf.
     """
-    layers = jax.tree.map(lambda spec: P(None, *spec), LAYER_SPECS, is_leaf=is_spec) if scan_layers else None
+    layer = layer_specs(config)
+    stacked = jax.tree.map(lambda spec: P(None, *spec), layer, is_leaf=is_spec)
     specs: dict[str, Any] = {
         "embed": {"embedding": EMBEDDING_VD},
-        "layers": layers or (LAYER_SPECS,) * config.num_hidden_layers,
+        "layers": stacked if scan_layers else (layer,) * config.num_hidden_layers,
         "final_norm": {"scale": NORM_D},
     }
     if config.has_output:
@@ -93,94 +109,6 @@ def param_specs(config: LlamaConfig, *, scan_layers: bool = True) -> dict[str, A
 def is_spec(x: Any) -> bool:
     """The `is_leaf` of a tree of specs: JAX treats a `PartitionSpec` as a pytree node."""
     return isinstance(x, P)
-
-
-def make_mesh(spec: str | Mapping[str, int] = "", *, devices: Any = None) -> Mesh:
-    """Makes a mesh with all four axes from a string such as `"fsdp=4,tensor=2"`.
-
-    Args:
-      spec: sizes by axis name; axes that are not named have size 1. One size may be -1, for the remaining
-        devices.
-      devices: the devices to use; all of `jax.devices()` by default.
-
-    Raises:
-      ConfigError: for an unknown axis, a size that is not an integer, or sizes whose product is not the
-        number of devices.
-    """
-    devices = jax.devices() if devices is None else devices
-    shape = tuple(mesh_sizes(spec, len(devices), platform=devices[0].platform).values())
-    axis_types = (AxisType.Explicit,) * len(AXES)
-    try:
-        return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
-    except NotImplementedError:  # no product of a torus's sides is one of the sizes: sides must be split
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        return Mesh(grid, AXES, axis_types=axis_types)
-
-
-def mesh_sizes(spec: str | Mapping[str, int], num_devices: int, *, platform: str = "") -> dict[str, int]:
-    """The sizes of the four axes, in order, of `make_mesh` on this number of devices.
-
-    Args:
-      spec: as for `make_mesh`.
-      num_devices: how many devices there are.
-      platform: of the devices; for `cpu` the error says how to simulate more.
-
-    Raises:
-      ConfigError: as `make_mesh`.
-    """
-    given = list(_parse_mesh(spec) if isinstance(spec, str) else spec.items())
-    for name, size in given:
-        if [n for n, _ in given].count(name) > 1:
-            raise ConfigError(f"mesh axis {name} is given twice; give each axis one size")
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise ConfigError(f"mesh axis {name} has size {size!r}; it must be a whole number")
-    sizes = dict.fromkeys(AXES, 1) | dict(given)
-    unknown = [name for name in sizes if name not in AXES]
-    if unknown:
-        raise ConfigError(f"mesh axis {unknown[0]!r} is unknown; the axes are {', '.join(AXES)}")
-    for name, size in sizes.items():
-        if size < 1 and size != -1:
-            raise ConfigError(f"mesh axis {name} has size {size}; it must be at least 1, or -1 for the rest")
-    free = [name for name, size in sizes.items() if size == -1]
-    if len(free) > 1:
-        raise ConfigError(f"mesh axes {' and '.join(free)} are both -1; only one can take what is left")
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if free and num_devices % fixed == 0:
-        sizes[free[0]] = num_devices // fixed
-    if math.prod(sizes.values()) != num_devices:
-        shape = " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1)
-        there = f"{num_devices} device{'s' * (num_devices != 1)}"
-        if free:
-            problem = f"{there} cannot be divided by {fixed}"
-        elif fixed > num_devices:
-            problem = (
-                f"it needs {fixed} devices and there {'is' if num_devices == 1 else 'are'} {num_devices}"
-            )
-        else:
-            problem = f"it takes {fixed} of {there}, and must take all (one axis may be -1, for what is left)"
-        raise ConfigError(
-            f"mesh {shape or 'of size 1'}: {problem}{_how_to_simulate(fixed, num_devices, platform)}"
-        )
-    return sizes
-
-
-def _how_to_simulate(needed: int, there: int, platform: str) -> str:
-    """On CPUs, how to get more devices."""
-    if needed <= there or platform != "cpu":
-        return ""
-    return (
-        f"; CPU devices can be simulated: jax.config.update('jax_num_cpu_devices', {needed}) before JAX is "
-        f"first used, or the environment variable XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
-    )
-
-
-def _parse_mesh(spec: str) -> Iterator[tuple[str, int]]:
-    for part in filter(None, (part.strip() for part in spec.split(","))):
-        name, _, size = part.partition("=")
-        try:
-            yield name.strip(), int(size)
-        except ValueError:
-            raise ConfigError(f"mesh part {part!r} is not AXIS=SIZE, as in fsdp=4,tensor=2") from None
 
 
 def check_mesh(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> None:

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 import llama_jax as lj
-from llama_jax import sharding
+from llama_jax import meshes, sharding
 from llama_jax.errors import ConfigError
 from tests.random_models import random_prompts
 
@@ -65,7 +65,7 @@ def alone(params):
     ],
 )
 def test_losses_on_a_mesh_equal_those_of_one_device(params, alone, spec, backend):
-    mesh = sharding.make_mesh(spec)
+    mesh = meshes.make_mesh(spec)
     with jax.set_mesh(mesh):
         logits, value, grads = losses(lj.shard_params(params, mesh, CONFIG), prompts()[0], backend)
     np.testing.assert_allclose(logits, alone[0], atol=2e-6)
@@ -75,7 +75,7 @@ def test_losses_on_a_mesh_equal_those_of_one_device(params, alone, spec, backend
 
 def test_parameters_and_generation_on_a_mesh_equal_those_of_one_device(params):
     expected = generate(params)
-    with jax.set_mesh(sharding.make_mesh("fsdp=2,context=2,tensor=2")):
+    with jax.set_mesh(meshes.make_mesh("fsdp=2,context=2,tensor=2")):
         here = lj.init(CONFIG, KEY)
         jax.tree.map(np.testing.assert_array_equal, here, params)
         out = generate(here)
@@ -84,7 +84,7 @@ def test_parameters_and_generation_on_a_mesh_equal_those_of_one_device(params):
 
 
 def test_parameters_are_sharded_as_in_the_table(params):
-    mesh = sharding.make_mesh("fsdp=4,tensor=2")
+    mesh = meshes.make_mesh("fsdp=4,tensor=2")
     specs = sharding.param_specs(CONFIG)
     with jax.set_mesh(mesh):
         made = lj.init(CONFIG, KEY)
@@ -118,7 +118,7 @@ def test_out_sharding_has_only_axes_of_the_mesh(params):
 
 def test_70b_loss_traces_on_an_abstract_pod():
     config = lj.presets.LLAMA2_70B
-    mesh = AbstractMesh((1, 64, 1, 8), sharding.AXES, axis_types=(AxisType.Explicit,) * 4)
+    mesh = AbstractMesh((1, 64, 1, 8), meshes.AXES, axis_types=(AxisType.Explicit,) * 4)
     with jax.sharding.use_abstract_mesh(mesh):
         params = jax.tree.map(
             lambda leaf, spec: jax.ShapeDtypeStruct(
@@ -136,22 +136,22 @@ def test_70b_loss_traces_on_an_abstract_pod():
 
 
 def test_make_mesh_parses_a_string():
-    assert dict(sharding.make_mesh("fsdp=4, tensor=2").shape) == {
+    assert dict(meshes.make_mesh("fsdp=4, tensor=2").shape) == {
         "data": 1,
         "fsdp": 4,
         "context": 1,
         "tensor": 2,
     }
-    assert dict(sharding.make_mesh("fsdp=-1,tensor=2").shape)["fsdp"] == 4
-    assert dict(sharding.make_mesh({"data": 8}).shape)["data"] == 8
+    assert dict(meshes.make_mesh("fsdp=-1,tensor=2").shape)["fsdp"] == 4
+    assert dict(meshes.make_mesh({"data": 8}).shape)["data"] == 8
 
 
 def test_mesh_sizes_need_no_devices():
-    assert sharding.mesh_sizes("fsdp=-1,tensor=8", 256) == {"data": 1, "fsdp": 32, "context": 1, "tensor": 8}
+    assert meshes.mesh_sizes("fsdp=-1,tensor=8", 256) == {"data": 1, "fsdp": 32, "context": 1, "tensor": 8}
     with pytest.raises(
         ConfigError, match="mesh data 2 x fsdp 3: it takes 6 of 256 devices, and must take all"
     ):
-        sharding.mesh_sizes({"fsdp": 3, "data": 2}, 256)
+        meshes.mesh_sizes({"fsdp": 3, "data": 2}, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,14 +190,14 @@ def test_every_mesh_of_powers_of_two_can_be_laid_over_a_torus(kind, sides):
     exponents = math.prod(sides).bit_length() - 1
     for shape in itertools.product(range(exponents + 1), repeat=4):
         if sum(shape) == exponents:
-            sizes = {name: 2**power for name, power in zip(sharding.AXES, shape, strict=True)}
-            mesh = sharding.make_mesh(sizes, devices=chips)
+            sizes = {name: 2**power for name, power in zip(meshes.AXES, shape, strict=True)}
+            mesh = meshes.make_mesh(sizes, devices=chips)
             assert dict(mesh.shape) == sizes
             assert {*mesh.devices.flat} == {*chips}
 
 
 def test_the_tensor_axis_lies_on_neighbours_of_a_torus():
-    mesh = sharding.make_mesh("fsdp=32,tensor=2", devices=torus(4, 4, 4))
+    mesh = meshes.make_mesh("fsdp=32,tensor=2", devices=torus(4, 4, 4))
     first, second = np.moveaxis(mesh.devices, -1, 0).reshape(2, -1)
     for a, b in zip(first, second, strict=True):
         apart = [min((x - y) % 4, (y - x) % 4) for x, y in zip(a.coords, b.coords, strict=True)]
@@ -223,20 +223,20 @@ def test_the_tensor_axis_lies_on_neighbours_of_a_torus():
 )
 def test_invalid_meshes_are_errors(spec, message):
     with pytest.raises(ConfigError) as error:
-        sharding.make_mesh(spec)
+        meshes.make_mesh(spec)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_error_names_the_sizes_that_divide_the_model():
     config = CONFIG.replace(num_attention_heads=6, num_key_value_heads=3, vocab_size=257, head_dim=8)
     with pytest.raises(ConfigError) as error:
-        sharding.check_mesh(config, sharding.make_mesh("tensor=8"))
+        sharding.check_mesh(config, meshes.make_mesh("tensor=8"))
     text = str(error.value)
     assert "attention.wk: num_key_value_heads 3 does not divide over axis tensor of size 8" in text
     assert "(sizes that would: 1, 3)" in text
     assert "embed.embedding: vocab_size 257" in text and "attention.wq: num_attention_heads 6" in text
     with (
-        jax.set_mesh(sharding.make_mesh("tensor=8")),
+        jax.set_mesh(meshes.make_mesh("tensor=8")),
         pytest.raises(ConfigError, match="num_key_value_heads 3"),
     ):
         lj.init(config, KEY)
@@ -248,17 +248,17 @@ def test_error_names_all_axes_that_divide_parameters():
         r"hidden_size 36 does not divide over axis fsdp x context of size 8 \(sizes that would: 1, 2, 3, 4\)"
     )
     with pytest.raises(ConfigError, match=message):
-        sharding.check_mesh(config, sharding.make_mesh("fsdp=2,context=4"))
+        sharding.check_mesh(config, meshes.make_mesh("fsdp=2,context=4"))
 
 
 def test_a_sequence_that_tensor_does_not_divide_is_sharded_over_context(params):
-    with jax.set_mesh(sharding.make_mesh("fsdp=2,context=2,tensor=2")):
+    with jax.set_mesh(meshes.make_mesh("fsdp=2,context=2,tensor=2")):
         for length, expected in ((8, sharding.SEQUENCE), (6, "context"), (1, None)):
             assert sharding.out_sharding(sharding.ACT_BTD, (2, length, 64))[1] == expected
 
 
 def test_error_names_a_batch_size_that_divides(params):
-    mesh = sharding.make_mesh("fsdp=8")
+    mesh = meshes.make_mesh("fsdp=8")
     sharded = lj.shard_params(params, mesh, CONFIG)
     message = r"batch of 3 rows does not divide .* of size 8; use a multiple of 8"
     with jax.set_mesh(mesh), pytest.raises(ConfigError, match=message):
@@ -273,7 +273,7 @@ def test_mesh_may_omit_axes(params):
 
 def test_forward_checks_the_model_against_the_mesh(params):
     with (
-        jax.set_mesh(sharding.make_mesh("tensor=8")),
+        jax.set_mesh(meshes.make_mesh("tensor=8")),
         pytest.raises(ConfigError, match="num_key_value_heads 4 does not divide over axis tensor of size 8"),
     ):
         lj.forward(CONFIG, params, np.ones((1, 4), np.int32))

@@ -24,9 +24,9 @@ from llama_jax import LlamaConfig
 from llama_jax.attention import Backend
 from llama_jax.console.exit_status import report_error
 from llama_jax.errors import ConfigError, ExitStatus, InputError
+from llama_jax.meshes import AXES, make_mesh, mesh_sizes
 from llama_jax.ops.compiler_flags import LIBTPU_FLAGS, with_flags
 from llama_jax.ops.cudnn_attention import refusal
-from llama_jax.sharding import AXES, make_mesh, mesh_sizes
 
 from . import gpu
 from .config.distributed import DistributedConfig

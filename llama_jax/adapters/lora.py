@@ -204,7 +204,7 @@ def merge(params: Any) -> Any:
         full = inputs_by_outputs(base, weight.a.shape[0]) + weight.scale * delta
         if weight.magnitude is not None:
             full = full * (weight.magnitude / jnp.linalg.norm(full, axis=0))
-        spec = sharding.out_sharding(sharding.LAYER_SPECS[PROJECTIONS[weight.name][0]][weight.name])
+        spec = sharding.out_sharding(sharding.MATRIX_SPECS[weight.name])
         return jnp.reshape(full, base.shape, out_sharding=spec).astype(base.dtype)
 
     def merge_leaf(weight: Any) -> Any:

@@ -7,14 +7,15 @@ import dataclasses
 from collections.abc import Mapping
 
 from llama_jax.cli import output
-from llama_jax.config import LlamaConfig, presets
+from llama_jax.config import LlamaConfig
 from llama_jax.console import loading, terminal
 from llama_jax.errors import InputError
+from llama_jax.meshes import AXES, mesh_sizes
+from llama_jax.model_sizes import presets
 from llama_jax.plan.decode import DecodePlan, plan_decode
 from llama_jax.plan.prices import chip_hour_dollars
 from llama_jax.plan.table import BOUNDS, seconds_text
 from llama_jax.plan.topology import Topology
-from llama_jax.sharding import AXES, mesh_sizes
 
 _BATCHES = (1, 8, 32, 128, 512, 2048)
 _WEIGHTS = {16: "bfloat16", 8: "int8", 4: "int4"}

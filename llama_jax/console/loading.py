@@ -36,7 +36,7 @@ def load(
     tokenizer: str | None = None,
     mesh: str | None = None,
 ) -> Model:
-    """Loads a model with progress bars; see `llama_jax.load` and, for `mesh`, `sharding.make_mesh`."""
+    """Loads a model with progress bars; see `llama_jax.load` and, for `mesh`, `meshes.make_mesh`."""
     from llama_jax.text import pretrained
 
     init_jax()
@@ -58,7 +58,7 @@ def load(
 def _mesh(spec: str) -> Mesh:
     import jax
 
-    from llama_jax.sharding import make_mesh
+    from llama_jax.meshes import make_mesh
 
     mesh = make_mesh(spec)
     if jax.__version_info__ < (0, 11) and mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":

@@ -85,7 +85,7 @@ class Adapted:
 
 def adapter_specs(name: str) -> tuple[P, P]:
     """Partition specs of `a` [I, r] and `b` [r, O]: those of the inputs and outputs of the matrix."""
-    weight_spec = sharding.LAYER_SPECS[PROJECTIONS[name][0]][name]
+    weight_spec = sharding.MATRIX_SPECS[name]
     contracted = CONTRACTED[name]
     outputs = next(axis for axis in range(len(weight_spec)) if axis not in contracted)
     return P(weight_spec[contracted[0]], None), P(None, weight_spec[outputs])

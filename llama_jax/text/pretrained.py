@@ -55,7 +55,7 @@ def load(
         `.bin` with its tokenizer beside it; or, with the `hub` extra, OWNER/NAME[@REVISION][:FILE.gguf] on
         the Hugging Face Hub.
       dtype: dtype of the parameters and of the computation: float32, bfloat16 or float16.
-      mesh: shard the parameters over this mesh (`llama_jax.sharding.make_mesh`).
+      mesh: shard the parameters over this mesh (`llama_jax.meshes.make_mesh`).
       adapter: the directory of an adapter, of the training run that trains one, or of one of its steps; or
         OWNER/NAME[@REVISION] on the Hub. LoRA, rsLoRA and DoRA in PEFT's format are merged into the weights,
         in f32, as these are read; a prefix in PEFT's format, or a bottleneck adapter in AdapterHub's, is

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import llama_jax as lj
-from llama_jax import sharding
+from llama_jax import meshes
 from llama_jax.decoding import arguments
 from llama_jax.decoding import beam_search as module
 from llama_jax.decoding.arguments import pad_right
@@ -243,7 +243,7 @@ def test_works_inside_jit_vmap_and_shard_map():
 def test_a_mesh_gives_the_same_sequences():
     settings = {"eos_id": END, "num_return_sequences": 4, "sampling": lj.Sampling(**PROCESSORS)}
     expected = found(**settings)
-    mesh = sharding.make_mesh("fsdp=2,context=2,tensor=2")
+    mesh = meshes.make_mesh("fsdp=2,context=2,tensor=2")
     with jax.set_mesh(mesh):
         params = lj.shard_params(jax.device_get(PARAMS), mesh, CONFIG)
         out = search(params=params, **settings)

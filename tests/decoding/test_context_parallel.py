@@ -16,7 +16,7 @@ import pytest
 
 import llama_jax as lj
 from llama_jax import kv_cache as kv
-from llama_jax import sharding
+from llama_jax import meshes
 from llama_jax.decoding import generation
 from llama_jax.decoding.state import prefill_cache
 from llama_jax.model import forward_cached
@@ -41,7 +41,7 @@ def test_greedy_rows_of_any_length_are_those_of_one_device():
     """With an int8 cache; in the parameters' dtype it is below."""
     given = {"key": KEYS, "sampling": GREEDY, "max_new_tokens": 20, "cache_dtype": "int8"}
     expected = jax.device_get(lj.generate(CONFIG, PARAMS, TOKENS, LENGTHS, **given))
-    mesh = sharding.make_mesh("context=8")
+    mesh = meshes.make_mesh("context=8")
     with jax.set_mesh(mesh):
         params = lj.shard_params(PARAMS, mesh, CONFIG)
         out = jax.device_get(lj.generate(CONFIG, params, TOKENS, LENGTHS, **given))
@@ -54,7 +54,7 @@ def test_inside_jit_a_cache_that_context_does_not_divide_is_rounded_up():
     """97 prompt tokens and 20 new ones are 117 slots, and 4 devices have 30 each."""
     settings = {"max_new_tokens": 20, "num_return_sequences": 2, "top_logprobs": 2}
     go = jax.jit(lambda params: lj.generate(CONFIG, params, TOKENS, LENGTHS, KEYS[0], GREEDY, **settings))
-    mesh = sharding.make_mesh("context=4,tensor=2")
+    mesh = meshes.make_mesh("context=4,tensor=2")
     with jax.set_mesh(mesh):
         out = go(lj.shard_params(PARAMS, mesh, CONFIG))
     expected = go(PARAMS)
@@ -71,7 +71,7 @@ SHARD, CACHE = (f"f32[4,{HEADS},{slots},{WIDTH}]" for slots in (768, 3072))
 @pytest.fixture(scope="module")
 def lowered():
     """`generate`'s two programs for 3072 slots on four devices: prompts in chunks of 1024, and decoding."""
-    mesh = sharding.make_mesh("context=4", devices=jax.devices()[:4])
+    mesh = meshes.make_mesh("context=4", devices=jax.devices()[:4])
     int32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
     request = int32(4, 3072), int32(4), int32(), KEYS, GREEDY.broadcast(4), int32(8), int32()
     static = {"num_return_sequences": 1, "top_logprobs": 0, "cache_dtype": None}
@@ -133,7 +133,7 @@ def test_a_prompt_of_131072_tokens_over_eight_devices(run):
         cache = prefill_cache(config, params, cache, tokens, LONG - run, LONG - 1)
         return forward_cached(config, params, tokens[:, -1:], jnp.array([LONG - 1]), cache)
 
-    mesh = sharding.make_mesh("context=8")
+    mesh = meshes.make_mesh("context=8")
     with jax.set_mesh(mesh):
         logits, cache = last_logits(lj.shard_params(params, mesh, config), tokens, written)
     assert {shard.data.shape[2] for shard in cache.k[0].addressable_shards} == {LONG // 8}

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import llama_jax as lj
-from llama_jax import sharding
+from llama_jax import meshes, sharding
 from llama_jax.decoding import arguments, generation, processes
 from llama_jax.errors import ConfigError, InputError
 from tests.decoding.compiled import counting_compiles, loop_body
@@ -323,7 +323,7 @@ def test_the_compiled_loop_never_copies_the_cache_or_a_weight():
 @pytest.mark.slow
 def test_a_step_on_a_tensor_mesh_communicates_activations_and_never_the_cache():
     """The embedding, attention's output, the feed-forward output, and the logits."""
-    mesh = sharding.make_mesh("tensor=2", devices=jax.devices()[:2])
+    mesh = meshes.make_mesh("tensor=2", devices=jax.devices()[:2])
     with jax.set_mesh(mesh):
         body = compiled_loop(4, sharded(PARAMS, mesh))
     cache = f"f32[4,{CONFIG.num_key_value_heads // 2},128,{CONFIG.head_dim}]"
@@ -476,7 +476,7 @@ def test_one_bf16_prompt_on_a_mesh():
     sampling = lj.Sampling(forced_tokens=given, temperature=0.9, top_k=20)
     expected = jax.device_get(run(*prompt, sampling=sampling))
     halved = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), PARAMS)
-    mesh = sharding.make_mesh("context=2,tensor=2", devices=jax.devices()[:4])
+    mesh = meshes.make_mesh("context=2,tensor=2", devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
         params = sharded(halved, mesh)
         out = jax.device_get(run(*prompt, sampling=sampling, params=params))
@@ -489,7 +489,7 @@ def test_one_bf16_prompt_on_a_mesh():
 def on_mesh(spec, name, count):
     """The output for the first of 8 rows, which are those of the module twice, on a mesh; streamed too."""
     config, params, tokens, lengths = model_of(name)
-    mesh = sharding.make_mesh(spec)
+    mesh = meshes.make_mesh(spec)
     rows = np.arange(count) % 4
     with jax.set_mesh(mesh):
         given = tokens[rows], lengths[rows], KEYS[:count], RANDOM
@@ -533,7 +533,7 @@ def test_any_number_of_rows_on_any_mesh(spec, name, counts):
 @pytest.mark.slow
 def test_several_sequences_of_each_prompt_on_a_mesh():
     """3 of each of 3 prompts: 9 rows on 8 devices are filled up to 24."""
-    mesh, same = sharding.make_mesh("data=2,fsdp=4"), np.repeat(np.arange(3), 3)
+    mesh, same = meshes.make_mesh("data=2,fsdp=4"), np.repeat(np.arange(3), 3)
     keys = jax.random.split(KEY, 9)
     with jax.set_mesh(mesh):
         settings = {"params": sharded(PARAMS, mesh), "num_return_sequences": 3}
@@ -546,7 +546,7 @@ def test_several_sequences_of_each_prompt_on_a_mesh():
 
 
 def test_forward_says_which_number_of_rows_divides():
-    mesh = sharding.make_mesh("fsdp=4,tensor=2")
+    mesh = meshes.make_mesh("fsdp=4,tensor=2")
     with (
         jax.set_mesh(mesh),
         pytest.raises(ConfigError, match="batch of 3 rows does not divide over mesh axes"),
@@ -563,7 +563,7 @@ def test_inside_jit_nothing_leaves_the_device(monkeypatch):
 
     monkeypatch.setattr(processes, "_client", Untouchable)
     go = functools.partial(lj.generate, CONFIG, sampling=RANDOM, max_new_tokens=4)
-    mesh = sharding.make_mesh("fsdp=4,tensor=2")
+    mesh = meshes.make_mesh("fsdp=4,tensor=2")
     for setting in (mesh, None):
         with sharding.use_mesh(setting):
             params = PARAMS if setting is None else sharded(PARAMS, mesh)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import llama_jax as lj
-from llama_jax import sharding
+from llama_jax import meshes
 from llama_jax.decoding import session as sessions
 from llama_jax.decoding.session import Session
 from llama_jax.errors import InputError
@@ -52,7 +52,7 @@ def test_each_turn_equals_generate_and_runs_only_new_tokens(sampling):
 
 def test_a_mesh_gives_the_same_tokens():
     """The one row of a session divides no batch axis: it is replicated. Its cache is divided, and grows."""
-    mesh = sharding.make_mesh("fsdp=2,context=2,tensor=2")
+    mesh = meshes.make_mesh("fsdp=2,context=2,tensor=2")
     with jax.set_mesh(mesh):
         session = Session(CONFIG, lj.shard_params(jax.device_get(WEIGHTS), mesh, CONFIG))
         first = list(session.stream(PROMPT[:20], KEY, RANDOM, max_new_tokens=8))

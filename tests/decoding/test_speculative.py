@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 import llama_jax as lj
-from llama_jax import sharding
+from llama_jax import meshes
 from llama_jax.decoding import arguments, drafts, logits_processors, sampling, speculative
 from llama_jax.decoding.drafts import DraftModel, PromptLookup
 from llama_jax.decoding.logits_processors import TokenHistory
@@ -303,7 +303,7 @@ def test_a_mesh_gives_the_same_tokens(spec, rows, draft):
     expected = jax.device_get(run(1, MIXED, draft))
     *prompt, keys, settings = rows_of((*prompts(1), KEYS, MIXED.broadcast(ROWS)), *chosen)
     given = *prompt, KEY if rows == ROWS else keys, settings
-    mesh = sharding.make_mesh(spec)
+    mesh = meshes.make_mesh(spec)
     with jax.set_mesh(mesh):
         if isinstance(draft, DraftModel):
             draft = DraftModel(CONFIG, on_mesh(draft.params, mesh))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import transformers
 
-from llama_jax.config import SMOLLM2_135M
+from llama_jax.model_sizes import SMOLLM2_135M
 from tests.golden import beams, cases
 from tests.golden.beams import Setting
 from tests.parity import hf

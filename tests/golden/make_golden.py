@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import transformers
 
-from llama_jax.config import SMOLLM2_135M
+from llama_jax.model_sizes import SMOLLM2_135M
 from tests.golden import cases, text
 from tests.parity import hf
 

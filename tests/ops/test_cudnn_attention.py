@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import llama_jax as lj
-from llama_jax import sharding
+from llama_jax import meshes, sharding
 from llama_jax.errors import ConfigError
 from llama_jax.ops.cudnn_attention import cudnn_attention, refusal
 from tests import cuda
@@ -49,7 +49,7 @@ def test_meshes_equal_one_device(mesh):
     arrays = inputs(batch=4, length=40, head_dim=16)
     segments = thirds(4, 40)
     wanted = expected(*arrays, segments)
-    with jax.set_mesh(sharding.make_mesh(mesh)):
+    with jax.set_mesh(meshes.make_mesh(mesh)):
         rows = [sharding.ACT_BTNH, sharding.CACHE_BKSH, sharding.CACHE_BKSH, sharding.ACT_BTNH]
         laid = [sharding.constrain(array, spec) for array, spec in zip(arrays, rows, strict=True)]
         split = sharding.constrain(segments, sharding.TOKENS_BT)
@@ -82,7 +82,7 @@ def test_cuda_programs_call_cudnn_and_hold_no_scores(segmented):
 def test_each_device_of_a_mesh_calls_cudnn_on_its_own_shard(mesh):
     shapes = (4, 48, 4, 64), (4, 2, 48, 64), (4, 2, 48, 64)
     specs = sharding.ACT_BTNH, sharding.CACHE_BKSH, sharding.CACHE_BKSH
-    mesh = sharding.make_mesh(mesh)
+    mesh = meshes.make_mesh(mesh)
     with jax.set_mesh(mesh):
         args = [
             jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.NamedSharding(mesh, spec))

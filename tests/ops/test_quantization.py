@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import llama_jax as lj
-from llama_jax import sharding
+from llama_jax import meshes
 from llama_jax.decoding.state import decode_loop
 from llama_jax.errors import InputError
 from llama_jax.kv_cache import init_cache
@@ -207,7 +207,7 @@ def test_batch_row_equals_the_row_alone():
 def test_quantization_on_a_mesh_equals_one_device(bits):
     config, params = random_model(0, CONFIG.replace(intermediate_size=128, num_hidden_layers=1))
     tokens, lengths = random_prompts(0, config, [6, 3, 8, 5])
-    mesh = sharding.make_mesh("fsdp=2,tensor=2", devices=jax.devices()[:4])
+    mesh = meshes.make_mesh("fsdp=2,tensor=2", devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
         small = lj.quantize(lj.shard_params(lj.unstack(jax.device_get(params)), mesh, config), bits)
         values = small["layers"][0]["feed_forward"]["w_up"].values

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax import sharding
+from llama_jax import meshes, sharding
 from llama_jax.attention import attention
 from llama_jax.errors import ConfigError
 from llama_jax.ops import zigzag
@@ -37,7 +37,7 @@ def in_ring(mesh, arguments, weights, segments, **options):
         q, k, v = zigzag.enter(rows)
         return zigzag.leave(ring_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), ids, **options))
 
-    with jax.set_mesh(sharding.make_mesh(mesh, devices=jax.devices()[: options.pop("devices", 8)])):
+    with jax.set_mesh(meshes.make_mesh(mesh, devices=jax.devices()[: options.pop("devices", 8)])):
         return value_and_gradients(attend, *arguments, weights)
 
 
@@ -93,7 +93,7 @@ def test_the_kernel_for_tpu_equals_plain_attention(dtype):
 @pytest.mark.parametrize("count", [2, 8])
 def test_zigzag_gives_each_device_a_chunk_from_either_end(count):
     """Contiguous chunks 0..2C-1 become i and 2C-1-i; entering, then leaving, changes nothing."""
-    mesh = sharding.make_mesh({"context": count}, devices=jax.devices()[:count])
+    mesh = meshes.make_mesh({"context": count}, devices=jax.devices()[:count])
     rows = np.arange(4 * count).reshape(1, -1)
 
     @jax.jit
@@ -115,7 +115,7 @@ def test_saved_residuals_are_not_computed_again():
         policy = jax.checkpoint_policies.save_only_these_names(*names)
         ring = functools.partial(ring_attention, backend="blockwise")
         attend = jax.checkpoint(lambda q: ring(q, k, v).sum(), policy=policy)
-        with jax.set_mesh(sharding.make_mesh("context=2", devices=jax.devices()[:2])):
+        with jax.set_mesh(meshes.make_mesh("context=2", devices=jax.devices()[:2])):
             return str(jax.make_jaxpr(jax.grad(attend))(q)).count("shard_map[")
 
     assert kernels() == kernels(RESIDUALS) + 1 == 3
@@ -124,7 +124,7 @@ def test_saved_residuals_are_not_computed_again():
 def test_lengths_that_the_mesh_does_not_divide_are_named():
     q, k, v = map(jnp.asarray, inputs(3, batch=1, length=12, heads=2, kv_heads=1))
     wanted = {"blockwise": "of 8: 8 or 16$", "splash": "of 1024: 1024$"}
-    with jax.set_mesh(sharding.make_mesh("context=4", devices=jax.devices()[:4])):
+    with jax.set_mesh(meshes.make_mesh("context=4", devices=jax.devices()[:4])):
         for backend, rest in wanted.items():
             message = f"sequences of 12 tokens .* axis context of size 4, which needs a multiple {rest}"
             with pytest.raises(ConfigError, match=message):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax import sharding
+from llama_jax import meshes, sharding
 from llama_jax.attention import AttentionMask, attention
 from llama_jax.errors import ConfigError
 from llama_jax.ops import splash_attention as splash
@@ -85,7 +85,7 @@ def test_meshes_equal_one_device(mesh):
     arrays = inputs(batch=4, length=256)
     segments = thirds(4, 256)
     wanted = expected(*arrays, segments)
-    with jax.set_mesh(sharding.make_mesh(mesh)):
+    with jax.set_mesh(meshes.make_mesh(mesh)):
         rows = [sharding.ACT_BTNH, sharding.CACHE_BKSH, sharding.CACHE_BKSH, sharding.ACT_BTNH]
         both = zip([*arrays, segments], [*rows, sharding.TOKENS_BT], strict=True)
         *laid, split = (
@@ -149,5 +149,5 @@ def test_invalid_arguments_are_errors():
     ):
         splash_attention(q[:, :64], k, v, interpret=True)
     message = r"4 query and 2 key/value heads do not divide .* size 8"
-    with jax.set_mesh(sharding.make_mesh("tensor=8")), pytest.raises(ConfigError, match=message):
+    with jax.set_mesh(meshes.make_mesh("tensor=8")), pytest.raises(ConfigError, match=message):
         splash_attention(q, k, v, interpret=True)

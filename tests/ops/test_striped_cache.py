@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llama_jax import kv_cache as kv
-from llama_jax import sharding
+from llama_jax import meshes
 from llama_jax.attention import AttentionMask, cached_attention
 from llama_jax.ops import striped_cache
 from tests.random_models import SMALL
@@ -44,7 +44,7 @@ def test_writes_of_any_length_at_any_slot(spec: str, dtype: str) -> None:
     new = tuple(values(B, K, length, H) for length in (1, 5, 16, 19, 1, 3))
     starts = tuple(jnp.array(start) for start in ([0, 9], [3, 43], [8, 32], [29, 5], [47, 46], [45, 1]))
     expected = write_all(dtype, new, starts)
-    mesh = sharding.make_mesh(spec)
+    mesh = meshes.make_mesh(spec)
     with jax.set_mesh(mesh):
         found = write_all(dtype, new, starts)
     for one, two in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
@@ -54,7 +54,7 @@ def test_writes_of_any_length_at_any_slot(spec: str, dtype: str) -> None:
 
 def test_a_row_without_tokens_is_not_written() -> None:
     """Rows that are added to a batch decode at slot -1."""
-    with jax.set_mesh(sharding.make_mesh("context=8")):
+    with jax.set_mesh(meshes.make_mesh("context=8")):
         cache = write_all("float32", (values(B, K, 1, H),), (jnp.array([-1, 3]),))
     first, second = np.asarray(cache)
     assert not first.any() and second.any()
@@ -62,7 +62,7 @@ def test_a_row_without_tokens_is_not_written() -> None:
 
 def test_a_cache_is_rounded_up_and_grows() -> None:
     expected = write_all("float32", (values(B, K, 19, H),), (jnp.array([5, 23]),))
-    with jax.set_mesh(sharding.make_mesh("context=4,tensor=2")):
+    with jax.set_mesh(meshes.make_mesh("context=4,tensor=2")):
         assert kv.init_cache(CONFIG, B, 45, jnp.float32).length == S
         cache = write_all("float32", (values(B, K, 19, H),), (jnp.array([5, 23]),))
         grown = jax.jit(lambda x: striped_cache.grow(x, 64))(cache)
@@ -100,7 +100,7 @@ def test_attention_equals_that_of_one_device(spec: str, length: int, dtype: str,
     some = jnp.asarray(np.random.default_rng(0).random((B, length, S)) < 0.3)
     allowed = some if extra == "allowed" else None
     expected = attend(dtype, 8, q, start, prefix, allowed)
-    with jax.set_mesh(sharding.make_mesh(spec)):
+    with jax.set_mesh(meshes.make_mesh(spec)):
         found = attend(dtype, 4, q, start, prefix, allowed)
         np.testing.assert_allclose(found, expected, atol=2e-6)
         if extra == "":

@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import llama_jax as lj
-from llama_jax import layers, ops, rope, sharding
+from llama_jax import layers, meshes, ops, rope, sharding
 from llama_jax.ops import blockwise_attention as blockwise
 from llama_jax.ops import compiler_options, layouts, linear, products, quantization, spmd, swiglu
 from llama_jax.ops.products import dot
@@ -231,7 +231,7 @@ def test_loops_convert_bf16_stacks():
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="JAX 0.12 keeps them; goes with JAX 0.10")
 def test_partial_shard_map_gathers(monkeypatch):
     """The sharding of an argument at the border of a `shard_map` over another axis."""
-    mesh = sharding.make_mesh("data=2,fsdp=4")
+    mesh = meshes.make_mesh("data=2,fsdp=4")
     w, rows = (
         jax.ShapeDtypeStruct((8, 8), F32, sharding=sharding.named(mesh, spec))
         for spec in (P(None, "fsdp"), P("data", None))

@@ -7,8 +7,8 @@ from typing import get_args
 
 import pytest
 
-from llama_jax.config import presets
 from llama_jax.model import Remat
+from llama_jax.model_sizes import presets
 from llama_jax.plan.alternatives import alternatives
 from llama_jax.plan.estimate import estimate
 from llama_jax.plan.inputs import StepInputs

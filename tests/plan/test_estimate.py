@@ -10,8 +10,8 @@ from typing import get_args
 import pytest
 
 from benchmarks import plan_accuracy
-from llama_jax.config import presets
 from llama_jax.errors import ConfigError
+from llama_jax.model_sizes import presets
 from llama_jax.ops.remat import Remat
 from llama_jax.plan.estimate import estimate
 from llama_jax.plan.inputs import StepInputs

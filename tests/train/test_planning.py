@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.config import presets
 from llama_jax.errors import ConfigError, InputError, LlamaJaxError
+from llama_jax.model_sizes import presets
 from llama_jax.plan.estimate import estimate
 from llama_jax.plan.result import Memory, Part, StepPlan, Traffic
 from llama_jax.plan.topology import Topology

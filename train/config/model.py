@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from llama_jax.config import LlamaConfig, presets
+from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
+from llama_jax.model_sizes import presets
 
 from .checks import check_one_of
 from .rope_scaling import RopeScalingConfig, check_reach

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from llama_jax import sharding
+from llama_jax.forward_options import ForwardOptions
 from llama_jax.loss import Loss
-from llama_jax.model import ForwardOptions
 
 from ..config.train import TrainConfig
 from ..devices import attention_backend, compute_dtype

@@ -8,11 +8,11 @@ import jax
 
 from llama_jax import LlamaConfig, adapters, init
 from llama_jax.errors import ConfigError
+from llama_jax.meshes import AXES, mesh_sizes
 from llama_jax.ops.compiler_flags import LIBTPU_FLAGS
 from llama_jax.plan.chips import CHIPS
 from llama_jax.plan.inputs import StepInputs
 from llama_jax.plan.topology import Topology
-from llama_jax.sharding import AXES, mesh_sizes
 
 from ..config.run import RunConfig
 from ..devices import compute_dtype

@@ -8,8 +8,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from llama_jax.config import LlamaConfig
+from llama_jax.meshes import AXES, make_mesh
 from llama_jax.plan.topology import Topology
-from llama_jax.sharding import AXES, check_batch, check_mesh, make_mesh, use_mesh
+from llama_jax.sharding import check_batch, check_mesh, use_mesh
 
 from ..config.run import RunConfig
 from ..devices import run_mesh
