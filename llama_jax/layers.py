@@ -122,7 +122,7 @@ class Attention(nn.Module):
             q, keys = self._add_bias("bq", q), self._add_bias("bk", keys)
             values = self._add_bias("bv", values)
         if c.qk_norm:
-            q, keys = RMSNorm(c.rms_norm_eps, name="q_norm")(q), RMSNorm(c.rms_norm_eps, name="k_norm")(keys)
+            q, keys = self._normalize("q_norm", q), self._normalize("k_norm", keys)
         if table is not None:
             rotate = functools.partial(rope.rotate, table=table, custom_vjp=self.custom_vjp)
             q, keys = rotate(q), rotate(keys)
@@ -133,6 +133,11 @@ class Attention(nn.Module):
         out, aux = attend(q, keys, values, *(() if prefix is None else (prefix,)))
         out = project_heads(out, wo, custom_vjp=self.custom_vjp)
         return self._add_bias("bo", out) if c.out_bias else out, aux
+
+    def _normalize(self, name: str, y: jax.Array) -> jax.Array:
+        """RMSNorm of each head of y [B, T, N, H]; the heads share a scale [H]."""
+        scale = self.param(name, nn.initializers.ones, y.shape[-1:], jnp.float32)
+        return rms_norm(y, scale, eps=self.config.rms_norm_eps)
 
     def _add_bias(self, name: str, y: jax.Array) -> jax.Array:
         """y [B, T, ...] plus a bias of its other dimensions, added in f32."""

@@ -72,7 +72,7 @@ def layer_specs(config: LlamaConfig) -> dict[str, Any]:
     if config.out_bias:
         attention["bo"] = BIAS_D
     if config.qk_norm:
-        attention |= {"q_norm": {"scale": NORM_H}, "k_norm": {"scale": NORM_H}}
+        attention |= {"q_norm": NORM_H, "k_norm": NORM_H}
     return {
         "attention_norm": {"scale": NORM_D},
         "attention": attention,

@@ -21,13 +21,45 @@ from llama_jax.errors import ConfigError
         ("LLAMA_65B", 65_285_660_672),
         ("LLAMA2_7B", 6_738_415_616),
         ("LLAMA2_13B", 13_015_864_320),
+        ("LLAMA2_34B", 33_743_970_304),  # Code Llama's, less the 16 tokens that it adds
         ("LLAMA2_70B", 68_976_648_192),
+        ("LLAMA3_8B", 8_030_261_248),
+        ("LLAMA3_70B", 70_553_706_496),
+        ("LLAMA3_1_405B", 405_853_388_800),
+        ("LLAMA3_2_1B", 1_235_814_400),
+        ("LLAMA3_2_3B", 3_212_749_824),
+        ("MISTRAL_7B_V0_1", 7_241_732_096),
+        ("MISTRAL_7B_V0_3", 7_248_023_552),
+        ("MIXTRAL_8X7B", 46_702_792_704),
+        ("MIXTRAL_8X22B", 140_620_634_112),
+        ("QWEN2_5_0_5B", 494_032_768),
+        ("QWEN2_5_1_5B", 1_543_714_304),
+        ("QWEN2_5_3B", 3_085_938_688),
+        ("QWEN2_5_7B", 7_615_616_512),
+        ("QWEN2_5_14B", 14_770_033_664),
+        ("QWEN2_5_32B", 32_763_876_352),
+        ("QWEN2_5_72B", 72_706_203_648),
+        ("QWEN3_0_6B", 596_049_920),
+        ("QWEN3_1_7B", 1_720_574_976),
+        ("QWEN3_4B", 4_022_468_096),
+        ("QWEN3_8B", 8_190_735_360),
+        ("QWEN3_14B", 14_768_307_200),
+        ("QWEN3_32B", 32_762_123_264),
         ("SMOLLM2_135M", 134_515_008),
+        ("SMOLLM2_360M", 361_821_120),
+        ("SMOLLM2_1_7B", 1_711_376_384),
+        ("SMOLLM3_3B", 3_075_098_624),
     ],
 )
 def test_published_parameter_counts(name, count):
     config = getattr(lj.presets, name)
     assert config.num_params == count
+
+
+@pytest.mark.parametrize("name", ["LLAMA2_70B", "QWEN2_5_3B", "QWEN3_8B", "SMOLLM3_3B"])
+def test_parameters_are_as_many_as_are_counted(name):
+    config = getattr(lj.presets, name)
+    count = config.num_params
     shapes = jax.eval_shape(lambda key: lj.init(config, key), jax.random.key(0))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == count
 

@@ -27,7 +27,7 @@ from llama_jax.tokenizer.pad import pad_vocabulary
 from llama_jax.weights import manifest
 from llama_jax.weights.adapters import adapter_folder
 from llama_jax.weights.derived import Averaged, PooledHeads, ResizedVocabulary
-from llama_jax.weights.names import Format
+from llama_jax.weights.names import Format, check_format
 from llama_jax.weights.source import Source
 from llama_jax.weights.tensors import ParamsTensors, Tensors
 from llama_jax.weights.write.gguf import plan_gguf
@@ -276,6 +276,7 @@ def _plan(
             f"the model is a classifier or reward model, and {format} has no place for its head; "
             "use hf or orbax"
         )
+    check_format(tensors.config, format)
     if tensors.config.labels and pad_id is None:
         pad_id = classifier_pad_id(tokenizer)
     missing = isinstance(tokenizer, MissingTokenizer)

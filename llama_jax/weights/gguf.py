@@ -1,4 +1,4 @@
-"""Reads GGUF files of the llama architecture: the configuration from metadata, tensors dequantized."""
+"""Reads GGUF files of Llama and its kin: the configuration from metadata, tensors dequantized."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.rope import rotary_frequencies
 from llama_jax.weights.gguf_split import first_part, read_gguf_header
+from llama_jax.weights.names import GGUF_ARCHITECTURES
 from llama_jax.weights.source import FLOAT_DTYPES, Source, TensorInfo, decode_floats, quote, read_bytes
 
 # Values per call of gguf.quants, as one row: six times faster than a model's own rows, and whole tensors
@@ -41,6 +42,11 @@ def open_gguf(path: Path, detected_by: str) -> Source:
     return Source("gguf", first_part(path), detected_by, config, tensors, decode, metadata)
 
 
+def smollm3_rope_layers(layers: int) -> tuple[bool, ...]:
+    """The layers that rotate: in llama.cpp, which has no field for it, all but every fourth."""
+    return tuple((layer + 1) % 4 != 0 for layer in range(layers))
+
+
 def decode(name: str, info: TensorInfo, raw: np.ndarray) -> np.ndarray:
     """Decodes a tensor's bytes: floats in their own dtype, quantized types dequantized to f32."""
     if info.dtype in FLOAT_DTYPES:
@@ -62,11 +68,14 @@ class _Fields:
         self.path = path
         self.metadata = metadata
         self.tensors = tensors
+        self.architecture = self.text("general.architecture")
 
     def config(self) -> LlamaConfig:
-        architecture = self.text("general.architecture")
-        if architecture != "llama":
-            raise self.error(f"the architecture is {quote(architecture)}; only llama is supported")
+        if self.architecture not in GGUF_ARCHITECTURES:
+            raise self.error(
+                f"the architecture is {quote(self.architecture)}; only {', '.join(GGUF_ARCHITECTURES)} are "
+                "supported"
+            )
         embedding = self.tensors.get("token_embd.weight")
         if embedding is None or len(embedding.shape) != 2:
             raise self.error(
@@ -89,16 +98,31 @@ class _Fields:
             rms_norm_eps=self.number("attention.layer_norm_rms_epsilon"),
             rope_theta=self.number("rope.freq_base", 10_000.0),
             tie_word_embeddings="output.weight" not in self.tensors,
+            **self.kin_fields(),
         )
         return config.replace(rope_scaling=self.rope_scaling(head_dim, config.rope_theta))
 
+    def kin_fields(self) -> dict[str, Any]:
+        """The fields of the configuration that only kin of Llama have, by tensors and by architecture."""
+        layers, window = self.size("block_count"), self.size("attention.sliding_window", 0)
+        fields: dict[str, Any] = {
+            "qkv_bias": "blk.0.attn_q.bias" in self.tensors,
+            "out_bias": "blk.0.attn_output.bias" in self.tensors,
+            "qk_norm": "blk.0.attn_q_norm.weight" in self.tensors,
+            "sliding_window": window or None,
+        }
+        if self.architecture == "smollm3":
+            fields["rope_layers"] = smollm3_rope_layers(layers)
+        return fields
+
     def rope_scaling(self, head_dim: int, theta: float) -> RopeScaling | None:
         """Reads the rope scaling as llama.cpp does: from fields, or from a tensor of frequency divisors."""
-        key = "rope.scaling.factor" if "llama.rope.scaling.factor" in self.metadata else "rope.scale_linear"
+        is_new = f"{self.architecture}.rope.scaling.factor" in self.metadata
+        key = "rope.scaling.factor" if is_new else "rope.scale_linear"
         factor = self.number(key, 0.0) or 1.0
-        scaled = factor != 1 or "llama.rope.scaling.attn_factor" in self.metadata
+        scaled = factor != 1 or f"{self.architecture}.rope.scaling.attn_factor" in self.metadata
         # llama.cpp treats a factor without a type as linear scaling.
-        kind = self.text("llama.rope.scaling.type", "linear") if scaled else "none"
+        kind = self.text(f"{self.architecture}.rope.scaling.type", "linear") if scaled else "none"
         divisors = self.tensors.get("rope_freqs.weight")
         if divisors is not None:
             if kind != "none":
@@ -199,16 +223,18 @@ class _Fields:
         return str(self.get(key, str, default))
 
     def size(self, key: str, default: int | None = None) -> int:
-        return int(self.get(f"llama.{key}", int, default))
+        return int(self.get(f"{self.architecture}.{key}", int, default))
 
     def number(self, key: str, default: float | None = None) -> float:
-        return float(self.get(f"llama.{key}", float, default))
+        return float(self.get(f"{self.architecture}.{key}", float, default))
 
     def require_value(self, key: str, supported: int | float) -> None:
         """Refuses values that the model does not implement; absent is accepted."""
-        value = self.get(f"llama.{key}", type(supported), supported)
+        value = self.get(f"{self.architecture}.{key}", type(supported), supported)
         if value != supported:
-            raise self.error(f"metadata field llama.{key} is {value}; only {supported} is supported")
+            raise self.error(
+                f"metadata field {self.architecture}.{key} is {value}; only {supported} is supported"
+            )
 
     def error(self, problem: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {problem}")

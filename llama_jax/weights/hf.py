@@ -8,12 +8,12 @@ from typing import Any
 
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import ConfigError
-from llama_jax.weights.hf_tensors import HFSource, drop_zero_biases, read_tensors, resolve_tied
+from llama_jax.weights.hf_families import Family, family, is_classifier
+from llama_jax.weights.hf_tensors import HFSource, drop_zero_biases, find_biases, read_tensors, resolve_tied
 from llama_jax.weights.json_fields import JsonFields, read_json
 from llama_jax.weights.quantized import dequantized
 from llama_jax.weights.source import Source, decode_floats, quote
 
-CLASSIFIER_ARCHITECTURE = "LlamaForSequenceClassification"
 MAX_LABELS = 1 << 16
 
 
@@ -26,7 +26,10 @@ def open_hf(path: Path, detected_by: str) -> Source:
     fields = _Fields(path / "config.json", read_json(path / "config.json"))
     config, metadata = fields.config_and_metadata()
     tensors = dequantized(fields.path, fields.quantization(), read_tensors(path))
-    tensors = drop_zero_biases(tensors, fields.modules_with_bias())
+    if family(fields).has_biases:
+        biases = find_biases(tensors, fields.modules_with_bias())
+        config = config.replace(qkv_bias="qkv" in biases, out_bias="o" in biases)
+        tensors = drop_zero_biases(tensors, biases)
     config = config.replace(tie_word_embeddings=resolve_tied(tensors, config.tie_word_embeddings))
     return HFSource("hf", path, detected_by, config, tensors, decode_floats, metadata)
 
@@ -75,14 +78,17 @@ class _Fields(JsonFields):
         return [module for module, setting in settings.items() if self.fields.get(setting)]
 
     def config(self) -> LlamaConfig:
-        if "model_type" not in self.fields:
-            raise self.error("model_type is missing; use the config.json that was saved with the model")
-        self.require_value("model_type", "llama")
+        kind = family(self)
         self.require_value("hidden_act", "silu", "swish")  # synonyms
-        self.require_value("attention_bias", False, True)  # `drop_zero_biases` decides
-        self.require_value("mlp_bias", False, True)
+        if kind.has_biases:
+            self.require_value("attention_bias", False, True)  # the files decide: `find_biases`
+            self.require_value("mlp_bias", False, True)
         heads, hidden = self.integer("num_attention_heads"), self.integer("hidden_size")
-        context = self.integer("max_position_embeddings", 2048)
+        # Only a field that is absent has the family's default; null means N heads, of D / N dimensions.
+        head_dim = None if "head_dim" in self.fields else kind.head_dim
+        key_value_heads = None if "num_key_value_heads" in self.fields else kind.key_value_heads
+        tied = self.fields.get("tie_word_embeddings") is None and kind.tied
+        context = self.integer("max_position_embeddings", kind.context)
         # transformers 5 moved rope_theta and rope_scaling into rope_parameters.
         rope = self.section("rope_scaling", "rope_parameters")
         try:
@@ -92,22 +98,27 @@ class _Fields(JsonFields):
                 intermediate_size=self.integer("intermediate_size"),
                 num_hidden_layers=self.integer("num_hidden_layers"),
                 num_attention_heads=heads,
-                num_key_value_heads=self.integer("num_key_value_heads", heads),
-                head_dim=self.integer("head_dim", hidden // max(heads, 1)),
+                num_key_value_heads=self.integer("num_key_value_heads", key_value_heads or heads),
+                head_dim=self.integer("head_dim", head_dim or hidden // max(heads, 1)),
                 max_position_embeddings=context,
-                rms_norm_eps=self.number("rms_norm_eps", 1e-6),
-                rope_theta=rope.number("rope_theta", self.number("rope_theta", 10_000.0)),
+                rms_norm_eps=self.number("rms_norm_eps", kind.eps),
+                rope_theta=rope.number("rope_theta", self.number("rope_theta", kind.theta)),
                 rope_scaling=rope.rope_scaling(context),
-                tie_word_embeddings=self.flag("tie_word_embeddings"),
+                tie_word_embeddings=tied or self.flag("tie_word_embeddings"),
                 labels=self.labels(),
+                **self.kin_fields(kind),
             )
         except ConfigError as error:
             raise self.error(str(error)) from error
 
+    def kin_fields(self, kind: Family) -> dict[str, Any]:
+        """The fields of `LlamaConfig` that only kin of Llama have."""
+        has_biases = kind.has_biases and self.flag("attention_bias")
+        return {"qkv_bias": has_biases, "out_bias": has_biases} | kind.read(self)
+
     def labels(self) -> tuple[str, ...]:
         """Reads the class names of a classifier; empty for a language model."""
-        architectures = self.fields.get("architectures")
-        if not isinstance(architectures, list) or CLASSIFIER_ARCHITECTURE not in architectures:
+        if not is_classifier(self):
             return ()
         names = self.fields.get("id2label")
         if names is None:  # transformers omits id2label for two classes with default names

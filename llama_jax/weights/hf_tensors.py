@@ -18,7 +18,9 @@ from llama_jax.weights.torch_zip import read_rows, read_tensor, read_torch_zip
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _PREFIX = "model."
-_BIAS = re.compile(r"model\.layers\.\d{1,4}\.(?P<module>self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\.bias")
+_BIAS = re.compile(
+    r"model\.layers\.\d{1,4}\.(?P<module>self_attn|mlp)\.(?P<name>q|k|v|o|gate|up|down)_proj\.bias"
+)
 _CHUNK_ROWS = 4096  # of two matrices, compared at a time
 
 # Weights files in the order in which transformers looks for them: the single file, the index, the reader.
@@ -114,28 +116,41 @@ def _checked_file_name(index: Path, tensor: str, file: Any, suffix: str) -> str:
     return file
 
 
-def drop_zero_biases(tensors: dict[str, TensorInfo], announced: Sequence[str]) -> dict[str, TensorInfo]:
-    """Leaves out the biases of projections that are zero.
+def find_biases(tensors: dict[str, TensorInfo], announced: Sequence[str]) -> set[str]:
+    """Which projections of attention have biases that are not all zero: `qkv`, `o`, both or none.
 
     Args:
       tensors: the tensors by name.
       announced: the modules whose biases config.json says to use: self_attn (attention_bias), mlp (mlp_bias).
 
     Raises:
-      CheckpointError: for an announced one that is not zero, as the model has none.
+      CheckpointError: for an announced bias in the feed-forward layer that is not zero: the model has none.
     """
-    kept = {}
+    found = set()
     for name, info in tensors.items():
         bias = _BIAS.fullmatch(name)
-        if bias and not read_tensor(name, info).any():
+        if bias is None or bias["module"] not in announced or not read_tensor(name, info).any():
             continue
-        if bias and bias["module"] in announced:
+        if bias["module"] == "mlp":
             raise CheckpointError(
-                f"{info.file}: {quote(name)} is a trained bias (attention_bias or mlp_bias of config.json), "
-                "and the projections of this model have none; run it in transformers"
+                f"{info.file}: {quote(name)} is a trained bias (mlp_bias of config.json), and the "
+                "feed-forward layers of this model have none; run it in transformers"
             )
-        kept[name] = info
-    return kept
+        found.add("o" if bias["name"] == "o" else "qkv")
+    return found
+
+
+def drop_zero_biases(tensors: dict[str, TensorInfo], kept: set[str]) -> dict[str, TensorInfo]:
+    """Leaves out biases that are zero, but for those of projections of attention that `find_biases` found."""
+
+    def is_dropped(name: str, info: TensorInfo) -> bool:
+        bias = _BIAS.fullmatch(name)
+        if bias is None:
+            return False
+        group = "o" if bias["name"] == "o" else "qkv"
+        return not (bias["module"] == "self_attn" and group in kept) and not read_tensor(name, info).any()
+
+    return {name: info for name, info in tensors.items() if not is_dropped(name, info)}
 
 
 def resolve_tied(tensors: dict[str, TensorInfo], tied: bool) -> bool:

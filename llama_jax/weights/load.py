@@ -113,7 +113,7 @@ def _build(
     done, total = 0, sum(sizes.values())
     by_rows = builder.mesh is not None and builder.mesh.is_multi_process
     for entry, nbytes in sizes.items():
-        if by_rows and len(entry.leaf.shape(builder.config)) > 1:
+        if by_rows and len(entry.leaf.stored_shape(builder.config, format)) > 1:
             builder.add_rows(entry, functools.partial(read_rows, entry), format)
         else:
             builder.add(entry, read(entry))

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from llama_jax.config import LlamaConfig
+from llama_jax.errors import ConfigError
 
 Format = Literal["hf", "meta", "gguf", "llama2c", "orbax"]
 
@@ -18,7 +19,26 @@ Format = Literal["hf", "meta", "gguf", "llama2c", "orbax"]
 STACKED: frozenset[Format] = frozenset(("orbax",))
 
 # Formats whose rotary pairs are dimensions (2i, 2i + 1). Hugging Face and llama_jax pair (i, i + H/2).
-INTERLEAVED: frozenset[Format] = frozenset(("meta", "gguf", "llama2c"))
+_INTERLEAVED: frozenset[Format] = frozenset(("meta", "gguf", "llama2c"))
+# The architectures of GGUF, and of them those that pair as Hugging Face does (`LLAMA_ROPE_TYPE_NEOX` of
+# llama.cpp's src/llama-model.cpp).
+GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")
+_GGUF_HALVES = ("qwen2", "qwen3")
+
+
+def gguf_architecture(config: LlamaConfig) -> str:
+    """The architecture of llama.cpp that computes this model."""
+    if config.qk_norm:
+        return "qwen3"
+    if config.rope_layers:
+        return "smollm3"
+    return "qwen2" if config.qkv_bias and not config.out_bias else "llama"
+
+
+def is_interleaved(format: Format, config: LlamaConfig) -> bool:
+    """Whether rotary pairs are dimensions (2i, 2i + 1) in this format of the model."""
+    halves = format == "gguf" and gguf_architecture(config) in _GGUF_HALVES
+    return format in _INTERLEAVED and not halves
 
 
 def split_rotary_pairs(x: np.ndarray, *, inverse: bool = False) -> np.ndarray:
@@ -54,10 +74,11 @@ class Leaf:
     Attributes:
       path: keys from the root of `params`. Leaves under "layers" are one stored tensor per layer.
       axes: the leaf's dimensions, by letter, without the layer axis. "D->NH" is a matrix that maps D
-        to N*H: every format stores it transposed and flattened, as [N*H, D]. Without an arrow, the leaf
-        is stored unchanged.
+        to N*H: every format stores it transposed and flattened, as [N*H, D]. "->NH" is its bias, stored as
+        [N*H]. Without an arrow, the leaf is stored unchanged.
       hf, meta, gguf, llama2c: the stored name, with {layer} for the layer index. llama2.c's format has no
-        names; these are the variable names in its C program.
+        names; these are the variable names in its C program. Empty where a format has no such tensor.
+      needs: the field of the configuration that is set in models with this leaf; empty for all models.
       rotary: whether the last dimension of the leaf is rotated, so that the order of its rotary pairs
         depends on the format.
     """
@@ -68,6 +89,7 @@ class Leaf:
     meta: str
     gguf: str
     llama2c: str
+    needs: str = ""
     rotary: bool = False
 
     @property
@@ -95,7 +117,8 @@ class Leaf:
         inputs, arrow, outputs = self.axes.partition("->")
         if not arrow:
             return _sizes(inputs, config)
-        return math.prod(_sizes(outputs, config)), math.prod(_sizes(inputs, config))
+        rows = math.prod(_sizes(outputs, config))
+        return (rows, math.prod(_sizes(inputs, config))) if inputs else (rows,)
 
     def from_stored(self, array: np.ndarray, config: LlamaConfig, format: Format) -> np.ndarray:
         """Converts a tensor in the layout of `format` to this leaf (of one layer).
@@ -107,7 +130,7 @@ class Leaf:
           `shape(config)` in the same dtype, C-contiguous; `array` itself if nothing changes.
         """
         array = self.convert_layout(array, config, format, "hf")
-        if "->" in self.axes:
+        if array.ndim == 2 and "->" in self.axes:
             array = transpose(array)
         return np.ascontiguousarray(array).reshape(self.shape(config))
 
@@ -121,7 +144,8 @@ class Leaf:
           `stored_shape(config, format)` in the same dtype, C-contiguous.
         """
         if "->" in self.axes:
-            array = transpose(array.reshape(self.stored_shape(config, "hf")[::-1]))
+            array = array.reshape(self.stored_shape(config, "hf")[::-1])
+            array = transpose(array) if array.ndim == 2 else array
         return np.ascontiguousarray(self.convert_layout(array, config, "hf", format))
 
     def convert_layout(
@@ -135,11 +159,12 @@ class Leaf:
         Returns:
           `stored_shape(config, target)`, C-contiguous; `array` itself if the layouts are equal.
         """
-        if not self.rotary or (source in INTERLEAVED) == (target in INTERLEAVED):
+        interleaved = is_interleaved(target, config)
+        if not self.rotary or is_interleaved(source, config) == interleaved:
             return array
         # Rotary dimensions are rows of [out, in], so this permutes rows and transposes nothing.
         rows = np.arange(len(array)).reshape(-1, config.head_dim)
-        return array[split_rotary_pairs(rows, inverse=target in INTERLEAVED).reshape(-1)]
+        return array[split_rotary_pairs(rows, inverse=interleaved).reshape(-1)]
 
 
 def _sizes(letters: str, config: LlamaConfig) -> tuple[int, ...]:
@@ -185,7 +210,7 @@ LM_HEAD = Leaf(
 SCORE = Leaf(("score", "kernel"), "D->C", hf="score.weight", meta="", gguf="", llama2c="")
 HEAD_DTYPE = np.dtype(np.float32)  # in memory, whatever the dtype of the other parameters: it is small
 
-# The leaves of one layer, under params["layers"]. A star marks rotary leaves.
+# The leaves of one layer, under params["layers"]. A star marks rotary leaves, a dash a format without a name.
 _LAYER_TABLE = """
 attention_norm.scale  D       input_layernorm           attention_norm   attn_norm    rms_att_weight
 attention.wq          D->NH*  self_attn.q_proj          attention.wq     attn_q       wq
@@ -197,26 +222,39 @@ feed_forward.w_gate   D->F    mlp.gate_proj             feed_forward.w1  ffn_gat
 feed_forward.w_up     D->F    mlp.up_proj               feed_forward.w3  ffn_up       w3
 feed_forward.w_down   F->D    mlp.down_proj             feed_forward.w2  ffn_down     w2
 """
+# Those of Llama's kin, and the field of the configuration that they need.
+_KIN_TABLE = """
+attention.bq      ->NH*  self_attn.q_proj  -  attn_q       -  qkv_bias
+attention.bk      ->KH*  self_attn.k_proj  -  attn_k       -  qkv_bias
+attention.bv      ->KH   self_attn.v_proj  -  attn_v       -  qkv_bias
+attention.bo      ->D    self_attn.o_proj  -  attn_output  -  out_bias
+attention.q_norm  H*     self_attn.q_norm  -  attn_q_norm  -  qk_norm
+attention.k_norm  H*     self_attn.k_norm  -  attn_k_norm  -  qk_norm
+"""
 
 
-def _layer_leaf(path: str, axes: str, hf: str, meta: str, gguf: str, llama2c: str) -> Leaf:
+def _layer_leaf(path: str, axes: str, hf: str, meta: str, gguf: str, llama2c: str, needs: str = "") -> Leaf:
+    suffix = "bias" if axes.startswith("->") else "weight"
     return Leaf(
         ("layers", *path.split(".")),
         axes.removesuffix("*"),
-        hf=f"model.layers.{{layer}}.{hf}.weight",
-        meta=f"layers.{{layer}}.{meta}.weight",
-        gguf=f"blk.{{layer}}.{gguf}.weight",
-        llama2c=f"{llama2c}[{{layer}}]",
+        hf=f"model.layers.{{layer}}.{hf}.{suffix}",
+        meta="" if meta == "-" else f"layers.{{layer}}.{meta}.{suffix}",
+        gguf=f"blk.{{layer}}.{gguf}.{suffix}",
+        llama2c="" if llama2c == "-" else f"{llama2c}[{{layer}}]",
+        needs=needs,
         rotary=axes.endswith("*"),
     )
 
 
+# The leaves of every Llama; the last is the output projection, which a model may do without.
 LEAVES: tuple[Leaf, ...] = (
     EMBEDDING,
     *(_layer_leaf(*row.split()) for row in _LAYER_TABLE.strip().splitlines()),
     _FINAL_NORM,
     LM_HEAD,
 )
+KIN_LEAVES: tuple[Leaf, ...] = tuple(_layer_leaf(*row.split()) for row in _KIN_TABLE.strip().splitlines())
 
 # Redundant tensors that are ignored on load: rotary tables, which follow from the configuration (GGUF's
 # rope_freqs is converted to rope scaling), besides copies of a tied output projection.
@@ -230,6 +268,22 @@ _IGNORED: dict[Format, re.Pattern[str]] = {
 }
 
 
+def check_format(config: LlamaConfig, format: Format) -> None:
+    """Checks that a format has a place for what this model has beyond a Llama.
+
+    Raises:
+      ConfigError: naming the fields of the configuration for which it has none.
+    """
+    if format in ("hf", "gguf", "orbax"):  # their writers know the families that they have
+        return
+    names = ("qkv_bias", "out_bias", "qk_norm", "sliding_window", "rope_layers", "num_experts")
+    kin = [name for name in names if getattr(config, name)]
+    if kin:
+        raise ConfigError(
+            f"the format {format} has only Llamas, and no place for {', '.join(kin)}; use hf, gguf or orbax"
+        )
+
+
 class Entry(NamedTuple):
     """A tensor that a checkpoint must have: stored name, leaf, and layer (None outside the layers)."""
 
@@ -240,8 +294,10 @@ class Entry(NamedTuple):
 
 def leaves(config: LlamaConfig) -> tuple[Leaf, ...]:
     """Returns the leaves of `config`'s params: no output projection if it is tied or a head replaces it."""
-    base = tuple(leaf for leaf in LEAVES if leaf is not LM_HEAD or config.has_output)
-    return (*base, SCORE) if config.labels else base
+    kin = (leaf for leaf in KIN_LEAVES if getattr(config, leaf.needs))
+    embedding, *layers, final_norm, lm_head = LEAVES
+    base = (embedding, *layers, *kin, final_norm)
+    return base + (lm_head,) * config.has_output + (SCORE,) * bool(config.labels)
 
 
 def entries(config: LlamaConfig, format: Format) -> Iterator[Entry]:

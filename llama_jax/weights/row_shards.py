@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import LlamaConfig
-from llama_jax.weights.names import INTERLEAVED, Format, Leaf, split_rotary_pairs
+from llama_jax.weights.names import Format, Leaf, is_interleaved, split_rotary_pairs
 
 ReadRows = Callable[[int, int], np.ndarray]  # rows begin to end (exclusive) of a stored matrix
 
@@ -103,6 +103,7 @@ def _compile(
     sharding = NamedSharding(mesh, spec)
     shape = sharding.shard_shape(leaf.shape(config))
     height = leaf.stored_shape(config, format)[0] // shards._size(outputs)
+    interleaved = leaf.rotary and is_interleaved(format, config)
 
     def exchange(rows: jax.Array) -> Any:
         if inputs:
@@ -111,7 +112,7 @@ def _compile(
             rows = jax.lax.all_gather(rows, rest, axis=0, tiled=True)
         rows = rows[:height]
         local: Any = (rows.T if "->" in leaf.axes else rows).reshape(shape)
-        return split_rotary_pairs(local) if leaf.rotary and format in INTERLEAVED else local
+        return split_rotary_pairs(local) if interleaved else local
 
     def write(rows: jax.Array, stack: jax.Array, layer: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(stack, exchange(rows), layer, 0)

@@ -15,7 +15,7 @@ import numpy as np
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
-from llama_jax.weights.names import INTERLEAVED, STACKED, Leaf, leaves
+from llama_jax.weights.names import STACKED, Leaf, is_interleaved, leaves
 from llama_jax.weights.orbax import OrbaxSource
 from llama_jax.weights.source import FLOAT_DTYPES, Source, format_list
 from llama_jax.weights.validation import validate_tensors
@@ -86,7 +86,7 @@ class StoredTensors:
         if isinstance(source, OrbaxSource):
             return self.read(leaf, layer)[begin:end]
         # Layouts differ in the order of rows within a head.
-        head = self.config.head_dim if leaf.rotary and source.format in INTERLEAVED else 1
+        head = self.config.head_dim if leaf.rotary and is_interleaved(source.format, self.config) else 1
         first, last = begin - begin % head, end + -end % head
         rows = source.read_rows(leaf.name(source.format, layer), first, last)
         return leaf.convert_layout(rows, self.config, source.format, "hf")[begin - first : end - first]

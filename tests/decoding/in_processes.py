@@ -17,7 +17,7 @@ import llama_jax as lj
 from llama_jax.decoding import processes
 from llama_jax.decoding.arguments import row_keys
 from llama_jax.errors import InputError
-from llama_jax.sharding import AXES
+from llama_jax.meshes import AXES
 from llama_jax.text.conversation import Conversation
 from llama_jax.train.data.conversations import Conversation as Prompt
 from llama_jax.train.rejection_sampling import best_of_n

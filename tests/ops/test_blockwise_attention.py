@@ -9,7 +9,7 @@ import pytest
 
 from llama_jax import sharding
 from llama_jax.attention import AttentionMask, attention
-from llama_jax.sharding import make_mesh
+from llama_jax.meshes import make_mesh
 from tests.test_attention import causal, inputs
 
 LENGTH = 16

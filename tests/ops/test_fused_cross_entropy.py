@@ -13,8 +13,8 @@ import pytest
 import llama_jax as lj
 from llama_jax import sharding
 from llama_jax.loss import cross_entropy
+from llama_jax.meshes import make_mesh
 from llama_jax.ops.fused_cross_entropy import fused_cross_entropy
-from llama_jax.sharding import make_mesh
 from tests.optimized import optimized
 from tests.random_models import random_model
 

@@ -11,11 +11,11 @@ from jax.sharding import PartitionSpec as P
 import llama_jax as lj
 from llama_jax import rope, sharding
 from llama_jax.layers import embed
+from llama_jax.meshes import make_mesh
 from llama_jax.ops.embedding import embed_custom_vjp
 from llama_jax.ops.linear import contract, project
 from llama_jax.ops.products import weight_gradient
 from llama_jax.ops.swiglu import swiglu_down
-from llama_jax.sharding import make_mesh
 from tests.optimized import optimized
 from tests.random_models import random_model
 

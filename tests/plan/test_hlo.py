@@ -198,7 +198,7 @@ def test_reads_what_the_tpu_compiler_writes():
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec as P
     from llama_jax.plan import collectives, hlo
-    from llama_jax.sharding import make_mesh
+    from llama_jax.meshes import make_mesh
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
     mesh = make_mesh("fsdp=4", devices=devices)

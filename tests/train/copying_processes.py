@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from llama_jax.sharding import make_mesh
+from llama_jax.meshes import make_mesh
 from llama_jax.train.checkpoints.checkpoints import Checkpoints
 from llama_jax.train.checkpoints.state_tree import named_leaves
 from llama_jax.train.config.checkpoint import CheckpointConfig

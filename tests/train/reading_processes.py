@@ -12,7 +12,7 @@ import numpy as np
 
 import llama_jax as lj
 from llama_jax.errors import CheckpointError
-from llama_jax.sharding import make_mesh
+from llama_jax.meshes import make_mesh
 from llama_jax.train.checkpoints import orbax_manager
 from llama_jax.train.checkpoints.checkpoints import Checkpoints
 from llama_jax.train.config.checkpoint import CheckpointConfig

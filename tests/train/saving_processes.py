@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from llama_jax.errors import CheckpointError
-from llama_jax.sharding import make_mesh
+from llama_jax.meshes import make_mesh
 from tests.train.small_runs import abstract_state, checkpoints_of, make_state, one_device, same
 
 _NEW_NAMESPACES = 0x10000000 | 0x00020000  # CLONE_NEWUSER | CLONE_NEWNS

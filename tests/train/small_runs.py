@@ -16,7 +16,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import llama_jax as lj
-from llama_jax.sharding import make_mesh, named, param_specs
+from llama_jax.meshes import make_mesh
+from llama_jax.sharding import named, param_specs
 from llama_jax.train.checkpoints.checkpoints import Checkpoints
 from llama_jax.train.config.checkpoint import CheckpointConfig
 from tests.tiny import CONFIG, PIECES, write_vocabulary

@@ -21,7 +21,7 @@ import optax
 import pytest
 
 from llama_jax.errors import CheckpointError, ConfigError
-from llama_jax.sharding import make_mesh
+from llama_jax.meshes import make_mesh
 from llama_jax.train.checkpoints.checkpoints import Restored
 from llama_jax.train.config.checkpoint import CheckpointConfig
 from llama_jax.weights.runs import list_steps

@@ -14,8 +14,8 @@ import pytest
 
 from llama_jax import LlamaConfig, presets
 from llama_jax.errors import ConfigError, InputError
+from llama_jax.meshes import AXES
 from llama_jax.ops.compiler_flags import LIBTPU_FLAGS
-from llama_jax.sharding import AXES
 from llama_jax.train import devices
 from llama_jax.train.config.run import DistributedConfig, MeshConfig, RunConfig, TrainConfig
 from tests import cuda

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from llama_jax.errors import ConfigError
-from llama_jax.sharding import TOKENS_BT, make_mesh, named
+from llama_jax.meshes import make_mesh
+from llama_jax.sharding import TOKENS_BT, named
 from llama_jax.train import feed as feed_module
 from llama_jax.train.feed import Feed
 

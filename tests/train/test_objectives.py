@@ -14,7 +14,8 @@ import pytest
 import llama_jax as lj
 from llama_jax.adapters import lora
 from llama_jax.errors import ConfigError, InputError
-from llama_jax.sharding import make_mesh, use_mesh
+from llama_jax.meshes import make_mesh
+from llama_jax.sharding import use_mesh
 from llama_jax.train.config.adapter import AdapterConfig
 from llama_jax.train.config.data import DataConfig
 from llama_jax.train.config.preference import PreferenceConfig

@@ -13,7 +13,8 @@ import pytest
 
 import llama_jax as lj
 from llama_jax.errors import ConfigError, DataError, InputError
-from llama_jax.sharding import make_mesh, use_mesh
+from llama_jax.meshes import make_mesh
+from llama_jax.sharding import use_mesh
 from llama_jax.tokenizer import load_tokenizer
 from llama_jax.train.config.adapter import AdapterConfig
 from llama_jax.train.config.preference import PreferenceConfig

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import pytest
 
+from llama_jax.meshes import make_mesh
 from llama_jax.plan import collectives, hlo
-from llama_jax.sharding import make_mesh, use_mesh
+from llama_jax.sharding import use_mesh
 from llama_jax.train.step import build_step
 from tests.train.test_step import ALL_AXES, BATCH, LENGTH, MICROBATCHED, MODEL, changed, compiled
 

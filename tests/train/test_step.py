@@ -17,9 +17,10 @@ import pytest
 import llama_jax as lj
 from llama_jax.errors import ConfigError
 from llama_jax.loss import Loss
+from llama_jax.meshes import make_mesh
 from llama_jax.ops.spmd import sum_over_data
 from llama_jax.plan import collectives, hlo
-from llama_jax.sharding import PARAMS, TOKENS_BT, is_spec, make_mesh, named, param_specs, use_mesh
+from llama_jax.sharding import PARAMS, TOKENS_BT, is_spec, named, param_specs, use_mesh
 from llama_jax.train.config.run import OptimizerConfig, RunConfig, TrainConfig
 from llama_jax.train.feed import Feed
 from llama_jax.train.objectives.language_modeling import language_modeling, neftune_noise

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.errors import CheckpointError
-from llama_jax.sharding import make_mesh
+from llama_jax.meshes import make_mesh
 from llama_jax.weights import digests
 
 

@@ -217,11 +217,11 @@ def test_equal_per_layer_values_are_one_value(tmp_path: Path) -> None:
 
 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "qwen2")
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "gemma2")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match="'qwen2'; only llama") as caught:
+    with pytest.raises(CheckpointError, match="'gemma2'; only llama, qwen2") as caught:
         open_source(tmp_path / "a.gguf")
     one_line(caught)
 

@@ -18,8 +18,8 @@ from llama_jax.adapters import bottleneck, lora, prefix
 from llama_jax.cli import main
 from llama_jax.errors import CheckpointError, ConfigError, InputError, LlamaJaxError
 from llama_jax.eval.verify import compare
+from llama_jax.meshes import make_mesh
 from llama_jax.model import hidden_states
-from llama_jax.sharding import make_mesh
 from llama_jax.text.convert import convert
 from llama_jax.text.model import Model
 from llama_jax.tokenizer import load_tokenizer

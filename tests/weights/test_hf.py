@@ -121,7 +121,10 @@ def test_defaults_of_absent_fields(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral'; only llama is supported"),
+        (
+            {"model_type": "gemma2"},
+            "model_type is 'gemma2'; only llama, mistral, mixtral, qwen2",
+        ),
         ({"model_type": ...}, "model_type is missing"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only silu or swish is supported"),
         ({"hidden_size": ...}, "hidden_size is missing"),

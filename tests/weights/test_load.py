@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import llama_jax as lj
 from llama_jax.errors import CheckpointError, ConfigError, LlamaJaxError
-from llama_jax.sharding import make_mesh, param_specs
+from llama_jax.meshes import make_mesh
+from llama_jax.sharding import param_specs
 from llama_jax.weights import load_params, open_source
 from llama_jax.weights.names import LEAVES, split_rotary_pairs
 from tests.weights.writers import CONFIG, hf_tensors, random_params, write_gguf, write_hf, write_llama2c

@@ -20,7 +20,8 @@ import pytest
 import llama_jax as lj
 from llama_jax.cli import main
 from llama_jax.errors import CheckpointError
-from llama_jax.sharding import make_mesh, named, param_specs
+from llama_jax.meshes import make_mesh
+from llama_jax.sharding import named, param_specs
 from llama_jax.train.config.checkpoint import CheckpointConfig
 from llama_jax.weights import load_params, manifest, open_source, orbax
 from llama_jax.weights.runs import list_steps

@@ -33,7 +33,7 @@ CHILD = """
 import json, sys
 import jax
 from jax.sharding import Mesh
-from llama_jax.sharding import make_mesh
+from llama_jax.meshes import make_mesh
 from llama_jax.weights import load_params, open_source
 
 def memory(name):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from llama_jax.sharding import make_mesh
+from llama_jax.meshes import make_mesh
 from llama_jax.weights import load, load_params, open_source
 from llama_jax.weights.derived import ResizedVocabulary
 from llama_jax.weights.tensors import StoredTensors

@@ -28,7 +28,7 @@ from llama_jax.eval.verify.stream import LayerwiseRun, Run
 from llama_jax.eval.verify.text import encode_text
 from llama_jax.text.pretrained import DTYPES, Progress, open_model, resolve
 from llama_jax.weights.compare import TensorDifference, compare_configs, compare_tensor, stored_type
-from llama_jax.weights.names import LEAVES, SCORE, Leaf
+from llama_jax.weights.names import KIN_LEAVES, LEAVES, SCORE, Leaf
 from llama_jax.weights.tensors import Tensors
 
 Backend = Literal["llama_jax", "transformers"]
@@ -173,9 +173,13 @@ class _Comparison:
         self._num_layers = [model.config.num_hidden_layers for model in models]
         # Two tied output projections equal the embeddings, and are only needed to run the models.
         both_tied = all(model.config.tie_word_embeddings for model in models)
-        self._leaves = LEAVES[:-1] if both_tied and runs is None else LEAVES
+        kin = tuple(leaf for leaf in KIN_LEAVES if any(_has(model, leaf) for model in models))
+        self._layer_leaves = (*_LAYER_LEAVES, *kin)
+        self._leaves = (_EMBEDDING, *self._layer_leaves, _FINAL_NORM)
         if all(model.config.labels for model in models):
-            self._leaves = (*LEAVES[:-1], SCORE)
+            self._leaves += (SCORE,)
+        elif runs is not None or not both_tied:
+            self._leaves += (_LM_HEAD,)
         self._done, self._total = 0, sum(_nbytes(model, self._leaves) for model in models)
         # The models are run layer by layer.
         self._readers = [_StackedReader(model) if runs and model.stacked else model for model in models]
@@ -195,7 +199,7 @@ class _Comparison:
         del tables
         for layer in range(max(self._num_layers)):
             tensors: dict[int, dict[Leaf, np.ndarray]] = {}
-            for leaf in _LAYER_LEAVES:
+            for leaf in self._layer_leaves:
                 for side, tensor in self._read(leaf, layer).items():
                     tensors.setdefault(side, {})[leaf] = tensor
             self._compare_streams(layer, {side: runs[side].layer(tensors[side]) for side in tensors})
@@ -205,6 +209,7 @@ class _Comparison:
     def _read(self, leaf: Leaf, layer: int | None = None) -> dict[int, np.ndarray]:
         """Reads and compares one tensor; returns it by side (0 is A, 1 is B) for the sides that have it."""
         sides = [side for side in (0, 1) if layer is None or layer < self._num_layers[side]]
+        sides = [side for side in sides if _has(self.models[side], leaf)]
         stored = [_stored_leaf(leaf, model) for model in self.models]
         with ThreadPoolExecutor(2) as pool:
             reads = {side: pool.submit(self._readers[side].read, stored[side], layer) for side in sides}
@@ -240,6 +245,11 @@ class _StackedReader:
         return self._layers[leaf].pop(layer)
 
 
+def _has(model: Tensors, leaf: Leaf) -> bool:
+    """Whether the model has this leaf, of those that only some models have."""
+    return not leaf.needs or bool(getattr(model.config, leaf.needs))
+
+
 def _stored_leaf(leaf: Leaf, model: Tensors) -> Leaf:
     """The leaf that is stored: for a tied output projection, the embedding."""
     return _EMBEDDING if leaf is _LM_HEAD and model.config.tie_word_embeddings else leaf
@@ -249,6 +259,8 @@ def _nbytes(model: Tensors, leaves: Sequence[Leaf]) -> int:
     """Total bytes to read of a model."""
     total = 0
     for leaf in leaves:
+        if not _has(model, leaf):
+            continue
         stored = _stored_leaf(leaf, model)
         for layer in range(model.config.num_hidden_layers) if leaf.per_layer else (None,):
             shape = stored.stored_shape(model.config, "hf")

@@ -12,9 +12,9 @@ import numpy as np
 
 from llama_jax import rope
 from llama_jax.attention import AttentionMask, attention
-from llama_jax.config import LlamaConfig
+from llama_jax.config import LayerKind, LlamaConfig
 from llama_jax.layers import Block, rms_norm, unembed
-from llama_jax.weights.names import LEAVES, Leaf
+from llama_jax.weights.names import Leaf, leaves
 
 Tensor = np.ndarray
 
@@ -47,13 +47,16 @@ class LayerwiseRun:
     def __init__(self, config: LlamaConfig, tokens: np.ndarray, dtype: np.dtype[Any]) -> None:
         self._config, self._tokens, self._dtype = config, tokens, dtype
         self._x = jnp.zeros(())
+        self._layers = iter(config.layer_kinds)
 
     def embed(self, table: Tensor) -> np.ndarray:
         self._x = jnp.asarray(table[self._tokens][None], self._dtype)
+        self._layers = iter(self._config.layer_kinds)
         return self._residual()
 
     def layer(self, tensors: Mapping[Leaf, Tensor]) -> np.ndarray:
-        self._x = _layer(self._config, {leaf.path: tensor for leaf, tensor in tensors.items()}, self._x)
+        stored = {leaf.path: tensor for leaf, tensor in tensors.items()}
+        self._x = _layer(self._config, next(self._layers), stored, self._x)
         return self._residual()
 
     def logits(self, norm: Tensor, output: Tensor) -> np.ndarray:
@@ -63,15 +66,17 @@ class LayerwiseRun:
         return np.asarray(self._x[0], np.float32)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _layer(config: LlamaConfig, stored: dict[tuple[str, ...], jax.Array], x: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("config", "kind"))
+def _layer(
+    config: LlamaConfig, kind: LayerKind, stored: dict[tuple[str, ...], jax.Array], x: jax.Array
+) -> jax.Array:
     """One block on x [1, T, D]; the weights' layout is converted under jit, where XLA can avoid copies."""
     positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
     mask = AttentionMask(positions, positions)
     out, _ = Block(config).apply(
         {"params": _block_params(config, stored, x.dtype)},
         x,
-        rope.rotary(config, positions),
+        rope.rotary(config, positions) if kind.rope else None,
         lambda q, k, v: (attention(q, k, v, mask), None),
     )
     return out
@@ -81,12 +86,12 @@ def _block_params(
     config: LlamaConfig, stored: dict[tuple[str, ...], jax.Array], dtype: jnp.dtype
 ) -> dict[str, Any]:
     tree: dict[str, Any] = {}
-    for leaf in LEAVES:
+    for leaf in leaves(config):
         if not leaf.per_layer:
             continue
         _, module, name = leaf.path
         array = stored[leaf.path]
-        array = array.T if "->" in leaf.axes else array
+        array = array.T if "->" in leaf.axes and array.ndim == 2 else array
         tree.setdefault(module, {})[name] = array.reshape(leaf.shape(config)).astype(dtype)
     return tree
 

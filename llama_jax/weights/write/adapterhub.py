@@ -12,7 +12,7 @@ from llama_jax.weights.adapter_head import HUB_CONFIG, HUB_WEIGHTS
 from llama_jax.weights.adapterhub import ACTIVATIONS, FIXED_FIELDS, LEAF_NAMES, LOCATIONS, WEIGHTS
 from llama_jax.weights.adapters import CONFIG
 from llama_jax.weights.derived import Head
-from llama_jax.weights.hf import CLASSIFIER_ARCHITECTURE
+from llama_jax.weights.hf_families import family_of
 from llama_jax.weights.names import SCORE
 from llama_jax.weights.write.small_files import json_file, safetensors_file
 
@@ -23,11 +23,12 @@ def bottleneck_files(
     settings: Bottleneck, adapter: Any, config: LlamaConfig, base_model: str | None, head: Head | None
 ) -> dict[str, bytes]:
     """The files of an adapter, and of the classification head trained with it, if any."""
+    family = family_of(config)
     common = {
         "hidden_size": config.hidden_size,
-        "model_class": "LlamaForCausalLM" if head is None else CLASSIFIER_ARCHITECTURE,
+        "model_class": family.language_model if head is None else family.classifier,
         "model_name": base_model or "",
-        "model_type": "llama",
+        "model_type": family.model_type,
         "version": "adapters.1.3.0",
     }
     files = {

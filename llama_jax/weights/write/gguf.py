@@ -19,9 +19,9 @@ from gguf.quants import quantize
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.rope import effective_theta, rotary_frequencies
-from llama_jax.weights.gguf import LLAMA3_FIELDS, LLAMA3_PREFIX
+from llama_jax.weights.gguf import LLAMA3_FIELDS, LLAMA3_PREFIX, smollm3_rope_layers
 from llama_jax.weights.gguf_header import MAGIC
-from llama_jax.weights.names import Leaf
+from llama_jax.weights.names import Leaf, gguf_architecture
 from llama_jax.weights.source import FLOAT_DTYPES
 from llama_jax.weights.tensors import Tensors
 from llama_jax.weights.write.cast import cast
@@ -51,7 +51,7 @@ _TOKEN_TYPE_UNUSED = 5
 def plan_gguf(
     tensors: Tensors, dtype: str | None, vocabulary: Vocabulary, *, name: str | None = None
 ) -> Plan:
-    """Plans a GGUF file of the llama architecture.
+    """Plans a GGUF file of the architecture that llama.cpp computes the model with.
 
     Vectors are always F32, as llama.cpp requires. With Q8_0, a matrix whose row length is not a multiple of
     the block size 32 is F16. Without a vocabulary the tokenizer model is `no_vocab`, and the file takes token
@@ -65,9 +65,10 @@ def plan_gguf(
 
     Raises:
       CheckpointError: if the tokenizer has more tokens than the model.
-      ConfigError: for rope scaling that llama.cpp computes differently.
+      ConfigError: for what llama.cpp computes differently, or not at all.
     """
     config = tensors.config
+    _check_kin(config)
     entries, rope_factors = layer_by_layer(config), _rope_factors(config)
     infos = []
     if rope_factors is not None:
@@ -76,7 +77,7 @@ def plan_gguf(
         shape = leaf.stored_shape(config, "gguf")
         ggml_type = _ggml_type(shape, dtype, tensors.dtype(leaf, layer))
         infos.append(_TensorInfo(leaf.name("gguf", layer), shape, ggml_type))
-    fields: dict[str, Any] = {"general.architecture": "llama", "general.type": "model"}
+    fields: dict[str, Any] = {"general.architecture": gguf_architecture(config), "general.type": "model"}
     if name is not None:
         fields["general.name"] = name
     fields |= _file_type_fields(infos) | _model_fields(config) | _rope_fields(config)
@@ -150,11 +151,37 @@ def _model_fields(config: LlamaConfig) -> dict[str, Any]:
     }
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         fields |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
-    return {f"llama.{key}": value for key, value in fields.items()}
+    if config.sliding_window is not None:
+        fields["attention.sliding_window"] = config.sliding_window
+    return {f"{gguf_architecture(config)}.{key}": value for key, value in fields.items()}
+
+
+def _check_kin(config: LlamaConfig) -> None:
+    """Refuses models that no architecture of llama.cpp computes.
+
+    Raises:
+      ConfigError: naming what it has no place for.
+    """
+    architecture = gguf_architecture(config)
+    problem = ""
+    if config.qk_norm and (config.qkv_bias or config.out_bias):
+        problem = "biases beside norms of queries and keys"
+    elif config.qk_norm and config.rope_layers:
+        problem = "layers without rotation beside norms of queries and keys"
+    elif config.rope_layers and (config.qkv_bias or config.out_bias):
+        problem = "biases beside layers without rotation"
+    elif config.rope_layers and config.rope_layers != smollm3_rope_layers(config.num_hidden_layers):
+        problem = "layers without rotation other than every fourth"
+    elif config.window_layers:
+        problem = "a window in some of the layers"
+    if problem:
+        raise ConfigError(
+            f"llama.cpp's architecture {architecture} has no place for {problem}; use hf or orbax"
+        )
 
 
 def _rope_fields(config: LlamaConfig) -> dict[str, Any]:
-    """RoPE fields; for Llama 3's scaling, which llama.cpp has no fields for, those of `llama_jax`.
+    """The rotary fields; for Llama 3's scaling, which llama.cpp has no fields for, those of `llama_jax`.
 
     Raises:
       ConfigError: for settings that llama.cpp has no field for, or ignores for the llama architecture.
@@ -164,12 +191,12 @@ def _rope_fields(config: LlamaConfig) -> dict[str, Any]:
     kind = None if scaling is None else scaling.kind
     fields: dict[str, Any] = {}
     if scaling is not None and kind == "linear":
-        fields = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": scaling.factor}
+        fields = {"rope.scaling.type": "linear", "rope.scaling.factor": scaling.factor}
     elif scaling is not None and kind == "yarn":
         fields = _yarn_fields(scaling)
-    elif scaling is not None and kind == "llama3":
-        fields = {f"{LLAMA3_PREFIX}{name}": getattr(scaling, name) for name in LLAMA3_FIELDS}
-    return {"llama.rope.dimension_count": config.head_dim, "llama.rope.freq_base": theta} | fields
+    fields |= {"rope.dimension_count": config.head_dim, "rope.freq_base": theta}
+    own = {f"{LLAMA3_PREFIX}{name}": getattr(scaling, name) for name in LLAMA3_FIELDS if kind == "llama3"}
+    return {f"{gguf_architecture(config)}.{key}": value for key, value in fields.items()} | own
 
 
 def _yarn_fields(scaling: RopeScaling) -> dict[str, Any]:
@@ -187,7 +214,7 @@ def _yarn_fields(scaling: RopeScaling) -> dict[str, Any]:
     }
     if scaling.attention_factor is not None:  # a factor on top of YaRN's own in llama.cpp
         fields["attn_factor"] = scaling.attention_factor / (0.1 * math.log(scaling.factor) + 1)
-    return {f"llama.rope.scaling.{key}": value for key, value in fields.items()}
+    return {f"rope.scaling.{key}": value for key, value in fields.items()}
 
 
 def _rope_factors(config: LlamaConfig) -> np.ndarray | None:

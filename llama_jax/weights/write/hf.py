@@ -12,7 +12,8 @@ import numpy as np
 
 from llama_jax.config import LlamaConfig
 from llama_jax.rope import effective_theta
-from llama_jax.weights.hf import CLASSIFIER_ARCHITECTURE, problem_type
+from llama_jax.weights.hf import problem_type
+from llama_jax.weights.hf_families import Family, family_fields, family_of
 from llama_jax.weights.names import Entry, entries
 from llama_jax.weights.source import DTYPE_NAMES
 from llama_jax.weights.tensors import Tensors
@@ -40,8 +41,11 @@ def plan_hf(
       vocabulary: the tokenizer, whose files are included.
       shard_bytes: maximum size of a shard in bytes; a larger tensor gets its own shard.
       shards: split into at most this many shards of about equal size instead.
+
+    Raises:
+      ConfigError: if no class in transformers computes the model.
     """
-    config = tensors.config
+    config, family = tensors.config, family_of(tensors.config)
     dtypes = {entry: dtype or tensors.dtype(entry.leaf, entry.layer) for entry in layer_by_layer(config)}
     if shards is None:
         groups = list(_shards_by_size(config, dtypes, shard_bytes))
@@ -64,7 +68,9 @@ def plan_hf(
         files[file] = offset
     extras = dict(vocabulary.files)
     torch_dtype = dtype or dtypes[next(iter(dtypes))]
-    extras["config.json"] = _json(config_fields(config, vocabulary) | {"torch_dtype": torch_dtype.name})
+    extras["config.json"] = _json(
+        config_fields(config, vocabulary, family) | {"torch_dtype": torch_dtype.name}
+    )
     if not config.labels:
         extras["generation_config.json"] = _json(
             {"_from_model_config": True} | _special_token_ids(vocabulary)
@@ -84,11 +90,11 @@ def layer_by_layer(config: LlamaConfig) -> list[Entry]:
     return [embedding, *sorted(layers, key=lambda entry: entry.layer or 0), *last]
 
 
-def config_fields(config: LlamaConfig, vocabulary: Vocabulary) -> dict[str, Any]:
+def config_fields(config: LlamaConfig, vocabulary: Vocabulary, family: Family) -> dict[str, Any]:
     """The fields of config.json: those that `read_config` reads, and those that other programs need."""
     fields = {
-        "architectures": [CLASSIFIER_ARCHITECTURE if config.labels else "LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [family.classifier if config.labels else family.language_model],
+        "model_type": family.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -108,6 +114,9 @@ def config_fields(config: LlamaConfig, vocabulary: Vocabulary) -> dict[str, Any]
         "pretraining_tp": 1,
         "use_cache": True,
     }
+    fields |= family_fields(config, family)
+    if family.model_type != "llama":  # the defaults of others may be ids outside the vocabulary
+        fields |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     return fields | _classifier_fields(config) | _special_token_ids(vocabulary)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from llama_jax.config import LlamaConfig
+from llama_jax.weights.hf_families import own_family_of
 from llama_jax.weights.names import Leaf, leaves
 from llama_jax.weights.orbax_tree import array_spec, silence_orbax_log, single_line_errors
 from llama_jax.weights.runs import PARAMS
@@ -46,7 +47,8 @@ def plan_orbax(tensors: Tensors, dtype: np.dtype[Any] | None, vocabulary: Vocabu
         encode = functools.partial(_encode, leaf, config, dtypes[leaf.orbax])
         nbytes = int(np.prod(leaf.shape(config), dtype=np.int64)) * dtypes[leaf.orbax].itemsize
         regions += [Region(leaf.orbax, layer or 0, nbytes, leaf, layer, encode) for layer in layers]
-    fields = config_fields(config, vocabulary) | {"torch_dtype": dtypes[regions[0].leaf.orbax].name}
+    fields = config_fields(config, vocabulary, own_family_of(config))
+    fields |= {"torch_dtype": dtypes[regions[0].leaf.orbax].name}
     extras = {**vocabulary.files, "config.json": json_file(fields)}
     store = functools.partial(_open_arrays, config, dtypes)
     return Plan("orbax", False, {}, (), extras, regions, store=store)
