@@ -59,6 +59,7 @@ CACHE_BKSH = P(BATCH, "tensor", None, None)
 STRIPED_BKSH = P(BATCH, "tensor", "context", None)  # a cache on a mesh with `context`: `ops.striped_cache`
 ROWS_B = P(BATCH)
 
+BIASES = ("bq", "bk", "bv", "bo")
 ATTENTION_SPECS = {"wq": WQ_DNH, "wk": WKV_DKH, "wv": WKV_DKH, "wo": WO_NHD}
 FEED_FORWARD_SPECS = {"w_gate": GATE_UP_DF, "w_up": GATE_UP_DF, "w_down": DOWN_FD}
 MATRIX_SPECS = ATTENTION_SPECS | FEED_FORWARD_SPECS

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from llama_jax.sharding import BIASES
+
 from .config.optimizer import OptimizerConfig
 from .trainable import frozen_mask
 
@@ -137,7 +139,7 @@ def weight_decay_mask(params: Any) -> Any:
 
     def is_decayed(path: Any, _: jax.Array) -> bool:
         name = jax.tree_util.keystr(path)
-        return "norm" not in name and "bias" not in name
+        return "norm" not in name and "bias" not in name and path[-1].key not in BIASES
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)
 

@@ -75,11 +75,11 @@ class PooledHeads(DerivedTensors):
 
     def read(self, leaf: Leaf, layer: int | None) -> np.ndarray:
         array = self.base.read(leaf, layer)
-        if leaf.path[-1] not in ("wk", "wv"):
+        if "K" not in leaf.axes:
             return array
-        groups = array.reshape(self.kv_heads, -1, self.config.head_dim * array.shape[-1])
+        groups = array.reshape(self.kv_heads, -1, self.config.head_dim, *array.shape[1:])
         # In f64 the mean of equal values is exact.
-        mean = groups.mean(axis=1, dtype=np.float64).reshape(-1, array.shape[-1])
+        mean = groups.mean(axis=1, dtype=np.float64).reshape(-1, *array.shape[1:])
         return cast(mean, array.dtype)
 
 

@@ -52,6 +52,14 @@ class ModelConfig:
     rope_theta: float | None = None
     rope_scaling: RopeScalingConfig | None = None
     tie_word_embeddings: bool | None = None
+    qkv_bias: bool | None = None
+    out_bias: bool | None = None
+    qk_norm: bool | None = None
+    sliding_window: int | None = None
+    window_layers: tuple[bool, ...] | None = None
+    rope_layers: tuple[bool, ...] | None = None
+    num_experts: int | None = None
+    num_experts_per_tok: int | None = None
 
     def __post_init__(self) -> None:
         if self.preset:
