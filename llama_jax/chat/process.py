@@ -16,7 +16,7 @@ from llama_jax.errors import InputError, TokenizerError
 
 RENDER_TIMEOUT = 2.0  # seconds; a long conversation takes milliseconds
 _START_TIMEOUT = 60.0  # seconds, for a busy machine with a slow disk; normally 0.1
-_ADVICE = "give another template (llama-2, chatml, or a file)"
+_ADVICE = "give another template (llama-2, llama-3, mistral, chatml, or a file)"
 
 
 class Renderer:

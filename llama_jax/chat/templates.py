@@ -1,4 +1,4 @@
-"""Chat templates: of the tokenizer, from a file, or built in (Llama 2's, ChatML)."""
+"""Chat templates: of the tokenizer, from a file, or built in."""
 
 from __future__ import annotations
 
@@ -36,6 +36,40 @@ LLAMA2 = r"""
 {%- endif -%}
 """
 
+# The format of Meta's code (meta-llama/llama3, llama/tokenizer.py, ChatFormat).
+LLAMA3 = r"""
+{{- bos_token -}}
+{%- for message in messages -%}
+  {{ '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' }}
+  {{- message.content.strip() + '<|eot_id|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif -%}
+"""
+
+# The format of Mistral 7B v0.1 and Mixtral 8x7B (mistralai/mistral-common, InstructTokenizerV1): one BOS, and
+# the system prompt is part of the first user message. Later models bring templates of their own.
+MISTRAL = r"""
+{%- set system = '' -%}
+{%- set turns = messages -%}
+{%- if messages[0].role == 'system' -%}
+  {%- set system = messages[0].content + '\n\n' -%}
+  {%- set turns = messages[1:] -%}
+{%- endif -%}
+{{- bos_token -}}
+{%- for message in turns -%}
+  {%- if message.role != ('assistant' if loop.index0 % 2 else 'user') -%}
+    {{ raise_exception('after an optional system message the roles must be user, assistant, user, ...') }}
+  {%- endif -%}
+  {%- if message.role == 'user' -%}
+    {{ '[INST] ' + (system if loop.first else '') + message.content + ' [/INST]' }}
+  {%- else -%}
+    {{ ' ' + message.content.strip() + eos_token }}
+  {%- endif -%}
+{%- endfor -%}
+"""
+
 CHATML = r"""
 {%- for message in messages -%}
   {{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
@@ -45,7 +79,12 @@ CHATML = r"""
 {%- endif -%}
 """
 
-BUILT_IN_TEMPLATES: Mapping[str, str] = {"llama-2": LLAMA2, "chatml": CHATML}
+BUILT_IN_TEMPLATES: Mapping[str, str] = {
+    "llama-2": LLAMA2,
+    "llama-3": LLAMA3,
+    "mistral": MISTRAL,
+    "chatml": CHATML,
+}
 _MAX_SOURCE_BYTES = 1 << 20  # the longest templates in use have 20 kB
 
 
@@ -69,9 +108,9 @@ def chat_template(tokenizer: Tokenizer, choice: str | Path | None = None) -> Cha
 
     Args:
       tokenizer: the tokenizer.
-      choice: `llama-2`, `chatml`, or the path of a Jinja file. None is the tokenizer's own template, or
-        without one `chatml` for a vocabulary with the token `<|im_start|>`, and `llama-2` for Llama 2's
-        vocabulary.
+      choice: `llama-2`, `llama-3`, `mistral`, `chatml`, or the path of a Jinja file. None is the tokenizer's
+        own template, or without one `chatml` for a vocabulary with the token `<|im_start|>`, `llama-3` for
+        one with `<|start_header_id|>`, and `llama-2` for Llama 2's vocabulary.
 
     Raises:
       TokenizerError: if there is no template, or the file cannot be read.
@@ -91,6 +130,8 @@ def chat_template(tokenizer: Tokenizer, choice: str | Path | None = None) -> Cha
 def _default_template(tokenizer: Tokenizer) -> str:
     if "<|im_start|>" in tokenizer.special_tokens:
         return "chatml"
+    if "<|start_header_id|>" in tokenizer.special_tokens:
+        return "llama-3"
     # The encoding in Llama 2's vocabulary and in those that extend it.
     if tokenizer.encode("[INST]", add_bos=False) == [518, 25580, 29962]:
         return "llama-2"

@@ -188,7 +188,8 @@ def _parser() -> ModelParser:
     parser.add_model()
     option = parser.add_argument
     option("--system", metavar="TEXT", help="system prompt")
-    option("--template", metavar="T", help="llama-2, chatml, or a Jinja file (default: the model's own)")
+    templates = "llama-2, llama-3, mistral, chatml, or a Jinja file"
+    option("--template", metavar="T", help=f"{templates} (default: the model's own)")
     add_sampling_flags(parser, max_new_tokens=512)
     parser.add_adapter()
     parser.add_tokenizer()

@@ -255,18 +255,17 @@ def test_tokenizer_template_takes_precedence(by_kind):
 def test_default_templates(llama2, by_kind):
     assert chat_template(llama2).source == BUILT_IN_TEMPLATES["llama-2"]
     assert chat_template(llama2).tokens == {"bos_token": "<s>", "eos_token": "</s>"}
-    with pytest.raises(
-        TokenizerError, match="the model has no chat template; choose one: llama-2, chatml, or a Jinja file"
-    ):
+    names = "llama-2, llama-3, mistral, chatml, or a Jinja file"
+    with pytest.raises(TokenizerError, match=f"the model has no chat template; choose one: {names}"):
         chat_template(by_kind["sentencepiece"])
 
 
-def test_chatml_is_the_default_for_its_token(tmp_path):
+@pytest.mark.parametrize(("token", "name"), [("<|im_start|>", "chatml"), ("<|start_header_id|>", "llama-3")])
+def test_the_default_for_a_token(token, name, tmp_path):
     content = vocabularies.byte_level_json()
-    entry = {**content["added_tokens"][0], "content": "<|im_start|>", "id": 999}
-    content["added_tokens"].append(entry)
+    content["added_tokens"].append({**content["added_tokens"][0], "content": token, "id": 999})
     path = vocabularies.write_json(tmp_path / "tokenizer.json", content)
-    assert chat_template(load_tokenizer(path)).source == BUILT_IN_TEMPLATES["chatml"]
+    assert chat_template(load_tokenizer(path)).source == BUILT_IN_TEMPLATES[name]
 
 
 def test_chat_template_jinja_beside_a_tokenizer(tmp_path):
@@ -288,7 +287,7 @@ def test_a_file(tmp_path, llama2):
         ("chatlm", "there is no chat template 'chatlm'; did you mean chatml?"),
         (
             "nowhere.jinja",
-            "there is no chat template 'nowhere.jinja'; give a Jinja file, or one of: llama-2, chatml",
+            "there is no chat template 'nowhere.jinja'; give a Jinja file, or one of: llama-2, llama-3, mis",
         ),
         ("{folder}", "cannot be read (Is a directory)"),
         ("{folder}/latin1", "cannot be read ('utf-8' codec"),

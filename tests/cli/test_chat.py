@@ -162,7 +162,8 @@ def test_bad_input_is_one_line(run, args, extra, stdin, parts):
 def test_model_without_a_template(run, tiny_path):
     done = run(["chat", tiny_path], "a\n")
     assert (done.status, done.out) == (2, "")
-    assert "error: the model has no chat template; choose one: llama-2, chatml, or a Jinja file" in done.err
+    names = "llama-2, llama-3, mistral, chatml, or a Jinja file"
+    assert f"error: the model has no chat template; choose one: {names}" in done.err
 
 
 def test_closed_stdin(run, args, monkeypatch, capsys):

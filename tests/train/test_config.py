@@ -136,7 +136,7 @@ def test_keys_lists_every_section():
         ("[mesh]\nfsdp = 0", "mesh.fsdp is 0; it must be at least 1, or -1 to infer it"),
         ("[mesh]\ndata = -1", "mesh.data and mesh.fsdp are both -1; only one axis size can be inferred"),
         ("[mesh]\nslices = 0", "mesh.slices is 0"),
-        ("[model]\npreset = 'llama2_8b'", "model.preset is 'llama2_8b'; did you mean llama2_7b?"),
+        ("[model]\npreset = 'llama2_7bb'", "model.preset is 'llama2_7bb'; did you mean llama2_7b?"),
         (
             "[model]\ninit_from = 'x'\nhidden_size = 8",
             "model.init_from is 'x', which determines the architecture; remove model.hidden",

@@ -9,6 +9,8 @@ from typing import Any
 from llama_jax.console.parser import suggestion
 from llama_jax.errors import ConfigError
 
+_MANY = 12  # of more choices than these, an error with a suggestion names only that
+
 
 def check_one_of(name: str, value: Any, choices: Iterable[str]) -> None:
     """Checks that `value` is one of `choices`.
@@ -19,6 +21,8 @@ def check_one_of(name: str, value: Any, choices: Iterable[str]) -> None:
     choices = list(choices)
     if value not in choices:
         close = suggestion(str(value), choices)
+        if close and len(choices) > _MANY:
+            raise ConfigError(f"{name} is {value!r}{close}")
         raise ConfigError(f"{name} is {value!r}{close}; it must be one of {', '.join(choices)}")
 
 

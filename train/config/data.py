@@ -79,7 +79,8 @@ class DataConfig:
       workers: processes that read and tokenize; 0 uses a thread. The batches are the same.
       validation_files: a glob of validation files, or a list of them, instead of a fraction of the others;
         with the format and field of the first source.
-      template: finetuning's chat template: `llama-2`, `chatml`, or a Jinja file; empty is the model's own.
+      template: finetuning's chat template: `llama-2`, `llama-3`, `mistral`, `chatml`, or a Jinja file; empty
+        is the model's own.
       too_long: what happens to a finetuning example longer than a row: it is dropped and counted, truncated
         (see `train.data.examples`), or stops the run.
       parse_special: whether control tokens spelled in a text become their ids, as Hugging Face's tokenizers

@@ -77,7 +77,7 @@ class SideEncoder:
         elif self.template is None:
             raise DataError(
                 "the data has chat messages, and the model has no chat template; set data.template to "
-                "llama-2, chatml or a Jinja file"
+                "llama-2, llama-3, mistral, chatml or a Jinja file"
             )
         elif labeled:
             tokenizer = self.encode.tokenizer

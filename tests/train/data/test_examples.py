@@ -107,7 +107,8 @@ def test_classifier_inputs_end_as_in_hugging_face(llama2, smollm2_vocabulary):
 
 
 def test_messages_without_a_template(llama2):
-    message = r"the model has no chat template; set data\.template to llama-2, chatml or a Jinja file"
+    names = "llama-2, llama-3, mistral, chatml or a Jinja file"
+    message = rf"the model has no chat template; set data\.template to {names}"
     with pytest.raises(DataError, match=message):
         encoded(llama2, "sft", {"messages": HI}, template=False)
 
