@@ -174,6 +174,35 @@ def test_a_random_llama_continues_the_same(
         assert error(likeliest, plain) > 0.05
 
 
+KIN: dict[str, dict[str, Any]] = {
+    "llama with biases": {"qkv_bias": True, "out_bias": True},
+    "qwen2": {"qkv_bias": True, "tie_word_embeddings": True},
+    "qwen3": {"qk_norm": True, "head_dim": 32},
+    "smollm3": {"rope_layers": (True, True, True, False)},
+}
+
+
+@pytest.mark.parametrize("kind", KIN)
+def test_random_kin_continue_the_same(kind: str, shared_data: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(shared_data / "llama2" / "tokenizer.model")
+    config = lj.LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    ).replace(**({"head_dim": 16} | KIN[kind]))
+    model = lj.Model(*random_model(1, config), tokenizer, tmp_path)
+    prompt = tokenizer.encode((shared_data / "text" / "tinyshakespeare.txt").read_text()[:600])
+    ((ids, first),) = ours(model, [prompt], 24)
+    theirs, likeliest = LlamaCpp(written(model, tmp_path / "a.gguf")).continue_(prompt, 24)
+    assert error(likeliest, first) < 2e-3
+    assert theirs == ids
+    assert lj.load_params(tmp_path / "a.gguf")[0] == config
+
+
 # Vocabularies
 
 
