@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, get_args
 
 import jax
@@ -31,6 +32,8 @@ class ForwardOptions:
         host memory.
       custom_vjp: use the custom backward passes of `ops`, which compute in the compute dtype with f32
         accumulation, as the trainer does. They have no forward-mode derivative (`jax.jvp`).
+      expert_capacity: the most tokens that an expert takes, as a multiple of the mean (`ops.experts`); others
+        are dropped. None drops none.
 
     Raises:
       ConfigError: for an unknown backend, remat policy or dtype, or a `custom_vjp` that is not a bool.
@@ -40,6 +43,7 @@ class ForwardOptions:
     attention_backend: Backend = "xla"
     remat: Remat = "none"
     custom_vjp: bool = False
+    expert_capacity: float | None = None
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
@@ -52,6 +56,10 @@ class ForwardOptions:
                 raise ConfigError(f"{name} {value!r} is unknown; use one of {', '.join(choices)}")
         if not isinstance(self.custom_vjp, bool):
             raise ConfigError(f"custom_vjp is {self.custom_vjp!r}; it must be True or False")
+        if self.expert_capacity is not None and not 0 < self.expert_capacity < math.inf:
+            raise ConfigError(
+                f"expert_capacity is {self.expert_capacity!r}; it must be a number above 0, or None"
+            )
 
     def override(self, **changes: Any) -> ForwardOptions:
         """A copy with those of `changes` that are not None.

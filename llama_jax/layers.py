@@ -20,6 +20,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.ops.adapted import Adapted
 from llama_jax.ops.embedding import embed_custom_vjp
+from llama_jax.ops.experts import experts, router_logits
 from llama_jax.ops.layouts import materialize_cotangent, row_major
 from llama_jax.ops.linear import apply_bottleneck, contract, project_all, project_heads
 from llama_jax.ops.quantization import Quantized
@@ -163,22 +164,61 @@ class FeedForward(nn.Module):
         return swiglu_down(gate, up, w_down, custom_vjp=self.custom_vjp)
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+class Experts(nn.Module):
+    """A mixture of E SwiGLU layers: router [D,E], w_gate and w_up [E,D,F], w_down [E,F,D].
+
+    Returns the output, and the router's logits f32 [B, T, E].
+    """
 
     config: LlamaConfig
     custom_vjp: bool = False
+    capacity: float | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, table: rope.Rotary | None, attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        c = self.config
+        d, f, e = c.hidden_size, c.intermediate_size, c.num_experts
+        logits = router_logits(x, self.param("router", _normal(), (d, e)))
+        y = experts(
+            x,
+            logits,
+            _matrix(self, "w_gate", _normal(), (e, d, f)),
+            _matrix(self, "w_up", _normal(), (e, d, f)),
+            _matrix(self, "w_down", _residual_normal(c), (e, f, d)),
+            num_experts_per_tok=c.num_experts_per_tok,
+            capacity_factor=self.capacity,
+            custom_vjp=self.custom_vjp,
+        )
+        return y, logits
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), which may be a mixture of experts.
+
+    Returns x, and what `attend` returned beside its output with the router's logits, None without experts.
+    """
+
+    config: LlamaConfig
+    custom_vjp: bool = False
+    expert_capacity: float | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, table: rope.Rotary | None, attend: Attend
+    ) -> tuple[jax.Array, tuple[Any, jax.Array | None]]:
         norm = functools.partial(RMSNorm, self.config.rms_norm_eps, self.custom_vjp)
         attention = Attention(self.config, self.custom_vjp, name="attention")
-        feed_forward = FeedForward(self.config, self.custom_vjp, name="feed_forward")
+        feed_forward: nn.Module
+        if self.config.num_experts:
+            feed_forward = Experts(self.config, self.custom_vjp, self.expert_capacity, name="feed_forward")
+        else:
+            feed_forward = FeedForward(self.config, self.custom_vjp, name="feed_forward")
         x = row_major(x) if self.custom_vjp else x
         y, aux = attention(norm(name="attention_norm")(x), table, attend)
         x = checkpoint_name(x + self._apply_adapter(attention, y), "residual")
-        y = feed_forward(norm(name="ffn_norm")(x))
-        return x + self._apply_adapter(feed_forward, y), aux
+        result: Any = feed_forward(norm(name="ffn_norm")(x))
+        y, logits = result if self.config.num_experts else (result, None)
+        return x + self._apply_adapter(feed_forward, y), (aux, logits)
 
     def _apply_adapter(self, sublayer: nn.Module, y: jax.Array) -> jax.Array:
         """The output y of a sublayer after its bottleneck adapter, if it has one."""

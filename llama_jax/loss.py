@@ -16,11 +16,12 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
 from llama_jax.forward_options import ForwardOptions
 from llama_jax.layers import output_matrix, unembed
-from llama_jax.model import Params, hidden_states
+from llama_jax.model import Params, hidden_states, routed_hidden_states
 from llama_jax.ops.fused_cross_entropy import fused_cross_entropy
 from llama_jax.ops.inputs import as_array
 from llama_jax.ops.quantization import Quantized
 from llama_jax.ops.remat import Remat
+from llama_jax.ops.router_losses import RouterLosses
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -30,10 +31,12 @@ class Loss:
     Attributes:
       total: f32 [], the negative log-likelihood in nats, summed over the tokens with their weights.
       count: f32 [], the sum of the weights.
+      router: the auxiliary losses of a mixture's routers, times `count`; None without experts.
     """
 
     total: jax.Array
     count: jax.Array
+    router: RouterLosses | None = None
 
     @property
     def mean(self) -> jax.Array:
@@ -56,6 +59,8 @@ def next_token_loss(
     custom_vjp: bool | None = None,
     num_chunks: int = 8,
     z_loss: float | jax.Array = 0.0,
+    router_aux_loss: float | jax.Array = 0.0,
+    router_z_loss: float | jax.Array = 0.0,
     embedding_noise: jax.Array | None = None,
 ) -> Loss:
     """-log p(tokens[t+1] | tokens[..t]), summed over the predictions with their weights.
@@ -73,6 +78,9 @@ def next_token_loss(
       num_chunks: number of chunks of T; logits are f32 [B, T / num_chunks, V] at a time.
       z_loss: weight of log^2 of the softmax normalizer, which keeps logits from drifting (PaLM, arXiv
         2204.02311, section 5). It is included in `total`.
+      router_aux_loss, router_z_loss: of a mixture of experts, the weights of `RouterLosses.balance` and `z`,
+        over the tokens outside segment 0, included in `total` times `count`. Without experts they are not
+        used.
       embedding_noise: [B, T, D], added to the embeddings (NEFTune, arXiv 2310.05914).
 
     Returns:
@@ -96,6 +104,7 @@ def next_token_loss(
         as_array("segment_ids", segment_ids),
         jnp.asarray(z_loss, jnp.float32),
         embedding_noise,
+        _router_weights(router_aux_loss, router_z_loss) if config.num_experts else None,
         options=options,
         num_chunks=num_chunks,
     )
@@ -111,6 +120,7 @@ def _next_token_loss(
     segment_ids: jax.Array | None,
     z_loss: jax.Array,
     embedding_noise: jax.Array | None,
+    router_weights: RouterLosses | None,
     *,
     options: ForwardOptions,
     num_chunks: int,
@@ -122,7 +132,7 @@ def _next_token_loss(
     weights = jnp.where(last, 0.0, weights)
     if segment_ids is not None:
         weights = jnp.where(_gather_context(segment_ids) == _shift_left(segment_ids), weights, 0.0)
-    x = hidden_states(
+    x, router = routed_hidden_states(
         config,
         params,
         tokens,
@@ -133,8 +143,18 @@ def _next_token_loss(
     )
     if options.custom_vjp and not isinstance(output_matrix(params), Quantized):
         total = fused_cross_entropy(x, params, targets, weights, z_loss, num_chunks=num_chunks)
-        return Loss(total=total, count=weights.sum())
-    return cross_entropy(x, params, targets, weights, z_loss, num_chunks=num_chunks)
+        loss = Loss(total=total, count=weights.sum())
+    else:
+        loss = cross_entropy(x, params, targets, weights, z_loss, num_chunks=num_chunks)
+    if router is None or router_weights is None:
+        return loss
+    added = router_weights.balance * router.balance + router_weights.z * router.z
+    router = RouterLosses(balance=router.balance * loss.count, z=router.z * loss.count)
+    return Loss(total=loss.total + added * loss.count, count=loss.count, router=router)
+
+
+def _router_weights(balance: float | jax.Array, z: float | jax.Array) -> RouterLosses:
+    return RouterLosses(balance=jnp.asarray(balance, jnp.float32), z=jnp.asarray(z, jnp.float32))
 
 
 def token_logprobs(

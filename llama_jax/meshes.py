@@ -13,10 +13,11 @@ from jax.sharding import AxisType, Mesh
 from llama_jax.errors import ConfigError
 
 AXES = ("data", "fsdp", "context", "tensor")
+ALL_AXES = ("data", "fsdp", "expert", "context", "tensor")  # a mesh has `expert` where its size is above 1
 
 
 def make_mesh(spec: str | Mapping[str, int] = "", *, devices: Any = None) -> Mesh:
-    """Makes a mesh with all four axes from a string such as `"fsdp=4,tensor=2"`.
+    """Makes a mesh of the four `AXES`, and `expert` if given, from a string such as `"fsdp=4,tensor=2"`.
 
     Args:
       spec: sizes by axis name; axes that are not named have size 1. One size may be -1, for the remaining
@@ -28,17 +29,18 @@ def make_mesh(spec: str | Mapping[str, int] = "", *, devices: Any = None) -> Mes
         number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = tuple(mesh_sizes(spec, len(devices), platform=devices[0].platform).values())
-    axis_types = (AxisType.Explicit,) * len(AXES)
+    sizes = mesh_sizes(spec, len(devices), platform=devices[0].platform)
+    names, shape = tuple(sizes), tuple(sizes.values())
+    axis_types = (AxisType.Explicit,) * len(names)
     try:
-        return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
+        return jax.make_mesh(shape, names, axis_types=axis_types, devices=devices)
     except NotImplementedError:  # no product of a torus's sides is one of the sizes: sides must be split
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        return Mesh(grid, AXES, axis_types=axis_types)
+        return Mesh(grid, names, axis_types=axis_types)
 
 
 def mesh_sizes(spec: str | Mapping[str, int], num_devices: int, *, platform: str = "") -> dict[str, int]:
-    """The sizes of the four axes, in order, of `make_mesh` on this number of devices.
+    """The sizes of the axes, in order, of `make_mesh` on this number of devices.
 
     Args:
       spec: as for `make_mesh`.
@@ -54,10 +56,10 @@ def mesh_sizes(spec: str | Mapping[str, int], num_devices: int, *, platform: str
             raise ConfigError(f"mesh axis {name} is given twice; give each axis one size")
         if isinstance(size, bool) or not isinstance(size, int):
             raise ConfigError(f"mesh axis {name} has size {size!r}; it must be a whole number")
-    sizes = dict.fromkeys(AXES, 1) | dict(given)
-    unknown = [name for name in sizes if name not in AXES]
+    sizes = dict.fromkeys(ALL_AXES, 1) | dict(given)
+    unknown = [name for name in sizes if name not in ALL_AXES]
     if unknown:
-        raise ConfigError(f"mesh axis {unknown[0]!r} is unknown; the axes are {', '.join(AXES)}")
+        raise ConfigError(f"mesh axis {unknown[0]!r} is unknown; the axes are {', '.join(ALL_AXES)}")
     for name, size in sizes.items():
         if size < 1 and size != -1:
             raise ConfigError(f"mesh axis {name} has size {size}; it must be at least 1, or -1 for the rest")
@@ -81,7 +83,7 @@ def mesh_sizes(spec: str | Mapping[str, int], num_devices: int, *, platform: str
         raise ConfigError(
             f"mesh {shape or 'of size 1'}: {problem}{_how_to_simulate(fixed, num_devices, platform)}"
         )
-    return sizes
+    return {name: size for name, size in sizes.items() if name in AXES or size > 1}
 
 
 def _how_to_simulate(needed: int, there: int, platform: str) -> str:

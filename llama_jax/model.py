@@ -24,6 +24,7 @@ from llama_jax.layers import Attend, Block, embed, rms_norm, unembed
 from llama_jax.ops import zigzag
 from llama_jax.ops.inputs import as_array
 from llama_jax.ops.remat import Remat, rematerialize
+from llama_jax.ops.router_losses import RouterLosses, router_losses
 
 Params = Any  # a nested dict of arrays, see the module's docstring
 
@@ -128,11 +129,17 @@ def _forward(
     *,
     options: ForwardOptions,
 ) -> jax.Array:
-    x = hidden_states(config, params, tokens, positions, segment_ids, options=options)
-    return unembed(x, params)
+    return unembed(hidden_states(config, params, tokens, positions, segment_ids, options=options), params)
 
 
 def hidden_states(
+    config: LlamaConfig, params: Params, tokens: jax.Array, *args: Any, **kwargs: Any
+) -> jax.Array:
+    """`forward` without the output projection: normalized hidden states [B, T, D] in the compute dtype."""
+    return routed_hidden_states(config, params, tokens, *args, **kwargs)[0]
+
+
+def routed_hidden_states(
     config: LlamaConfig,
     params: Params,
     tokens: jax.Array,
@@ -141,8 +148,8 @@ def hidden_states(
     *,
     options: ForwardOptions = ForwardOptions(),
     embedding_noise: jax.Array | None = None,
-) -> jax.Array:
-    """`forward` without the output projection: normalized hidden states [B, T, D] in the compute dtype.
+) -> tuple[jax.Array, RouterLosses | None]:
+    """`hidden_states`, and the routers' losses over tokens outside segment 0; None without experts.
 
     `embedding_noise` [B, T, D] is added to the embeddings, as in NEFTune (arXiv 2310.05914).
     """
@@ -152,7 +159,8 @@ def hidden_states(
         if array is not None and jnp.shape(array) != jnp.shape(tokens):
             raise InputError(f"{name} has shape {jnp.shape(array)}; tokens has {jnp.shape(tokens)}")
     tokens = sharding.constrain(jnp.asarray(tokens), sharding.TOKENS_BT)
-    row_order = _row_order(tokens)
+    row_order = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    row_order = sharding.constrain(row_order, sharding.TOKENS_BT)
     if positions is None:
         positions = row_order
     else:
@@ -176,9 +184,13 @@ def hidden_states(
         noise = zigzag.enter(embedding_noise) if ring else embedding_noise
         x = x + sharding.constrain(noise, sharding.ACT_BTD).astype(x.dtype)
     table = rope.rotary(config, positions + _prefix_length(params))
-    x, _ = _run_layers(config, params, x, table, lambda _: attend, options=options)
+    x, outputs = _run_layers(config, params, x, table, lambda _: attend, options=options)
     x = rms_norm(x, params["final_norm"]["scale"], eps=config.rms_norm_eps)
-    return zigzag.leave(x) if ring else x
+    x = zigzag.leave(x) if ring else x
+    if not config.num_experts:
+        return x, None
+    is_token = None if segment_ids is None else segment_ids > 0
+    return x, router_losses(outputs, config.num_experts_per_tok, is_token)
 
 
 def forward_cached(
@@ -192,9 +204,7 @@ def forward_cached(
     positions: jax.Array | None = None,
     allowed: jax.Array | None = None,
 ) -> tuple[jax.Array, kv.KVCache]:
-    """Runs T new tokens of each row with the cache, and adds their keys and values to it.
-
-    The compute dtype is that of the parameters; the cache may have another.
+    """Runs T new tokens of each row in the parameters' dtype, and adds their keys and values to the cache.
 
     Args:
       config: the model.
@@ -234,7 +244,7 @@ def forward_cached(
     x = embed(params["embed"]["embedding"], tokens, dtype=compute_dtype(params))
     table = rope.rotary(config, positions + _prefix_length(params))
     x, layer_caches = _run_layers(config, unstack(params), x, table, attend_in_layer)
-    keys, values = zip(*layer_caches, strict=True)
+    keys, values = zip(*(cache for cache, _ in layer_caches), strict=True)
     x = rms_norm(x, params["final_norm"]["scale"], eps=config.rms_norm_eps)
     return unembed(x, params), kv.KVCache(k=keys, v=values)
 
@@ -285,12 +295,6 @@ def _prefix_length(params: Params) -> int:
     return 0 if prefix is None else prefix["k"].shape[-2]
 
 
-def _row_order(tokens: jax.Array) -> jax.Array:
-    """int [B, T]: 0..T-1 in each row."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    return sharding.constrain(positions, sharding.TOKENS_BT)
-
-
 def _run_layers(
     config: LlamaConfig,
     params: Params,
@@ -313,9 +317,9 @@ def _run_layers(
       options: of the forward pass.
 
     Returns:
-      x after all layers, and what `attend` returned beside it: of each layer, where they are not stacked.
+      x after all layers, and what `Block` returned beside it: of each layer, where they are not stacked.
     """
-    block, kinds = Block(config, options.custom_vjp), config.layer_kinds
+    block, kinds = Block(config, options.custom_vjp, options.expert_capacity), config.layer_kinds
 
     def layer(index: int) -> Callable[[jax.Array, Any], tuple[jax.Array, Any]]:
         def apply(x: jax.Array, weights: Any, attend: Attend) -> tuple[jax.Array, Any]:
@@ -335,10 +339,12 @@ def _run_layers(
     if period == 1:
         return jax.lax.scan(layer(0), x, layers)
 
-    def run_period(x: jax.Array, weights: Any) -> tuple[jax.Array, None]:
+    def run_period(x: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
+        outputs = []
         for index in range(period):
-            x, _ = layer(index)(x, jax.tree.map(lambda leaf: leaf[index], weights))  # noqa: B023
-        return x, None
+            x, output = layer(index)(x, jax.tree.map(lambda leaf: leaf[index], weights))  # noqa: B023
+            outputs.append(output)
+        return x, outputs
 
     grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), layers)
     return jax.lax.scan(run_period, x, grouped)

@@ -1,8 +1,9 @@
 """THE one table of the partition specs of all parameters and activations, and how arrays take them.
 
 The mesh axes are `data` (data parallelism, the outer axis, which may cross slow links), `fsdp` (batch and
-parameters), `context` (the sequence and parameters) and `tensor` (heads, feed-forward width, vocabulary, and
-between the products the sequence). A mesh may omit axes, and the same model code runs without a mesh.
+parameters), `expert` (the experts of a mixture; elsewhere as `fsdp`), `context` (the sequence and parameters)
+and `tensor` (heads, feed-forward width, vocabulary, and between the products the sequence). A mesh may omit
+axes, and the same model code runs without a mesh.
 
 The model runs in JAX's explicit-sharding mode: under `jax.set_mesh(mesh)` the type of every array includes
 its sharding. Each name below ends in the letters of its dimensions (see `llama_jax`).
@@ -22,8 +23,11 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
 
-BATCH = ("data", "fsdp")
-PARAMS = ("fsdp", "context")  # what divides parameters and their optimizer state, besides `tensor`
+BATCH = ("data", "fsdp", "expert")
+# What divides parameters and their optimizer state, besides `tensor`; of experts, whose dimension E `expert`
+# divides, the last two.
+PARAMS = ("fsdp", "expert", "context")
+EXPERT_PARAMS = ("fsdp", "context")
 # The residual stream and the norms: sequence parallelism (arXiv 2205.05198, section 4.2.2). A sublayer
 # gathers its input over `tensor`, and reduce-scatters its output.
 SEQUENCE = ("context", "tensor")
@@ -41,6 +45,9 @@ WKV_DKH = P(PARAMS, "tensor", None)
 WO_NHD = P("tensor", None, PARAMS)
 GATE_UP_DF = P(PARAMS, "tensor")
 DOWN_FD = P("tensor", PARAMS)
+ROUTER_DE = P(PARAMS, None)
+EXPERTS_EDF = P("expert", EXPERT_PARAMS, "tensor")
+EXPERTS_EFD = P("expert", "tensor", EXPERT_PARAMS)
 # Adapters. The specs of LoRA follow from those of the adapted matrices (`ops.adapted.adapter_specs`).
 BOTTLENECK_DOWN_DM = P(PARAMS, None)
 BOTTLENECK_UP_MD = P(None, PARAMS)
@@ -62,6 +69,7 @@ ROWS_B = P(BATCH)
 BIASES = ("bq", "bk", "bv", "bo")
 ATTENTION_SPECS = {"wq": WQ_DNH, "wk": WKV_DKH, "wv": WKV_DKH, "wo": WO_NHD}
 FEED_FORWARD_SPECS = {"w_gate": GATE_UP_DF, "w_up": GATE_UP_DF, "w_down": DOWN_FD}
+EXPERTS_SPECS = {"router": ROUTER_DE, "w_gate": EXPERTS_EDF, "w_up": EXPERTS_EDF, "w_down": EXPERTS_EFD}
 MATRIX_SPECS = ATTENTION_SPECS | FEED_FORWARD_SPECS
 
 
@@ -78,7 +86,7 @@ def layer_specs(config: LlamaConfig) -> dict[str, Any]:
         "attention_norm": {"scale": NORM_D},
         "attention": attention,
         "ffn_norm": {"scale": NORM_D},
-        "feed_forward": dict(FEED_FORWARD_SPECS),
+        "feed_forward": dict(EXPERTS_SPECS if config.num_experts else FEED_FORWARD_SPECS),
     }
 
 
@@ -125,6 +133,7 @@ def check_mesh(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> None:
         "num_attention_heads": (config.num_attention_heads, ("tensor",), "attention.wq"),
         "num_key_value_heads": (config.num_key_value_heads, ("tensor",), "attention.wk"),
         "intermediate_size": (config.intermediate_size, ("tensor",), "feed_forward.w_gate"),
+        "num_experts": (config.num_experts, ("expert",), "feed_forward.w_gate"),
     }
     problems = []
     for field, (value, axes, tensor) in dims.items():
@@ -144,8 +153,17 @@ def check_mesh(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> None:
 
 def batch_shards() -> int:
     """The number of parts that the batch axes of the current mesh divide a batch into; 1 without a mesh."""
-    axes = explicit_axes()
-    return math.prod(axes.get(axis, 1) for axis in BATCH)
+    return batch_parts(explicit_axes())
+
+
+def batch_parts(sizes: Mapping[str, int]) -> int:
+    """The number of parts that a mesh with these sizes divides a batch into."""
+    return math.prod(sizes.get(axis, 1) for axis in BATCH)
+
+
+def batch_axes(sizes: Mapping[str, int], prefix: str = "") -> str:
+    """For messages, the batch axes of a mesh with these sizes."""
+    return " x ".join(prefix + axis for axis in BATCH if axis in sizes)
 
 
 def filled_rows(batch: int, copies: int = 1) -> int:
@@ -170,10 +188,10 @@ def check_batch(batch: int) -> None:
     Raises:
       ConfigError: naming the axes and the batch sizes that would work.
     """
-    size = batch_shards()
+    size, axes = batch_shards(), batch_axes(explicit_axes())
     if batch % size:
         raise ConfigError(
-            f"tokens: batch of {batch} rows does not divide over mesh axes data x fsdp of size {size}; "
+            f"tokens: batch of {batch} rows does not divide over mesh axes {axes} of size {size}; "
             f"use a multiple of {size}, for instance {-(-batch // size) * size}"
         )
 
@@ -283,7 +301,7 @@ def over_batch(x: jax.Array) -> jax.Array:
 
 
 def gather(weight: jax.Array, spec: P) -> jax.Array:
-    """Gathers a parameter over `fsdp` and `context`; it stays sharded over `tensor`.
+    """Gathers a parameter over `fsdp`, `expert` and `context`; it stays sharded over `tensor`.
 
     Cast the weight to the compute dtype first: the gather then moves half the bytes.
     """

@@ -86,8 +86,7 @@ def shapes_of(config: lj.LlamaConfig) -> dict[str, Any]:
         inner = tree
         for key in outer:
             inner = inner.setdefault(key, {})
-        layers = (config.num_hidden_layers,) if leaf.per_layer else ()
-        inner[last] = jax.ShapeDtypeStruct((*layers, *leaf.shape(config)), jnp.float32)
+        inner[last] = jax.ShapeDtypeStruct(leaf.stored_shape(config, "orbax"), jnp.float32)
     return tree
 
 

@@ -93,7 +93,7 @@ def test_parameters_are_sharded_as_in_the_table(params):
     for tree in (made, laid):
         jax.tree.map(
             lambda leaf, spec: (
-                leaf.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), leaf.ndim)
+                leaf.sharding.is_equivalent_to(sharding.named(mesh, spec), leaf.ndim)
                 or pytest.fail(str(spec))
             ),
             tree,
@@ -122,7 +122,7 @@ def test_70b_loss_traces_on_an_abstract_pod():
     with jax.sharding.use_abstract_mesh(mesh):
         params = jax.tree.map(
             lambda leaf, spec: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec)
+                leaf.shape, leaf.dtype, sharding=sharding.named(mesh, spec)
             ),
             jax.eval_shape(lambda key: lj.init(config, key), KEY),
             sharding.param_specs(config),
@@ -207,7 +207,7 @@ def test_the_tensor_axis_lies_on_neighbours_of_a_torus():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("fsdp=4,model=2", "mesh axis 'model' is unknown; the axes are data, fsdp, context, tensor"),
+        ("fsdp=4,model=2", "mesh axis 'model' is unknown; the axes are data, fsdp, expert, context, tensor"),
         ("fsdp=x", "mesh part 'fsdp=x' is not AXIS=SIZE"),
         ("fsdp", "mesh part 'fsdp' is not AXIS=SIZE"),
         ("fsdp=0", "mesh axis fsdp has size 0"),

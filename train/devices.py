@@ -24,9 +24,10 @@ from llama_jax import LlamaConfig
 from llama_jax.attention import Backend
 from llama_jax.console.exit_status import report_error
 from llama_jax.errors import ConfigError, ExitStatus, InputError
-from llama_jax.meshes import AXES, make_mesh, mesh_sizes
+from llama_jax.meshes import ALL_AXES, AXES, make_mesh, mesh_sizes
 from llama_jax.ops.compiler_flags import LIBTPU_FLAGS, with_flags
 from llama_jax.ops.cudnn_attention import refusal
+from llama_jax.sharding import batch_parts
 
 from . import gpu
 from .config.distributed import DistributedConfig
@@ -181,7 +182,7 @@ def simulate_devices(mesh: MeshConfig, distributed: DistributedConfig) -> None:
     To be called before JAX is first used. It has no effect on a GPU or TPU, nor where the user has set the
     number (`XLA_FLAGS=--xla_force_host_platform_device_count=8`).
     """
-    sizes = [size for name in AXES if (size := getattr(mesh, name)) > 0]
+    sizes = [size for name in ALL_AXES if (size := getattr(mesh, name)) > 0]
     count = math.prod(sizes)
     given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if given or not 1 < count <= _MAX_SIMULATED or distributed.coordinator or _is_multi_process():
@@ -202,14 +203,14 @@ def run_mesh(config: MeshConfig, devices: Any = None) -> Mesh | None:
     """
     devices = jax.devices() if devices is None else devices
     try:
-        given = {name: getattr(config, name) for name in AXES}
+        given = {name: getattr(config, name) for name in ALL_AXES}
         sizes = mesh_sizes(given, len(devices), platform=getattr(devices[0], "platform", ""))
     except ConfigError as error:
-        raise ConfigError(f"{error}; set mesh.data, mesh.fsdp, mesh.context, mesh.tensor") from None
+        raise ConfigError(f"{error}; set {', '.join(f'mesh.{name}' for name in AXES)}") from None
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
     if config.slices == 1 and num_slices > 1 and getattr(devices[0], "platform", "tpu") != "tpu":
         # A GPU's slice_index is its host: any axis may span hosts, and devices are in host order.
-        return _explicit_mesh(np.asarray(devices).reshape(tuple(sizes.values())))
+        return _explicit_mesh(np.asarray(devices).reshape(tuple(sizes.values())), tuple(sizes))
     if num_slices > config.slices:
         raise ConfigError(
             f"mesh.slices is {config.slices} and the devices are in {num_slices} slices; set mesh.slices to "
@@ -226,7 +227,7 @@ def _hybrid_mesh(sizes: dict[str, int], slices: int, devices: Any) -> Mesh:
         raise ConfigError(
             f"mesh.data is {sizes['data']}, which is not a multiple of mesh.slices {slices}; make it one"
         )
-    inner = (sizes["data"] // slices, *(sizes[name] for name in AXES[1:]))
+    inner = (sizes["data"] // slices, *(size for name, size in sizes.items() if name != "data"))
     if getattr(devices[0], "slice_index", None) is None:  # simulated devices: by id
         grid = np.asarray(devices).reshape(slices * inner[0], *inner[1:])
     else:
@@ -240,11 +241,11 @@ def _hybrid_mesh(sizes: dict[str, int], slices: int, devices: Any) -> Mesh:
                 grid = create(allow_split_physical_axes=True)
         except ValueError as error:
             raise ConfigError(f"mesh.slices is {slices}: {str(error).splitlines()[0]}") from None
-    return _explicit_mesh(grid)
+    return _explicit_mesh(grid, tuple(sizes))
 
 
-def _explicit_mesh(grid: np.ndarray) -> Mesh:
-    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+def _explicit_mesh(grid: np.ndarray, names: tuple[str, ...]) -> Mesh:
+    return Mesh(grid, names, axis_types=(AxisType.Explicit,) * len(names))
 
 
 def compute_dtype(config: TrainConfig, platform: str) -> jnp.dtype:
@@ -287,7 +288,7 @@ def resolve_attention(
         return run
     axes = dict.fromkeys(AXES, 1) if mesh is None else dict(mesh.shape)
     why_not = refusal(
-        batch=-(-train.global_batch_size // (axes["data"] * axes["fsdp"])),  # evaluation does not accumulate
+        batch=-(-train.global_batch_size // batch_parts(axes)),  # evaluation does not accumulate
         length=train.seq_len,
         heads=model.num_attention_heads // axes["tensor"],
         kv_heads=max(model.num_key_value_heads // axes["tensor"], 1),

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.errors import ConfigError
-from llama_jax.sharding import TOKENS_BT, named
+from llama_jax.sharding import TOKENS_BT, batch_axes, batch_parts, named
 
 
 def batch_dtypes(objective: str, *, reference: bool = False) -> dict[str, np.dtype]:
@@ -64,10 +64,11 @@ class Feed:
         if mesh is None:
             return Feed(0, 1, None, (batch_size, seq_len), {})
         sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
-        num_blocks = sizes["data"] * sizes["fsdp"]
+        num_blocks = batch_parts(sizes)
         if batch_size % num_blocks:
+            axes = batch_axes(sizes, "mesh.")
             raise ConfigError(
-                f"train.global_batch_size is {batch_size}, which mesh.data x mesh.fsdp = {num_blocks} does "
+                f"train.global_batch_size is {batch_size}, which {axes} = {num_blocks} does "
                 f"not divide; make it {-(-batch_size // num_blocks) * num_blocks}"
             )
         chunks = 2 * sizes["context"] if sizes["context"] > 1 else 1  # as in ring attention

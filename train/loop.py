@@ -279,6 +279,8 @@ class Loop:
         self.goodput.write(last)
         goodput = self.goodput.goodput()
         shares = {} if goodput is None else goodput.shares
+        losses = metrics[-1].router
+        router = {} if losses is None else {"router_aux_loss": losses.balance, "router_z_loss": losses.z}
         self.report.step(
             {
                 "step": last,
@@ -289,6 +291,7 @@ class Loop:
                 "mfu_full_attention": self._utilization(rate, "full"),
                 "learning_rate": float(metrics[-1].learning_rate),
                 "grad_norm": float(metrics[-1].grad_norm),
+                **{name: float(value) for name, value in router.items()},
                 "seconds": time.perf_counter() - self._start,
                 "step_seconds": seconds["steps"] / steps,
                 "data_seconds": seconds["data"] / steps,

@@ -148,7 +148,8 @@ def _matrices(params: Any) -> Any:
     """Input and output axes of the matrices that Muon updates; None for leaves that AdamW updates.
 
     Muon is for the matrices of hidden layers, not for embedding, output projection and norms (Keller Jordan,
-    "Muon", 2024). The leading axis of layer leaves is a batch of matrices.
+    "Muon", 2024). The leading axes of layer leaves, of layers and experts, are a batch of matrices. Routers
+    are AdamW's.
     """
     axes = contrib.MuonDimensionNumbers
     by_name = {
@@ -160,4 +161,10 @@ def _matrices(params: Any) -> Any:
         "w_up": axes(1, 2),
         "w_down": axes(1, 2),
     }
-    return jax.tree_util.tree_map_with_path(lambda path, _: by_name.get(path[-1].key), params)
+    of_experts = {name: axes(2, 3) for name in ("w_gate", "w_up", "w_down")}
+
+    def dimensions(path: Any, leaf: jax.Array) -> Any:
+        name = path[-1].key
+        return of_experts[name] if name in of_experts and leaf.ndim == 4 else by_name.get(name)
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)

@@ -9,13 +9,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from llama_jax import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.loss import Loss
+from llama_jax.ops.router_losses import RouterLosses
 from llama_jax.ops.spmd import sum_over_data
-from llama_jax.sharding import TOKENS_BT, explicit_axes
+from llama_jax.sharding import TOKENS_BT, batch_axes, batch_parts, explicit_axes, named
 
 from .config.run import RunConfig
 from .feed import batch_dtypes
@@ -37,6 +38,7 @@ class StepMetrics:
       learning_rate: f32.
       skipped: int32, skipped steps so far.
       bad_run: int32, consecutive skipped steps up to this one.
+      router: the auxiliary losses of a mixture's routers; None where the loss has none.
     """
 
     loss: jax.Array
@@ -45,6 +47,7 @@ class StepMetrics:
     learning_rate: jax.Array
     skipped: jax.Array
     bad_run: jax.Array
+    router: RouterLosses | None = None
 
 
 # (state, batch, frozen parameters) -> (state, metrics)
@@ -63,6 +66,7 @@ def make_step(
     needs_key: bool = False,
     ema_decay: float = 0.0,
     gradient_dtype: jax.typing.DTypeLike = jnp.float32,
+    has_router_losses: bool = False,
 ) -> Step:
     """Makes the step, not yet jitted.
 
@@ -80,6 +84,7 @@ def make_step(
       needs_key: whether loss_fn takes a random `key`, a different one in each step.
       ema_decay: decay of the EMA of the parameters, if the state has one.
       gradient_dtype: in which gradients are summed over the mesh axis `data`, once a step.
+      has_router_losses: whether the loss has those of a mixture's routers.
     """
     split_loss_fn = trainable_spec.wrap(loss_fn)
 
@@ -103,7 +108,8 @@ def make_step(
             return jax.tree.map(jnp.add, sums, value_and_grad(params, rows, frozen, microbatch_key)), None
 
         zero = jnp.zeros((), jnp.float32)
-        zeros = (Loss(total=zero, count=zero), jax.tree.map(jnp.zeros_like, params))
+        router = RouterLosses(balance=zero, z=zero) if has_router_losses else None
+        zeros = (Loss(total=zero, count=zero, router=router), jax.tree.map(jnp.zeros_like, params))
         batches = {name: _microbatches(x, gradient_accumulation_steps) for name, x in batch.items()}
         keys = jax.random.split(key, gradient_accumulation_steps)
         return jax.lax.scan(add_microbatch, zeros, (batches, keys))[0]
@@ -150,6 +156,7 @@ def make_step(
             learning_rate=jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
             skipped=new_state.skipped,
             bad_run=new_state.bad_run,
+            router=jax.tree.map(lambda x: x / count, loss.router),
         )
         return new_state, metrics
 
@@ -188,12 +195,12 @@ def build_step(
     """
     accumulation_steps = run.train.gradient_accumulation_steps
     rows = run.train.global_batch_size // accumulation_steps
-    shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % shards:
+    shards = 1 if mesh is None else batch_parts(mesh.shape)
+    if mesh is not None and rows % shards:
         raise ConfigError(
             "train.global_batch_size / train.gradient_accumulation_steps is "
-            f"{run.train.global_batch_size} / {accumulation_steps} = {rows}, which mesh.data x mesh.fsdp = "
-            f"{shards} does not divide; set train.global_batch_size to "
+            f"{run.train.global_batch_size} / {accumulation_steps} = {rows}, which "
+            f"{batch_axes(mesh.shape, 'mesh.')} = {shards} does not divide; set train.global_batch_size to "
             f"{-(-rows // shards) * shards * accumulation_steps}"
         )
     schedule = make_schedule(run.optimizer, run.train.steps)
@@ -210,9 +217,10 @@ def build_step(
         needs_key=run.train.neftune_alpha > 0,
         ema_decay=run.optimizer.ema_decay,
         gradient_dtype=jnp.dtype(run.mesh.gradient_dtype),
+        has_router_losses=bool(model.num_experts) and run.train.objective in ("pretrain", "sft"),
     )
     shape = (run.train.global_batch_size, run.train.seq_len)
-    layout = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, TOKENS_BT)
+    layout = SingleDeviceSharding(jax.devices()[0]) if mesh is None else named(mesh, TOKENS_BT)
     dtypes = batch_dtypes(run.train.objective, reference=run.preference.precompute_ref_log_probs)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in dtypes.items()}
     state, frozen = abstract_state(model, optimizer, mesh, trainable_spec)

@@ -117,8 +117,10 @@ def init(settings: Lora, params: Any, key: jax.Array) -> Any:
 
     Raises:
       InputError: if layers are not stacked.
+      ConfigError: for the matrices of experts.
     """
     layer_trees.require_stacked(params)
+    _check_experts(settings.matrices, params)
     adapter: dict[str, Any] = {}
     for name in settings.matrices:
         sublayer = PROJECTIONS[name][0]
@@ -265,6 +267,7 @@ def check(params: Any, adapter: Any) -> None:
       ConfigError: naming the first matrix that does not fit.
     """
     layer, num_layers = layer_trees.first_layer(params)
+    _check_experts([name for matrices in adapter["layers"].values() for name in matrices], params)
     for sublayer, matrices in adapter["layers"].items():
         for name, leaves in matrices.items():
             weight = layer.get(sublayer, {}).get(name)
@@ -281,6 +284,16 @@ def check(params: Any, adapter: Any) -> None:
                     f" x {found[2]}, the base model's {expected[0]} of {expected[1]} x {expected[2]}; use the"
                     " base model it was trained on"
                 )
+
+
+def _check_experts(names: Sequence[str], params: Any) -> None:
+    layer, _ = layer_trees.first_layer(params)
+    found = [name for name in names if PROJECTIONS[name][0] == "feed_forward"]
+    if found and "router" in layer["feed_forward"]:
+        raise ConfigError(
+            f"adapter.target_modules has {', '.join(found)}, which are matrices of experts in this model "
+            "and take no LoRA adapter yet; use 'attention.*'"
+        )
 
 
 def _adapter_leaves(weight: Adapted) -> dict[str, jax.Array]:

@@ -149,15 +149,17 @@ def group_tensors(source: Source) -> list[dict[str, Any]]:
 def parameters_by_part(config: LlamaConfig) -> dict[str, int]:
     """Returns the number of parameters of each part of the model; they sum to `config.num_params`."""
     width, layers = config.hidden_size, config.num_hidden_layers
-    heads = config.num_attention_heads + config.num_key_value_heads
-    return {
+    experts = config.num_experts
+    feed_forward = width * (3 * config.intermediate_size * max(experts, 1) + experts)  # and the router
+    parts = {
         "embedding": config.vocab_size * width,
-        "attention": layers * 2 * width * config.head_dim * heads,
-        "feed-forward": layers * 3 * width * config.intermediate_size,
+        "attention": 0,
+        "feed-forward": layers * feed_forward,
         "norms": (2 * layers + 1) * width,
         "output": config.vocab_size * width if config.has_output else 0,
         **({"head": len(config.labels) * width} if config.labels else {}),
     }
+    return parts | {"attention": config.num_params - sum(parts.values())}  # with biases and norms of its own
 
 
 def _format(value: Any) -> str:

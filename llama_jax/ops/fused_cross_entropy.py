@@ -85,7 +85,7 @@ def _over_devices(
 ) -> Any:
     """`_local` on every device: (total,), or (total, d_x, d_weight) with `gradients`."""
     weight = sharding.gather(weight.astype(x.dtype), weight_spec)
-    axes = tuple(name for name in meshes.AXES if name in sharding.explicit_axes())
+    axes = tuple(name for name in meshes.ALL_AXES if name in sharding.explicit_axes())
     shards = sharding.explicit_axes()["tensor"] if sharding.is_sequence_parallel(x) else 1
     local = functools.partial(_local, gradients, num_chunks, tied, axes, shards)
     gathered_spec = P(*reversed(_GATHERED_DV)) if tied else _GATHERED_DV

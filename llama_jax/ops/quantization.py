@@ -141,6 +141,8 @@ class Quantized:
 def quantize(params: Any, bits: Bits = 8) -> Any:
     """Quantizes every matrix of a parameter tree, each weight to its nearest representable value.
 
+    Of a mixture of experts each expert's matrices are quantized alike, and the router is not.
+
     With 4 bits, the embedding table and the output matrix have 8. The key and value matrices of grouped-query
     attention with at most half as many outputs as inputs are not quantized: they are small, and rounding
     them costs the most accuracy. With NF4, every matrix has 4 bits: it is the base for adapters, which are
@@ -161,28 +163,30 @@ def quantize(params: Any, bits: Bits = 8) -> Any:
     if bits not in get_args(Bits):
         raise InputError(f"bits is {bits!r}; it must be 8, 4 or 'nf4'")
 
-    def quantize_tree(tree: Any, stacked: bool) -> Any:
+    def quantize_tree(tree: Any, lead: int) -> Any:
         if isinstance(tree, tuple):
-            return tuple(quantize_tree(layer, False) for layer in tree)
+            return tuple(quantize_tree(layer, 0) for layer in tree)
+        lead += "router" in tree  # a mixture of experts: each has matrices of its own
         return {
             name: leaf
             if name == "score"  # a classifier's head is small
-            else quantize_tree(leaf, stacked or name == "layers")
+            else quantize_tree(leaf, lead + (name == "layers"))
             if isinstance(leaf, Mapping | tuple)
-            else _quantize_matrix(name, leaf, bits, stacked)
+            else _quantize_matrix(name, leaf, bits, lead)
             for name, leaf in tree.items()
         }
 
-    return quantize_tree(params, False)
+    return quantize_tree(params, 0)
 
 
-def _quantize_matrix(name: str, weight: Any, bits: Bits, stacked: bool) -> Any:
+def _quantize_matrix(name: str, weight: Any, bits: Bits, lead: int) -> Any:
+    """The matrix quantized; it has this number of leading dimensions, of layers and experts."""
     if name not in CONTRACTED:
         return weight
     if isinstance(weight, Quantized):
         raise InputError(f"{name} is already quantized; quantize the original parameters")
     contracted = CONTRACTED[name]
-    shape = weight.shape[stacked:]
+    shape = weight.shape[lead:]
     inputs = math.prod(shape[axis] for axis in contracted)
     if bits == 4 and name in ("wk", "wv") and 2 * math.prod(shape[1:]) <= inputs:
         return weight
@@ -190,21 +194,23 @@ def _quantize_matrix(name: str, weight: Any, bits: Bits, stacked: bool) -> Any:
         bits = 8
     if bits != 8:
         group_size = GROUP_SIZE if bits == 4 else NF4_BLOCK_SIZE
-        _check_groups(name, inputs, group_size, sharding.spec_of(weight), contracted, stacked)
-    convert = {8: _to_8_bits, 4: _to_4_bits, "nf4": _to_nf4}[bits]
-    values, scale, minimum = (jax.vmap(convert, (0, None)) if stacked else convert)(weight, contracted)
+        _check_groups(name, inputs, group_size, sharding.spec_of(weight), contracted, lead)
+    convert: Any = {8: _to_8_bits, 4: _to_4_bits, "nf4": _to_nf4}[bits]
+    for _ in range(lead):
+        convert = jax.vmap(convert, (0, None))
+    values, scale, minimum = convert(weight, contracted)
     return Quantized(values, scale, minimum, shape, contracted, weight.dtype, bits)
 
 
 def _check_groups(
-    name: str, inputs: int, group_size: int, spec: P | None, contracted: tuple[int, ...], stacked: bool
+    name: str, inputs: int, group_size: int, spec: P | None, contracted: tuple[int, ...], lead: int
 ) -> None:
     if inputs % group_size:
         raise InputError(
             f"{name} has {inputs} inputs, not a multiple of {group_size}; quantize to 8 bits instead"
         )
     sizes = sharding.explicit_axes()
-    used = () if spec is None else sharding.axes_of(spec[contracted[0] + stacked])
+    used = () if spec is None else sharding.axes_of(spec[contracted[0] + lead])
     used = tuple(axis for axis in used if sizes[axis] > 1)
     groups, size = inputs // group_size, math.prod(sizes[axis] for axis in used)
     if groups % size:

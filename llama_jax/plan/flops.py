@@ -10,9 +10,10 @@ def flops_per_token(
 ) -> float:
     """FLOPs of the forward and backward pass per token, without rematerialization.
 
-    6 per weight of a matrix product (including the output projection, not the embedding lookup), and
-    12 L N H T for attention's two products (PaLM, arXiv 2204.02311, appendix B), half of that if `causal`: a
-    token attends to half of the sequence on average. Both conventions are in use; compare like with like.
+    6 per weight of a matrix product (including the output projection, not the embedding lookup; of experts
+    those that a token goes through), and 12 L N H T for attention's two products (PaLM, arXiv 2204.02311,
+    appendix B), half of that if `causal`: a token attends to half of the sequence on average. Both
+    conventions are in use; compare like with like.
 
     Args:
       model: the model's configuration.
@@ -25,7 +26,7 @@ def flops_per_token(
     lookup_only = model.has_output or model.labels  # a tied embedding is also the output projection
     embedding = model.vocab_size * model.hidden_size if lookup_only else 0
     norms = (2 * model.num_hidden_layers + 1) * model.hidden_size
-    weights = model.num_params - embedding - norms
+    weights = model.num_active_params - embedding - norms
     attention = (
         (16 if reference else 12)
         * model.num_hidden_layers

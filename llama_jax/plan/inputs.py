@@ -68,6 +68,10 @@ class StepInputs:
         chip = CHIPS.get(self.topology.kind)
         if chip is None:
             raise ConfigError(f"chip {self.topology.kind!r} is unknown; plan for {', '.join(CHIPS)}")
+        if self.mesh.get("expert", 1) > 1:
+            raise ConfigError(
+                "mesh.expert is not planned by arithmetic yet; plan with mesh.fsdp in its place"
+            )
         if math.prod(self.mesh.values()) != self.topology.chips * chip.devices:
             shape = " x ".join(f"{name} {size}" for name, size in self.mesh.items())
             raise ConfigError(f"mesh {shape} is not the {self.topology.chips} chips of {self.topology.name}")

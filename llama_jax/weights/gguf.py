@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,15 @@ from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.rope import rotary_frequencies
 from llama_jax.weights.gguf_split import first_part, read_gguf_header
 from llama_jax.weights.names import GGUF_ARCHITECTURES
-from llama_jax.weights.source import FLOAT_DTYPES, Source, TensorInfo, decode_floats, quote, read_bytes
+from llama_jax.weights.source import (
+    FLOAT_DTYPES,
+    Source,
+    TensorInfo,
+    decode_floats,
+    quote,
+    read_bytes,
+    slice_rows,
+)
 
 # Values per call of gguf.quants, as one row: six times faster than a model's own rows, and whole tensors
 # would need several times their size in memory.
@@ -39,7 +48,34 @@ def open_gguf(path: Path, detected_by: str) -> Source:
         config = _Fields(path, metadata, tensors).config()
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return Source("gguf", first_part(path), detected_by, config, tensors, decode, metadata)
+    by_expert = _split_experts(path, tensors, config)
+    return Source("gguf", first_part(path), detected_by, config, by_expert, decode, metadata)
+
+
+def _split_experts(
+    path: Path, tensors: Mapping[str, TensorInfo], config: LlamaConfig
+) -> Mapping[str, TensorInfo]:
+    """The matrices of experts by themselves, named as in old files: new ones have those of a layer in one.
+
+    Raises:
+      CheckpointError: for a tensor of another number of experts.
+    """
+    found: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        match = re.fullmatch(r"(blk\.\d{1,4}\.ffn_(?:gate|up|down))_exps\.weight", name)
+        if match is None or not config.num_experts:
+            found[name] = info
+            continue
+        if len(info.shape) != 3 or info.shape[0] != config.num_experts:
+            raise CheckpointError(
+                f"{path}: tensor {quote(name)} is {list(info.shape)}; its first dimension must be the "
+                f"{config.num_experts} experts of llama.expert_count"
+            )
+        for expert in range(config.num_experts):
+            part = slice_rows(info, expert, expert + 1)
+            part = dataclasses.replace(part, shape=info.shape[1:])
+            found[f"{match[1]}.{expert}.weight"] = part
+    return found
 
 
 def smollm3_rope_layers(layers: int) -> tuple[bool, ...]:
@@ -83,7 +119,6 @@ class _Fields:
             )
         hidden, heads = self.size("embedding_length"), self.size("attention.head_count")
         head_dim = self.size("attention.key_length", hidden // max(heads, 1))
-        self.require_value("expert_count", 0)
         self.require_value("attention.value_length", head_dim)
         self.require_value("rope.dimension_count", head_dim)
         config = LlamaConfig(
@@ -111,6 +146,8 @@ class _Fields:
             "qk_norm": "blk.0.attn_q_norm.weight" in self.tensors,
             "sliding_window": window or None,
         }
+        if experts := self.size("expert_count", 0):
+            fields |= {"num_experts": experts, "num_experts_per_tok": self.size("expert_used_count")}
         if self.architecture == "smollm3":
             fields["rope_layers"] = smollm3_rope_layers(layers)
         return fields

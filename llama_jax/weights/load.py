@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
-from llama_jax.sharding import check_mesh, named, param_specs
+from llama_jax.sharding import check_mesh, named, param_specs, restrict
 from llama_jax.weights.names import HEAD_DTYPE, SCORE, Entry, Format, Leaf, entries
 from llama_jax.weights.orbax import OrbaxSource
 from llama_jax.weights.row_shards import ReadRows, RowShards
@@ -113,7 +113,9 @@ def _build(
     done, total = 0, sum(sizes.values())
     by_rows = builder.mesh is not None and builder.mesh.is_multi_process
     for entry, nbytes in sizes.items():
-        if by_rows and len(entry.leaf.stored_shape(builder.config, format)) > 1:
+        # Matrices of experts are read whole: the devices of a process may have all of some experts.
+        by_rows_too = by_rows and entry.leaf.expert is None
+        if by_rows_too and len(entry.leaf.stored_shape(builder.config, format)) > 1:
             builder.add_rows(entry, functools.partial(read_rows, entry), format)
         else:
             builder.add(entry, read(entry))
@@ -154,10 +156,20 @@ class _ParamsBuilder:
         if self.layers is not None:
             self.params["layers"] = self.layers
         self.last: jax.Array | None = None
+        self.experts: dict[
+            tuple[Any, ...], dict[int, np.ndarray]
+        ] = {}  # of matrices that are not complete yet
 
     def add(self, entry: Entry, array: np.ndarray) -> None:
-        """Transfers one tensor to the device and writes it into the tree."""
+        """Transfers one tensor to the device and writes it into the tree; all experts of a matrix at once."""
         leaf, layer = entry.leaf, entry.layer
+        if leaf.expert is not None:
+            found = self.experts.setdefault((leaf.path, layer), {})
+            found[leaf.expert] = array.astype(self.dtype, copy=False)
+            if len(found) < self.config.num_experts:
+                return
+            array = np.stack([found[expert] for expert in range(len(found))])
+            del self.experts[leaf.path, layer]
         spec = _parent(self.specs, leaf.path)[leaf.path[-1]]
         if layer is None:
             dtype = HEAD_DTYPE if leaf is SCORE else self.dtype
@@ -174,7 +186,7 @@ class _ParamsBuilder:
         """Reads this process's rows of one matrix, and writes its shards into the tree."""
         assert self.mesh is not None
         leaf, layer = entry.leaf, entry.layer
-        spec = _parent(self.specs, leaf.path)[leaf.path[-1]]
+        spec = restrict(_parent(self.specs, leaf.path)[leaf.path[-1]], self.mesh.axis_names)
         shards = RowShards(leaf, self.config, self.mesh, spec if layer is None else P(*spec[1:]), format)
         jax.block_until_ready(self.last)
         if layer is not None and self.layers is None:

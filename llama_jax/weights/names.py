@@ -28,6 +28,8 @@ _GGUF_HALVES = ("qwen2", "qwen3")
 
 def gguf_architecture(config: LlamaConfig) -> str:
     """The architecture of llama.cpp that computes this model."""
+    if config.num_experts:
+        return "llama"
     if config.qk_norm:
         return "qwen3"
     if config.rope_layers:
@@ -81,6 +83,8 @@ class Leaf:
       needs: the field of the configuration that is set in models with this leaf; empty for all models.
       rotary: whether the last dimension of the leaf is rotated, so that the order of its rotary pairs
         depends on the format.
+      expert: for a matrix of an expert of a mixture, its index, {expert} in the names. Formats store one
+        matrix per expert; in `params`, and so in Orbax, all are one leaf with a leading axis E.
     """
 
     path: tuple[str, ...]
@@ -91,6 +95,7 @@ class Leaf:
     llama2c: str
     needs: str = ""
     rotary: bool = False
+    expert: int | None = None
 
     @property
     def per_layer(self) -> bool:
@@ -99,10 +104,14 @@ class Leaf:
 
     def name(self, format: Format, layer: int | None = None) -> str:
         """Returns the stored name in `format`."""
-        return str(getattr(self, format)).format(layer=layer)
+        return self.template(format).replace("{layer}", str(layer))
+
+    def template(self, format: Format) -> str:
+        """Returns the stored name in `format`, with {layer} in place of the layer index."""
+        return str(getattr(self, format)).replace("{expert}", str(self.expert))
 
     def shape(self, config: LlamaConfig) -> tuple[int, ...]:
-        """Returns the leaf's shape without the layer axis."""
+        """Returns the leaf's shape without the axes of layers and experts."""
         return _sizes(self.axes.replace("->", ""), config)
 
     @property
@@ -113,7 +122,8 @@ class Leaf:
     def stored_shape(self, config: LlamaConfig, format: Format) -> tuple[int, ...]:
         """Returns the shape that checkpoints store: [out, in] for a matrix, except in stacked formats."""
         if format in STACKED:
-            return (config.num_hidden_layers,) * self.per_layer + self.shape(config)
+            experts = () if self.expert is None else (config.num_experts,)
+            return (config.num_hidden_layers,) * self.per_layer + experts + self.shape(config)
         inputs, arrow, outputs = self.axes.partition("->")
         if not arrow:
             return _sizes(inputs, config)
@@ -175,6 +185,7 @@ def _sizes(letters: str, config: LlamaConfig) -> tuple[int, ...]:
         "N": config.num_attention_heads,
         "K": config.num_key_value_heads,
         "H": config.head_dim,
+        "E": config.num_experts,
         "C": len(config.labels),
     }
     return tuple(sizes[letter] for letter in letters)
@@ -231,6 +242,12 @@ attention.bo      ->D    self_attn.o_proj  -  attn_output  -  out_bias
 attention.q_norm  H*     self_attn.q_norm  -  attn_q_norm  -  qk_norm
 attention.k_norm  H*     self_attn.k_norm  -  attn_k_norm  -  qk_norm
 """
+# The matrices of one expert of a mixture, in place of a feed-forward layer's.
+_EXPERT_TABLE = """
+feed_forward.w_gate  D->F  block_sparse_moe.experts.{expert}.w1  -  ffn_gate.{expert}  -
+feed_forward.w_up    D->F  block_sparse_moe.experts.{expert}.w3  -  ffn_up.{expert}    -
+feed_forward.w_down  F->D  block_sparse_moe.experts.{expert}.w2  -  ffn_down.{expert}  -
+"""
 
 
 def _layer_leaf(path: str, axes: str, hf: str, meta: str, gguf: str, llama2c: str, needs: str = "") -> Leaf:
@@ -255,6 +272,11 @@ LEAVES: tuple[Leaf, ...] = (
     LM_HEAD,
 )
 KIN_LEAVES: tuple[Leaf, ...] = tuple(_layer_leaf(*row.split()) for row in _KIN_TABLE.strip().splitlines())
+
+EXPERT_LEAVES: tuple[Leaf, ...] = tuple(
+    _layer_leaf(*row.split()) for row in _EXPERT_TABLE.strip().splitlines()
+)
+_ROUTER = _layer_leaf("feed_forward.router", "D->E", "block_sparse_moe.gate", "-", "ffn_gate_inp", "-")
 
 # Redundant tensors that are ignored on load: rotary tables, which follow from the configuration (GGUF's
 # rope_freqs is converted to rope scaling), besides copies of a tied output projection.
@@ -293,9 +315,19 @@ class Entry(NamedTuple):
 
 
 def leaves(config: LlamaConfig) -> tuple[Leaf, ...]:
-    """Returns the leaves of `config`'s params: no output projection if it is tied or a head replaces it."""
+    """Returns the leaves of `config`'s params: no output projection if it is tied or a head replaces it.
+
+    Of a mixture there are leaves for the matrices of each expert, all experts of a matrix in order.
+    """
     kin = (leaf for leaf in KIN_LEAVES if getattr(config, leaf.needs))
     embedding, *layers, final_norm, lm_head = LEAVES
+    if config.num_experts:
+        layers = [*(leaf for leaf in layers if leaf.path[1] != "feed_forward"), _ROUTER]
+        layers += [
+            dataclasses.replace(leaf, expert=expert)
+            for leaf in EXPERT_LEAVES
+            for expert in range(config.num_experts)
+        ]
     base = (embedding, *layers, *kin, final_norm)
     return base + (lm_head,) * config.has_output + (SCORE,) * bool(config.labels)
 
@@ -303,6 +335,8 @@ def leaves(config: LlamaConfig) -> tuple[Leaf, ...]:
 def entries(config: LlamaConfig, format: Format) -> Iterator[Entry]:
     """Yields every stored tensor that a checkpoint of `config` must have, layer by layer."""
     for leaf in leaves(config):
+        if format in STACKED and leaf.expert:  # one leaf has all experts
+            continue
         unstacked = leaf.per_layer and format not in STACKED
         layers = range(config.num_hidden_layers) if unstacked else (None,)
         for layer in layers:

@@ -80,8 +80,8 @@ class OrbaxSource(Source):
         abstract = unflatten_dict({name: leaf}, sep=".")
         return np.asarray(jax.tree.leaves(read_tree(folder, abstract))[0])
 
-    def read_layer(self, name: str, layer: int | None) -> np.ndarray:
-        """Reads one layer of a stacked leaf, or an unstacked leaf if `layer` is None.
+    def read_layer(self, name: str, layer: int | None, expert: int | None = None) -> np.ndarray:
+        """Reads one layer of a stacked leaf, or one expert of it; an unstacked leaf if `layer` is None.
 
         If a chunk of the array has several layers, the whole leaf is read and cached until another leaf is
         read: read all layers of a leaf before the next leaf.
@@ -92,15 +92,16 @@ class OrbaxSource(Source):
         if layer is None:
             return self.read(name)
         folder = self._verified_folder()
+        index = layer if expert is None else (layer, expert)
         with self._lock:
             if self._cache.get("name") == name:
-                return self._cache["stack"][layer]
+                return self._cache["stack"][index]
             array = self._open_array(folder, name)
             if array.chunk_layout.read_chunk.shape[0] != 1:
                 self._cache.update(name=name, stack=self.read(name))
-                return self._cache["stack"][layer]
+                return self._cache["stack"][index]
         with single_line_errors(folder):
-            return np.asarray(array[layer].read().result())
+            return np.asarray(array[index].read().result())
 
     def _open_array(self, folder: Path, name: str) -> Any:
         """Opens a leaf's TensorStore array."""

@@ -77,7 +77,7 @@ class StoredTensors:
     def read(self, leaf: Leaf, layer: int | None) -> np.ndarray:
         source = self.source
         if isinstance(source, OrbaxSource):
-            return leaf.to_stored(source.read_layer(leaf.orbax, layer), self.config, "hf")
+            return leaf.to_stored(source.read_layer(leaf.orbax, layer, leaf.expert), self.config, "hf")
         array = source.read(leaf.name(source.format, layer))
         return leaf.convert_layout(array, self.config, source.format, "hf")
 
@@ -110,7 +110,8 @@ class ParamsTensors:
 
     def read(self, leaf: Leaf, layer: int | None) -> np.ndarray:
         array, index = self._leaf(leaf, layer)
-        return leaf.to_stored(np.asarray(array if index is None else array[index]), self.config, "hf")
+        place = tuple(axis for axis in (index, leaf.expert) if axis is not None)
+        return leaf.to_stored(np.asarray(array[place] if place else array), self.config, "hf")
 
     def read_rows(self, leaf: Leaf, layer: int | None, begin: int, end: int) -> np.ndarray:
         return self.read(leaf, layer)[begin:end]
@@ -122,10 +123,7 @@ class ParamsTensors:
           ConfigError: naming what differs.
         """
         config = self.config
-        expected = {
-            leaf.orbax: (config.num_hidden_layers,) * leaf.per_layer + leaf.shape(config)
-            for leaf in leaves(config)
-        }
+        expected = {leaf.orbax: leaf.stored_shape(config, "orbax") for leaf in leaves(config)}
         params = dict(self.params)
         if isinstance(layers := params.get("layers"), (list, tuple)):
             params["layers"] = jax.tree.map(_stack_shape, *layers)

@@ -31,14 +31,14 @@ def validate_tensors(source: Source) -> list[Entry]:
         )
     required = list(entries(config, source.format))
     known = {entry.name for entry in required}
-    missing = [(getattr(leaf, source.format), layer) for name, leaf, layer in required if name not in tensors]
+    missing = [(leaf.template(source.format), layer) for name, leaf, layer in required if name not in tensors]
     unexpected = [
         _split_layer(name)
         for name in tensors
         if name not in known and not is_ignored(name, config, source.format)
     ]
     wrong_shapes = [
-        (f"{getattr(leaf, source.format)} {list(tensors[name].shape)} should be {list(shape)}", layer)
+        (f"{leaf.template(source.format)} {list(tensors[name].shape)} should be {list(shape)}", layer)
         for name, leaf, layer in required
         if name in tensors and tensors[name].shape != (shape := leaf.stored_shape(config, source.format))
     ]

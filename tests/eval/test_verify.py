@@ -528,9 +528,9 @@ def test_stacked_tensors_are_read_leaf_by_leaf(tmp_path, reference, outputs, mon
         [],
     )
 
-    def recorded(self, name, layer):
+    def recorded(self, name, layer, expert):
         calls.append((name, layer))
-        return read(self, name, layer)
+        return read(self, name, layer, expert)
 
     monkeypatch.setattr(OrbaxSource, "read_layer", recorded)
     assert compare(reference, orbax, outputs=outputs).same

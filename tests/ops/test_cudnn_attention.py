@@ -85,7 +85,7 @@ def test_each_device_of_a_mesh_calls_cudnn_on_its_own_shard(mesh):
     mesh = meshes.make_mesh(mesh)
     with jax.set_mesh(mesh):
         args = [
-            jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.NamedSharding(mesh, spec))
+            jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding.named(mesh, spec))
             for shape, spec in zip(shapes, specs, strict=True)
         ]
         text = cuda.lowered(jax.jit(lambda *qkv: gradient(*qkv, None)), *args)

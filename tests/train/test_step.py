@@ -266,7 +266,7 @@ def test_state_is_initialized_sharded_with_the_values_of_a_single_device(name):
         abstract,
     )
     specs = {leaf.shape: leaf.sharding.spec for leaf in jax.tree.leaves(state.params)}
-    expected = jax.tree.leaves(param_specs(MODEL), is_leaf=lambda x: isinstance(x, jax.P))
+    expected = [named(mesh, spec).spec for spec in jax.tree.leaves(param_specs(MODEL), is_leaf=is_spec)]
     assert [leaf.sharding.spec for leaf in jax.tree.leaves(state.params)] == expected
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape in specs]
     assert len(moments) >= len(expected)

@@ -178,7 +178,7 @@ def test_defaults_of_absent_fields(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"expert_count": 8}, "llama.expert_count is 8; only 0 is supported"),
+        ({"expert_count": 8}, "llama.expert_used_count is missing"),
         ({"attention__value_length": 8}, "llama.attention.value_length is 8; only 16 is supported"),
         ({"rope__dimension_count": 8}, "llama.rope.dimension_count is 8; only 16 is supported"),
         ({"block_count": None}, "llama.block_count is missing"),

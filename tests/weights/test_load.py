@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 import llama_jax as lj
 from llama_jax.errors import CheckpointError, ConfigError, LlamaJaxError
 from llama_jax.meshes import make_mesh
-from llama_jax.sharding import param_specs
+from llama_jax.sharding import named, param_specs
 from llama_jax.weights import load_params, open_source
 from llama_jax.weights.names import LEAVES, split_rotary_pairs
 from tests.weights.writers import CONFIG, hf_tensors, random_params, write_gguf, write_hf, write_llama2c
@@ -132,7 +132,7 @@ def test_params_on_a_mesh_have_the_tables_shardings(writer: str, scan_layers: bo
     loaded = load_params(source, mesh=mesh, scan_layers=scan_layers)
     specs = param_specs(CONFIG, scan_layers=scan_layers)
     is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
-    expected = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+    expected = jax.tree.map(lambda spec: named(mesh, spec), specs, is_leaf=is_spec)
     same = jax.tree.map(lambda x, sharding: x.sharding.is_equivalent_to(sharding, x.ndim), loaded, expected)
     assert all(jax.tree.leaves(same))
     assert_same(loaded, load_params(source, scan_layers=scan_layers))

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal, get_args
 
 from llama_jax.errors import ConfigError
+from llama_jax.meshes import ALL_AXES
 
 from .checks import check_at_least, check_one_of
 
@@ -17,7 +18,8 @@ class MeshConfig:
     """The sizes of the mesh axes; see `llama_jax.sharding` for their meaning.
 
     Attributes:
-      data, fsdp, context, tensor: axis sizes; one may be -1, which is inferred from the number of devices.
+      data, fsdp, expert, context, tensor: axis sizes; one may be -1, which is inferred from the number of
+        devices.
       slices: number of TPU slices connected by the data-center network (DCN); it must divide `data`.
       gradient_dtype: dtype in which gradients are summed over `data`, once a step. bfloat16 halves the bytes
         that cross the DCN; within a slice gradients are summed in f32 in any case.
@@ -30,6 +32,7 @@ class MeshConfig:
 
     data: int = 1
     fsdp: int = -1
+    expert: int = 1
     context: int = 1
     tensor: int = 1
     slices: int = 1
@@ -39,7 +42,7 @@ class MeshConfig:
     def __post_init__(self) -> None:
         check_at_least("mesh", self, slices=1)
         check_one_of("mesh.gradient_dtype", self.gradient_dtype, get_args(GradientDtype))
-        sizes = {name: getattr(self, name) for name in ("data", "fsdp", "context", "tensor")}
+        sizes = {name: getattr(self, name) for name in ALL_AXES}
         for name, size in sizes.items():
             if size < 1 and size != -1:
                 raise ConfigError(f"mesh.{name} is {size}; it must be at least 1, or -1 to infer it")

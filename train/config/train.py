@@ -37,6 +37,9 @@ class TrainConfig:
         `llama_jax.forward`.
       loss_chunks: number of sequence chunks in which the logits are computed.
       z_loss: weight of log^2 Z, 0 for none (PaLM used 1e-4).
+      router_aux_loss_coef: of a mixture of experts, weight of the load-balancing loss in `pretrain` and `sft`
+        (Switch Transformer, arXiv 2101.03961; Mixtral 8x7B's config.json has 0.02).
+      router_z_loss_coef: likewise, of the router z-loss (ST-MoE, arXiv 2202.08906, which used 1e-3).
       neftune_alpha: noise on the embeddings in training, uniform within alpha / sqrt(length of the example x
         hidden_size) (NEFTune, arXiv 2310.05914, which used 5 to 15); 0 for none.
       max_bad_steps: consecutive steps with a non-finite loss or gradient after which the run aborts; such
@@ -59,6 +62,8 @@ class TrainConfig:
     remat: Remat = "full"
     loss_chunks: int = 8
     z_loss: float = 0.0
+    router_aux_loss_coef: float = 0.02
+    router_z_loss_coef: float = 0.0
     neftune_alpha: float = 0.0
     max_bad_steps: int = 5
     profile_at: int = 0
@@ -68,6 +73,7 @@ class TrainConfig:
         check_at_least("train", self, steps=1, global_batch_size=1, seq_len=2, gradient_accumulation_steps=1)
         check_at_least("train", self, loss_chunks=1, max_bad_steps=1, profile_at=0, profile_steps=1)
         check_at_least("train", self, z_loss=0, neftune_alpha=0)
+        check_at_least("train", self, router_aux_loss_coef=0, router_z_loss_coef=0)
         check_one_of("train.objective", self.objective, get_args(Objective))
         check_one_of("train.dtype", self.dtype, get_args(Dtype))
         check_one_of("train.attention", self.attention, ("auto", *get_args(Backend)))

@@ -41,15 +41,17 @@ def make_eval_fn(
 
     The metrics are `eval_loss` (nats per token, or the objective's loss per example or pair) and the
     objective's own, such as `accuracy`; for language modeling `eval_perplexity` and `bits_per_byte`. The dict
-    is empty without a validation set. The z-loss is excluded, so that losses are comparable.
+    is empty without a validation set. The z-loss and those of routers are excluded, so that losses are
+    comparable.
 
     With several sources each gets its share of `eval.batches` by its weight; the metrics are their weighted
     means, and `eval_loss/FILES` is the loss of each.
 
     What encoding the validation set took is logged, in the evaluations that encode any of it.
     """
-    without_z_loss = dataclasses.replace(run, train=dataclasses.replace(run.train, z_loss=0.0))
-    metrics_fn = jax.jit(trainable_spec.wrap(make_metrics_fn(without_z_loss, model, platform)))
+    train = dataclasses.replace(run.train, z_loss=0.0, router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
+    plain = dataclasses.replace(run, train=train)
+    metrics_fn = jax.jit(trainable_spec.wrap(make_metrics_fn(plain, model, platform)))
 
     def evaluate_source(trainable: Any, source: str | None, batches: int) -> dict[str, Any]:
         count = nbytes = 0.0

@@ -65,6 +65,8 @@ def language_modeling(model: LlamaConfig, config: TrainConfig, platform: str) ->
             segment_ids=batch["segment_ids"],
             num_chunks=config.loss_chunks,
             z_loss=jnp.float32(config.z_loss),
+            router_aux_loss=config.router_aux_loss_coef,
+            router_z_loss=config.router_z_loss_coef,
             embedding_noise=noise,
             options=options,
         )

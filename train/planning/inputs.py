@@ -8,7 +8,7 @@ import jax
 
 from llama_jax import LlamaConfig, adapters, init
 from llama_jax.errors import ConfigError
-from llama_jax.meshes import AXES, mesh_sizes
+from llama_jax.meshes import ALL_AXES, mesh_sizes
 from llama_jax.ops.compiler_flags import LIBTPU_FLAGS
 from llama_jax.plan.chips import CHIPS
 from llama_jax.plan.inputs import StepInputs
@@ -44,7 +44,7 @@ def step_inputs(
     if (chip := CHIPS.get(topology.kind)) is None:
         raise ConfigError(f"chip {topology.kind!r} is unknown; plan for {', '.join(CHIPS)}")
     train, spec = run.train, TrainableSpec.from_config(run, "tpu")
-    given = {name: getattr(run.mesh, name) for name in AXES}
+    given = {name: getattr(run.mesh, name) for name in ALL_AXES}
     whole_copy = spec.reference and spec.adapter is None
     return StepInputs(
         model=model,

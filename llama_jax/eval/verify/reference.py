@@ -35,11 +35,22 @@ class TransformersModel:
     stacked: bool = False
 
     def dtype(self, leaf: Leaf, layer: int | None) -> np.dtype[Any]:
-        return np.dtype(str(self.state[leaf.name("hf", layer)].dtype).removeprefix("torch."))
+        return np.dtype(str(self._stored(leaf, layer).dtype).removeprefix("torch."))
 
     def read(self, leaf: Leaf, layer: int | None) -> np.ndarray:
-        tensor = self.state[leaf.name("hf", layer)].float().numpy()  # torch cannot convert bfloat16 to numpy
+        tensor = self._stored(leaf, layer).float().numpy()  # torch cannot convert bfloat16 to numpy
         return np.asarray(tensor.astype(self.dtype(leaf, layer), copy=False))
+
+    def _stored(self, leaf: Leaf, layer: int | None) -> Any:
+        """A tensor of the state dict, which has the experts of a layer in one, gate and up together."""
+        if not self.config.num_experts or "feed_forward" not in leaf.path:
+            return self.state[leaf.name("hf", layer)]
+        prefix = f"model.layers.{layer}.mlp."
+        if leaf.expert is None:
+            return self.state[f"{prefix}gate.weight"]
+        if leaf.path[-1] == "w_down":
+            return self.state[f"{prefix}experts.down_proj"][leaf.expert]
+        return self.state[f"{prefix}experts.gate_up_proj"][leaf.expert].chunk(2)[leaf.path[-1] == "w_up"]
 
     def read_rows(self, leaf: Leaf, layer: int | None, begin: int, end: int) -> np.ndarray:
         return self.read(leaf, layer)[begin:end]

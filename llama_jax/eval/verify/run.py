@@ -28,12 +28,12 @@ from llama_jax.eval.verify.stream import LayerwiseRun, Run
 from llama_jax.eval.verify.text import encode_text
 from llama_jax.text.pretrained import DTYPES, Progress, open_model, resolve
 from llama_jax.weights.compare import TensorDifference, compare_configs, compare_tensor, stored_type
-from llama_jax.weights.names import KIN_LEAVES, LEAVES, SCORE, Leaf
+from llama_jax.weights.names import LEAVES, SCORE, Leaf, leaves
 from llama_jax.weights.tensors import Tensors
 
 Backend = Literal["llama_jax", "transformers"]
 
-_EMBEDDING, *_LAYER_LEAVES, _FINAL_NORM, _LM_HEAD = LEAVES
+_EMBEDDING, *_, _FINAL_NORM, _LM_HEAD = LEAVES
 
 
 def compare(
@@ -173,8 +173,8 @@ class _Comparison:
         self._num_layers = [model.config.num_hidden_layers for model in models]
         # Two tied output projections equal the embeddings, and are only needed to run the models.
         both_tied = all(model.config.tie_word_embeddings for model in models)
-        kin = tuple(leaf for leaf in KIN_LEAVES if any(_has(model, leaf) for model in models))
-        self._layer_leaves = (*_LAYER_LEAVES, *kin)
+        every = (leaf for model in models for leaf in leaves(model.config))
+        self._layer_leaves = tuple(dict.fromkeys(leaf for leaf in every if leaf.per_layer))
         self._leaves = (_EMBEDDING, *self._layer_leaves, _FINAL_NORM)
         if all(model.config.labels for model in models):
             self._leaves += (SCORE,)
@@ -247,7 +247,7 @@ class _StackedReader:
 
 def _has(model: Tensors, leaf: Leaf) -> bool:
     """Whether the model has this leaf, of those that only some models have."""
-    return not leaf.needs or bool(getattr(model.config, leaf.needs))
+    return not leaf.per_layer or leaf in leaves(model.config)
 
 
 def _stored_leaf(leaf: Leaf, model: Tensors) -> Leaf:
@@ -255,10 +255,10 @@ def _stored_leaf(leaf: Leaf, model: Tensors) -> Leaf:
     return _EMBEDDING if leaf is _LM_HEAD and model.config.tie_word_embeddings else leaf
 
 
-def _nbytes(model: Tensors, leaves: Sequence[Leaf]) -> int:
+def _nbytes(model: Tensors, every: Sequence[Leaf]) -> int:
     """Total bytes to read of a model."""
     total = 0
-    for leaf in leaves:
+    for leaf in every:
         if not _has(model, leaf):
             continue
         stored = _stored_leaf(leaf, model)

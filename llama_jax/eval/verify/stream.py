@@ -55,7 +55,7 @@ class LayerwiseRun:
         return self._residual()
 
     def layer(self, tensors: Mapping[Leaf, Tensor]) -> np.ndarray:
-        stored = {leaf.path: tensor for leaf, tensor in tensors.items()}
+        stored = {_key(leaf): tensor for leaf, tensor in tensors.items()}
         self._x = _layer(self._config, next(self._layers), stored, self._x)
         return self._residual()
 
@@ -90,10 +90,21 @@ def _block_params(
         if not leaf.per_layer:
             continue
         _, module, name = leaf.path
-        array = stored[leaf.path]
+        array = stored[_key(leaf)]
         array = array.T if "->" in leaf.axes and array.ndim == 2 else array
-        tree.setdefault(module, {})[name] = array.reshape(leaf.shape(config)).astype(dtype)
-    return tree
+        array = array.reshape(leaf.shape(config)).astype(dtype)
+        if leaf.expert is None:
+            tree.setdefault(module, {})[name] = array
+        else:
+            tree.setdefault(module, {}).setdefault(name, []).append(array)
+    return {
+        module: {name: jnp.stack(x) if isinstance(x, list) else x for name, x in parts.items()}
+        for module, parts in tree.items()
+    }
+
+
+def _key(leaf: Leaf) -> tuple[str, ...]:
+    return leaf.path if leaf.expert is None else (*leaf.path, str(leaf.expert))
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -73,10 +73,11 @@ def plan_gguf(
     infos = []
     if rope_factors is not None:
         infos.append(_TensorInfo("rope_freqs.weight", rope_factors.shape, "F32"))
+    numbers = []  # of the tensor of each entry: the experts of a matrix are one tensor
     for _, leaf, layer in entries:
-        shape = leaf.stored_shape(config, "gguf")
-        ggml_type = _ggml_type(shape, dtype, tensors.dtype(leaf, layer))
-        infos.append(_TensorInfo(leaf.name("gguf", layer), shape, ggml_type))
+        if not leaf.expert:
+            infos.append(_tensor_info(config, leaf, layer, dtype, tensors.dtype(leaf, layer)))
+        numbers.append(len(infos) - 1)
     fields: dict[str, Any] = {"general.architecture": gguf_architecture(config), "general.type": "model"}
     if name is not None:
         fields["general.name"] = name
@@ -86,10 +87,11 @@ def plan_gguf(
     blobs, regions = [Blob(_FILE, 0, header)], []
     if rope_factors is not None:
         blobs.append(Blob(_FILE, offsets[0], rope_factors.tobytes()))
-    first = len(infos) - len(entries)
-    for entry, info, offset in zip(entries, infos[first:], offsets[first:-1], strict=True):
-        encode = functools.partial(_encode, leaf=entry.leaf, config=config, ggml_type=info.ggml_type)
-        regions.append(Region(_FILE, offset, info.nbytes, entry.leaf, entry.layer, encode))
+    for (_, leaf, layer), number in zip(entries, numbers, strict=True):
+        info, offset = infos[number], offsets[number]
+        encode = functools.partial(_encode, leaf=leaf, config=config, ggml_type=info.ggml_type)
+        nbytes = info.nbytes if leaf.expert is None else info.nbytes // config.num_experts
+        regions.append(Region(_FILE, offset + nbytes * (leaf.expert or 0), nbytes, leaf, layer, encode))
     return Plan("gguf", True, {_FILE: offsets[-1]}, blobs, {}, regions)
 
 
@@ -104,6 +106,18 @@ class _TensorInfo(NamedTuple):
     def nbytes(self) -> int:
         values, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[self.ggml_type]]
         return math.prod(self.shape) // values * nbytes
+
+
+def _tensor_info(
+    config: LlamaConfig, leaf: Leaf, layer: int | None, dtype: str | None, stored_dtype: np.dtype[Any]
+) -> _TensorInfo:
+    name, shape = leaf.name("gguf", layer), leaf.stored_shape(config, "gguf")
+    if leaf.expert is not None:
+        name = name.replace(f".{leaf.expert}.weight", "_exps.weight")
+        shape = (config.num_experts, *shape)
+    # llama.cpp reads routers in F32.
+    ggml_type = "F32" if leaf.path[-1] == "router" else _ggml_type(shape, dtype, stored_dtype)
+    return _TensorInfo(name, shape, ggml_type)
 
 
 def _ggml_type(shape: tuple[int, ...], dtype: str | None, stored_dtype: np.dtype[Any]) -> str:
@@ -151,6 +165,8 @@ def _model_fields(config: LlamaConfig) -> dict[str, Any]:
     }
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         fields |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
+    if config.num_experts:
+        fields |= {"expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok}
     if config.sliding_window is not None:
         fields["attention.sliding_window"] = config.sliding_window
     return {f"{gguf_architecture(config)}.{key}": value for key, value in fields.items()}
@@ -164,7 +180,9 @@ def _check_kin(config: LlamaConfig) -> None:
     """
     architecture = gguf_architecture(config)
     problem = ""
-    if config.qk_norm and (config.qkv_bias or config.out_bias):
+    if config.num_experts and (config.qk_norm or config.qkv_bias or config.out_bias or config.rope_layers):
+        problem = "biases, norms of queries and keys or layers without rotation beside experts"
+    elif config.qk_norm and (config.qkv_bias or config.out_bias):
         problem = "biases beside norms of queries and keys"
     elif config.qk_norm and config.rope_layers:
         problem = "layers without rotation beside norms of queries and keys"

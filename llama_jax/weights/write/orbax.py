@@ -66,8 +66,9 @@ class _ArrayStore:
 
     def write(self, region: Region, data: np.ndarray) -> None:
         array = self.arrays[region.file]
+        place = tuple(axis for axis in (region.layer, region.leaf.expert) if axis is not None)
         try:
-            (array if region.layer is None else array[region.layer]).write(data).result()
+            (array[place] if place else array).write(data).result()
         except ValueError as error:  # TensorStore's only error type
             disk_full = "RESOURCE_EXHAUSTED" in str(error) or "No space" in str(error)
             code = errno.ENOSPC if disk_full else errno.EIO
@@ -95,6 +96,8 @@ def _open_arrays(
             with silence_orbax_log(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 checkpointer.save(params.absolute(), args=ocp.args.PyTreeSave(placeholders))
             for leaf in leaves(config):
+                if leaf.expert:  # the first expert's is the leaf of all
+                    continue
                 _create_array(tensorstore, config, params, leaf, dtypes[leaf.orbax])
         # TensorStore would sync after each write; `sync` does that for all arrays at once.
         context = tensorstore.Context({"file_io_sync": False})
@@ -108,11 +111,12 @@ def _open_arrays(
 def _create_array(
     tensorstore: Any, config: LlamaConfig, params: Path, leaf: Leaf, dtype: np.dtype[Any]
 ) -> None:
-    """Replaces a placeholder by an array of the leaf's shape, in chunks of one layer."""
+    """Replaces a placeholder by an array of the leaf's shape, in chunks of one layer or expert."""
     shape = leaf.stored_shape(config, "orbax")
+    leading = len(shape) - len(leaf.shape(config))
     metadata = {
         "shape": list(shape),
-        "chunks": [1 if leaf.per_layer else shape[0], *shape[1:]],
+        "chunks": [1] * leading + list(shape[leading:]),
         "compressor": None,  # weights barely compress, and compression is slower than the disk
     }
     spec = array_spec(params, leaf.orbax) | {"metadata": metadata}

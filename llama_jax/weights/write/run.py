@@ -139,9 +139,10 @@ class _Writer:
     def _jobs(self) -> Iterator[_Job]:
         pending = [index for index in range(len(self.plan.regions)) if index not in self.journal.completed]
 
-        def tensor(index: int) -> tuple[tuple[str, ...], int]:
+        def tensor(index: int) -> tuple[tuple[str, ...], int, int]:
             region = self.plan.regions[index]
-            return region.leaf.path, -1 if region.layer is None else region.layer
+            layer, expert = region.layer, region.leaf.expert
+            return region.leaf.path, -1 if layer is None else layer, -1 if expert is None else expert
 
         if self.tensors.stacked:
             pending.sort(key=tensor)
@@ -224,7 +225,8 @@ def _fingerprint(plan: Plan, origin: str) -> str:
     for blob in plan.blobs:
         add(blob)
     for region in plan.regions:
-        add(region.file, region.offset, region.nbytes, region.leaf.path, region.layer, region.index)
+        leaf = region.leaf
+        add(region.file, region.offset, region.nbytes, leaf.path, leaf.expert, region.layer, region.index)
     return digest.hexdigest()
 
 

@@ -1,0 +1,124 @@
+"""A mixture of experts in the trainer: the routers' losses, microbatches, meshes, metrics."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import llama_jax as lj
+from llama_jax.errors import ConfigError
+from llama_jax.meshes import make_mesh
+from llama_jax.plan.flops import flops_per_token
+from llama_jax.sharding import use_mesh
+from llama_jax.train.config.model import ModelConfig
+from llama_jax.train.config.run import OptimizerConfig, RunConfig, TrainConfig
+from llama_jax.train.feed import Feed
+from llama_jax.train.optimizer import make_optimizer, make_schedule
+from llama_jax.train.state import init_state
+from llama_jax.train.step import build_step
+
+BATCH, LENGTH = 8, 16
+MODEL = lj.LlamaConfig(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=LENGTH,
+    num_experts=4,
+    num_experts_per_tok=2,
+)
+TRAIN = TrainConfig(
+    steps=4,
+    global_batch_size=BATCH,
+    seq_len=LENGTH,
+    dtype="float32",
+    attention="blockwise",
+    router_aux_loss_coef=0.5,
+    router_z_loss_coef=0.1,
+)
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    segments = np.broadcast_to(
+        np.where(np.arange(LENGTH) < 14, 1 + np.arange(LENGTH) // 7, 0), (BATCH, LENGTH)
+    )
+    return {
+        "tokens": rng.integers(1, 96, (BATCH, LENGTH)).astype(np.int32),
+        "segment_ids": segments.astype(np.int32),
+        "positions": np.broadcast_to(np.arange(LENGTH) % 7, (BATCH, LENGTH)).astype(np.int32),
+    }
+
+
+def curve(spec=None, optimizer="adamw", **changes):
+    """Loss, gradient norm and router losses of each step."""
+    run = RunConfig(
+        train=dataclasses.replace(TRAIN, **changes),
+        optimizer=OptimizerConfig(name=optimizer, learning_rate=1e-2),
+    )
+    mesh = None if spec is None else make_mesh(spec)
+    with use_mesh(mesh):
+        step = build_step(run, MODEL, mesh, "cpu")[0]
+        state, _ = init_state(MODEL, make_optimizer(run.optimizer, make_schedule(run.optimizer, 4)), 0)
+        rows, found = Feed.for_mesh(mesh, BATCH, LENGTH).put(batch()), []
+        for _ in range(3):
+            state, metrics = step(state, rows)
+            found.append([metrics.loss, metrics.grad_norm, metrics.router.balance, metrics.router.z])
+    return np.array(jax.device_get(found))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return curve()
+
+
+@pytest.mark.parametrize("spec", ["data=2,expert=4", "fsdp=2,expert=2,tensor=2"])
+def test_a_mesh_trains_as_a_single_device(alone, spec):
+    np.testing.assert_allclose(curve(spec), alone, rtol=2e-5)
+
+
+def test_the_losses_are_added_with_their_coefficients(alone):
+    without = curve(router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
+    np.testing.assert_allclose(without[0, 2:], alone[0, 2:], rtol=1e-6)
+    assert without[0, 0] + 0.5 * alone[0, 2] + 0.1 * alone[0, 3] == pytest.approx(alone[0, 0], rel=1e-6)
+    assert 2 <= alone[0, 2] < 2.1  # even at first: the number of experts per token
+    assert alone[-1, 3] < without[-1, 3]
+
+
+def test_microbatches_have_losses_of_their_own(alone):
+    found = curve(gradient_accumulation_steps=2)
+    np.testing.assert_allclose(found[0, 3], alone[0, 3], rtol=1e-6)  # a mean over tokens
+    assert found[0, 2] == pytest.approx(alone[0, 2], rel=0.02) and found[0, 2] != alone[0, 2]
+
+
+def test_muon_orthogonalizes_each_experts_matrix_by_itself():
+    run = RunConfig(
+        train=TRAIN,
+        optimizer=OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.0),
+    )
+    optimizer = make_optimizer(run.optimizer, make_schedule(run.optimizer, 4))
+    params = {"layers": lj.init(MODEL, jax.random.key(0))["layers"]}
+    grads = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(1), leaf.shape), params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    alone = lambda tree: {"layers": {"feed_forward": {"w_up": tree["layers"]["feed_forward"]["w_up"][:, 2]}}}  # noqa: E731
+    expected, _ = optimizer.update(alone(grads), optimizer.init(alone(params)), alone(params))
+    np.testing.assert_allclose(*(jax.tree.leaves(tree)[0] for tree in (alone(updates), expected)), atol=1e-5)
+
+
+def test_mfu_counts_the_experts_that_a_token_goes_through():
+    dense = MODEL.replace(num_experts=0, num_experts_per_tok=0, intermediate_size=64)
+    router = 6 * 2 * 32 * 4
+    expected = flops_per_token(dense, LENGTH, causal=True) + router
+    assert flops_per_token(MODEL, LENGTH, causal=True) == expected
+
+
+def test_experts_are_keys_of_the_model_section():
+    model = ModelConfig(preset="tiny", num_experts=4, num_experts_per_tok=2).build(4096)
+    assert (model.num_experts, model.num_experts_per_tok) == (4, 2)
+    with pytest.raises(ConfigError, match=r"^model: num_experts_per_tok is 5 and num_experts 4"):
+        ModelConfig(preset="tiny", num_experts=4, num_experts_per_tok=5).build(4096)
+    with pytest.raises(ConfigError, match=r"train.router_aux_loss_coef is -1"):
+        TrainConfig(router_aux_loss_coef=-1.0)

@@ -1,0 +1,128 @@
+"""Matrices of experts in every format: there and back, by mesh, unstacked, compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import numpy as np
+import pytest
+
+import llama_jax as lj
+from llama_jax.errors import CheckpointError, ConfigError
+from llama_jax.eval.verify import compare
+from llama_jax.meshes import make_mesh
+from llama_jax.sharding import named, param_specs
+from llama_jax.text.convert import convert
+from llama_jax.weights import open_source
+from tests.random_models import random_model
+
+CONFIG = lj.LlamaConfig(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    num_experts=4,
+    num_experts_per_tok=2,
+)
+PARAMS = random_model(0, CONFIG)[1]
+
+
+@pytest.fixture(scope="module", params=["hf", "gguf", "orbax"])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    folder = tmp_path_factory.mktemp("experts")
+    name = "model.gguf" if request.param == "gguf" else "model"
+    return request.param, lj.save(CONFIG, PARAMS, folder / name, format=request.param)
+
+
+def test_a_file_gives_back_the_parameters(saved: tuple[Any, Path]) -> None:
+    config, params = lj.load_params(saved[1])
+    assert config == CONFIG
+    jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
+    _, layers = lj.load_params(saved[1], scan_layers=False)
+    jax.tree.map(np.testing.assert_array_equal, layers, lj.unstack(PARAMS))
+
+
+def test_a_mesh_gets_its_shards(saved: tuple[Any, Path]) -> None:
+    mesh = make_mesh("fsdp=2,expert=2,tensor=2")
+    _, params = lj.load_params(saved[1], mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
+    for name, spec in param_specs(CONFIG)["layers"]["feed_forward"].items():
+        assert params["layers"]["feed_forward"][name].sharding == named(mesh, spec)
+
+
+@pytest.mark.filterwarnings("ignore:.*tokenizer")
+@pytest.mark.parametrize("target", ["hf", "gguf", "orbax"])
+def test_every_format_converts_to_every_other(saved: tuple[Any, Path], target: Any, tmp_path: Path) -> None:
+    path = convert(saved[1], tmp_path / ("out.gguf" if target == "gguf" else "out"), target)
+    config, params = lj.load_params(path)
+    assert config == CONFIG
+    jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
+
+
+def test_gguf_has_one_tensor_per_matrix_and_routers_in_f32(tmp_path: Path) -> None:
+    path = lj.save(CONFIG, PARAMS, tmp_path / "model.gguf", format="gguf", dtype="q8_0")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    assert list(tensors["blk.1.ffn_down_exps.weight"].shape) == [64, 32, 4]
+    assert tensors["blk.1.ffn_gate_inp.weight"].tensor_type.name == "F32"
+    assert tensors["blk.1.ffn_gate_exps.weight"].tensor_type.name == "Q8_0"
+    assert not any(".ffn_gate.0." in name for name in tensors)
+    config, params = lj.load_params(path)
+    assert config == CONFIG
+    for name in ("w_gate", "w_down"):
+        found, expected = (tree["layers"]["feed_forward"][name] for tree in (params, PARAMS))
+        assert 0 < np.abs(found - expected).max() < 0.01
+
+
+def test_old_gguf_files_have_a_tensor_per_expert(tmp_path: Path) -> None:
+    reader = gguf.GGUFReader(lj.save(CONFIG, PARAMS, tmp_path / "new.gguf", format="gguf"))
+    writer = gguf.GGUFWriter(tmp_path / "old.gguf", "llama")
+    for name, field in reader.fields.items():
+        if name.startswith(("llama.", "tokenizer.")):
+            writer.add_key_value(name, field.contents(), field.types[0])
+    for tensor in reader.tensors:
+        if "_exps" not in tensor.name:
+            writer.add_tensor(tensor.name, tensor.data)
+            continue
+        for expert, matrix in enumerate(tensor.data):
+            writer.add_tensor(tensor.name.replace("_exps", f".{expert}"), matrix)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    config, params = lj.load_params(tmp_path / "old.gguf")
+    assert config == CONFIG
+    jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
+
+
+def test_verify_compares_experts_and_runs_them(saved: tuple[Any, Path], tmp_path: Path) -> None:
+    if saved[0] != "hf":
+        return
+    feed_forward = dict(PARAMS["layers"]["feed_forward"])
+    feed_forward["w_up"] = feed_forward["w_up"].at[1, 2, 3, 4].add(1.0)
+    other = {**PARAMS, "layers": {**PARAMS["layers"], "feed_forward": feed_forward}}
+    report = compare(saved[1], lj.save(CONFIG, other, tmp_path / "other"), outputs=False)
+    (different,) = (tensor for tensor in report.tensors if not tensor.same)
+    assert different.name == "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+
+
+@pytest.mark.parametrize("format", ["meta", "llama2c"])
+def test_formats_without_experts_refuse_them(format: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no place for num_experts"):
+        lj.save(CONFIG, PARAMS, tmp_path / "out", format=format)
+
+
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+    source = open_source(lj.save(CONFIG, PARAMS, tmp_path / "model"))
+    name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    tensors = {key: info for key, info in source.tensors.items() if key != name}
+    with pytest.raises(
+        CheckpointError, match=r"missing tensors: model\.layers\.1\.block_sparse_moe\.experts\.3"
+    ):
+        lj.weights.load_params(dataclasses.replace(source, tensors=tensors))
