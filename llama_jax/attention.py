@@ -4,7 +4,9 @@
 them in [block, block] tiles in both passes, and keeps the output and its log-sum-exp for the backward pass.
 `splash` does the same in JAX's Pallas kernels for TPU, and `cudnn` in cuDNN's for NVIDIA GPUs. Over the mesh
 axis `context`, keys travel in a ring with `blockwise` and `splash` (`ops.ring_attention`), and are gathered
-with the others.
+with the others, and in models with a sliding window.
+
+With a window of w (Mistral 7B, arXiv 2310.06825) a query at position i attends to keys at j, i - w < j <= i.
 """
 
 from __future__ import annotations
@@ -21,16 +23,16 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax import sharding
 from llama_jax.errors import ConfigError
-from llama_jax.kv_cache import Int8, Layer
-from llama_jax.ops import spmd, striped_cache, zigzag
+from llama_jax.kv_cache import Int8, Layer, Layout
+from llama_jax.ops import ring_cache, spmd, striped_cache, zigzag
 from llama_jax.ops.blockwise_attention import MASKED, sharded_blockwise_attention
 from llama_jax.ops.cudnn_attention import cudnn_attention
 from llama_jax.ops.products import dot, query_key_product
 from llama_jax.ops.striped_cache import Partial
 
 Backend = Literal["xla", "blockwise", "splash", "cudnn"]
-# Keys `k` and values `v` [K, P, H] before those of every row, which every query attends to: the parameters of
-# prefix tuning (arXiv 2101.00190).
+# Keys `k` and values `v` [K, P, H] of the P positions before a row: the parameters of prefix tuning (arXiv
+# 2101.00190). Every query attends to them, or with a window to those that it reaches.
 KeyValues = Mapping[str, jax.Array]
 
 
@@ -45,7 +47,8 @@ class AttentionMask(NamedTuple):
       k_positions: int [B, S].
       q_segments: int [B, T], or None where each row is one segment.
       k_segments: int [B, S], or None.
-      allowed: bool [B, T, S], which replaces the rule above (for several beams in one row, for example).
+      allowed: bool [B, T, S], which replaces the rule above (for several beams in one row, for example). Of
+        the positions then only those of queries count, for the window's reach into a prefix.
     """
 
     q_positions: jax.Array
@@ -54,14 +57,49 @@ class AttentionMask(NamedTuple):
     k_segments: jax.Array | None = None
     allowed: jax.Array | None = None
 
-    def as_array(self) -> jax.Array:
-        """bool [B, 1, 1, T, S]; True where the query attends to the key."""
+    def as_array(self, window: int | None = None) -> jax.Array:
+        """bool [B, 1, 1, T, S]; True where the query attends to the key.
+
+        With a `window`, to keys of that many positions up to its own; `allowed` is as it is (`cache_mask`).
+        """
         if self.allowed is not None:
             return self.allowed[:, None, None]
         allowed = self.k_positions[:, None, :] <= self.q_positions[:, :, None]
+        if window is not None:
+            allowed &= self.q_positions[:, :, None] - self.k_positions[:, None, :] < window
         if self.q_segments is not None and self.k_segments is not None:
             allowed &= self.k_segments[:, None, :] == self.q_segments[:, :, None]
         return allowed[:, None, None]
+
+
+def cache_mask(
+    order: jax.Array,
+    layout: Layout,
+    end: jax.Array | None,
+    positions: jax.Array,
+    allowed: jax.Array | None = None,
+) -> AttentionMask:
+    """The mask of new tokens and one layer's cache, into which their keys are already written.
+
+    Args:
+      order: int [B, T], the positions of the new tokens; with `allowed`, their slots.
+      layout: of the layer.
+      end: int [B], the number of tokens in each row, after which there is padding; or None.
+      positions: int [B, T], with `allowed`: the positions of the new tokens.
+      allowed: bool [B, T, S], the slots that each attends to, in the order of its sequence. Of these a window
+        leaves the last ones.
+    """
+    if allowed is not None and layout.window is not None:
+        count = jax.lax.cumsum(allowed.astype(jnp.int32), axis=2, reverse=True)
+        allowed = allowed & (count <= layout.window)
+    at = jnp.arange(layout.slots, dtype=jnp.int32)
+    if layout.ring:
+        written = order[:, -1] + 1
+        return AttentionMask(
+            order, ring_cache.positions(written if end is None else jnp.minimum(written, end), at)
+        )
+    at = jnp.broadcast_to(at, (order.shape[0], layout.slots))
+    return AttentionMask(order if allowed is None else positions, at, allowed=allowed)
 
 
 def attention(
@@ -71,6 +109,7 @@ def attention(
     mask: AttentionMask,
     prefix: KeyValues | None = None,
     *,
+    window: int | None = None,
     backend: Backend = "xla",
     block_size: int = 512,
     ring: bool = False,
@@ -85,17 +124,20 @@ def attention(
       k: [B, K, S, H], head-major as in the cache; K divides N.
       v: [B, K, S, H].
       mask: positions and segments of queries and keys.
-      prefix: keys and values that all queries attend to; not with `splash` or `cudnn`.
+      prefix: keys and values of the positions before every row; not with `splash` or `cudnn`.
+      window: the number of positions up to its own whose keys a query attends to; None for all.
       backend: `xla`; `blockwise`, whose memory does not grow with T x S; or, where queries and keys are of
         the same tokens in order (no cache), `splash` on TPU and `cudnn` on NVIDIA GPUs.
       block_size: the side of a `blockwise` tile.
-      ring: keys travel over the mesh axis `context`, as `uses_ring` tells; rows are in zig-zag order.
+      ring: keys travel over the mesh axis `context`, as `uses_ring` tells; rows are in zig-zag order. Never
+        with a window.
 
     Returns:
       [B, T, N, H] in q's dtype.
 
     Raises:
-      ConfigError: for an unknown backend, a prefix with `splash` or `cudnn`, or what `cudnn` refuses.
+      ConfigError: for an unknown backend, a prefix with `splash` or `cudnn`, or with a window in packed rows,
+        a window with `ring`, or what `cudnn` refuses.
     """
     if backend not in get_args(Backend):
         raise ConfigError(
@@ -103,6 +145,13 @@ def attention(
         )
     if backend in ("splash", "cudnn") and prefix is not None:
         raise ConfigError(f"attention backend {backend!r} takes no prefix; use 'blockwise'")
+    if prefix is not None and window is not None and mask.q_segments is not None:
+        raise ConfigError(
+            f"a prefix and a sliding window of {window} in packed rows: how far the window reaches into the "
+            "prefix depends on the document; use rows of one document or no longer than the window, or LoRA"
+        )
+    if ring and window is not None:
+        raise ConfigError("ring attention takes no window; keys of such models are gathered over context")
     # Pallas, a fifth of a second of imports, only where it is used.
     if ring and (backend == "splash" or backend == "blockwise"):
         from llama_jax.ops.ring_attention import ring_attention
@@ -112,24 +161,29 @@ def attention(
     if backend == "splash":
         from llama_jax.ops.splash_attention import splash_attention
 
-        return splash_attention(q, k, v, mask.q_segments)
+        return splash_attention(q, k, v, mask.q_segments, window=window)
     if backend == "cudnn":
-        return cudnn_attention(q, k, v, mask.q_segments)
+        return cudnn_attention(q, k, v, mask.q_segments, window=window)
     grouped = _grouped(q, k.shape[1])
     k_segments = None if mask.k_segments is None else _gather_context(mask.k_segments)
     mask = mask._replace(k_positions=_gather_context(mask.k_positions), k_segments=k_segments)
     if backend == "blockwise":
         queries = mask.q_positions, mask.q_segments
         keys = mask.k_positions, mask.k_segments
-        out = sharded_blockwise_attention(grouped, k, v, queries, keys, prefix, block_size=block_size)
+        out = sharded_blockwise_attention(
+            grouped, k, v, queries, keys, prefix, block_size=block_size, window=window
+        )
     else:
-        out = checkpoint_name(_xla(grouped, k, v, mask, prefix), "attention_out")
+        out = checkpoint_name(_xla(grouped, k, v, mask, prefix, window), "attention_out")
     return _ungrouped(out, q)
 
 
-def uses_ring(backend: Backend, *, prefix: bool) -> bool:
-    """Whether keys travel over the mesh axis `context`: then rows must be in zig-zag order (`ops.zigzag`)."""
-    return backend in ("splash", "blockwise") and not prefix and zigzag.shards() > 1
+def uses_ring(backend: Backend, *, prefix: bool, window: bool = False) -> bool:
+    """Whether keys travel over the mesh axis `context`: then rows must be in zig-zag order (`ops.zigzag`).
+
+    Not where there is a prefix, or a layer with a window.
+    """
+    return backend in ("splash", "blockwise") and not (prefix or window) and zigzag.shards() > 1
 
 
 def cached_attention(
@@ -140,6 +194,7 @@ def cached_attention(
     prefix: KeyValues | None = None,
     *,
     used: jax.Array | None = None,
+    window: int | None = None,
     block_size: int = 256,
 ) -> jax.Array:
     """`attention` to one layer of a key/value cache, of any cache dtype.
@@ -151,9 +206,10 @@ def cached_attention(
       k: [B, K, S, H], or int8 with its scales.
       v: likewise.
       mask: positions of queries and cache slots, or the slots that each query attends to.
-      prefix: keys and values outside the cache, which all queries attend to.
+      prefix: keys and values outside the cache, of the positions before every row.
       used: int [], the number of slots that are written. With it, only those are read, in blocks: for many
         queries. Without it, all scores are computed at once, which is faster for a few queries.
+      window: the number of positions up to its own whose keys a query attends to; None for all.
       block_size: slots per block.
 
     Returns:
@@ -162,13 +218,16 @@ def cached_attention(
     grouped = _grouped(q, jax.tree.leaves(k)[0].shape[1])
     mask = mask._replace(k_positions=_gather_context(mask.k_positions))
     if striped_cache.shards() > 1:
-        add_slots = functools.partial(_add_slots, block_size=block_size)
-        out = striped_cache.attend(_first_partial, add_slots, grouped, k, v, mask, prefix, used)
+        first = functools.partial(_first_partial, window=window)
+        add_slots = functools.partial(_add_slots, window=window, block_size=block_size)
+        out = striped_cache.attend(first, add_slots, grouped, k, v, mask, prefix, used)
         return _ungrouped(out, q)
     slots = mask.k_positions.shape[1]
+    if used is not None and window is not None:
+        used = jnp.minimum(used, slots)  # of a ring
     if used is None or slots <= block_size:
-        return _ungrouped(_xla(grouped, k, v, mask, prefix), q)
-    return _ungrouped(_in_blocks(grouped, k, v, mask, prefix, used, block_size), q)
+        return _ungrouped(_xla(grouped, k, v, mask, prefix, window), q)
+    return _ungrouped(_in_blocks(grouped, k, v, mask, prefix, used, window, block_size), q)
 
 
 def _grouped(q: jax.Array, kv_heads: int) -> jax.Array:
@@ -183,25 +242,31 @@ def _ungrouped(out: jax.Array, like: jax.Array) -> jax.Array:
     return out.transpose(0, 3, 1, 2, 4).reshape(like.shape).astype(like.dtype)
 
 
-def _xla(q: jax.Array, k: Layer, v: Layer, mask: AttentionMask, prefix: KeyValues | None) -> jax.Array:
+def _xla(
+    q: jax.Array, k: Layer, v: Layer, mask: AttentionMask, prefix: KeyValues | None, window: int | None
+) -> jax.Array:
     """[B, K, G, T, H] by [B, K, S, H] -> [B, K, G, T, H], all scores at once."""
-    scores = _scores(q, k, mask.as_array())
+    scores = _scores(q, k, mask.as_array(window))
     if prefix is None:
         # The output [T, H] is normalized, rather than the weights [T, S].
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
         return (_weighted_values(weights, v, q.dtype) / weights.sum(-1, keepdims=True)).astype(q.dtype)
     # Scores are concatenated, not keys: that would copy the cache at every token.
-    prefix_scores = _prefix_scores(q, prefix)
+    prefix_scores = _prefix_scores(q, prefix, mask, window)
     weights = jax.nn.softmax(jnp.concatenate([prefix_scores, scores], axis=-1), axis=-1)
     length = prefix_scores.shape[-1]
     out = _weighted_values(weights[..., length:], v, q.dtype)
     return (out + _prefix_weighted_values(weights[..., :length], prefix, q.dtype)).astype(q.dtype)
 
 
-def _prefix_scores(q: jax.Array, prefix: KeyValues) -> jax.Array:
-    """f32 [B, K, G, T, P], scaled."""
+def _prefix_scores(q: jax.Array, prefix: KeyValues, mask: AttentionMask, window: int | None) -> jax.Array:
+    """f32 [B, K, G, T, P], scaled, and masked where a window does not reach."""
     keys = sharding.constrain(prefix["k"].astype(q.dtype), sharding.PREFIX_KPH)
-    return dot("bkgth,kph->bkgtp", q, keys) / math.sqrt(q.shape[-1])
+    scores = dot("bkgth,kph->bkgtp", q, keys) / math.sqrt(q.shape[-1])
+    if window is None:
+        return scores
+    reached = mask.q_positions[:, :, None] - jnp.arange(-keys.shape[1], 0) < window
+    return jnp.where(reached[:, None, None], scores, MASKED)
 
 
 def _prefix_weighted_values(weights: jax.Array, prefix: KeyValues, dtype: jnp.dtype) -> jax.Array:
@@ -233,22 +298,30 @@ def _in_blocks(
     mask: AttentionMask,
     prefix: KeyValues | None,
     used: jax.Array,
+    window: int | None,
     block_size: int,
 ) -> jax.Array:
     """`_xla` over the first `used` slots, block by block (the online softmax of FlashAttention)."""
-    _, total, out = _add_slots(_first_partial(q, prefix), q, k, v, mask, used, block_size=block_size)
+    first = _first_partial(q, prefix, mask, window=window)
+    _, total, out = _add_slots(first, q, k, v, mask, used, window=window, block_size=block_size)
+    if window is not None:  # padding, of which a ring has no keys, may attend to none
+        total = jnp.where(total > 0, total, 1.0)
     return (out / total[..., None]).astype(q.dtype)
 
 
-def _first_partial(q: jax.Array, prefix: KeyValues | None) -> Partial:
+def _first_partial(
+    q: jax.Array, prefix: KeyValues | None, mask: AttentionMask, *, window: int | None
+) -> Partial:
     """The partial result of queries that have attended to the prefix alone, or to nothing."""
     # Derived from q, whose sharding they have.
     out = jnp.zeros_like(q, jnp.float32)
     if prefix is None:
         return jnp.full_like(out[..., 0], MASKED), out[..., 0], out
-    prefix_scores = _prefix_scores(q, prefix)
+    prefix_scores = _prefix_scores(q, prefix, mask, window)
     row_max = prefix_scores.max(-1)
     weights = jnp.exp(prefix_scores - row_max[..., None])
+    if window is not None:
+        weights = jnp.where(prefix_scores > MASKED, weights, 0.0)
     return row_max, weights.sum(-1), _prefix_weighted_values(weights, prefix, q.dtype)
 
 
@@ -260,6 +333,7 @@ def _add_slots(
     mask: AttentionMask,
     used: jax.Array | None,
     *,
+    window: int | None,
     block_size: int,
 ) -> Partial:
     """Adds the first `used` slots block by block, or all at once where it is None or they are one block."""
@@ -284,10 +358,10 @@ def _add_slots(
             block_mask = block_mask._replace(allowed=slice_block(mask.allowed, 2))
         is_new = start + jnp.arange(block_size) >= index * block_size
         keys, values = jax.tree.map(lambda x: slice_block(x, 2), (k, v))
-        return add(partial, keys, values, block_mask.as_array() & is_new)
+        return add(partial, keys, values, block_mask.as_array(window) & is_new)
 
     if used is None or slots <= block_size:
-        return add(partial, k, v, mask.as_array())
+        return add(partial, k, v, mask.as_array(window))
     partial = spmd.pvary_like(partial, (q, k, v, mask))
     return jax.lax.fori_loop(0, -(-used // block_size), add_block, partial)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from llama_jax import kv_cache as kv
 from llama_jax import rope, sharding
-from llama_jax.attention import AttentionMask, Backend, KeyValues, attention, cached_attention, uses_ring
+from llama_jax.attention import AttentionMask, Backend, attention, cache_mask, cached_attention, uses_ring
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError, InputError
 from llama_jax.forward_options import ForwardOptions
@@ -159,24 +159,21 @@ def routed_hidden_states(
         if array is not None and jnp.shape(array) != jnp.shape(tokens):
             raise InputError(f"{name} has shape {jnp.shape(array)}; tokens has {jnp.shape(tokens)}")
     tokens = sharding.constrain(jnp.asarray(tokens), sharding.TOKENS_BT)
-    row_order = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    row_order = sharding.constrain(row_order, sharding.TOKENS_BT)
-    if positions is None:
-        positions = row_order
-    else:
-        positions = sharding.constrain(jnp.asarray(positions), sharding.TOKENS_BT)
-    if segment_ids is not None:
-        segment_ids = sharding.constrain(jnp.asarray(segment_ids), sharding.TOKENS_BT)
-    ring = uses_ring(options.attention_backend, prefix=_prefix_length(params) > 0)
+    constrain = functools.partial(sharding.constrain, spec=sharding.TOKENS_BT)
+    row_order = constrain(jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape))
+    positions = row_order if positions is None else constrain(jnp.asarray(positions))
+    segment_ids = None if segment_ids is None else constrain(jnp.asarray(segment_ids))
+    # A window that is as long as the row leaves out nothing.
+    windows = [w if w is not None and w < tokens.shape[1] else None for w, _ in config.layer_kinds]
+    ring = uses_ring(options.attention_backend, prefix=_prefix_length(params) > 0, window=any(windows))
     if ring:  # here and at the end, so that no layer moves a token to another device
         tokens, positions, segment_ids = zigzag.enter((tokens, positions, segment_ids))
     # Causal in the order of the row: positions restart with each packed document.
     mask = AttentionMask(row_order, row_order, segment_ids, segment_ids)
+    how = functools.partial(attention, mask=mask, backend=options.attention_backend, ring=ring)
 
-    def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, prefix: KeyValues | None = None
-    ) -> tuple[jax.Array, None]:
-        return attention(q, k, v, mask, prefix, backend=options.attention_backend, ring=ring), None
+    def attend_in_layer(layer: int) -> Attend:
+        return lambda q, k, v, prefix=None: (how(q, k, v, prefix=prefix, window=windows[layer]), None)
 
     dtype = options.dtype or compute_dtype(params)
     x = embed(params["embed"]["embedding"], tokens, dtype=dtype, custom_vjp=options.custom_vjp)
@@ -184,7 +181,7 @@ def routed_hidden_states(
         noise = zigzag.enter(embedding_noise) if ring else embedding_noise
         x = x + sharding.constrain(noise, sharding.ACT_BTD).astype(x.dtype)
     table = rope.rotary(config, positions + _prefix_length(params))
-    x, outputs = _run_layers(config, params, x, table, lambda _: attend, options=options)
+    x, outputs = _run_layers(config, params, x, table, attend_in_layer, options=options)
     x = rms_norm(x, params["final_norm"]["scale"], eps=config.rms_norm_eps)
     x = zigzag.leave(x) if ring else x
     if not config.num_experts:
@@ -201,6 +198,7 @@ def forward_cached(
     cache: kv.KVCache,
     *,
     used: jax.Array | None = None,
+    end: jax.Array | None = None,
     positions: jax.Array | None = None,
     allowed: jax.Array | None = None,
 ) -> tuple[jax.Array, kv.KVCache]:
@@ -214,6 +212,7 @@ def forward_cached(
       cache: the keys and values of slots 0..start-1 of each row.
       used: int [], the number of slots to read, at least max(start) + T: for many tokens. None reads all
         slots, which is faster for a few tokens.
+      end: int [B], the tokens in each row; padding after them is not stored in rings. None: without padding.
       positions: int [B, T], the position of each token in its sequence; by default its slot.
       allowed: bool [B, T, S], the slots that each token attends to, including its own; by default those up to
         its own. With `positions`, one row of the cache can store several continuations of one prompt: beams,
@@ -223,21 +222,22 @@ def forward_cached(
       logits f32 [B, T, V], which `jit` does not compute where they are not used; and the updated cache.
     """
     _check(config, params, tokens)
-    batch, length = tokens.shape
-    tokens = sharding.constrain(tokens, sharding.TOKENS_BT)
+    tokens, length = sharding.constrain(tokens, sharding.TOKENS_BT), tokens.shape[1]
     start = sharding.constrain(start, sharding.ROWS_B)
     order = start[:, None] + jnp.arange(length, dtype=jnp.int32)
-    slots = jnp.broadcast_to(jnp.arange(cache.length, dtype=jnp.int32), (batch, cache.length))
-    mask = AttentionMask(order, slots, allowed=allowed)
+    layouts = kv.layouts(config, cache, length, in_order=allowed is None)
     positions = order if positions is None else sharding.constrain(positions, sharding.TOKENS_BT)
+    masks = {each: cache_mask(order, each, end, positions, allowed) for each in dict.fromkeys(layouts)}
 
     def attend_in_layer(layer: int) -> Attend:
-        def attend(
-            q: jax.Array, k: jax.Array, v: jax.Array, prefix: KeyValues | None = None
-        ) -> tuple[jax.Array, Any]:
+        layout = layouts[layer]
+        write = functools.partial(kv.write, start=start, ring=layout.ring, end=end)
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, prefix: Any = None) -> tuple[jax.Array, Any]:
             k, v = (sharding.constrain(x, sharding.CACHE_BKSH) for x in (k, v))
-            keys, values = kv.write(cache.k[layer], k, start), kv.write(cache.v[layer], v, start)
-            return cached_attention(q, keys, values, mask, prefix, used=used), (keys, values)
+            keys, values = write(cache.k[layer], k), write(cache.v[layer], v)
+            mask, window = masks[layout], layout.window
+            return cached_attention(q, keys, values, mask, prefix, used=used, window=window), (keys, values)
 
         return attend
 
@@ -322,11 +322,9 @@ def _run_layers(
     block, kinds = Block(config, options.custom_vjp, options.expert_capacity), config.layer_kinds
 
     def layer(index: int) -> Callable[[jax.Array, Any], tuple[jax.Array, Any]]:
-        def apply(x: jax.Array, weights: Any, attend: Attend) -> tuple[jax.Array, Any]:
-            angles = table if kinds[index].rope else None
-            return block.apply({"params": weights}, x, angles, attend)
-
-        return rematerialize(functools.partial(apply, attend=attend_in_layer(index)), options.remat)
+        angles, attend = table if kinds[index].rope else None, attend_in_layer(index)
+        apply = lambda x, weights: block.apply({"params": weights}, x, angles, attend)  # noqa: E731
+        return rematerialize(apply, options.remat)
 
     layers = params["layers"]
     if not isinstance(layers, Mapping):

@@ -95,12 +95,31 @@ def test_is_frozen_hashable_and_validated_by_replace():
         ({"rope_theta": math.nan}, "rope_theta is nan"),
         ({"rope_theta": 1.0}, "rope_theta is 1.0"),
         ({"head_dim": 2, "rope_scaling": lj.RopeScaling("ntk", 2.0)}, "head_dim is 2"),
+        ({"sliding_window": 0}, "sliding_window is 0; it must be a whole number of keys, at least 1"),
+        ({"sliding_window": True}, "sliding_window is True"),
+        ({"sliding_window": 8.0}, "sliding_window is 8.0"),
+        (
+            {"sliding_window": 8, "window_layers": (True,)},
+            "window_layers has 1 values; the model has 2 layers",
+        ),
+        ({"sliding_window": 8, "window_layers": (1, 0)}, "each value must be true or false"),
+        ({"window_layers": (True, False)}, "window_layers is set and sliding_window is not"),
     ],
 )
 def test_invalid_values_are_errors(changes, message):
     with pytest.raises(ConfigError) as error:
         lj.presets.TINY.replace(**changes)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_layers_that_are_all_alike_are_one_configuration():
+    tiny = lj.presets.TINY.replace(num_hidden_layers=4)
+    windows = tiny.replace(sliding_window=8)
+    assert tiny.replace(sliding_window=8, window_layers=(True,) * 4) == windows != tiny
+    assert tiny.replace(sliding_window=8, window_layers=(False,) * 4) == tiny
+    mixed = windows.replace(window_layers=(True, False) * 2)
+    assert [kind.window for kind in mixed.layer_kinds] == [8, None, 8, None]
+    assert (tiny.layer_period, windows.layer_period, mixed.layer_period) == (1, 1, 2)
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,8 @@ def _compute_kv(config: LlamaConfig, params: Any, tokens: jax.Array) -> Any:
     params = unstack(params)
     length = tokens.shape[0]
     tokens = jnp.broadcast_to(tokens, (batch, length))
-    cache = kv.init_cache(config, batch, length, params["embed"]["embedding"].dtype)
+    dtype = params["embed"]["embedding"].dtype
+    cache = kv.init_cache(config, batch, length, dtype, run_length=None)
     _, cache = forward_cached(config, params, tokens, jnp.zeros(batch, jnp.int32), cache)
 
     def first_row(layers: Any) -> jax.Array:

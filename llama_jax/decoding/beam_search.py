@@ -188,7 +188,9 @@ def _beam_search(
     # Padding may hold an id outside the vocabulary, whose embedding is NaN and would spread to every row.
     columns = jnp.arange(tokens.shape[1])
     tokens = jnp.where(columns < constants.lengths[:, None], over_batch(tokens), 0)
-    cache = kv.init_cache(config, len(tokens), slots, cache_dtype or compute_dtype(params))
+    dtype = cache_dtype or compute_dtype(params)
+    # Several beams share a row, whose slots are no positions, and the window of each is a part of its mask.
+    cache = kv.init_cache(config, len(tokens), slots, dtype, run_length=None)
     # Each prompt's last token is left for the first step, which handles every beam alike.
     cache = prefill_cache(config, params, cache, tokens, 0, constants.max_prompt_length - 1)
     state = spmd.pvary_like(_init_state(cache, tokens, constants, beams), params, constants)

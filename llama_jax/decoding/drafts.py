@@ -101,14 +101,20 @@ def check_draft(config: LlamaConfig, draft: Any, lengths: Any, max_new_tokens: i
 
 
 def prefill_draft(
-    draft: Draft, tokens: jax.Array, stop: jax.Array, capacity: int, dtype: jax.typing.DTypeLike | None
+    draft: Draft,
+    history: TokenHistory,
+    stop: jax.Array,
+    capacity: int,
+    dtype: jax.typing.DTypeLike | None,
+    run_length: int,
 ) -> kv.KVCache | None:
-    """The draft model's cache of `capacity` slots after positions 0..stop-1 of tokens int32 [B, C]."""
+    """The draft model's cache of `capacity` slots after positions 0..stop-1 of the prompts."""
     if not isinstance(draft, DraftModel):
         return None
     params = unstack(draft.params)
-    cache = kv.init_cache(draft.config, tokens.shape[0], capacity, dtype or compute_dtype(params))
-    return prefill_cache(draft.config, params, cache, tokens, 0, stop)
+    batch, dtype = history.tokens.shape[0], dtype or compute_dtype(params)
+    cache = kv.init_cache(draft.config, batch, capacity, dtype, run_length=run_length)
+    return prefill_cache(draft.config, params, cache, history.tokens, 0, stop, history.length)
 
 
 def propose(

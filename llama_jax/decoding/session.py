@@ -52,6 +52,8 @@ class Session:
         dtype = compute_dtype(params) if cache_dtype is None else cache_dtype
         self._dtype = kv.checked_dtype(dtype).name
         self._cache: kv.KVCache | None = None
+        self._capacity = 0  # tokens that the cache was made for
+        self._written = 0  # the most tokens in it since it was last written from its start on
         self._turn = 0
         self.tokens: list[int] = []
         self.reused = 0
@@ -96,12 +98,17 @@ class Session:
         turn, capacity = self._turn, request.tokens.shape[1]
         cache, cached_tokens = self._release()
         if cache is None:
-            cache = _empty_cache(self._config, capacity, self._dtype)
-        elif cache.length < capacity:
-            cache = _grow_cache(cache, capacity)
+            cache, self._capacity = _empty_cache(self._config, capacity, self._dtype), capacity
+        elif self._capacity < capacity:
+            cache, self._capacity = _grow_cache(self._config, cache, capacity), capacity
         # The last id is always run, by the first step: its logits give the next token.
         self.reused = _common_prefix_length(cached_tokens, prompt[:-1])
-        padded = np.zeros((1, cache.length), np.int32)
+        self._written = max(self._written, len(cached_tokens))
+        if not kv.can_resume(self._config, cache, self._written, self.reused):
+            self.reused = 0
+        if not self.reused:
+            self._written = 0
+        padded = np.zeros((1, self._capacity), np.int32)
         padded[0, : len(prompt)] = prompt
         state = _init_state(
             self._config,
@@ -139,14 +146,14 @@ def _empty_cache(config: LlamaConfig, capacity: int, dtype: str) -> kv.KVCache:
     return kv.init_cache(config, 1, capacity, dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("capacity",))
-def _grow_cache(cache: kv.KVCache, capacity: int) -> kv.KVCache:
-    return kv.grow(cache, capacity)
+@functools.partial(jax.jit, static_argnames=("config", "capacity"))
+def _grow_cache(config: LlamaConfig, cache: kv.KVCache, capacity: int) -> kv.KVCache:
+    return kv.grow(config, cache, capacity)
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
 def _init_state(config: LlamaConfig, params: Params, cache: kv.KVCache, *request: Any) -> DecodeState:
-    return init_state(config, params, cache, *request, new_tokens=cache.length)
+    return init_state(config, params, cache, *request, new_tokens=request[0].shape[1])
 
 
 def _common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:

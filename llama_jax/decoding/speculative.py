@@ -189,11 +189,14 @@ def _speculative_loop(
     params, draft = jax.lax.stop_gradient((unstack(params), draft))
     batch, length = tokens.shape
     capacity = length + num_draft_tokens  # drafts are written past a row's end before they are verified
-    cache = kv.init_cache(config, batch, capacity, cache_dtype or compute_dtype(params))
+    # A round may take back all drafts, and run two tokens more of a draft model.
+    run_length = max(kv.RUN_LENGTH, num_draft_tokens + 2)
+    dtype = cache_dtype or compute_dtype(params)
+    cache = kv.init_cache(config, batch, capacity, dtype, run_length=run_length)
     decode = init_state(
         config, params, cache, tokens, lengths, 0, stop, key, sampling, eos_ids, limit, new_tokens=new_tokens
     )
-    draft_cache = drafts.prefill_draft(draft, decode.history.tokens, stop, capacity, cache_dtype)
+    draft_cache = drafts.prefill_draft(draft, decode.history, stop, capacity, cache_dtype, run_length)
     proposed, draft_cache = drafts.propose(draft, draft_cache, decode, num_draft_tokens)
     zeros = jnp.zeros_like(decode.history.length)
     state = _State(

@@ -168,7 +168,7 @@ def init_state(
     tokens = sharding.constrain(tokens, P(sharding.BATCH, None))
     # Padding may hold an id outside the vocabulary, whose embedding is NaN and would spread to every row.
     tokens = jnp.where(jnp.arange(length) < lengths[:, None], tokens, 0)
-    cache = prefill_cache(config, params, cache, tokens, start, stop)
+    cache = prefill_cache(config, params, cache, tokens, start, stop, lengths)
     sampling = jax.tree.map(sharding.over_batch, sampling)
     history = TokenHistory(tokens, lengths, lengths)
     cache, history, sampling = jax.tree.map(
@@ -208,8 +208,13 @@ def prefill_cache(
     tokens: jax.Array,
     start: int | jax.Array,
     stop: int | jax.Array,
+    lengths: jax.Array | None = None,
 ) -> kv.KVCache:
-    """Runs positions start..stop-1 of tokens int32 [B, S] against the cache, in chunks."""
+    """Runs positions start..stop-1 of tokens int32 [B, S] against the cache, in chunks.
+
+    `lengths` int [B] are those of the rows, whose padding has no slots in rings. None: there is no padding,
+    or there are no rings.
+    """
     batch, length = tokens.shape
 
     def run_chunk(size: int, first: int | jax.Array, index: jax.Array, cache: kv.KVCache) -> kv.KVCache:
@@ -217,9 +222,9 @@ def prefill_cache(
         position = jnp.minimum(first + index * size, length - size).astype(jnp.int32)
         ids = jax.lax.dynamic_slice_in_dim(tokens, position, size, axis=1)
         starts = jnp.broadcast_to(position, (batch,))
-        return forward_cached(config, params, ids, starts, cache, used=position + size)[1]
+        return forward_cached(config, params, ids, starts, cache, used=position + size, end=lengths)[1]
 
-    cache = spmd.pvary_like(cache, params, tokens)
+    cache = spmd.pvary_like(cache, params, tokens, lengths)
     large, small = (_chunk_size(size, length) for size in PREFILL_CHUNKS)
     maximum: Any = max if isinstance(stop - start, int) else jnp.maximum
     # A remainder of more than half a large chunk takes another large one.

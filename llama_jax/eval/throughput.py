@@ -24,6 +24,7 @@ from llama_jax.decoding.arguments import cache_capacity
 from llama_jax.decoding.generation import generate
 from llama_jax.decoding.sampling import Sampling
 from llama_jax.errors import InputError
+from llama_jax.kv_cache import layer_slots
 
 DECODE_PROMPT = 18  # prompt tokens of the decoding measurement; short, as in a chat's first turn
 
@@ -126,9 +127,9 @@ def bytes_per_step(config: LlamaConfig, params: dict[str, Any], batch: int, cach
 
 
 def kv_cache_bytes(config: LlamaConfig, batch: int, length: int, itemsize: int) -> int:
-    """Returns the bytes of keys and values: 2 L B S K H itemsize."""
-    per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
-    return batch * length * per_position
+    """Returns the bytes of keys and values: 2 L B S K H itemsize; S is smaller in layers with a window."""
+    slots = sum(layer_slots(kind.window, length) for kind in config.layer_kinds)
+    return 2 * batch * slots * config.num_key_value_heads * config.head_dim * itemsize
 
 
 def memory_bandwidth(nbytes: int = 1 << 29) -> float:

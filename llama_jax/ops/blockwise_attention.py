@@ -2,7 +2,8 @@
 
 The scores of a whole sequence are never in memory: the backward pass reads the output and its log-sum-exp.
 The sequence dimensions are split into blocks, and the block index leads, for `lax.scan`. Padding keys at the
-end have a position after every query, so the causal mask excludes them.
+end have a position after every query, so the causal mask excludes them. With a sliding window the loops pass
+over the tiles around the diagonal alone, so that the cost of a row is linear in its length.
 """
 
 from __future__ import annotations
@@ -18,15 +19,21 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from llama_jax import sharding
-from llama_jax.ops import spmd
+from llama_jax.ops import spmd, tiles
 from llama_jax.ops.products import dot, weight_gradient
 
 MASKED = -1e30  # finite: a tile whose keys are all masked must not give NaN
-ANY_SEGMENT = -(2**31)  # the segment of keys that queries of all segments attend to
 
 
 def blockwise_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Any, k_ids: Any, *, block_size: int
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_ids: Any,
+    k_ids: Any,
+    *,
+    block_size: int,
+    window: int | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H) + mask) v on one device's arrays.
 
@@ -37,12 +44,13 @@ def blockwise_attention(
       q_ids: positions and segments of the queries, int [M, T] each.
       k_ids: positions and segments of the keys, int [M, S] each.
       block_size: the side of a tile.
+      window: the number of positions up to its own whose keys a query attends to; None for all.
 
     Returns:
       [M, G, T, H] in q's dtype.
     """
-    blocks = _tiles(q, k, v, q_ids, k_ids, block_size)
-    return _whole(_tiled_attention(*blocks), 2, q.shape[2])
+    blocks = _tiles(q, k, v, q_ids, k_ids, block_size, window)
+    return tiles.join(_tiled_attention(window, *blocks), 2, q.shape[2])
 
 
 def partial_attention(
@@ -72,7 +80,9 @@ def partial_attention(
     arrays = _by_key_value_head(q, k, v, q_segments, k_segments, causal)
     out, log_sum_exp = _map_heads(_forward, _tiles(*arrays, block_size))
     length = q.shape[2]
-    return _whole(out, 2, length).reshape(q.shape), _whole(log_sum_exp, 2, length).reshape(q.shape[:3])
+    return tiles.join(out, 2, length).reshape(q.shape), tiles.join(log_sum_exp, 2, length).reshape(
+        q.shape[:3]
+    )
 
 
 def partial_gradients(
@@ -100,10 +110,10 @@ def partial_gradients(
     grouped_shape = arrays[0].shape
     results = (x.reshape(*grouped_shape[:3], *x.shape[3:]) for x in (out, log_sum_exp, d_out))
     block = min(block_size, q.shape[2])
-    blocks = (*_tiles(*arrays, block_size), *(_blocks(x, 2, block) for x in results))
+    blocks = (*_tiles(*arrays, block_size), *(tiles.split(x, 2, block) for x in results))
     dq, dk, dv = _map_heads(_backward, blocks)
-    dk, dv = (_whole(d, 1, k.shape[2]).reshape(k.shape) for d in (dk, dv))
-    return _whole(dq, 2, q.shape[2]).reshape(q.shape), dk, dv
+    dk, dv = (tiles.join(d, 1, k.shape[2]).reshape(k.shape) for d in (dk, dv))
+    return tiles.join(dq, 2, q.shape[2]).reshape(q.shape), dk, dv
 
 
 def _by_key_value_head(
@@ -129,27 +139,30 @@ def _by_key_value_head(
     return grouped, k, v, ids(order, q_segments), ids(key_order, k_segments)
 
 
-def _tiles(q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Any, k_ids: Any, block_size: int) -> Any:
+def _tiles(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_ids: Any,
+    k_ids: Any,
+    block_size: int,
+    window: int | None = None,
+) -> Any:
     """The arguments of `blockwise_attention` in blocks, whose index leads."""
     # Work-around for JAX (0.10.2, 0.12.0.1): the barrier makes the masks depend on q. Otherwise a scan over
     # layers computes them once, before the first layer, and keeps T x S booleans.
     inputs = jax.lax.optimization_barrier((q, k, v, q_ids, k_ids))
     q, k, v, q_ids, k_ids = spmd.pvary_like(inputs)
     t_block, s_block = min(block_size, q.shape[2]), min(block_size, k.shape[1])
+    # A padding query at position 0 would be near every key block.
+    q_fill = 0 if window is None else tiles.LAST
     return (
-        _blocks(q, 2, t_block),
-        _blocks(k, 1, s_block),
-        _blocks(v, 1, s_block),
-        tuple(_blocks(ids, 1, t_block) for ids in q_ids),
-        (_blocks(k_ids[0], 1, s_block, fill=2**31 - 1), _blocks(k_ids[1], 1, s_block)),
+        tiles.split(q, 2, t_block),
+        tiles.split(k, 1, s_block),
+        tiles.split(v, 1, s_block),
+        (tiles.split(q_ids[0], 1, t_block, fill=q_fill), tiles.split(q_ids[1], 1, t_block)),
+        (tiles.split(k_ids[0], 1, s_block, fill=tiles.LAST), tiles.split(k_ids[1], 1, s_block)),
     )
-
-
-def _whole(blocks: jax.Array, axis: int, length: int) -> jax.Array:
-    """The inverse of `_blocks`, without the padding."""
-    x = jnp.moveaxis(blocks, 0, axis)
-    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-    return x[(*(slice(None),) * axis, slice(length))]
 
 
 def sharded_blockwise_attention(
@@ -161,6 +174,7 @@ def sharded_blockwise_attention(
     prefix: Mapping[str, jax.Array] | None,
     *,
     block_size: int,
+    window: int | None = None,
 ) -> jax.Array:
     """`blockwise_attention` on the current mesh: each device computes its own batch rows, heads and queries.
 
@@ -170,8 +184,9 @@ def sharded_blockwise_attention(
       v: [B, K, S, H].
       queries: positions int [B, T] and segments int [B, T], or None where each row is one segment.
       keys: the same, int [B, S] each.
-      prefix: keys `k` and values `v` [K, P, H] that every query attends to, or None.
+      prefix: keys `k` and values `v` [K, P, H] of the P positions before a row, of every segment; or None.
       block_size: the side of a tile.
+      window: the number of positions up to its own whose keys a query attends to; None for all.
 
     Returns:
       [B, K, G, T, H] in q's dtype.
@@ -183,11 +198,13 @@ def sharded_blockwise_attention(
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Any, k_ids: Any, prefix: Any) -> jax.Array:
         if prefix is not None:
-            k, v, k_ids = _prepend(prefix, k, v, k_ids)
+            k, v, k_ids = _prepend(prefix, k, v, k_ids, window)
         kv_heads = k.shape[1]
         merge = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731  # batch and key/value heads
         q_ids, k_ids = jax.tree.map(lambda x: jnp.repeat(x, kv_heads, axis=0), (q_ids, k_ids))
-        out = blockwise_attention(merge(q), merge(k), merge(v), q_ids, k_ids, block_size=block_size)
+        out = blockwise_attention(
+            merge(q), merge(k), merge(v), q_ids, k_ids, block_size=block_size, window=window
+        )
         return out.reshape(q.shape)
 
     at = (sharding.TOKENS_BT,) * 2, (P(sharding.BATCH, None),) * 2
@@ -197,7 +214,7 @@ def sharded_blockwise_attention(
 
 
 def _prepend(
-    prefix: Mapping[str, jax.Array], k: jax.Array, v: jax.Array, k_ids: Any
+    prefix: Mapping[str, jax.Array], k: jax.Array, v: jax.Array, k_ids: Any, window: int | None
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Keys and values [B, K, S, H] after those of a prefix, which every segment attends to."""
 
@@ -206,9 +223,10 @@ def _prepend(
         return jnp.concatenate(spmd.pvary_all(first, rest), axis=2)
 
     before = jnp.zeros((k.shape[0], prefix["k"].shape[1]), jnp.int32)
+    positions: Any = -1 if window is None else jnp.arange(-before.shape[1], 0, dtype=jnp.int32)
     extended = [
         jnp.concatenate(spmd.pvary_all(jnp.full_like(before, fill), at), axis=1)
-        for fill, at in zip((-1, ANY_SEGMENT), k_ids, strict=True)
+        for fill, at in zip((positions, tiles.ANY_SEGMENT), k_ids, strict=True)
     ]
     return joined(prefix["k"], k), joined(prefix["v"], v), tuple(extended)
 
@@ -217,28 +235,17 @@ def _zeros_like(like: jax.Array) -> jax.Array:
     return spmd.pvary_like(jnp.zeros_like(like, jnp.float32), like)
 
 
-def _blocks(x: jax.Array, axis: int, block: int, fill: int = 0) -> jax.Array:
-    """[..., n, ...] -> [ceil(n / block), ..., block, ...]; the last block is padded with `fill`."""
-    pad = -x.shape[axis] % block
-    x = jnp.pad(x, [(0, pad if a == axis else 0) for a in range(x.ndim)], constant_values=fill)
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)
-
-
-def _mask(q_ids: Any, k_ids: Any) -> jax.Array:
-    """bool [M, 1, t, s]: which keys of a tile each query attends to."""
-    causal, segments = k_ids[0][:, None, :] <= q_ids[0][:, :, None], k_ids[1][:, None, :]
-    return (causal & ((segments == q_ids[1][:, :, None]) | (segments == ANY_SEGMENT)))[:, None]
-
-
-def _scores(q: jax.Array, k: jax.Array, q_ids: Any, k_ids: Any) -> tuple[jax.Array, jax.Array]:
+def _scores(
+    q: jax.Array, k: jax.Array, q_ids: Any, k_ids: Any, window: int | None
+) -> tuple[jax.Array, jax.Array]:
     """Masked scores f32 [M, G, t, s] of one tile, and their mask."""
-    mask = _mask(q_ids, k_ids)
+    mask = tiles.tile_mask(q_ids, k_ids, window)
     return jnp.where(mask, dot("mgth,msh->mgts", q, k) / math.sqrt(q.shape[-1]), MASKED), mask
 
 
-def _skip_if_masked(q_ids: Any, k_ids: Any, update: Any, carry: Any) -> Any:
+def _skip_if_masked(q_ids: Any, k_ids: Any, window: int | None, update: Any, carry: Any) -> Any:
     """`update(carry)` unless the tile's mask is all False, as it is for half of the causal tiles."""
-    return jax.lax.cond(jnp.any(_mask(q_ids, k_ids)), update, lambda carry: carry, carry)
+    return jax.lax.cond(jnp.any(tiles.tile_mask(q_ids, k_ids, window)), update, lambda carry: carry, carry)
 
 
 def _map_heads(function: Callable[..., Any], arrays: Any) -> Any:
@@ -259,26 +266,29 @@ def _map_heads(function: Callable[..., Any], arrays: Any) -> Any:
     return jax.lax.platform_dependent(*arrays, cpu=sequentially, default=function)
 
 
-@jax.custom_vjp
-def _tiled_attention(q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Any, k_ids: Any) -> jax.Array:
-    return _tiled_attention_forward(q, k, v, q_ids, k_ids)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tiled_attention(window: int | None, q: jax.Array, k: Any, v: Any, q_ids: Any, k_ids: Any) -> jax.Array:
+    return _tiled_attention_forward(window, q, k, v, q_ids, k_ids)[0]
 
 
-def _tiled_attention_forward(q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Any, k_ids: Any) -> Any:
-    out, log_sum_exp = _map_heads(_forward, (q, k, v, q_ids, k_ids))
+def _tiled_attention_forward(window: int | None, q: Any, k: Any, v: Any, q_ids: Any, k_ids: Any) -> Any:
+    forward = functools.partial(_forward, window=window)
+    out, log_sum_exp = _map_heads(forward, (q, k, v, q_ids, k_ids))
     out = checkpoint_name(out.astype(q.dtype), "attention_out")
     return out, (q, k, v, q_ids, k_ids, out, checkpoint_name(log_sum_exp, "attention_out"))
 
 
-def _tiled_attention_backward(residuals: Any, d_out: jax.Array) -> Any:
-    gradients = _map_heads(_backward, (*residuals, d_out))
+def _tiled_attention_backward(window: int | None, residuals: Any, d_out: jax.Array) -> Any:
+    gradients = _map_heads(functools.partial(_backward, window=window), (*residuals, d_out))
     return *(d.astype(x.dtype) for d, x in zip(gradients, residuals, strict=False)), None, None
 
 
 _tiled_attention.defvjp(_tiled_attention_forward, _tiled_attention_backward)
 
 
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Any, k_ids: Any) -> tuple[jax.Array, jax.Array]:
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Any, k_ids: Any, window: int | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Online softmax over the key blocks of each query block: f32 [n, M, G, t, H] and its log-sum-exp."""
 
     def query_block(_: None, block: Any) -> Any:
@@ -290,17 +300,22 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Any, k_ids: Any) -
 
             def update(carry: Any) -> Any:
                 out, row_max, total = carry
-                scores, mask = _scores(q_i, k_j, ids_i, ids_j)
+                scores, mask = _scores(q_i, k_j, ids_i, ids_j, window)
                 new_max = jnp.maximum(row_max, scores.max(-1))
                 weights = jnp.where(mask, jnp.exp(scores - new_max[..., None]), 0.0)
                 correction = jnp.exp(row_max - new_max)
                 values = dot("mgts,msh->mgth", weights.astype(v_j.dtype), v_j)
                 return out * correction[..., None] + values, new_max, total * correction + weights.sum(-1)
 
-            return _skip_if_masked(ids_i, ids_j, update, carry), None
+            return _skip_if_masked(ids_i, ids_j, window, update, carry), None
 
         start = (like, like[..., 0] + MASKED, like[..., 0])
-        (out, row_max, total), _ = jax.lax.scan(key_block, start, (k, v, k_ids))
+        if window is None:
+            (out, row_max, total), _ = jax.lax.scan(key_block, start, (k, v, k_ids))
+        else:
+            near_key_block = lambda j, carry: key_block(carry, tiles.take((k, v, k_ids), j))[0]  # noqa: E731
+            near = tiles.near(window, ids_i[0][None], k_ids[0])
+            out, row_max, total = jax.lax.fori_loop(*near, near_key_block, start)
         total = jnp.maximum(total, 1e-30)  # a padding query attends to no key
         return None, (out / total[..., None], row_max + jnp.log(total))
 
@@ -316,6 +331,7 @@ def _backward(
     out: jax.Array,
     log_sum_exp: jax.Array,
     d_out: jax.Array,
+    window: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """FlashAttention's backward pass (algorithm 4), with weights recomputed from the log-sum-exp; f32."""
     scale = 1 / math.sqrt(q.shape[-1])
@@ -330,7 +346,7 @@ def _backward(
 
             def update(carry: Any) -> Any:
                 dq_i, dk_j, dv_j = carry
-                scores, mask = _scores(q_i, k_j, ids_i, ids_j)
+                scores, mask = _scores(q_i, k_j, ids_i, ids_j, window)
                 weights = jnp.where(mask, jnp.exp(scores - log_sum_exp_i[..., None]), 0.0)
                 d_weights = dot("mgth,msh->mgts", d_out_i, v_j)
                 d_scores = (weights * (d_weights - inner_i[..., None]) * scale).astype(q_i.dtype)
@@ -340,11 +356,20 @@ def _backward(
                     dv_j + over_queries(x=weights.astype(d_out_i.dtype), y=d_out_i),
                 )
 
-            dq_i, *dkv = _skip_if_masked(ids_i, ids_j, update, (dq_i, *carry))
+            dq_i, *dkv = _skip_if_masked(ids_i, ids_j, window, update, (dq_i, *carry))
             return tuple(dkv), dq_i
 
+        def near_query_block(i: jax.Array, carry: Any) -> Any:
+            dkv, dq = carry
+            dkv, dq_i = query_block(dkv, tiles.take((q, q_ids, dq, d_out, inner, log_sum_exp), i))
+            return dkv, jax.lax.dynamic_update_index_in_dim(dq, dq_i, i, 0)
+
         start = (_zeros_like(k_j), _zeros_like(v_j))
-        dkv, dq = jax.lax.scan(query_block, start, (q, q_ids, dq, d_out, inner, log_sum_exp))
+        if window is None:
+            dkv, dq = jax.lax.scan(query_block, start, (q, q_ids, dq, d_out, inner, log_sum_exp))
+        else:
+            near = tiles.near(window, q_ids[0], ids_j[0][None])
+            dkv, dq = jax.lax.fori_loop(*near, near_query_block, (start, dq))
         return dq, dkv
 
     dq, (dk, dv) = jax.lax.scan(key_block, _zeros_like(q), (k, v, k_ids))

@@ -43,6 +43,7 @@ def cudnn_attention(
     v: jax.Array,
     segment_ids: jax.Array | None = None,
     *,
+    window: int | None = None,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H) + mask) v, causal in the order of the row, within segments.
@@ -55,6 +56,8 @@ def cudnn_attention(
       k: [B, K, T, H], head-major; K divides N.
       v: [B, K, T, H].
       segment_ids: int [B, T]; a query attends only to keys of its own segment. None: each row is one segment.
+      window: the number of keys up to its own that a query attends to; None for all. The kernel skips the
+        keys before it in rows of one segment that are whole on a device; elsewhere they are masked.
       implementation: of the same call; `xla` computes all scores, on any platform and in any dtype.
 
     Returns:
@@ -71,17 +74,28 @@ def cudnn_attention(
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Any, k_ids: Any) -> jax.Array:
         queries, keys = q.shape[1], k.shape[2]
-        allowed = None
+        allowed, order = None, jnp.arange(queries)
         if queries != keys:
-            order = jax.lax.axis_index("context") * queries + jnp.arange(queries)
+            order = jax.lax.axis_index("context") * queries + order
             allowed = (jnp.arange(keys) <= order[:, None])[None, None]
+        # The kernels take a mask or a window.
+        local_window = None if window is None else (window - 1, 0)
+        if window is not None and (queries != keys or q_ids is not None):
+            near = (jnp.arange(keys) > order[:, None] - window)[None, None]
+            allowed, local_window = near if allowed is None else allowed & near, None
         if q_ids is not None:
             same = (k_ids[:, None, :] == q_ids[:, :, None])[:, None]
             allowed = same if allowed is None else allowed & same
         k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
         try:
             return jax.nn.dot_product_attention(
-                q, k, v, mask=allowed, is_causal=queries == keys, implementation=implementation
+                q,
+                k,
+                v,
+                mask=allowed,
+                is_causal=queries == keys,
+                local_window_size=local_window,
+                implementation=implementation,
             )
         except (NotImplementedError, RuntimeError, ValueError) as error:
             raise ConfigError(

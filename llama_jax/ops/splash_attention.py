@@ -30,23 +30,32 @@ COMPUTE_BLOCK = 512  # keys whose scores are computed at a time
 FUSED_COLUMNS = 4  # of tiles, at most, where one kernel computes the whole gradient
 RING_FUSED_COLUMNS = 8  # in a step of ring attention
 
-_HEADS_BNTH = P(sharding.BATCH, "tensor", None, None)
+AXIS = "context"
+
 _SEGMENTS_BT = P(sharding.BATCH, None)
 
 
 def splash_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None, *, interpret: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None = None,
+    *,
+    window: int | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H) + mask) v, causal in the order of the row, within segments.
 
     Scores and softmax are f32. A length that is not a multiple of 128 is padded to one. On a mesh each device
-    runs the kernel on its own batch rows and heads, whole rows: over `context`, `ops.ring_attention` does.
+    runs the kernel on its own batch rows and heads; with a window on its own queries too: `context` shards
+    them, and each device reads all keys. Without a window `ops.ring_attention` does that.
 
     Args:
       q: [B, T, N, H]; on TPU, H should be a multiple of 128, to which a smaller head is padded.
       k: [B, K, T, H], head-major; K divides N.
       v: [B, K, T, H].
       segment_ids: int [B, T]; a query attends only to keys of its own segment. None: each row is one segment.
+      window: the number of keys up to its own that a query attends to; None for all.
       interpret: run the kernel in Pallas's interpret mode: slow, on any backend.
 
     Returns:
@@ -71,29 +80,38 @@ def splash_attention(
     # The kernel does not scale; this fuses with the operation that computes q.
     q = (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(q.dtype).transpose(0, 2, 1, 3)
     # Padding at the end, which the causal mask excludes for all other queries.
-    if pad := -length % LANES:
+    shards = 1 if window is None else axes.get("context", 1)
+    if pad := -length % (LANES * shards):
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (q, k, v))
         segment_ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, pad)))
-    mask = mask_lib.CausalMask((length + pad, length + pad))
-    kernel = _kernel(mask, heads // k.shape[1], interpret)
+    square = length + pad, length + pad
+    mask = mask_lib.CausalMask(square) if window is None else mask_lib.LocalMask(square, (window - 1, 0), 0)
+    blocks = block_sizes(square[0] // shards, square[1], window=window)
+    kernel = _kernel(mask, heads // k.shape[1], interpret, blocks, shards=shards)
     segments = None if segment_ids is None else (segment_ids, segment_ids)
-    apply = _sharded_kernel if axes else _batched_kernel
-    out = apply(kernel, q, k, v, segments)
+    if axes:
+        out = _sharded_kernel(kernel, q, k, v, segments, AXIS if shards > 1 else None)
+    else:
+        out = _batched_kernel(kernel, q, k, v, segments)
     return out[:, :, :length].transpose(0, 2, 1, 3)
 
 
-def block_size(length: int) -> int:
+def block_size(length: int, window: int | None = None) -> int:
     """The side of a tile: the largest power of two that divides `length`, up to 1024; from 8192 tokens, 2048.
+
+    With a window shorter than that, up to 1024: of the tiles at both of its ends, half is masked.
 
     Larger tiles have less overhead (a third of a microsecond each, beside two of products on a v5p core at
     1024) and read keys less often, but half of a tile on the diagonal is masked: at 4096 tokens a ninth of
     the work with tiles of 512, a fifth with 1024, a third with 2048. MaxText's configurations for v6e have
     the same sizes (benchmarks/maxtext_trillium_model_configs.py: Llama 2 at 4096, Llama 3.1 at 8192).
     """
-    return math.gcd(length, 2048 if length >= 8192 else 1024)
+    return math.gcd(length, 2048 if min(length, window or length) >= 8192 else 1024)
 
 
-def block_sizes(queries: int, keys: int, *, ring: bool = False) -> kernel_lib.BlockSizes:
+def block_sizes(
+    queries: int, keys: int, *, ring: bool = False, window: int | None = None
+) -> kernel_lib.BlockSizes:
     """The tiles of the kernels for these numbers of queries and keys.
 
     Scores are computed 512 keys at a time, so that the softmax of some overlaps with the products of others
@@ -107,8 +125,9 @@ def block_sizes(queries: int, keys: int, *, ring: bool = False) -> kernel_lib.Bl
       ring: for a step of ring attention, where the one kernel runs up to 8 columns: MaxText reports 47 to 61%
         of peak with it on 64 v5p chips at 256k and 1M tokens (pull request 4755), once both cores work, as
         they do here.
+      window: of the layer, or None.
     """
-    block, kv_block = block_size(queries), block_size(keys)
+    block, kv_block = block_size(queries, window), block_size(keys, window)
     compute = math.gcd(kv_block, COMPUTE_BLOCK)
     fused = keys // kv_block <= (RING_FUSED_COLUMNS if ring else FUSED_COLUMNS)
     return kernel_lib.BlockSizes(
@@ -159,34 +178,42 @@ def _sharded_kernel(
     k: jax.Array,
     v: jax.Array,
     segments: tuple[jax.Array, jax.Array] | None,
+    q_axis: str | None = None,
 ) -> jax.Array:
-    """`_batched_kernel` with batch and heads sharded over the current mesh."""
+    """`_batched_kernel` with batch and heads sharded over the current mesh, and queries over `q_axis`."""
     axes = sharding.explicit_axes()
     fit = functools.partial(sharding.restrict, names=axes)
     # The kernel cannot divide a mask over a mesh of which a caller's `shard_map` has some axes.
     mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
-    kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, None)))
+    kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, q_axis)))
+    queries = fit(P(sharding.BATCH, "tensor", q_axis, None))
     in_specs = (
         kernel_spec,
-        fit(_HEADS_BNTH),
+        queries,
         fit(sharding.CACHE_BKSH),
         fit(sharding.CACHE_BKSH),
-        None if segments is None else (fit(_SEGMENTS_BT),) * 2,
+        None if segments is None else (fit(P(sharding.BATCH, q_axis)), fit(_SEGMENTS_BT)),
     )
     args = jax.tree.map(jax.sharding.reshard, (kernel, q, k, v, segments), in_specs)
     # The kernel's outputs carry no varying axes, so shard_map cannot check them.
-    return jax.shard_map(_batched_kernel, in_specs=in_specs, out_specs=fit(_HEADS_BNTH), check_vma=False)(
-        *args
-    )
+    return jax.shard_map(_batched_kernel, in_specs=in_specs, out_specs=queries, check_vma=False)(*args)
 
 
-def _kernel(mask: mask_lib.Mask, group: int, interpret: bool, ring: bool = False) -> Any:
-    """The kernel with this mask [T, S] for the `group` query heads of a key head."""
+def _kernel(
+    mask: mask_lib.Mask,
+    group: int,
+    interpret: bool,
+    blocks: kernel_lib.BlockSizes,
+    *,
+    ring: bool = False,
+    shards: int = 1,
+) -> Any:
+    """The kernel with this mask [T, S] for the `group` query heads of a key head; `shards` divide T."""
     return kernel_lib.make_splash_mqa(
         mask_lib.MultiHeadMask([mask] * group),
-        block_sizes=block_sizes(*mask.shape, ring=ring),
+        block_sizes=blocks,
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=shards,
         residual_checkpoint_name=RESIDUALS,
         interpret=interpret,
         save_residuals=ring,
@@ -259,4 +286,5 @@ def partial_gradients(
 
 def _partial_kernel(q: jax.Array, k: jax.Array, causal: bool, interpret: bool) -> Any:
     mask = (mask_lib.CausalMask if causal else mask_lib.FullMask)((q.shape[2], k.shape[2]))
-    return _kernel(mask, q.shape[1] // k.shape[1], interpret, ring=True)
+    blocks = block_sizes(*mask.shape, ring=True)
+    return _kernel(mask, q.shape[1] // k.shape[1], interpret, blocks, ring=True)

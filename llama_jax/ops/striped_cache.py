@@ -103,7 +103,7 @@ def grow(array: jax.Array, length: int) -> jax.Array:
 
 
 def attend(
-    start: Callable[[jax.Array, Any], Partial],
+    start: Callable[[jax.Array, Any, Any], Partial],
     add_slots: Callable[..., Partial],
     q: jax.Array,
     k: Any,
@@ -118,7 +118,7 @@ def attend(
     maxima and sums are then merged: out = sum_d(exp(max_d - max) out_d) / sum_d(exp(max_d - max) total_d).
 
     Args:
-      start: (q, prefix) -> the partial result for the keys and values outside the cache, if there are any.
+      start: (q, prefix, mask) -> the partial result for the keys and values outside the cache, if any.
       add_slots: (partial result, q, k, v, mask, used) -> the partial result with the slots of k and v, of
         which the first `used` [] count, or all if it is None.
       q: [B, K, G, T, H].
@@ -145,7 +145,7 @@ def attend(
         mask = mask._replace(k_positions=own(mask.k_positions, 1), allowed=own(mask.allowed, 2))
         if used is not None:
             used = (used - jax.lax.axis_index("context") + stride - 1) // stride
-        row_max, total, out = start(q, prefix)
+        row_max, total, out = start(q, prefix, mask)
         if prefix is not None:  # which every device adds, and the sum over them counts once
             total, out = total / stride, out / stride
         row_max, total, out = add_slots((row_max, total, out), q, k, v, mask, used)

@@ -11,6 +11,7 @@ from collections.abc import Collection
 
 from llama_jax.plan.calibration import ADAPTED, calibration
 from llama_jax.plan.chips import CHIPS
+from llama_jax.plan.flops import attended_keys
 from llama_jax.plan.inputs import StepInputs
 from llama_jax.plan.memory import SAVED, saved_elements, trained_per_chip
 from llama_jax.plan.result import Part
@@ -38,8 +39,8 @@ def attention_block(inputs: StepInputs) -> int:
     return inputs.attention_block or _default_block(_chunk(inputs))
 
 
-def _default_block(length: int) -> int:
-    return math.gcd(length, 2048 if length >= 8192 else 1024)
+def _default_block(length: int, window: int | None = None) -> int:
+    return math.gcd(length, 2048 if min(length, window or length) >= 8192 else 1024)
 
 
 def _chunk(inputs: StepInputs) -> int:
@@ -58,13 +59,22 @@ def tile_work(inputs: StepInputs) -> float:
     """Time of the kernels' tiles over that of whole rows in tiles of the default size.
 
     With those the kernels' share of peak is measured. Of tiles on the diagonal, half is masked; and each tile
-    costs a third of a microsecond, beside two of products at 1024 (`ops.splash_attention.block_size`).
+    costs a third of a microsecond, beside two of products at 1024 (`ops.splash_attention.block_size`). Of the
+    tiles at both ends of a window, half is masked.
     """
+    row = -(-inputs.seq_len // 128) * 128
 
-    def work(block: int) -> float:
-        return (1 + block / inputs.seq_len) * (1 + _TILE_OVERHEAD * (1024 / block) ** 2)
+    def work(block: int, span: int = inputs.seq_len) -> float:
+        return (1 + block / span) * (1 + _TILE_OVERHEAD * (1024 / block) ** 2)
 
-    return work(attention_block(inputs)) / work(_default_block(-(-inputs.seq_len // 128) * 128))
+    windows = [w for w, _ in inputs.model.layer_kinds if w is not None and w < inputs.seq_len]
+    plain, found = len(inputs.model.layer_kinds) - len(windows), 0.0
+    if plain:
+        found += plain * inputs.seq_len / 2 * work(attention_block(inputs))
+    for window in windows:
+        block = inputs.attention_block or _default_block(row, window)
+        found += window * (1 - window / (2 * inputs.seq_len)) * work(block, window)
+    return found / attended_keys(inputs.model, inputs.seq_len, causal=True) / work(_default_block(row))
 
 
 def layer_product_flops(inputs: StepInputs, names: Collection[str]) -> tuple[float, float]:
@@ -88,13 +98,15 @@ def _recomputed(remat: str) -> set[str]:
 
 
 def layer_attention_flops(inputs: StepInputs) -> tuple[float, float]:
-    """FLOPs of one layer's attention kernels on a device in a microbatch: forward, backward; masked ones not.
+    """FLOPs of a layer's attention kernels on a device in a microbatch: forward, backward; masked ones not.
 
-    The ring over `context` has equal work on every device (`ops.ring_attention`).
+    The mean of layers with and without a window. The ring over `context` has equal work on every device
+    (`ops.ring_attention`).
     """
     model = inputs.model
     heads = model.num_attention_heads / inputs.mesh["tensor"]
-    product = inputs.micro_tokens * inputs.seq_len * heads * model.head_dim  # causal: half of T x T
+    keys = attended_keys(model, inputs.seq_len, causal=True) / model.num_hidden_layers
+    product = 2 * inputs.micro_tokens * keys * heads * model.head_dim
     backward = inputs.attention_backward or _backward_products(inputs)
     again = FORWARD_PRODUCTS if "attention" not in SAVED[inputs.remat] else 0
     return FORWARD_PRODUCTS * product, (backward + again) * product

@@ -16,6 +16,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.plan.calibration import calibration
 from llama_jax.plan.chips import CHIPS
+from llama_jax.plan.flops import attended_keys
 from llama_jax.plan.links import axis_bandwidth
 from llama_jax.plan.result import Bound
 from llama_jax.plan.topology import Topology
@@ -32,6 +33,7 @@ from llama_jax.plan.weights import (
 # Bytes of a number in the cache; int8 has an f32 scale for each vector of a head besides.
 CACHE_BYTES: Mapping[str, float] = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
 _SCALE_BYTES = 4
+_RUN_LENGTH = 256  # `kv_cache.RUN_LENGTH`, which takes JAX
 
 HBM_SHARE = 0.95  # of bandwidth, in long reads
 SUM_SECONDS = 2e-6  # latency of a sum over `tensor`, besides its bytes: a microsecond a hop and way
@@ -133,7 +135,9 @@ def plan_decode(
     held = (layers + table * (2 if model.has_output else 1)) / (param_shards(mesh) * tensor)
     held += 2 * norm_size(model)
     used = (model.num_hidden_layers * layer_size(model) + table_size(model)) / tensor
-    row_cache = context * cache_bytes_per_token(model, cache, tensor) / mesh["context"]
+    row_cache = (
+        _mean_slots(model, context, mesh) * cache_bytes_per_token(model, cache, tensor) / mesh["context"]
+    )
     row_work = _prefill_bytes(model, prompt, tensor)
     bandwidth = HBM_SHARE * chip.hbm_bandwidth
 
@@ -179,6 +183,16 @@ def cache_bytes_per_token(model: LlamaConfig, cache: str, tensor: int = 1) -> fl
     heads = max(model.num_key_value_heads / tensor, 1)
     vector = model.head_dim * CACHE_BYTES[cache] + (_SCALE_BYTES if cache == "int8" else 0)
     return 2 * model.num_hidden_layers * heads * vector
+
+
+def _mean_slots(model: LlamaConfig, context: int, mesh: Mapping[str, int]) -> float:
+    """Slots of a layer: a sliding window's are a ring, but over `context`."""
+    if mesh["context"] > 1:
+        return context
+    slots = [
+        context if (w := kind.window) is None else min(context, w + _RUN_LENGTH) for kind in model.layer_kinds
+    ]
+    return sum(slots) / len(slots)
 
 
 def _check(
@@ -232,9 +246,8 @@ def _prefill_seconds(
     known, chip = calibration(topology.kind), CHIPS[topology.kind]
     tokens, tensor = rows * prompt, mesh["tensor"]
     products = 2 * tokens * model.num_hidden_layers * layer_size(model) / tensor
-    square = (
-        2 * tokens * prompt * model.num_hidden_layers * model.num_attention_heads * model.head_dim / tensor
-    )
+    keys = attended_keys(model, prompt, causal=True)  # of all layers
+    square = 4 * tokens * keys * model.num_attention_heads * model.head_dim / tensor
     computed = products / (known.products[0] * chip.peak_flops)
-    computed += square / (chip.kernel_share * chip.peak_flops)  # causal: half of two products
+    computed += square / (chip.kernel_share * chip.peak_flops)
     return max(computed, gathered) + _sum_seconds(model, topology, mesh, tokens)

@@ -13,12 +13,13 @@ def flops_per_token(
     6 per weight of a matrix product (including the output projection, not the embedding lookup; of experts
     those that a token goes through), and 12 L N H T for attention's two products (PaLM, arXiv 2204.02311,
     appendix B), half of that if `causal`: a token attends to half of the sequence on average. Both
-    conventions are in use; compare like with like.
+    conventions are in use; compare like with like. In layers with a sliding window a token attends to the
+    keys in it (`attended_keys`).
 
     Args:
       model: the model's configuration.
       seq_len: T.
-      causal: whether to count attention's masked half not at all.
+      causal: whether to count attention's masked half not at all; a window counts in any case.
       frozen: base weights are frozen under an adapter: no weight gradients, so 4 per weight instead of 6; the
         adapter's own weights are not counted.
       reference: a reference model's forward pass runs beside the policy's: 2 more per weight, and 4 L N H T.
@@ -27,14 +28,22 @@ def flops_per_token(
     embedding = model.vocab_size * model.hidden_size if lookup_only else 0
     norms = (2 * model.num_hidden_layers + 1) * model.hidden_size
     weights = model.num_active_params - embedding - norms
-    attention = (
-        (16 if reference else 12)
-        * model.num_hidden_layers
-        * model.num_attention_heads
-        * model.head_dim
-        * seq_len
-    )
-    return (6 - 2 * frozen + 2 * reference) * weights + attention * (0.5 if causal else 1.0)
+    products = (16 if reference else 12) * model.num_attention_heads * model.head_dim
+    attention = products * attended_keys(model, seq_len, causal=causal)
+    return (6 - 2 * frozen + 2 * reference) * weights + attention
+
+
+def attended_keys(model: LlamaConfig, seq_len: int, *, causal: bool) -> float:
+    """The keys that a token of a sequence attends to on average, summed over the layers.
+
+    Args:
+      model: the model's configuration.
+      seq_len: T.
+      causal: T / 2 in a layer without a window, and w - w^2 / 2T in one with a window of w. Otherwise T and
+        w, as if the sequence had keys before its first token.
+    """
+    windows = [min(kind.window or seq_len, seq_len) for kind in model.layer_kinds]
+    return sum(window * (1 - window / (2 * seq_len) if causal else 1.0) for window in windows)
 
 
 def flops_by_attention(

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from llama_jax.config import LlamaConfig
 from llama_jax.plan import hlo
 from llama_jax.plan.chips import Chip
+from llama_jax.plan.flops import attended_keys
 from llama_jax.plan.hlo import Instruction, Module
 from llama_jax.plan.result import Bound, Part
 
@@ -51,15 +52,24 @@ class Shapes:
       hidden: D.
       feed_forward: F over `tensor`.
       vocab: V over `tensor`.
+      attended: the keys that a token attends to, over those of causal attention without windows; the mean of
+        the layers.
     """
 
     hidden: int
     feed_forward: int
     vocab: int
+    attended: float = 1.0
 
     @classmethod
-    def of(cls, model: LlamaConfig, tensor: int) -> Shapes:
-        return cls(model.hidden_size, model.intermediate_size // tensor, model.vocab_size // tensor)
+    def of(cls, model: LlamaConfig, tensor: int, seq_len: int | None = None) -> Shapes:
+        """Those of a model; `seq_len` T is needed for one with sliding windows."""
+        attended = 1.0
+        if seq_len is not None:
+            keys = attended_keys(model, seq_len, causal=True) / model.num_hidden_layers
+            attended = 2 * keys / seq_len
+        sizes = model.intermediate_size // tensor, model.vocab_size // tensor
+        return cls(model.hidden_size, *sizes, attended=attended)
 
 
 def operations(module: Module, shapes: Shapes, chip: Chip, *, balanced: bool) -> list[Operation]:
@@ -82,7 +92,7 @@ def operations(module: Module, shapes: Shapes, chip: Chip, *, balanced: bool) ->
         for one in instructions:
             if kernel := _kernel(one):
                 fused = kernel == "dkv" and fused_backward
-                flops = kernel_flops(one, balanced)
+                flops = kernel_flops(one, balanced) * shapes.attended
                 flops *= FUSED_BACKWARD_PRODUCTS if fused else KERNEL_PRODUCTS[kernel]
                 seconds = flops / (chip.kernel_share * peak)
                 found.append(Operation(one, times, seconds, flops, ATTENTION))

@@ -30,7 +30,7 @@ from llama_jax.weights.write.orbax import plan_orbax
 from llama_jax.weights.write.run import write
 from llama_jax.weights.write.vocabulary import Vocabulary
 from tests import tiny
-from tests.random_models import random_model
+from tests.random_models import SMALL, random_model
 from tests.weights.writers import CONFIG, random_params, write_gguf, write_hf, write_llama2c
 
 TIED = CONFIG.replace(tie_word_embeddings=True)
@@ -84,12 +84,21 @@ def reference(tmp_path_factory) -> Path:
 
 # The same model
 
+WINDOWS = SMALL.replace(
+    num_hidden_layers=3,
+    sliding_window=3,
+    window_layers=(True, False, True),
+    rope_layers=(True, True, False),
+    tie_word_embeddings=False,
+)
+
 
 @pytest.mark.parametrize(
-    ("seed", "dtype"), [(0, jnp.float32), (1, jnp.float32), (2, jnp.float32), (2, jnp.bfloat16)]
+    ("seed", "dtype"),
+    [(0, jnp.float32), (1, jnp.float32), (2, jnp.float32), (2, jnp.bfloat16), (3, jnp.float32)],
 )
 def test_a_layerwise_run_equals_forward(seed, dtype):
-    config, params = random_model(seed)
+    config, params = random_model(seed, WINDOWS if seed == 3 else None)
     tokens = np.random.default_rng(seed).integers(0, config.vocab_size, 9).astype(np.int32)
     tensors, run = ParamsTensors(config, params), LayerwiseRun(config, tokens, np.dtype(dtype))
     states = [run.embed(tensors.read(LEAVES[0], None))]

@@ -51,6 +51,10 @@ def test_weights_have_the_bytes_that_the_library_gives_them(weights, bits):
 def test_the_cache_has_the_bytes_that_the_library_gives_it(cache):
     shapes = jax.eval_shape(lambda: init_cache(TINY, 3, 16, cache))
     assert 3 * 16 * cache_bytes_per_token(TINY, cache) == nbytes(shapes)
+    windows = TINY.replace(sliding_window=40, window_layers=(True, *(False,) * (TINY.num_hidden_layers - 1)))
+    shapes = jax.eval_shape(lambda: init_cache(windows, 3, 1000, cache))
+    one = plan_decode(windows, Topology.parse("v5e:1x1"), mesh(), batch=3, context=1000, cache=cache)
+    assert one.cache_bytes == pytest.approx(nbytes(shapes))
 
 
 def test_a_step_is_bound_by_bandwidth_and_never_faster_than_it():

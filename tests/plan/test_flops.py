@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 import llama_jax as lj
@@ -32,6 +33,23 @@ def test_equals_a_manual_count(name):
         assert without == weights * 2 // 3 + attention
         beside = flops.flops_per_token(model, length, causal=False, reference=True)
         assert beside == (weights + attention) * 4 // 3
+
+
+def test_a_window_counts_the_keys_in_it():
+    """Against a count of the keys of each token; the mean over tokens is within half a key."""
+    plain = lj.presets.TINY.replace(num_hidden_layers=4)
+    model, length = plain.replace(sliding_window=100, window_layers=(True, False, True, True)), 1024
+    tokens = np.arange(1, length + 1)
+    counted = 3 * np.minimum(tokens, 100).mean() + tokens.mean()
+    assert flops.attended_keys(model, length, causal=True) == pytest.approx(counted, abs=0.5 * 4)
+    assert flops.attended_keys(model, length, causal=False) == 3 * 100 + length
+    assert flops.attended_keys(model, 100, causal=True) == 4 * 50
+    heads = 12 * plain.num_attention_heads * plain.head_dim
+    for causal, fewer in ((False, 3 * (1024 - 100)), (True, 3 * (512 - 100 * (1 - 100 / 2048)))):
+        saved = flops.flops_per_token(plain, length, causal=causal) - flops.flops_per_token(
+            model, length, causal=causal
+        )
+        assert saved == pytest.approx(heads * fewer)
 
 
 def test_llama_2_7b():

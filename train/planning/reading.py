@@ -88,7 +88,7 @@ def read_plan(
         mesh,
         _places(step.mesh, topology),
         topology,
-        Shapes.of(model, mesh["tensor"]),
+        Shapes.of(model, mesh["tensor"], run.train.seq_len),
         _HLO_NAMES[compute_dtype(run.train, "tpu").name],
     )
     tokens = run.train.global_batch_size * run.train.seq_len

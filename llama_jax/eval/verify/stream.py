@@ -77,7 +77,7 @@ def _layer(
         {"params": _block_params(config, stored, x.dtype)},
         x,
         rope.rotary(config, positions) if kind.rope else None,
-        lambda q, k, v: (attention(q, k, v, mask), None),
+        lambda q, k, v: (attention(q, k, v, mask, window=kind.window), None),
     )
     return out
 
