@@ -5,7 +5,7 @@ Dimension letters in every einsum, partition spec and docstring:
     B batch            N query heads               D model width (hidden_size)
     T query length     K key/value heads           F feed-forward width (intermediate_size)
     S key length       G = N / K                   V vocabulary
-    L layers           H head dimension
+    L layers           H head dimension            E experts
 """
 
 from __future__ import annotations

@@ -65,8 +65,8 @@ def check_equal(found, expected):
         ("fsdp=2,expert=4", TRAINER),
         ("fsdp=2,expert=2,tensor=2", ForwardOptions()),
         ("data=2,expert=2,context=2", TRAINER),
-        ("fsdp=4,tensor=2", TRAINER),
-        ("expert=2,context=2,tensor=2", ForwardOptions(custom_vjp=True)),
+        pytest.param("fsdp=4,tensor=2", TRAINER, marks=pytest.mark.slow),
+        pytest.param("expert=2,context=2,tensor=2", ForwardOptions(custom_vjp=True), marks=pytest.mark.slow),
         ("fsdp=2,expert=2,tensor=2", ForwardOptions(expert_capacity=2.0)),  # an all-to-all; nothing dropped
     ],
 )
@@ -89,6 +89,14 @@ def test_unrolled_layers_are_the_scanned_ones(expected):
     unrolled = lj.unstack(PARAMS)
     y, others = routed_hidden_states(CONFIG, unrolled, TOKENS, segment_ids=SEGMENTS)
     check_equal((y, others), (x, losses))
+
+
+def test_router_losses_of_layers_that_differ_are_those_of_unrolled_ones():
+    config = CONFIG.replace(rope_layers=(True, False))
+    scanned, unrolled = (
+        routed_hidden_states(config, params, TOKENS) for params in (PARAMS, lj.unstack(PARAMS))
+    )
+    check_equal(scanned, unrolled)
 
 
 def test_decoding_with_a_cache_continues_as_without_and_a_row_as_alone():
@@ -153,7 +161,10 @@ def dequantized(weight):
     return jax.vmap(jax.vmap(lambda one: one.dequantize().T))(weight)
 
 
-@pytest.mark.parametrize(("bits", "mesh"), [(8, "fsdp=2,expert=2,tensor=2"), (4, "data=4,expert=2")])
+@pytest.mark.parametrize(
+    ("bits", "mesh"),
+    [(8, "fsdp=2,expert=2,tensor=2"), pytest.param(4, "data=4,expert=2", marks=pytest.mark.slow)],
+)
 def test_quantized_experts_compute_what_their_dequantized_matrices_do(bits, mesh):
     quantized = lj.quantize(PARAMS, bits)
     found = quantized["layers"]["feed_forward"]
@@ -170,6 +181,7 @@ def test_quantized_experts_compute_what_their_dequantized_matrices_do(bits, mesh
     np.testing.assert_allclose(logits, expected, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_one_beam_and_speculation_are_greedy():
     params, lengths, key = lj.unstack(PARAMS), jnp.array([5, 16]), jax.random.key(0)
     greedy = lj.Sampling(temperature=0.0)

@@ -95,7 +95,11 @@ def run(argv: Sequence[str]) -> None:
         rows.append([group["name"], str(group["count"]), shape, group["dtype"], size(group["bytes"])])
     output.print_table(rows, ("tensor", "count", "shape", "dtype", "on disk"), right=(1, 4))
     rows = [[part, f"{count:,}", f"{count / config.num_params:.1%}"] for part, count in parts.items()]
-    output.print_table([*rows, ["total", f"{config.num_params:,}", ""]], ("parameters", "", ""), right=(1, 2))
+    rows.append(["total", f"{config.num_params:,}", ""])
+    if config.num_experts:
+        active = config.num_active_params
+        rows.append(["of which a token uses", f"{active:,}", f"{active / config.num_params:.1%}"])
+    output.print_table(rows, ("parameters", "", ""), right=(1, 2))
     rows = [["weights", size(in_file), *map(size, weights.values())]]
     rows.append([f"key/value cache, batch {args.batch}, {length} positions", "", *map(size, cache.values())])
     output.print_table(rows, ("memory", "on disk", *ITEM_SIZES), right=(1, 2, 3))

@@ -75,7 +75,7 @@ def test_generate_on_a_mesh_prints_the_text_of_one_device(run, tiny_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("contxt=8", "mesh axis 'contxt' is unknown; the axes are data, fsdp, context, tensor"),
+        ("contxt=8", "mesh axis 'contxt' is unknown; the axes are data, fsdp, expert, context, tensor"),
         ("context", "mesh part 'context' is not AXIS=SIZE, as in fsdp=4,tensor=2"),
         ("context=16", "it needs 16 devices and there are 8; CPU devices can be simulated"),
         ("tensor=8", "num_attention_heads 4 does not divide over axis tensor of size 8"),

@@ -24,10 +24,12 @@ def inputs(batch, length, scale=0.3):
     return x, weights[0], *(scale * weight for weight in weights[1:])
 
 
+@functools.partial(jax.jit, static_argnames=("capacity_factor", "custom_vjp"))
 def layer(x, router, *weights, **kwargs):
     return experts(x, router_logits(x, router), *weights, num_experts_per_tok=TOP, **kwargs)
 
 
+@jax.jit
 def loop(x, router, w_gate, w_up, w_down):
     """Token by token: softmax over all experts, the largest, divided by their sum (Mixtral's code)."""
     values, ids = jax.lax.top_k(jax.nn.softmax(x @ router, axis=-1), TOP)

@@ -8,13 +8,16 @@ import pytest
 
 import llama_jax as lj
 from llama_jax.errors import ConfigError
-from llama_jax.meshes import make_mesh
+from llama_jax.meshes import AXES, make_mesh
+from llama_jax.plan.decode import plan_decode
 from llama_jax.plan.flops import flops_per_token
+from llama_jax.plan.topology import Topology
 from llama_jax.sharding import use_mesh
 from llama_jax.train.config.model import ModelConfig
 from llama_jax.train.config.run import OptimizerConfig, RunConfig, TrainConfig
 from llama_jax.train.feed import Feed
 from llama_jax.train.optimizer import make_optimizer, make_schedule
+from llama_jax.train.planning.inputs import step_inputs
 from llama_jax.train.state import init_state
 from llama_jax.train.step import build_step
 
@@ -75,7 +78,9 @@ def alone():
     return curve()
 
 
-@pytest.mark.parametrize("spec", ["data=2,expert=4", "fsdp=2,expert=2,tensor=2"])
+@pytest.mark.parametrize(
+    "spec", ["data=2,expert=4", pytest.param("fsdp=2,expert=2,tensor=2", marks=pytest.mark.slow)]
+)
 def test_a_mesh_trains_as_a_single_device(alone, spec):
     np.testing.assert_allclose(curve(spec), alone, rtol=2e-5)
 
@@ -113,6 +118,17 @@ def test_mfu_counts_the_experts_that_a_token_goes_through():
     router = 6 * 2 * 32 * 4
     expected = flops_per_token(dense, LENGTH, causal=True) + router
     assert flops_per_token(MODEL, LENGTH, causal=True) == expected
+
+
+def test_the_planner_refuses_experts_in_one_line():
+    topology = Topology.parse("v5p:2x2x1")
+    mesh = dict.fromkeys(AXES, 1) | {"fsdp": 4}
+    for plan in (
+        lambda: step_inputs(RunConfig(train=TRAIN), MODEL, topology),
+        lambda: plan_decode(MODEL, topology, mesh, batch=4, context=16),
+    ):
+        with pytest.raises(ConfigError, match=r"^the planner does not know mixtures of experts"):
+            plan()
 
 
 def test_experts_are_keys_of_the_model_section():

@@ -35,9 +35,10 @@ def log_run(run: RunConfig, model: LlamaConfig, data: Data, mesh: Mesh | None, l
     axes = "" if mesh is None else " x ".join(f"{n} {s}" for n, s in mesh.shape.items() if s > 1)
     platform = jax.devices()[0].platform
     simulated = "simulated " if platform == "cpu" and jax.local_device_count() > 1 else ""
+    active = f" ({model.num_active_params / 1e6:,.1f}M of them for a token)" if model.num_experts else ""
     log(
-        f"model: {model.num_params / 1e6:,.1f}M parameters, {model.num_hidden_layers} layers; vocabulary "
-        f"{model.vocab_size}" + _context(model)
+        f"model: {model.num_params / 1e6:,.1f}M parameters{active}, {model.num_hidden_layers} layers; "
+        f"vocabulary {model.vocab_size}" + _context(model)
     )
     log(
         f"data: {facts['documents']} documents, {facts['validation_documents']} of them for validation, "
