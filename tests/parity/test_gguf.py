@@ -179,6 +179,7 @@ KIN: dict[str, dict[str, Any]] = {
     "qwen2": {"qkv_bias": True, "tie_word_embeddings": True},
     "qwen3": {"qk_norm": True, "head_dim": 32},
     "smollm3": {"rope_layers": (True, True, True, False)},
+    "mixtral": {"num_experts": 4, "num_experts_per_tok": 2},
 }
 
 
