@@ -86,7 +86,7 @@ def layer_product_flops(inputs: StepInputs, names: Collection[str]) -> tuple[flo
     forward = backward = 0.0
     for matrix in layer_matrices(inputs.model):
         if matrix.name in names:
-            product = 2 * inputs.micro_tokens * matrix.size / inputs.mesh["tensor"]
+            product = 2 * inputs.micro_tokens * matrix.products / inputs.mesh["tensor"]
             forward += product
             backward += product * (1 if inputs.frozen else 2) + product * (matrix.saved in recomputed)
     return forward, backward

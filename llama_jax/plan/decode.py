@@ -17,7 +17,7 @@ from llama_jax.errors import ConfigError
 from llama_jax.plan.calibration import calibration
 from llama_jax.plan.chips import CHIPS
 from llama_jax.plan.flops import attended_keys
-from llama_jax.plan.inputs import check_known
+from llama_jax.plan.inputs import check_axes
 from llama_jax.plan.links import axis_bandwidth
 from llama_jax.plan.result import Bound
 from llama_jax.plan.topology import Topology
@@ -128,7 +128,12 @@ def plan_decode(
       ConfigError: for experts, a mesh of another number of chips, an unknown dtype, or no tokens.
     """
     prompt = max(context // 2, 1) if prompt is None else prompt
-    check_known(model, mesh)
+    check_axes(mesh)
+    if model.num_experts:
+        raise ConfigError(
+            "decoding of a mixture of experts is not planned yet; plan a dense model with as many active "
+            "parameters"
+        )
     _check(topology, mesh, batch, prompt, context, weights, cache)
     chip, known = CHIPS[topology.kind], calibration(topology.kind)
     tensor, rows = mesh["tensor"], -(-batch // (mesh["data"] * mesh["fsdp"]))

@@ -10,6 +10,12 @@ from llama_jax.plan.inputs import StepInputs
 from llama_jax.plan.result import Memory
 from llama_jax.plan.weights import layer_matrices, layer_size, param_shards, parameters_per_chip, table_size
 
+
+def _wide(model: LlamaConfig) -> int:
+    """Numbers of a token in the feed-forward layer: of all experts that it goes through."""
+    return model.intermediate_size * max(model.num_experts_per_tok, 1)
+
+
 # Tensors of a layer that a policy can save, by their checkpoint names (`model.py`): numbers a token, all of
 # which `tensor` shards. The kernel's residuals are its output and, in f32, a log-sum-exp for each head.
 ELEMENTS: Mapping[str, Callable[[LlamaConfig], float]] = {
@@ -18,8 +24,8 @@ ELEMENTS: Mapping[str, Callable[[LlamaConfig], float]] = {
     "v": lambda model: model.num_key_value_heads * model.head_dim,
     "attention": lambda model: model.num_attention_heads * model.head_dim + 2 * model.num_attention_heads,
     "residual": lambda model: model.hidden_size,
-    "gate": lambda model: model.intermediate_size,
-    "up": lambda model: model.intermediate_size,
+    "gate": _wide,
+    "up": _wide,
     # Under `none`: the two norms' inputs and products in f32, and their results. Not measured.
     "norms": lambda model: 10 * model.hidden_size,
 }
@@ -107,7 +113,7 @@ def _temporaries(inputs: StepInputs) -> float:
         gathered = layer_size(model) / tensor * inputs.compute_bytes
     widest = max(matrix.size for matrix in layer_matrices(model)) / tensor
     gradients = (4 if inputs.base_bytes < 1 else 0) * widest if inputs.frozen else 3 * 4 * widest
-    activations = (_WIDE * model.intermediate_size + _NARROW * model.hidden_size) / tensor
+    activations = (_WIDE * _wide(model) + _NARROW * model.hidden_size) / tensor
     activations += _WHOLE * model.hidden_size if tensor > 1 else 0
     layer = gathered + gradients + inputs.micro_tokens * activations * inputs.compute_bytes
     table = table_size(model) / tensor

@@ -18,6 +18,9 @@ from llama_jax.plan.result import Bound, Part
 # computes all gradients, it has one product less than the two of them.
 KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 FUSED_BACKWARD_PRODUCTS = 5
+# XLA's kernel for `jax.lax.ragged_dot`, and the share of peak that it is taken at: an assumption.
+_GROUPED = re.compile(r"ragged-dot-none")
+GROUPED_SHARE = 0.75
 _CONTROL = re.compile(
     r"while|body|cond|branch_\d+_fun|eval_jaxpr|closed_call|checkpoint|shard_map|(jit|jvp|transpose|vmap)\(.*"
 )
@@ -75,8 +78,8 @@ class Shapes:
 def operations(module: Module, shapes: Shapes, chip: Chip, *, balanced: bool) -> list[Operation]:
     """Every executed instruction that takes time, but for collectives.
 
-    Attention kernels, for which the compiler has no estimate, take their FLOPs over the share of peak that
-    they reach; all others the compiler's cycles.
+    Attention kernels and the products of experts, for which the compiler has no estimate, take their FLOPs
+    over the share of peak that they reach; all others the compiler's cycles.
 
     Args:
       module: the program.
@@ -96,6 +99,9 @@ def operations(module: Module, shapes: Shapes, chip: Chip, *, balanced: bool) ->
                 flops *= FUSED_BACKWARD_PRODUCTS if fused else KERNEL_PRODUCTS[kernel]
                 seconds = flops / (chip.kernel_share * peak)
                 found.append(Operation(one, times, seconds, flops, ATTENTION))
+            elif _GROUPED.match(one.name):
+                flops = float(re.findall(r'"cost_estimate":\{"flops":"(\d+)"', one.rest)[0])
+                found.append(Operation(one, times, flops / (GROUPED_SHARE * peak), flops, FEED_FORWARD))
             elif cycles := one.cycles:
                 flops = product_flops(module, one)
                 part = _part(module, one, shapes, flops, in_loop=times > 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 from llama_jax.config import LlamaConfig
@@ -16,16 +17,26 @@ class Matrix:
       name: as in the parameter tree.
       inputs, outputs: its dimensions, those of several heads merged.
       saved: the name of its result in a remat policy; empty where no policy saves it.
+      experts: how many there are of it in a layer.
+      active: how many of them a token is multiplied with.
     """
 
     name: str
     inputs: int
     outputs: int
     saved: str = ""
+    experts: int = 1
+    active: int = 1
 
     @property
     def size(self) -> int:
-        return self.inputs * self.outputs
+        """Weights of a layer."""
+        return self.inputs * self.outputs * self.experts
+
+    @property
+    def products(self) -> int:
+        """Multiplications of a token in a layer."""
+        return self.inputs * self.outputs * self.active
 
 
 def layer_matrices(model: LlamaConfig) -> tuple[Matrix, ...]:
@@ -33,14 +44,17 @@ def layer_matrices(model: LlamaConfig) -> tuple[Matrix, ...]:
     d, f = model.hidden_size, model.intermediate_size
     queries = model.num_attention_heads * model.head_dim
     keys = model.num_key_value_heads * model.head_dim
+    of_experts = functools.partial(
+        Matrix, experts=max(model.num_experts, 1), active=max(model.num_experts_per_tok, 1)
+    )
     return (
         Matrix("wq", d, queries, "q"),
         Matrix("wk", d, keys, "k"),
         Matrix("wv", d, keys, "v"),
         Matrix("wo", queries, d, "residual"),
-        Matrix("w_gate", d, f, "gate"),
-        Matrix("w_up", d, f, "up"),
-        Matrix("w_down", f, d),
+        of_experts("w_gate", d, f, "gate"),
+        of_experts("w_up", d, f, "up"),
+        of_experts("w_down", f, d),
     )
 
 

@@ -9,10 +9,14 @@ import pytest
 import llama_jax as lj
 from llama_jax.errors import ConfigError
 from llama_jax.meshes import AXES, make_mesh
+from llama_jax.plan.compute import FEED_FORWARD
 from llama_jax.plan.decode import plan_decode
+from llama_jax.plan.estimate import estimate
 from llama_jax.plan.flops import flops_per_token
 from llama_jax.plan.topology import Topology
+from llama_jax.plan.weights import layer_matrices
 from llama_jax.sharding import use_mesh
+from llama_jax.train.config.mesh import MeshConfig
 from llama_jax.train.config.model import ModelConfig
 from llama_jax.train.config.run import OptimizerConfig, RunConfig, TrainConfig
 from llama_jax.train.feed import Feed
@@ -120,15 +124,29 @@ def test_mfu_counts_the_experts_that_a_token_goes_through():
     assert flops_per_token(MODEL, LENGTH, causal=True) == expected
 
 
-def test_the_planner_refuses_experts_in_one_line():
-    topology = Topology.parse("v5p:2x2x1")
+def test_plans_count_the_weights_of_all_experts_and_the_products_of_those_that_a_token_goes_through():
+    topology, run = Topology.parse("v5p:2x2x1"), RunConfig(train=TRAIN, mesh=MeshConfig(fsdp=4))
+    dense = MODEL.replace(num_experts=0, num_experts_per_tok=0)
+    mixture, plain = (estimate(step_inputs(run, model, topology)) for model in (MODEL, dense))
+    experts, active = MODEL.num_experts, MODEL.num_experts_per_tok
+    flops = [next(p.flops for p in plan.parts if p.name == FEED_FORWARD) for plan in (mixture, plain)]
+    assert flops[0] == active * flops[1]
+    gathered = [plan.traffic[0].bytes for plan in (mixture, plain)]
+    feed_forward = 3 * MODEL.hidden_size * MODEL.intermediate_size
+    attention = sum(matrix.size for matrix in layer_matrices(dense)) - feed_forward
+    ratio = (attention + experts * feed_forward) / (attention + feed_forward)
+    assert gathered[0] / gathered[1] == pytest.approx(ratio)
+    ratio = MODEL.num_params / dense.num_params
+    assert mixture.memory.parameters / plain.memory.parameters == pytest.approx(ratio, rel=0.02)
+
+
+def test_the_planner_refuses_an_expert_axis_and_decoding_in_one_line():
+    topology, run = Topology.parse("v5p:2x2x1"), RunConfig(train=TRAIN, mesh=MeshConfig(fsdp=2, expert=2))
+    with pytest.raises(ConfigError, match=r"^mesh.expert is not planned yet"):
+        step_inputs(run, MODEL, topology)
     mesh = dict.fromkeys(AXES, 1) | {"fsdp": 4}
-    for plan in (
-        lambda: step_inputs(RunConfig(train=TRAIN), MODEL, topology),
-        lambda: plan_decode(MODEL, topology, mesh, batch=4, context=16),
-    ):
-        with pytest.raises(ConfigError, match=r"^the planner does not know mixtures of experts"):
-            plan()
+    with pytest.raises(ConfigError, match=r"^decoding of a mixture of experts is not planned yet"):
+        plan_decode(MODEL, topology, mesh, batch=4, context=16)
 
 
 def test_experts_are_keys_of_the_model_section():

@@ -109,7 +109,7 @@ def read_plan(
         peak_flops=chip.peak_flops,
         model_flops=flops["causal"] * tokens,
         model_flops_full_attention=flops["full"] * tokens,
-        notes=_notes(topology),
+        notes=_notes(topology, model),
         details=_details(program, compiled, step, run, model, topology),
     )
 
@@ -218,7 +218,7 @@ def is_f32_parameter_gather(one: collectives.Collective) -> bool:
     return one.kind == "all-gather" and one.dtype == "f32" and one.bytes > 1_000_000
 
 
-def _notes(topology: Topology) -> tuple[str, ...]:
+def _notes(topology: Topology, model: LlamaConfig) -> tuple[str, ...]:
     chip = CHIPS[topology.kind]
     source = chip.kernel_source or "an assumption"
     notes = [
@@ -226,6 +226,11 @@ def _notes(topology: Topology) -> tuple[str, ...]:
         "compiler's own estimate.",
         "Not modelled: input from the host, checkpoints, evaluation, stragglers.",
     ]
+    if model.num_experts:
+        notes.append(
+            f"Products of experts (XLA's ragged-dot kernel) are taken at {parts.GROUPED_SHARE:.0%} of peak, "
+            "an assumption."
+        )
     if topology.slices > 1:
         notes.append(
             "The compiler takes the links of several slices for open chains and gathers weights by summing; "
