@@ -112,6 +112,7 @@ class Stage:
       length: tokens of its longest example.
       shortest: tokens of its shortest.
       steps, batch, rate, warmup, devices: settings of the run.
+      ends: the share of examples with the key at the very beginning, and as many with it at the end.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Stage:
     rate: float
     warmup: int
     devices: int = 1
+    ends: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +151,19 @@ FULL = Plan(
     context=2048,
     factor=8,
     stages=(
-        Stage("short", length=256, shortest=24, steps=500, batch=8, rate=3e-3, warmup=20),
-        Stage("trained", length=2048, shortest=128, steps=100, batch=4, rate=1e-3, warmup=5),
-        Stage("extended", length=16_384, shortest=2048, steps=16, batch=1, rate=5e-4, warmup=1, devices=4),
+        Stage("short", length=256, shortest=24, steps=1400, batch=8, rate=3e-3, warmup=20),
+        Stage("trained", length=2048, shortest=256, steps=200, batch=4, rate=1e-3, warmup=5, ends=0.1),
+        Stage(
+            "extended",
+            length=16_384,
+            shortest=13_000,
+            steps=120,
+            batch=1,
+            rate=5e-4,
+            warmup=1,
+            devices=4,
+            ends=0.1,
+        ),
     ),
     lengths=(2048, 4096, 8192, 16_384),
     depths=tuple(i / 10 for i in range(11)),
@@ -200,12 +212,13 @@ class Maker:
         return [self.tokenizer.bos_id, *map(int, needle), *question, *key]
 
     def write(self, path: Path, stage: Stage, count: int, seed: int) -> None:
-        """Writes examples of a stage's lengths, depths spread evenly, as JSON lines of token ids."""
+        """Writes examples of a stage's lengths and depths as JSON lines of token ids."""
         rng = np.random.default_rng(seed)
         with path.open("w", encoding="utf-8") as file:
             for _ in range(count):
                 length = int(np.exp(rng.uniform(np.log(stage.shortest), np.log(stage.length + 1))))
-                ids = self.example(length, rng.uniform(), rng)
+                depth = min(max(rng.uniform(-stage.ends, 1 + stage.ends), 0.0), 1.0)
+                ids = self.example(length, depth, rng)
                 mask = [0] * (len(ids) - len(KEYS)) + [1] * len(KEYS)
                 file.write(json.dumps({"input_ids": ids, "completion_mask": mask}) + "\n")
 
