@@ -31,6 +31,7 @@ VARIANTS: dict[str, tuple[Any, str, float | None]] = {
     "8-bit weights": (8, "float32", 0.5),
     "4-bit weights": (4, "float32", 5.0),
     "int8 cache": (None, "int8", 0.5),
+    "fp8 cache": (None, "float8_e4m3fn", 1.0),
     "bf16 cache": (None, "bfloat16", None),
     "8-bit weights, int8 cache": (8, "int8", None),
 }

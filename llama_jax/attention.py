@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax import sharding
 from llama_jax.errors import ConfigError
-from llama_jax.kv_cache import Int8, Layer, Layout
+from llama_jax.kv_cache import EightBits, Layer, Layout
 from llama_jax.ops import ring_cache, spmd, striped_cache, zigzag
 from llama_jax.ops.blockwise_attention import MASKED, sharded_blockwise_attention
 from llama_jax.ops.cudnn_attention import cudnn_attention
@@ -203,7 +203,7 @@ def cached_attention(
 
     Args:
       q: [B, T, N, H].
-      k: [B, K, S, H], or int8 with its scales.
+      k: [B, K, S, H], or 8 bits with their scales.
       v: likewise.
       mask: positions of queries and cache slots, or the slots that each query attends to.
       prefix: keys and values outside the cache, of the positions before every row.
@@ -277,17 +277,17 @@ def _prefix_weighted_values(weights: jax.Array, prefix: KeyValues, dtype: jnp.dt
 
 def _scores(q: jax.Array, k: Layer, mask: jax.Array) -> jax.Array:
     """f32 [B, K, G, T, S], scaled and masked."""
-    keys = (k.values if isinstance(k, Int8) else k).astype(q.dtype)
+    keys = k.unscaled(q.dtype) if isinstance(k, EightBits) else k.astype(q.dtype)
     scores = query_key_product(q, keys)
-    if isinstance(k, Int8):
+    if isinstance(k, EightBits):
         scores = scores * k.scale[:, :, None, None]
     return jnp.where(mask, scores / math.sqrt(q.shape[-1]), MASKED)
 
 
 def _weighted_values(weights: jax.Array, v: Layer, dtype: jnp.dtype) -> jax.Array:
     """Weights f32 [B, K, G, T, S] times values: f32 [B, K, G, T, H]."""
-    if isinstance(v, Int8):
-        weights, v = weights * v.scale[:, :, None, None], v.values
+    if isinstance(v, EightBits):
+        weights, v = weights * v.scale[:, :, None, None], v.unscaled(dtype)
     return dot("bkgts,bksh->bkgth", weights.astype(dtype), v.astype(dtype))
 
 

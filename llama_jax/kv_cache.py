@@ -20,28 +20,34 @@ from llama_jax import sharding
 from llama_jax.config import LayerKind, LlamaConfig
 from llama_jax.errors import InputError
 from llama_jax.ops import ring_cache, striped_cache
-from llama_jax.ops.layouts import write_slices
+from llama_jax.ops.layouts import fp8_bits, fp8_numbers, write_slices
 
-CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
+CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
+_SHORT = {"fp8": "float8_e4m3fn"}
+_STORED = {"int8": jnp.int8, "float8_e4m3fn": jnp.uint8}
 
 RUN_LENGTH = 256
 """The slots of a ring beside its window: the most tokens that may be run at once, or be taken back."""
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
-class Int8:
+class EightBits:
     """Keys or values of one layer, quantized to 8 bits with one scale per vector of a head.
 
     Attributes:
-      values: int8 [B, K, S, H].
-      scale: f32 [B, K, S]; a vector is values * scale.
+      values: [B, K, S, H], int8; or float8_e4m3fn as `layouts.fp8_bits` stores it, uint8.
+      scale: f32 [B, K, S]; a vector is unscaled * scale.
     """
 
     values: jax.Array
     scale: jax.Array
 
+    def unscaled(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """The values in `dtype`."""
+        return self.values.astype(dtype) if self.values.dtype == jnp.int8 else fp8_numbers(self.values, dtype)
 
-Layer = jax.Array | Int8
+
+Layer = jax.Array | EightBits
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -49,7 +55,7 @@ class KVCache:
     """Keys (rotated) and values of every layer.
 
     Attributes:
-      k: tuple of L arrays [B, K, S, H], or of `Int8`. Attention on CPU is several times faster with this
+      k: tuple of L arrays [B, K, S, H], or of `EightBits`. Attention on CPU is several times faster with this
         head-major layout than with [B, S, K, H].
       v: likewise.
     """
@@ -127,7 +133,7 @@ def init_cache(
       config: the model.
       batch: B.
       length: S, which is rounded up to a multiple of `context`.
-      dtype: float32, bfloat16, float16 or int8, which has half the bytes of bfloat16.
+      dtype: float32, bfloat16, float16, or int8 or float8_e4m3fn (fp8), with half the bytes of bfloat16.
       run_length: the most tokens of a row that will be run at once, or taken back: a layer with a window of w
         has at most w + `run_length` slots. None: all layers have S, as they have over `context`, and as is
         needed where slots are not positions (`allowed` of `forward_cached`).
@@ -165,7 +171,7 @@ def checked_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
       InputError: if a cache cannot have it.
     """
     try:
-        known = jnp.dtype(dtype)
+        known = jnp.dtype(_SHORT.get(dtype, dtype) if isinstance(dtype, str) else dtype)
     except TypeError:
         known = None
     if known is None or known.name not in CACHE_DTYPES:
@@ -179,10 +185,10 @@ def dtype_name(dtype: jax.typing.DTypeLike | None) -> str | None:
 
 
 def _empty(shape: tuple[int, ...], dtype: jnp.dtype, spec: jax.sharding.PartitionSpec | None) -> Layer:
-    values = jnp.zeros(shape, dtype, out_sharding=spec)
+    values = jnp.zeros(shape, _STORED.get(dtype.name, dtype), out_sharding=spec)
     return (
-        Int8(values=values, scale=jnp.zeros_like(values[..., 0], jnp.float32))
-        if dtype == jnp.int8
+        EightBits(values=values, scale=jnp.zeros_like(values[..., 0], jnp.float32))
+        if dtype.name in _STORED
         else values
     )
 
@@ -193,7 +199,7 @@ def write(
     """Writes the keys or values of T tokens into one layer, each batch row from its own slot on.
 
     Args:
-      cache: [B, K, S, H], or `Int8`.
+      cache: [B, K, S, H], or `EightBits`.
       new: [B, K, T, H].
       start: int [B], the first slot to write in each row. start + T must be at most S: otherwise XLA clamps
         the start, and earlier slots are overwritten. Callers check it where they know it.
@@ -203,11 +209,13 @@ def write(
     Returns:
       The updated layer; written in place where XLA can reuse the buffer.
     """
-    if isinstance(cache, Int8):
+    if isinstance(cache, EightBits):
+        fp8 = cache.values.dtype == jnp.uint8
         new = new.astype(jnp.float32)
-        scale = jnp.max(jnp.abs(new), axis=-1) / 127
-        values = jnp.round(new / jnp.where(scale > 0, scale, 1.0)[..., None]).astype(jnp.int8)
-        stored: Layer = Int8(values=values, scale=scale)
+        scale = jnp.max(jnp.abs(new), axis=-1) / (448 if fp8 else 127)  # the largest number of the dtype
+        values = new / jnp.where(scale > 0, scale, 1.0)[..., None]
+        values = fp8_bits(values) if fp8 else jnp.round(values).astype(jnp.int8)
+        stored: Layer = EightBits(values=values, scale=scale)
     else:
         stored = new.astype(cache.dtype)
     if striped_cache.shards() > 1:

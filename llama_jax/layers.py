@@ -19,6 +19,7 @@ from llama_jax import rope, sharding
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.ops.adapted import Adapted
+from llama_jax.ops.eight_bits import EightBitWeight
 from llama_jax.ops.embedding import embed_custom_vjp
 from llama_jax.ops.experts import experts, router_logits
 from llama_jax.ops.layouts import materialize_cotangent, row_major
@@ -229,9 +230,9 @@ class Block(nn.Module):
 def _matrix(
     module: nn.Module, name: str, initializer: nn.initializers.Initializer, shape: tuple[int, ...]
 ) -> Any:
-    """A parameter that may be `Quantized` or `Adapted`, whose leaves fail Flax's check of the shape."""
+    """A parameter that may be of another type than an array, which would fail Flax's check of the shape."""
     weight: Any = module.get_variable("params", name)
-    if isinstance(weight, Quantized | Adapted):
+    if isinstance(weight, Quantized | Adapted | EightBitWeight):
         return weight
     return module.param(name, initializer, shape)
 

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import llama_jax as lj
 from llama_jax import attention as attention_module
+from llama_jax import kv_cache as kv
 from llama_jax.attention import AttentionMask
 from llama_jax.errors import ConfigError
 from tests.optimized import optimized
@@ -142,3 +144,22 @@ def test_padding_has_no_segment_id_of_its_own():
     mask = causal(2, 13, np.full((2, 13), -2))
     out = attention(q, k, v, mask, backend="blockwise", block_size=4)
     np.testing.assert_allclose(out, attention(q, k, v, mask), atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_step_with_an_fp8_cache_needs_the_memory_of_one_with_int8(dtype):
+    def temporary(cache_dtype):
+        def step(cache, q, new, start):
+            keys, values = kv.write(cache.k[0], new, start), kv.write(cache.v[0], new, start)
+            mask = AttentionMask(start[:, None], jnp.broadcast_to(jnp.arange(256), (2, 256)))
+            return attention_module.cached_attention(q, keys, values, mask), keys, values
+
+        config = lj.presets.TINY.replace(num_hidden_layers=1)
+        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        array = jax.ShapeDtypeStruct
+        q, new = (array((2, 1, heads, head_dim), dtype), array((2, kv_heads, 1, head_dim), dtype))
+        cache = jax.eval_shape(lambda: kv.init_cache(config, 2, 256, cache_dtype))
+        lowered = jax.jit(step, donate_argnums=0).lower(cache, q, new, array((2,), jnp.int32))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary("float8_e4m3fn") <= temporary("int8")

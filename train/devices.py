@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import resource
 import sys
 import threading
@@ -27,6 +28,7 @@ from llama_jax.errors import ConfigError, ExitStatus, InputError
 from llama_jax.meshes import ALL_AXES, AXES, make_mesh, mesh_sizes
 from llama_jax.ops.compiler_flags import LIBTPU_FLAGS, with_flags
 from llama_jax.ops.cudnn_attention import refusal
+from llama_jax.plan.chips import CHIPS, TPU_KINDS
 from llama_jax.sharding import batch_parts
 
 from . import gpu
@@ -303,6 +305,33 @@ def resolve_attention(
         log(f"cuDNN attention is not used: {why_not}")
     choice: Backend = "cudnn" if why_not is None else "blockwise"
     return dataclasses.replace(run, train=dataclasses.replace(train, attention=choice))
+
+
+def check_quantization(train: TrainConfig, chip: str, *, has_fp8: bool) -> None:
+    """Checks that the chip has units for the products that `train.quantization` asks for.
+
+    Args:
+      train: the section.
+      chip: its name, for the error.
+      has_fp8: whether it has units for fp8; all chips multiply int8.
+
+    Raises:
+      ConfigError: if it has none, and emulation is not allowed.
+    """
+    if train.quantization == "fp8" and not has_fp8 and not train.quantization_emulated:
+        raise ConfigError(
+            f'train.quantization is "fp8", which {chip} has no units for: TPU7x (Ironwood) has, and NVIDIA '
+            'GPUs from Ada and Hopper on; use "int8", or allow slow products with train.quantization_emulated'
+        )
+
+
+def has_fp8(device: Any) -> bool:
+    """Whether a device multiplies fp8; a CPU emulates it, and a TPU of an unknown kind is a newer one."""
+    if device.platform == "gpu":  # an AMD GPU's is a name, such as gfx942
+        capability = str(getattr(device, "compute_capability", ""))
+        return not re.fullmatch(r"\d+\.\d+", capability) or tuple(map(int, capability.split("."))) >= (8, 9)
+    known = [name for kind, name in TPU_KINDS.items() if device.device_kind.startswith(kind)]
+    return device.platform != "tpu" or not known or CHIPS[known[0]].fp8_speed > 0
 
 
 def _cpu_has_bf16() -> bool:

@@ -33,7 +33,7 @@ from .config.read import to_toml
 from .config.run import RunConfig
 from .coordination import Agreement
 from .data import Data, Peers, open_data, show_batch
-from .devices import compute_dtype, resolve_attention, run_mesh, start_jax
+from .devices import check_quantization, compute_dtype, has_fp8, resolve_attention, run_mesh, start_jax
 from .export import export_adapter
 from .failed_start import discarded_unless_begun
 from .feed import Feed
@@ -279,7 +279,9 @@ def _set_up(run: RunConfig, stack: contextlib.ExitStack) -> Setup:
     trainable_spec = TrainableSpec.from_config(run, platform, head_outputs=len(model.labels))
     if mesh is not None:
         check_mesh(model, mesh)
-    run = resolve_attention(run, model, mesh, jax.local_devices()[0], log)
+    device = jax.local_devices()[0]
+    check_quantization(run.train, device.device_kind, has_fp8=has_fp8(device))
+    run = resolve_attention(run, model, mesh, device, log)
     return Setup(
         run=run,
         run_dir=run_dir,

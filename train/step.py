@@ -214,7 +214,7 @@ def build_step(
         max_grad_norm=run.optimizer.max_grad_norm,
         auto_sharding=run.optimizer.name in ("muon", "adafactor"),
         trainable_spec=trainable_spec,
-        needs_key=run.train.neftune_alpha > 0,
+        needs_key=run.train.neftune_alpha > 0 or run.train.stochastic_rounding,
         ema_decay=run.optimizer.ema_decay,
         gradient_dtype=jnp.dtype(run.mesh.gradient_dtype),
         has_router_losses=bool(model.num_experts) and run.train.objective in ("pretrain", "sft"),

@@ -17,6 +17,7 @@ in the same directory; or, with the hub extra, OWNER/NAME[@REVISION][:FILE.gguf]
 
 DTYPE_ABBREVIATIONS = {
     "bf16": "bfloat16",
+    "fp8": "float8_e4m3fn",
     "fp16": "float16",
     "f16": "float16",
     "half": "float16",
@@ -70,8 +71,8 @@ class ModelParser(Parser):
         self.add_argument(
             "--cache-dtype",
             type=full_dtype,
-            choices=("float32", "bfloat16", "float16", "int8"),
-            help="dtype of the key/value cache (default: --dtype)",
+            choices=("float32", "bfloat16", "float16", "int8", "float8_e4m3fn"),
+            help="dtype of the key/value cache; fp8 is float8_e4m3fn (default: --dtype)",
         )
 
     def add_mesh(self) -> None:

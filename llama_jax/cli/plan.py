@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli import output
+from llama_jax.cli.arguments import full_dtype
 from llama_jax.cli.plan_decode import plan_decoding
 from llama_jax.console import terminal
 from llama_jax.console.files import check_writable
@@ -103,7 +104,12 @@ def _parser() -> Parser:
     option(
         "--bits", type=parse_positive_int, choices=(4, 8, 16), help="with --decode: of weights (default: 16)"
     )
-    option("--cache-dtype", choices=("bfloat16", "int8"), help="with --decode (default: bfloat16)")
+    option(
+        "--cache-dtype",
+        type=full_dtype,
+        choices=("bfloat16", "int8", "float8_e4m3fn"),
+        help="with --decode; fp8 is float8_e4m3fn (default: bfloat16)",
+    )
     option("--mesh", metavar="SIZES", help="with --decode: such as tensor=4 (default: tensor over all chips)")
     parser.add_json()
     parser.set_defaults(batch_note="")

@@ -72,8 +72,8 @@ def generate(
       num_return_sequences: n continuations of each prompt, which is prefilled once; row b * n + i of the
         output is continuation i of prompt b, as if each prompt were given n times. Static.
       top_logprobs: the number of most likely tokens to return per step, with log-probabilities. Static.
-      cache_dtype: dtype of the key/value cache: float32, bfloat16, float16, or int8 with one scale per
-        head and position. None is the parameters' dtype. Static.
+      cache_dtype: dtype of the key/value cache: float32, bfloat16, float16, or int8 or float8_e4m3fn
+        ("fp8") with one scale per head and position. None is the parameters' dtype. Static.
 
     Returns:
       A `GenerateOutput`.

@@ -37,6 +37,20 @@ materialize_cotangent.defvjp(
 )
 
 
+def fp8_bits(x: jax.Array) -> jax.Array:
+    """x as float8_e4m3fn, in uint8.
+
+    Work-around for XLA:CPU (JAX 0.10.2, 0.12.0.1), which writes to an array of fp8 by converting all of it to
+    float16 and back.
+    """
+    return jax.lax.bitcast_convert_type(x.astype(jnp.float8_e4m3fn), jnp.uint8)
+
+
+def fp8_numbers(bits: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """What `fp8_bits` stored, in `dtype`."""
+    return jax.lax.bitcast_convert_type(bits, jnp.float8_e4m3fn).astype(dtype)
+
+
 def write_slices(array: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     """Writes `new` [B, K, T, ...] into `array` [B, K, S, ...] from slot start[b] on, for each batch row b.
 

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from llama_jax import sharding
-from llama_jax.ops import spmd
+from llama_jax.ops import eight_bits, spmd
 from llama_jax.ops.adapted import Adapted, BottleneckWeights, adapter_specs
+from llama_jax.ops.eight_bits import EightBitWeight
 from llama_jax.ops.products import dot, matvec, weight_gradient
 from llama_jax.ops.quantization import Quantized
 
@@ -62,13 +63,15 @@ def _is_sequence_parallel(spec: P | None) -> bool:
 def project(
     equation: str,
     x: jax.Array,
-    weight: jax.Array | Quantized | Adapted,
+    weight: jax.Array | Quantized | Adapted | EightBitWeight,
     *,
     weight_spec: P,
     out_spec: P,
     custom_vjp: bool = False,
 ) -> jax.Array:
-    """`contract`, rounded to x's dtype; the weight may have an adapter."""
+    """`contract`, rounded to x's dtype; the weight may have an adapter, or be computed in eight bits."""
+    if isinstance(weight, EightBitWeight):
+        return eight_bits.project([(equation, weight, weight_spec)], x, out_spec)[0]
     if isinstance(weight, Adapted):
         return _project_adapted(
             equation, x, weight, weight_spec=weight_spec, out_spec=out_spec, custom_vjp=custom_vjp
@@ -84,7 +87,7 @@ def project(
 
 def project_all(
     x: jax.Array,
-    matrices: Sequence[tuple[str, jax.Array | Quantized | Adapted, P]],
+    matrices: Sequence[tuple[str, jax.Array | Quantized | Adapted | EightBitWeight, P]],
     *,
     out_spec: P,
     custom_vjp: bool = False,
@@ -96,13 +99,16 @@ def project_all(
     and gathers it again in the backward pass.
     """
     project_one = functools.partial(project, out_spec=out_spec, custom_vjp=custom_vjp)
-    if not sharding.is_sequence_parallel(x):
+    bases = tuple(weight.base if isinstance(weight, Adapted) else weight for _, weight, _ in matrices)
+    in_eight_bits = isinstance(bases[0], EightBitWeight)
+    if not in_eight_bits and not sharding.is_sequence_parallel(x):
         return tuple(
             project_one(equation, x, weight, weight_spec=spec) for equation, weight, spec in matrices
         )
     equations, weights, specs = zip(*matrices, strict=True)
-    bases = tuple(weight.base if isinstance(weight, Adapted) else weight for weight in weights)
-    if custom_vjp:
+    if in_eight_bits:
+        products = eight_bits.project(list(zip(equations, bases, specs, strict=True)), x, out_spec)  # type: ignore[arg-type]
+    elif custom_vjp:
         products = _project_all(equations, specs, out_spec, *spmd.pvary_like((x, bases)))
     else:
         whole = sharding.gather_sequence(x)
@@ -255,7 +261,7 @@ def _add_adapter(y: jax.Array, x: jax.Array, weight: Adapted, *, out_spec: P, cu
 
 
 def project_heads(
-    heads: jax.Array, wo: jax.Array | Quantized | Adapted, *, custom_vjp: bool = False
+    heads: jax.Array, wo: jax.Array | Quantized | Adapted | EightBitWeight, *, custom_vjp: bool = False
 ) -> jax.Array:
     """Attention's output projection: [B, T, N, H] by wo [N, H, D] -> [B, T, D].
 
@@ -264,7 +270,7 @@ def project_heads(
     training, the heads stay apart: on TPU the kernel's [B, N, T, H] is then not rearranged in memory.
     """
     linear = functools.partial(project, out_spec=sharding.ACT_BTD, custom_vjp=custom_vjp)
-    if custom_vjp:
+    if custom_vjp or isinstance(wo, EightBitWeight):
         return linear("btnh,nhd->btd", heads, wo, weight_spec=sharding.WO_NHD)
     n, h, d = wo.shape
     merged, matrix = heads.reshape(*heads.shape[:2], n * h), wo.reshape(n * h, d)

@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax import sharding
-from llama_jax.ops import spmd
+from llama_jax.ops import eight_bits, spmd
 from llama_jax.ops.adapted import Adapted
+from llama_jax.ops.eight_bits import EightBitWeight
 from llama_jax.ops.linear import project, sharded_weight_gradient
 from llama_jax.ops.products import dot
 from llama_jax.ops.quantization import Quantized
+
+_EQUATION = "btf,fd->btd"
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -21,7 +24,11 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def swiglu_down(
-    gate: jax.Array, up: jax.Array, w_down: jax.Array | Quantized | Adapted, *, custom_vjp: bool = False
+    gate: jax.Array,
+    up: jax.Array,
+    w_down: jax.Array | Quantized | Adapted | EightBitWeight,
+    *,
+    custom_vjp: bool = False,
 ) -> jax.Array:
     """(silu(gate) * up) w_down.
 
@@ -33,11 +40,14 @@ def swiglu_down(
       gate: [B, T, F].
       up: [B, T, F].
       w_down: [F, D].
-      custom_vjp: use the custom backward pass; a quantized or adapted weight has none.
+      custom_vjp: use the custom backward pass; a quantized or adapted weight has none, and one that is
+        computed in eight bits has always one.
 
     Returns:
       [B, T, D] in gate's dtype.
     """
+    if isinstance(w_down, EightBitWeight):
+        return _swiglu_down_eight_bits(*spmd.pvary_like((gate, up, w_down)))
     if custom_vjp and isinstance(w_down, jax.Array):
         return _swiglu_down(*spmd.pvary_all(gate, up, w_down))
     return _down(swiglu(gate, up), w_down, custom_vjp)
@@ -45,7 +55,7 @@ def swiglu_down(
 
 def _down(y: jax.Array, w_down: jax.Array | Quantized | Adapted, custom_vjp: bool = False) -> jax.Array:
     specs = {"weight_spec": sharding.DOWN_FD, "out_spec": sharding.ACT_BTD}
-    return project("btf,fd->btd", y, w_down, **specs, custom_vjp=custom_vjp)
+    return project(_EQUATION, y, w_down, **specs, custom_vjp=custom_vjp)
 
 
 @jax.custom_vjp
@@ -74,3 +84,26 @@ def _swiglu_down_backward(residuals: Any, d_out: jax.Array) -> Any:
 
 
 _swiglu_down.defvjp(_swiglu_down_forward, _swiglu_down_backward)
+
+
+@jax.custom_vjp
+def _swiglu_down_eight_bits(gate: jax.Array, up: jax.Array, w_down: EightBitWeight) -> jax.Array:
+    """`swiglu_down` in eight bits; the product's own backward pass would keep its input too."""
+    rows, specs = eight_bits.quantized_rows(_EQUATION, swiglu(gate, up), w_down), [sharding.DOWN_FD]
+    return eight_bits.forward([_EQUATION], specs, sharding.ACT_BTD, rows, [w_down], gate.dtype)[0]
+
+
+def _eight_bits_forward(gate: jax.Array, up: jax.Array, w_down: EightBitWeight) -> Any:
+    return _swiglu_down_eight_bits(gate, up, w_down), (gate, up, w_down)
+
+
+def _eight_bits_backward(residuals: Any, d_out: jax.Array) -> Any:
+    gate, up, w_down = residuals
+    y, swiglu_vjp = jax.vjp(swiglu, gate, up)
+    rows = eight_bits.quantized_rows(_EQUATION, y, w_down)
+    d_y, d_down = eight_bits.backward([_EQUATION], [sharding.DOWN_FD], rows, [w_down], [d_out])
+    # No barrier: the gradients of gate and up are computed where they are quantized.
+    return *swiglu_vjp(d_y), eight_bits.cotangents([w_down], d_down)[0]
+
+
+_swiglu_down_eight_bits.defvjp(_eight_bits_forward, _eight_bits_backward)

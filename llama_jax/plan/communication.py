@@ -58,13 +58,12 @@ def weight_transfers(inputs: StepInputs) -> list[Transfer]:
     axes = ",".join(axis for axis in ("fsdp", "context") if mesh[axis] > 1)
     share = _share(param_shards(mesh)) / mesh["tensor"]
     layers = model.num_hidden_layers * inputs.accumulation
-    weight = inputs.base_bytes if inputs.frozen else inputs.compute_bytes
     layer, table = layer_size(model), table_size(model)
     tables = 2 if model.has_output else 1
     first = sum(matrix.size for matrix in layer_matrices(model) if matrix.name in _FIRST) / layer
     last = max(matrix.size for matrix in layer_matrices(model)) / layer
     passes = 3 if inputs.reference else 2
-    gathers = passes * layers * layer * weight * share
+    gathers = passes * layers * layer * inputs.gathered_bytes * share
     table_gathers = tables * inputs.accumulation * table * inputs.compute_bytes * share
     found = [
         Transfer("all-gather", axes, gathers, 1 - (first + last) / 2),

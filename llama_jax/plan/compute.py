@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-from llama_jax.plan.calibration import ADAPTED, calibration
+from llama_jax.plan.calibration import ADAPTED, EIGHT_BITS, calibration
 from llama_jax.plan.chips import CHIPS
 from llama_jax.plan.flops import attended_keys
 from llama_jax.plan.inputs import StepInputs
@@ -136,6 +136,25 @@ def products_share(inputs: StepInputs) -> float:
     return share * ADAPTED if inputs.frozen else share
 
 
+def eight_bit_speed(inputs: StepInputs) -> float:
+    """By how much `quantization` speeds up a layer's products; 1 on a chip without units for it."""
+    chip = CHIPS[inputs.topology.kind]
+    speed = {"none": 1.0, "int8": chip.int8_speed, "fp8": chip.fp8_speed}[inputs.quantization]
+    return max(1.0, EIGHT_BITS * speed)
+
+
+def quantized_numbers(inputs: StepInputs) -> float:
+    """What one layer's products quantize on a device in a microbatch, forward and backward.
+
+    Of each product its input, once more in the backward pass, and its gradient, twice. Weights are few.
+    """
+    model, tensor = inputs.model, inputs.mesh["tensor"]
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    read = 2 * model.hidden_size + (heads * model.head_dim + model.intermediate_size) / tensor
+    projected = (heads + 2 * kv_heads) * model.head_dim + 2 * model.intermediate_size
+    return inputs.micro_tokens * (2 * read + 2 * (2 * model.hidden_size + projected / tensor))
+
+
 def plan_compute(inputs: StepInputs) -> tuple[Part, ...]:
     """The parts of a step's computation on one chip."""
     known, chip = calibration(inputs.topology.kind), CHIPS[inputs.topology.kind]
@@ -149,7 +168,7 @@ def plan_compute(inputs: StepInputs) -> tuple[Part, ...]:
     def product(name: str, names: Collection[str]) -> Part:
         once, backward = layer_product_flops(inputs, names)
         flops = layers * (once * forward + backward)
-        return Part(name, flops / (share * peak), flops * count)
+        return Part(name, flops / (share * peak * eight_bit_speed(inputs)), flops * count)
 
     kernels = layer_attention_flops(inputs)
     kernel_flops = layers * (kernels[0] * forward + kernels[1])
@@ -172,6 +191,9 @@ def plan_compute(inputs: StepInputs) -> tuple[Part, ...]:
         Part("output projection and loss", logit_seconds, logit_flops * count, logit_bytes * count),
         Part("optimizer", state / bandwidth, hbm_bytes=state * count, bound="hbm"),
     ]
+    if inputs.quantization != "none":
+        numbers = layers * quantized_numbers(inputs) * count
+        parts.append(Part("quantization", numbers / known.quantized, hbm_bytes=3 * numbers, bound="hbm"))
     if inputs.frozen and inputs.base_bytes < 1:  # all layers' weights, in the forward and the backward pass
         weights = layers * layer_size(inputs.model) / inputs.mesh["tensor"] * (forward + 1)
         seconds = weights * count / known.dequantized

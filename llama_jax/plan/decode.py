@@ -31,8 +31,14 @@ from llama_jax.plan.weights import (
     table_size,
 )
 
-# Bytes of a number in the cache; int8 has an f32 scale for each vector of a head besides.
-CACHE_BYTES: Mapping[str, float] = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
+# Bytes of a number in the cache; 8 bits have an f32 scale for each vector of a head besides.
+CACHE_BYTES: Mapping[str, float] = {
+    "float32": 4.0,
+    "bfloat16": 2.0,
+    "float16": 2.0,
+    "int8": 1.0,
+    "float8_e4m3fn": 1.0,
+}
 _SCALE_BYTES = 4
 _RUN_LENGTH = 256  # `kv_cache.RUN_LENGTH`, which takes JAX
 
@@ -188,7 +194,7 @@ def plan_decode(
 def cache_bytes_per_token(model: LlamaConfig, cache: str, tensor: int = 1) -> float:
     """Bytes of a token's keys and values in all layers, on one device."""
     heads = max(model.num_key_value_heads / tensor, 1)
-    vector = model.head_dim * CACHE_BYTES[cache] + (_SCALE_BYTES if cache == "int8" else 0)
+    vector = model.head_dim * CACHE_BYTES[cache] + (_SCALE_BYTES if CACHE_BYTES[cache] == 1 else 0)
     return 2 * model.num_hidden_layers * heads * vector
 
 

@@ -37,6 +37,7 @@ class StepInputs:
       remat: a policy of `memory.SAVED`.
       loss_chunks: chunks of T in which logits are computed.
       compute_bytes: of a number in activations and products: 2 in bfloat16.
+      quantization: of the layers' products: `none`, `int8` or `fp8`.
       optimizer_bytes: of optimizer state per trained parameter; 8 with AdamW.
       gradient_bytes: of a gradient summed over `data`.
       trained: number of trained parameters if the base is frozen; None: all.
@@ -63,6 +64,7 @@ class StepInputs:
     remat: str = "full"
     loss_chunks: int = 8
     compute_bytes: float = 2.0
+    quantization: str = "none"
     optimizer_bytes: float = 8.0
     gradient_bytes: float = 4.0
     trained: int | None = None
@@ -114,6 +116,13 @@ class StepInputs:
     def batch_shards(self) -> int:
         """The number of devices that have batch rows of their own."""
         return self.mesh["data"] * self.mesh["fsdp"]
+
+    @property
+    def gathered_bytes(self) -> float:
+        """Of a weight of a layer, as `fsdp` and `context` gather it."""
+        if self.quantization != "none":
+            return 1.0
+        return self.base_bytes if self.frozen else self.compute_bytes
 
     @property
     def frozen(self) -> bool:

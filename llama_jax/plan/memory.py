@@ -110,7 +110,8 @@ def _temporaries(inputs: StepInputs) -> float:
     model, tensor = inputs.model, inputs.mesh["tensor"]
     gathered = 0.0
     if param_shards(inputs.mesh) > 1:
-        gathered = layer_size(model) / tensor * inputs.compute_bytes
+        narrow = inputs.quantization != "none"
+        gathered = layer_size(model) / tensor * (1 if narrow else inputs.compute_bytes)
     widest = max(matrix.size for matrix in layer_matrices(model)) / tensor
     gradients = (4 if inputs.base_bytes < 1 else 0) * widest if inputs.frozen else 3 * 4 * widest
     activations = (_WIDE * _wide(model) + _NARROW * model.hidden_size) / tensor

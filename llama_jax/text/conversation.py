@@ -32,7 +32,7 @@ class Conversation:
       system: the system prompt, or None.
       template: `llama-2`, `llama-3`, `mistral`, `chatml`, the path of a template file, or a `ChatTemplate`;
         see `chat_template`. None is the model's own template.
-      cache_dtype: dtype of the key/value cache: float32, bfloat16, float16 or int8, as for `generate`.
+      cache_dtype: dtype of the key/value cache: float32, bfloat16, float16, int8 or fp8, as for `generate`.
       **variables: the template's other variables, such as `tools`; see `encode_chat`.
 
     Attributes:

@@ -116,7 +116,7 @@ class Model:
           draft: speculative decoding, see `speculate`: the same output with fewer runs of the model.
             `PromptLookup()` for texts that repeat themselves, or a smaller model.
           num_draft_tokens: number of draft tokens per run of the model.
-          cache_dtype: dtype of the key/value cache: float32, bfloat16, float16 or int8.
+          cache_dtype: dtype of the key/value cache: float32, bfloat16, float16, int8 or fp8.
           **settings: see `SamplingSettings`: `temperature=0.8, top_p=0.95, seed=1`.
 
         Returns:

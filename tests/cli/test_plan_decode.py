@@ -44,7 +44,7 @@ def test_fewer_bytes_are_faster(run):
         return plans(done)["plans"][0]["step_seconds"]
 
     assert seconds("--bits", 4) < seconds("--bits", 8) < seconds()
-    assert seconds("--cache-dtype", "int8") < seconds()
+    assert seconds("--cache-dtype", "fp8") == seconds("--cache-dtype", "int8") < seconds()
 
 
 def test_the_table_says_what_does_not_fit(run):

@@ -259,9 +259,10 @@ def test_works_with_64_bit_types_enabled():
     assert jax.tree.map(lambda x: x.dtype, out) == jax.tree.map(lambda x: x.dtype, expected)
 
 
-def test_an_int8_cache_changes_little():
-    exact, rounded = search(), search(cache_dtype="int8")
-    np.testing.assert_allclose(rounded.scores, exact.scores, rtol=0.05)
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_a_cache_of_8_bits_changes_little(dtype):
+    exact, rounded = search(), search(cache_dtype=dtype)
+    np.testing.assert_allclose(rounded.scores, exact.scores, rtol=0.05 if dtype == "int8" else 0.1)
     assert np.any(rounded.scores != exact.scores)
 
 

@@ -37,9 +37,10 @@ COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permut
 
 
 @pytest.mark.slow
-def test_greedy_rows_of_any_length_are_those_of_one_device():
-    """With an int8 cache; in the parameters' dtype it is below."""
-    given = {"key": KEYS, "sampling": GREEDY, "max_new_tokens": 20, "cache_dtype": "int8"}
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_greedy_rows_of_any_length_are_those_of_one_device(dtype):
+    """With a cache of 8 bits; in the parameters' dtype it is below."""
+    given = {"key": KEYS, "sampling": GREEDY, "max_new_tokens": 20, "cache_dtype": dtype}
     expected = jax.device_get(lj.generate(CONFIG, PARAMS, TOKENS, LENGTHS, **given))
     mesh = meshes.make_mesh("context=8")
     with jax.set_mesh(mesh):

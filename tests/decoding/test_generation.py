@@ -290,7 +290,7 @@ def test_several_sequences_per_prompt_and_the_most_likely_tokens(sampling):
 
 @pytest.mark.parametrize(
     ("dtype", "close"),
-    [("float32", 1e-5), pytest.param("bfloat16", 0.1, marks=pytest.mark.slow), ("int8", 0.1)],
+    [("float32", 1e-5), pytest.param("bfloat16", 0.1, marks=pytest.mark.slow), ("int8", 0.1), ("fp8", 0.25)],
 )
 def test_a_cache_of_lower_precision_gives_nearly_the_same_log_probabilities(dtype, close):
     tokens, lengths = random_prompts(6, CONFIG, [40, 21, 5, 33])
@@ -300,6 +300,9 @@ def test_a_cache_of_lower_precision_gives_nearly_the_same_log_probabilities(dtyp
     np.testing.assert_array_equal(small.tokens, full.tokens)
     np.testing.assert_allclose(small.logprobs, full.logprobs, atol=close)
     assert (dtype == "float32") == np.array_equal(small.logprobs, full.logprobs)
+    if dtype == "fp8":
+        row = run(tokens[2:3], lengths[2:3], sampling=forced, cache_dtype=dtype)
+        np.testing.assert_allclose(row.logprobs[0], small.logprobs[2], atol=1e-5)
 
 
 def compiled_loop(rows, params=PARAMS):
@@ -371,7 +374,7 @@ def test_the_compiled_loop_of_one_row_never_copies_the_cache():
         ({"top_logprobs": 73}, "top_logprobs is 73; the vocabulary has 72 tokens"),
         (
             {"cache_dtype": "int4"},
-            "cache_dtype is 'int4'; it must be one of float32, bfloat16, float16, int8",
+            "cache_dtype is 'int4'; it must be one of float32, bfloat16, float16, int8, float8_e4m3fn",
         ),
         ({"cache_dtype": "float64"}, "cache_dtype is 'float64'"),
         ({"sampling": lj.Sampling(suppress_tokens=[72])}, "suppress_tokens holds 72"),

@@ -50,6 +50,15 @@ def test_each_turn_equals_generate_and_runs_only_new_tokens(sampling):
         assert session.reused == reused
 
 
+def test_an_fp8_cache_is_that_of_generate():
+    session = Session(CONFIG, WEIGHTS, cache_dtype="fp8")
+    first = list(session.stream(PROMPT[:20], KEY, RANDOM, max_new_tokens=8))
+    assert first == alone(PROMPT[:20], RANDOM, cache_dtype="fp8")
+    longer = PROMPT[:20] + first + PROMPT[20:30]
+    assert list(session.stream(longer, KEY, GREEDY, max_new_tokens=8)) == alone(longer, cache_dtype="fp8")
+    assert session.reused == 27
+
+
 def test_a_mesh_gives_the_same_tokens():
     """The one row of a session divides no batch axis: it is replicated. Its cache is divided, and grows."""
     mesh = meshes.make_mesh("fsdp=2,context=2,tensor=2")

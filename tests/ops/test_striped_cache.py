@@ -38,7 +38,10 @@ def write_all(dtype: str, new: tuple[jax.Array, ...], starts: tuple[jax.Array, .
     return cache
 
 
-@pytest.mark.parametrize(("spec", "dtype"), [("context=8", "float32"), ("fsdp=2,context=2,tensor=2", "int8")])
+WRITES = [("context=8", "float32"), ("fsdp=2,context=2,tensor=2", "int8"), ("context=4,tensor=2", "fp8")]
+
+
+@pytest.mark.parametrize(("spec", "dtype"), WRITES)
 def test_writes_of_any_length_at_any_slot(spec: str, dtype: str) -> None:
     """A token, fewer and more of them than devices, whole stripes; from other slots in each row."""
     new = tuple(values(B, K, length, H) for length in (1, 5, 16, 19, 1, 3))
@@ -91,6 +94,7 @@ def attend(
         ("context=8", 16, "float32", "prefix"),
         ("data=2,context=2,tensor=2", 3, "int8", "allowed"),
         ("fsdp=2,context=4", 16, "int8", ""),
+        ("fsdp=2,context=4", 1, "fp8", ""),
     ],
 )
 def test_attention_equals_that_of_one_device(spec: str, length: int, dtype: str, extra: str) -> None:

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import llama_jax as lj
 from llama_jax import layers, meshes, ops, rope, sharding
 from llama_jax.ops import blockwise_attention as blockwise
-from llama_jax.ops import compiler_options, layouts, linear, products, quantization, spmd, swiglu
+from llama_jax.ops import compiler_options, eight_bits, layouts, linear, products, quantization, spmd, swiglu
 from llama_jax.ops.products import dot
 from tests.optimized import optimized
 
@@ -145,6 +145,16 @@ def test_write_slices_copies_the_cache():
         plain_is_bad="f32[1,4,128,16]" in results(plain, "copy"),
         ours_is_good="f32[1,4,128,16]" not in results(ours, "copy"),
     )
+
+
+def test_a_write_to_fp8_converts_the_cache():
+    def write(dtype: Any) -> str:
+        arguments = array(2, 4, 128, 16, dtype=dtype), array(2, 4, 1, 16, dtype=dtype)
+        return compiled(layouts.write_slices, *arguments, array(2, dtype=jnp.int32), donate_argnums=0)
+
+    plain, ours = write(jnp.float8_e4m3fn), write(layouts.fp8_bits(jnp.zeros(1)).dtype)
+    whole = "f16[2,4,128,16]"
+    check("fp8_bits", plain_is_bad=whole in results(plain, "convert"), ours_is_good=whole not in ours)
 
 
 def quantized() -> quantization.Quantized:
@@ -363,6 +373,19 @@ def test_silu_is_fused_into_products():
         return sum(" convolution(" in text and " exponential(" in text for text in computations)
 
     check("swiglu_down", plain_is_bad=fused(gradient(True)) > 0, ours_is_good=fused(gradient(False)) == 0)
+
+
+@pytest.mark.pods
+def test_int8_products_run_at_half_their_rate():
+    from llama_jax.plan import hlo
+
+    def cycles(function: Any) -> int:
+        arguments = array(2, 2048, 2048, dtype=INT8), array(2, 2048, 8192, dtype=INT8)
+        return hlo.estimated_cycles(hlo.parse(compiled_for_tpu(function, *arguments)))
+
+    plain = cycles(lambda x, g: eight_bits.product("btd,btf->df", x, g))
+    ours = cycles(lambda x, g: eight_bits.product("dbt,btf->df", eight_bits._tokens_last(x), g))
+    check("eight_bits._tokens_last", plain_is_bad=plain > ours)
 
 
 PLAIN_FOR_TPU = {

@@ -47,7 +47,7 @@ def test_weights_have_the_bytes_that_the_library_gives_them(weights, bits):
     assert one.weight_bytes == nbytes(jax.eval_shape(make))
 
 
-@pytest.mark.parametrize("cache", ["bfloat16", "int8"])
+@pytest.mark.parametrize("cache", ["bfloat16", "int8", "float8_e4m3fn"])
 def test_the_cache_has_the_bytes_that_the_library_gives_it(cache):
     shapes = jax.eval_shape(lambda: init_cache(TINY, 3, 16, cache))
     assert 3 * 16 * cache_bytes_per_token(TINY, cache) == nbytes(shapes)

@@ -35,6 +35,29 @@ def moved(inputs: StepInputs, kind: str, axes: str) -> float:
     return sum(one.bytes for one in estimate(inputs).traffic if (one.kind, one.axes) == (kind, axes))
 
 
+def seconds(inputs: StepInputs, *names: str) -> float:
+    return sum(part.seconds for part in estimate(inputs).parts if part.name in names)
+
+
+def test_eight_bits_gather_half_the_bytes_and_are_faster_where_the_chip_has_units():
+    plain, int8 = step(), step(quantization="int8")
+    tables = 2 * 4 * table_size(MODEL) * 2 * 63 / 64
+    assert moved(int8, "all-gather", "fsdp") - tables == pytest.approx(
+        (moved(plain, "all-gather", "fsdp") - tables) / 2
+    )
+    products = "feed-forward products", "attention projections"
+    for kind, quantization, faster in [
+        ("v5p:4x4x4", "int8", True),
+        ("v4:4x4x4", "int8", False),
+        ("v5p:4x4x4", "fp8", False),
+        ("tpu7x:4x4x2", "fp8", True),
+    ]:
+        plain, small = step(kind), step(kind, quantization=quantization)
+        assert (seconds(small, *products) < seconds(plain, *products)) == faster
+        assert seconds(small, "attention kernels") == seconds(plain, "attention kernels")
+        assert seconds(small, "quantization") > 0 == seconds(plain, "quantization")
+
+
 def test_memory_falls_with_fsdp():
     peaks = [
         estimate(step(f"v5p:4x4x{side}", mesh=mesh(fsdp=16 * side), global_batch_size=64 * side)).memory.peak

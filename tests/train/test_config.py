@@ -116,6 +116,8 @@ def test_keys_lists_every_section():
         ("[train]\nz_loss = nan", "train.z_loss is nan; it must be a number, at least 0"),
         ("[train]\ndtype = 'float16'", "train.dtype is 'float16'; did you mean bfloat16?"),
         ("[train]\nremat = 'ful'", "train.remat is 'ful'; did you mean full?"),
+        ("[train]\nquantization = 'int88'", "train.quantization is 'int88'; did you mean int8?"),
+        ("[train]\nstochastic_rounding = true", 'true and train.quantization is "none"; it rounds gradients'),
         ("[train]\nattention = 'flash'", "train.attention is 'flash'"),
         (
             "[train]\nglobal_batch_size = 7\ngradient_accumulation_steps = 2",

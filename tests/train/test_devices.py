@@ -202,6 +202,32 @@ def test_auto_is_cudnn_where_it_supports_the_run_and_says_why_elsewhere():
     assert resolved(H100, mesh, seq_len=32768) == ("cudnn", [])
 
 
+EARLIER_TPU = SimpleNamespace(platform="tpu", device_kind="TPU v6 lite")
+IRONWOOD = SimpleNamespace(platform="tpu", device_kind="TPU7x")
+L4 = SimpleNamespace(platform="gpu", device_kind="NVIDIA L4", compute_capability="8.9")
+A100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA A100-SXM4-40GB", compute_capability="8.0")
+B200 = SimpleNamespace(platform="gpu", device_kind="NVIDIA B200", compute_capability="10.0")
+
+
+def test_fp8_is_for_chips_that_have_units_for_it():
+    fp8 = TrainConfig(quantization="fp8")
+    for device in (TPU, EARLIER_TPU, T4, A100):
+        assert not devices.has_fp8(device)
+        with pytest.raises(ConfigError) as raised:
+            devices.check_quantization(fp8, device.device_kind, has_fp8=False)
+        assert str(raised.value) == (
+            f'train.quantization is "fp8", which {device.device_kind} has no units for: TPU7x (Ironwood) '
+            'has, and NVIDIA GPUs from Ada and Hopper on; use "int8", or allow slow products with '
+            "train.quantization_emulated"
+        )
+        emulated = dataclasses.replace(fp8, quantization_emulated=True)
+        for train in (emulated, TrainConfig(quantization="int8"), TrainConfig()):
+            devices.check_quantization(train, device.device_kind, has_fp8=False)
+    for device in (IRONWOOD, H100, L4, B200, jax.devices()[0]):
+        assert devices.has_fp8(device)
+        devices.check_quantization(fp8, device.device_kind, has_fp8=True)
+
+
 def test_attention_by_name_that_the_devices_do_not_have_is_one_line():
     with pytest.raises(
         ConfigError, match=r'attention is "cudnn": Tesla T4 has .*; use "auto" or "blockwise"'

@@ -73,6 +73,12 @@ class RunConfig:
                 f"train.neftune_alpha is {self.train.neftune_alpha} and train.objective "
                 f'"{self.train.objective}"; NEFTune applies to "sft": leave it out'
             )
+        if self.train.quantization != "none" and (self.adapter.base in ("int8", "nf4") or self.adapter.dora):
+            setting = "dora is true" if self.adapter.dora else f'base is "{self.adapter.base}"'
+            raise ConfigError(
+                f'train.quantization is "{self.train.quantization}" and adapter.{setting}; these products '
+                "are of unquantized weights, or of LoRA's: leave one of them out"
+            )
         if self.preference.precompute_ref_log_probs and self.train.objective != "dpo":
             raise ConfigError(
                 f'preference.precompute_ref_log_probs is true and train.objective "{self.train.objective}", '

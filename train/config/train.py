@@ -14,6 +14,7 @@ from .checks import check_at_least, check_one_of
 from .objective import Objective
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+Quantization = Literal["none", "int8", "fp8"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,9 @@ class TrainConfig:
       gradient_accumulation_steps: microbatches per step; more of them reduce activation memory.
       dtype: compute dtype (parameters are f32); `auto` is bfloat16 on accelerators and on CPUs with
         bf16 instructions.
+      quantization: dtype of the layers' products, forward and backward; the rest of the step keeps `dtype`.
+      stochastic_rounding: of quantized gradients, in place of rounding to nearest.
+      quantization_emulated: allow fp8 on chips without units for it, where it is slower than bfloat16.
       attention: attention backend; `auto` is `splash` on TPU, `cudnn` on NVIDIA GPUs where cuDNN supports the
         run, and `blockwise` elsewhere.
       remat: rematerialization policy: which activations of a layer are saved for the backward pass; see
@@ -58,6 +62,9 @@ class TrainConfig:
     seq_len: int = 512
     gradient_accumulation_steps: int = 1
     dtype: Dtype = "auto"
+    quantization: Quantization = "none"
+    stochastic_rounding: bool = False
+    quantization_emulated: bool = False
     attention: Backend | Literal["auto"] = "auto"
     remat: Remat = "full"
     loss_chunks: int = 8
@@ -76,8 +83,14 @@ class TrainConfig:
         check_at_least("train", self, router_aux_loss_coef=0, router_z_loss_coef=0)
         check_one_of("train.objective", self.objective, get_args(Objective))
         check_one_of("train.dtype", self.dtype, get_args(Dtype))
+        check_one_of("train.quantization", self.quantization, get_args(Quantization))
         check_one_of("train.attention", self.attention, ("auto", *get_args(Backend)))
         check_one_of("train.remat", self.remat, get_args(Remat))
+        if self.stochastic_rounding and self.quantization == "none":
+            raise ConfigError(
+                'train.stochastic_rounding is true and train.quantization is "none"; it rounds gradients of '
+                '"int8" or "fp8"'
+            )
         if not self.run_dir:
             raise ConfigError("train.run_dir is empty; give the run's output directory")
         as_path(self.run_dir)  # or the error of an address that is none

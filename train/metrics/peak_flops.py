@@ -8,18 +8,8 @@ import warnings
 import jax
 import jax.numpy as jnp
 
-from llama_jax.plan.chips import CHIPS
+from llama_jax.plan.chips import CHIPS, TPU_KINDS
 
-# What JAX calls a TPU, by prefix of `device_kind`: its name in `plan.chips`.
-_TPUS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "TPU7x": "tpu7x",
-}
 # Dense bf16 FLOP/s, from NVIDIA's data sheets.
 _GPUS = {
     "NVIDIA A100": 312e12,
@@ -29,7 +19,7 @@ _GPUS = {
     "NVIDIA B200": 2250e12,
 }
 # Of one JAX device; the first prefix that fits counts.
-_PEAK_FLOPS = {kind: CHIPS[name].peak_flops / CHIPS[name].devices for kind, name in _TPUS.items()} | _GPUS
+_PEAK_FLOPS = {kind: CHIPS[name].peak_flops / CHIPS[name].devices for kind, name in TPU_KINDS.items()} | _GPUS
 
 
 def peak_flops(dtype: jnp.dtype) -> float | None:

@@ -8,11 +8,16 @@ of an example or a pair are read at its last token: losses are sums over [B, T],
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
+
+import jax
 
 from llama_jax import LlamaConfig
+from llama_jax.loss import Loss
+from llama_jax.ops.eight_bits import eight_bit_products
 
 from ..config.run import RunConfig
-from .common import LossFn, MetricsFn
+from .common import Batch, LossFn, MetricsFn
 from .heads import classification, regression, reward
 from .language_modeling import language_modeling
 from .preference import direct_preference
@@ -46,6 +51,20 @@ def make_metrics_fn(run: RunConfig, model: LlamaConfig, platform: str) -> Metric
 
 
 def make_loss_fn(run: RunConfig, model: LlamaConfig, platform: str) -> LossFn:
-    """`make_metrics_fn` without the metrics."""
-    metrics_fn = make_metrics_fn(run, model, platform)
-    return lambda params, batch, **kwargs: metrics_fn(params, batch, **kwargs)[0]
+    """`make_metrics_fn` without the metrics, and with the products of `train.quantization`.
+
+    With a key, gradients are rounded stochastically, and NEFTune's noise is added, where the run asks for it.
+    """
+    metrics_fn, train = make_metrics_fn(run, model, platform), run.train
+
+    def loss_fn(params: Any, batch: Batch, *, key: jax.Array | None = None, **kwargs: Any) -> Loss:
+        if train.quantization != "none":
+            rounding = jax.random.fold_in(key, 1) if key is not None and train.stochastic_rounding else None
+            params = eight_bit_products(params, train.quantization, rounding)
+            if kwargs.get("reference") is not None:
+                kwargs["reference"] = eight_bit_products(kwargs["reference"], train.quantization)
+        if key is not None and train.neftune_alpha:
+            kwargs["key"] = key
+        return metrics_fn(params, batch, **kwargs)[0]
+
+    return loss_fn

@@ -15,7 +15,7 @@ from llama_jax.plan.inputs import StepInputs
 from llama_jax.plan.topology import Topology
 
 from ..config.run import RunConfig
-from ..devices import compute_dtype
+from ..devices import check_quantization, compute_dtype
 from ..trainable import TrainableSpec
 
 SCOPED_VMEM = "xla_tpu_scoped_vmem_limit_kib"
@@ -43,6 +43,7 @@ def step_inputs(
     flags = {**LIBTPU_FLAGS.get(topology.kind, {}), **compiler_flags}
     if (chip := CHIPS.get(topology.kind)) is None:
         raise ConfigError(f"chip {topology.kind!r} is unknown; plan for {', '.join(CHIPS)}")
+    check_quantization(run.train, f"TPU {topology.kind}", has_fp8=chip.fp8_speed > 0)
     train, spec = run.train, TrainableSpec.from_config(run, "tpu")
     given = {name: getattr(run.mesh, name) for name in ALL_AXES}
     whole_copy = spec.reference and spec.adapter is None
@@ -58,6 +59,7 @@ def step_inputs(
         loss_chunks=train.loss_chunks,
         compute_bytes=compute_dtype(train, "tpu").itemsize,
         optimizer_bytes=_OPTIMIZER_BYTES[run.optimizer.name],
+        quantization=train.quantization,
         gradient_bytes=4.0 if run.mesh.gradient_dtype == "float32" else 2.0,
         trained=None if spec.adapter is None else adapter_size(spec.adapter, model),
         base_bytes=_BASE_BYTES[spec.base],
