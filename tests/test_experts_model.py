@@ -7,7 +7,6 @@ import pytest
 
 import llama_jax as lj
 from llama_jax import sharding
-from llama_jax.adapters import lora
 from llama_jax.errors import ConfigError
 from llama_jax.forward_options import ForwardOptions
 from llama_jax.meshes import make_mesh
@@ -190,13 +189,3 @@ def test_one_beam_and_speculation_are_greedy():
     np.testing.assert_array_equal(beams.tokens[:, 0], out.tokens)
     drafted = lj.speculative_generate(CONFIG, params, TOKENS[:2], lengths, key, greedy, max_new_tokens=6)
     np.testing.assert_array_equal(drafted.output.tokens, out.tokens)
-
-
-def test_lora_on_experts_is_one_line_and_on_attention_works():
-    key = jax.random.key(0)
-    with pytest.raises(ConfigError, match=r"w_gate, w_up, w_down, which are matrices of experts"):
-        lora.init(lora.Lora(), PARAMS, key)
-    settings = lora.Lora(target_modules=("attention.*",))
-    adapter = lora.init(settings, PARAMS, key)
-    logits = lj.forward(CONFIG, lora.attach(settings, PARAMS, adapter), TOKENS)
-    np.testing.assert_allclose(logits, lj.forward(CONFIG, PARAMS, TOKENS), atol=1e-5)

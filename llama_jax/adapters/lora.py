@@ -1,7 +1,8 @@
 """Low-rank adapters as tree functions: init / attach / split / merge (LoRA, arXiv 2106.09685).
 
 An adapter is a separate pytree: for each target matrix `a` [L, I, r] and `b` [L, r, O], where I and O are the
-matrix's input and output dimensions, each flattened to one. `attach` inserts it into the parameter tree,
+matrix's input and output dimensions, each flattened to one. The matrices of experts have one per expert: `a`
+[L, E, I, r] and `b` [L, E, r, O]. `attach` inserts it into the parameter tree,
 where every function of this library takes it in place of plain weights; gradients, optimizers and checkpoints
 see the adapter alone. The base may have any dtype, or be quantized.
 """
@@ -22,7 +23,13 @@ from jax.sharding import PartitionSpec as P
 from llama_jax import sharding
 from llama_jax.adapters import layer_trees
 from llama_jax.errors import ConfigError, InputError
-from llama_jax.ops.adapted import PROJECTIONS, Adapted, adapter_specs, inputs_by_outputs
+from llama_jax.ops.adapted import (
+    PROJECTIONS,
+    Adapted,
+    adapter_specs,
+    expert_adapter_specs,
+    inputs_by_outputs,
+)
 from llama_jax.ops.quantization import CONTRACTED, Quantized
 
 
@@ -113,25 +120,30 @@ def init(settings: Lora, params: Any, key: jax.Array) -> Any:
 
     Returns:
       `{"layers": {"attention": {"wq": {"a": f32 [L, I, r], "b": f32 [L, r, O]}, ...}, ...}}`, with DoRA
-      also `magnitude` f32 [L, O]; sharded as the base's input and output dimensions are.
+      also `magnitude` f32 [L, O]; sharded as the base's input and output dimensions are. For the matrices of
+      experts `a` is [L, E, I, r] and `b` [L, E, r, O].
 
     Raises:
       InputError: if layers are not stacked.
-      ConfigError: for the matrices of experts.
+      ConfigError: for DoRA on the matrices of experts.
     """
     layer_trees.require_stacked(params)
-    _check_experts(settings.matrices, params)
     adapter: dict[str, Any] = {}
     for name in settings.matrices:
         sublayer = PROJECTIONS[name][0]
         weight = params["layers"][sublayer][name]
-        layers, inputs, outputs = _sizes(weight, name)
-        a_spec, b_spec = adapter_specs(name)
+        experts = _experts(params["layers"], name)
+        lead, inputs, outputs = _sizes(weight, name)
+        if experts:
+            _refuse_dora_of_experts(name, settings.dora)
+            a_spec, b_spec = expert_adapter_specs(sharding.EXPERTS_SPECS[name])
+        else:
+            a_spec, b_spec = adapter_specs(name)
         bound = 1 / math.sqrt(inputs)
         # A key per name: the initial values do not depend on which other matrices are adapted.
         matrix_key = jax.random.fold_in(key, list(PROJECTIONS).index(name))
-        a = jax.random.uniform(matrix_key, (layers, inputs, settings.rank), jnp.float32, -bound, bound)
-        b = jnp.zeros((layers, settings.rank, outputs), jnp.float32)
+        a = jax.random.uniform(matrix_key, (*lead, inputs, settings.rank), jnp.float32, -bound, bound)
+        b = jnp.zeros((*lead, settings.rank, outputs), jnp.float32)
         leaves = {
             "a": sharding.constrain(a, P(None, *a_spec)),
             "b": sharding.constrain(b, P(None, *b_spec)),
@@ -157,7 +169,7 @@ def attach(settings: Lora, params: Any, adapter: Any) -> Any:
     check(params, adapter)
 
     def add_scale(leaves: Any) -> Any:
-        return {**leaves, "scale": jnp.full(leaves["a"].shape[:-2], settings.scale, jnp.float32)}
+        return {**leaves, "scale": jnp.full(leaves["a"].shape[:1], settings.scale, jnp.float32)}
 
     scaled = {
         sublayer: {name: add_scale(leaves) for name, leaves in matrices.items()}
@@ -202,6 +214,11 @@ def merge(params: Any) -> Any:
 
     def merge_matrix(weight: Adapted) -> Any:
         base = weight.base
+        if weight.a.ndim == 3:
+            delta = jnp.einsum("eir,ero->eio", weight.a, weight.b, precision="highest")
+            inputs = weight.a.shape[1]
+            matrices = jax.vmap(lambda matrix: inputs_by_outputs(matrix, inputs))(base)
+            return (matrices + weight.scale * delta).astype(base.dtype)
         delta = jnp.einsum("ir,ro->io", weight.a, weight.b, precision="highest")
         full = inputs_by_outputs(base, weight.a.shape[0]) + weight.scale * delta
         if weight.magnitude is not None:
@@ -228,7 +245,7 @@ def attach_rows(params: Any, adapters: Sequence[tuple[Lora, Any]], rows: jax.Arr
       rows: int [B], the index of each row's adapter; -1 is none.
 
     Raises:
-      InputError: if there is no adapter, or one has DoRA.
+      InputError: if there is no adapter, or one has DoRA or adapts the matrices of experts.
       ConfigError: if an adapter is for another model.
     """
     if not adapters:
@@ -237,20 +254,27 @@ def attach_rows(params: Any, adapters: Sequence[tuple[Lora, Any]], rows: jax.Arr
         raise InputError(
             "an adapter with DoRA cannot be applied per row; merge it into its own copy of the weights"
         )
+    layer, num_layers = layer_trees.first_layer(params)
     for _, adapter in adapters:
         check(params, adapter)
+        adapted = adapter["layers"].get("feed_forward", {})
+        found = [name for name in PROJECTIONS if name in adapted and _experts(layer, name)]
+        if found:
+            raise InputError(
+                f"an adapter of {', '.join(found)} of experts cannot be applied per row; merge it into its "
+                "own copy of the weights, or adapt 'attention.*' alone"
+            )
     rank = max(settings.rank for settings, _ in adapters)
-    _, num_layers = layer_trees.first_layer(params)
     rows = jnp.where(rows < 0, len(adapters), rows).astype(jnp.int32)  # the last adapter is all zeros
     scale = jnp.array([*(settings.scale for settings, _ in adapters), 0.0], jnp.float32)
     combined: dict[str, Any] = {}
     for name, (sublayer, _) in PROJECTIONS.items():
-        found = [adapter["layers"].get(sublayer, {}).get(name) for _, adapter in adapters]
-        like = next((leaves for leaves in found if leaves is not None), None)
+        trees = [adapter["layers"].get(sublayer, {}).get(name) for _, adapter in adapters]
+        like = next((leaves for leaves in trees if leaves is not None), None)
         if like is None:
             continue
         zero = {key: jnp.zeros_like(like[key]) for key in ("a", "b")}
-        padded = [leaves or zero for leaves in found] + [zero]
+        padded = [leaves or zero for leaves in trees] + [zero]
         combined.setdefault(sublayer, {})[name] = {
             "a": jnp.stack([_pad(leaves["a"], 2, rank) for leaves in padded], axis=1),
             "b": jnp.stack([_pad(leaves["b"], 1, rank) for leaves in padded], axis=1),
@@ -264,10 +288,9 @@ def check(params: Any, adapter: Any) -> None:
     """Checks, from shapes alone, that an adapter fits the base parameters.
 
     Raises:
-      ConfigError: naming the first matrix that does not fit.
+      ConfigError: naming the first matrix that does not fit; for DoRA on the matrices of experts.
     """
     layer, num_layers = layer_trees.first_layer(params)
-    _check_experts([name for matrices in adapter["layers"].values() for name in matrices], params)
     for sublayer, matrices in adapter["layers"].items():
         for name, leaves in matrices.items():
             weight = layer.get(sublayer, {}).get(name)
@@ -276,8 +299,16 @@ def check(params: Any, adapter: Any) -> None:
                     f"the adapter has {sublayer}.{name}, which the base model lacks; use the base model it "
                     "was trained on"
                 )
+            experts, of_adapter = _experts(layer, name), leaves["a"].shape[1:-2]
+            if experts != of_adapter:
+                raise ConfigError(
+                    f"the adapter is for another model: {sublayer}.{name} has {_format_experts(of_adapter)}, "
+                    f"the base model's {_format_experts(experts)}; use the base model it was trained on"
+                )
+            if experts:
+                _refuse_dora_of_experts(name, "magnitude" in leaves)
             expected = (num_layers, *_sizes(weight, name)[1:])
-            found = (leaves["a"].shape[0], leaves["a"].shape[1], leaves["b"].shape[2])
+            found = (leaves["a"].shape[0], leaves["a"].shape[-2], leaves["b"].shape[-1])
             if expected != found:
                 raise ConfigError(
                     f"the adapter is for another model: {sublayer}.{name} has {found[0]} layers of {found[1]}"
@@ -286,13 +317,22 @@ def check(params: Any, adapter: Any) -> None:
                 )
 
 
-def _check_experts(names: Sequence[str], params: Any) -> None:
-    layer, _ = layer_trees.first_layer(params)
-    found = [name for name in names if PROJECTIONS[name][0] == "feed_forward"]
-    if found and "router" in layer["feed_forward"]:
+def _experts(layer: Any, name: str) -> tuple[int, ...]:
+    """(E,) for a matrix of experts, which have one each; else ()."""
+    sublayer = layer[PROJECTIONS[name][0]]
+    is_experts = PROJECTIONS[name][0] == "feed_forward" and "router" in sublayer
+    return sublayer["router"].shape[-1:] if is_experts else ()
+
+
+def _format_experts(experts: tuple[int, ...]) -> str:
+    return f"{experts[0]} experts" if experts else "no experts"
+
+
+def _refuse_dora_of_experts(name: str, dora: bool) -> None:
+    if dora:
         raise ConfigError(
-            f"adapter.target_modules has {', '.join(found)}, which are matrices of experts in this model "
-            "and take no LoRA adapter yet; use 'attention.*'"
+            f"adapter.dora is not supported for {name}, a matrix of experts in this model; leave it out, or "
+            "use adapter.target_modules 'attention.*'"
         )
 
 
@@ -301,8 +341,8 @@ def _adapter_leaves(weight: Adapted) -> dict[str, jax.Array]:
     return leaves if weight.magnitude is None else {**leaves, "magnitude": weight.magnitude}
 
 
-def _sizes(weight: Any, name: str) -> tuple[int, int, int]:
-    """Number of layers (1 if not stacked), input dimension and output dimension of a matrix."""
+def _sizes(weight: Any, name: str) -> tuple[tuple[int, ...], int, int]:
+    """The leading dimensions, of layers and experts, the input dimension and the output dimension."""
     summed = CONTRACTED[name]
     if isinstance(weight, Quantized):
         shape, lead = weight.shape, weight.scale.shape[:-2]
@@ -310,7 +350,7 @@ def _sizes(weight: Any, name: str) -> tuple[int, int, int]:
         dimensions = 3 if name in ("wq", "wk", "wv", "wo") else 2
         shape, lead = weight.shape[-dimensions:], weight.shape[:-dimensions]
     inputs = math.prod(shape[axis] for axis in summed)
-    return math.prod(lead), inputs, math.prod(shape) // inputs
+    return lead, inputs, math.prod(shape) // inputs
 
 
 def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:

@@ -45,6 +45,8 @@ PROJECTIONS: Mapping[str, tuple[str, str]] = {
 class Adapted:
     """A matrix W with a low-rank adapter: W + scale a b (LoRA, arXiv 2106.09685).
 
+    In a mixture of experts `base`, `a` and `b` have a leading dimension E: an adapter for each expert.
+
     Attributes:
       base: W, in its own shape, or quantized.
       a: f32 [I, r].
@@ -89,6 +91,12 @@ def adapter_specs(name: str) -> tuple[P, P]:
     contracted = CONTRACTED[name]
     outputs = next(axis for axis in range(len(weight_spec)) if axis not in contracted)
     return P(weight_spec[contracted[0]], None), P(None, weight_spec[outputs])
+
+
+def expert_adapter_specs(weight_spec: P) -> tuple[P, P]:
+    """Partition specs of `a` [E, I, r] and `b` [E, r, O] for experts' matrices [E, I, O] of this spec."""
+    expert, inputs, outputs = weight_spec
+    return P(expert, inputs, None), P(expert, None, outputs)
 
 
 def inputs_by_outputs(weight: Any, inputs: int) -> jax.Array:

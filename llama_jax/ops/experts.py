@@ -21,7 +21,8 @@ from jax.sharding import PartitionSpec as P
 from llama_jax import sharding
 from llama_jax.errors import ConfigError
 from llama_jax.ops import spmd
-from llama_jax.ops.grouped import group_rows, grouped_dot
+from llama_jax.ops.adapted import Adapted, expert_adapter_specs
+from llama_jax.ops.grouped import Groups, group_rows, grouped_dot
 from llama_jax.ops.products import dot
 from llama_jax.ops.quantization import Quantized
 from llama_jax.ops.swiglu import swiglu
@@ -58,9 +59,9 @@ def route(logits: jax.Array, num_experts_per_tok: int) -> tuple[jax.Array, jax.A
 def experts(
     x: jax.Array,
     logits: jax.Array,
-    w_gate: jax.Array | Quantized,
-    w_up: jax.Array | Quantized,
-    w_down: jax.Array | Quantized,
+    w_gate: jax.Array | Quantized | Adapted,
+    w_up: jax.Array | Quantized | Adapted,
+    w_down: jax.Array | Quantized | Adapted,
     *,
     num_experts_per_tok: int,
     capacity_factor: float | None = None,
@@ -84,7 +85,8 @@ def experts(
     Args:
       x: [B, T, D].
       logits: f32 [B, T, E], of `router_logits`.
-      w_gate: [E, D, F]; or quantized, with a leading dimension E in every leaf.
+      w_gate: [E, D, F]; or quantized, with a leading dimension E in every leaf; either may have an adapter
+        for each expert.
       w_up: likewise.
       w_down: [E, F, D], likewise.
       num_experts_per_tok: k.
@@ -97,11 +99,12 @@ def experts(
       [B, T, D] in x's dtype.
 
     Raises:
-      ConfigError: for a capacity with quantized weights.
+      ConfigError: for a capacity with quantized weights or adapters.
     """
     weights: tuple[Any, ...] = (w_gate, w_up, w_down)
     if capacity_factor is not None and not all(isinstance(weight, jax.Array) for weight in weights):
-        raise ConfigError("expert_capacity needs plain weights, and these are quantized; leave it out")
+        found = "have LoRA adapters" if any(isinstance(w, Adapted) for w in weights) else "are quantized"
+        raise ConfigError(f"expert_capacity needs plain weights, and these {found}; leave it out")
     local = functools.partial(_local, k=num_experts_per_tok, capacity=capacity_factor, custom_vjp=custom_vjp)
     axes, spec = sharding.explicit_axes(), sharding.spec_of(x)
     specs: tuple[Any, ...]
@@ -111,13 +114,14 @@ def experts(
     # A weight gathered inside varies over what it is gathered over: that must shard the tokens as well.
     used = {axis for entry in spec for axis in sharding.axes_of(entry)}
     inside = {*sharding.EXPERT_PARAMS} & {*axes} <= used
-    if not inside or not all(isinstance(weight, jax.Array) for weight in weights):
+    bases = (weight.base if isinstance(weight, Adapted) else weight for weight in weights)
+    if not inside or not all(isinstance(base, jax.Array) for base in bases):
         weights = tuple(_gather(w, s, x.dtype) for w, s in zip(weights, _SPECS, strict=True))
         gathers = (P(),) * 3
         specs = tuple(_specs(w, _without_params(s)) for w, s in zip(weights, _SPECS, strict=True))
     else:
         gathers = tuple(sharding.restrict(s, axes) for s in _SPECS)
-        specs = _SPECS
+        specs = tuple(_specs(w, s) for w, s in zip(weights, _SPECS, strict=True))
     function: Callable[..., jax.Array] = functools.partial(
         local, axes=tuple(axes), spec=spec, gathers=gathers
     )
@@ -183,13 +187,25 @@ def _dropless(
     place = place.reshape(ids.shape)
     take, combine = (_take_rows, _combine) if custom_vjp else (_take_rows.fun, _combine.fun)
     x, mixture, source, place, groups = spmd.pvary_like((x, mixture, source, place, groups), weights)
-    product = functools.partial(grouped_dot, groups=groups, custom_vjp=custom_vjp)
+    product = functools.partial(_product, groups=groups, custom_vjp=custom_vjp)
     rows = take(x, source, place)
     gate, up = (
         checkpoint_name(product(rows, weights[0]), "gate"),
         checkpoint_name(product(rows, weights[1]), "up"),
     )
     return combine(product(swiglu(gate, up), weights[2]), mixture, source, place)
+
+
+def _product(x: jax.Array, weight: Any, groups: Groups, custom_vjp: bool) -> jax.Array:
+    """`grouped_dot`; with an adapter x W + scale (x a) b, in that order and rounded as in `ops.linear`.
+
+    Where `tensor` shards F, the adapter of `w_down` adds its part to each device's part of the output.
+    """
+    grouped = functools.partial(grouped_dot, groups=groups, custom_vjp=custom_vjp)
+    if not isinstance(weight, Adapted):
+        return grouped(x, weight)
+    y, update = grouped(x, weight.base), grouped(grouped(x, weight.a), weight.b)
+    return (y.astype(jnp.float32) + weight.scale * update.astype(jnp.float32)).astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -273,7 +289,14 @@ def _with_capacity(
 
 
 def _gather_local(weight: Any, spec: P, dtype: jnp.dtype) -> Any:
-    """Inside `shard_map`, a plain weight in the compute dtype, gathered over `fsdp` and `context`."""
+    """Inside `shard_map`, a plain weight in the compute dtype, gathered over `fsdp` and `context`.
+
+    Of one with adapters these are gathered likewise. An empty spec leaves any weight as it is.
+    """
+    if spec and isinstance(weight, Adapted):
+        parts, specs = (weight.base, weight.a, weight.b), (spec, *expert_adapter_specs(spec))
+        base, a, b = (_gather_local(part, s, dtype) for part, s in zip(parts, specs, strict=True))
+        return dataclasses.replace(weight, base=base, a=a, b=b)
     for dimension, entry in enumerate(spec):
         axes = tuple(axis for axis in sharding.axes_of(entry) if axis in sharding.EXPERT_PARAMS)
         if axes:
@@ -287,7 +310,11 @@ def _without_params(spec: P) -> P:
 
 
 def _gather(weight: Any, spec: P, dtype: jnp.dtype) -> Any:
-    """A weight, quantized too, gathered over `fsdp` and `context`; a plain one in this dtype."""
+    """A weight, quantized or with adapters too, gathered over `fsdp` and `context`; plain in this dtype."""
+    if isinstance(weight, Adapted):
+        a_spec, b_spec = expert_adapter_specs(spec)
+        base, a = _gather(weight.base, spec, dtype), _gather(weight.a, a_spec, dtype)
+        return dataclasses.replace(weight, base=base, a=a, b=_gather(weight.b, b_spec, dtype))
     weight = weight.astype(dtype) if isinstance(weight, jax.Array) else weight
     return jax.tree.map(sharding.constrain, weight, _specs(weight, _without_params(spec)))
 
@@ -295,6 +322,9 @@ def _gather(weight: Any, spec: P, dtype: jnp.dtype) -> Any:
 def _specs(weight: Any, spec: P) -> Any:
     """The partition specs of the leaves of a weight [E, I, O] that has this one."""
     replace: Any = dataclasses.replace
+    if isinstance(weight, Adapted):
+        a, b = expert_adapter_specs(spec)
+        return replace(weight, base=_specs(weight.base, spec), a=a, b=b, scale=P())
     if isinstance(weight, Quantized):
         expert, inputs, outputs = spec
         scale = P(expert, outputs, inputs if weight.bits != 8 else None)

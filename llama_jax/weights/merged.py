@@ -119,7 +119,7 @@ class Merged(DerivedTensors):
         not adapted.
       merged_dtype: dtype of the merged matrices; None keeps each base matrix's dtype, which may round the
         update away.
-      initial: what each matrix lost to its adapter, by the last part of its path and its layer.
+      initial: what each matrix lost to its adapter, by the last part of its path, its layer and its expert.
 
     Raises:
       ConfigError: if the adapter is for another model.
@@ -128,7 +128,7 @@ class Merged(DerivedTensors):
     settings: lora.Lora
     adapter: Any
     merged_dtype: np.dtype[Any] | None = None
-    initial: Mapping[tuple[str, int], Initial] = dataclasses.field(default_factory=dict)
+    initial: Mapping[tuple[str, int, int | None], Initial] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         adapters.check(self.settings, self.config, self.adapter)
@@ -162,8 +162,9 @@ class Merged(DerivedTensors):
         magnitude = adapter["magnitude"][layer] if "magnitude" in adapter else None
         if magnitude is not None and not magnitude.any():
             return None
-        a, b = adapter["a"][layer].T, self.settings.scale * adapter["b"][layer].T  # [r, I], [O, r]
-        return LowRank(a, b, magnitude, initial=self.initial.get((leaf.path[-1], layer)))
+        place = layer if leaf.expert is None else (layer, leaf.expert)
+        a, b = adapter["a"][place].T, self.settings.scale * adapter["b"][place].T  # [r, I], [O, r]
+        return LowRank(a, b, magnitude, initial=self.initial.get((leaf.path[-1], layer, leaf.expert)))
 
     def _adapter_of(self, leaf: Leaf) -> Any:
         """Returns the adapter's leaves of a matrix, or None if it is not adapted."""

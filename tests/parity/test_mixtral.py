@@ -146,3 +146,25 @@ def test_verify_runs_both_sides(loaded: Any, tmp_path: Path) -> None:
     _, folder, _, _ = loaded
     report = compare(folder, folder, b_backend="transformers", outputs=False)
     assert report.same and any(".experts." in tensor.name for tensor in report.tensors)
+
+
+def test_peft_reads_our_adapters_of_experts_and_computes_the_same(loaded: Any, tmp_path: Path) -> None:
+    """In the names of transformers 4, which PEFT converts to those of 5: a tensor for all experts."""
+    from llama_jax.adapters import lora
+    from llama_jax.weights.write.adapters import save_adapter
+
+    peft = pytest.importorskip("peft")
+    _, folder, config, params = loaded
+    settings = lora.Lora(rank=4, alpha=6)
+    adapter = lora.init(settings, params, jax.random.key(0))
+    draw = np.random.default_rng(3)
+    adapter = jax.tree.map(lambda x: x + draw.normal(size=x.shape, scale=0.1).astype(np.float32), adapter)
+    save_adapter(tmp_path / "adapter", settings, adapter, config)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    tokens = tokens_of(2)
+    with torch.inference_mode():
+        theirs = model(torch.tensor(tokens, dtype=torch.long)).logits
+    ours = lj.forward(config, lora.attach(settings, params, adapter), tokens)
+    assert np.abs(ours - lj.forward(config, params, tokens)).max() > 0.1
+    close(ours, theirs)

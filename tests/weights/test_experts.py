@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import gguf
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import llama_jax as lj
+from llama_jax.adapters import lora
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.eval.verify import compare
 from llama_jax.meshes import make_mesh
 from llama_jax.sharding import named, param_specs
 from llama_jax.text.convert import convert
+from llama_jax.train.checkpoints.checkpoints import Checkpoints
+from llama_jax.train.config.checkpoint import CheckpointConfig
 from llama_jax.weights import open_source
-from tests.random_models import random_model
+from llama_jax.weights.adapters import load_adapter
+from llama_jax.weights.run_adapters import step_fields
+from llama_jax.weights.write.adapters import save_adapter
+from tests.random_models import normal, random_model
+from tests.train.small_runs import State
 
 CONFIG = lj.LlamaConfig(
     vocab_size=96,
@@ -126,3 +136,58 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
         CheckpointError, match=r"missing tensors: model\.layers\.1\.block_sparse_moe\.experts\.3"
     ):
         lj.weights.load_params(dataclasses.replace(source, tensors=tensors))
+
+
+LORA = lora.Lora(rank=3, alpha=5.5, rslora=True, target_modules=("wq", "w_*"))
+
+
+@pytest.fixture(scope="module")
+def adapter() -> Any:
+    shapes = jax.eval_shape(lambda: lora.init(LORA, PARAMS, jax.random.key(0)))
+    return normal(2, shapes, 0.1, {})
+
+
+@pytest.fixture(scope="module")
+def adapted(adapter: Any) -> Any:
+    return jax.jit(lora.merge)(lora.attach(LORA, PARAMS, adapter))
+
+
+def test_lora_of_experts_in_pefts_format_is_what_it_was_and_merges(
+    adapter: Any, adapted: Any, saved: tuple[Any, Path], tmp_path: Path
+) -> None:
+    folder = save_adapter(tmp_path / "adapter", LORA, adapter, CONFIG)
+    stored = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.block_sparse_moe.experts.2.w3.lora_B.weight"
+    np.testing.assert_array_equal(stored[name], adapter["layers"]["feed_forward"]["w_up"]["b"][1, 2].T)
+    assert len(stored) == 2 * 2 * (1 + 3 * 4)  # a and b, layers, wq and three matrices of four experts
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    assert fields["target_modules"] == ["q_proj", "w1", "w3", "w2"]
+    settings, found = load_adapter(folder)
+    assert (settings.matrices, settings.scale) == (LORA.matrices, LORA.scale)
+    jax.tree.map(np.testing.assert_array_equal, found, adapter)
+    _, merged = lj.load_params(saved[1], adapter=folder)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), merged, adapted)
+
+
+def test_lora_of_experts_in_a_runs_checkpoint_is_what_it_was(adapter: Any, tmp_path: Path) -> None:
+    fields = step_fields(LORA, "base", tmp_path)
+    with Checkpoints(tmp_path, CheckpointConfig(), model=CONFIG, run=fields) as checkpoints:
+        params = jax.tree.map(jnp.asarray, adapter)
+        state = State(params=params, opt_state=(), step=jnp.int32(1), key=jax.random.key(0))
+        checkpoints.save(1, state, {}, {"eval_loss": 1.0})
+    settings, found = load_adapter(tmp_path)
+    assert settings == LORA
+    jax.tree.map(np.testing.assert_array_equal, found, adapter)
+
+
+def test_a_peft_adapter_without_a_tensor_of_an_expert_is_one_line(adapter: Any, tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "adapter", LORA, adapter, CONFIG)
+    stored = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.0.block_sparse_moe.experts.1.w2.lora_A.weight"
+    save_file({key: x for key, x in stored.items() if key != name}, folder / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing tensors: .*layers\.0\.\*\.experts\.1\.w2\.lora_A"):
+        load_adapter(folder)
+    extra = {name.replace("block_sparse_moe.experts.1.w2", "mlp.down_proj"): stored[name]}
+    save_file({**stored, **extra}, folder / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"adapts both mlp and block_sparse_moe\.experts"):
+        load_adapter(folder)

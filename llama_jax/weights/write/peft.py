@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from llama_jax.weights import adapter_head
 from llama_jax.weights.adapter_file import WEIGHTS
 from llama_jax.weights.adapters import CONFIG
 from llama_jax.weights.derived import Head
-from llama_jax.weights.names import LEAVES
+from llama_jax.weights.names import EXPERT_LEAVES, LEAVES, Leaf
 from llama_jax.weights.peft import LORA_A, LORA_B, LORA_MAGNITUDE
 from llama_jax.weights.peft_modules import NAME_PREFIX
 from llama_jax.weights.peft_prefix import PROMPT_EMBEDDINGS
@@ -49,7 +51,8 @@ def _files(
 
 def _lora_fields(settings: Lora, adapter: Any, base_model: str | None) -> dict[str, Any]:
     """The fields of adapter_config.json that differ from PEFT's defaults, and those it requires."""
-    names = [name for matrices in adapter["layers"].values() for name in matrices]
+    modules = {leaf.hf.split(".")[-2] for leaf, _ in _adapted_leaves(adapter)}
+    known = [hf for _, hf in PROJECTIONS.values()] + [leaf.hf.split(".")[-2] for leaf in EXPERT_LEAVES]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -59,7 +62,7 @@ def _lora_fields(settings: Lora, adapter: Any, base_model: str | None) -> dict[s
         "lora_alpha": settings.alpha,
         "use_rslora": settings.rslora,
         "use_dora": settings.dora,
-        "target_modules": [hf for name, (_, hf) in PROJECTIONS.items() if name in names],
+        "target_modules": [hf for hf in known if hf in modules],
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -70,11 +73,7 @@ def _lora_fields(settings: Lora, adapter: Any, base_model: str | None) -> dict[s
 def _lora_tensors(adapter: Any) -> dict[str, np.ndarray]:
     """All tensors of the adapter: f32, matrices [out, in]."""
     tensors = {}
-    for leaf in LEAVES:
-        found = adapter["layers"].get(leaf.path[1], {}).get(leaf.path[-1]) if leaf.per_layer else None
-        if found is None:
-            continue
-        stacks = {key: np.asarray(value, np.float32) for key, value in found.items()}
+    for leaf, stacks in _adapted_leaves(adapter):
         for layer in range(len(stacks["a"])):
             module = NAME_PREFIX + leaf.name("hf", layer).removesuffix(".weight")
             tensors[f"{module}.{LORA_A}"] = stacks["a"][layer].T
@@ -82,6 +81,22 @@ def _lora_tensors(adapter: Any) -> dict[str, np.ndarray]:
             if "magnitude" in stacks:
                 tensors[f"{module}.{LORA_MAGNITUDE}"] = stacks["magnitude"][layer]
     return tensors
+
+
+def _adapted_leaves(adapter: Any) -> Iterator[tuple[Leaf, dict[str, np.ndarray]]]:
+    """Yields each adapted matrix with its adapter's arrays [L, ...], f32; those of experts one by one."""
+    of_experts = {leaf.path: leaf for leaf in EXPERT_LEAVES}
+    for leaf in LEAVES:
+        found = adapter["layers"].get(leaf.path[1], {}).get(leaf.path[-1]) if leaf.per_layer else None
+        if found is None:
+            continue
+        stacks = {key: np.asarray(value, np.float32) for key, value in found.items()}
+        if stacks["a"].ndim == 3:
+            yield leaf, stacks
+            continue
+        for expert in range(stacks["a"].shape[1]):
+            of_expert = dataclasses.replace(of_experts[leaf.path], expert=expert)
+            yield of_expert, {key: value[:, expert] for key, value in stacks.items()}
 
 
 def _prefix_fields(settings: Prefix, config: LlamaConfig, base_model: str | None) -> dict[str, Any]:
