@@ -317,6 +317,7 @@ def _depend_on_batched(
     return _depend_on(values, scalar[0]), False
 
 
+@jax.custom_jvp
 def _int8_product(x: jax.Array, weight: Quantized) -> jax.Array:
     """An integer product: x as 127 steps, and the remainder of each step as 254 more.
 
@@ -333,3 +334,10 @@ def _int8_product(x: jax.Array, weight: Quantized) -> jax.Array:
     sums = jnp.einsum("ri,oi->ro", both, weight.values, preferred_element_type=jnp.int32)
     sums = sums.reshape(2, *shape, -1).astype(jnp.float32)
     return (sums[0] + sums[1] / 254) * step * weight.scale[:, 0]
+
+
+@_int8_product.defjvp
+def _int8_product_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """The derivative is that of the product: rounding x has none."""
+    x, weight = primals
+    return _int8_product(x, weight), _dequantized_product(tangents[0], weight, out_spec=None)

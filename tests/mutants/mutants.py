@@ -129,8 +129,8 @@ MUTANTS = (
         "int8-cache-scale",
         "llama_jax/kv_cache.py",
         "an int8 cache's scale is a quarter too small, so large values overflow",
-        "scale = jnp.max(jnp.abs(new), axis=-1) / 127",
-        "scale = jnp.max(jnp.abs(new), axis=-1) / 170",
+        "axis=-1) / (448 if fp8 else 127)",
+        "axis=-1) / (448 if fp8 else 170)",
         ("tests/decoding/test_generation.py", "tests/ops/test_quantization.py"),
     ),
     Mutant(

@@ -225,3 +225,14 @@ def test_invalid_arguments_are_errors():
         InputError, match="w_down has 40 inputs, not a multiple of 32; quantize to 8 bits instead"
     ):
         lj.quantize({"w_down": jnp.zeros((40, 8))}, 4)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17])
+def test_the_gradient_of_an_int8_product_is_that_of_the_product(rows):
+    """Up to 16 rows XLA:CPU multiplies in integers, whose rounding has no derivative."""
+    key = jax.random.key(rows)
+    weight = q.quantize({"w_gate": jax.random.normal(key, (32, 24))})["w_gate"]
+    x = jax.random.normal(key, (1, rows, 32))
+    found = jax.grad(lambda x: (weight.product(x, None) ** 2).sum())(x)
+    expected = jax.grad(lambda x: ((x @ weight.dequantize().T) ** 2).sum())(x)
+    np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max())

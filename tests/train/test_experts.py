@@ -16,6 +16,7 @@ from llama_jax.plan.flops import flops_per_token
 from llama_jax.plan.topology import Topology
 from llama_jax.plan.weights import layer_matrices
 from llama_jax.sharding import use_mesh
+from llama_jax.train.config.adapter import AdapterConfig
 from llama_jax.train.config.mesh import MeshConfig
 from llama_jax.train.config.model import ModelConfig
 from llama_jax.train.config.run import OptimizerConfig, RunConfig, TrainConfig
@@ -24,6 +25,7 @@ from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.planning.inputs import step_inputs
 from llama_jax.train.state import init_state
 from llama_jax.train.step import build_step
+from llama_jax.train.trainable import TrainableSpec
 
 BATCH, LENGTH = 8, 16
 MODEL = lj.LlamaConfig(
@@ -48,6 +50,9 @@ TRAIN = TrainConfig(
 )
 
 
+FULL, LORA = AdapterConfig(), AdapterConfig(type="lora", rank=4, target_modules=("w_*",))
+
+
 def batch():
     rng = np.random.default_rng(0)
     segments = np.broadcast_to(
@@ -60,19 +65,23 @@ def batch():
     }
 
 
-def curve(spec=None, optimizer="adamw", **changes):
+def curve(spec=None, optimizer="adamw", adapter=FULL, **changes):
     """Loss, gradient norm and router losses of each step."""
     run = RunConfig(
         train=dataclasses.replace(TRAIN, **changes),
         optimizer=OptimizerConfig(name=optimizer, learning_rate=1e-2),
+        adapter=adapter,
+        model=ModelConfig(init_from="" if adapter is FULL else "base"),
     )
     mesh = None if spec is None else make_mesh(spec)
     with use_mesh(mesh):
         step = build_step(run, MODEL, mesh, "cpu")[0]
-        state, _ = init_state(MODEL, make_optimizer(run.optimizer, make_schedule(run.optimizer, 4)), 0)
+        optimizer = make_optimizer(run.optimizer, make_schedule(run.optimizer, 4))
+        trainable_spec = TrainableSpec.from_config(run, "cpu")
+        state, frozen = init_state(MODEL, optimizer, 0, trainable_spec=trainable_spec)
         rows, found = Feed.for_mesh(mesh, BATCH, LENGTH).put(batch()), []
         for _ in range(3):
-            state, metrics = step(state, rows)
+            state, metrics = step(state, rows, frozen)
             found.append([metrics.loss, metrics.grad_norm, metrics.router.balance, metrics.router.z])
     return np.array(jax.device_get(found))
 
@@ -87,6 +96,13 @@ def alone():
 )
 def test_a_mesh_trains_as_a_single_device(alone, spec):
     np.testing.assert_allclose(curve(spec), alone, rtol=2e-5)
+
+
+def test_lora_of_experts_trains_on_a_mesh_as_on_a_single_device(alone):
+    single = curve(adapter=LORA)
+    np.testing.assert_allclose(curve("fsdp=2,expert=2,tensor=2", adapter=LORA), single, rtol=2e-5)
+    np.testing.assert_allclose(single[0, 0], alone[0, 0], rtol=1e-6)  # an update of zero
+    assert single[-1, 0] < single[0, 0]
 
 
 def test_the_losses_are_added_with_their_coefficients(alone):
