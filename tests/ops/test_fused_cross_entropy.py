@@ -88,7 +88,8 @@ def test_meshes_equal_one_device_and_gradients_stay_sharded(spec, tied):
         laid = [jax.device_put(leaf, sharding.named(mesh, s)) for leaf, s in zip(leaves, specs, strict=True)]
         got_value, got = gradient(by_fused, jax.tree.unflatten(tree, laid), 0.1, 5)
     np.testing.assert_allclose(got_value, value, rtol=1e-6)
-    assert [g.sharding.spec for g in jax.tree.leaves(got)] == list(specs[:2])
+    expected = [sharding.named(mesh, spec) for spec in specs[:2]]
+    assert [g.sharding for g in jax.tree.leaves(got)] == expected
     assert distance(jax.device_get(got), grads) < 1e-6
 
 
