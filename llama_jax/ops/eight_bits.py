@@ -293,7 +293,7 @@ def backward(
     ):
         left, right, result = equation.replace("->", ",").split(",")
         terms.append((f"{result},{right}->{left}", by_rows, matrix.values))
-        equation = f"{left[2:]}{left[:2]},{result}->{right}"
+        equation = f"{left[2:]}t,t{result[2:]}->{right}"
         d_weights.append(_weight_gradient(equation, spec, transposed, by_columns).astype(weight.dtype))
     if sharding.is_sequence_parallel(x):
         d_x = _scattered_sum(terms, sharding.spec_of(x), dtype)
@@ -339,12 +339,22 @@ def _gather_rows(rows: Operand) -> Operand:
 
 
 def _tokens_last(x: jax.Array) -> jax.Array:
-    """[B, T, ...] -> [..., B, T], also in memory.
+    """[B, T, ...] -> [..., B T], also in memory.
 
     Work-around for XLA:TPU (JAX 0.12.0.1): where its left operand is contracted over another dimension than
-    the last in memory, a product in eight bits runs at half of its rate.
+    the last in memory, a product in eight bits runs at half of its rate. The layout of x is constrained too:
+    otherwise all that x is computed from would get the transposed one.
     """
-    return jax.lax.optimization_barrier(row_major(jnp.moveaxis(x, (0, 1), (-2, -1))))
+    spec = sharding.spec_of(x)
+
+    def local(x: jax.Array) -> jax.Array:
+        rows = jax.lax.optimization_barrier(row_major(x.reshape(x.shape[0] * x.shape[1], -1)))
+        columns = jax.lax.optimization_barrier(row_major(rows.T))
+        return columns.reshape(*x.shape[2:], -1)
+
+    tokens = () if spec is None else (*sharding.axes_of(spec[0]), *sharding.axes_of(spec[1]))
+    out_spec = None if spec is None else P(*spec[2:], tokens or None)
+    return spmd.shard_map_or_call(local, (spec,), out_spec)(x)
 
 
 def _quantized_matrix(equation: str, weight: EightBitWeight, spec: P) -> Operand:
@@ -375,12 +385,16 @@ def _scattered_sum(
 
 
 def _weight_gradient(equation: str, weight_spec: P, x: jax.Array, d_out: Operand) -> jax.Array:
-    """`linear.sharded_weight_gradient`: summed in f32 over all devices, sharded as the weight is."""
+    """`linear.sharded_weight_gradient`: summed in f32 over all devices, sharded as the weight is.
+
+    x is of `_tokens_last`, d_out [B, T, ...].
+    """
     axes = sharding.explicit_axes()
     dimension = weight_spec.index(sharding.PARAMS) if sharding.PARAMS in weight_spec else None
 
     def local(x: jax.Array, d_out: Operand) -> jax.Array:
         x, d_out = spmd.pvary_like((x, d_out))
+        d_out = Operand(*(array.reshape(-1, *array.shape[2:]) for array in d_out))
         return spmd.reduce_scatter_grad(product(equation, x, d_out), dimension, axes)
 
     in_specs = jax.tree.map(sharding.spec_of, (x, d_out))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-from llama_jax.plan.calibration import ADAPTED, EIGHT_BITS, calibration
+from llama_jax.plan.calibration import ADAPTED, calibration
 from llama_jax.plan.chips import CHIPS
 from llama_jax.plan.flops import attended_keys
 from llama_jax.plan.inputs import StepInputs
@@ -140,7 +140,7 @@ def eight_bit_speed(inputs: StepInputs) -> float:
     """By how much `quantization` speeds up a layer's products; 1 on a chip without units for it."""
     chip = CHIPS[inputs.topology.kind]
     speed = {"none": 1.0, "int8": chip.int8_speed, "fp8": chip.fp8_speed}[inputs.quantization]
-    return max(1.0, EIGHT_BITS * speed)
+    return max(1.0, calibration(inputs.topology.kind).eight_bits * speed)
 
 
 def quantized_numbers(inputs: StepInputs) -> float:
