@@ -53,7 +53,7 @@ def reference(ours: lj.LlamaConfig, params: Any) -> Any:
         model = transformers.Qwen3ForCausalLM(config)
         for i in range(ours.num_hidden_layers):
             for name in ("q_norm", "k_norm"):
-                scale = params["layers"]["attention"][name]["scale"][i]
+                scale = params["layers"]["attention"][name][i]
                 state[f"model.layers.{i}.self_attn.{name}.weight"] = np.asarray(scale)
     else:
         model = transformers.MistralForCausalLM(transformers.MistralConfig(**given))

@@ -463,6 +463,7 @@ def gguf_variant(name: str, kind: str = "F32", byte_level: bool = False, **archi
                 field.name: getattr(source.config, field.name)
                 for field in dataclasses.fields(lj.LlamaConfig)
                 if field.name not in ("rope_scaling", "rope_theta", "labels")
+                and hasattr(source.config, field.name)
             },
             rope_theta=source.config.rope_parameters["rope_theta"],
         )
