@@ -458,13 +458,10 @@ def gguf_variant(name: str, kind: str = "F32", byte_level: bool = False, **archi
             vocabulary = make.gguf_fields(json.loads((folder / "tokenizer.json").read_text()))
         source = make.model(**architecture)
         path = make.write_gguf(folder / "model.gguf", source, vocabulary, kind)
+        ours = {field.name for field in dataclasses.fields(lj.LlamaConfig)}
+        shared = ours & set(source.config.to_dict()) - {"rope_scaling", "rope_theta", "labels"}
         config = lj.LlamaConfig(
-            **{
-                field.name: getattr(source.config, field.name)
-                for field in dataclasses.fields(lj.LlamaConfig)
-                if field.name not in ("rope_scaling", "rope_theta", "labels")
-                and hasattr(source.config, field.name)
-            },
+            **{name: getattr(source.config, name) for name in shared},
             rope_theta=source.config.rope_parameters["rope_theta"],
         )
         return Made(path, from_llama_cpp(path, config))
