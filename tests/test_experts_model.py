@@ -1,5 +1,7 @@
 """A mixture of experts in the model: meshes, scanned and unrolled layers, decoding."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +83,20 @@ def test_a_mesh_computes_the_same_values_losses_and_gradients(expected, spec, op
 
 def test_the_trainers_backward_pass_has_the_same_gradients(expected):
     check_equal(run(PARAMS, TRAINER), expected)
+
+
+def test_gradients_of_experts_are_summed_over_devices_in_f32():
+    mesh = make_mesh("fsdp=4,expert=2")
+    options = ForwardOptions(dtype="bfloat16", custom_vjp=True)
+
+    def loss(params):
+        return lj.next_token_loss(CONFIG, params, TOKENS, options=options).mean
+
+    with jax.set_mesh(mesh):
+        program = str(jax.make_jaxpr(jax.grad(loss))(sharding.shard_params(PARAMS, mesh, CONFIG)))
+    scattered = re.findall(r":(\w+)\[([\d,]+)\]\S* = reduce_scatter\[", program)
+    of_experts = [dtype for dtype, shape in scattered if shape.startswith("2,")]  # of a device's two experts
+    assert of_experts == ["f32"] * 3
 
 
 def test_unrolled_layers_are_the_scanned_ones(expected):

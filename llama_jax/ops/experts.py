@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from llama_jax import sharding
 from llama_jax.errors import ConfigError
 from llama_jax.ops import spmd
 from llama_jax.ops.adapted import Adapted, expert_adapter_specs
-from llama_jax.ops.grouped import Groups, group_rows, grouped_dot
+from llama_jax.ops.grouped import Gathers, Groups, group_rows, grouped_dot
 from llama_jax.ops.products import dot
 from llama_jax.ops.quantization import Quantized
 from llama_jax.ops.swiglu import swiglu
@@ -79,7 +79,8 @@ def experts(
     - With a capacity of capacity_factor n k / E rows per expert, an all-to-all moves capacity_factor k n
       (X - 1) / X rows each way, fewer where capacity_factor k < X.
 
-    Weights are all-gathered over `fsdp` and `context`, with `custom_vjp` in the backward pass again. Over
+    Weights are all-gathered over `fsdp` and `context`, with `custom_vjp` in the backward pass again, where
+    their gradients are reduce-scattered in f32. Over
     `tensor` the outputs are summed, each device's part rounded to x's dtype, as in `ops.linear`.
 
     Args:
@@ -152,10 +153,17 @@ def _local(
     dropless_axis = "expert" in axes and capacity is None
     if dropless_axis and "expert" in batch_axes:
         x, logits = (gather(a, "expert", axis=0) for a in (x, logits))
-    weights = tuple(_gather_local(w, s, x.dtype) for w, s in zip(weights, gathers, strict=True))
+    within = [
+        _gather_dimensions(s) if custom_vjp and capacity is None and isinstance(w, jax.Array) else ()
+        for w, s in zip(weights, gathers, strict=True)
+    ]
+    weights = tuple(
+        w if inside else _gather_local(w, s, x.dtype)
+        for w, s, inside in zip(weights, gathers, within, strict=True)
+    )
     rows, scores = x.reshape(-1, x.shape[-1]), logits.reshape(-1, logits.shape[-1])
     if capacity is None:
-        y = _dropless(rows, scores, weights, k, "expert" in axes, custom_vjp)
+        y = _dropless(rows, scores, weights, within, k, "expert" in axes, custom_vjp)
     else:
         y = _with_capacity(rows, scores, weights, k, capacity, "expert" in axes)
     y = y.astype(x.dtype).reshape(x.shape)
@@ -174,9 +182,18 @@ def _local(
 
 
 def _dropless(
-    x: jax.Array, logits: jax.Array, weights: tuple[Any, ...], k: int, divided: bool, custom_vjp: bool
+    x: jax.Array,
+    logits: jax.Array,
+    weights: tuple[Any, ...],
+    gathers: Sequence[Gathers],
+    k: int,
+    divided: bool,
+    custom_vjp: bool,
 ) -> jax.Array:
-    """f32 [n, D]: what the experts of this device add to the tokens x [n, D]."""
+    """f32 [n, D]: what the experts of this device add to the tokens x [n, D].
+
+    Each weight is gathered in its product, where `gathers` says over what.
+    """
     mixture, ids = route(logits, k)
     here = jax.tree.leaves(weights[0])[0].shape[0]
     if divided:
@@ -190,20 +207,20 @@ def _dropless(
     product = functools.partial(_product, groups=groups, custom_vjp=custom_vjp)
     rows = take(x, source, place)
     gate, up = (
-        checkpoint_name(product(rows, weights[0]), "gate"),
-        checkpoint_name(product(rows, weights[1]), "up"),
+        checkpoint_name(product(rows, weights[0], gathers[0]), "gate"),
+        checkpoint_name(product(rows, weights[1], gathers[1]), "up"),
     )
-    return combine(product(swiglu(gate, up), weights[2]), mixture, source, place)
+    return combine(product(swiglu(gate, up), weights[2], gathers[2]), mixture, source, place)
 
 
-def _product(x: jax.Array, weight: Any, groups: Groups, custom_vjp: bool) -> jax.Array:
+def _product(x: jax.Array, weight: Any, gathers: Gathers, *, groups: Groups, custom_vjp: bool) -> jax.Array:
     """`grouped_dot`; with an adapter x W + scale (x a) b, in that order and rounded as in `ops.linear`.
 
     Where `tensor` shards F, the adapter of `w_down` adds its part to each device's part of the output.
     """
     grouped = functools.partial(grouped_dot, groups=groups, custom_vjp=custom_vjp)
     if not isinstance(weight, Adapted):
-        return grouped(x, weight)
+        return grouped(x, weight, gathers=gathers)
     y, update = grouped(x, weight.base), grouped(grouped(x, weight.a), weight.b)
     return (y.astype(jnp.float32) + weight.scale * update.astype(jnp.float32)).astype(x.dtype)
 
@@ -297,12 +314,19 @@ def _gather_local(weight: Any, spec: P, dtype: jnp.dtype) -> Any:
         parts, specs = (weight.base, weight.a, weight.b), (spec, *expert_adapter_specs(spec))
         base, a, b = (_gather_local(part, s, dtype) for part, s in zip(parts, specs, strict=True))
         return dataclasses.replace(weight, base=base, a=a, b=b)
-    for dimension, entry in enumerate(spec):
-        axes = tuple(axis for axis in sharding.axes_of(entry) if axis in sharding.EXPERT_PARAMS)
-        if axes:
-            weight = jax.lax.all_gather(weight.astype(dtype), axes, axis=dimension, tiled=True)
-            weight = checkpoint_name(weight, _GATHERED)
+    for dimension, axes in _gather_dimensions(spec):
+        weight = jax.lax.all_gather(weight.astype(dtype), axes, axis=dimension, tiled=True)
+        weight = checkpoint_name(weight, _GATHERED)
     return weight
+
+
+def _gather_dimensions(spec: P) -> Gathers:
+    """The dimensions of a weight with this spec that `fsdp` and `context` shard, and by which of them."""
+    gathers = (
+        (dimension, tuple(axis for axis in sharding.axes_of(entry) if axis in sharding.EXPERT_PARAMS))
+        for dimension, entry in enumerate(spec)
+    )
+    return tuple((dimension, axes) for dimension, axes in gathers if axes)
 
 
 def _without_params(spec: P) -> P:

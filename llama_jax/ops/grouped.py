@@ -93,8 +93,17 @@ def group_rows(
     return Groups(expert_of, is_live, blocks * size, size), source, place
 
 
+# Dimensions of a weight, each with the mesh axes that it is gathered over.
+Gathers = tuple[tuple[int, tuple[str, ...]], ...]
+
+
 def grouped_dot(
-    x: jax.Array, weight: jax.Array | Quantized, groups: Groups, *, custom_vjp: bool = False
+    x: jax.Array,
+    weight: jax.Array | Quantized,
+    groups: Groups,
+    *,
+    gathers: Gathers = (),
+    custom_vjp: bool = False,
 ) -> jax.Array:
     """Each block of rows times its expert's matrix, accumulated in f32.
 
@@ -107,6 +116,8 @@ def grouped_dot(
       x: [M, I], rows in the order of `group_rows`.
       weight: [E, I, O]; or quantized, with a leading dimension E in every leaf.
       groups: the blocks.
+      gathers: inside `shard_map` with `custom_vjp`, over what a shard of a plain weight is gathered, in x's
+        dtype; in the backward pass again, where its gradient is reduce-scattered in f32.
       custom_vjp: compute the gradients in x's dtype, accumulated in f32, and that of the weight by adding up
         blocks in place. There is no forward-mode derivative then.
 
@@ -115,8 +126,9 @@ def grouped_dot(
     """
     if isinstance(weight, Quantized):
         return _frozen_product(x, weight, groups) if custom_vjp else _by_blocks(x, weight, groups)
-    varying = spmd.pvary_like((x, weight.astype(x.dtype), groups))
-    return (_product if custom_vjp else _forward_product)(*varying)
+    if custom_vjp:
+        return _product(gathers, *spmd.pvary_like((x, weight, groups)))
+    return _forward_product(*spmd.pvary_like((x, weight.astype(x.dtype), groups)))
 
 
 def _forward_product(x: jax.Array, weight: jax.Array, groups: Groups) -> jax.Array:
@@ -126,22 +138,32 @@ def _forward_product(x: jax.Array, weight: jax.Array, groups: Groups) -> jax.Arr
     return jax.lax.platform_dependent(x, weight, groups, tpu=ragged, default=_by_blocks)
 
 
-@jax.custom_vjp
-def _product(x: jax.Array, weight: jax.Array, groups: Groups) -> jax.Array:
-    return _forward_product(x, weight, groups)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(gathers: Gathers, x: jax.Array, weight: jax.Array, groups: Groups) -> jax.Array:
+    return _forward_product(x, _gather(gathers, weight.astype(x.dtype)), groups)
 
 
-def _product_forward(x: jax.Array, weight: jax.Array, groups: Groups) -> Any:
-    return _forward_product(x, weight, groups), (x, weight, groups)
+def _product_forward(gathers: Gathers, x: jax.Array, weight: jax.Array, groups: Groups) -> Any:
+    return _product(gathers, x, weight, groups), (x, weight, groups)
 
 
-def _product_backward(residuals: Any, d_out: jax.Array) -> Any:
+def _product_backward(gathers: Gathers, residuals: Any, d_out: jax.Array) -> Any:
     x, weight, groups = residuals
-    d_x = _forward_product(d_out, weight.swapaxes(1, 2), groups)
-    return d_x, _weight_gradient(x, d_out, groups).astype(weight.dtype), None
+    whole = _gather(gathers, weight.astype(x.dtype))
+    d_x = _forward_product(d_out, whole.swapaxes(1, 2), groups)
+    d_weight = _weight_gradient(x, d_out, groups)
+    for dimension, axes in gathers:
+        d_weight = jax.lax.psum_scatter(d_weight, axes, scatter_dimension=dimension, tiled=True)
+    return d_x, d_weight.astype(weight.dtype), None
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+def _gather(gathers: Gathers, weight: jax.Array) -> jax.Array:
+    for dimension, axes in gathers:
+        weight = jax.lax.all_gather(weight, axes, axis=dimension, tiled=True)
+    return weight
 
 
 @jax.custom_vjp
