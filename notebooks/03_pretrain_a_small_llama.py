@@ -301,7 +301,8 @@ def attention_maps(params):
         return jnp.einsum("bnts,bnsh->btnh", weights, v), weights[0]
 
     def layer(x, weights):
-        return Block(config).apply({"params": weights}, x, rotary(config, order[None]), attend)
+        x, (maps, _) = Block(config).apply({"params": weights}, x, rotary(config, order[None]), attend)
+        return x, maps
 
     x = embed(params["embed"]["embedding"], tokens, dtype=jnp.float32)
     return jax.lax.scan(layer, x, params["layers"])[1]
