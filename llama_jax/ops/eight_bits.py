@@ -36,6 +36,7 @@ from llama_jax.errors import ConfigError
 from llama_jax.ops import spmd
 from llama_jax.ops.adapted import PROJECTIONS, Adapted
 from llama_jax.ops.layouts import row_major
+from llama_jax.ops.rounding import round_stochastically
 
 EightBitDtype = Literal["int8", "fp8"]
 
@@ -151,25 +152,10 @@ def quantize(x: jax.Array, axes: Sequence[int], dtype: Any, key: jax.Array | Non
     top = jnp.maximum(jnp.max(jnp.abs(x), axis=tuple(axes), keepdims=True), _SMALLEST)
     steps, scale = x * (largest / top), top / largest
     if key is not None:
-        steps = jnp.clip(_round_stochastically(steps, dtype, key), -largest, largest)
+        steps = jnp.clip(round_stochastically(steps, dtype, key), -largest, largest)
     elif dtype == jnp.int8:
         steps = jnp.round(steps)
     return Operand(steps.astype(dtype), scale)
-
-
-def _round_stochastically(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
-    """x rounded down or up to a number of `dtype`, in f32."""
-    bits = jax.random.bits(key, x.shape, jnp.uint16, out_sharding=sharding.spec_of(x))
-    noise = (bits.astype(jnp.float32) + 0.5) / 2**16
-    if dtype == jnp.int8:
-        return jnp.floor(x + noise)
-    info = jnp.finfo(dtype)
-    # The distance of neighbors is that of the power of two below |x|, and of subnormal numbers the smallest.
-    power = jax.lax.bitcast_convert_type(
-        jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7F800000), jnp.float32
-    )
-    step = jnp.maximum(power, float(info.smallest_normal)) * 2.0**-info.nmant
-    return jnp.floor(x / step + noise) * step
 
 
 def product(
