@@ -193,3 +193,53 @@ def test_unstacked_layers_and_a_mesh_give_the_same(loaded: Any) -> None:
     mesh = lj.make_mesh("fsdp=4,tensor=2")
     with jax.set_mesh(mesh):
         close(np.asarray(forward(lj.shard_params(params, mesh, config), tokens)), np.asarray(expected))
+
+
+def random_settings(name: str, seed: int) -> dict[str, Any]:
+    """The settings of a random small model of a class of transformers."""
+    rng = np.random.default_rng([seed, len(name)])
+    heads, layers = int(rng.choice([2, 4, 6])), int(rng.integers(2, 5))
+    settings = COMMON | {
+        "hidden_size": 12 * heads,
+        "intermediate_size": 8 * int(rng.integers(4, 12)),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(rng.choice([1, 2, heads])),
+        "rms_norm_eps": float(rng.choice([1e-6, 1e-5])),
+        "tie_word_embeddings": bool(rng.integers(2)),
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(rng.choice([1e4, 1e6]))},
+    }
+    if name == "Qwen3":
+        settings |= {"head_dim": int(rng.choice([8, 20])), "attention_bias": bool(rng.integers(2))}
+    if name == "SmolLM3":
+        settings["no_rope_layers"] = [int(flag) for flag in rng.integers(0, 2, layers)]
+    if name in ("Qwen2", "Qwen3"):
+        kinds = np.array(["full_attention", "sliding_attention"])[rng.integers(0, 2, layers)]
+        settings |= {"use_sliding_window": True, "sliding_window": 7, "layer_types": kinds.tolist()}
+    if name in ("Mistral", "Mixtral"):
+        settings["sliding_window"] = int(rng.integers(4, 20))
+    if name == "Mixtral":  # whose products torch computes for multiples of 16 bytes
+        experts, chosen = int(rng.integers(2, 6)), int(rng.integers(1, 3))
+        settings |= {"num_local_experts": experts, "num_experts_per_tok": chosen, "hidden_size": 16 * heads}
+    if name == "Llama":
+        settings["attention_bias"] = True
+    return settings
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "SmolLM3"])
+def test_random_configurations(name: str, seed: int, tmp_path: Path) -> None:
+    """The model that transformers saves is read, computes its logits, and is written as it was."""
+    model = make(Kin(name, random_settings(name, seed), {}))
+    model.save_pretrained(tmp_path / "theirs")
+    config, params = lj.load_params(tmp_path / "theirs")
+    tokens = tokens_of(2)
+    with torch.inference_mode():
+        expected = model(torch.tensor(tokens, dtype=torch.long)).logits
+    close(jax.jit(partial(lj.forward, config))(params, tokens), expected)
+    lj.save(config, params, tmp_path / "ours")
+    assert lj.load_params(tmp_path / "ours")[0] == config
+    written, original = (load_file(tmp_path / side / "model.safetensors") for side in ("ours", "theirs"))
+    assert written.keys() == original.keys()
+    for tensor, theirs in original.items():
+        np.testing.assert_array_equal(written[tensor], theirs)
