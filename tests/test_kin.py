@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import llama_jax as lj
+from llama_jax import cli
 from llama_jax.errors import ConfigError
 from llama_jax.sharding import use_mesh
 from llama_jax.train.config.model import ModelConfig
@@ -181,3 +183,16 @@ def test_layers_all_alike_are_one_kind() -> None:
         CONFIG.layer_period == 2 and CONFIG.replace(rope_layers=(True, True, True, False)).layer_period == 4
     )
     assert CONFIG.replace(sliding_window=8, window_layers=(False,) * 4).sliding_window is None
+
+
+def test_inspect_shows_what_differs_between_layers(params: Any, tmp_path: Any, capsys: Any) -> None:
+    config = CONFIG.replace(sliding_window=8, window_layers=(False, False, False, True))
+    path = lj.save(config, params, tmp_path / "a", format="orbax")
+    assert cli.main(["inspect", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "layer 0, layer 2" in shown  # rope_layers
+    assert [line.split() for line in shown.splitlines() if "window_layers" in line] == [
+        ["window_layers", "layer", "3"]
+    ]
+    assert cli.main(["inspect", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["rope_layers"] == [True, False, True, False]

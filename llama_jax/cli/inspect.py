@@ -170,5 +170,7 @@ def _format(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name}={inner}" for name, inner in value.items() if inner is not None)
     if isinstance(value, tuple):
+        if isinstance(value[0], bool):  # of each layer
+            value = [f"layer {layer}" for layer, flag in enumerate(value) if flag] or ["no layer"]
         return ", ".join(value[:8]) + (f" and {len(value) - 8} more" if len(value) > 8 else "")
     return f"{value:g}" if isinstance(value, float) else str(value)
