@@ -26,6 +26,19 @@ SMALL = lj.LlamaConfig(
     rope_scaling=lj.RopeScaling("llama3", 8.0, original_max_position_embeddings=32),
 )
 
+# A small mixture of experts.
+MIXTURE = lj.LlamaConfig(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    num_experts=4,
+    num_experts_per_tok=2,
+)
+
 
 def random_config(seed: int) -> lj.LlamaConfig:
     """A small configuration: any grouping of heads, tied or not, any rope scaling."""

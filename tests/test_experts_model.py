@@ -13,18 +13,9 @@ from llama_jax.errors import ConfigError
 from llama_jax.forward_options import ForwardOptions
 from llama_jax.meshes import make_mesh
 from llama_jax.model import routed_hidden_states
+from tests.random_models import MIXTURE
 
-CONFIG = lj.LlamaConfig(
-    vocab_size=96,
-    hidden_size=64,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    num_experts=4,
-    num_experts_per_tok=2,
-)
+CONFIG = MIXTURE
 TOKENS = jax.random.randint(jax.random.key(1), (8, 16), 0, CONFIG.vocab_size)
 SEGMENTS = jnp.broadcast_to(jnp.where(jnp.arange(16) < 13, 1, 0), TOKENS.shape)
 TRAINER = ForwardOptions(custom_vjp=True, remat="full", attention_backend="blockwise")

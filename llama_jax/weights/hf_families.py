@@ -127,9 +127,9 @@ def own_family_of(config: LlamaConfig) -> Family:
 
 def family_fields(config: LlamaConfig, chosen: Family) -> dict[str, Any]:
     """The fields of config.json that a family has beside Llama's."""
-    fields: dict[str, Any] = {"model_type": chosen.model_type}
+    fields: dict[str, Any] = {}
     if chosen.model_type == OWN:
-        return fields | {name: getattr(config, name) for name in _KIN_FIELDS}
+        return {name: getattr(config, name) for name in _KIN_FIELDS}
     if chosen.has_biases:
         fields["attention_bias"] = config.qkv_bias
     if chosen.model_type in ("mistral", "mixtral"):

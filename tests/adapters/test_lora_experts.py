@@ -15,19 +15,9 @@ from llama_jax.ops.adapted import Adapted
 from llama_jax.ops.experts import experts, router_logits
 from llama_jax.ops.swiglu import swiglu
 from tests.adapters.adapted import assert_gradients_close, random_tokens
-from tests.random_models import normal
+from tests.random_models import MIXTURE, normal
 
-CONFIG = lj.LlamaConfig(
-    vocab_size=128,
-    hidden_size=64,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    num_experts=4,
-    num_experts_per_tok=2,
-)
+CONFIG = MIXTURE.replace(vocab_size=128)
 DEFAULT = lj.ForwardOptions()
 TRAINER = lj.ForwardOptions(custom_vjp=True, remat="full")
 SETTINGS = lora.Lora(rank=4, alpha=6, rslora=True)

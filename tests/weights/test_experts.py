@@ -27,20 +27,10 @@ from llama_jax.weights import open_source
 from llama_jax.weights.adapters import load_adapter
 from llama_jax.weights.run_adapters import step_fields
 from llama_jax.weights.write.adapters import save_adapter
-from tests.random_models import normal, random_model
+from tests.random_models import MIXTURE, normal, random_model
 from tests.train.small_runs import State
 
-CONFIG = lj.LlamaConfig(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    num_experts=4,
-    num_experts_per_tok=2,
-)
+CONFIG = MIXTURE.replace(hidden_size=32)
 PARAMS = random_model(0, CONFIG)[1]
 
 
