@@ -11,12 +11,14 @@ import dataclasses
 
 # benchmarks/xla_flags_library.py
 _VMEM = "--xla_tpu_scoped_vmem_limit_kib=98304"
-_FUSED_GATHERS = (
+_ASYNC = (
     "--xla_tpu_enable_async_collective_fusion=true "
-    "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true "
+    "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=false "
     "--xla_tpu_enable_async_collective_fusion_multiple_steps=true "
     "--xla_tpu_overlap_compute_collective_tc=true --xla_enable_async_all_gather=true"
 )
+# The recipes fuse all-gathers into products everywhere, which libtpu 0.0.52 refuses but on v5e.
+_FUSED_GATHERS = _ASYNC.replace("fuse_all_gather=false", "fuse_all_gather=true")
 _DATA_PARALLEL = (
     "--xla_tpu_enable_data_parallel_all_reduce_opt=true --xla_tpu_data_parallel_opt_different_sized_ops=true"
 )
@@ -40,14 +42,13 @@ _HOST_OFFLOAD = (
     "--xla_should_add_loop_invariant_op_in_chain=ENABLED --xla_max_concurrent_host_send_recv=100 "
     "--xla_tpu_scheduler_percent_shared_memory_limit=100 --xla_latency_hiding_scheduler_rerun=2"
 )
-# The recipe of 32B. Those of the other runs on v5p fuse all-gathers into products, which libtpu 0.0.52
-# refuses on v5p.
+# The recipe of 32B.
 _V5P = (
-    f"{_FUSED_GATHERS} {_DATA_PARALLEL} --xla_tpu_megacore_fusion_allow_ags=false "
+    f"{_ASYNC} {_DATA_PARALLEL} --xla_tpu_megacore_fusion_allow_ags=false "
     "--xla_enable_async_collective_permute=true --xla_tpu_enable_ag_backward_pipelining=true "
     "--xla_sc_disable_megacore_partitioning=true --xla_tpu_use_tc_device_shape_on_sc=true "
     "--xla_tpu_enable_sparse_core_collective_offload_all_gather=true"
-).replace("fuse_all_gather=true", "fuse_all_gather=false")
+)
 _V5E = f"{_DATA_PARALLEL} {_FUSED_GATHERS}"
 _TILES_4096 = {"sa_block_q": 1024, "sa_block_q_dkv": 2048, "sa_block_q_dq": 2048}
 _TILES_8192 = {
@@ -174,7 +175,7 @@ PUBLISHED = {
             **_4096,
             **_TILES_4096,
         ),
-        f"{_VMEM} {_FUSED_GATHERS}",
+        f"{_VMEM} {_ASYNC}",
         0.438,
         _TIERING,
     ),
@@ -183,7 +184,7 @@ PUBLISHED = {
         "v6e-256",
         "v6e:16x16",
         _model("llama3.1-8b", 4, "custom", **_OFFLOADED, out_proj="offload", **_8192, **_TILES_8192),
-        f"{_VMEM} {_REDUCE_SCATTER_LAYOUT} {_DATA_PARALLEL} {_FUSED_GATHERS} {_SPARSE_CORE_ALL_REDUCE} "
+        f"{_VMEM} {_REDUCE_SCATTER_LAYOUT} {_DATA_PARALLEL} {_ASYNC} {_SPARSE_CORE_ALL_REDUCE} "
         f"{_HOST_OFFLOAD}",
         0.4546,
         _TIERING,
@@ -193,7 +194,7 @@ PUBLISHED = {
         "v6e-256",
         "v6e:16x16",
         _model("llama3.1-70b", 5, "custom", **_OFFLOADED, **_8192, **_TILES_8192),
-        f"{_VMEM} {_REDUCE_SCATTER_LAYOUT} {_DATA_PARALLEL} {_FUSED_GATHERS} {_HOST_OFFLOAD}",
+        f"{_VMEM} {_REDUCE_SCATTER_LAYOUT} {_DATA_PARALLEL} {_ASYNC} {_HOST_OFFLOAD}",
         0.5033,
         _TIERING,
     ),

@@ -122,14 +122,6 @@ def cudnn_attention_names() -> bool:
     )
 
 
-def splash_gradient() -> bool:
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel_lib
-
-    named = list(inspect.signature(kernel_lib._splash_attention_bwd).parameters)
-    kernel = inspect.signature(kernel_lib._splash_attention).parameters
-    return named[-2:] == ["res", "do"] and set(named[:-2]) <= set(kernel)
-
-
 def driver_choice() -> bool:
     from orbax.checkpoint._src.path import gcs_utils
     from orbax.checkpoint._src.serialization import tensorstore_utils as utils
@@ -174,13 +166,6 @@ SEAMS = (
         ("llama_jax/console/loading.py", "tests/test_targets.py"),
         "a public list of the plugins that could not be started, and why",
         plugin_logger,
-    ),
-    Seam(
-        "jax",
-        "_splash_attention_bwd",
-        ("llama_jax/ops/splash_attention.py",),
-        "a splash kernel whose gradient takes the log-sum-exp over all keys, for ring attention",
-        splash_gradient,
     ),
     Seam(
         "jax",

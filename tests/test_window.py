@@ -17,7 +17,7 @@ from llama_jax.attention import AttentionMask
 from llama_jax.errors import ConfigError
 from llama_jax.ops import tiles
 from llama_jax.ops.cudnn_attention import cudnn_attention
-from llama_jax.ops.splash_attention import block_size, block_sizes, splash_attention
+from llama_jax.ops.splash_attention import block_size, splash_attention
 from tests import cuda
 from tests.ops.test_splash_attention import inputs as whole_rows
 from tests.ops.test_splash_attention import thirds, value_and_gradients
@@ -118,8 +118,7 @@ def test_blockwise_passes_over_a_number_of_tiles_that_is_linear_in_the_length():
     [(100, 2, 380, True), (1, 2, 384, False), (128, 1, 640, False), (300, 4, 640, True)],
 )
 def test_splash_is_xla_in_value_and_gradient(window, kv_heads, length, segmented):
-    """One backward kernel for the whole gradient, of 3 columns of tiles; and two, of 5 columns."""
-    assert block_sizes(-(-length // 128) * 128, 640, window=window).block_kv == 128
+    """In 3 and in 5 tiles of queries, which windows read in part."""
     q, k, v, coeffs = whole_rows(batch=1, length=length, kv_heads=kv_heads, head_dim=16)
     segments = thirds(1, length) if segmented else None
     found = value_and_gradients(
@@ -131,8 +130,6 @@ def test_splash_is_xla_in_value_and_gradient(window, kv_heads, length, segmented
 def test_tiles_of_splash_attention_for_a_window():
     assert block_size(32768) == block_size(32768, 8192) == 2048
     assert block_size(32768, 4096) == 1024
-    assert block_sizes(4096, 4096, window=512).use_fused_bwd_kernel
-    assert not block_sizes(8192, 8192, window=4096).use_fused_bwd_kernel
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=2,context=2,tensor=2", "context=8"])

@@ -6,7 +6,7 @@ has more than two shards of keys. Rows are in zig-zag order (`ops.zigzag`), in w
 the same work on every device, without a mask but for segments: queries of both chunks read the first chunk of
 an earlier device, or queries of the second chunk read both chunks of a later one.
 
-The products are those of JAX's splash kernel on TPU, and of `blockwise_attention` elsewhere.
+The products are those of the splash kernels on TPU, and of `blockwise_attention` elsewhere.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from llama_jax import sharding
 from llama_jax.ops import blockwise_attention, splash_attention, zigzag
 from llama_jax.ops.splash_attention import RESIDUALS
+from llama_jax.ops.splash_gradient import LANES, attention_gradients
 from llama_jax.ops.zigzag import AXIS
 
 Segments = jax.Array | None
@@ -94,7 +95,7 @@ def ring_attention(
       ConfigError: if the mesh does not divide the length into chunks, which for `splash` are multiples of 128
         tokens.
     """
-    zigzag.check_length(q.shape[1], splash_attention.LANES if backend == "splash" else 1)
+    zigzag.check_length(q.shape[1], LANES if backend == "splash" else 1)
     q = q.transpose(0, 2, 1, 3)
     if backend == "splash":
         # The kernel does not scale; this fuses with the operation that computes q.
@@ -236,5 +237,5 @@ def _kernel(backend: str, interpret: bool) -> Kernel:
         return Kernel(blockwise_attention.partial_attention, blockwise_attention.partial_gradients)
     return Kernel(
         functools.partial(splash_attention.partial_attention, interpret=interpret),
-        functools.partial(splash_attention.partial_gradients, interpret=interpret),
+        functools.partial(attention_gradients, interpret=interpret),
     )

@@ -1,8 +1,8 @@
-"""Causal attention for training on TPU: JAX's Pallas splash attention, with segments, groups and meshes.
+"""Causal attention for training on TPU: Pallas kernels, with segments, groups and meshes.
 
-The kernel computes only tiles that the causal mask does not exclude, in both passes, and keeps the output
-and its log-sum-exp for the backward pass (FlashAttention, arXiv 2205.14135). Keys and values are not
-repeated: each query head reads those of its group.
+Forward JAX's splash attention, backward the kernel of `ops.splash_gradient`. Both compute only tiles that the
+mask does not exclude; what the backward pass needs is the output and its log-sum-exp (FlashAttention, arXiv
+2205.14135). Keys and values are not repeated: each query head reads those of its group.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel_lib
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
 from jax.sharding import AbstractMesh, NamedSharding
@@ -21,14 +22,12 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax import sharding
 from llama_jax.errors import ConfigError
+from llama_jax.ops.splash_gradient import LANES, attention_gradients
 
 RESIDUALS = "splash_residuals"
 """The checkpoint name of what the backward kernel reads besides q, k and v."""
 
-LANES = 128  # the lanes of a TPU register: the side of a tile is a multiple of it
-COMPUTE_BLOCK = 512  # keys whose scores are computed at a time
-FUSED_COLUMNS = 4  # of tiles, at most, where one kernel computes the whole gradient
-RING_FUSED_COLUMNS = 8  # in a step of ring attention
+COMPUTE_BLOCK = 512  # keys whose scores the forward kernel computes at a time
 
 AXIS = "context"
 
@@ -80,24 +79,95 @@ def splash_attention(
     # The kernel does not scale; this fuses with the operation that computes q.
     q = (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(q.dtype).transpose(0, 2, 1, 3)
     # Padding at the end, which the causal mask excludes for all other queries.
-    shards = 1 if window is None else axes.get("context", 1)
-    if pad := -length % (LANES * shards):
+    if pad := -length % (LANES * _query_shards(window)):
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (q, k, v))
         segment_ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, pad)))
-    square = length + pad, length + pad
-    mask = mask_lib.CausalMask(square) if window is None else mask_lib.LocalMask(square, (window - 1, 0), 0)
-    blocks = block_sizes(square[0] // shards, square[1], window=window)
-    kernel = _kernel(mask, heads // k.shape[1], interpret, blocks, shards=shards)
-    segments = None if segment_ids is None else (segment_ids, segment_ids)
-    if axes:
-        out = _sharded_kernel(kernel, q, k, v, segments, AXIS if shards > 1 else None)
-    else:
-        out = _batched_kernel(kernel, q, k, v, segments)
+    queries, keys, *_ = _specs(
+        _query_shards(window)
+    )  # here, so that their gradients are laid out as they are
+    q, k, v = (sharding.constrain(x, spec) for x, spec in ((q, queries), (k, keys), (v, keys)))
+    out = _attention(window, interpret, q, k, v, segment_ids)
     return out[:, :, :length].transpose(0, 2, 1, 3)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(
+    window: int | None, interpret: bool, q: jax.Array, k: Any, v: Any, segments: jax.Array | None
+) -> jax.Array:
+    return _attention_forward(window, interpret, q, k, v, segments)[0]
+
+
+def _attention_forward(window: int | None, interpret: bool, q: Any, k: Any, v: Any, segments: Any) -> Any:
+    shards = _query_shards(window)
+    mask = _mask(q.shape[2], k.shape[2], causal=True, window=window)
+    kernel = _kernel(mask, q.shape[1] // k.shape[1], interpret, window=window, shards=shards)
+    queries, keys, q_ids, k_ids = _specs(shards)
+    kernel_spec = None
+    if axes := sharding.explicit_axes():
+        # The kernel cannot divide a mask over a mesh of which a caller's `shard_map` has some axes.
+        mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
+        layout = NamedSharding(mesh, P(None, AXIS if shards > 1 else None))
+        kernel_spec = kernel.manual_sharding_spec(layout)
+    out, log_sum_exp = _on_each_device(
+        _forward,
+        (kernel_spec, queries, keys, keys, q_ids, k_ids),
+        (queries, P(*queries[:3])),
+        (kernel, q, k, v, segments, segments),
+    )
+    out, log_sum_exp = checkpoint_name(out, RESIDUALS), checkpoint_name(log_sum_exp, RESIDUALS)
+    return out, (q, k, v, segments, out, log_sum_exp)
+
+
+def _attention_backward(window: int | None, interpret: bool, residuals: Any, d_out: jax.Array) -> Any:
+    shards = _query_shards(window)
+
+    def gradients(q: jax.Array, *args: jax.Array) -> Any:
+        offset = jax.lax.axis_index(AXIS) * q.shape[2] if shards > 1 else 0
+        dq, dk, dv = attention_gradients(
+            q, *args, causal=True, window=window, offset=offset, interpret=interpret
+        )
+        return (dq, *(jax.lax.psum((dk, dv), AXIS) if shards > 1 else (dk, dv)))
+
+    q, k, v, segments, out, log_sum_exp = residuals
+    queries, keys, q_ids, k_ids = _specs(shards)
+    found = _on_each_device(
+        gradients,
+        (queries, keys, keys, q_ids, k_ids, queries, P(*queries[:3]), queries),
+        (queries, keys, keys),
+        (q, k, v, segments, segments, out, log_sum_exp, d_out),
+    )
+    return *found, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _query_shards(window: int | None) -> int:
+    """The devices that share a row's queries: with a window, those of `context`."""
+    return 1 if window is None else sharding.explicit_axes().get(AXIS, 1)
+
+
+def _specs(shards: int) -> tuple[P, P, P, P]:
+    """Of queries [B, N, T, H], keys [B, K, S, H], and the segments of both."""
+    axis = AXIS if shards > 1 else None
+    return P(sharding.BATCH, "tensor", axis, None), sharding.CACHE_BKSH, P(sharding.BATCH, axis), _SEGMENTS_BT
+
+
+def _on_each_device(function: Callable[..., Any], in_specs: Any, out_specs: Any, args: Any) -> Any:
+    """`function` over the current mesh, if there is one; an argument that is None has no spec."""
+    axes = sharding.explicit_axes()
+    if not axes:
+        return function(*args)
+    fit = functools.partial(sharding.restrict, names=axes)
+    in_specs, out_specs = jax.tree.map(fit, (in_specs, out_specs), is_leaf=sharding.is_spec)
+    in_specs = tuple(None if arg is None else spec for arg, spec in zip(args, in_specs, strict=True))
+    args = jax.tree.map(jax.sharding.reshard, args, in_specs)
+    # The results of a Pallas kernel carry no varying axes, so shard_map cannot check them.
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
+
+
 def block_size(length: int, window: int | None = None) -> int:
-    """The side of a tile: the largest power of two that divides `length`, up to 1024; from 8192 tokens, 2048.
+    """The side of a forward tile: the largest power of two dividing `length` to 1024; from 8192 tokens, 2048.
 
     With a window shorter than that, up to 1024: of the tiles at both of its ends, half is masked.
 
@@ -109,115 +179,70 @@ def block_size(length: int, window: int | None = None) -> int:
     return math.gcd(length, 2048 if min(length, window or length) >= 8192 else 1024)
 
 
-def block_sizes(
-    queries: int, keys: int, *, ring: bool = False, window: int | None = None
-) -> kernel_lib.BlockSizes:
-    """The tiles of the kernels for these numbers of queries and keys.
+def block_sizes(queries: int, keys: int, window: int | None = None) -> kernel_lib.BlockSizes:
+    """The tiles of the forward kernel for these numbers of queries and keys.
 
     Scores are computed 512 keys at a time, so that the softmax of some overlaps with the products of others
-    (the default of openxla/tokamax). One backward kernel with 5 products replaces two with 7, as in MaxText's
-    configurations for v6e and of its largest models for v5p, where its writing out dq for each column of
-    tiles is cheap: up to 4 columns.
+    (the default of openxla/tokamax).
 
     Args:
       queries: T on a device.
       keys: S on a device.
-      ring: for a step of ring attention, where the one kernel runs up to 8 columns: MaxText reports 47 to 61%
-        of peak with it on 64 v5p chips at 256k and 1M tokens (pull request 4755), once both cores work, as
-        they do here.
       window: of the layer, or None.
     """
-    block, kv_block = block_size(queries, window), block_size(keys, window)
-    compute = math.gcd(kv_block, COMPUTE_BLOCK)
-    fused = keys // kv_block <= (RING_FUSED_COLUMNS if ring else FUSED_COLUMNS)
+    kv_block = block_size(keys, window)
     return kernel_lib.BlockSizes(
-        block_q=block,
+        block_q=block_size(queries, window),
         block_kv=kv_block,
-        block_kv_compute=compute,
-        block_q_dkv=block,
-        block_kv_dkv=kv_block,
-        block_kv_dkv_compute=compute,
-        block_q_dq=None if fused else block,
-        block_kv_dq=None if fused else kv_block,
-        use_fused_bwd_kernel=fused,
+        block_kv_compute=math.gcd(kv_block, COMPUTE_BLOCK),
     )
 
 
-def _batched_kernel(
-    kernel: kernel_lib.SplashAttentionKernel,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: tuple[jax.Array, jax.Array] | None,
-) -> Any:
-    """The kernel over a batch: [B, N, T, H] by [B, K, S, H] -> [B, N, T, H], and residuals."""
-
-    def group(q: jax.Array, k: jax.Array, v: jax.Array, ids: tuple[jax.Array, jax.Array] | None) -> Any:
-        return kernel(q, k, v, ids and kernel_lib.SegmentIds(*ids))
-
-    out = _over_groups(group, segments, (q,), (k, v))
-    return jax.tree.map(lambda x: x.reshape(*q.shape[:3], *x.shape[4:]), out)
-
-
-def _over_groups(function: Callable[..., Any], segments: Any, queries: Any, keys: Any) -> Any:
-    """`function` over batch rows and key heads, of q [B, N, T, ...] and k [B, K, S, H].
-
-    A group of heads is a row of its own: Pallas divides rows, and nothing else in the backward kernels, among
-    the two cores of a v4 or v5p chip, which may have a single sequence.
-    """
-    heads = keys[0].shape[1]
-    grouped = [x.reshape(x.shape[0], heads, -1, *x.shape[2:]) for x in queries]
-    q, *others = grouped
-    row = jax.vmap(function, in_axes=(0, 0, 0, None, *(0,) * len(others)))
-    return jax.vmap(row)(q, *keys, segments, *others)
-
-
-def _sharded_kernel(
-    kernel: kernel_lib.SplashAttentionKernel,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: tuple[jax.Array, jax.Array] | None,
-    q_axis: str | None = None,
-) -> jax.Array:
-    """`_batched_kernel` with batch and heads sharded over the current mesh, and queries over `q_axis`."""
-    axes = sharding.explicit_axes()
-    fit = functools.partial(sharding.restrict, names=axes)
-    # The kernel cannot divide a mask over a mesh of which a caller's `shard_map` has some axes.
-    mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
-    kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, q_axis)))
-    queries = fit(P(sharding.BATCH, "tensor", q_axis, None))
-    in_specs = (
-        kernel_spec,
-        queries,
-        fit(sharding.CACHE_BKSH),
-        fit(sharding.CACHE_BKSH),
-        None if segments is None else (fit(P(sharding.BATCH, q_axis)), fit(_SEGMENTS_BT)),
-    )
-    args = jax.tree.map(jax.sharding.reshard, (kernel, q, k, v, segments), in_specs)
-    # The kernel's outputs carry no varying axes, so shard_map cannot check them.
-    return jax.shard_map(_batched_kernel, in_specs=in_specs, out_specs=queries, check_vma=False)(*args)
+def _mask(queries: int, keys: int, *, causal: bool, window: int | None = None) -> mask_lib.Mask:
+    shape = queries, keys
+    if window is not None:
+        return mask_lib.LocalMask(shape, (window - 1, 0), 0)
+    return mask_lib.CausalMask(shape) if causal else mask_lib.FullMask(shape)
 
 
 def _kernel(
-    mask: mask_lib.Mask,
-    group: int,
-    interpret: bool,
-    blocks: kernel_lib.BlockSizes,
-    *,
-    ring: bool = False,
-    shards: int = 1,
+    mask: mask_lib.Mask, group: int, interpret: bool, *, window: int | None = None, shards: int = 1
 ) -> Any:
-    """The kernel with this mask [T, S] for the `group` query heads of a key head; `shards` divide T."""
+    """The forward kernel with this mask [T, S] for `group` query heads of a key head; `shards` divide T."""
+    queries, keys = mask.shape
     return kernel_lib.make_splash_mqa(
         mask_lib.MultiHeadMask([mask] * group),
-        block_sizes=blocks,
+        block_sizes=block_sizes(queries // shards, keys, window),
         head_shards=1,
         q_seq_shards=shards,
-        residual_checkpoint_name=RESIDUALS,
         interpret=interpret,
-        save_residuals=ring,
+        save_residuals=True,
     )
+
+
+def _forward(
+    kernel: kernel_lib.SplashAttentionKernel,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_segments: jax.Array | None,
+    k_segments: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The kernel over a batch: [B, N, T, H] by [B, K, S, H] -> [B, N, T, H], log-sum-exp f32 [B, N, T].
+
+    A group of heads is a row of its own: Pallas divides rows among the two cores of a v4 or v5p chip, which
+    may have a single sequence.
+    """
+    segments = None if q_segments is None or k_segments is None else (q_segments, k_segments)
+
+    def group(q: jax.Array, k: jax.Array, v: jax.Array, ids: tuple[jax.Array, jax.Array] | None) -> Any:
+        out, (log_sum_exp,) = kernel(q, k, v, ids and kernel_lib.SegmentIds(*ids))
+        return out, log_sum_exp
+
+    batch, kv_heads = k.shape[:2]
+    row = jax.vmap(group, in_axes=(0, 0, 0, None))
+    found = jax.vmap(row)(q.reshape(batch, kv_heads, -1, *q.shape[2:]), k, v, segments)
+    return tuple(x.reshape(*q.shape[:2], *x.shape[3:]) for x in found)
 
 
 def partial_attention(
@@ -244,47 +269,5 @@ def partial_attention(
     Returns:
       [B, N, T, H] in q's dtype; and the log-sum-exp f32 [B, N, T], about -1e38 for a query that reads no key.
     """
-    segments = None if q_segments is None or k_segments is None else (q_segments, k_segments)
-    kernel = _partial_kernel(q, k, causal, interpret)
-    out, (log_sum_exp,) = _batched_kernel(kernel, q, k, v, segments)
-    return out, log_sum_exp
-
-
-def partial_gradients(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    q_segments: jax.Array | None,
-    k_segments: jax.Array | None,
-    out: jax.Array,
-    log_sum_exp: jax.Array,
-    d_out: jax.Array,
-    *,
-    causal: bool,
-    interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What these keys add to the gradients of q, and the gradients of k and v from these queries.
-
-    Args:
-      q, k, v, q_segments, k_segments, causal, interpret: as for `partial_attention`.
-      out: [B, N, T, H], attention to all keys.
-      log_sum_exp: f32 [B, N, T], of the scores of all keys.
-      d_out: [B, N, T, H], the cotangent of `out`.
-    """
-    kernel = _partial_kernel(q, k, causal, interpret)
-    masks = kernel.dq_mask_info, kernel.dkv_mask_info
-
-    def group(q: Any, k: Any, v: Any, ids: Any, out: Any, log_sum_exp: Any, d_out: Any) -> Any:
-        residuals = (q, k, v, ids and kernel_lib.SegmentIds(*ids), None, out, log_sum_exp, *masks)
-        # Private: tests/test_private_seams.py. The public kernel differentiates only its own output.
-        return kernel_lib._splash_attention_bwd(**kernel.kwargs, res=residuals, do=d_out)[3:6]
-
-    segments = None if q_segments is None or k_segments is None else (q_segments, k_segments)
-    dq, dk, dv = _over_groups(group, segments, (q, out, log_sum_exp, d_out), (k, v))
-    return dq.reshape(q.shape), dk, dv
-
-
-def _partial_kernel(q: jax.Array, k: jax.Array, causal: bool, interpret: bool) -> Any:
-    mask = (mask_lib.CausalMask if causal else mask_lib.FullMask)((q.shape[2], k.shape[2]))
-    blocks = block_sizes(*mask.shape, ring=True)
-    return _kernel(mask, q.shape[1] // k.shape[1], interpret, blocks, ring=True)
+    kernel = _kernel(_mask(q.shape[2], k.shape[2], causal=causal), q.shape[1] // k.shape[1], interpret)
+    return _forward(kernel, q, k, v, q_segments, k_segments)

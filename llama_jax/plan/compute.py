@@ -20,9 +20,8 @@ from llama_jax.plan.weights import layer_matrices, layer_size, table_size
 # Parts of the computation, by the names that compiled plans give them too.
 ATTENTION, FEED_FORWARD, PROJECTIONS = "attention kernels", "feed-forward products", "attention projections"
 
-# Products of a tile of queries by one of keys: in the forward kernel; in the backward kernels, one for dq and
-# one for dk and dv, or a single one for all.
-FORWARD_PRODUCTS, SPLIT_PRODUCTS, FUSED_PRODUCTS = 2, 7, 5
+# Products of a tile of queries by one of keys: in the forward kernel, and in the backward one.
+FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
 # Passes over [tokens, D] arrays in a layer, in bytes of the compute dtype: norms, rotary embedding, residual
 # sums; forward, and backward. The same over [tokens, F] of SwiGLU.
 _NARROW = {"forward": 10, "backward": 16}
@@ -47,12 +46,6 @@ def _chunk(inputs: StepInputs) -> int:
     """Tokens of a kernel's row; in zig-zag order over `context`, those of one of a device's two parts."""
     chunks = inputs.mesh["context"] * (2 if inputs.mesh["context"] > 1 else 1)
     return max(-(-inputs.seq_len // chunks // 128), 1) * 128
-
-
-def _backward_products(inputs: StepInputs) -> int:
-    """As `ops.splash_attention.block_sizes`: one kernel where there are few columns of tiles."""
-    columns = _chunk(inputs) // attention_block(inputs)
-    return FUSED_PRODUCTS if columns <= (8 if inputs.mesh["context"] > 1 else 4) else SPLIT_PRODUCTS
 
 
 def tile_work(inputs: StepInputs) -> float:
@@ -107,7 +100,7 @@ def layer_attention_flops(inputs: StepInputs) -> tuple[float, float]:
     heads = model.num_attention_heads / inputs.mesh["tensor"]
     keys = attended_keys(model, inputs.seq_len, causal=True) / model.num_hidden_layers
     product = 2 * inputs.micro_tokens * keys * heads * model.head_dim
-    backward = inputs.attention_backward or _backward_products(inputs)
+    backward = inputs.attention_backward or BACKWARD_PRODUCTS
     again = FORWARD_PRODUCTS if "attention" not in SAVED[inputs.remat] else 0
     return FORWARD_PRODUCTS * product, (backward + again) * product
 

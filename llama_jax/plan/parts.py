@@ -14,9 +14,9 @@ from llama_jax.plan.flops import attended_keys
 from llama_jax.plan.hlo import Instruction, Module
 from llama_jax.plan.result import Bound, Part
 
-# Number of [T, S] x [S, H] products in each of splash attention's kernels, by kernel name. Where one kernel
-# computes all gradients, it has one product less than the two of them.
-KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+# Number of [T, S] x [S, H] products in an attention kernel, by a part of its name: of `ops.splash_gradient`,
+# and of JAX's splash attention, where one that computes all gradients has one product less than the two.
+KERNEL_PRODUCTS = {"gradient": 5, "fwd": 2, "dq": 3, "dkv": 4}
 FUSED_BACKWARD_PRODUCTS = 5
 # XLA's kernel for `jax.lax.ragged_dot`, and the share of peak that it is taken at: an assumption.
 _GROUPED = re.compile(r"ragged-dot-none")
@@ -110,10 +110,10 @@ def operations(module: Module, shapes: Shapes, chip: Chip, *, balanced: bool) ->
 
 
 def _kernel(one: Instruction) -> str:
-    """Which of splash attention's kernels an instruction is; empty for any other."""
+    """Which attention kernel an instruction is; empty for any other."""
     if one.opcode != "custom-call" or "splash" not in one.name:
         return ""
-    return next((part for part in KERNEL_PRODUCTS if f"_{part}_" in f"{one.name}_"), "")
+    return next((part for part in KERNEL_PRODUCTS if re.search(rf"_{part}(_|\.|$)", one.name)), "")
 
 
 def kernel_flops(one: Instruction, balanced: bool) -> float:

@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel_lib
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
 
 from llama_jax import meshes, sharding
 from llama_jax.attention import AttentionMask, attention
 from llama_jax.errors import ConfigError
 from llama_jax.ops import splash_attention as splash
+from llama_jax.ops import splash_gradient
 from llama_jax.ops.splash_attention import RESIDUALS, block_size, block_sizes, splash_attention
 
 
@@ -108,9 +111,9 @@ def test_saved_residuals_are_not_recomputed():
     assert computed() > 2
 
 
-def test_two_backward_kernels_equal_one(monkeypatch):
-    """Of long sequences a kernel for dq is apart: that for dk and dv writes it once per column of tiles."""
-    *qkv, coeffs = inputs(length=384)  # three columns
+def test_keys_that_do_not_fit_at_once(monkeypatch):
+    """Keys and their gradients stay in VMEM: of more of them there is a kernel for each part of the row."""
+    *qkv, coeffs = inputs(length=384)  # three tiles, 256 and 128 keys
     segments = thirds(2, 384)
 
     def attend(*qkv):
@@ -122,24 +125,52 @@ def test_two_backward_kernels_equal_one(monkeypatch):
         )
 
     assert kernels() == 2
-    monkeypatch.setattr(splash, "FUSED_COLUMNS", 2)
+    monkeypatch.setattr(splash_gradient, "MAX_KEYS", 256)
     assert kernels() == 3
     found = value_and_gradients(attend, *qkv, coeffs)
     for ours, theirs in zip(found, expected(*qkv, coeffs, segments), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_equal_those_of_jax_within_bf16(causal):
+    """Of its two backward kernels with the same tiles; with a group of heads, segments and bf16."""
+    q, k, v, d_out = (
+        jnp.asarray(x).swapaxes(1, 2) if i in (0, 3) else x
+        for i, x in enumerate(inputs(length=256, dtype=jnp.bfloat16))
+    )
+    ids = thirds(2, 256)
+    kernel = kernel_lib.make_splash_mqa(
+        mask_lib.MultiHeadMask([(mask_lib.CausalMask if causal else mask_lib.FullMask)((256, 256))] * 2),
+        block_sizes=kernel_lib.BlockSizes(
+            block_q=256, block_kv=256, block_q_dkv=256, block_kv_dkv=256, block_q_dq=256, block_kv_dq=256
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=True,
+    )
+
+    def group(q, k, v, ids):
+        return kernel(q, k, v, kernel_lib.SegmentIds(ids, ids))
+
+    def whole(q, k, v):
+        row = jax.vmap(group, in_axes=(0, 0, 0, None))
+        return jax.vmap(row)(q.reshape(2, 2, 2, 256, 64), k, v, ids).reshape(q.shape)
+
+    wanted = jax.vjp(whole, q, k, v)[1](d_out)
+    out, log_sum_exp = splash.partial_attention(q, k, v, ids, ids, causal=causal, interpret=True)
+    found = splash_gradient.attention_gradients(
+        q, k, v, ids, ids, out, log_sum_exp, d_out, causal=causal, interpret=True
+    )
+    for ours, theirs in zip(found, wanted, strict=True):
+        ours, theirs = (np.asarray(x, np.float32) for x in (ours, theirs))
+        np.testing.assert_allclose(ours, theirs, rtol=2**-7, atol=2**-8 * np.abs(theirs).max())
+
+
 def test_block_sizes_divide_the_length():
     lengths = (128, 384, 512, 4096, 4224, 8192, 16384)
     assert [block_size(length) for length in lengths] == [128, 128, 512, 1024, 128, 2048, 2048]
-    assert block_sizes(4096, 4096).block_kv_compute == block_sizes(8192, 8192).block_kv_dkv_compute == 512
-
-
-def test_one_backward_kernel_up_to_some_columns_of_tiles():
-    shapes = [(4096, 4096), (8192, 8192), (4096, 8192), (16384, 16384)]
-    assert [block_sizes(*shape).use_fused_bwd_kernel for shape in shapes] == [True, True, True, False]
-    assert block_sizes(8192, 16384, ring=True).use_fused_bwd_kernel
-    assert not block_sizes(16384, 32768, ring=True).use_fused_bwd_kernel
+    assert block_sizes(4096, 4096).block_kv_compute == block_sizes(8192, 8192).block_kv_compute == 512
 
 
 def test_invalid_arguments_are_errors():

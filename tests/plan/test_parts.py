@@ -127,9 +127,12 @@ def test_in_a_balanced_ring_a_device_reads_half_of_its_own_keys_and_all_that_it_
     assert kernel_flops(128, 64, balanced=True) == kernel_flops(64, 128, balanced=True) == square / 2
 
 
-def test_a_fused_backward_kernel_has_five_products():
+def test_products_of_backward_kernels():
+    """Five in ours, and in JAX's where one kernel computes all gradients; otherwise seven."""
+    ours = PROGRAM.replace("splash_mha_fwd_segmented_residuals.1", "splash_gradient.1")
     backward = PROGRAM.replace("splash_mha_fwd", "splash_mha_dkv")
     forward = found()["splash_mha_fwd_segmented_residuals.1"].flops
+    assert found(ours)["splash_gradient.1"].flops == 5 / 2 * forward
     assert found(backward)["splash_mha_dkv_segmented_residuals.1"].flops == 5 / 2 * forward
     both = PROGRAM.replace(KERNEL, KERNEL.replace("_fwd_", "_dkv_") + KERNEL.replace("_fwd_", "_dq_"))
     kernels = [one.flops for one in found(both).values() if one.part == "attention kernels"]
