@@ -111,9 +111,10 @@ def arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def trip_count(module: Module, loop: Instruction) -> int:
-    """The trip count of a `while`: the compiler's annotation, or the constant in its condition.
+    """The trip count of a `while`: the compiler's annotation, or the constant in its condition over the step.
 
-    The loops of `lax.scan`, `lax.map` and `fori_loop` count from 0 by 1.
+    The loops of `lax.scan`, `lax.map` and `fori_loop` count from 0 by 1; those into which the compiler turns
+    a product and the collective of its operand or result, from 0 by 2 where it has unrolled them.
 
     Raises:
       ValueError: if the condition has no constant.
@@ -132,7 +133,29 @@ def trip_count(module: Module, loop: Instruction) -> int:
     ]
     if not bounds:
         raise ValueError(f"loop {loop.name} has no constant bound in its condition {condition}")
-    return max(bounds)
+    return -(-max(bounds) // _step(module, loop, condition))
+
+
+def _step(module: Module, loop: Instruction, condition: str) -> int:
+    """What a loop's body adds to the number that its condition reads; 1 where that cannot be seen."""
+    (body,) = loop.called("body")
+    by_name = {one.name: one for one in module.computations[body]}
+    results = operands(module.computations[body][-1])
+    for read in module.computations[condition]:
+        place = re.search(r"index=(\d+)", read.rest) if read.opcode == "get-tuple-element" else None
+        if place is None or int(place[1]) >= len(results):
+            continue
+        added = by_name.get(results[int(place[1])])
+        if added is not None and added.opcode == "add":
+            for name in operands(added):
+                if name in by_name and (step := re.match(r"(\d+)\)", by_name[name].rest)):
+                    return int(step[1]) or 1
+    return 1
+
+
+def operands(one: Instruction) -> list[str]:
+    """The names of an instruction's operands."""
+    return re.findall(r"%([\w.-]+)", one.rest.partition(")")[0])
 
 
 def executed(module: Module) -> Iterator[tuple[Instruction, int]]:

@@ -172,6 +172,20 @@ def test_a_known_trip_count_is_used(module):
     assert hlo.trip_count(module, module.computations["main"][0]) == 5  # from the fused comparison
 
 
+def test_a_loop_that_counts_by_two_runs_half_as_often():
+    """As the compiler unrolls the loops into which it turns a product and the collective beside it."""
+    text = PROGRAM.replace(
+        "  ROOT %next = (s32[], f32[8]) tuple(%i, %work.1)",
+        "  %two = s32[] constant(2)\n  %at = s32[] get-tuple-element(%s), index=0\n"
+        "  %ahead = s32[]{:T(128)} add(%at, %two)\n"
+        "  ROOT %next = (s32[], f32[8]) tuple(%ahead, %work.1)",
+    )
+    module = hlo.parse(text)
+    (loop,) = (one for one in module.computations["outer_body"] if one.opcode == "while")
+    assert hlo.trip_count(module, loop) == 2  # 0 and 2, below 3
+    assert hlo.trip_count(hlo.parse(PROGRAM), loop) == 3
+
+
 def test_a_loop_without_a_bound_is_an_error(module):
     loop = hlo.Instruction("w", "s32[]", "while", "%a), condition=%add, body=%inner_body")
     with pytest.raises(ValueError, match="loop w has no constant bound in its condition add"):
