@@ -27,7 +27,7 @@ from llama_jax.plan.parts import Shapes
 from llama_jax.plan.program import read_program
 from llama_jax.plan.topology import Topology
 
-PAGE = Path(__file__).with_name("README.md")
+PAGE = page_table.DOCS / "planning_validation.md"
 STORED = Path(__file__).with_suffix(".json")
 
 
@@ -41,6 +41,7 @@ class Prediction:
       exposed_seconds: for which computation waits for collectives.
       launch_seconds: of starting programs and loops.
       peak_bytes: of HBM.
+      product_share: FLOP/s of matrix products over peak, by the compiler's cycles.
       mfu: predicted.
       by: versions that compiled it.
     """
@@ -50,6 +51,7 @@ class Prediction:
     exposed_seconds: float
     launch_seconds: float
     peak_bytes: float
+    product_share: float
     mfu: float
     by: str
 
@@ -73,6 +75,10 @@ def predict(run: Published, text: str, about: dict[str, Any]) -> Prediction:
     compute = sum(part.seconds for part in by_part)
     exposed = sum(row.exposed_seconds for row in program.traffic)
     step = compute + exposed + program.launch_seconds
+    products = [one for one in program.operations if one.flops and one.part != parts.ATTENTION]
+    product_flops, product_seconds = (
+        sum(getattr(one, field) * one.times for one in products) for field in ("flops", "seconds")
+    )
     tokens = about["batch"] * about["length"]
     flops = flops_per_token(model, about["length"], causal=False) * tokens
     return Prediction(
@@ -81,6 +87,7 @@ def predict(run: Published, text: str, about: dict[str, Any]) -> Prediction:
         exposed_seconds=exposed,
         launch_seconds=program.launch_seconds,
         peak_bytes=about["peak_bytes"] * chip.devices,
+        product_share=product_flops / (product_seconds or 1.0) / (chip.peak_flops / chip.devices),
         mfu=flops / (step * topology.chips * chip.peak_flops),
         by=f"MaxText {about['maxtext']}",
     )
@@ -88,7 +95,17 @@ def predict(run: Published, text: str, about: dict[str, Any]) -> Prediction:
 
 def table(predictions: dict[str, dict[str, Any]]) -> str:
     """Predicted beside published."""
-    header = ["run", "published", "predicted", "points", "computation", "kernels of it", "waiting", "HBM"]
+    header = [
+        "run",
+        "published",
+        "predicted",
+        "points",
+        "computation",
+        "products",
+        "kernels",
+        "waiting",
+        "HBM",
+    ]
     rows = []
     for name, fields in predictions.items():
         run, one = PUBLISHED[name], Prediction(**fields)
@@ -99,6 +116,7 @@ def table(predictions: dict[str, dict[str, Any]]) -> str:
                 f"{one.mfu:.1%}",
                 f"{100 * (one.mfu - run.mfu):+.1f}",
                 f"{one.compute_seconds:.2f} s",
+                f"{one.product_share:.0%} of peak",
                 f"{one.kernel_seconds:.2f} s",
                 f"{one.exposed_seconds:.2f} s",
                 f"{one.peak_bytes / 1e9:.1f} GB",

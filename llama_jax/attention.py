@@ -2,7 +2,7 @@
 
 `xla` computes all scores of a layer at once. `blockwise` (after FlashAttention, arXiv 2205.14135) computes
 them in [block, block] tiles in both passes, and keeps the output and its log-sum-exp for the backward pass.
-`splash` does the same in JAX's Pallas kernels for TPU, and `cudnn` in cuDNN's for NVIDIA GPUs. Over the mesh
+`splash` does the same in Pallas kernels for TPU, and `cudnn` in cuDNN's for NVIDIA GPUs. Over the mesh
 axis `context`, keys travel in a ring with `blockwise` and `splash` (`ops.ring_attention`), and are gathered
 with the others, and in models with a sliding window.
 

@@ -17,7 +17,7 @@ from llama_jax.attention import AttentionMask
 from llama_jax.errors import ConfigError
 from llama_jax.ops import tiles
 from llama_jax.ops.cudnn_attention import cudnn_attention
-from llama_jax.ops.splash_attention import block_size, splash_attention
+from llama_jax.ops.splash_attention import splash_attention
 from tests import cuda
 from tests.ops.test_splash_attention import inputs as whole_rows
 from tests.ops.test_splash_attention import thirds, value_and_gradients
@@ -125,11 +125,6 @@ def test_splash_is_xla_in_value_and_gradient(window, kv_heads, length, segmented
         lambda *qkv: splash_attention(*qkv, segments, window=window, interpret=True), q, k, v, coeffs
     )
     assert_same(found, expected(q, k, v, coeffs, window, segments))
-
-
-def test_tiles_of_splash_attention_for_a_window():
-    assert block_size(32768) == block_size(32768, 8192) == 2048
-    assert block_size(32768, 4096) == 1024
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=2,context=2,tensor=2", "context=8"])

@@ -12,7 +12,6 @@ The products are those of the splash kernels on TPU, and of `blockwise_attention
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -22,9 +21,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from llama_jax import sharding
-from llama_jax.ops import blockwise_attention, splash_attention, zigzag
+from llama_jax.ops import blockwise_attention, zigzag
 from llama_jax.ops.splash_attention import RESIDUALS
-from llama_jax.ops.splash_gradient import LANES, attention_gradients
+from llama_jax.ops.splash_forward import attention_forward
+from llama_jax.ops.splash_gradient import attention_gradients
+from llama_jax.ops.splash_tiles import LANES
 from llama_jax.ops.zigzag import AXIS
 
 Segments = jax.Array | None
@@ -97,9 +98,6 @@ def ring_attention(
     """
     zigzag.check_length(q.shape[1], LANES if backend == "splash" else 1)
     q = q.transpose(0, 2, 1, 3)
-    if backend == "splash":
-        # The kernel does not scale; this fuses with the operation that computes q.
-        q = (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(q.dtype)
     return _attention(backend, interpret, q, k, v, segment_ids).transpose(0, 2, 1, 3)
 
 
@@ -235,7 +233,17 @@ def _ring_backward(
 def _kernel(backend: str, interpret: bool) -> Kernel:
     if backend == "blockwise":
         return Kernel(blockwise_attention.partial_attention, blockwise_attention.partial_gradients)
-    return Kernel(
-        functools.partial(splash_attention.partial_attention, interpret=interpret),
-        functools.partial(attention_gradients, interpret=interpret),
-    )
+
+    def forward(q: jax.Array, *args: Any, causal: bool) -> tuple[jax.Array, jax.Array]:
+        out, log_sum_exp = attention_forward(q.swapaxes(1, 2), *args, causal=causal, interpret=interpret)
+        return out.swapaxes(1, 2), log_sum_exp
+
+    def backward(
+        q: Any, k: Any, v: Any, ids: Any, k_ids: Any, out: Any, log_sum_exp: Any, d_out: Any, *, causal: bool
+    ) -> Any:
+        q, out, d_out = (x.swapaxes(1, 2) for x in (q, out, d_out))
+        args = (q, k, v, ids, k_ids, out, log_sum_exp, d_out)
+        dq, dk, dv = attention_gradients(*args, causal=causal, interpret=interpret)
+        return dq.swapaxes(1, 2), dk, dv
+
+    return Kernel(forward, backward)

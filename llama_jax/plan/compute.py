@@ -27,19 +27,16 @@ FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
 _NARROW = {"forward": 10, "backward": 16}
 _WIDE = {"forward": 3, "backward": 6}
 _SAVED_PASSES = 2  # a saved tensor is copied into its stack, and out of it
-_TILE_OVERHEAD = 1 / 6  # of a tile of 1024, over its products
+_TILE = 512  # side of an attention kernel's tile: `ops.splash_tiles`
+_TILE_OVERHEAD = 1 / 24  # of such a tile, over its products
 _LOGIT_BYTES = 24  # of passes over a chunk's logits, per logit
 _STEP_PASSES = 9  # AdamW in f32: reads p, m, v, g and the norm's g; writes p, m, v; scales
 _ACCUMULATION_PASSES = 3
 
 
 def attention_block(inputs: StepInputs) -> int:
-    """The side of an attention kernel's tile: as `ops.splash_attention` chooses it, unless it is given."""
-    return inputs.attention_block or _default_block(_chunk(inputs))
-
-
-def _default_block(length: int, window: int | None = None) -> int:
-    return math.gcd(length, 2048 if min(length, window or length) >= 8192 else 1024)
+    """The side of an attention kernel's tile."""
+    return math.gcd(_chunk(inputs), _TILE)
 
 
 def _chunk(inputs: StepInputs) -> int:
@@ -49,25 +46,23 @@ def _chunk(inputs: StepInputs) -> int:
 
 
 def tile_work(inputs: StepInputs) -> float:
-    """Time of the kernels' tiles over that of whole rows in tiles of the default size.
+    """Time of the kernels' tiles over that of whole rows in tiles of 512.
 
-    With those the kernels' share of peak is measured. Of tiles on the diagonal, half is masked; and each tile
-    costs a third of a microsecond, beside two of products at 1024 (`ops.splash_attention.block_size`). Of the
-    tiles at both ends of a window, half is masked.
+    At those the kernels' share of peak is taken. Of tiles on the diagonal, half is masked; of those at both
+    ends of a window too.
     """
-    row = -(-inputs.seq_len // 128) * 128
+    block = attention_block(inputs)
 
     def work(block: int, span: int = inputs.seq_len) -> float:
-        return (1 + block / span) * (1 + _TILE_OVERHEAD * (1024 / block) ** 2)
+        return (1 + block / span) * (1 + _TILE_OVERHEAD * (_TILE / block) ** 2)
 
     windows = [w for w, _ in inputs.model.layer_kinds if w is not None and w < inputs.seq_len]
     plain, found = len(inputs.model.layer_kinds) - len(windows), 0.0
     if plain:
-        found += plain * inputs.seq_len / 2 * work(attention_block(inputs))
+        found += plain * inputs.seq_len / 2 * work(block)
     for window in windows:
-        block = inputs.attention_block or _default_block(row, window)
         found += window * (1 - window / (2 * inputs.seq_len)) * work(block, window)
-    return found / attended_keys(inputs.model, inputs.seq_len, causal=True) / work(_default_block(row))
+    return found / attended_keys(inputs.model, inputs.seq_len, causal=True) / work(_TILE)
 
 
 def layer_product_flops(inputs: StepInputs, names: Collection[str]) -> tuple[float, float]:

@@ -45,7 +45,6 @@ class StepInputs:
       reference: whether a reference model runs forward in each step.
       reference_bytes: of a reference weight that the step holds beside the trained ones; 0 if it is the base.
       ema: whether the state has a moving average of the trained parameters too.
-      attention_block: side of an attention kernel's tile; 0: as `ops.splash_attention` chooses it.
       attention_backward: products of attention's backward kernels, of steps that had two of them: 7; 0: of
         `ops.splash_gradient`.
       scoped_vmem_kib: the compiler's `xla_tpu_scoped_vmem_limit_kib`; 0: its default.
@@ -72,7 +71,6 @@ class StepInputs:
     reference: bool = False
     reference_bytes: float = 0.0
     ema: bool = False
-    attention_block: int = 0
     attention_backward: int = 0
     scoped_vmem_kib: int = 0
 

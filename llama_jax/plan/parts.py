@@ -14,9 +14,9 @@ from llama_jax.plan.flops import attended_keys
 from llama_jax.plan.hlo import Instruction, Module
 from llama_jax.plan.result import Bound, Part
 
-# Number of [T, S] x [S, H] products in an attention kernel, by a part of its name: of `ops.splash_gradient`,
-# and of JAX's splash attention, where one that computes all gradients has one product less than the two.
-KERNEL_PRODUCTS = {"gradient": 5, "fwd": 2, "dq": 3, "dkv": 4}
+# Number of [T, S] x [S, H] products in an attention kernel, by a part of its name: of `ops.splash_attention`,
+# which state their FLOPs, and of JAX's splash attention, where one that computes all gradients has one less.
+KERNEL_PRODUCTS = {"forward": 2, "gradient": 5, "fwd": 2, "dq": 3, "dkv": 4}
 FUSED_BACKWARD_PRODUCTS = 5
 # XLA's kernel for `jax.lax.ragged_dot`, and the share of peak that it is taken at: an assumption.
 _GROUPED = re.compile(r"ragged-dot-none")
@@ -94,19 +94,28 @@ def operations(module: Module, shapes: Shapes, chip: Chip, *, balanced: bool) ->
     for instructions, times in hlo.blocks(module):
         for one in instructions:
             if kernel := _kernel(one):
-                fused = kernel == "dkv" and fused_backward
-                flops = kernel_flops(one, balanced) * shapes.attended
-                flops *= FUSED_BACKWARD_PRODUCTS if fused else KERNEL_PRODUCTS[kernel]
+                if (stated := _stated_flops(one)) is not None:
+                    flops = stated
+                else:
+                    fused = kernel == "dkv" and fused_backward
+                    flops = kernel_flops(one, balanced) * shapes.attended
+                    flops *= FUSED_BACKWARD_PRODUCTS if fused else KERNEL_PRODUCTS[kernel]
                 seconds = flops / (chip.kernel_share * peak)
                 found.append(Operation(one, times, seconds, flops, ATTENTION))
             elif _GROUPED.match(one.name):
-                flops = float(re.findall(r'"cost_estimate":\{"flops":"(\d+)"', one.rest)[0])
+                flops = _stated_flops(one) or 0.0
                 found.append(Operation(one, times, flops / (GROUPED_SHARE * peak), flops, FEED_FORWARD))
             elif cycles := one.cycles:
                 flops = product_flops(module, one)
                 part = _part(module, one, shapes, flops, in_loop=times > 1)
                 found.append(Operation(one, times, cycles / chip.clock_hz, flops, part))
     return found
+
+
+def _stated_flops(one: Instruction) -> float | None:
+    """The FLOPs that a kernel states (`jax.experimental.pallas.CostEstimate`), which know its mask."""
+    found = re.search(r'"cost_estimate":\{"flops":"(\d+)"', one.rest)
+    return float(found[1]) if found and int(found[1]) else None
 
 
 def _kernel(one: Instruction) -> str:

@@ -12,9 +12,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from llama_jax import meshes, sharding
 from llama_jax.attention import AttentionMask, attention
 from llama_jax.errors import ConfigError
-from llama_jax.ops import splash_attention as splash
-from llama_jax.ops import splash_gradient
-from llama_jax.ops.splash_attention import RESIDUALS, block_size, block_sizes, splash_attention
+from llama_jax.ops import splash_forward, splash_gradient
+from llama_jax.ops.splash_attention import RESIDUALS, splash_attention
+from llama_jax.ops.splash_forward import attention_forward
 
 
 def inputs(*, batch=2, length=256, heads=4, kv_heads=2, head_dim=64, dtype=jnp.float32):
@@ -125,20 +125,18 @@ def test_keys_that_do_not_fit_at_once(monkeypatch):
         )
 
     assert kernels() == 2
-    monkeypatch.setattr(splash_gradient, "MAX_KEYS", 256)
-    assert kernels() == 3
+    for module in (splash_forward, splash_gradient):
+        monkeypatch.setattr(module, "MAX_KEYS", 256)
+    assert kernels() == 4
     found = value_and_gradients(attend, *qkv, coeffs)
     for ours, theirs in zip(found, expected(*qkv, coeffs, segments), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_gradients_equal_those_of_jax_within_bf16(causal):
-    """Of its two backward kernels with the same tiles; with a group of heads, segments and bf16."""
-    q, k, v, d_out = (
-        jnp.asarray(x).swapaxes(1, 2) if i in (0, 3) else x
-        for i, x in enumerate(inputs(length=256, dtype=jnp.bfloat16))
-    )
+@pytest.mark.parametrize(("causal", "head_dim"), [(True, 128), (False, 64)])
+def test_equals_jaxs_kernels(causal, head_dim):
+    """Value and gradients, with groups of heads and segments; also of keys that a ring sends."""
+    q, k, v, coeffs = inputs(length=256, head_dim=head_dim)
     ids = thirds(2, 256)
     kernel = kernel_lib.make_splash_mqa(
         mask_lib.MultiHeadMask([(mask_lib.CausalMask if causal else mask_lib.FullMask)((256, 256))] * 2),
@@ -153,24 +151,17 @@ def test_gradients_equal_those_of_jax_within_bf16(causal):
     def group(q, k, v, ids):
         return kernel(q, k, v, kernel_lib.SegmentIds(ids, ids))
 
-    def whole(q, k, v):
+    def theirs(q, k, v):
         row = jax.vmap(group, in_axes=(0, 0, 0, None))
-        return jax.vmap(row)(q.reshape(2, 2, 2, 256, 64), k, v, ids).reshape(q.shape)
+        grouped = q.swapaxes(1, 2).reshape(2, 2, 2, 256, head_dim) / head_dim**0.5
+        return jax.vmap(row)(grouped, k, v, ids).reshape(2, 4, 256, head_dim).swapaxes(1, 2)
 
-    wanted = jax.vjp(whole, q, k, v)[1](d_out)
-    out, log_sum_exp = splash.partial_attention(q, k, v, ids, ids, causal=causal, interpret=True)
-    found = splash_gradient.attention_gradients(
-        q, k, v, ids, ids, out, log_sum_exp, d_out, causal=causal, interpret=True
-    )
-    for ours, theirs in zip(found, wanted, strict=True):
-        ours, theirs = (np.asarray(x, np.float32) for x in (ours, theirs))
-        np.testing.assert_allclose(ours, theirs, rtol=2**-7, atol=2**-8 * np.abs(theirs).max())
-
-
-def test_block_sizes_divide_the_length():
-    lengths = (128, 384, 512, 4096, 4224, 8192, 16384)
-    assert [block_size(length) for length in lengths] == [128, 128, 512, 1024, 128, 2048, 2048]
-    assert block_sizes(4096, 4096).block_kv_compute == block_sizes(8192, 8192).block_kv_compute == 512
+    options = {"causal": causal, "interpret": True}
+    out, log_sum_exp = attention_forward(q, k, v, ids, ids, **options)
+    found = splash_gradient.attention_gradients(q, k, v, ids, ids, out, log_sum_exp, coeffs, **options)
+    wanted = value_and_gradients(theirs, q, k, v, coeffs)
+    for ours, reference in zip((out, *found), wanted, strict=True):
+        np.testing.assert_allclose(ours, reference, atol=2e-5)
 
 
 def test_invalid_arguments_are_errors():

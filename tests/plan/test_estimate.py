@@ -75,7 +75,6 @@ def test_memory_is_flat_when_context_and_length_grow_together():
                 seq_len=131072 // 2**k,
                 accumulation=1,
                 global_batch_size=16 * 2**k,
-                attention_block=1024,
             )
         )
         for k in range(3)

@@ -133,6 +133,8 @@ def test_products_of_backward_kernels():
     backward = PROGRAM.replace("splash_mha_fwd", "splash_mha_dkv")
     forward = found()["splash_mha_fwd_segmented_residuals.1"].flops
     assert found(ours)["splash_gradient.1"].flops == 5 / 2 * forward
+    stated = ours.replace("s8[1,1,1]{2,1,0}, ", 's8[1,1,1]{2,1,0}}, b={"cost_estimate":{"flops":"77"}}, c={')
+    assert found(stated)["splash_gradient.1"].flops == 77
     assert found(backward)["splash_mha_dkv_segmented_residuals.1"].flops == 5 / 2 * forward
     both = PROGRAM.replace(KERNEL, KERNEL.replace("_fwd_", "_dkv_") + KERNEL.replace("_fwd_", "_dq_"))
     kernels = [one.flops for one in found(both).values() if one.part == "attention kernels"]
