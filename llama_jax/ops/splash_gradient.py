@@ -28,7 +28,6 @@ from llama_jax.ops.splash_tiles import (
     from_heads,
     masked_scores,
     over_read_blocks,
-    tile_of_queries,
 )
 
 MAX_KEYS = 8192  # in VMEM at a time, with heads of 128: 20 MiB
@@ -108,7 +107,7 @@ def _gradients(
     block_q, block_k = math.gcd(length, BLOCK), math.gcd(keys, BLOCK)
 
     once = pl.Buffered(buffer_count=1)  # a row's keys are many tiles of work
-    queries = tile_of_queries(block_q, group, kv_heads, size)
+    queries = pl.BlockSpec((None, None, block_q, size), lambda r, g, i, _: (r, g, i, 0))
     per_query = pl.BlockSpec((None, group, block_q), lambda r, _g, i, _: (r, 0, i))
     whole = pl.BlockSpec((None, keys, size), lambda r, _g, _i, _: (r, 0, 0), pipeline_mode=once)
     in_specs: list[Any] = [queries, whole, whole, queries, queries, per_query]
