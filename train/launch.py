@@ -28,7 +28,7 @@ from llama_jax.weights.runs import StepMetadata
 from . import gpu
 from .checkpoints.checkpoints import Checkpoints, Restored
 from .checkpoints.lock import run_directory, run_lock
-from .config.objective import PAIR_OBJECTIVES
+from .config.objective import PAIR_OBJECTIVES, REFERENCE_OBJECTIVES
 from .config.read import to_toml
 from .config.run import RunConfig
 from .coordination import Agreement
@@ -107,7 +107,7 @@ class Setup:
     @functools.cached_property
     def base(self) -> str | None:
         """The fingerprint of the frozen or reference weights; None if the run has none or they are random."""
-        run, is_reference = self.run, self.run.train.objective == "dpo"
+        run, is_reference = self.run, self.run.train.objective in REFERENCE_OBJECTIVES
         if not run.model.init_from or not (is_reference or self.trainable_spec.adapter is not None):
             return None
         place = place_of(self.given, self.run_dir, self.started, "model.init_from")

@@ -17,6 +17,7 @@ from llama_jax.storage import as_path
 from llama_jax.weights.run_adapters import CONTEXT, context_fields, portable_path, step_fields
 from llama_jax.weights.runs import StepMetadata, read_step_metadata, step_folders
 
+from .config.objective import REFERENCE_OBJECTIVES
 from .config.read import load_config
 from .config.run import RunConfig
 from .gather import gather_bytes
@@ -144,7 +145,8 @@ def place_of(run: RunConfig, run_dir: Path, started: StepMetadata | None, name: 
 
 def needs_base(run: RunConfig) -> bool:
     """Whether every start of a run reads the weights of `model.init_from`, not only the first."""
-    in_step = run.train.objective == "dpo" and not run.preference.precompute_ref_log_probs
+    has_reference = run.train.objective in REFERENCE_OBJECTIVES
+    in_step = has_reference and not run.preference.precompute_ref_log_probs
     return run.adapter.type != "none" or in_step
 
 

@@ -156,6 +156,24 @@ def test_keys_lists_every_section():
             "[distributed]\ncoordinator = 'a:1'\nnum_processes = 2\nprocess_id = 2",
             "distributed.process_id is 2; with 2 processes it must be at most 1",
         ),
+        (
+            "[train]\nobjective = 'orpo'\n[preference]\nlabel_smoothing = 0.1",
+            'preference.label_smoothing is 0.1 and train.objective "orpo"; it applies to "dpo" and "simpo"',
+        ),
+        (
+            "[train]\nobjective = 'simpo'\n[preference]\nloss_type = 'ipo'",
+            'preference.loss_type is "ipo" and train.objective "simpo"; it applies to "dpo": leave it out',
+        ),
+        (
+            "[train]\nobjective = 'dpo'\n[preference]\nsimpo_gamma = 1.0",
+            'preference.simpo_gamma is 1.0 and train.objective "dpo"; it applies to "simpo": leave it out',
+        ),
+        (
+            "[train]\nobjective = 'orpo'\n[preference]\nprecompute_ref_log_probs = true",
+            'true and train.objective "orpo", which has no reference model; it applies to "dpo"',
+        ),
+        ("[train]\nobjective = 'orpo'\n[preference]\nbeta = 0", "preference.beta is 0; it must be above 0"),
+        ("[train]\nobjective = 'simpo'\n[preference]\nbeta = -1", "preference.beta is -1.0; it must be a"),
         ("steps = = 3", "run.toml: not TOML: Invalid value (at line 1, column 9)"),
         (b"\xff", "run.toml: not TOML: 'utf-8' codec"),
         ("a = " + "[" * 20_000, "run.toml: not TOML: maximum recursion depth exceeded"),

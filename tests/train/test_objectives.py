@@ -27,6 +27,7 @@ from llama_jax.train.objectives.common import segment_cumsum, segment_ends
 from llama_jax.train.objectives.heads import ranking_loss
 from llama_jax.train.objectives.language_modeling import neftune_noise
 from llama_jax.train.objectives.preference import dpo_loss
+from llama_jax.train.objectives.reference_free import orpo_loss
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import abstract_state, init_state
 from llama_jax.train.step import build_step
@@ -193,6 +194,59 @@ def test_dpo_on_packed_pairs_equals_each_pair_alone(params, preference):
     np.testing.assert_allclose(others["reward_margin"], (chosen - rejected).sum(), rtol=1e-3, atol=1e-4)
 
 
+REFERENCE_FREE = {
+    "simpo": {"beta": 2.0, "simpo_gamma": 1.0, "label_smoothing": 0.1},
+    "orpo": {"beta": 0.3},
+}
+
+
+def reference_free_loss(objective: str, chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
+    """SimPO (arXiv 2405.14734, eq. 6), ORPO (2403.07691, eq. 6 and 7) of mean log-probabilities, in f64."""
+    log_sigmoid = lambda x: -np.log1p(np.exp(-x))  # noqa: E731
+    if objective == "simpo":
+        margin = 2.0 * chosen - 2.0 * rejected - 1.0
+        return -0.9 * log_sigmoid(margin) - 0.1 * log_sigmoid(-margin)
+    odds = [np.exp(x) / (1 - np.exp(x)) for x in (chosen, rejected)]
+    return -chosen - 0.3 * log_sigmoid(np.log(odds[0] / odds[1]))
+
+
+@pytest.mark.parametrize("objective", REFERENCE_FREE)
+def test_reference_free_losses_on_packed_pairs_equal_each_pair_alone(params, objective):
+    batch, settings = examples(), REFERENCE_FREE[objective]
+    means = np.array([one["logprob"] / one["count"] for one in unpacked(params, batch)])
+    chosen, rejected = means[::2], means[1::2]
+    total, count, others = measure(objective, params, batch, preference=settings)
+    assert count == len(chosen)
+    np.testing.assert_allclose(total, reference_free_loss(objective, chosen, rejected).sum(), rtol=1e-5)
+    assert others["accuracy"] == (chosen > rejected).sum()
+    np.testing.assert_allclose(
+        others["reward_margin"], settings["beta"] * (chosen - rejected).sum(), rtol=1e-3, atol=1e-5
+    )
+    if objective == "orpo":
+        np.testing.assert_allclose(others["nll"], -chosen.sum(), rtol=1e-5)
+    assert total == pytest.approx(padded_total(objective, params, batch, settings), rel=1e-5)
+
+
+def padded_total(objective: str, params: Any, batch: Any, settings: dict[str, Any]) -> float:
+    """The loss of the same pairs, one in each row."""
+    total = 0.0
+    for pairs in ((1, 2), (3, 4)):
+        alone = {name: np.zeros_like(x) for name, x in batch.items()}
+        for row, ids in enumerate(batch["segment_ids"]):
+            at = np.flatnonzero(np.isin(ids, pairs))
+            for name, x in batch.items():
+                alone[name][row, : len(at)] = x[row, at] - (name == "segment_ids") * (pairs[0] - 1)
+        total += measure(objective, params, alone, preference=settings)[0]
+    return total
+
+
+def test_the_odds_of_a_certain_answer_are_finite():
+    """log p = 0, which f32 gives where p is above 1 - 6e-8, also where the other answer is as certain."""
+    for chosen, rejected in ((0.0, -1.0), (-1.0, 0.0), (0.0, 0.0), (-200.0, -1e-9)):
+        loss, grads = jax.value_and_grad(orpo_loss, argnums=(0, 1))(chosen, rejected, beta=0.1)
+        assert np.isfinite([loss, *grads]).all()
+
+
 def test_preference_losses_are_those_of_their_papers():
     """DPO (arXiv 2305.18290, eq. 7), cDPO, IPO (2310.12036, eq. 17) and Llama 2's ranking loss (eq. 2)."""
     rng = np.random.default_rng(0)
@@ -310,6 +364,7 @@ ADAPTERS = {
 # Every objective, every adapter and every base; keys that travel over `context`, and, with a prefix, do not.
 CASES = [
     ("dpo", None, "fsdp=2,context=2,tensor=2"),
+    ("orpo", "lora", "data=2,fsdp=2,context=2"),
     ("reward", "dora", "fsdp=2,context=4"),
     ("classify", "prefix", "fsdp=2,context=2,tensor=2"),
     ("regress", "bottleneck", "fsdp=4,tensor=2"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-Objective = Literal["pretrain", "sft", "dpo", "reward", "classify", "regress"]
-PAIR_OBJECTIVES: tuple[Objective, ...] = ("dpo", "reward")  # trained on chosen and rejected answers
+Objective = Literal["pretrain", "sft", "dpo", "simpo", "orpo", "reward", "classify", "regress"]
+# Trained on chosen and rejected answers.
+PAIR_OBJECTIVES: tuple[Objective, ...] = ("dpo", "simpo", "orpo", "reward")
+REFERENCE_OBJECTIVES: tuple[Objective, ...] = ("dpo",)  # beside a reference model, the initial weights
 HEAD_OBJECTIVES: tuple[Objective, ...] = ("reward", "classify", "regress")  # a head replaces the LM head

@@ -1,27 +1,43 @@
-"""`[preference]`: the loss of direct preference optimization."""
+"""`[preference]`: the losses that learn from preferences: DPO, SimPO and ORPO."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 from llama_jax.errors import ConfigError
 
 from .checks import check_at_least, check_one_of
+from .objective import REFERENCE_OBJECTIVES, Objective
 
 LossType = Literal["sigmoid", "ipo"]
+
+# The objectives that each setting applies to.
+_OBJECTIVES: Mapping[str, tuple[Objective, ...]] = {
+    "loss_type": ("dpo",),
+    "beta": ("dpo", "simpo", "orpo"),
+    "label_smoothing": ("dpo", "simpo"),
+    "simpo_gamma": ("simpo",),
+    "precompute_ref_log_probs": REFERENCE_OBJECTIVES,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceConfig:
-    """The loss of `train.objective = "dpo"`, over pairs of a chosen and a rejected answer.
+    """The losses of `train.objective` `dpo`, `simpo` and `orpo`, over a chosen and a rejected answer.
 
     Attributes:
-      loss_type: `sigmoid` is DPO (arXiv 2305.18290), `ipo` is IPO (arXiv 2310.12036).
-      beta: strength of the implicit KL penalty that keeps the policy close to the reference model.
-      label_smoothing: assumed probability that a pair's labels are swapped (conservative DPO); below 0.5.
+      loss_type: of `dpo`: `sigmoid` is DPO (arXiv 2305.18290), `ipo` is IPO (arXiv 2310.12036).
+      beta: of `dpo`, strength of the implicit KL penalty that keeps the policy close to the reference model;
+        of `simpo`, scale of the reward (arXiv 2405.14734 used 2.0 to 2.5); of `orpo`, weight of the odds
+        ratio (lambda of arXiv 2403.07691).
+      label_smoothing: of `dpo` and `simpo`, assumed probability that a pair's labels are swapped
+        (conservative DPO); below 0.5.
+      simpo_gamma: of `simpo`, the margin by which the chosen answer's reward is to exceed the rejected one's.
       precompute_ref_log_probs: compute the reference model's log-probabilities of every pair once, before the
-        first step, instead of running it beside the policy in each step.
+        first step, instead of running it beside the policy in each step. Objectives without a reference
+        model have none.
 
     Raises:
       ConfigError: for a value out of range, or label smoothing with another loss than `sigmoid`.
@@ -30,11 +46,12 @@ class PreferenceConfig:
     loss_type: LossType = "sigmoid"
     beta: float = 0.1
     label_smoothing: float = 0.0
+    simpo_gamma: float = 0.5
     precompute_ref_log_probs: bool = False
 
     def __post_init__(self) -> None:
         check_one_of("preference.loss_type", self.loss_type, get_args(LossType))
-        check_at_least("preference", self, beta=0, label_smoothing=0)
+        check_at_least("preference", self, beta=0, label_smoothing=0, simpo_gamma=0)
         if self.beta == 0:
             raise ConfigError("preference.beta is 0; it must be above 0, such as 0.1")
         if self.label_smoothing >= 0.5:
@@ -46,4 +63,22 @@ class PreferenceConfig:
             raise ConfigError(
                 f"preference.label_smoothing is {self.label_smoothing}, which applies to "
                 'preference.loss_type "sigmoid" only; leave it out'
+            )
+
+    def check_objective(self, objective: Objective) -> None:
+        """Checks that no setting is set that the objective does not have.
+
+        Raises:
+          ConfigError: naming the setting, and the objectives that it applies to.
+        """
+        for name, objectives in _OBJECTIVES.items():
+            value = getattr(self, name)
+            if objective in objectives or value == getattr(type(self), name):
+                continue
+            shown = f'"{value}"' if isinstance(value, str) else str(value).lower()
+            applies = " and ".join(f'"{one}"' for one in objectives)
+            why = ", which has no reference model" if name == "precompute_ref_log_probs" else ""
+            raise ConfigError(
+                f'preference.{name} is {shown} and train.objective "{objective}"{why}; it applies to '
+                f"{applies}: leave it out"
             )

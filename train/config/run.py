@@ -79,11 +79,7 @@ class RunConfig:
                 f'train.quantization is "{self.train.quantization}" and adapter.{setting}; these products '
                 "are of unquantized weights, or of LoRA's: leave one of them out"
             )
-        if self.preference.precompute_ref_log_probs and self.train.objective != "dpo":
-            raise ConfigError(
-                f'preference.precompute_ref_log_probs is true and train.objective "{self.train.objective}", '
-                'which has no reference model; it applies to "dpo": leave it out'
-            )
+        self.preference.check_objective(self.train.objective)
         if self.train.objective == "classify" and not self.data.labels:
             raise ConfigError(
                 'train.objective is "classify" and data.labels is not set; list the names of the classes'

@@ -21,6 +21,7 @@ from .common import Batch, LossFn, MetricsFn
 from .heads import classification, regression, reward
 from .language_modeling import language_modeling
 from .preference import direct_preference
+from .reference_free import odds_ratio_preference, simple_preference
 
 __all__ = ["make_loss_fn", "make_metrics_fn"]
 
@@ -42,6 +43,10 @@ def make_metrics_fn(run: RunConfig, model: LlamaConfig, platform: str) -> Metric
             return lambda params, batch, **kwargs: (loss_fn(params, batch, **kwargs), {})
         case "dpo":
             return direct_preference(model, train, platform, run.preference)
+        case "simpo":
+            return simple_preference(model, train, platform, run.preference)
+        case "orpo":
+            return odds_ratio_preference(model, train, platform, run.preference)
         case "reward":
             return reward(model, train, platform)
         case "classify":

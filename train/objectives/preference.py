@@ -86,14 +86,14 @@ def direct_preference(
       platform: the platform that it is compiled for, such as `tpu`.
       preference: the `preference` section.
     """
-    masked_logprobs = _masked_logprobs(model, config, platform)
+    logprobs_fn = masked_logprobs(model, config, platform)
 
     def metrics_fn(params: Any, batch: Batch, *, reference: Any = None) -> tuple[Loss, Metrics]:
-        policy_logprobs = pair_sums(masked_logprobs(params, batch), batch)
+        policy_logprobs = pair_sums(logprobs_fn(params, batch), batch)
         if reference is None:
             reference_logprobs = pair_sums(unshard_sequence(batch["reference"]), batch)
         else:
-            reference_logprobs = jax.lax.stop_gradient(pair_sums(masked_logprobs(reference, batch), batch))
+            reference_logprobs = jax.lax.stop_gradient(pair_sums(logprobs_fn(reference, batch), batch))
         losses, chosen, rejected = dpo_loss(
             *policy_logprobs,
             *reference_logprobs,
@@ -111,17 +111,17 @@ def answer_logprobs(
     model: LlamaConfig, config: TrainConfig, platform: str
 ) -> Callable[[Any, Batch], jax.Array]:
     """Makes the function (params, batch) -> answers' log-probabilities, `reference` of `Batch`."""
-    masked_logprobs = _masked_logprobs(model, config, platform)
+    logprobs_fn = masked_logprobs(model, config, platform)
 
     def logprobs(params: Any, batch: Batch) -> jax.Array:
         segments = unshard_sequence(batch["segment_ids"])
-        sums = segment_cumsum(masked_logprobs(params, batch), segments)
+        sums = segment_cumsum(logprobs_fn(params, batch), segments)
         return jnp.where(segment_ends(segments), sums, 0.0)
 
     return logprobs
 
 
-def _masked_logprobs(
+def masked_logprobs(
     model: LlamaConfig, config: TrainConfig, platform: str
 ) -> Callable[[Any, Batch], jax.Array]:
     """Makes the function (params, batch) -> log-probabilities f32 [B, T] of tokens in the mask, else 0."""
