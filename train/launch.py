@@ -28,7 +28,7 @@ from llama_jax.weights.runs import StepMetadata
 from . import gpu
 from .checkpoints.checkpoints import Checkpoints, Restored
 from .checkpoints.lock import run_directory, run_lock
-from .config.objective import PAIR_OBJECTIVES, REFERENCE_OBJECTIVES
+from .config.objective import REFERENCE_OBJECTIVES
 from .config.read import to_toml
 from .config.run import RunConfig
 from .coordination import Agreement
@@ -234,8 +234,7 @@ def print_first_batch(run: RunConfig) -> None:
         tokenizer = run_tokenizer(run, Path(directory))
         data = _open_data(run, tokenizer, shard=0, num_shards=1)
         with contextlib.closing(data.train()) as batches:
-            pairs = run.train.objective in PAIR_OBJECTIVES
-            show_batch(next(batches), tokenizer, terminal.console(), pairs=pairs)
+            show_batch(next(batches), tokenizer, terminal.console(), run.train.objective)
     log_examples(data, terminal.note)
 
 

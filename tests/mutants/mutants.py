@@ -372,6 +372,22 @@ MUTANTS = (
         ("tests/train/test_objectives.py",),
     ),
     Mutant(
+        "simpo-gamma-sign",
+        "train/objectives/reference_free.py",
+        "SimPO is content with a negative margin",
+        "margin = beta * (chosen - rejected) - gamma",
+        "margin = beta * (chosen - rejected) + gamma",
+        ("tests/train/test_objectives.py",),
+    ),
+    Mutant(
+        "kto-kl-sign",
+        "train/objectives/kto.py",
+        "KTO's KL estimate moves the reference point of the rewards the wrong way",
+        "signed = jnp.where(desirable, gain - kl, kl - gain)",
+        "signed = jnp.where(desirable, gain + kl, -kl - gain)",
+        ("tests/train/test_objectives.py",),
+    ),
+    Mutant(
         "ranking-margin-sign",
         "train/objectives/heads.py",
         "a larger margin asks for less difference between the rewards",

@@ -1,4 +1,4 @@
-"""Live comparison with TRL of the losses without a reference model: SimPO and ORPO, thirty steps each."""
+"""Live comparison with TRL of SimPO, ORPO and KTO, thirty steps each; DPO is in test_finetuning.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+from llama_jax.loss import Loss
+from llama_jax.train.config.objective import REFERENCE_OBJECTIVES
 from llama_jax.train.config.preference import PreferenceConfig
 from llama_jax.train.config.run import RunConfig, TrainConfig
 from llama_jax.train.objectives import make_metrics_fn
@@ -51,10 +53,14 @@ def our_objective(objective: str, batches: Any, learning_rate: float = 1e-3, **p
     train = TrainConfig(objective=objective, dtype="float32", attention="xla", loss_chunks=3)
     run = RunConfig(train=train, preference=PreferenceConfig(**preference))
     metrics_fn = make_metrics_fn(run, MODEL, "cpu")
+    extras = {"reference": start()} if objective in REFERENCE_OBJECTIVES else {}
 
     def loss(weights: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        loss, metrics = metrics_fn(weights, batch)
-        return loss.mean, {name: value / loss.count for name, value in metrics.items()}
+        loss, metrics = metrics_fn(weights, batch, **extras)
+        return loss.mean, {
+            name: value.mean if isinstance(value, Loss) else value / loss.count
+            for name, value in metrics.items()
+        }
 
     return our_curve(loss, start(), batches, learning_rate)
 
@@ -63,8 +69,10 @@ def both_answers(pairs: Any) -> dict[str, np.ndarray]:
     return packed([masked(prompt, answer) for prompt, *answers in pairs for answer in answers], 2)
 
 
-def trainer_of(cls: Any, config: Any, folder: Path, **settings: Any) -> Any:
-    """A trainer of TRL on our model, whose own data is not used."""
+def trainer_of(
+    cls: Any, config: Any, folder: Path, row: dict[str, Any], *reference: Any, **settings: Any
+) -> Any:
+    """A trainer of TRL on our model, whose own data, `row`, is not used."""
     datasets = pytest.importorskip("datasets")
     tokenizers = pytest.importorskip("tokenizers")
     words = {f"w{i}": i for i in range(MODEL.vocab_size)}
@@ -79,8 +87,9 @@ def trainer_of(cls: Any, config: Any, folder: Path, **settings: Any) -> Any:
     )
     return cls(
         hf.model(MODEL, params()).train(),
+        *reference,
         args=arguments,
-        train_dataset=datasets.Dataset.from_list([{"prompt": "w1", "chosen": "w2", "rejected": "w3"}]),
+        train_dataset=datasets.Dataset.from_list([row] * 2),
         processing_class=transformers.PreTrainedTokenizerFast(
             tokenizer_object=vocabulary, pad_token="w0", bos_token="w0", eos_token="w0"
         ),
@@ -101,6 +110,7 @@ def trl_curve(trainer: Any, batches: Pairs, names: dict[str, str], learning_rate
     return their_curve(loss, list(trainer.model.parameters()), batches, learning_rate)
 
 
+PAIR = {"prompt": "w1", "chosen": "w2", "rejected": "w3"}
 REWARDS = {"rewards/accuracies": "accuracy", "rewards/margins": "reward_margin"}
 
 
@@ -109,7 +119,7 @@ def test_simpo(smoothing: float, tmp_path: Path) -> None:
     cpo = pytest.importorskip("trl.experimental.cpo")
     settings = {"beta": 2.0, "simpo_gamma": 1.0, "label_smoothing": smoothing}
     trainer = trainer_of(
-        cpo.CPOTrainer, cpo.CPOConfig, tmp_path, loss_type="simpo", cpo_alpha=0.0, **settings
+        cpo.CPOTrainer, cpo.CPOConfig, tmp_path, PAIR, loss_type="simpo", cpo_alpha=0.0, **settings
     )
     theirs = trl_curve(trainer, preferences(), REWARDS)
     ours = our_objective("simpo", map(both_answers, preferences()), **settings)
@@ -136,8 +146,56 @@ def pairs_of_one_length() -> Pairs:
 
 def test_orpo(tmp_path: Path) -> None:
     orpo = pytest.importorskip("trl.experimental.orpo")
-    trainer = trainer_of(orpo.ORPOTrainer, orpo.ORPOConfig, tmp_path, beta=0.5)
+    trainer = trainer_of(orpo.ORPOTrainer, orpo.ORPOConfig, tmp_path, PAIR, beta=0.5)
     theirs = trl_curve(trainer, pairs_of_one_length(), {**REWARDS, "nll_loss": "nll"}, 1e-2)
     ours = our_objective("orpo", map(both_answers, pairs_of_one_length()), 1e-2, beta=0.5)
     assert theirs["loss"][-1] < theirs["loss"][0] - 0.5
+    assert_alike(ours, theirs)
+
+
+Labeled = Iterator[list[tuple[np.ndarray, np.ndarray, np.ndarray, bool]]]
+
+
+def labels() -> Labeled:
+    """For each step prompts, each with its completion, another one's completion, and a label."""
+    draw = Draw(14)
+    for pairs in preferences():
+        is_good = draw.integers(0, 2, EXAMPLES) > 0
+        is_good[:2] = True, False  # of none TRL reports the last step's reward
+        own = [chosen if good else wrong for (_, chosen, wrong), good in zip(pairs, is_good, strict=True)]
+        others = [own[-1], *own[:-1]]  # as TRL mismatches them
+        prompts = [prompt for prompt, *_ in pairs]
+        yield list(zip(prompts, own, others, map(bool, is_good), strict=True))
+
+
+def labeled_rows(examples: Any) -> dict[str, np.ndarray]:
+    """Each example beside its mismatched segment, with the label at both last tokens."""
+    batch = packed([masked(prompt, one) for prompt, *both, _ in examples for one in both], 2)
+    value = np.zeros(batch["tokens"].shape, np.float32)
+    for row, (prompt, own, other, good) in enumerate(examples):
+        ends = np.cumsum([len(prompt) + len(own), len(prompt) + len(other)]) - 1
+        value[row, ends] = good
+    return {**batch, "value": value}
+
+
+def test_kto(tmp_path: Path) -> None:
+    settings = {"beta": 0.5, "desirable_weight": 1.5, "undesirable_weight": 0.75}
+    row = {"prompt": "w1", "completion": "w2", "label": True}
+    reference = hf.model(MODEL, params())
+    trainer = trainer_of(trl.KTOTrainer, trl.KTOConfig, tmp_path, row, reference, max_length=None, **settings)
+
+    def their_loss(examples: Any) -> tuple[Any, dict[str, float]]:
+        names = ("prompt_ids", "completion_ids", "KL_completion_ids")
+        rows = [
+            {**dict(zip(names, map(np.ndarray.tolist, parts), strict=True)), "label": good}
+            for *parts, good in examples
+        ]
+        value = trainer._compute_loss(trainer.model, trainer.data_collator(rows), False)
+        metrics = trainer._metrics["train"]
+        both = {"reward_desirable": "rewards/chosen", "reward_undesirable": "rewards/rejected", "kl": "kl"}
+        return value, {ours: metrics[theirs][-1] for ours, theirs in both.items()}
+
+    theirs = their_curve(their_loss, list(trainer.model.parameters()), labels(), 1e-3)
+    ours = our_objective("kto", map(labeled_rows, labels()), **settings)
+    assert theirs["loss"][-1] < theirs["loss"][0] - 0.1 and max(theirs["kl"]) > 0.01
     assert_alike(ours, theirs)

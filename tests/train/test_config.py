@@ -170,7 +170,11 @@ def test_keys_lists_every_section():
         ),
         (
             "[train]\nobjective = 'orpo'\n[preference]\nprecompute_ref_log_probs = true",
-            'true and train.objective "orpo", which has no reference model; it applies to "dpo"',
+            'true and train.objective "orpo", which has no reference model; it applies to "dpo" and "kto"',
+        ),
+        (
+            "[train]\nobjective = 'kto'\n[preference]\ndesirable_weight = 0\nundesirable_weight = 0",
+            "preference.desirable_weight and preference.undesirable_weight are both 0",
         ),
         ("[train]\nobjective = 'orpo'\n[preference]\nbeta = 0", "preference.beta is 0; it must be above 0"),
         ("[train]\nobjective = 'simpo'\n[preference]\nbeta = -1", "preference.beta is -1.0; it must be a"),

@@ -82,6 +82,10 @@ def set_up(workshop: Workshop, shared_data, objective: str, adapter: str = "", r
             rows.append({"text": prompt, "label": "bird" if animal in ("duck", "owl") else "beast"})
         elif objective == "regress":
             rows.append({"text": prompt, "label": number / 10})
+        elif objective == "kto":
+            rows.append(
+                {"prompt": prompt, "completion": sound + "!" * (number % 2), "label": number % 2 == 0}
+            )
         elif objective == "sft":
             rows.append({"prompt": prompt, "completion": sound})
         else:
@@ -101,6 +105,7 @@ CASES = {
     "prefix": ("sft", PREFIX, 2e-2),
     "dpo": ("dpo", "", 1e-3),
     "precomputed": ("dpo", PRECOMPUTED, 1e-3),
+    "kto": ("kto", "", 1e-3),
 }
 # What a resumed process computes does not come from a process that ran the first half.
 RESUMED = {"worker": 2}
@@ -190,8 +195,9 @@ def test_resumed_run_equals_uninterrupted_run(workshop, shared_data, trained, na
     assert losses(whole) == losses(halves)
     assert losses(whole)[STEPS] < losses(whole)[1]
     metrics = records(whole, "evaluations.jsonl")[-1]
-    if objective == "dpo":
-        assert 0 <= metrics["accuracy"] <= 1 and "eval_perplexity" not in metrics
+    if objective in ("dpo", "kto"):
+        own = 0 <= metrics["accuracy"] <= 1 if objective == "dpo" else metrics["kl"] >= 0
+        assert own and "eval_perplexity" not in metrics
         return
     assert metrics["eval_perplexity"] == pytest.approx(np.exp(metrics["eval_loss"]))
     assert f"eval_perplexity {metrics['eval_perplexity']:.2f}" in done.err
@@ -211,10 +217,14 @@ def test_resumed_run_equals_uninterrupted_run(workshop, shared_data, trained, na
 
 def test_show_batch_prints_the_tokens_in_the_loss_and_writes_nothing(workshop, shared_data):
     config = set_up(workshop, shared_data, *CASES["lora"])
-    before = sorted(workshop.folder.iterdir())
     command = ("train", config, "--train.run_dir", "shown")
-    done, without_base = workshop.run_all((*command, "--show-batch"), (*command, "--model.init_from", ""))
-    assert done.status == 0, done.err
+    labeled = ("train", set_up(workshop, shared_data, *CASES["kto"]), "--show-batch")
+    before = sorted(workshop.folder.iterdir())
+    done, without_base, labels = workshop.run_all(
+        (*command, "--show-batch"), (*command, "--model.init_from", ""), labeled
+    )
+    assert done.status == labels.status == 0, done.err + labels.err
+    assert "example 1, desirable: " in labels.out and "mismatched, for the KL estimate: " in labels.out
     assert "row 7: " in done.out and "⟦" in done.out
     assert "examples:" in done.err and "of them in the loss" in done.err
     assert sorted(workshop.folder.iterdir()) == before

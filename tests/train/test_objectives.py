@@ -14,6 +14,7 @@ import pytest
 import llama_jax as lj
 from llama_jax.adapters import lora
 from llama_jax.errors import ConfigError, InputError
+from llama_jax.loss import Loss
 from llama_jax.meshes import make_mesh
 from llama_jax.sharding import use_mesh
 from llama_jax.train.config.adapter import AdapterConfig
@@ -138,7 +139,9 @@ def metrics_fn(run: RunConfig) -> Any:
 def measure(objective: str, params: Any, batch: Any, **extras: Any) -> tuple[float, float, dict[str, Any]]:
     run = run_of(objective, **extras.pop("preference", {}))
     loss, metrics = metrics_fn(run)(params, batch, **extras)
-    return float(loss.total), float(loss.count), {name: np.asarray(x) for name, x in metrics.items()}
+    # A mean with a count of its own is given as it is, other metrics as sums.
+    others = {name: np.asarray(x.mean if isinstance(x, Loss) else x) for name, x in metrics.items()}
+    return float(loss.total), float(loss.count), others
 
 
 def test_segment_cumsum_and_ends():
@@ -225,6 +228,30 @@ def test_reference_free_losses_on_packed_pairs_equal_each_pair_alone(params, obj
     if objective == "orpo":
         np.testing.assert_allclose(others["nll"], -chosen.sum(), rtol=1e-5)
     assert total == pytest.approx(padded_total(objective, params, batch, settings), rel=1e-5)
+
+
+KTO = {"beta": 0.4, "desirable_weight": 1.5, "undesirable_weight": 0.5}
+
+
+def test_kto_on_packed_examples_equals_each_example_alone(params):
+    """Arithmetic of arXiv 2402.01306, eq. 8, with the KL estimate over the batch's mismatched segments."""
+    batch = examples()
+    reference = jax.tree.map(lambda x: np.float32(1.5) * np.asarray(x), params)
+    each, before = unpacked(params, batch), unpacked(reference, batch)
+    gains = np.array([one["logprob"] - old["logprob"] for one, old in zip(each, before, strict=True)])
+    labels = np.array([one["value"] > 0 for one in each])[::2]
+    kl = max(gains[1::2].mean(), 0.0)
+    assert kl > 0.01 and 4 < labels.sum() < len(labels)
+    values = 1 / (1 + np.exp(-0.4 * np.where(labels, gains[::2] - kl, kl - gains[::2])))
+    losses = np.where(labels, 1.5, 0.5) * (1 - values)
+    total, count, others = measure("kto", params, batch, preference=KTO, reference=reference)
+    assert count == len(labels)
+    np.testing.assert_allclose(total, losses.sum(), rtol=1e-5)
+    np.testing.assert_allclose(others["kl"] / count, kl, rtol=1e-4)
+    np.testing.assert_allclose(others["reward_desirable"], 0.4 * gains[::2][labels].mean(), rtol=1e-4)
+    np.testing.assert_allclose(others["reward_undesirable"], 0.4 * gains[::2][~labels].mean(), rtol=1e-4)
+    worse = measure("kto", reference, batch, preference=KTO, reference=params)
+    assert worse[2]["kl"] == 0.0  # a negative estimate is none
 
 
 def padded_total(objective: str, params: Any, batch: Any, settings: dict[str, Any]) -> float:
@@ -364,7 +391,8 @@ ADAPTERS = {
 # Every objective, every adapter and every base; keys that travel over `context`, and, with a prefix, do not.
 CASES = [
     ("dpo", None, "fsdp=2,context=2,tensor=2"),
-    ("orpo", "lora", "data=2,fsdp=2,context=2"),
+    ("orpo", "lora", "fsdp=4,context=2"),
+    ("kto", None, "data=2,fsdp=2,context=2"),
     ("reward", "dora", "fsdp=2,context=4"),
     ("classify", "prefix", "fsdp=2,context=2,tensor=2"),
     ("regress", "bottleneck", "fsdp=4,tensor=2"),

@@ -14,8 +14,9 @@ layout.py read those encoded ahead of time. splitting.py splits them, order.py s
 batches.py prefetches batches; validation.py keeps those of the validation set, which sharing.py divides among
 processes.
 For finetuning, formats.py and conversations.py read records into examples, sides.py and examples.py encode
-them, packing.py packs whole examples into rows, and show.py prints them. control_tokens.py counts what texts
-spell like control tokens. opening.py, parts.py and dataset.py combine all of this.
+them, mismatched.py adds what KTO compares them with, packing.py packs whole examples into rows, and show.py
+prints them. control_tokens.py counts what texts spell like control tokens. opening.py, parts.py and
+dataset.py combine all of this.
 """
 
 from ..config.data import DataConfig, SourceConfig

@@ -164,7 +164,7 @@ class Data:
         return hashlib.blake2b(serialized.encode(), digest_size=16).hexdigest()
 
     def pairs(self) -> Iterator[dict[str, Any]]:
-        """Yields this process's rows of batches that contain every usable pair of all records once.
+        """Yields this process's rows of batches with every usable record of pairs or labels once.
 
         Yields:
           The arrays of a training batch, and int32 `place`: 1 + 2 r + s at the last token of segment s of
@@ -191,11 +191,11 @@ class Data:
         )
 
     def with_reference(self, logprobs: np.ndarray) -> Data:
-        """Returns the same data of pairs with `reference` in its batches; see `packed_row`.
+        """Returns the same data with `reference` in its batches; see `packed_row`.
 
         Args:
-          logprobs: f32 [records, 2], the reference model's log-probabilities of each record's chosen and
-            rejected answer; a record with NaN is skipped.
+          logprobs: f32 [records, 2], the reference model's log-probabilities of the answers in a record's
+            two segments; a record with NaN is skipped.
         """
         boundaries = np.cumsum([len(part.source) for part in self._all_parts])[:-1]
         data = copy.copy(self)
@@ -288,7 +288,8 @@ class Data:
             ):
                 if isinstance(item, EncodedExample):
                     lengths += map(len, item.parts())
-                    learned += sum(int(segment.mask.sum()) for segment in item.segments)
+                    trained = item.segments[: 1 if self._objective == "kto" else None]
+                    learned += sum(int(segment.mask.sum()) for segment in trained)
                     notes.update(item.notes)
                 else:
                     skipped[str(item)] += 1

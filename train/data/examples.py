@@ -2,7 +2,8 @@
 
 An example is never split. One that is longer than a row is dropped or, with `data.too_long = "truncate"`, cut
 at its end: the answers of a preference pair are both cut to the greatest common length that fits the pair
-into a row. An example with no tokens left to train on is dropped.
+into a row. One of KTO may fill half of a row, which also holds its prompt with another completion. An example
+with no tokens left to train on is dropped.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedExample:
-    """One encoded record: one segment, the two of a pair, or one for each turn.
+    """One encoded record: one segment, the two of a pair, KTO's two, or one for each turn.
 
     Attributes:
-      segments: of a pair, the chosen answer's first.
+      segments: of a pair, the chosen answer's first; of KTO, the mismatched one last.
       value: the label or margin, placed at the last token of each segment.
       reference: the reference model's log-probability of the masked tokens of each segment; empty if not
         precomputed.
@@ -102,7 +103,7 @@ class ExampleEncoder:
             raise BadRecord("template failed", str(error)) from None
         segments = encoded.segments
         learned = [segment for segment in segments if segment.mask.any()]
-        if len(learned) < len(segments) and len(encoded) <= self.seq_len:
+        if len(learned) < len(segments) and len(encoded) <= self.room:
             raise BadRecord("nothing to train on", "no token of the example is trained on")
         if encoded.apart:
             return dataclasses.replace(encoded, segments=tuple(self._truncate_each(segments)))
@@ -110,6 +111,11 @@ class ExampleEncoder:
         if len(segments) == 2 and np.array_equal(segments[0].ids, segments[1].ids):
             raise BadRecord("identical answers", "chosen and rejected are encoded as the same tokens")
         return dataclasses.replace(encoded, segments=segments)
+
+    @property
+    def room(self) -> int:
+        """The most tokens of an example."""
+        return self.seq_len // 2 if self.objective == "kto" else self.seq_len
 
     def _encoded(self, example: Example) -> EncodedExample:
         encode = SideEncoder(self.encode, self.template, self.objective, self.seq_len)
@@ -155,15 +161,18 @@ class ExampleEncoder:
     def _truncate(self, segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
         """Truncates segments to fit into a row, if `too_long` allows it."""
         length = sum(map(len, segments))
-        if length <= self.seq_len:
+        if length <= self.room:
             return segments
         details = f"{length} tokens, and train.seq_len is {self.seq_len}"
+        if self.room < self.seq_len:
+            details += ", half of which is for its prompt with another completion"
         if self.too_long != "truncate":
             raise TooLongRecord("too long", details)
         answer_starts = [
-            int(segment.mask.argmax()) if self.objective in PAIR_OBJECTIVES else 0 for segment in segments
+            int(segment.mask.argmax()) if self.objective in (*PAIR_OBJECTIVES, "kto") else 0
+            for segment in segments
         ]
-        room = self.seq_len - sum(answer_starts)
+        room = self.room - sum(answer_starts)
         if room < len(segments):
             raise TooLongRecord("too long", f"{details}; the prompt leaves no room for an answer")
         sizes = [len(segment) - start for segment, start in zip(segments, answer_starts, strict=True)]
@@ -191,6 +200,7 @@ class ExampleSource(RecordSource):
 
     Attributes:
       record_format: the name of the format of its records.
+      seq_len: tokens per row.
     """
 
     def __init__(
@@ -199,6 +209,7 @@ class ExampleSource(RecordSource):
         template = encode.template and [encode.template.source, dict(encode.template.tokens)]
         super().__init__(records, config.field, dataclasses.astuple(formats), template, encode.too_long)
         self.record_format = ""
+        self.seq_len = encode.seq_len
         self._formats = formats
         self._encode = encode
 

@@ -69,7 +69,7 @@ class Example:
 
     Attributes:
       sides: one, or the chosen and the rejected one of a preference pair.
-      value: the label, or the pair's margin.
+      value: the label, which of KTO's is 1 for desirable and 0 for undesirable; or the pair's margin.
     """
 
     sides: tuple[Side, ...]
@@ -97,6 +97,8 @@ class RecordFormats:
         common: dict[str, tuple[str, ...]] = {"messages": ("messages",), "sharegpt": ("conversations",)}
         if self.objective in PAIR_OBJECTIVES:
             return {"pair": ("chosen", "rejected")}
+        if self.objective == "kto":
+            return {"labeled": ("prompt", "completion", "label")}
         if self.objective == "sft":
             common |= {"prompt": ("prompt", "completion"), "alpaca": ("instruction", "output")}
             return {"tokens": ("input_ids",), **common, "text": (self.field,)}
@@ -109,6 +111,7 @@ class RecordFormats:
             "sharegpt": (*VARIABLES, "system"),
             "alpaca": ("input", "system"),
             "prompt": VARIABLES,
+            "labeled": VARIABLES,
             "pair": ("prompt", "margin", *VARIABLES),
             "tokens": ("labels", *_MASKS),
         }
@@ -141,6 +144,8 @@ class RecordFormats:
                 raise BadRecord("no such field", f"no field {name!r} (fields: {list_names(row)})")
         if record_format == "pair":
             return Example(_pair(row), _number(row, "margin") if row.get("margin") is not None else 0.0)
+        if record_format == "labeled":
+            return Example((_answer(row, "completion"),), _truth(row))
         if self.objective == "sft":
             return Example((self._sft_side(record_format, row),))
         if record_format == "text":
@@ -222,6 +227,17 @@ def _number(row: Row, name: str) -> float:
     except OverflowError:
         pass
     raise BadRecord(f"{name} is not a number", f"{name} is {repr(value)[:40]}; it must be a finite number")
+
+
+def _truth(row: Row) -> float:
+    """Returns 1 if a completion is labeled desirable, 0 if undesirable."""
+    value = row["label"]
+    if not isinstance(value, bool):
+        raise BadRecord(
+            "label is not true or false",
+            f"label is {repr(value)[:40]}; it must be true (desirable) or false (undesirable)",
+        )
+    return float(value)
 
 
 _MASKS = ("completion_mask", "assistant_masks")  # of token ids, TRL's; each may only leave tokens out

@@ -16,6 +16,7 @@ from .dataset import Data
 from .encode import Encoder
 from .examples import ExampleEncoder, ExampleSource
 from .formats import RecordFormats
+from .mismatched import MismatchedSource
 from .parts import split, validation_config, validation_part
 from .records import BadRecord, bad_record_error
 from .sharing import ALONE, Peers
@@ -112,7 +113,8 @@ def _open_examples(
 ) -> ExampleSource:
     formats, encode = readers
     formats = dataclasses.replace(formats, field=config.field)
-    source = ExampleSource(config, open_records(config, rows=True), formats, encode)
+    source_type = MismatchedSource if formats.objective == "kto" else ExampleSource
+    source = source_type(config, open_records(config, rows=True), formats, encode)
     try:
         source.detect_format(skip_bad)
     except BadRecord as bad:

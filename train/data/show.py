@@ -10,12 +10,14 @@ from rich.text import Text
 
 from llama_jax.tokenizer import Tokenizer
 
+from ..config.objective import PAIR_OBJECTIVES, Objective
+
 _SEPARATOR = "╎"  # rare in texts, unlike |
 _VISIBLE = {"\n": "↵\n", "\t": "⇥\t", "\r": "␍"}  # replacements for invisible characters
 
 
 def show_batch(
-    batch: Mapping[str, np.ndarray], tokenizer: Tokenizer, console: Console, *, pairs: bool = False
+    batch: Mapping[str, np.ndarray], tokenizer: Tokenizer, console: Console, objective: Objective = "sft"
 ) -> None:
     """Prints the rows of a batch, segment by segment.
 
@@ -27,13 +29,15 @@ def show_batch(
       batch: `tokens`, `segment_ids`, int [B, T], and for finetuning `mask` and `value`.
       tokenizer: the model's.
       console: the output.
-      pairs: whether the segments are, in turn, a chosen and a rejected answer.
+      objective: the run's.
     """
     tokens, segments = np.asarray(batch["tokens"]), np.asarray(batch["segment_ids"])
     trained = np.asarray(batch.get("mask", segments > 0)) > 0
     trained &= (np.diff(segments, prepend=0) == 0) | (
         "mask" in batch
     )  # the first token of a segment is not predicted
+    if objective == "kto":
+        trained &= segments % 2 == 1
     values = np.asarray(batch["value"]) if "value" in batch else None
     for row, ids in enumerate(segments):
         counts = f"{int((ids > 0).sum())} tokens, {int(trained[row].sum())} trained on"
@@ -43,18 +47,25 @@ def show_batch(
         )
         for segment in range(1, int(ids.max(initial=0)) + 1):
             index = np.flatnonzero(ids == segment)
-            value = (
-                f", value {values[row, index[-1]]:g}" if values is not None and values[row, index[-1]] else ""
-            )
+            value = 0.0 if values is None else float(values[row, index[-1]])
             counts = f"{len(index)} tokens, {int(trained[row, index].sum())} trained on"
-            title = f"segment {segment}"
-            if pairs:
-                title = f"pair {(segment + 1) // 2}, {'chosen' if segment % 2 else 'rejected'}"
-            console.print(Text(f"  {title}: {counts}{value}"), style="cyan")
+            console.print(Text(f"  {_title(objective, segment, value)}: {counts}"), style="cyan")
             console.print(
                 _styled_tokens(tokens[row, index].tolist(), trained[row, index].tolist(), tokenizer, console),
                 soft_wrap=True,
             )
+
+
+def _title(objective: Objective, segment: int, value: float) -> str:
+    """What a segment is, with its value."""
+    number, is_first = (segment + 1) // 2, segment % 2 == 1
+    if objective == "kto":
+        label = "desirable" if value else "undesirable"
+        return f"example {number}, {label if is_first else 'mismatched, for the KL estimate'}"
+    title = f"segment {segment}"
+    if objective in PAIR_OBJECTIVES:
+        title = f"pair {number}, {'chosen' if is_first else 'rejected'}"
+    return f"{title}, value {value:g}" if value else title
 
 
 def _styled_tokens(ids: list[int], trained: list[bool], tokenizer: Tokenizer, console: Console) -> Text:

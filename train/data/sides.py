@@ -108,7 +108,7 @@ class SideEncoder:
                     ), notes
                 return [encode_turns(self.encode.tokenizer, template, side.messages, **arguments)], notes
             except TurnsDifferError:
-                if self.objective in PAIR_OBJECTIVES:
+                if self.objective in (*PAIR_OBJECTIVES, "kto"):
                     raise
                 notes.append(TURNS_APART)
             except PromptDiffersError:

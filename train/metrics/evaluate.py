@@ -13,6 +13,7 @@ import numpy as np
 
 from llama_jax import LlamaConfig, Sampling, generate
 from llama_jax.errors import ConfigError
+from llama_jax.loss import Loss
 from llama_jax.tokenizer import Tokenizer
 
 from ..config.eval import EvalConfig
@@ -56,16 +57,22 @@ def make_eval_fn(
     def evaluate_source(trainable: Any, source: str | None, batches: int) -> dict[str, Any]:
         count = nbytes = 0.0
         totals: dict[str, np.ndarray] = {}
+        counts: dict[str, float] = {}  # of metrics with one of their own
         for batch in itertools.islice(data.validation_batches(source), batches):
             loss, metrics = metrics_fn(trainable, frozen, feed.put(batch))
             for name, value in {"eval_loss": loss.total, **metrics}.items():
+                if isinstance(value, Loss):
+                    counts[name] = counts.get(name, 0.0) + float(value.count)
+                    value = value.total
                 totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
             count += float(loss.count)
             nbytes += batch["bytes"]
         if not count:
             return {}
         confusion = totals.pop("confusion", None)
-        means: dict[str, Any] = {name: float(total) / count for name, total in totals.items()}
+        means: dict[str, Any] = {
+            name: float(total) / (counts.get(name, count) or math.nan) for name, total in totals.items()
+        }
         if confusion is not None:
             means["confusion"] = confusion
         if run.train.objective in ("pretrain", "sft"):
@@ -92,6 +99,8 @@ def make_eval_fn(
             name: weighted_mean((found[name], shares[source]) for source, found in results.items())
             for name in names
         }
+        if run.train.objective == "kto":
+            means["reward_margin"] = means["reward_desirable"] - means["reward_undesirable"]
         if confusion:
             means["macro_f1"] = macro_f1(sum(confusion))
         if run.train.objective in ("pretrain", "sft"):

@@ -19,6 +19,7 @@ from llama_jax.ops.eight_bits import eight_bit_products
 from ..config.run import RunConfig
 from .common import Batch, LossFn, MetricsFn
 from .heads import classification, regression, reward
+from .kto import labeled_preference
 from .language_modeling import language_modeling
 from .preference import direct_preference
 from .reference_free import odds_ratio_preference, simple_preference
@@ -47,6 +48,8 @@ def make_metrics_fn(run: RunConfig, model: LlamaConfig, platform: str) -> Metric
             return simple_preference(model, train, platform, run.preference)
         case "orpo":
             return odds_ratio_preference(model, train, platform, run.preference)
+        case "kto":
+            return labeled_preference(model, train, platform, run.preference)
         case "reward":
             return reward(model, train, platform)
         case "classify":

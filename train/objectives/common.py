@@ -19,7 +19,8 @@ from ..devices import attention_backend, compute_dtype
 # prediction counts, and f32 value, a segment's label, target or margin at its last token; with precomputed
 # reference log-probabilities also f32 reference, log p_ref of an answer at its last token, elsewhere 0.
 Batch = Mapping[str, jax.Array]
-Metrics = dict[str, jax.Array]  # f32 sums over what `Loss.count` counts
+# f32 sums over what `Loss.count` counts, or sums with a count of their own
+Metrics = dict[str, jax.Array | Loss]
 # (params, batch, and where needed reference=params, key=a random key) -> the loss, and metrics beside it
 MetricsFn = Callable[..., tuple[Loss, Metrics]]
 LossFn = Callable[..., Loss]
@@ -95,7 +96,7 @@ def pair_ends(batch: Batch) -> jax.Array:
     return segment_ends((unshard_sequence(batch["segment_ids"]) + 1) // 2)
 
 
-def pair_metrics(chosen: jax.Array, rejected: jax.Array) -> Metrics:
+def pair_metrics(chosen: jax.Array, rejected: jax.Array) -> dict[str, jax.Array]:
     """Accuracy, a tie counting half, and margin of the rewards of chosen and rejected answers."""
     correct = (chosen > rejected) + 0.5 * (chosen == rejected)  # all are ties before DPO's first step
     return {"accuracy": correct, "reward_margin": chosen - rejected}
@@ -108,4 +109,5 @@ def masked_sums(mask: jax.Array, losses: jax.Array, **metrics: jax.Array) -> tup
         return jnp.where(mask, x.astype(jnp.float32), 0.0).sum()
 
     loss = Loss(total=total(losses), count=mask.sum().astype(jnp.float32))
-    return loss, {name: total(x) for name, x in metrics.items()}
+    sums: Metrics = {name: total(x) for name, x in metrics.items()}
+    return loss, sums

@@ -1,7 +1,7 @@
-"""Precomputed log-probabilities of DPO's reference model: computed once for every pair, cached in the run.
+"""Precomputed log-probabilities of a reference model: computed once for every record, cached in the run.
 
 The file is a line of a fingerprint and a SHA-256, then f32 [records, 2] in the order of the data's records:
-log p_ref of the chosen and of the rejected answer, NaN where a record is not a usable pair.
+log p_ref of the answers in a record's two segments, NaN where a record cannot be used.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def reference_logprobs(
     table = _broadcast(table, data.records)
     if table is not None:
         return table
-    log(f"reference: computing the log-probabilities of {data.records} pairs once, into {path}")
+    what = "examples" if run.train.objective == "kto" else "pairs"
+    log(f"reference: computing the log-probabilities of {data.records} {what} once, into {path}")
     table = _compute(run, model, platform, data, feed, initial_params(), stop)
     if is_primary and table is not None:
         write_atomically(path, _encode(fingerprint, table))

@@ -18,9 +18,9 @@ def smollm2_vocabulary(smollm2_path: Path) -> Tokenizer:
     return load_tokenizer(smollm2_path)
 
 
-def shown(batch, tokenizer, pairs=False, **settings) -> str:
+def shown(batch, tokenizer, objective="sft", **settings) -> str:
     file = io.StringIO()
-    show_batch(batch, tokenizer, Console(file=file, width=80, **settings), pairs=pairs)
+    show_batch(batch, tokenizer, Console(file=file, width=80, **settings), objective)
     return file.getvalue()
 
 
@@ -43,14 +43,22 @@ def test_without_color_trained_tokens_are_in_brackets(batch, smollm2_vocabulary)
     assert lines[0] == f"row 0: 2 segments, {batch['tokens'].size - 3} tokens, 3 trained on, 3 padding"
     assert lines[1] == "  segment 1: 6 tokens, 2 trained on"
     assert lines[2:5] == ["<|im_start|>╎a╎↵", "⟦ b╎<|im_end|>⟧↵", ""]
-    assert lines[5].endswith("1 trained on, value -1.5")
+    assert lines[5].startswith("  segment 2, value -1.5: ") and lines[5].endswith("1 trained on")
     assert lines[6] == " [╎bold╎]╎x⟦ é⟧"
 
 
 def test_pairs_are_named(batch, smollm2_vocabulary):
-    lines = shown(batch, smollm2_vocabulary, color_system=None, pairs=True).splitlines()
+    lines = shown(batch, smollm2_vocabulary, "dpo", color_system=None).splitlines()
     assert lines[1] == "  pair 1, chosen: 6 tokens, 2 trained on"
-    assert lines[5].startswith("  pair 1, rejected: ")
+    assert lines[5].startswith("  pair 1, rejected, value -1.5: ")
+
+
+def test_labels_are_named_and_the_mismatched_completion_is_not_trained_on(batch, smollm2_vocabulary):
+    lines = shown(batch, smollm2_vocabulary, "kto", color_system=None).splitlines()
+    assert lines[0].endswith("2 trained on, 3 padding")
+    assert lines[1] == "  example 1, undesirable: 6 tokens, 2 trained on"
+    assert lines[5].startswith("  example 1, mismatched, for the KL estimate: ")
+    assert lines[5].endswith("0 trained on")
 
 
 def test_with_color_trained_tokens_are_underlined(batch, smollm2_vocabulary):
