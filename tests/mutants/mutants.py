@@ -207,6 +207,14 @@ MUTANTS = (
         ("tests/ops/test_fused_cross_entropy.py",),
     ),
     Mutant(
+        "divergence-top-k-of-the-shard",
+        "llama_jax/ops/fused_divergence.py",
+        "the teacher's top k are those of one device's shard of the vocabulary",
+        "values, ids = shard.concatenate(values), shard.concatenate(ids + shard.first_id)",
+        "values, ids = shard.concatenate(values), ids + shard.first_id",
+        ("tests/ops/test_fused_divergence.py",),
+    ),
+    Mutant(
         "int4-minimum-dropped",
         "llama_jax/ops/quantization.py",
         "4-bit groups lose their offset",
