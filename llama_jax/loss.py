@@ -126,12 +126,8 @@ def _next_token_loss(
     num_chunks: int,
 ) -> Loss:
     weights = jnp.ones(tokens.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
-    # The next token may be on another device of `context`, so rows are gathered before the shift.
-    targets, weights = (_shift_left(x) for x in (tokens, weights))
-    last = jnp.arange(tokens.shape[1]) == tokens.shape[1] - 1
-    weights = jnp.where(last, 0.0, weights)
-    if segment_ids is not None:
-        weights = jnp.where(_gather_context(segment_ids) == _shift_left(segment_ids), weights, 0.0)
+    targets = _shift_left(tokens)
+    weights = prediction_weights(weights, segment_ids)
     x, router = routed_hidden_states(
         config,
         params,
@@ -151,6 +147,25 @@ def _next_token_loss(
     added = router_weights.balance * router.balance + router_weights.z * router.z
     router = RouterLosses(balance=router.balance * loss.count, z=router.z * loss.count)
     return Loss(total=loss.total + added * loss.count, count=loss.count, router=router)
+
+
+def prediction_weights(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+    """The weight of the prediction that each position makes, that of the next token.
+
+    Args:
+      mask: f32 [B, T]; entry t is the weight of the prediction of token t.
+      segment_ids: int [B, T]; a prediction across a segment boundary has weight 0.
+
+    Returns:
+      f32 [B, T]; entry t is the weight of the prediction at position t.
+    """
+    # The next token may be on another device of `context`, so rows are gathered before the shift.
+    weights = _shift_left(mask)
+    last = jnp.arange(mask.shape[1]) == mask.shape[1] - 1
+    weights = jnp.where(last, 0.0, weights)
+    if segment_ids is None:
+        return weights
+    return jnp.where(_gather_context(segment_ids) == _shift_left(segment_ids), weights, 0.0)
 
 
 def _router_weights(balance: float | jax.Array, z: float | jax.Array) -> RouterLosses:

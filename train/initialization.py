@@ -95,10 +95,10 @@ def _open_base(run: RunConfig) -> Tensors:
     return ResizedVocabulary(tensors, run.model.vocab_size)
 
 
-def base_fingerprint(run: RunConfig) -> str:
-    """A hash of the weights of `model.init_from`, from samples of its files, wherever they are."""
+def weights_fingerprint(name_or_path: str) -> str:
+    """A hash of the weights of a model, from samples of its files, wherever they are."""
     digest = hashlib.blake2b(digest_size=16)
-    opened = open_model(run.model.init_from)
+    opened = open_model(name_or_path)
     paths = {info.file for info in opened.source.tensors.values()}
     for adapter in map(adapter_folder, opened.adapters):
         paths |= {adapter} if is_step(adapter) else {*adapter.glob("*.safetensors"), *adapter.glob("*.bin")}

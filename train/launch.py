@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,19 +31,18 @@ from .config.objective import REFERENCE_OBJECTIVES
 from .config.read import to_toml
 from .config.run import RunConfig
 from .coordination import Agreement
-from .data import Data, Peers, open_data, show_batch
+from .data import Data
 from .devices import check_quantization, compute_dtype, has_fp8, resolve_attention, run_mesh, start_jax
 from .export import export_adapter
 from .failed_start import discarded_unless_begun
 from .feed import Feed
-from .gather import gather_bytes
-from .initialization import base_fingerprint, check_context, load_pretrained, model_config
+from .initialization import check_context, load_pretrained, model_config, weights_fingerprint
 from .loop import EVAL_LOSSES, Loop
 from .metrics.clock import Clock, GoodputRecords
 from .metrics.evaluate import make_eval_fn, make_sample_fn
 from .metrics.peak_flops import peak_flops
 from .metrics.report import Report
-from .metrics.run_log import log_adapter, log_best_step, log_examples, log_goodput, log_results, log_run
+from .metrics.run_log import log_adapter, log_best_step, log_goodput, log_results, log_run
 from .nonfinite import make_find_nonfinite
 from .objectives.reference import reference_logprobs
 from .optimizer import make_optimizer, make_schedule
@@ -62,9 +60,11 @@ from .provenance import (
     read_started,
     with_places,
 )
+from .run_data import open_run_data
 from .signals import Interrupts
 from .state import TrainState, init_state, split_params, with_ema
 from .step import build_step
+from .teacher import check_teacher, load_teacher, teacher_config
 from .tokenizer import run_tokenizer
 from .trainable import Frozen, TrainableSpec, with_labels
 from .watchdog import Watchdog
@@ -83,6 +83,7 @@ class Setup:
       tokenizer: the run's tokenizer.
       model: the model's configuration.
       trainable_spec: which parameters are trained.
+      teacher: the configuration of the teacher; None without one.
       data: the training and validation data.
       is_primary: whether this is process 0, which writes files and logs.
       log: prints a line on stderr; does nothing in other processes.
@@ -98,6 +99,7 @@ class Setup:
     tokenizer: Tokenizer
     model: LlamaConfig
     trainable_spec: TrainableSpec
+    teacher: LlamaConfig | None
     data: Data
     is_primary: bool
     log: Callable[[str], None]
@@ -113,7 +115,7 @@ class Setup:
         place = place_of(self.given, self.run_dir, self.started, "model.init_from")
         if place is None and self.started is not None:  # a run of all weights reads them no more
             return self.started.run.get("base")
-        return base_fingerprint(run)
+        return weights_fingerprint(run.model.init_from)
 
     @functools.cached_property
     def provenance(self) -> dict[str, Any]:
@@ -127,6 +129,7 @@ class Setup:
             spec=self.trainable_spec,
             base=self.base,
             base_model=self.run.model.init_from,
+            teacher=None if self.teacher is None else weights_fingerprint(self.run.distillation.teacher),
         )
 
     def load_pretrained(self) -> Any:
@@ -167,14 +170,18 @@ def train(run: RunConfig) -> int:
         )
         stack.enter_context(use_mesh(setup.mesh))
         run = setup.run
-        step, abstract, *rest = build_step(run, setup.model, setup.mesh, setup.platform, setup.trainable_spec)
+        step, abstract, *rest = build_step(
+            run, setup.model, setup.mesh, setup.platform, setup.trainable_spec, setup.teacher
+        )
         with clock.spend("checkpoint"):
             restored = _restore(setup, checkpoints, abstract)
-        state, frozen = _initialize(setup, restored, has_frozen=rest[1] is not None)
+        state, frozen = _initialize(
+            setup, restored, has_frozen=bool({"base", "reference"} & {*(rest[1] or ())})
+        )
         start_step = 0 if restored is None else restored.step
         if setup.is_primary:
             write_atomically(setup.run_dir / CONFIG_FILE, to_toml(setup.given))
-        log_run(run, setup.model, setup.data, setup.mesh, setup.log)
+        log_run(run, setup.model, setup.data, setup.mesh, setup.log, setup.teacher)
         log_adapter(run, state.params, frozen, setup.log)
         if start_step >= run.train.steps:
             export_adapter(run, setup.run_dir, setup.model, setup.trainable_spec, state.params, start_step)
@@ -213,7 +220,11 @@ def train(run: RunConfig) -> int:
             sample=make_sample_fn(run, model, platform, setup.tokenizer, spec, frozen),
             find_nonfinite=make_find_nonfinite(run, model, platform, spec, frozen),
             flops_per_token=flops_by_attention(
-                model, run.train.seq_len, frozen=spec.adapter is not None, reference=spec.reference
+                model,
+                run.train.seq_len,
+                frozen=spec.adapter is not None,
+                reference=spec.reference,
+                teacher=setup.teacher,
             ),
             peak_flops=peak_flops(compute_dtype(run.train, platform)),
             eval_losses=[] if restored is None else list(restored.data_states[0].get(EVAL_LOSSES, [])),
@@ -221,21 +232,6 @@ def train(run: RunConfig) -> int:
         stopped = loop.train()
         _finish(setup, data, loop, stopped)
         return stopped
-
-
-def print_first_batch(run: RunConfig) -> None:
-    """Prints the first batch of a run, token by token, without creating the run.
-
-    Raises:
-      LlamaJaxError: with a one-line message for bad input.
-    """
-    init_jax()
-    with tempfile.TemporaryDirectory() as directory:
-        tokenizer = run_tokenizer(run, Path(directory))
-        data = _open_data(run, tokenizer, shard=0, num_shards=1)
-        with contextlib.closing(data.train()) as batches:
-            show_batch(next(batches), tokenizer, terminal.console(), run.train.objective)
-    log_examples(data, terminal.note)
 
 
 def _check_wandb(run: RunConfig) -> None:
@@ -273,14 +269,20 @@ def _set_up(run: RunConfig, stack: contextlib.ExitStack) -> Setup:
     if started is None:
         check_context(run, model)
     check_model(given, model, run_dir, started)
+    if (teacher := teacher_config(run)) is not None:
+        check_teacher(run, teacher, model, tokenizer)
     tokenizer = fit_vocabulary(tokenizer, model.vocab_size)
     platform = (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform
     trainable_spec = TrainableSpec.from_config(run, platform, head_outputs=len(model.labels))
-    if mesh is not None:
-        check_mesh(model, mesh)
     device = jax.local_devices()[0]
     check_quantization(run.train, device.device_kind, has_fp8=has_fp8(device))
-    run = resolve_attention(run, model, mesh, device, log)
+    configs = (model,) if teacher is None else (model, teacher)
+    if mesh is not None:
+        for config in configs:
+            check_mesh(config, mesh)
+    resolved = [resolve_attention(run, config, mesh, device, log) for config in configs]
+    # Of both models; blockwise if one of them needs that.
+    run = min(resolved, key=lambda run: run.train.attention != "blockwise")
     return Setup(
         run=run,
         run_dir=run_dir,
@@ -290,25 +292,12 @@ def _set_up(run: RunConfig, stack: contextlib.ExitStack) -> Setup:
         tokenizer=tokenizer,
         model=model,
         trainable_spec=trainable_spec,
-        data=_open_data(run, tokenizer, shard=feed.shard, num_shards=feed.num_shards),
+        teacher=teacher,
+        data=open_run_data(run, tokenizer, shard=feed.shard, num_shards=feed.num_shards),
         is_primary=is_primary,
         log=log,
         given=given,
         started=started,
-    )
-
-
-def _open_data(run: RunConfig, tokenizer: Tokenizer, *, shard: int, num_shards: int) -> Data:
-    return open_data(
-        run.data,
-        tokenizer,
-        objective=run.train.objective,
-        seq_len=run.train.seq_len,
-        batch_size=run.train.global_batch_size,
-        seed=run.train.seed,
-        process_index=shard,
-        process_count=num_shards,
-        peers=Peers(jax.process_index(), jax.process_count(), gather_bytes),
     )
 
 
@@ -335,10 +324,18 @@ def _initialize(setup: Setup, restored: Restored | None, *, has_frozen: bool) ->
     if restored is None:
         optimizer = make_optimizer(run.optimizer, make_schedule(run.optimizer, run.train.steps))
         params = setup.load_pretrained()
-        return init_state(setup.model, optimizer, run.train.seed, params, setup.trainable_spec)
+        state, frozen = init_state(setup.model, optimizer, run.train.seed, params, setup.trainable_spec)
+        return state, _with_teacher(setup, frozen)
     frozen = setup.split_initial_params()[1] if has_frozen else None
     setup.log(f"resuming {setup.run_dir} after step {restored.step}")
-    return restored.state, frozen
+    return restored.state, _with_teacher(setup, frozen)
+
+
+def _with_teacher(setup: Setup, frozen: Frozen) -> Frozen:
+    """The frozen parameters, with the teacher if there is one."""
+    if setup.teacher is None:
+        return frozen
+    return {**(frozen or {}), "teacher": load_teacher(setup.run, setup.mesh, setup.platform)}
 
 
 def _with_reference_logprobs(

@@ -39,8 +39,9 @@ _OWN: tuple[str, ...] = (
     "data.exclude",
     "data.mixture",
 )
-_OWN += ("data.workers", "data.template", "tokenizer.path", "model.init_from", "train.run_dir")
-_PATHS = ("model.init_from", "tokenizer.path")
+_OWN += ("data.workers", "data.template", "tokenizer.path", "model.init_from", "distillation.teacher")
+_OWN += ("train.run_dir",)
+_PATHS = ("model.init_from", "tokenizer.path", "distillation.teacher")
 
 
 def settings_of(run: RunConfig) -> dict[str, Any]:
@@ -59,6 +60,7 @@ def provenance(
     spec: TrainableSpec,
     base: str | None,
     base_model: str,
+    teacher: str | None,
 ) -> dict[str, Any]:
     """The record of a run, for its checkpoints; JSON-serializable.
 
@@ -71,6 +73,7 @@ def provenance(
       spec: which parameters are trained.
       base: the fingerprint of the frozen or reference weights; None if it has none.
       base_model: the base model's path or name.
+      teacher: the fingerprint of the teacher's weights; None without one.
     """
     paths = {}
     for name in _PATHS:
@@ -83,6 +86,7 @@ def provenance(
         "data": data,
         "model": json.loads(json.dumps(dataclasses.asdict(model))),
         "base": base,
+        **({} if teacher is None else {"teacher": teacher}),
         "settings": settings_of(run),
         "paths": paths,
         **({} if spec.adapter is None else step_fields(spec.adapter, base_model, run_dir)),
@@ -158,10 +162,11 @@ def with_places(run: RunConfig, run_dir: Path, started: StepMetadata | None) -> 
     """
     for name in _PATHS:
         place = place_of(run, run_dir, started, name)
-        if place is None and name == "model.init_from" and needs_base(run):
+        needed = name == "distillation.teacher" or (name == "model.init_from" and needs_base(run))
+        if place is None and needed:
             raise ConfigError(
                 f"{name} {_value(run, name)!r}: the weights that the run in {run_dir} was started on are not "
-                "there any more; put them back, or give their new place with --model.init_from"
+                f"there any more; put them back, or give their new place with --{name}"
             )
         section, _, key = name.partition(".")
         if place not in (None, _value(run, name)):
@@ -231,7 +236,7 @@ def check_data(
     """
     if not is_of(started.run.get("data", "")):
         saved = started.run.get("settings", {})
-        names = [f"data.{key}" for key in _DATA]
+        names = [*(f"data.{key}" for key in _DATA), "distillation.data"]
         changed = [name for name in names if name in saved and saved[name] != current["settings"][name]]
         if changed:
             listed = "; ".join(
@@ -252,6 +257,12 @@ def check_data(
         raise ConfigError(
             f"model.init_from holds other weights than those that {trained} in {run_dir} was started on; "
             "give those, or choose another train.run_dir"
+        )
+    teacher = started.run.get("teacher")
+    if teacher is not None and teacher != current.get("teacher"):
+        raise ConfigError(
+            f"distillation.teacher holds other weights than those that {run_dir} was started with; give "
+            "those, or choose another train.run_dir"
         )
 
 

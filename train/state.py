@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -109,12 +110,17 @@ def abstract_state(
     mesh: Mesh | None,
     trainable_spec: TrainableSpec = FULL_FINETUNING,
 ) -> tuple[TrainState, Frozen]:
-    """Shapes, dtypes and shardings of `init_state`'s result over `mesh`, without computing anything.
+    """`abstract` of `init_state`'s result."""
+    return abstract(lambda: init_state(model, optimizer, 0, trainable_spec=trainable_spec), mesh)
+
+
+def abstract(make: Callable[[], Any], mesh: Mesh | None) -> Any:
+    """Shapes, dtypes and shardings of what `make` returns over `mesh`, without computing anything.
 
     The mesh may consist of devices of another machine.
     """
     with use_mesh(mesh):
-        shapes = jax.eval_shape(lambda: init_state(model, optimizer, 0, trainable_spec=trainable_spec))
+        shapes = jax.eval_shape(make)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x, mesh)), shapes)
 
 

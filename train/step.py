@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,8 @@ from .feed import batch_dtypes
 from .objectives import make_loss_fn
 from .objectives.common import Batch, LossFn
 from .optimizer import make_optimizer, make_schedule
-from .state import TrainState, abstract_state
+from .state import TrainState, abstract, abstract_state
+from .teacher import random_teacher, teacher_config
 from .trainable import FULL_FINETUNING, Frozen, TrainableSpec
 
 
@@ -180,11 +182,17 @@ def build_step(
     mesh: Mesh | None,
     platform: str,
     trainable_spec: TrainableSpec | None = None,
+    teacher: LlamaConfig | None = None,
 ) -> tuple[Any, TrainState, dict[str, jax.ShapeDtypeStruct], Frozen]:
     """The jitted step of a run, and the abstract state, batch and frozen parameters to lower it with.
 
     Everything is abstract: the mesh may consist of devices of another machine, as when the step is compiled
     for a pod. Lower and call it within `use_mesh(mesh)`.
+
+    Args:
+      run, model, mesh, platform: of the run.
+      trainable_spec: which parameters are trained; None: as the run says.
+      teacher: the configuration of its teacher; None: as the run says.
 
     Returns:
       The step (state, batch, frozen) -> (state, metrics), which donates the state; shapes, dtypes and
@@ -221,7 +229,12 @@ def build_step(
     )
     shape = (run.train.global_batch_size, run.train.seq_len)
     layout = SingleDeviceSharding(jax.devices()[0]) if mesh is None else named(mesh, TOKENS_BT)
-    dtypes = batch_dtypes(run.train.objective, reference=run.preference.precompute_ref_log_probs)
+    dtypes = batch_dtypes(run.data_objective, reference=run.preference.precompute_ref_log_probs)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in dtypes.items()}
     state, frozen = abstract_state(model, optimizer, mesh, trainable_spec)
+    if (teacher := teacher or teacher_config(run)) is not None:
+        frozen = {
+            **(frozen or {}),
+            "teacher": abstract(functools.partial(random_teacher, run, teacher, platform), mesh),
+        }
     return jax.jit(step, donate_argnums=0), state, batch, frozen

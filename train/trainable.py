@@ -22,7 +22,8 @@ from .devices import compute_dtype
 
 Params = Any
 Trainable = Any  # what the optimizer updates and a checkpoint stores
-Frozen = Mapping[str, Any] | None  # a step's other, constant parameters: `base` or `reference`
+# A step's other, constant parameters: `base` or `reference`, and `teacher`, a `Teacher`.
+Frozen = Mapping[str, Any] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +120,13 @@ class TrainableSpec:
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Turns a function of (params, batch), such as a loss, into one of (trainable, frozen, batch).
 
-        The reference model's parameters are passed to it as `reference` if the spec has one.
+        The reference model's parameters are passed to it as `reference` if the spec has one, and the teacher
+        as `teacher` if it is frozen beside them.
         """
 
         def wrapped(trainable: Trainable, frozen: Frozen, batch: Any, **kwargs: Any) -> Any:
+            if frozen is not None and "teacher" in frozen:
+                kwargs["teacher"] = frozen["teacher"]
             if self.reference:
                 assert frozen is not None
                 kwargs["reference"] = frozen["reference"] if self.adapter is None else frozen["base"]

@@ -47,10 +47,17 @@ def attended_keys(model: LlamaConfig, seq_len: int, *, causal: bool) -> float:
 
 
 def flops_by_attention(
-    model: LlamaConfig, seq_len: int, *, frozen: bool, reference: bool
+    model: LlamaConfig, seq_len: int, *, frozen: bool, reference: bool, teacher: LlamaConfig | None = None
 ) -> dict[str, float]:
-    """`flops_per_token` by how attention is counted: `causal` or `full`."""
-    return {
-        name: flops_per_token(model, seq_len, causal=name == "causal", frozen=frozen, reference=reference)
-        for name in ("causal", "full")
-    }
+    """`flops_per_token` by how attention is counted, `causal` or `full`; with a teacher's forward pass."""
+
+    def count(causal: bool) -> float:
+        own = flops_per_token(model, seq_len, causal=causal, frozen=frozen, reference=reference)
+        if teacher is None:
+            return own
+        with_forward, without = (
+            flops_per_token(teacher, seq_len, causal=causal, reference=also) for also in (True, False)
+        )
+        return own + with_forward - without
+
+    return {name: count(name == "causal") for name in ("causal", "full")}

@@ -21,7 +21,7 @@ from llama_jax.train.config.preference import PreferenceConfig
 from llama_jax.train.config.run import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from llama_jax.train.data import Data, DataConfig, open_data
 from llama_jax.train.feed import Feed
-from llama_jax.train.initialization import base_fingerprint
+from llama_jax.train.initialization import weights_fingerprint
 from llama_jax.train.metrics.evaluate import make_eval_fn
 from llama_jax.train.objectives.reference import REFERENCE_FILE, reference_logprobs
 from llama_jax.train.optimizer import make_optimizer, make_schedule
@@ -114,7 +114,7 @@ class Launch:
 
     def logprobs(self, stop=lambda: 0) -> np.ndarray | None:
         args = (self.run, self.run_dir, MODEL, "cpu", self.data, self.feed, self.trainable_spec)
-        base = base_fingerprint(self.run) if self.run.model.init_from else None
+        base = weights_fingerprint(self.run.model.init_from) if self.run.model.init_from else None
         options = {"base": base, "initial_params": self.initial_params, "log": self.messages.append}
         with use_mesh(self.mesh):
             return reference_logprobs(*args, stop=stop, **options)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-Objective = Literal["pretrain", "sft", "dpo", "simpo", "orpo", "kto", "reward", "classify", "regress"]
+Objective = Literal[
+    "pretrain", "sft", "dpo", "simpo", "orpo", "kto", "distill", "reward", "classify", "regress"
+]
 # Trained on chosen and rejected answers.
 PAIR_OBJECTIVES: tuple[Objective, ...] = ("dpo", "simpo", "orpo", "reward")
 REFERENCE_OBJECTIVES: tuple[Objective, ...] = ("dpo", "kto")  # beside a reference model, the initial weights

@@ -9,11 +9,13 @@ from llama_jax.errors import ConfigError
 from .adapter import AdapterConfig
 from .checkpoint import CheckpointConfig
 from .data import DataConfig
+from .distillation import DistillationConfig
 from .distributed import DistributedConfig
 from .eval import EvalConfig
 from .log import LogConfig
 from .mesh import MeshConfig
 from .model import ModelConfig
+from .objective import Objective
 from .optimizer import OptimizerConfig
 from .preference import PreferenceConfig
 from .tokenizer import TokenizerConfig
@@ -23,6 +25,7 @@ __all__ = [
     "AdapterConfig",
     "CheckpointConfig",
     "DataConfig",
+    "DistillationConfig",
     "DistributedConfig",
     "EvalConfig",
     "LogConfig",
@@ -51,6 +54,7 @@ class RunConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     preference: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
+    distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
@@ -80,7 +84,18 @@ class RunConfig:
                 "are of unquantized weights, or of LoRA's: leave one of them out"
             )
         self.preference.check_objective(self.train.objective)
+        self.distillation.check_objective(self.train.objective)
+        if self.train.objective == "distill" and not self.model.init_from and not self.tokenizer.path:
+            raise ConfigError(
+                'train.objective is "distill" and neither model.init_from nor tokenizer.path is set; student '
+                f"and teacher share a vocabulary: set tokenizer.path to {self.distillation.teacher!r}"
+            )
         if self.train.objective == "classify" and not self.data.labels:
             raise ConfigError(
                 'train.objective is "classify" and data.labels is not set; list the names of the classes'
             )
+
+    @property
+    def data_objective(self) -> Objective:
+        """The objective whose record formats and batches the run reads."""
+        return self.distillation.data if self.train.objective == "distill" else self.train.objective

@@ -23,8 +23,8 @@ class TrainConfig:
 
     Attributes:
       objective: `pretrain`; `sft` on prompts and answers; on pairs of answers `dpo`, `simpo` or `orpo`, or
-        `reward` for a reward model; `kto` on answers labeled true or false; `classify` or `regress` with a
-        head on the last token.
+        `reward` for a reward model; `kto` on answers labeled true or false; `distill` from a teacher;
+        `classify` or `regress` with a head on the last token.
       steps: total number of optimizer steps, including those before the run was resumed.
       run_dir: the run's output directory; the same directory again resumes the run.
       seed: of the initial weights, the data order and the sampled text.

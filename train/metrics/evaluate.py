@@ -103,8 +103,9 @@ def make_eval_fn(
             means["reward_margin"] = means["reward_desirable"] - means["reward_undesirable"]
         if confusion:
             means["macro_f1"] = macro_f1(sum(confusion))
-        if run.train.objective in ("pretrain", "sft"):
-            means["eval_perplexity"] = math.exp(min(means["eval_loss"], 700))
+        if run.train.objective in ("pretrain", "sft", "distill"):
+            nats = means["cross_entropy" if run.train.objective == "distill" else "eval_loss"]
+            means["eval_perplexity"] = math.exp(min(nats, 700))
         if len(shares) > 1:
             means |= {f"eval_loss/{source}": found["eval_loss"] for source, found in results.items()}
         return means

@@ -29,8 +29,15 @@ from .plot import PLOT, plot_losses
 Log = Callable[[str], None]
 
 
-def log_run(run: RunConfig, model: LlamaConfig, data: Data, mesh: Mesh | None, log: Log) -> None:
-    """Logs the sizes of model, data, batch and mesh."""
+def log_run(
+    run: RunConfig,
+    model: LlamaConfig,
+    data: Data,
+    mesh: Mesh | None,
+    log: Log,
+    teacher: LlamaConfig | None = None,
+) -> None:
+    """Logs the sizes of model, teacher, data, batch and mesh."""
     facts = data.describe()
     axes = "" if mesh is None else " x ".join(f"{n} {s}" for n, s in mesh.shape.items() if s > 1)
     platform = jax.devices()[0].platform
@@ -40,6 +47,13 @@ def log_run(run: RunConfig, model: LlamaConfig, data: Data, mesh: Mesh | None, l
         f"model: {model.num_params / 1e6:,.1f}M parameters{active}, {model.num_hidden_layers} layers; "
         f"vocabulary {model.vocab_size}" + _context(model)
     )
+    if teacher is not None:
+        settings = run.distillation
+        log(
+            f"teacher: {teacher.num_params / 1e6:,.1f}M parameters, {teacher.num_hidden_layers} layers; "
+            f"beta {settings.beta:g}, temperature {settings.temperature:g}, "
+            f"{f'its top {settings.top_k} tokens' if settings.top_k else 'all tokens'}"
+        )
     log(
         f"data: {facts['documents']} documents, {facts['validation_documents']} of them for validation, "
         f"{terminal.human_bytes(facts['bytes'])}"

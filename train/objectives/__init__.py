@@ -18,6 +18,7 @@ from llama_jax.ops.eight_bits import eight_bit_products
 
 from ..config.run import RunConfig
 from .common import Batch, LossFn, MetricsFn
+from .distillation import divergence_from_teacher
 from .heads import classification, regression, reward
 from .kto import labeled_preference
 from .language_modeling import language_modeling
@@ -48,6 +49,8 @@ def make_metrics_fn(run: RunConfig, model: LlamaConfig, platform: str) -> Metric
             return simple_preference(model, train, platform, run.preference)
         case "orpo":
             return odds_ratio_preference(model, train, platform, run.preference)
+        case "distill":
+            return divergence_from_teacher(model, train, platform, run.distillation)
         case "kto":
             return labeled_preference(model, train, platform, run.preference)
         case "reward":
@@ -71,6 +74,9 @@ def make_loss_fn(run: RunConfig, model: LlamaConfig, platform: str) -> LossFn:
             params = eight_bit_products(params, train.quantization, rounding)
             if kwargs.get("reference") is not None:
                 kwargs["reference"] = eight_bit_products(kwargs["reference"], train.quantization)
+            if (teacher := kwargs.get("teacher")) is not None:
+                quantized = eight_bit_products(teacher.params, train.quantization)
+                kwargs["teacher"] = dataclasses.replace(teacher, params=quantized)
         if key is not None and train.neftune_alpha:
             kwargs["key"] = key
         return metrics_fn(params, batch, **kwargs)[0]

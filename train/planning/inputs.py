@@ -38,8 +38,13 @@ def step_inputs(
       compiler_flags: values of libtpu's flags by name, beside those that every run sets.
 
     Raises:
-      ConfigError: if the mesh does not fit the slices, or the batch the mesh.
+      ConfigError: if the mesh does not fit the slices, or the batch the mesh; for a distillation.
     """
+    if run.train.objective == "distill":
+        raise ConfigError(
+            'train.objective is "distill", and the arithmetic of a plan does not count a teacher: plan the '
+            'student alone, with train.objective "sft", and add the teacher\'s weights and forward pass'
+        )
     flags = {**LIBTPU_FLAGS.get(topology.kind, {}), **compiler_flags}
     if (chip := CHIPS.get(topology.kind)) is None:
         raise ConfigError(f"chip {topology.kind!r} is unknown; plan for {', '.join(CHIPS)}")

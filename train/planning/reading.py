@@ -23,6 +23,7 @@ from llama_jax.plan.topology import Topology
 
 from ..config.run import RunConfig
 from ..devices import compute_dtype
+from ..teacher import teacher_config
 from ..trainable import TrainableSpec
 from .errors import OutOfMemory
 from .lowering import LoweredStep
@@ -93,8 +94,13 @@ def read_plan(
     )
     tokens = run.train.global_batch_size * run.train.seq_len
     spec = TrainableSpec.from_config(run, "tpu")
-    frozen = {"frozen": spec.adapter is not None, "reference": spec.reference}
-    flops = flops_by_attention(model, run.train.seq_len, **frozen)
+    flops = flops_by_attention(
+        model,
+        run.train.seq_len,
+        frozen=spec.adapter is not None,
+        reference=spec.reference,
+        teacher=teacher_config(run),
+    )
     return StepPlan(
         source="compiled",
         topology=topology.name,
