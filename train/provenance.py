@@ -60,7 +60,7 @@ def provenance(
     spec: TrainableSpec,
     base: str | None,
     base_model: str,
-    teacher: str | None,
+    teacher: str | None = None,
 ) -> dict[str, Any]:
     """The record of a run, for its checkpoints; JSON-serializable.
 
