@@ -335,6 +335,19 @@ def pairs(peer: Peer, row: Row) -> Iterator[Example]:
     yield both, row["value"]
 
 
+def labeled(peer: Peer, row: Row) -> Iterator[Example]:
+    """An example beside its prompt with the completion of the record before it, as TRL mismatches them."""
+    (ids, mask), (other_ids, other_mask) = (
+        peer.plain(one["prompt"], one["completion"])
+        if isinstance(one["prompt"], str)
+        else peer.turns(one["prompt"] + one["completion"], len(one["prompt"]))
+        for one in (row, row["before"])
+    )
+    prompt, start = mask.index(1), other_mask.index(1)
+    mismatched = ids[:prompt] + other_ids[start:], mask[:prompt] + other_mask[start:]
+    yield [(ids, mask), mismatched], float(row["label"])
+
+
 def classified(peer: Peer, row: Row) -> Iterator[Example]:
     ids = peer.chat(row["messages"]) if "messages" in row else peer.ids(row["text"])
     label = row["label"]
@@ -406,6 +419,15 @@ def joined(
 
 
 # Variants
+
+
+def with_labels(rows: list[Row]) -> list[Row]:
+    """Records with labels, each with the one before it, which the reference reads."""
+    return [
+        {**row, "label": i % 3 > 0, "before": {name: rows[i - 1][name] for name in ("prompt", "completion")}}
+        for i, row in enumerate(rows)
+    ]
+
 
 Read = Callable[[Peer, Row], Iterator[Example]]
 
@@ -530,6 +552,12 @@ PREFERENCES = {
     "texts": Variant("reward", PAIRS, pairs),
     "messages that share their prompt, for a reward": Variant("reward", CHAT_IMPLICIT, pairs),
 }
+LABELS = {
+    "`prompt`, `completion` and `label`": Variant("kto", with_labels(PLAIN), labeled, seq_len=256),
+    "the same, with BOS": Variant("kto", with_labels(PLAIN), labeled, vocabulary="bos", seq_len=256),
+    "messages": Variant("kto", with_labels(TURNS), labeled, seq_len=256),
+    "messages in Parquet": Variant("kto", with_labels(TURNS), labeled, seq_len=256, write=parquet),
+}
 HEADS = {
     "`text` with a label's name": Variant(
         "classify", CLASSES, classified, settings={"labels": ("bad", "good")}
@@ -547,6 +575,7 @@ GROUPS = {
     "`pretrain`": PRETRAIN,
     "`sft`": SFT,
     "`dpo`, `reward`": PREFERENCES,
+    "`kto`": LABELS,
     "`classify`, `regress`": HEADS,
 }
 VARIANTS = {f"{group}: {name}": v for group, found in GROUPS.items() for name, v in found.items()}

@@ -121,7 +121,7 @@ def test_settings(fail, tmp_path, flags, message):
         ("[train]\nstep = 3\n", "unknown key train.step; did you mean steps?"),
         ("[train]\nsteps = '3'\n", "train.steps is '3'; it must be a whole number"),
         ("[train\n", "not TOML: "),
-        (None, "no such file; give a TOML file, or one of dpo_smollm2, "),
+        (None, "no such file; give a TOML file, or one of distill_smollm2, dpo_smollm2, "),
     ],
 )
 def test_files(fail, tmp_path, text, expected):
