@@ -116,6 +116,7 @@ class LlamaConfig:
         applied to the last token in place of the output projection; empty for a language model.
       qkv_bias: whether the projections of queries, keys and values have biases (Qwen2).
       out_bias: whether the output projection of attention has one (`attention_bias` of Llama is both).
+      mlp_bias: whether the three projections of the feed-forward layer have biases.
       qk_norm: whether the queries and keys of each head are normalized before they are rotated (Qwen3).
       sliding_window: the number of keys that a query attends to, its own included, in layers with a window
         (Mistral 7B v0.1, arXiv 2310.06825); None for all keys before it.
@@ -145,6 +146,7 @@ class LlamaConfig:
     labels: tuple[str, ...] = ()
     qkv_bias: bool = False
     out_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
     window_layers: tuple[bool, ...] = ()
@@ -220,6 +222,8 @@ class LlamaConfig:
                 f"num_experts_per_tok is {self.num_experts_per_tok} and num_experts {self.num_experts}; each "
                 "token goes through at least one expert, and at most all of them"
             )
+        if self.num_experts and self.mlp_bias:
+            raise ConfigError("mlp_bias is set, and experts have no biases: leave out one of them")
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
@@ -260,6 +264,7 @@ class LlamaConfig:
         attention = 2 * d * (queries + keys) + self.qkv_bias * (queries + 2 * keys) + self.out_bias * d
         attention += self.qk_norm * 2 * h
         feed_forward = 3 * d * self.intermediate_size * experts + d * self.num_experts  # and the router
+        feed_forward += self.mlp_bias * (2 * self.intermediate_size + d)
         layer = attention + feed_forward + 2 * d
         tables = self.hidden_size * (self.vocab_size * (1 + self.has_output) + len(self.labels))
         return self.num_hidden_layers * layer + tables + self.hidden_size

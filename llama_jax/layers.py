@@ -121,8 +121,8 @@ class Attention(nn.Module):
         ]
         q, keys, values = project_all(x, matrices, out_spec=sharding.ACT_BTNH, custom_vjp=self.custom_vjp)
         if c.qkv_bias:
-            q, keys = self._add_bias("bq", q), self._add_bias("bk", keys)
-            values = self._add_bias("bv", values)
+            q, keys = _add_bias(self, "bq", q), _add_bias(self, "bk", keys)
+            values = _add_bias(self, "bv", values)
         if c.qk_norm:
             q, keys = self._normalize("q_norm", q), self._normalize("k_norm", keys)
         if table is not None:
@@ -134,35 +134,36 @@ class Attention(nn.Module):
         prefix: Any = self.get_variable("params", "prefix")
         out, aux = attend(q, keys, values, *(() if prefix is None else (prefix,)))
         out = project_heads(out, wo, custom_vjp=self.custom_vjp)
-        return self._add_bias("bo", out) if c.out_bias else out, aux
+        return _add_bias(self, "bo", out) if c.out_bias else out, aux
 
     def _normalize(self, name: str, y: jax.Array) -> jax.Array:
         """RMSNorm of each head of y [B, T, N, H]; the heads share a scale [H]."""
         scale = self.param(name, nn.initializers.ones, y.shape[-1:], jnp.float32)
         return rms_norm(y, scale, eps=self.config.rms_norm_eps)
 
-    def _add_bias(self, name: str, y: jax.Array) -> jax.Array:
-        """y [B, T, ...] plus a bias of its other dimensions, added in f32."""
-        bias = self.param(name, nn.initializers.zeros, y.shape[2:], jnp.float32)
-        return (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
-
 
 class FeedForward(nn.Module):
-    """SwiGLU: w_down (silu(w_gate x) * w_up x), w_gate and w_up [D,F], w_down [F,D]."""
+    """SwiGLU: w_down (silu(w_gate x) * w_up x), w_gate and w_up [D,F], w_down [F,D].
+
+    By configuration each product has a bias: b_gate and b_up [F], b_down [D].
+    """
 
     config: LlamaConfig
     custom_vjp: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        d, f = self.config.hidden_size, self.config.intermediate_size
+        d, f, has_biases = self.config.hidden_size, self.config.intermediate_size, self.config.mlp_bias
         w_gate = _matrix(self, "w_gate", _normal(), (d, f))
         w_up = _matrix(self, "w_up", _normal(), (d, f))
         w_down = _matrix(self, "w_down", _residual_normal(self.config), (f, d))
         matrices = [("btd,df->btf", w, sharding.GATE_UP_DF) for w in (w_gate, w_up)]
         gate, up = project_all(x, matrices, out_spec=sharding.ACT_BTF, custom_vjp=self.custom_vjp)
+        if has_biases:
+            gate, up = _add_bias(self, "b_gate", gate), _add_bias(self, "b_up", up)
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-        return swiglu_down(gate, up, w_down, custom_vjp=self.custom_vjp)
+        y = swiglu_down(gate, up, w_down, custom_vjp=self.custom_vjp)
+        return _add_bias(self, "b_down", y) if has_biases else y
 
 
 class Experts(nn.Module):
@@ -235,6 +236,12 @@ def _matrix(
     if isinstance(weight, Quantized | Adapted | EightBitWeight):
         return weight
     return module.param(name, initializer, shape)
+
+
+def _add_bias(module: nn.Module, name: str, y: jax.Array) -> jax.Array:
+    """y [B, T, ...] plus a bias of its other dimensions, added in f32."""
+    bias = module.param(name, nn.initializers.zeros, y.shape[2:], jnp.float32)
+    return (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
 
 
 def _normal() -> nn.initializers.Initializer:

@@ -40,6 +40,7 @@ NORM_D = P(None)
 NORM_H = P(None)
 BIAS_NH = P("tensor", None)
 BIAS_D = P(None)
+BIAS_F = P("tensor")
 WQ_DNH = P(PARAMS, "tensor", None)
 WKV_DKH = P(PARAMS, "tensor", None)
 WO_NHD = P("tensor", None, PARAMS)
@@ -66,7 +67,7 @@ CACHE_BKSH = P(BATCH, "tensor", None, None)
 STRIPED_BKSH = P(BATCH, "tensor", "context", None)  # a cache on a mesh with `context`: `ops.striped_cache`
 ROWS_B = P(BATCH)
 
-BIASES = ("bq", "bk", "bv", "bo")
+BIASES = ("bq", "bk", "bv", "bo", "b_gate", "b_up", "b_down")
 ATTENTION_SPECS = {"wq": WQ_DNH, "wk": WKV_DKH, "wv": WKV_DKH, "wo": WO_NHD}
 FEED_FORWARD_SPECS = {"w_gate": GATE_UP_DF, "w_up": GATE_UP_DF, "w_down": DOWN_FD}
 EXPERTS_SPECS = {"router": ROUTER_DE, "w_gate": EXPERTS_EDF, "w_up": EXPERTS_EDF, "w_down": EXPERTS_EFD}
@@ -82,11 +83,14 @@ def layer_specs(config: LlamaConfig) -> dict[str, Any]:
         attention["bo"] = BIAS_D
     if config.qk_norm:
         attention |= {"q_norm": NORM_H, "k_norm": NORM_H}
+    feed_forward: dict[str, Any] = dict(EXPERTS_SPECS if config.num_experts else FEED_FORWARD_SPECS)
+    if config.mlp_bias:
+        feed_forward |= {"b_gate": BIAS_F, "b_up": BIAS_F, "b_down": BIAS_D}
     return {
         "attention_norm": {"scale": NORM_D},
         "attention": attention,
         "ffn_norm": {"scale": NORM_D},
-        "feed_forward": dict(EXPERTS_SPECS if config.num_experts else FEED_FORWARD_SPECS),
+        "feed_forward": feed_forward,
     }
 
 

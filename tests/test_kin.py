@@ -13,7 +13,7 @@ import pytest
 import llama_jax as lj
 from llama_jax import cli
 from llama_jax.errors import ConfigError
-from llama_jax.sharding import use_mesh
+from llama_jax.sharding import BIASES, MATRIX_SPECS, use_mesh
 from llama_jax.train.config.model import ModelConfig
 from llama_jax.train.optimizer import weight_decay_mask
 from llama_jax.weights.derived import PooledHeads
@@ -24,7 +24,12 @@ from tests.random_models import random_model
 
 # Everything that the kin may have at once, in layers of two kinds.
 CONFIG = tiny.CONFIG.replace(
-    num_hidden_layers=4, qkv_bias=True, out_bias=True, qk_norm=True, rope_layers=(True, False) * 2
+    num_hidden_layers=4,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    qk_norm=True,
+    rope_layers=(True, False) * 2,
 )
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (4, 16)).astype(np.int32)
 
@@ -49,10 +54,9 @@ def close(a: Any, b: Any, tolerance: float = 2e-5) -> None:
 def test_every_field_matters(params: Any, logits: np.ndarray) -> None:
     for leaf in KIN_LEAVES:
         changed = jax.tree.map(lambda x: x, params)
-        changed["layers"]["attention"][leaf.path[-1]] = (
-            1.5 * params["layers"]["attention"][leaf.path[-1]] + 0.1
-        )
-        if leaf.path[-1] == "bk":  # softmax does not see what is added to all scores, but rotary positions do
+        _, sublayer, name = leaf.path
+        changed["layers"][sublayer][name] = 1.5 * params["layers"][sublayer][name] + 0.1
+        if name == "bk":  # softmax does not see what is added to all scores, but rotary positions do
             changed["layers"]["attention"]["bk"] += 1.0
         assert np.abs(lj.forward(CONFIG, changed, TOKENS) - logits).max() > 1e-3, leaf.path
     rotated = lj.forward(CONFIG.replace(rope_layers=()), params, TOKENS)
@@ -68,15 +72,16 @@ def test_without_rotation_positions_do_not_matter(params: Any) -> None:
 
 
 def test_zero_biases_and_norms_of_unit_vectors_are_a_llama(params: Any) -> None:
-    attention = dict(params["layers"]["attention"])
     plain = tiny.CONFIG.replace(num_hidden_layers=4)
-    for name in ("bq", "bk", "bv", "bo"):
-        attention[name] = np.zeros_like(attention[name])
     kin = CONFIG.replace(qk_norm=False, rope_layers=())
-    del attention["q_norm"], attention["k_norm"]
-    with_biases = {**params, "layers": {**params["layers"], "attention": attention}}
-    matrices = {name: attention[name] for name in ("wq", "wk", "wv", "wo")}
-    without = {**params, "layers": {**params["layers"], "attention": matrices}}
+    layers, without = dict(params["layers"]), {**params, "layers": dict(params["layers"])}
+    for sublayer in ("attention", "feed_forward"):
+        leaves = {name: leaf for name, leaf in layers[sublayer].items() if "norm" not in name}
+        layers[sublayer] = {
+            name: np.zeros_like(leaf) if name in BIASES else leaf for name, leaf in leaves.items()
+        }
+        without["layers"][sublayer] = {name: leaf for name, leaf in leaves.items() if name not in BIASES}
+    with_biases = {**params, "layers": layers}
     np.testing.assert_array_equal(lj.forward(kin, with_biases, TOKENS), lj.forward(plain, without, TOKENS))
 
 
@@ -114,8 +119,11 @@ def test_gradients_of_the_trainer_are_those_of_the_plain_program(params: Any, me
 
 
 def test_biases_and_norms_have_no_weight_decay(params: Any) -> None:
-    mask = weight_decay_mask(params)["layers"]["attention"]
-    assert {name for name, decayed in mask.items() if decayed} == {"wq", "wk", "wv", "wo"}
+    mask = weight_decay_mask(params)["layers"]
+    decayed = {
+        name for sublayer in ("attention", "feed_forward") for name, on in mask[sublayer].items() if on
+    }
+    assert decayed == set(MATRIX_SPECS)
 
 
 def test_pooled_heads_pool_their_biases(params: Any) -> None:
@@ -140,7 +148,7 @@ def test_what_no_family_has_is_kept_by_orbax_and_refused_by_others(params: Any, 
         ("gguf", "has no place for biases beside norms"),
         (
             "meta",
-            "has only Llamas, and no place for qkv_bias, out_bias, qk_norm, rope_layers",
+            "has only Llamas, and no place for qkv_bias, out_bias, mlp_bias, qk_norm, rope_layers",
         ),
         ("llama2c", "the format llama2c has only Llamas"),
     ):
@@ -168,6 +176,7 @@ def test_a_run_builds_kin_from_its_table() -> None:
         ({"num_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok is 5 and num_experts 4"),
         ({"num_experts": 4}, "num_experts_per_tok is 0 and num_experts 4"),
         ({"num_experts": -1}, "num_experts is -1"),
+        ({"num_experts": 4, "num_experts_per_tok": 2}, "mlp_bias is set, and experts have no biases"),
     ],
 )
 def test_invalid_kin_is_one_line(changes: dict[str, Any], message: str) -> None:

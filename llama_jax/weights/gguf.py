@@ -143,6 +143,7 @@ class _Fields:
         fields: dict[str, Any] = {
             "qkv_bias": "blk.0.attn_q.bias" in self.tensors,
             "out_bias": "blk.0.attn_output.bias" in self.tensors,
+            "mlp_bias": "blk.0.ffn_gate.bias" in self.tensors,
             "qk_norm": "blk.0.attn_q_norm.weight" in self.tensors,
             "sliding_window": window or None,
         }

@@ -26,9 +26,9 @@ def open_hf(path: Path, detected_by: str) -> Source:
     fields = _Fields(path / "config.json", read_json(path / "config.json"))
     config, metadata = fields.config_and_metadata()
     tensors = dequantized(fields.path, fields.quantization(), read_tensors(path))
-    if family(fields).has_biases:
+    if family(fields).biases:
         biases = find_biases(tensors, fields.modules_with_bias())
-        config = config.replace(qkv_bias="qkv" in biases, out_bias="o" in biases)
+        config = config.replace(qkv_bias="qkv" in biases, out_bias="o" in biases, mlp_bias="mlp" in biases)
         tensors = drop_zero_biases(tensors, biases)
     config = config.replace(tie_word_embeddings=resolve_tied(tensors, config.tie_word_embeddings))
     return HFSource("hf", path, detected_by, config, tensors, decode_floats, metadata)
@@ -75,14 +75,14 @@ class _Fields(JsonFields):
     def modules_with_bias(self) -> list[str]:
         """The modules whose projections have biases, by the names that tensors have."""
         settings = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
-        return [module for module, setting in settings.items() if self.fields.get(setting)]
+        known = family(self).biases
+        return [name for name, setting in settings.items() if setting in known and self.fields.get(setting)]
 
     def config(self) -> LlamaConfig:
         kind = family(self)
         self.require_value("hidden_act", "silu", "swish")  # synonyms
-        if kind.has_biases:
-            self.require_value("attention_bias", False, True)  # the files decide: `find_biases`
-            self.require_value("mlp_bias", False, True)
+        for setting in kind.biases:
+            self.require_value(setting, False, True)  # the files decide: `find_biases`
         heads, hidden = self.integer("num_attention_heads"), self.integer("hidden_size")
         # Only a field that is absent has the family's default; null means N heads, of D / N dimensions.
         head_dim = None if "head_dim" in self.fields else kind.head_dim
@@ -113,8 +113,8 @@ class _Fields(JsonFields):
 
     def kin_fields(self, kind: Family) -> dict[str, Any]:
         """The fields of `LlamaConfig` that only kin of Llama have."""
-        has_biases = kind.has_biases and self.flag("attention_bias")
-        return {"qkv_bias": has_biases, "out_bias": has_biases} | kind.read(self)
+        attention, mlp = (name in kind.biases and self.flag(name) for name in ("attention_bias", "mlp_bias"))
+        return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": mlp} | kind.read(self)
 
     def labels(self) -> tuple[str, ...]:
         """Reads the class names of a classifier; empty for a language model."""

@@ -21,6 +21,7 @@ OWN = "llama_jax"  # the model_type of what no class in transformers computes, i
 _KIN_FIELDS = (
     "qkv_bias",
     "out_bias",
+    "mlp_bias",
     "qk_norm",
     "sliding_window",
     "window_layers",
@@ -29,6 +30,7 @@ _KIN_FIELDS = (
     "num_experts_per_tok",
 )
 _CLASSIFIER = "ForSequenceClassification"
+_BOTH_BIASES = ("attention_bias", "mlp_bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Family:
       theta: the default of rope_theta.
       head_dim: the default of head_dim; None means D / N.
       tied: the default of tie_word_embeddings.
-      has_biases: whether attention_bias and mlp_bias are fields of config.json.
+      biases: which of attention_bias and mlp_bias are fields of config.json.
     """
 
     model_type: str
@@ -57,7 +59,7 @@ class Family:
     theta: float = 10_000.0
     head_dim: int | None = None
     tied: bool = False
-    has_biases: bool = False
+    biases: tuple[str, ...] = ()
 
     @property
     def language_model(self) -> str:
@@ -95,16 +97,16 @@ def family_of(config: LlamaConfig) -> Family:
     Raises:
       ConfigError: for a combination of fields that no family has.
     """
-    biases = config.qkv_bias or config.out_bias
+    biases = config.qkv_bias or config.out_bias or config.mlp_bias
     if config.num_experts:
         others = biases or config.qk_norm or config.rope_layers or config.window_layers
         chosen = None if others else "mixtral"
     elif config.qkv_bias and not config.out_bias:
-        chosen = None if config.qk_norm or config.rope_layers else "qwen2"
+        chosen = None if config.qk_norm or config.rope_layers or config.mlp_bias else "qwen2"
     elif config.out_bias and not config.qkv_bias:
         chosen = None
     elif config.qk_norm:
-        chosen = None if config.rope_layers else "qwen3"
+        chosen = None if config.rope_layers or config.mlp_bias else "qwen3"
     elif config.rope_layers or config.window_layers or (config.sliding_window and biases):
         chosen = "smollm3"
     else:
@@ -130,8 +132,8 @@ def family_fields(config: LlamaConfig, chosen: Family) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     if chosen.model_type == OWN:
         return {name: getattr(config, name) for name in _KIN_FIELDS}
-    if chosen.has_biases:
-        fields["attention_bias"] = config.qkv_bias
+    values = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+    fields |= {name: values[name] for name in chosen.biases}
     if chosen.model_type in ("mistral", "mixtral"):
         fields["sliding_window"] = config.sliding_window
     if chosen.model_type == "mixtral":
@@ -226,12 +228,12 @@ def _windows(fields: JsonFields, default: int | None, has_window: Callable[[int]
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", "Llama", _llama, context=2048, has_biases=True),
+        Family("llama", "Llama", _llama, context=2048, biases=_BOTH_BIASES),
         Family("mistral", "Mistral", _mistral, key_value_heads=8, context=131_072),
         Family("mixtral", "Mixtral", _mixtral, key_value_heads=8, context=131_072, eps=1e-5, theta=1e6),
         Family("qwen2", "Qwen2", _qwen2, key_value_heads=32),
-        Family("qwen3", "Qwen3", _qwen3, key_value_heads=32, head_dim=128, has_biases=True),
-        Family("smollm3", "SmolLM3", _smollm3, key_value_heads=4, theta=2e6, tied=True, has_biases=True),
+        Family("qwen3", "Qwen3", _qwen3, key_value_heads=32, head_dim=128, biases=("attention_bias",)),
+        Family("smollm3", "SmolLM3", _smollm3, key_value_heads=4, theta=2e6, tied=True, biases=_BOTH_BIASES),
         Family(OWN, "Llama", _own),
     )
 }

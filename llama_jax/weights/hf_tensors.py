@@ -117,38 +117,32 @@ def _checked_file_name(index: Path, tensor: str, file: Any, suffix: str) -> str:
 
 
 def find_biases(tensors: dict[str, TensorInfo], announced: Sequence[str]) -> set[str]:
-    """Which projections of attention have biases that are not all zero: `qkv`, `o`, both or none.
+    """Which projections have biases that are not all zero: any of `qkv`, `o` and `mlp`.
 
     Args:
       tensors: the tensors by name.
       announced: the modules whose biases config.json says to use: self_attn (attention_bias), mlp (mlp_bias).
-
-    Raises:
-      CheckpointError: for an announced bias in the feed-forward layer that is not zero: the model has none.
     """
-    found = set()
-    for name, info in tensors.items():
-        bias = _BIAS.fullmatch(name)
-        if bias is None or bias["module"] not in announced or not read_tensor(name, info).any():
-            continue
-        if bias["module"] == "mlp":
-            raise CheckpointError(
-                f"{info.file}: {quote(name)} is a trained bias (mlp_bias of config.json), and the "
-                "feed-forward layers of this model have none; run it in transformers"
-            )
-        found.add("o" if bias["name"] == "o" else "qkv")
-    return found
+    return {
+        _group(bias)
+        for name, info in tensors.items()
+        if (bias := _BIAS.fullmatch(name)) and bias["module"] in announced and read_tensor(name, info).any()
+    }
+
+
+def _group(bias: re.Match[str]) -> str:
+    """The projections that have biases together with this one."""
+    if bias["module"] == "mlp":
+        return "mlp"
+    return "o" if bias["name"] == "o" else "qkv"
 
 
 def drop_zero_biases(tensors: dict[str, TensorInfo], kept: set[str]) -> dict[str, TensorInfo]:
-    """Leaves out biases that are zero, but for those of projections of attention that `find_biases` found."""
+    """Leaves out biases that are zero, but for those of projections that `find_biases` found."""
 
     def is_dropped(name: str, info: TensorInfo) -> bool:
         bias = _BIAS.fullmatch(name)
-        if bias is None:
-            return False
-        group = "o" if bias["name"] == "o" else "qkv"
-        return not (bias["module"] == "self_attn" and group in kept) and not read_tensor(name, info).any()
+        return bias is not None and _group(bias) not in kept and not read_tensor(name, info).any()
 
     return {name: info for name, info in tensors.items() if not is_dropped(name, info)}
 

@@ -34,7 +34,7 @@ def gguf_architecture(config: LlamaConfig) -> str:
         return "qwen3"
     if config.rope_layers:
         return "smollm3"
-    return "qwen2" if config.qkv_bias and not config.out_bias else "llama"
+    return "qwen2" if config.qkv_bias and not (config.out_bias or config.mlp_bias) else "llama"
 
 
 def is_interleaved(format: Format, config: LlamaConfig) -> bool:
@@ -241,6 +241,9 @@ attention.bv      ->KH   self_attn.v_proj  -  attn_v       -  qkv_bias
 attention.bo      ->D    self_attn.o_proj  -  attn_output  -  out_bias
 attention.q_norm  H*     self_attn.q_norm  -  attn_q_norm  -  qk_norm
 attention.k_norm  H*     self_attn.k_norm  -  attn_k_norm  -  qk_norm
+feed_forward.b_gate  ->F  mlp.gate_proj  -  ffn_gate  -  mlp_bias
+feed_forward.b_up    ->F  mlp.up_proj    -  ffn_up    -  mlp_bias
+feed_forward.b_down  ->D  mlp.down_proj  -  ffn_down  -  mlp_bias
 """
 # The matrices of one expert of a mixture, in place of a feed-forward layer's.
 _EXPERT_TABLE = """
@@ -298,7 +301,7 @@ def check_format(config: LlamaConfig, format: Format) -> None:
     """
     if format in ("hf", "gguf", "orbax"):  # their writers know the families that they have
         return
-    names = ("qkv_bias", "out_bias", "qk_norm", "sliding_window", "rope_layers", "num_experts")
+    names = ("qkv_bias", "out_bias", "mlp_bias", "qk_norm", "sliding_window", "rope_layers", "num_experts")
     kin = [name for name in names if getattr(config, name)]
     if kin:
         raise ConfigError(

@@ -175,7 +175,7 @@ def test_a_random_llama_continues_the_same(
 
 
 KIN: dict[str, dict[str, Any]] = {
-    "llama with biases": {"qkv_bias": True, "out_bias": True},
+    "llama with biases": {"qkv_bias": True, "out_bias": True, "mlp_bias": True},
     "qwen2": {"qkv_bias": True, "tie_word_embeddings": True},
     "qwen3": {"qk_norm": True, "head_dim": 32},
     "smollm3": {"rope_layers": (True, True, True, False)},

@@ -1,4 +1,4 @@
-"""Biases of projections: zero ones are left out, trained ones refused."""
+"""Biases of projections: zero ones are left out, and only those that config.json announces are read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTHS = {"self_attn.q": 16, "self_attn.k": 8, "self_attn.v": 8, "self_attn.o": 
 WIDTHS |= {"mlp.gate": 24, "mlp.up": 24, "mlp.down": 16}
 
 
-def test_zero_biases_are_none_and_trained_ones_are_refused(tmp_path):
+def test_zero_biases_are_none_and_trained_ones_are_read(tmp_path):
     config, params = random_model(5, tiny.CONFIG)
     path = lj.save(config, params, tmp_path / "a")
     file, fields = path / "model.safetensors", json.loads((path / "config.json").read_text())
@@ -34,7 +34,13 @@ def test_zero_biases_are_none_and_trained_ones_are_refused(tmp_path):
     np.testing.assert_array_equal(loaded["layers"]["attention"]["wq"], params["layers"]["attention"]["wq"])
     biases["model.layers.1.mlp.up_proj.bias"][3] = 1e-6
     save_file(weights | biases, file)
-    with pytest.raises(CheckpointError, match=r"'model.layers.1.mlp.up_proj.bias' is a trained bias"):
+    found, loaded = lj.load_params(path)
+    assert found == config.replace(mlp_bias=True)
+    assert np.argwhere(loaded["layers"]["feed_forward"]["b_up"]).tolist() == [[1, 3]]
+    assert not np.any(loaded["layers"]["feed_forward"]["b_down"])
+    del biases["model.layers.0.mlp.down_proj.bias"]
+    save_file(weights | biases, file)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.down_proj\.bias"):
         lj.load_params(path)
     (path / "config.json").write_text(json.dumps(fields | {"attention_bias": True}))
     save_file(weights | biases | {"model.layers.1.extra": np.ones(3, np.float32)}, file)

@@ -54,6 +54,7 @@ class ModelConfig:
     tie_word_embeddings: bool | None = None
     qkv_bias: bool | None = None
     out_bias: bool | None = None
+    mlp_bias: bool | None = None
     qk_norm: bool | None = None
     sliding_window: int | None = None
     window_layers: tuple[bool, ...] | None = None

@@ -180,13 +180,14 @@ def _check_kin(config: LlamaConfig) -> None:
     """
     architecture = gguf_architecture(config)
     problem = ""
-    if config.num_experts and (config.qk_norm or config.qkv_bias or config.out_bias or config.rope_layers):
+    biases = config.qkv_bias or config.out_bias or config.mlp_bias
+    if config.num_experts and (config.qk_norm or biases or config.rope_layers):
         problem = "biases, norms of queries and keys or layers without rotation beside experts"
-    elif config.qk_norm and (config.qkv_bias or config.out_bias):
+    elif config.qk_norm and biases:
         problem = "biases beside norms of queries and keys"
     elif config.qk_norm and config.rope_layers:
         problem = "layers without rotation beside norms of queries and keys"
-    elif config.rope_layers and (config.qkv_bias or config.out_bias):
+    elif config.rope_layers and biases:
         problem = "biases beside layers without rotation"
     elif config.rope_layers and config.rope_layers != smollm3_rope_layers(config.num_hidden_layers):
         problem = "layers without rotation other than every fourth"
