@@ -156,7 +156,7 @@ SEAMS = (
     Seam(
         "jax",
         "_src.shard_map._shardy_shard_map_sharding",
-        ("llama_jax/ops/spmd.py",),
+        ("llama_jax/ops/gradient_sums.py",),
         "jax.shard_map of JAX 0.11 and later, which keeps shardings over explicit axes",
         partial_shard_map,
     ),

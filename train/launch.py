@@ -60,9 +60,10 @@ from .provenance import (
     read_started,
     with_places,
 )
+from .restoring import restore_state
 from .run_data import open_run_data
 from .signals import Interrupts
-from .state import TrainState, init_state, split_params, with_ema
+from .state import TrainState, init_state, residual_parts, split_params, with_residual
 from .step import build_step
 from .teacher import check_teacher, load_teacher, teacher_config
 from .tokenizer import run_tokenizer
@@ -178,6 +179,7 @@ def train(run: RunConfig) -> int:
         state, frozen = _initialize(
             setup, restored, has_frozen=bool({"base", "reference"} & {*(rest[1] or ())})
         )
+        state = with_residual(state, residual_parts(abstract), setup.mesh)
         start_step = 0 if restored is None else restored.step
         if setup.is_primary:
             write_atomically(setup.run_dir / CONFIG_FILE, to_toml(setup.given))
@@ -302,20 +304,10 @@ def _set_up(run: RunConfig, stack: contextlib.ExitStack) -> Setup:
 
 
 def _restore(setup: Setup, checkpoints: Checkpoints, abstract: TrainState) -> Restored | None:
-    """The newest intact checkpoint; where the optimizer's settings allow it, its state as they are now."""
-    if setup.started is None:
-        return checkpoints.restore(abstract)
-    check_data(setup.given, setup.provenance, setup.run_dir, setup.started, setup.data.is_of)
-    optimizer = setup.run.optimizer
-    saved = setup.started.run.get("settings", {})
-    had_ema = saved.get("optimizer.ema_decay", optimizer.ema_decay) > 0
-    refrozen = saved.get("optimizer.freeze", list(optimizer.freeze)) != list(optimizer.freeze)
-    restored = checkpoints.restore(
-        with_ema(abstract, had_ema), lambda name: refrozen and name.startswith("opt_state.")
-    )
-    if restored is None:
-        return None
-    return dataclasses.replace(restored, state=with_ema(restored.state, optimizer.ema_decay > 0))
+    """`restore_state`, once it is clear that the run's data are the same."""
+    if setup.started is not None:
+        check_data(setup.given, setup.provenance, setup.run_dir, setup.started, setup.data.is_of)
+    return restore_state(checkpoints, abstract, setup.run.optimizer, setup.mesh, setup.started)
 
 
 def _initialize(setup: Setup, restored: Restored | None, *, has_frozen: bool) -> tuple[TrainState, Frozen]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import chex
@@ -30,6 +31,8 @@ class TrainState:
       skipped: int32 [], steps that were skipped because loss or gradient was not finite.
       bad_run: int32 [], how many of the last steps in a row were skipped.
       moved: with an EMA, which is then `params`, the parameters that the optimizer updates; else None.
+      residual: with gradients in int8, what each part of the mesh axis `data` has still to add to their sum
+        (`ops.int8_sum`): like the parameters, f32, with a leading dimension that `data` shards; else None.
     """
 
     step: jax.Array
@@ -39,6 +42,7 @@ class TrainState:
     skipped: jax.Array
     bad_run: jax.Array
     moved: Any = None
+    residual: Any = None
 
 
 def create_state(
@@ -102,6 +106,45 @@ def with_ema(state: TrainState, uses_ema: bool) -> TrainState:
     is_abstract = isinstance(jax.tree.leaves(state.params)[0], jax.ShapeDtypeStruct)
     moved = state.params if is_abstract else jax.tree.map(jnp.copy, state.params)
     return state.replace(moved=moved)  # type: ignore[attr-defined]
+
+
+def residual_parts(state: TrainState) -> int:
+    """The number of parts of `data` that a state's residual has; 0 without one."""
+    return 0 if state.residual is None else jax.tree.leaves(state.residual)[0].shape[0]
+
+
+def with_residual(state: TrainState, parts: int, mesh: Mesh | None) -> TrainState:
+    """Returns a state with the residual of `parts` parts of `data`, or none for 0; concrete or abstract.
+
+    A residual that is begun is zero. Where there are more or fewer parts, each gets an equal share of the
+    sum, which is all that has still to be added to the gradients.
+    """
+    found = residual_parts(state)
+    if parts == found:
+        return state
+    if not parts:
+        return state.replace(residual=None)  # type: ignore[attr-defined]
+    layout = jax.tree.map(lambda x: _over_data(x, parts, mesh), state.params)
+    if isinstance(jax.tree.leaves(state.params)[0], jax.ShapeDtypeStruct):
+        return state.replace(residual=layout)  # type: ignore[attr-defined]
+
+    def share(x: jax.ShapeDtypeStruct, old: jax.Array) -> jax.Array:
+        return jax.sharding.reshard(jnp.broadcast_to(old.sum(0) / parts, x.shape), x.sharding.spec)
+
+    if found:
+        with use_mesh(mesh):
+            residual = jax.jit(partial(jax.tree.map, share, layout))(state.residual)
+    else:
+        residual = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), layout)
+    return state.replace(residual=residual)  # type: ignore[attr-defined]
+
+
+def _over_data(x: Any, parts: int, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
+    """A leaf of the residual for a parameter; its parts are whole on each device where `data` has others."""
+    assert mesh is not None  # has the axis
+    data = "data" if mesh.shape["data"] == parts else None
+    sharding = NamedSharding(mesh, P(data, *x.sharding.spec))
+    return jax.ShapeDtypeStruct((parts, *x.shape), jnp.float32, sharding=sharding)
 
 
 def abstract_state(

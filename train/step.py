@@ -15,8 +15,8 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from llama_jax import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.loss import Loss
+from llama_jax.ops.gradient_sums import sum_over_data, sum_over_data_in_int8
 from llama_jax.ops.router_losses import RouterLosses
-from llama_jax.ops.spmd import sum_over_data
 from llama_jax.sharding import TOKENS_BT, batch_axes, batch_parts, explicit_axes, named
 
 from .config.run import RunConfig
@@ -24,7 +24,7 @@ from .feed import batch_dtypes
 from .objectives import make_loss_fn
 from .objectives.common import Batch, LossFn
 from .optimizer import make_optimizer, make_schedule
-from .state import TrainState, abstract, abstract_state
+from .state import TrainState, abstract, abstract_state, with_residual
 from .teacher import random_teacher, teacher_config
 from .trainable import FULL_FINETUNING, Frozen, TrainableSpec
 
@@ -85,7 +85,8 @@ def make_step(
       trainable_spec: which parameters are trained.
       needs_key: whether loss_fn takes a random `key`, a different one in each step.
       ema_decay: decay of the EMA of the parameters, if the state has one.
-      gradient_dtype: in which gradients are summed over the mesh axis `data`, once a step.
+      gradient_dtype: in which gradients are summed over the mesh axis `data`, once a step; of a state with a
+        residual they are in int8.
       has_router_losses: whether the loss has those of a mixture's routers.
     """
     split_loss_fn = trainable_spec.wrap(loss_fn)
@@ -128,8 +129,12 @@ def make_step(
     def step(state: TrainState, batch: Batch, frozen: Frozen = None) -> tuple[TrainState, StepMetrics]:
         old_params = state.params if state.moved is None else state.moved
         key = jax.random.fold_in(state.key, state.step)
-        loss, grads = sum_over_data(accumulate, gradient_dtype)(old_params, batch, frozen, key)
-        count = jnp.maximum(loss.count, 1.0)
+        residual, arguments = state.residual, (old_params, batch, frozen, key)
+        if residual is None:
+            loss, grads = sum_over_data(accumulate, gradient_dtype)(*arguments)
+        else:
+            loss, grads, residual = sum_over_data_in_int8(accumulate, _divisor)(residual, *arguments)
+        count = _divisor(loss)
         norm = optax.tree.norm(grads) / count
         scale = 1 / count
         if max_grad_norm:
@@ -149,6 +154,7 @@ def make_step(
             skipped=state.skipped + ~finite,
             bad_run=jnp.where(finite, 0, state.bad_run + 1),
             moved=None if state.moved is None else jax.tree.map(select, params, old_params),
+            residual=jax.tree.map(select, residual, state.residual),
         )
         metrics = StepMetrics(
             loss=loss.mean,
@@ -163,6 +169,11 @@ def make_step(
         return new_state, metrics
 
     return step
+
+
+def _divisor(loss: Loss) -> jax.Array:
+    """What makes a mean of the sums over all tokens."""
+    return jnp.maximum(loss.count, 1.0)
 
 
 def _microbatches(x: jax.Array, count: int) -> jax.Array:
@@ -199,7 +210,7 @@ def build_step(
       shardings of the state, of the global batch, and of the frozen parameters (None if all are trained).
 
     Raises:
-      ConfigError: if the mesh does not divide a microbatch.
+      ConfigError: if the mesh does not divide a microbatch, or `data` is 1 and sums over it have a dtype.
     """
     accumulation_steps = run.train.gradient_accumulation_steps
     rows = run.train.global_batch_size // accumulation_steps
@@ -211,6 +222,7 @@ def build_step(
             f"{batch_axes(mesh.shape, 'mesh.')} = {shards} does not divide; set train.global_batch_size to "
             f"{-(-rows // shards) * shards * accumulation_steps}"
         )
+    parts = run.mesh.residual_parts(1 if mesh is None else mesh.shape.get("data", 1))
     schedule = make_schedule(run.optimizer, run.train.steps)
     optimizer = make_optimizer(run.optimizer, schedule)
     trainable_spec = TrainableSpec.from_config(run, platform) if trainable_spec is None else trainable_spec
@@ -224,7 +236,7 @@ def build_step(
         trainable_spec=trainable_spec,
         needs_key=run.train.neftune_alpha > 0 or run.train.stochastic_rounding,
         ema_decay=run.optimizer.ema_decay,
-        gradient_dtype=jnp.dtype(run.mesh.gradient_dtype),
+        gradient_dtype=jnp.float32 if parts else jnp.dtype(run.mesh.gradient_dtype),
         has_router_losses=bool(model.num_experts) and run.train.objective in ("pretrain", "sft"),
     )
     shape = (run.train.global_batch_size, run.train.seq_len)
@@ -237,4 +249,5 @@ def build_step(
             **(frozen or {}),
             "teacher": abstract(functools.partial(random_teacher, run, teacher, platform), mesh),
         }
+    state = with_residual(state, parts, mesh)
     return jax.jit(step, donate_argnums=0), state, batch, frozen

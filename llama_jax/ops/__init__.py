@@ -20,7 +20,7 @@ where the plain form compiles as well. Measured with JAX 0.10.2 and 0.12.0.1 (TP
 | `blockwise_attention._map_heads`: head by head | cpu | 0.10, 0.12 | test_tiles_hold_all_heads |
 | `blockwise_attention._map_heads`: f32 results | cpu | 0.10 | test_loops_convert_bf16_stacks |
 | `blockwise_attention._tiles`: a barrier | all | 0.10, 0.12 | test_scans_hoist_masks |
-| `spmd.sum_over_data`: shardings of types | all | 0.10 | test_partial_shard_map_gathers |
+| `gradient_sums.sum_over_data`: shardings of types | all | 0.10 | test_partial_shard_map_gathers |
 | `swiglu.swiglu_down`: barriers | tpu | 0.12 | test_silu_is_fused_into_products |
 | `rotary.rotate_custom_vjp`: a product, barriers | tpu | 0.12 | test_the_7b_step_takes_more_cycles |
 | `eight_bits._tokens_last`: a layout constraint | tpu | 0.12 | test_int8_products_run_at_half_their_rate |

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-from jax._src import shard_map as shard_map_lib
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
 from llama_jax.sharding import BATCH, PARAMS, explicit_axes, is_spec, restrict
 
@@ -71,67 +67,6 @@ def reduce_scatter_grad(
     if scattered:
         x = jax.lax.psum_scatter(x, scattered, scatter_dimension=dimension, tiled=True)
     return jax.lax.psum(x, tuple(sorted(summed))) if summed else x
-
-
-def sum_over_data(
-    function: Callable[..., Any], dtype: jax.typing.DTypeLike, batch_argument: int = 1
-) -> Callable[..., Any]:
-    """Runs `function` on the rows of each index of the mesh axis `data` apart, and sums the results once.
-
-    However many gradients `function` adds up, one sum of the shards of the total crosses `data`, the axis
-    between slices. Without that axis, or where it has size 1, `function` is returned.
-
-    Args:
-      function: (params, batch, ...) -> (loss, gradients), sums over the rows of the batch. Inside, `data` is
-        not an axis of the mesh.
-      dtype: in which the gradients are summed over `data`; the loss is summed in its own.
-      batch_argument: the position of the batch, arrays [B, ...]; other arguments are the same for all rows.
-    """
-    if explicit_axes().get("data", 1) == 1:
-        return function
-    _keep_explicit_shardings()
-
-    def apart(*args: Any) -> Any:
-        return jax.tree.map(lambda x: x[None], function(*args))
-
-    def summed(loss: Any, grads: Any) -> Any:
-        grads = jax.tree.map(lambda g: jax.lax.psum(g[0].astype(dtype), "data").astype(g.dtype), grads)
-        return jax.tree.map(lambda x: jax.lax.psum(x[0], "data"), loss), grads
-
-    def mapped(*args: Any) -> Any:
-        in_specs = tuple(P("data") if place == batch_argument else P() for place in range(len(args)))
-        # With `check_vma`, JAX (0.10.2, 0.12.0.1) cannot lower a `shard_map` inside of this one that is
-        # differentiated: it gives its residuals the outer axes too.
-        over_data = functools.partial(jax.shard_map, axis_names={"data"}, check_vma=False)
-        parts = over_data(apart, in_specs=in_specs, out_specs=P("data"))(*args)
-        # Summed in a `shard_map` over all axes: on a sum of bf16 inside of one over `data` alone XLA:CPU (JAX
-        # 0.10.2, 0.12.0.1) ends the process.
-        specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, parts)
-        out_specs = jax.tree.map(lambda spec: P(*spec[1:]), specs, is_leaf=is_spec)
-        return jax.shard_map(summed, in_specs=specs, out_specs=out_specs)(*parts)
-
-    return mapped
-
-
-def _keep_explicit_shardings() -> None:
-    """Makes a `shard_map` over some axes keep the shardings of its arguments and results over the others.
-
-    Work-around for JAX 0.10.2, which gathers them over all other axes, explicit ones too. JAX 0.12 lowers the
-    sharding of the type, as this does.
-    """
-    original = shard_map_lib._shardy_shard_map_sharding  # private: tests/test_private_seams.py
-    if jax.__version_info__ >= (0, 11) or original.__module__ == __name__:
-        return
-
-    @functools.wraps(original)
-    def from_type(context: Any, mesh: Any, manual_axes: Any, spec: P, aval: Any) -> Any:
-        kinds = {AxisType.Explicit, AxisType.Manual}
-        if aval.sharding.mesh.axis_types and kinds.issuperset(aval.sharding.mesh.axis_types):
-            spec = aval.sharding.spec
-        return original(context, mesh, manual_axes, spec, aval)
-
-    from_type.__module__ = __name__
-    shard_map_lib._shardy_shard_map_sharding = from_type  # type: ignore[assignment]
 
 
 def pvary_all(*arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -113,10 +113,14 @@ def gradient_transfers(inputs: StepInputs) -> list[Transfer]:
     """The sum of gradients over `data`, once a step: within a slice, and between slices."""
     slices, shard = inputs.topology.slices, trained_per_chip(inputs) * inputs.gradient_bytes
     inside, found = inputs.mesh["data"] // slices, []
-    if inside > 1:
-        found.append(Transfer("all-reduce", "data", 2 * shard * _share(inside), 0.0))
-    if slices > 1:
-        found.append(Transfer("all-reduce", "data", 2 * shard * _share(slices), 0.0, "dcn"))
+    # `ops.int8_sum` is an all-to-all and an all-gather, of which each moves half the bytes of an all-reduce.
+    kinds = ("all-to-all", "all-gather") if inputs.has_residual else ("all-reduce",)
+    for kind in kinds:
+        moved = 2 * shard / len(kinds)
+        if inside > 1:
+            found.append(Transfer(kind, "data", moved * _share(inside), 0.0))
+        if slices > 1:
+            found.append(Transfer(kind, "data", moved * _share(slices), 0.0, "dcn"))
     return found
 
 

@@ -75,7 +75,8 @@ def _collectives(plan: StepPlan) -> Iterator[str]:
 
 def _cure(one: Traffic) -> str:
     if one.network == "dcn":
-        return "; mesh.gradient_dtype = bfloat16 halves it, and a larger batch spreads it over more tokens"
+        cure = "mesh.gradient_dtype = bfloat16 halves it, int8 quarters it"
+        return f"; {cure}, and a larger batch spreads it over more tokens"
     if "tensor" in one.axes or "context" in one.axes:
         return f"; a smaller axis {one.axes} needs less of it"
     return "; more tokens per chip and microbatch hide more of it (fewer train.gradient_accumulation_steps)"

@@ -39,7 +39,7 @@ class StepInputs:
       compute_bytes: of a number in activations and products: 2 in bfloat16.
       quantization: of the layers' products: `none`, `int8` or `fp8`.
       optimizer_bytes: of optimizer state per trained parameter; 8 with AdamW.
-      gradient_bytes: of a gradient summed over `data`.
+      gradient_bytes: of a gradient summed over `data`, scales included; below 2, what is left out is kept.
       trained: number of trained parameters if the base is frozen; None: all.
       base_bytes: of a frozen base weight, scales included; of its gathered form too.
       reference: whether a reference model runs forward in each step.
@@ -114,6 +114,11 @@ class StepInputs:
     def batch_shards(self) -> int:
         """The number of devices that have batch rows of their own."""
         return self.mesh["data"] * self.mesh["fsdp"]
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether the state has what the sum of gradients over `data` left out."""
+        return self.gradient_bytes < 2 and self.mesh["data"] > 1
 
     @property
     def gathered_bytes(self) -> float:

@@ -77,6 +77,7 @@ def plan_memory(inputs: StepInputs) -> Memory:
     optimizer = inputs.optimizer_bytes * trained
     # The sums over microbatches, and those of the one that is computed.
     gradients = 4 * trained * (2 if inputs.accumulation > 1 else 1)
+    gradients += 4 * trained if inputs.has_residual else 0
     activations = saved_bytes(inputs)
     logits = _logits(inputs)
     temporaries = _temporaries(inputs)

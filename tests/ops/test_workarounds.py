@@ -20,7 +20,16 @@ from jax.sharding import PartitionSpec as P
 import llama_jax as lj
 from llama_jax import layers, meshes, ops, rope, sharding
 from llama_jax.ops import blockwise_attention as blockwise
-from llama_jax.ops import compiler_options, eight_bits, layouts, linear, products, quantization, spmd, swiglu
+from llama_jax.ops import (
+    compiler_options,
+    eight_bits,
+    gradient_sums,
+    layouts,
+    linear,
+    products,
+    quantization,
+    swiglu,
+)
 from llama_jax.ops.products import dot
 from tests.optimized import optimized
 
@@ -249,14 +258,14 @@ def test_partial_shard_map_gathers(monkeypatch):
 
     def border() -> str:
         with jax.set_mesh(mesh):
-            function = spmd.sum_over_data(lambda w, rows: (rows.sum(), w), F32)
+            function = gradient_sums.sum_over_data(lambda w, rows: (rows.sum(), w), F32)
             text = jax.jit(function).lower(w, rows).as_text()
         return text[text.index("in_shardings=[") : text.index('manual_axes={"data"}')]
 
     ours = border()
-    corrected = spmd.shard_map_lib._shardy_shard_map_sharding
-    monkeypatch.setattr(spmd, "_keep_explicit_shardings", lambda: None)
-    monkeypatch.setattr(spmd.shard_map_lib, "_shardy_shard_map_sharding", corrected.__wrapped__)
+    corrected = gradient_sums.shard_map_lib._shardy_shard_map_sharding
+    monkeypatch.setattr(gradient_sums, "_keep_explicit_shardings", lambda: None)
+    monkeypatch.setattr(gradient_sums.shard_map_lib, "_shardy_shard_map_sharding", corrected.__wrapped__)
     check("sum_over_data", plain_is_bad="fsdp" not in border(), ours_is_good="fsdp" in ours)
 
 

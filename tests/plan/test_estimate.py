@@ -12,6 +12,7 @@ import pytest
 from benchmarks import plan_accuracy
 from llama_jax.errors import ConfigError
 from llama_jax.model_sizes import presets
+from llama_jax.ops import int8_sum
 from llama_jax.ops.remat import Remat
 from llama_jax.plan.estimate import estimate
 from llama_jax.plan.inputs import StepInputs
@@ -126,10 +127,13 @@ def test_two_slices_send_each_gradient_once_a_step():
     two = dataclasses.replace(inputs, topology=slices, mesh=mesh(data=2, fsdp=64), global_batch_size=512)
     sent = [one for one in estimate(two).traffic if one.network == "dcn"]
     assert sum(one.bytes for one in sent) == pytest.approx(4 * parameters_per_chip(MODEL, two.mesh))
-    half = dataclasses.replace(two, gradient_bytes=2.0)
-    assert sum(o.bytes for o in estimate(half).traffic if o.network == "dcn") * 2 == pytest.approx(
-        sum(one.bytes for one in sent)
-    )
+    for size, kinds in ((2.0, ["all-reduce"]), (int8_sum.BYTES, ["all-to-all", "all-gather"])):
+        narrow = estimate(dataclasses.replace(two, gradient_bytes=size))
+        crossing = [one for one in narrow.traffic if one.network == "dcn"]
+        assert sorted(one.kind for one in crossing) == sorted(kinds)
+        assert sum(one.bytes for one in crossing) * 4 / size == pytest.approx(sum(o.bytes for o in sent))
+        kept = narrow.memory.gradients - estimate(two).memory.gradients
+        assert kept == (4 * parameters_per_chip(MODEL, two.mesh) if size < 2 else 0)
 
 
 def test_a_batch_or_mesh_that_does_not_divide_is_one_line():

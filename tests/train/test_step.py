@@ -18,7 +18,7 @@ import llama_jax as lj
 from llama_jax.errors import ConfigError
 from llama_jax.loss import Loss
 from llama_jax.meshes import make_mesh
-from llama_jax.ops.spmd import sum_over_data
+from llama_jax.ops.gradient_sums import sum_over_data
 from llama_jax.plan import collectives, hlo
 from llama_jax.sharding import PARAMS, TOKENS_BT, is_spec, named, param_specs, use_mesh
 from llama_jax.train.config.run import OptimizerConfig, RunConfig, TrainConfig

@@ -43,7 +43,7 @@ from .local_copies import LocalCopies
 from .object_steps import remove_uncommitted, remove_unretained
 from .orbax_manager import DELETED, TEMPORARY, make_manager, save_args, silence_save_failures
 from .save_errors import save_error
-from .state_tree import check_tree, join_state, split_state
+from .state_tree import check_tree, join_state, residual_parts, split_state
 
 _CLEANUP_ATTEMPTS = 30  # to remove the files of a failed save, 0.1 s apart
 
@@ -240,7 +240,10 @@ class Checkpoints:
             self._remove_deleted()
 
     def restore(
-        self, abstract_state: Any, may_differ: Callable[[str], bool] = lambda _: False
+        self,
+        abstract_state: Any,
+        may_differ: Callable[[str], bool] = lambda _: False,
+        with_parts: Callable[[Any, int], Any] = lambda state, _: state,
     ) -> Restored | None:
         """Restores the newest intact step, and warns about each damaged step that it skips.
 
@@ -249,6 +252,8 @@ class Checkpoints:
             mesh and any number of processes.
           may_differ: whether a leaf of this name, beside the parameters, may be missing in the step, in which
             case it is zero, or be left over there.
+          with_parts: the state to restore for `abstract_state` and the number of parts that the residual of
+            gradients has in the step; 0 is none.
 
         Returns:
           The contents of the checkpoint; None if the run has none yet.
@@ -266,9 +271,10 @@ class Checkpoints:
         for step, folder in reversed(folders.items()):
             problem = first_problem(_problem(folder, share=share))
             if problem is None:
-                missing = self._check(folder, abstract_state, may_differ)
+                wanted = with_parts(abstract_state, residual_parts(folder / STATE))
+                missing = self._check(folder, wanted, may_differ)
                 try:
-                    restored = self._read(step, folder, abstract_state, missing)
+                    restored = self._read(step, folder, wanted, missing)
                 except CheckpointError as error:
                     problem = str(error)
                 else:

@@ -78,6 +78,12 @@ def _key_data(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
 
 
+def residual_parts(folder: Path) -> int:
+    """The first dimension of a saved state's residual of gradients; 0 if it has none."""
+    saved = tree_metadata(folder)
+    return next((int(leaf.shape[0]) for name, leaf in saved.items() if name.startswith("residual.")), 0)
+
+
 def check_tree(folder: Path, expected: Any, may_differ: Callable[[str], bool] = lambda _: False) -> set[str]:
     """Checks names, shapes and dtypes of a saved tree, since Orbax silently casts other dtypes.
 

@@ -9,6 +9,7 @@ import jax
 from llama_jax import LlamaConfig, adapters, init
 from llama_jax.errors import ConfigError
 from llama_jax.meshes import ALL_AXES, mesh_sizes
+from llama_jax.ops import int8_sum
 from llama_jax.ops.compiler_flags import LIBTPU_FLAGS
 from llama_jax.plan.chips import CHIPS
 from llama_jax.plan.inputs import StepInputs
@@ -18,6 +19,7 @@ from ..config.run import RunConfig
 from ..devices import check_quantization, compute_dtype
 from ..trainable import TrainableSpec
 
+_GRADIENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": int8_sum.BYTES}
 SCOPED_VMEM = "xla_tpu_scoped_vmem_limit_kib"
 # Bytes of a frozen base weight: NF4 has an f32 scale for 64 weights, int8 one for each output.
 _BASE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "nf4": 0.5625}
@@ -52,10 +54,12 @@ def step_inputs(
     train, spec = run.train, TrainableSpec.from_config(run, "tpu")
     given = {name: getattr(run.mesh, name) for name in ALL_AXES}
     whole_copy = spec.reference and spec.adapter is None
+    mesh = mesh_sizes(given, topology.chips * chip.devices)
+    run.mesh.residual_parts(mesh["data"])  # raises
     return StepInputs(
         model=model,
         topology=topology,
-        mesh=mesh_sizes(given, topology.chips * chip.devices),
+        mesh=mesh,
         global_batch_size=train.global_batch_size,
         seq_len=train.seq_len,
         steps=train.steps,
@@ -65,7 +69,7 @@ def step_inputs(
         compute_bytes=compute_dtype(train, "tpu").itemsize,
         optimizer_bytes=_OPTIMIZER_BYTES[run.optimizer.name],
         quantization=train.quantization,
-        gradient_bytes=4.0 if run.mesh.gradient_dtype == "float32" else 2.0,
+        gradient_bytes=_GRADIENT_BYTES[run.mesh.gradient_dtype],
         trained=None if spec.adapter is None else adapter_size(spec.adapter, model),
         base_bytes=_BASE_BYTES[spec.base],
         reference=spec.reference,
