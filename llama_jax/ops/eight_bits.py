@@ -9,6 +9,8 @@ by the scales in f32. With x = s_x X and W = S s_W, quantized along what the pro
 
 where q quantizes a gradient by its rows for d_x, and by its columns for d_W: a scale of the contracted
 dimension cannot leave the sum, so it is multiplied into the gradient, and x and W are quantized only once.
+With scales per tensor, x, W and d_y have one scale each, and d_y too is quantized once, for both products; of
+several slices each has its own. One outlier then costs all others their precision.
 Gradients pass rounding as if it were the identity (the straight-through estimator, arXiv 1308.3432). fp8 is
 e4m3 for x and W and e5m2 for gradients (arXiv 2209.05433). Embedding, output, norms, attention's scores,
 biases and adapters keep the compute dtype.
@@ -23,9 +25,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -35,22 +36,22 @@ from llama_jax import sharding
 from llama_jax.errors import ConfigError
 from llama_jax.ops import spmd
 from llama_jax.ops.adapted import PROJECTIONS, Adapted
+from llama_jax.ops.eight_bit_operands import Operand, along, product, quantize
 from llama_jax.ops.layouts import row_major
-from llama_jax.ops.rounding import round_stochastically
 
 EightBitDtype = Literal["int8", "fp8"]
+Scales = Literal["channel", "tensor"]
 
 # Of x and W, and of gradients.
 _DTYPES: Mapping[str, tuple[Any, Any]] = {
     "int8": (jnp.int8, jnp.int8),
     "fp8": (jnp.float8_e4m3fn, jnp.float8_e5m2),
 }
-_SMALLEST = 1e-30  # of the largest elements: a row of zeros has a scale too
-# Terms that int32 can sum, each at most 127 * 127.
-_MAX_INT8_TERMS = (2**31 - 1) // 127**2
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("weight", "key"), meta_fields=("products",))
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("weight", "key"), meta_fields=("products", "scales")
+)
 @dataclasses.dataclass(frozen=True)
 class EightBitWeight:
     """A matrix whose products, and theirs in the backward pass, are computed in eight bits.
@@ -59,11 +60,13 @@ class EightBitWeight:
       weight: the matrix, in its own dtype; its gradient has it too.
       key: gradients are rounded stochastically by it; None: to nearest.
       products: `int8` or `fp8`.
+      scales: one for each row of an operand (`channel`), or for all of it (`tensor`).
     """
 
     weight: jax.Array
     key: jax.Array | None
     products: EightBitDtype
+    scales: Scales = "channel"
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -73,8 +76,15 @@ class EightBitWeight:
     def shape(self) -> tuple[int, ...]:
         return self.weight.shape
 
+    def quantize(self, x: jax.Array, contracted: Sequence[int], dtype: Any, key: Any = None) -> Operand:
+        """x, an operand of one of this weight's products, quantized along what that contracts."""
+        axes = range(x.ndim) if self.scales == "tensor" else contracted
+        return quantize(x, tuple(axes), dtype, key)
 
-def eight_bit_products(params: Any, products: EightBitDtype, key: jax.Array | None = None) -> Any:
+
+def eight_bit_products(
+    params: Any, products: EightBitDtype, key: jax.Array | None = None, scales: Scales = "channel"
+) -> Any:
     """Parameters whose layers compute in eight bits: call it inside of what is differentiated.
 
         loss = lambda params: next_token_loss(config, eight_bit_products(params, "int8"), tokens).mean
@@ -83,15 +93,19 @@ def eight_bit_products(params: Any, products: EightBitDtype, key: jax.Array | No
       params: the parameter tree, layers stacked or not; the base of a LoRA adapter is computed in eight bits.
       products: `int8` or `fp8`.
       key: a key from `jax.random.key`, another in each step, for stochastic rounding of gradients.
+      scales: per `channel` or per `tensor`.
 
     Returns:
       The tree, with an `EightBitWeight` in the place of each of a layer's seven matrices.
 
     Raises:
-      ConfigError: for other `products`; for weights that are quantized already, or adapters of DoRA.
+      ConfigError: for other `products` or `scales`; for weights that are quantized already, or adapters of
+        DoRA.
     """
     if products not in _DTYPES:
         raise ConfigError(f"products are {products!r}; they can be in {' or '.join(_DTYPES)}")
+    if scales not in get_args(Scales):
+        raise ConfigError(f"scales are {scales!r}; they can be per {' or per '.join(get_args(Scales))}")
     layers = params["layers"]
     stacked = isinstance(layers, Mapping)
     keys = None
@@ -110,8 +124,8 @@ def eight_bit_products(params: Any, products: EightBitDtype, key: jax.Array | No
             )
         for index, (name, (sublayer, _)) in enumerate(PROJECTIONS.items()):
             weight = tree[sublayer][name]
-            wrapped = _wrap(weight, name, products, None if keys is None else keys[..., index])
-            tree[sublayer] = {**tree[sublayer], name: wrapped}
+            wrapped = EightBitWeight(weight, None if keys is None else keys[..., index], products, scales)
+            tree[sublayer] = {**tree[sublayer], name: _wrap(wrapped, name)}
         return tree
 
     if stacked:
@@ -120,88 +134,16 @@ def eight_bit_products(params: Any, products: EightBitDtype, key: jax.Array | No
     return {**params, "layers": tuple(wrap(*pair) for pair in zip(layers, per_layer, strict=True))}
 
 
-def _wrap(weight: Any, name: str, products: EightBitDtype, key: jax.Array | None) -> Any:
+def _wrap(wrapped: EightBitWeight, name: str) -> Any:
+    """The weight in eight bits; within an adapter, if it has one."""
+    weight: Any = wrapped.weight
     if isinstance(weight, Adapted) and weight.magnitude is None:
-        return dataclasses.replace(weight, base=_wrap(weight.base, name, products, key))
+        base = _wrap(dataclasses.replace(wrapped, weight=weight.base), name)
+        return dataclasses.replace(weight, base=base)
     if not isinstance(weight, jax.Array):
         kind = "has an adapter of DoRA" if isinstance(weight, Adapted) else "is quantized already"
-        raise ConfigError(f"{name} {kind}: its products cannot be computed in {products}")
-    return EightBitWeight(weight, key, products)
-
-
-class Operand(NamedTuple):
-    """values * scale, the operand of a product; dimensions that it contracts have size 1 in the scale."""
-
-    values: jax.Array
-    scale: jax.Array
-
-
-def quantize(x: jax.Array, axes: Sequence[int], dtype: Any, key: jax.Array | None = None) -> Operand:
-    """x in 8 bits, with a scale for all elements along `axes`.
-
-    Where an element is infinite or NaN, the scale is, and so is the product.
-
-    Args:
-      x: any array.
-      axes: the dimensions that the product contracts.
-      dtype: int8, float8_e4m3fn or float8_e5m2.
-      key: for stochastic rounding: up with the probability that makes the mean exact (to 2^-17 of a step).
-    """
-    largest = 127.0 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
-    x = x.astype(jnp.float32)
-    top = jnp.maximum(jnp.max(jnp.abs(x), axis=tuple(axes), keepdims=True), _SMALLEST)
-    steps, scale = x * (largest / top), top / largest
-    if key is not None:
-        steps = jnp.clip(round_stochastically(steps, dtype, key), -largest, largest)
-    elif dtype == jnp.int8:
-        steps = jnp.round(steps)
-    return Operand(steps.astype(dtype), scale)
-
-
-def product(
-    equation: str, a: Operand | jax.Array, b: Operand | jax.Array, out_sharding: P | None = None
-) -> jax.Array:
-    """einsum of two operands in f32.
-
-    Args:
-      equation: an einsum whose result has the other dimensions of a, then those of b, or first those of both.
-      a, b: operands, or values without a scale.
-      out_sharding: the partition spec of the result.
-
-    XLA must not fuse quantizing into it: operands come out of an `optimization_barrier`.
-
-    Raises:
-      ConfigError: where int32 cannot sum the product.
-    """
-    operands, result = equation.split("->")
-    left, right = operands.split(",")
-    contracted = [letter for letter in left if letter not in result]
-    dims = [left.index(letter) for letter in contracted], [right.index(letter) for letter in contracted]
-    x, y = (operand.values if isinstance(operand, Operand) else operand for operand in (a, b))
-    int8 = x.dtype == jnp.int8
-    if int8 and (terms := math.prod(x.shape[axis] for axis in dims[0])) > _MAX_INT8_TERMS:
-        raise ConfigError(
-            f"an int8 product sums {terms:,} terms; int32 holds the sum of {_MAX_INT8_TERMS:,}: use more "
-            "train.gradient_accumulation_steps, or fp8"
-        )
-    total = jax.lax.dot_general(
-        x,
-        y,
-        (dims, ((), ())),
-        preferred_element_type=jnp.int32 if int8 else jnp.float32,
-        out_sharding=out_sharding,
-    ).astype(jnp.float32)
-    for letters, operand in ((left, a), (right, b)):
-        if isinstance(operand, Operand):
-            total = total * _along(operand.scale, letters, result)
-    # A scale may be sharded over axes of size 1 that the result is not sharded over.
-    return total if out_sharding is None else jax.sharding.reshard(total, out_sharding)
-
-
-def _along(scale: jax.Array, letters: str, result: str) -> jax.Array:
-    """A scale with dimensions `letters` for an array with dimensions `result`; others have size 1."""
-    scale = jnp.squeeze(scale, tuple(i for i, letter in enumerate(letters) if letter not in result))
-    return jnp.expand_dims(scale, tuple(i for i, letter in enumerate(result) if letter not in letters))
+        raise ConfigError(f"{name} {kind}: its products cannot be computed in {wrapped.products}")
+    return wrapped
 
 
 def project(
@@ -266,8 +208,13 @@ def backward(
         d_out = sharding.gather_sequence(d_out).astype(jnp.float32)
         shared = [axis for axis, letter in enumerate(result) if letter in left]
         outputs = [axis for axis in range(len(result)) if axis not in shared]
-        by_rows = quantize(d_out * _along(matrix.scale, right, result), outputs, gradient_dtype, keys[0])
-        by_columns = quantize(d_out * _along(rows.scale, left, result), shared, gradient_dtype, keys[1])
+        factors = along(matrix.scale, right, result), along(rows.scale, left, result)
+        if weight.scales == "tensor":
+            once = weight.quantize(d_out, outputs, gradient_dtype, keys[0])
+            by_rows, by_columns = (Operand(once.values, once.scale * factor) for factor in factors)
+        else:
+            by_rows = quantize(d_out * factors[0], outputs, gradient_dtype, keys[0])
+            by_columns = quantize(d_out * factors[1], shared, gradient_dtype, keys[1])
         gradients.append((by_rows, by_columns))
     # All at once, so that a gradient is read once for all that is made of it.
     gradients = jax.lax.optimization_barrier(gradients)
@@ -316,7 +263,7 @@ def quantized_rows(equation: str, x: jax.Array, weight: EightBitWeight) -> Opera
     """x, quantized by tokens."""
     left, result = equation.split(",")[0], equation.split("->")[1]
     contracted = [axis for axis, letter in enumerate(left) if letter not in result]
-    return jax.lax.optimization_barrier(quantize(x, contracted, _DTYPES[weight.products][0]))
+    return jax.lax.optimization_barrier(weight.quantize(x, contracted, _DTYPES[weight.products][0]))
 
 
 def _gather_rows(rows: Operand) -> Operand:
@@ -347,9 +294,10 @@ def _quantized_matrix(equation: str, weight: EightBitWeight, spec: P) -> Operand
     """The weight, quantized by outputs as shards, then gathered over `fsdp` and `context`."""
     right, result = equation.split(",")[1].split("->")
     contracted = [axis for axis, letter in enumerate(right) if letter not in result]
-    operand = quantize(weight.weight, contracted, _DTYPES[weight.products][0])
+    operand = weight.quantize(weight.weight, contracted, _DTYPES[weight.products][0])
     values, scale = jax.lax.optimization_barrier(operand)
-    scale_spec = P(*(None if axis in contracted else entry for axis, entry in enumerate(spec)))
+    sizes = zip(spec, scale.shape, weight.shape, strict=True)
+    scale_spec = P(*(entry if size == whole else None for entry, size, whole in sizes))
     return Operand(sharding.gather(values, spec), sharding.gather(scale, scale_spec))
 
 

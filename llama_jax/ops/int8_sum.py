@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from llama_jax.ops.eight_bits import Operand, quantize
+from llama_jax.ops.eight_bit_operands import Operand, quantize
 
 BLOCK = 256  # elements to a scale, f32
 BYTES = 1 + 4 / BLOCK  # of an element

@@ -16,7 +16,8 @@ import llama_jax as lj
 from llama_jax import adapters, meshes, sharding
 from llama_jax.errors import ConfigError
 from llama_jax.ops import eight_bits
-from llama_jax.ops.eight_bits import EightBitWeight, Operand, eight_bit_products, quantize
+from llama_jax.ops.eight_bit_operands import Operand, product, quantize
+from llama_jax.ops.eight_bits import EightBitWeight, eight_bit_products
 
 F32 = jnp.float32
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
@@ -60,36 +61,41 @@ def test_quantized_values_are_within_half_a_step(dtype):
     assert not found[3].any()
 
 
-def linear(equation, weight_spec, out_spec, kind, key=None):
+def linear(equation, weight_spec, out_spec, kind, scales="channel"):
     def run(x, w):
-        return eight_bits.project([(equation, EightBitWeight(w, key, kind), weight_spec)], x, out_spec)[0]
+        weight = EightBitWeight(w, None, kind, scales)
+        return eight_bits.project([(equation, weight, weight_spec)], x, out_spec)[0]
 
     return run
 
 
+@pytest.mark.parametrize("scales", ["channel", "tensor"])
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 @pytest.mark.parametrize("case", EQUATIONS, ids=lambda case: case[0])
-def test_products_and_gradients_are_those_of_quantized_operands(case, kind):
+def test_products_and_gradients_are_those_of_quantized_operands(case, kind, scales):
     """The formulas of the module's docstring, in numpy; and near the products of f32."""
     equation, x_shape, w_shape, *specs = case
     left, right, result = re.split("->|,", equation)
-    x, w, run = draw(1, *x_shape), draw(2, *w_shape), linear(equation, *specs, kind)
+    x, w, run = draw(1, *x_shape), draw(2, *w_shape), linear(equation, *specs, kind, scales)
     y, back = jax.vjp(run, x, w)
     d_y = draw(3, *y.shape)
     d_x, d_w = back(d_y)
 
     of_value, of_gradient = DTYPES[kind]
-    inside_x = tuple(i for i, letter in enumerate(left) if letter not in result)
-    inside_w = tuple(i for i, letter in enumerate(right) if letter not in result)
+    whole = scales == "tensor"
+    inside_x = tuple(i for i, letter in enumerate(left) if whole or letter not in result)
+    inside_w = tuple(i for i, letter in enumerate(right) if whole or letter not in result)
     (x8, s_x), (w8, s_w) = rounded(x, inside_x, of_value), rounded(w, inside_w, of_value)
     expected = np.einsum(equation, x8 * s_x, w8 * s_w)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
     outputs = tuple(range(2, len(result)))
-    s_out = s_w.reshape(1, 1, *w_shape[1:]) if outputs == (2, 3) else s_w.reshape(1, 1, -1)
-    g8, s_g = rounded(d_y * s_out.astype(np.float32), outputs, of_gradient)
+    s_out = s_w.reshape(1, 1, *w_shape[1:]) if outputs == (2, 3) and not whole else s_w.reshape(1, 1, -1)
+    s_out = s_out.reshape(*s_out.shape, *(1,) * (len(result) - s_out.ndim))
+    everything = tuple(range(len(result)))
+    g8, s_g = rounded(d_y * s_out.astype(np.float32), everything if whole else outputs, of_gradient)
     expected_x = np.einsum(f"{result},{right}->{left}", g8 * s_g, w8)
-    s_rows = s_x.reshape(*x_shape[:2], *(1,) * len(outputs)).astype(np.float32)
-    g8, s_g = rounded(d_y * s_rows, (0, 1), of_gradient)
+    s_rows = s_x.reshape(*s_x.shape[:2], *(1,) * len(outputs)).astype(np.float32)
+    g8, s_g = rounded(d_y * s_rows, everything if whole else (0, 1), of_gradient)
     expected_w = np.einsum(f"{left},{result}->{right}", x8, g8 * s_g)
     # A tie may be rounded to either side.
     for found, wanted in ((d_x, expected_x), (d_w, expected_w)):
@@ -101,21 +107,27 @@ def test_products_and_gradients_are_those_of_quantized_operands(case, kind):
     assert (np.abs(y - np.einsum(equation, x, w)) <= bound + 1e-5 * np.abs(expected).max()).all()
 
 
+@pytest.mark.parametrize("scales", ["channel", "tensor"])
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_agrees_with_qwix(kind):
+def test_agrees_with_qwix(kind, scales):
     """Which maps the largest element to 127.5 in int8, where a step is then smaller by 0.4%."""
     qwix = pytest.importorskip("qwix._src.core.dot_general_qt", reason="needs the qlora extra")
     of_value, of_gradient = DTYPES[kind]
+    operands = ("lhs", "rhs", "dlhs_grad", "drhs_grad")
     settings = qwix.DotGeneralQtConfig(
-        lhs_qtype=of_value, rhs_qtype=of_value, dlhs_grad_qtype=of_gradient, drhs_grad_qtype=of_gradient
+        lhs_qtype=of_value,
+        rhs_qtype=of_value,
+        dlhs_grad_qtype=of_gradient,
+        drhs_grad_qtype=of_gradient,
+        **{f"{operand}_disable_channelwise_axes": scales == "tensor" for operand in operands},
     )
     x, w = draw(1, 2, 7, 24), draw(2, 24, 10)
     theirs = lambda x, w: qwix.dot_general_qt(x, w, (((2,), (0,)), ((), ())), settings)  # noqa: E731
-    ours = linear("btd,df->btf", sharding.GATE_UP_DF, sharding.ACT_BTF, kind)
+    ours = linear("btd,df->btf", sharding.GATE_UP_DF, sharding.ACT_BTF, kind, scales)
     (y, back), (expected, expected_back) = jax.vjp(ours, x, w), jax.vjp(theirs, x, w)
-    d_y = draw(3, *y.shape)
+    d_y, tolerance = draw(3, *y.shape), 4e-2 if scales == "tensor" else 2e-2
     for found, wanted in zip((y, *back(d_y)), (expected, *expected_back(d_y)), strict=True):
-        np.testing.assert_allclose(found, wanted, atol=2e-2 * np.abs(wanted).max())
+        np.testing.assert_allclose(found, wanted, atol=tolerance * np.abs(wanted).max())
         assert kind == "int8" or np.mean(np.abs(found - wanted) <= 1e-4 * np.abs(wanted).max()) > 0.9
 
 
@@ -153,9 +165,9 @@ def test_stochastic_rounding_goes_to_a_neighbor_and_is_exact_in_the_mean(dtype):
     assert not found[:, 62].any() and np.allclose(found[:, 63], 64)
 
 
-def loss(kind, key=None, params=PARAMS):
+def loss(kind, key=None, params=PARAMS, scales="channel"):
     def total(params):
-        params = params if kind is None else eight_bit_products(params, kind, key)
+        params = params if kind is None else eight_bit_products(params, kind, key, scales)
         options = lj.ForwardOptions(custom_vjp=True, remat="full")
         return lj.next_token_loss(CONFIG, params, TOKENS, options=options).mean
 
@@ -166,9 +178,12 @@ def flat(tree):
     return np.concatenate([np.float64(leaf).ravel() for leaf in jax.tree.leaves(tree)])
 
 
-@pytest.mark.parametrize(("kind", "close"), [("int8", 0.998), ("fp8", 0.99)])
-def test_loss_and_gradient_of_a_model_are_near_those_of_f32_on_any_mesh(kind, close):
-    (exact, gradient), (found, rounded_gradient) = loss(None), loss(kind, KEY)
+@pytest.mark.parametrize(
+    ("kind", "scales", "close"),
+    [("int8", "channel", 0.998), ("fp8", "channel", 0.99), ("int8", "tensor", 0.98)],
+)
+def test_loss_and_gradient_of_a_model_are_near_those_of_f32_on_any_mesh(kind, scales, close):
+    (exact, gradient), (found, rounded_gradient) = loss(None), loss(kind, KEY, scales=scales)
     assert abs(found - exact) < 0.01 * exact
     a, b = flat(gradient), flat(rounded_gradient)
     assert close < a @ b / np.linalg.norm(a) / np.linalg.norm(b) < 1
@@ -176,7 +191,7 @@ def test_loss_and_gradient_of_a_model_are_near_those_of_f32_on_any_mesh(kind, cl
     assert set(PARAMS) == {*unrounded, "layers"}
     mesh = meshes.make_mesh("fsdp=4,tensor=2")
     with jax.set_mesh(mesh):
-        sharded, sharded_gradient = loss(kind, KEY, lj.shard_params(PARAMS, mesh, CONFIG))
+        sharded, sharded_gradient = loss(kind, KEY, lj.shard_params(PARAMS, mesh, CONFIG), scales)
     assert abs(sharded - found) < 1e-5 * found
     # Sums in another order round ties to the other side.
     c = flat(sharded_gradient)
@@ -225,6 +240,8 @@ def test_the_base_of_a_lora_adapter_is_computed_in_eight_bits():
 def test_bad_input():
     with pytest.raises(ConfigError, match="products are 'int4'; they can be in int8 or fp8"):
         eight_bit_products(PARAMS, "int4")
+    with pytest.raises(ConfigError, match="scales are 'row'; they can be per channel or per tensor"):
+        eight_bit_products(PARAMS, "int8", scales="row")
     with pytest.raises(ConfigError, match="wq is quantized already: its products cannot be computed in int8"):
         eight_bit_products(lj.quantize(PARAMS), "int8")
     settings = adapters.Lora(rank=2, dora=True)
@@ -235,7 +252,7 @@ def test_bad_input():
     with pytest.raises(ConfigError, match="products of experts cannot be computed in int8"):
         eight_bit_products({"layers": (mixture,)}, "int8")
     long = jax.ShapeDtypeStruct((133_145, 2), jnp.int8)
-    run = functools.partial(eight_bits.product, "td,tf->df")
+    run = functools.partial(product, "td,tf->df")
     with pytest.raises(ConfigError, match="sums 133,145 terms; int32 holds the sum of 133,144"):
         jax.eval_shape(run, long, long)
     assert dataclasses.is_dataclass(EightBitWeight)

@@ -22,6 +22,7 @@ from llama_jax import layers, meshes, ops, rope, sharding
 from llama_jax.ops import blockwise_attention as blockwise
 from llama_jax.ops import (
     compiler_options,
+    eight_bit_operands,
     eight_bits,
     gradient_sums,
     layouts,
@@ -392,9 +393,9 @@ def test_int8_products_run_at_half_their_rate():
         arguments = array(2, 2048, 2048, dtype=INT8), array(2, 2048, 8192, dtype=INT8)
         return hlo.estimated_cycles(hlo.parse(compiled_for_tpu(function, *arguments)))
 
-    plain = cycles(lambda x, g: eight_bits.product("btd,btf->df", x, g))
+    plain = cycles(lambda x, g: eight_bit_operands.product("btd,btf->df", x, g))
     ours = cycles(
-        lambda x, g: eight_bits.product("dt,tf->df", eight_bits._tokens_last(x), g.reshape(4096, -1))
+        lambda x, g: eight_bit_operands.product("dt,tf->df", eight_bits._tokens_last(x), g.reshape(4096, -1))
     )
     check("eight_bits._tokens_last", plain_is_bad=plain > ours)
 

@@ -118,6 +118,10 @@ def test_keys_lists_every_section():
         ("[train]\nremat = 'ful'", "train.remat is 'ful'; did you mean full?"),
         ("[train]\nquantization = 'int88'", "train.quantization is 'int88'; did you mean int8?"),
         ("[train]\nstochastic_rounding = true", 'true and train.quantization is "none"; it rounds gradients'),
+        (
+            '[train]\nquantization_scales = "tensor"',
+            'train.quantization_scales is "tensor" and train.quantization is',
+        ),
         ("[train]\nattention = 'flash'", "train.attention is 'flash'"),
         (
             "[train]\nglobal_batch_size = 7\ngradient_accumulation_steps = 2",

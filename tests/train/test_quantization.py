@@ -21,6 +21,7 @@ from tests.train.test_step import BATCH, CHEAP, LENGTH, MODEL, changed, initial_
 
 INT8 = {"quantization": "int8"}
 STOCHASTIC = {**INT8, "stochastic_rounding": True}
+TENSOR = {**INT8, "quantization_scales": "tensor"}
 
 
 @functools.cache
@@ -35,7 +36,9 @@ def losses(**train: Any) -> np.ndarray:
     return np.array(found, np.float32)
 
 
-@pytest.mark.parametrize("train", [STOCHASTIC, {"quantization": "fp8"}], ids=["int8", "fp8"])
+@pytest.mark.parametrize(
+    "train", [STOCHASTIC, {"quantization": "fp8"}, TENSOR], ids=["int8", "fp8", "tensor"]
+)
 def test_losses_are_near_those_without(train):
     plain, found = losses(), losses(**train)
     assert found[-1] < found[0] - 0.5

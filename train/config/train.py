@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from llama_jax.attention import Backend
 from llama_jax.errors import ConfigError
+from llama_jax.ops.eight_bits import Scales
 from llama_jax.ops.remat import Remat
 from llama_jax.storage import as_path
 
@@ -34,6 +35,7 @@ class TrainConfig:
       dtype: compute dtype (parameters are f32); `auto` is bfloat16 on accelerators and on CPUs with
         bf16 instructions.
       quantization: dtype of the layers' products, forward and backward; the rest of the step keeps `dtype`.
+      quantization_scales: of a product's operands, one for each row (`channel`) or one for all (`tensor`).
       stochastic_rounding: of quantized gradients, in place of rounding to nearest.
       quantization_emulated: allow fp8 on chips without units for it, where it is slower than bfloat16.
       attention: attention backend; `auto` is `splash` on TPU, `cudnn` on NVIDIA GPUs where cuDNN supports the
@@ -64,6 +66,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     dtype: Dtype = "auto"
     quantization: Quantization = "none"
+    quantization_scales: Scales = "channel"
     stochastic_rounding: bool = False
     quantization_emulated: bool = False
     attention: Backend | Literal["auto"] = "auto"
@@ -85,12 +88,18 @@ class TrainConfig:
         check_one_of("train.objective", self.objective, get_args(Objective))
         check_one_of("train.dtype", self.dtype, get_args(Dtype))
         check_one_of("train.quantization", self.quantization, get_args(Quantization))
+        check_one_of("train.quantization_scales", self.quantization_scales, get_args(Scales))
         check_one_of("train.attention", self.attention, ("auto", *get_args(Backend)))
         check_one_of("train.remat", self.remat, get_args(Remat))
         if self.stochastic_rounding and self.quantization == "none":
             raise ConfigError(
                 'train.stochastic_rounding is true and train.quantization is "none"; it rounds gradients of '
                 '"int8" or "fp8"'
+            )
+        if self.quantization_scales != "channel" and self.quantization == "none":
+            raise ConfigError(
+                f'train.quantization_scales is "{self.quantization_scales}" and train.quantization is '
+                '"none"; they are of "int8" or "fp8"'
             )
         if not self.run_dir:
             raise ConfigError("train.run_dir is empty; give the run's output directory")

@@ -71,11 +71,12 @@ def make_loss_fn(run: RunConfig, model: LlamaConfig, platform: str) -> LossFn:
     def loss_fn(params: Any, batch: Batch, *, key: jax.Array | None = None, **kwargs: Any) -> Loss:
         if train.quantization != "none":
             rounding = jax.random.fold_in(key, 1) if key is not None and train.stochastic_rounding else None
-            params = eight_bit_products(params, train.quantization, rounding)
-            if kwargs.get("reference") is not None:
-                kwargs["reference"] = eight_bit_products(kwargs["reference"], train.quantization)
+            scales = train.quantization_scales
+            params = eight_bit_products(params, train.quantization, rounding, scales)
+            if (reference := kwargs.get("reference")) is not None:
+                kwargs["reference"] = eight_bit_products(reference, train.quantization, scales=scales)
             if (teacher := kwargs.get("teacher")) is not None:
-                quantized = eight_bit_products(teacher.params, train.quantization)
+                quantized = eight_bit_products(teacher.params, train.quantization, scales=scales)
                 kwargs["teacher"] = dataclasses.replace(teacher, params=quantized)
         if key is not None and train.neftune_alpha:
             kwargs["key"] = key
