@@ -16,7 +16,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
 from llama_jax.forward_options import ForwardOptions
 from llama_jax.layers import output_matrix, unembed
-from llama_jax.model import Params, hidden_states, routed_hidden_states
+from llama_jax.model import Params, routed_hidden_states
 from llama_jax.ops.fused_cross_entropy import fused_cross_entropy
 from llama_jax.ops.inputs import as_array
 from llama_jax.ops.quantization import Quantized
@@ -142,11 +142,7 @@ def _next_token_loss(
         loss = Loss(total=total, count=weights.sum())
     else:
         loss = cross_entropy(x, params, targets, weights, z_loss, num_chunks=num_chunks)
-    if router is None or router_weights is None:
-        return loss
-    added = router_weights.balance * router.balance + router_weights.z * router.z
-    router = RouterLosses(balance=router.balance * loss.count, z=router.z * loss.count)
-    return Loss(total=loss.total + added * loss.count, count=loss.count, router=router)
+    return loss if router_weights is None else add_router_losses(loss, router, router_weights)
 
 
 def prediction_weights(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
@@ -172,6 +168,15 @@ def _router_weights(balance: float | jax.Array, z: float | jax.Array) -> RouterL
     return RouterLosses(balance=jnp.asarray(balance, jnp.float32), z=jnp.asarray(z, jnp.float32))
 
 
+def add_router_losses(loss: Loss, router: RouterLosses | None, weights: RouterLosses) -> Loss:
+    """A loss with the weighted losses of a mixture's routers in its mean; itself if there are none."""
+    if router is None:
+        return loss
+    added = weights.balance * router.balance + weights.z * router.z
+    router = RouterLosses(balance=router.balance * loss.count, z=router.z * loss.count)
+    return Loss(total=loss.total + added * loss.count, count=loss.count, router=router)
+
+
 def token_logprobs(
     config: LlamaConfig,
     params: Params,
@@ -191,6 +196,22 @@ def token_logprobs(
     Returns:
       f32 [B, T]; 0 for the first token of each row and segment.
     """
+    return routed_token_logprobs(
+        config, params, tokens, positions, segment_ids, options=options, num_chunks=num_chunks
+    )[0]
+
+
+def routed_token_logprobs(
+    config: LlamaConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    *,
+    options: ForwardOptions = ForwardOptions(),
+    num_chunks: int = 8,
+) -> tuple[jax.Array, RouterLosses | None]:
+    """`token_logprobs`, and the routers' losses over tokens outside segment 0; None without experts."""
     tokens, positions = as_array("tokens", tokens), as_array("positions", positions)
     segment_ids = as_array("segment_ids", segment_ids)
     return _token_logprobs(
@@ -208,8 +229,8 @@ def _token_logprobs(
     *,
     options: ForwardOptions,
     num_chunks: int,
-) -> jax.Array:
-    x = hidden_states(config, params, tokens, positions, segment_ids, options=options)
+) -> tuple[jax.Array, RouterLosses | None]:
+    x, router = routed_hidden_states(config, params, tokens, positions, segment_ids, options=options)
     x = sharding.gather_sequence(x)
 
     def chunk_logprobs(chunk: Any) -> jax.Array:
@@ -225,7 +246,7 @@ def _token_logprobs(
     if segment_ids is not None:
         segments = _gather_context(segment_ids)
         predicted = predicted & (segments == _roll(segments, 1))
-    return jnp.where(predicted, _roll(_gather_context(logprobs), 1), 0.0)
+    return jnp.where(predicted, _roll(_gather_context(logprobs), 1), 0.0), router
 
 
 def _gather_context(x: jax.Array) -> jax.Array:

@@ -237,7 +237,7 @@ def build_step(
         needs_key=run.train.neftune_alpha > 0 or run.train.stochastic_rounding,
         ema_decay=run.optimizer.ema_decay,
         gradient_dtype=jnp.float32 if parts else jnp.dtype(run.mesh.gradient_dtype),
-        has_router_losses=bool(model.num_experts) and run.train.objective in ("pretrain", "sft"),
+        has_router_losses=bool(model.num_experts) and run.train.objective != "distill",
     )
     shape = (run.train.global_batch_size, run.train.seq_len)
     layout = SingleDeviceSharding(jax.devices()[0]) if mesh is None else named(mesh, TOKENS_BT)

@@ -6,6 +6,7 @@ preferences.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import pytest
 import llama_jax as lj
 from llama_jax.adapters import lora
 from llama_jax.loss import token_logprobs
-from llama_jax.train.objectives.preference import dpo_loss
+from llama_jax.train.config.preference import PreferenceConfig
+from llama_jax.train.config.train import TrainConfig
+from llama_jax.train.objectives.preference import direct_preference, dpo_loss
 from llama_jax.weights.adapters import load_adapter
 from tests.golden.training import MODEL, params
 
@@ -27,6 +30,7 @@ peft = pytest.importorskip("peft")
 
 from tests.parity import hf  # noqa: E402  (needs torch)
 from tests.parity.curves import (  # noqa: E402
+    TOLERANCE,
     assert_alike,
     conversations,
     our_curve,
@@ -36,6 +40,7 @@ from tests.parity.curves import (  # noqa: E402
     start,
     their_curve,
 )
+from tests.parity.kin import close, make  # noqa: E402  (needs torch)
 
 pytestmark = pytest.mark.parity
 
@@ -91,6 +96,8 @@ def test_adapters(settings: dict[str, Any], tmp_path: Path) -> None:
 
 
 BETA = 0.3
+MIXTURE = {"vocab_size": MODEL.vocab_size, "num_hidden_layers": 2, "head_dim": 16, "num_local_experts": 4}
+MIXTURE |= {"num_experts_per_tok": 2, "sliding_window": None}
 # TRL has no cDPO loss by that name. With s the sigmoid loss at margin m, and s' at -m, its "robust" loss is
 # r = ((1 - e) s - e s') / (1 - 2 e), so that cDPO's (1 - e) s + e s' is 2 (1 - e) s - (1 - 2 e) r.
 SMOOTHING = 0.1
@@ -108,8 +115,8 @@ VARIANTS = {
 }
 
 
-def trl_trainer(folder: Path, **settings: Any) -> Any:
-    """TRL's trainer on our model, with a second copy as the reference."""
+def trl_trainer(folder: Path, model: Any = None, **settings: Any) -> Any:
+    """TRL's trainer of a model of transformers, by default ours, with a second copy as the reference."""
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     tokenizers = pytest.importorskip("tokenizers")
@@ -125,9 +132,10 @@ def trl_trainer(folder: Path, **settings: Any) -> Any:
         max_length=None,
         **settings,
     )
+    model = hf.model(MODEL, params()) if model is None else model
     return trl.DPOTrainer(
-        hf.model(MODEL, params()).train(),
-        hf.model(MODEL, params()),
+        model.train(),
+        copy.deepcopy(model).eval(),
         args=arguments,
         train_dataset=datasets.Dataset.from_list([{"prompt": "w1", "chosen": "w2", "rejected": "w3"}]),
         processing_class=transformers.PreTrainedTokenizerFast(
@@ -136,29 +144,33 @@ def trl_trainer(folder: Path, **settings: Any) -> Any:
     )
 
 
+def trl_loss(trainer: Any, pairs: Any) -> Any:
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = [dict(zip(names, map(np.ndarray.tolist, pair), strict=True)) for pair in pairs]
+    return trainer._compute_loss(trainer.model, trainer.data_collator(rows), False)
+
+
+def both(pairs: Any) -> dict[str, np.ndarray]:
+    """A row for each pair: the prompt with either answer."""
+    segments = [
+        (np.concatenate([prompt, answer]), np.repeat([0, 1], [len(prompt), len(answer)]).astype(np.int32))
+        for prompt, *answers in pairs
+        for answer in answers
+    ]
+    return packed(segments, 2)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_preferences(variant: str, tmp_path: Path) -> None:
     ours_has, theirs_has = VARIANTS[variant]
     trainer = trl_trainer(tmp_path, **theirs_has)
 
     def their_loss(pairs: Any) -> tuple[Any, dict[str, float]]:
-        names = ("prompt_ids", "chosen_ids", "rejected_ids")
-        batch = trainer.data_collator(
-            [dict(zip(names, map(np.ndarray.tolist, pair), strict=True)) for pair in pairs]
-        )
-        value = trainer._compute_loss(trainer.model, batch, False)
+        value = trl_loss(trainer, pairs)
         told = trainer._metrics["train"]
         return value, {name: told[f"rewards/{name}"][-1] for name in ("chosen", "rejected")}
 
     theirs = their_curve(their_loss, list(trainer.model.parameters()), preferences(), 1e-3)
-
-    def both(pairs: Any) -> dict[str, np.ndarray]:
-        segments = [
-            (np.concatenate([prompt, answer]), np.repeat([0, 1], [len(prompt), len(answer)]).astype(np.int32))
-            for prompt, *answers in pairs
-            for answer in answers
-        ]
-        return packed(segments, 2)
 
     def answers(weights: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         """Summed log-probabilities of the chosen and the rejected answers, f32 [P] each."""
@@ -182,3 +194,30 @@ def test_preferences(variant: str, tmp_path: Path) -> None:
     ours = our_curve(our_loss, start(), map(both, preferences()), 1e-3)
     assert theirs["chosen"][-1] > theirs["rejected"][-1] + 0.1
     assert_alike(ours, theirs)
+
+
+def test_preferences_of_a_mixture(tmp_path: Path) -> None:
+    """The loss of one batch with the load-balancing part, and the gradient of the routers."""
+    loaded = make("Mixtral", MIXTURE, tmp_path / "policy")
+    trainer = trl_trainer(tmp_path, loaded.model, router_aux_loss_coef=0.3, loss_type=["sigmoid"])
+    with torch.no_grad():
+        for weight in trainer.model.parameters():
+            weight.add_(0.01 * torch.ones_like(weight))
+    trainer.model.save_pretrained(tmp_path / "moved")
+    _, policy = lj.load_params(tmp_path / "moved")
+    pairs = next(preferences())
+    expected = trl_loss(trainer, pairs)
+    expected.backward()
+    train = TrainConfig(objective="dpo", router_aux_loss_coef=0.3, dtype="float32", attention="xla")
+    loss_fn = direct_preference(loaded.config, train, "cpu", PreferenceConfig(beta=BETA))
+
+    def mean(params: Any) -> jax.Array:
+        return loss_fn(params, both(pairs), reference=loaded.params)[0].mean
+
+    value, gradient = jax.jit(jax.value_and_grad(mean))(policy)
+    assert abs(float(value) - expected.item()) < TOLERANCE
+    (balance,) = trainer._metrics["train"]["aux_loss"]
+    assert balance > 1.0 and abs(float(value) - 0.3 * balance - np.log(2)) > 1e-3
+    for layer, block in enumerate(trainer.model.model.layers):
+        found = gradient["layers"]["feed_forward"]["router"][layer].T
+        close(found, block.mlp.gate.weight.grad, TOLERANCE)

@@ -17,10 +17,12 @@ from llama_jax.plan.topology import Topology
 from llama_jax.plan.weights import layer_matrices
 from llama_jax.sharding import use_mesh
 from llama_jax.train.config.adapter import AdapterConfig
+from llama_jax.train.config.data import DataConfig
 from llama_jax.train.config.mesh import MeshConfig
 from llama_jax.train.config.model import ModelConfig
 from llama_jax.train.config.run import OptimizerConfig, RunConfig, TrainConfig
-from llama_jax.train.feed import Feed
+from llama_jax.train.feed import Feed, batch_dtypes
+from llama_jax.train.objectives import make_metrics_fn
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.planning.inputs import step_inputs
 from llama_jax.train.state import init_state
@@ -79,7 +81,9 @@ def curve(spec=None, optimizer="adamw", adapter=FULL, **changes):
         optimizer = make_optimizer(run.optimizer, make_schedule(run.optimizer, 4))
         trainable_spec = TrainableSpec.from_config(run, "cpu")
         state, frozen = init_state(MODEL, optimizer, 0, trainable_spec=trainable_spec)
-        rows, found = Feed.for_mesh(mesh, BATCH, LENGTH).put(batch()), []
+        given = batch() if run.train.objective == "pretrain" else preference_batch()
+        names = batch_dtypes(run.train.objective)
+        rows, found = Feed.for_mesh(mesh, BATCH, LENGTH).put({name: given[name] for name in names}), []
         for _ in range(3):
             state, metrics = step(state, rows, frozen)
             found.append([metrics.loss, metrics.grad_norm, metrics.router.balance, metrics.router.z])
@@ -114,9 +118,44 @@ def test_the_losses_are_added_with_their_coefficients(alone):
 
 
 def test_microbatches_have_losses_of_their_own(alone):
+    preferred = curve(gradient_accumulation_steps=2, objective="dpo")
+    np.testing.assert_allclose(preferred[0, 3], alone[0, 3], rtol=1e-6)
     found = curve(gradient_accumulation_steps=2)
     np.testing.assert_allclose(found[0, 3], alone[0, 3], rtol=1e-6)  # a mean over tokens
     assert found[0, 2] == pytest.approx(alone[0, 2], rel=0.02) and found[0, 2] != alone[0, 2]
+
+
+def preference_batch():
+    rows = batch()
+    ends = np.diff(rows["segment_ids"], append=0) != 0
+    is_answer = (rows["segment_ids"] > 0) & (rows["positions"] > 2)
+    return rows | {"mask": is_answer.astype(np.int32), "value": np.where(ends, 1.0, 0.0).astype(np.float32)}
+
+
+@pytest.mark.parametrize("objective", ["dpo", "reward", "classify", "regress"])
+def test_every_objective_adds_them(objective):
+    model = (
+        MODEL
+        if objective == "dpo"
+        else MODEL.replace(labels=("a", "b") if objective == "classify" else ("a",))
+    )
+    params = lj.init(model, jax.random.key(0))
+    data = DataConfig(labels=model.labels if objective == "classify" else ())
+    kwargs = {"reference": params} if objective == "dpo" else {}
+
+    def totals(params, rows):
+        for coefficients in ((0.5, 0.1), (0.0, 0.0)):
+            names = ("router_aux_loss_coef", "router_z_loss_coef")
+            train = dataclasses.replace(
+                TRAIN, objective=objective, **dict(zip(names, coefficients, strict=True))
+            )
+            yield make_metrics_fn(RunConfig(train=train, data=data), model, "cpu")(params, rows, **kwargs)[0]
+
+    found, without = jax.jit(lambda *args: tuple(totals(*args)))(params, preference_batch())
+    router = jax.tree.map(lambda x: x / found.count, found.router)
+    assert 2 <= router.balance < 2.1 and router.z > 0 and found.count in (BATCH, 2 * BATCH)
+    expected = without.mean + 0.5 * router.balance + 0.1 * router.z
+    np.testing.assert_allclose(found.mean, expected, rtol=1e-6)
 
 
 def test_muon_orthogonalizes_each_experts_matrix_by_itself():

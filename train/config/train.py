@@ -44,8 +44,8 @@ class TrainConfig:
         `llama_jax.forward`.
       loss_chunks: number of sequence chunks in which the logits are computed.
       z_loss: weight of log^2 Z, 0 for none (PaLM used 1e-4).
-      router_aux_loss_coef: of a mixture of experts, weight of the load-balancing loss in `pretrain` and `sft`
-        (Switch Transformer, arXiv 2101.03961; Mixtral 8x7B's config.json has 0.02).
+      router_aux_loss_coef: of a mixture of experts, weight of the load-balancing loss (Switch Transformer,
+        arXiv 2101.03961; Mixtral 8x7B's config.json has 0.02).
       router_z_loss_coef: likewise, of the router z-loss (ST-MoE, arXiv 2202.08906, which used 1e-3).
       neftune_alpha: noise on the embeddings in training, uniform within alpha / sqrt(length of the example x
         hidden_size) (NEFTune, arXiv 2310.05914, which used 5 to 15); 0 for none.

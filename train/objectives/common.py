@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax import sharding
 from llama_jax.forward_options import ForwardOptions
-from llama_jax.loss import Loss
+from llama_jax.loss import Loss, add_router_losses
+from llama_jax.ops.router_losses import RouterLosses
 
 from ..config.train import TrainConfig
 from ..devices import attention_backend, compute_dtype
@@ -35,6 +36,12 @@ def forward_options(config: TrainConfig, platform: str) -> ForwardOptions:
         remat=config.remat,
         custom_vjp=True,
     )
+
+
+def with_router_losses(loss: Loss, router: RouterLosses | None, config: TrainConfig) -> Loss:
+    """The loss with those of a mixture's routers, as the `train` section weights them."""
+    weights = jnp.float32([config.router_aux_loss_coef, config.router_z_loss_coef])
+    return add_router_losses(loss, router, RouterLosses(balance=weights[0], z=weights[1]))
 
 
 def unshard_sequence(x: jax.Array) -> jax.Array:

@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax import LlamaConfig, sharding
 from llama_jax.loss import Loss
-from llama_jax.model import hidden_states
+from llama_jax.model import routed_hidden_states
+from llama_jax.ops.router_losses import RouterLosses
 
 from ..config.train import TrainConfig
 from .common import (
@@ -25,6 +26,7 @@ from .common import (
     pair_sums,
     segment_ends,
     unshard_sequence,
+    with_router_losses,
 )
 
 
@@ -47,11 +49,13 @@ def reward(model: LlamaConfig, config: TrainConfig, platform: str) -> MetricsFn:
 
     def metrics_fn(params: Any, batch: Batch) -> tuple[Loss, Metrics]:
         ends = segment_ends(unshard_sequence(batch["segment_ids"]))
-        rewards = jnp.where(ends, head_outputs(params, batch)[..., 0], 0.0)
+        outputs, router = head_outputs(params, batch)
+        rewards = jnp.where(ends, outputs[..., 0], 0.0)
         chosen, rejected = pair_sums(rewards, batch)
         margin, _ = pair_sums(unshard_sequence(batch["value"]), batch)
         losses = ranking_loss(chosen, rejected, margin)
-        return masked_sums(pair_ends(batch), losses, **pair_metrics(chosen, rejected))
+        loss, metrics = masked_sums(pair_ends(batch), losses, **pair_metrics(chosen, rejected))
+        return with_router_losses(loss, router, config), metrics
 
     return metrics_fn
 
@@ -64,7 +68,7 @@ def classification(model: LlamaConfig, config: TrainConfig, platform: str) -> Me
     head_outputs = _head_outputs(model, config, platform)
 
     def metrics_fn(params: Any, batch: Batch) -> tuple[Loss, Metrics]:
-        logits = head_outputs(params, batch)
+        logits, router = head_outputs(params, batch)
         labels = unshard_sequence(batch["value"]).astype(jnp.int32)
         classes = jnp.arange(logits.shape[-1])
         label_logits = jnp.where(classes == labels[..., None], logits, 0.0).sum(-1)
@@ -76,7 +80,7 @@ def classification(model: LlamaConfig, config: TrainConfig, platform: str) -> Me
         one_hot_predictions = (predictions[..., None] == classes).astype(jnp.float32)
         replicated = sharding.out_sharding(P(None, None))
         confusion = jnp.einsum("btc,btd->cd", one_hot_labels, one_hot_predictions, out_sharding=replicated)
-        return loss, metrics | {"confusion": confusion}
+        return with_router_losses(loss, router, config), metrics | {"confusion": confusion}
 
     return metrics_fn
 
@@ -86,23 +90,25 @@ def regression(model: LlamaConfig, config: TrainConfig, platform: str) -> Metric
     head_outputs = _head_outputs(model, config, platform)
 
     def metrics_fn(params: Any, batch: Batch) -> tuple[Loss, Metrics]:
-        errors = head_outputs(params, batch)[..., 0] - unshard_sequence(batch["value"])
+        outputs, router = head_outputs(params, batch)
+        errors = outputs[..., 0] - unshard_sequence(batch["value"])
         ends = segment_ends(unshard_sequence(batch["segment_ids"]))
-        return masked_sums(ends, errors**2, mean_absolute_error=jnp.abs(errors))
+        loss, metrics = masked_sums(ends, errors**2, mean_absolute_error=jnp.abs(errors))
+        return with_router_losses(loss, router, config), metrics
 
     return metrics_fn
 
 
 def _head_outputs(
     model: LlamaConfig, config: TrainConfig, platform: str
-) -> Callable[[Any, Batch], jax.Array]:
-    """Makes the function (params, batch) -> the head's outputs at every token, f32 [B, T, C]."""
+) -> Callable[[Any, Batch], tuple[jax.Array, RouterLosses | None]]:
+    """Makes the function (params, batch) -> the head's outputs f32 [B, T, C], and the routers' losses."""
     options = forward_options(config, platform)
 
-    def head_outputs(params: Any, batch: Batch) -> jax.Array:
+    def head_outputs(params: Any, batch: Batch) -> tuple[jax.Array, RouterLosses | None]:
         inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
-        x = hidden_states(model, params, *inputs, options=options)
+        x, router = routed_hidden_states(model, params, *inputs, options=options)
         x = sharding.constrain(x, P(sharding.BATCH, None, None)).astype(jnp.float32)
-        return jnp.einsum("btd,dc->btc", x, params["score"]["kernel"], precision="highest")
+        return jnp.einsum("btd,dc->btc", x, params["score"]["kernel"], precision="highest"), router
 
     return head_outputs

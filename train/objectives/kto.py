@@ -20,8 +20,9 @@ from .common import (
     pair_ends,
     pair_sums,
     unshard_sequence,
+    with_router_losses,
 )
-from .preference import masked_logprobs
+from .preference import masked_logprobs, routed_logprobs
 
 
 def kto_loss(
@@ -76,9 +77,11 @@ def labeled_preference(
       preference: the `preference` section.
     """
     logprobs_fn = masked_logprobs(model, config, platform)
+    routed_logprobs_fn = routed_logprobs(model, config, platform)
 
     def metrics_fn(params: Any, batch: Batch, *, reference: Any = None) -> tuple[Loss, Metrics]:
-        policy, mismatched = pair_sums(logprobs_fn(params, batch), batch)
+        logprobs, router = routed_logprobs_fn(params, batch)
+        policy, mismatched = pair_sums(logprobs, batch)
         if reference is None:
             values = unshard_sequence(batch["reference"])
         else:
@@ -100,7 +103,7 @@ def labeled_preference(
         loss, metrics = masked_sums(ends, losses, kl=kl + jnp.zeros_like(losses))
         for name, mask in (("desirable", labels > 0), ("undesirable", labels == 0)):
             metrics[f"reward_{name}"], _ = masked_sums(ends & mask, rewards)
-        return loss, metrics
+        return with_router_losses(loss, router, config), metrics
 
     return metrics_fn
 

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax import LlamaConfig, token_logprobs
-from llama_jax.loss import Loss
+from llama_jax import LlamaConfig
+from llama_jax.loss import Loss, routed_token_logprobs
+from llama_jax.ops.router_losses import RouterLosses
 
 from ..config.preference import LossType, PreferenceConfig
 from ..config.train import TrainConfig
@@ -25,6 +26,7 @@ from .common import (
     segment_cumsum,
     segment_ends,
     unshard_sequence,
+    with_router_losses,
 )
 
 
@@ -87,9 +89,11 @@ def direct_preference(
       preference: the `preference` section.
     """
     logprobs_fn = masked_logprobs(model, config, platform)
+    routed_logprobs_fn = routed_logprobs(model, config, platform)
 
     def metrics_fn(params: Any, batch: Batch, *, reference: Any = None) -> tuple[Loss, Metrics]:
-        policy_logprobs = pair_sums(logprobs_fn(params, batch), batch)
+        logprobs, router = routed_logprobs_fn(params, batch)
+        policy_logprobs = pair_sums(logprobs, batch)
         if reference is None:
             reference_logprobs = pair_sums(unshard_sequence(batch["reference"]), batch)
         else:
@@ -102,7 +106,8 @@ def direct_preference(
             label_smoothing=preference.label_smoothing,
             lengths=pair_sums(unshard_sequence(batch["mask"]).astype(jnp.float32), batch),
         )
-        return masked_sums(pair_ends(batch), losses, **pair_metrics(chosen, rejected))
+        loss, metrics = masked_sums(pair_ends(batch), losses, **pair_metrics(chosen, rejected))
+        return with_router_losses(loss, router, config), metrics
 
     return metrics_fn
 
@@ -125,11 +130,21 @@ def masked_logprobs(
     model: LlamaConfig, config: TrainConfig, platform: str
 ) -> Callable[[Any, Batch], jax.Array]:
     """Makes the function (params, batch) -> log-probabilities f32 [B, T] of tokens in the mask, else 0."""
+    logprobs = routed_logprobs(model, config, platform)
+    return lambda params, batch: logprobs(params, batch)[0]
+
+
+def routed_logprobs(
+    model: LlamaConfig, config: TrainConfig, platform: str
+) -> Callable[[Any, Batch], tuple[jax.Array, RouterLosses | None]]:
+    """`masked_logprobs`, and the losses of a mixture's routers."""
     options = forward_options(config, platform)
 
-    def logprobs(params: Any, batch: Batch) -> jax.Array:
+    def logprobs(params: Any, batch: Batch) -> tuple[jax.Array, RouterLosses | None]:
         inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
-        values = token_logprobs(model, params, *inputs, num_chunks=config.loss_chunks, options=options)
-        return values * unshard_sequence(batch["mask"])
+        values, router = routed_token_logprobs(
+            model, params, *inputs, num_chunks=config.loss_chunks, options=options
+        )
+        return values * unshard_sequence(batch["mask"]), router
 
     return logprobs

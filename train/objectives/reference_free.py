@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from llama_jax import LlamaConfig
 from llama_jax.loss import Loss
+from llama_jax.ops.router_losses import RouterLosses
 
 from ..config.preference import PreferenceConfig
 from ..config.train import TrainConfig
@@ -22,8 +23,9 @@ from .common import (
     pair_metrics,
     pair_sums,
     unshard_sequence,
+    with_router_losses,
 )
-from .preference import masked_logprobs
+from .preference import routed_logprobs
 
 _LEAST_DOUBT = 1e-6  # 1 - p of an answer is not taken to be less: the odds of probability one are infinite
 
@@ -94,7 +96,7 @@ def simple_preference(
     mean_logprobs = _mean_logprobs(model, config, platform)
 
     def metrics_fn(params: Any, batch: Batch) -> tuple[Loss, Metrics]:
-        chosen, rejected = mean_logprobs(params, batch)
+        chosen, rejected, router = mean_logprobs(params, batch)
         losses = simpo_loss(
             chosen,
             rejected,
@@ -103,7 +105,8 @@ def simple_preference(
             label_smoothing=preference.label_smoothing,
         )
         rewards = (preference.beta * chosen, preference.beta * rejected)
-        return masked_sums(pair_ends(batch), losses, **pair_metrics(*rewards))
+        loss, metrics = masked_sums(pair_ends(batch), losses, **pair_metrics(*rewards))
+        return with_router_losses(loss, router, config), metrics
 
     return metrics_fn
 
@@ -122,29 +125,31 @@ def odds_ratio_preference(
     mean_logprobs = _mean_logprobs(model, config, platform)
 
     def metrics_fn(params: Any, batch: Batch) -> tuple[Loss, Metrics]:
-        chosen, rejected = mean_logprobs(params, batch)
+        chosen, rejected, router = mean_logprobs(params, batch)
         losses = orpo_loss(chosen, rejected, beta=preference.beta)
         rewards = (preference.beta * chosen, preference.beta * rejected)
-        return masked_sums(pair_ends(batch), losses, nll=-chosen, **pair_metrics(*rewards))
+        loss, metrics = masked_sums(pair_ends(batch), losses, nll=-chosen, **pair_metrics(*rewards))
+        return with_router_losses(loss, router, config), metrics
 
     return metrics_fn
 
 
 def _mean_logprobs(
     model: LlamaConfig, config: TrainConfig, platform: str
-) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array, RouterLosses | None]]:
     """Makes the function (params, batch) -> mean log-probabilities of both answers' tokens, f32 [B, T] each.
 
-    They are to be read at a pair's last token.
+    They are to be read at a pair's last token. The third is the losses of a mixture's routers.
     """
-    logprobs_fn = masked_logprobs(model, config, platform)
+    logprobs_fn = routed_logprobs(model, config, platform)
 
-    def mean_logprobs(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        sums = pair_sums(logprobs_fn(params, batch), batch)
+    def mean_logprobs(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, RouterLosses | None]:
+        logprobs, router = logprobs_fn(params, batch)
+        sums = pair_sums(logprobs, batch)
         counts = pair_sums(unshard_sequence(batch["mask"]).astype(jnp.float32), batch)
         chosen, rejected = (
             total / jnp.maximum(count, 1.0) for total, count in zip(sums, counts, strict=True)
         )
-        return chosen, rejected
+        return chosen, rejected, router
 
     return mean_logprobs
