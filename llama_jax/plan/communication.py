@@ -1,13 +1,14 @@
 """Collectives of a training step, by arithmetic: bytes on each mesh axis, time on its links, what is exposed.
 
 Weights are gathered over `fsdp` and `context` layer by layer in every microbatch, in the forward and again in
-the backward pass, and their gradients reduce-scattered. Sums over `data` cross once a step.
+the backward pass, and their gradients reduce-scattered. Over `expert` weights other than experts' go too, and
+tokens (`ops.experts`). Sums over `data` cross once a step.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from llama_jax.plan.calibration import calibration
@@ -17,7 +18,7 @@ from llama_jax.plan.inputs import StepInputs
 from llama_jax.plan.links import axis_bandwidth
 from llama_jax.plan.memory import SAVED, trained_per_chip
 from llama_jax.plan.result import Part, Traffic
-from llama_jax.plan.weights import layer_matrices, layer_size, param_shards, table_size
+from llama_jax.plan.weights import dense_and_experts, layer_matrices, layer_size, param_shards, table_size
 
 # Of a layer's residual stream, which `tensor` shards by tokens: the inputs of attention and of the
 # feed-forward layer are gathered in both passes, and so are the gradients of their results; their results are
@@ -51,32 +52,57 @@ def _share(size: int) -> float:
 
 
 def weight_transfers(inputs: StepInputs) -> list[Transfer]:
-    """Gathers of weights over `fsdp` and `context`, and scatters of their gradients."""
+    """Gathers of weights over `fsdp`, `expert` and `context`, and scatters of their gradients."""
     model, mesh = inputs.model, inputs.mesh
     if param_shards(mesh) == 1:
         return []
-    axes = ",".join(axis for axis in ("fsdp", "context") if mesh[axis] > 1)
-    share = _share(param_shards(mesh)) / mesh["tensor"]
+    axes, share = _axes(mesh, "fsdp", "expert", "context"), _share(param_shards(mesh)) / mesh["tensor"]
+    dense, experts = dense_and_experts(model)
+    sent = {axes: dense * share}  # numbers of a layer
+    if param_shards(mesh) > inputs.expert:
+        own = _axes(mesh, "fsdp", "context")
+        part = _share(param_shards(mesh) // inputs.expert) / mesh["tensor"]
+        sent[own] = sent.get(own, 0) + experts / inputs.expert * part
     layers = model.num_hidden_layers * inputs.accumulation
     layer, table = layer_size(model), table_size(model)
     tables = 2 if model.has_output else 1
     first = sum(matrix.size for matrix in layer_matrices(model) if matrix.name in _FIRST) / layer
     last = max(matrix.size for matrix in layer_matrices(model)) / layer
     passes = 3 if inputs.reference else 2
-    gathers = passes * layers * layer * inputs.gathered_bytes * share
+    gathers = passes * layers * inputs.gathered_bytes
     table_gathers = tables * inputs.accumulation * table * inputs.compute_bytes * share
     found = [
-        Transfer("all-gather", axes, gathers, 1 - (first + last) / 2),
+        *(Transfer("all-gather", over, gathers * n, 1 - (first + last) / 2) for over, n in sent.items()),
         Transfer("all-gather", axes, table_gathers, 0.0),
     ]
     if not inputs.frozen:
-        scatters = layers * layer * 4 * share
         table_scatters = tables * inputs.accumulation * table * 4 * share
         found += [
-            Transfer("reduce-scatter", axes, scatters, 1 - first),
+            *(Transfer("reduce-scatter", over, 4 * layers * n, 1 - first) for over, n in sent.items()),
             Transfer("reduce-scatter", axes, table_scatters, 0.0),
         ]
     return found
+
+
+def _axes(mesh: Mapping[str, int], *names: str) -> str:
+    return ",".join(axis for axis in names if mesh.get(axis, 1) > 1)
+
+
+def expert_transfers(inputs: StepInputs) -> list[Transfer]:
+    """Tokens and their routers' logits on their way to all devices of `expert`, and outputs back."""
+    model, others = inputs.model, inputs.expert - 1
+    if not (others and model.num_experts):
+        return []
+    layers = model.num_hidden_layers * inputs.accumulation
+    outputs = inputs.micro_tokens * model.hidden_size * inputs.compute_bytes
+    tokens = outputs + 4 * inputs.micro_tokens * model.num_experts
+    outputs /= inputs.mesh["tensor"]  # scattered over it first
+    again = inputs.remat != "none"
+    forward = 1 + inputs.reference
+    return [
+        Transfer("all-gather", "expert", layers * others * ((forward + again) * tokens + outputs), 0.0),
+        Transfer("reduce-scatter", "expert", layers * others * (tokens + forward * outputs), 0.0),
+    ]
 
 
 def activation_transfers(inputs: StepInputs) -> list[Transfer]:
@@ -91,6 +117,8 @@ def activation_transfers(inputs: StepInputs) -> list[Transfer]:
         gathers, scatters = _TENSOR_GATHERS, _TENSOR_SCATTERS
         if inputs.reference:
             gathers, scatters = gathers + 2, scatters + 2
+        if model.num_experts:  # the outputs for all tokens of `expert`, and the gradients of those
+            gathers, scatters = gathers + inputs.expert - 1, scatters + inputs.expert - 1
         found += [
             Transfer("all-gather", "tensor", gathers * array, _TENSOR_HIDDEN),
             Transfer("reduce-scatter", "tensor", scatters * array, _TENSOR_HIDDEN),
@@ -141,7 +169,8 @@ def plan_traffic(inputs: StepInputs, parts: Sequence[Part]) -> tuple[Traffic, ..
     if not known.overlaps:
         room = dict.fromkeys(room, 0.0)
     timed = []
-    for one in weight_transfers(inputs) + activation_transfers(inputs) + gradient_transfers(inputs):
+    activations = activation_transfers(inputs) + expert_transfers(inputs)
+    for one in weight_transfers(inputs) + activations + gradient_transfers(inputs):
         links = sum(bandwidth[axis] for axis in one.axes.split(","))
         if one.network == "dcn":
             links = chip.dcn_bytes / chip.devices

@@ -15,7 +15,7 @@ from llama_jax.plan.flops import attended_keys
 from llama_jax.plan.inputs import StepInputs
 from llama_jax.plan.memory import SAVED, saved_elements, trained_per_chip
 from llama_jax.plan.result import Part
-from llama_jax.plan.weights import layer_matrices, layer_size, table_size
+from llama_jax.plan.weights import expert_rows, layer_matrices, layer_size, table_size
 
 # Parts of the computation, by the names that compiled plans give them too.
 ATTENTION, FEED_FORWARD, PROJECTIONS = "attention kernels", "feed-forward products", "attention projections"
@@ -104,8 +104,9 @@ def layer_bytes(inputs: StepInputs) -> tuple[float, float]:
     """HBM bytes of one layer's elementwise passes on a device in a microbatch: forward, backward."""
     model, size = inputs.model, inputs.compute_bytes
     tensor = inputs.mesh["tensor"]
-    narrow, wide = model.hidden_size / tensor, model.intermediate_size / tensor
-    saved = saved_elements(model, inputs.remat, tensor)
+    narrow = model.hidden_size / tensor
+    wide = model.intermediate_size / tensor * expert_rows(model, inputs.expert)
+    saved = saved_elements(model, inputs.remat, tensor, inputs.expert)
     passes = {
         name: _NARROW[name] * narrow + _WIDE[name] * wide + _SAVED_PASSES * saved
         for name in ("forward", "backward")
@@ -183,7 +184,7 @@ def plan_compute(inputs: StepInputs) -> tuple[Part, ...]:
         numbers = layers * quantized_numbers(inputs) * count
         parts.append(Part("quantization", numbers / known.quantized, hbm_bytes=3 * numbers, bound="hbm"))
     if inputs.frozen and inputs.base_bytes < 1:  # all layers' weights, in the forward and the backward pass
-        weights = layers * layer_size(inputs.model) / inputs.mesh["tensor"] * (forward + 1)
+        weights = layers * layer_size(inputs.model, inputs.expert) / inputs.mesh["tensor"] * (forward + 1)
         seconds = weights * count / known.dequantized
         parts.append(Part("dequantization", seconds, hbm_bytes=3 * weights * count, bound="hbm"))
     return tuple(parts)

@@ -1,9 +1,9 @@
 """Time and memory of decoding on a slice, by arithmetic: prefill, a step of one token a row, what fits.
 
 A step reads every weight and the filled part of the cache once, so HBM bandwidth bounds it until the batch is
-large. The formulas are those of the scaling book's chapter on inference
-(https://jax-ml.github.io/scaling-book/inference); measurements beside them:
-docs/planning_arithmetic.md.
+large; of a mixture, the experts that some token of the batch chooses, in expectation of a random choice. The
+formulas are those of the scaling book's chapter on inference (https://jax-ml.github.io/scaling-book/inference);
+measurements beside them: docs/planning_arithmetic.md.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from llama_jax.errors import ConfigError
 from llama_jax.plan.calibration import calibration
 from llama_jax.plan.chips import CHIPS
 from llama_jax.plan.flops import attended_keys
-from llama_jax.plan.inputs import check_axes
+from llama_jax.plan.inputs import check_experts
 from llama_jax.plan.links import axis_bandwidth
 from llama_jax.plan.result import Bound
 from llama_jax.plan.topology import Topology
 from llama_jax.plan.weights import (
     WEIGHT_DTYPES,
+    chosen_share,
+    expert_rows,
     layer_bytes,
-    layer_size,
+    layer_matrices,
     norm_size,
     param_shards,
     table_bytes,
@@ -117,13 +119,14 @@ def plan_decode(
     """Plans the decoding of a batch whose rows have `context` tokens.
 
     `fsdp` shards weights, which are gathered in every step, and rows; `data` shards rows; `tensor` shards
-    heads; `context` shards weights and the cache. A cache of fewer key heads than `tensor` is replicated, as
-    other systems do; here that is an error of the mesh.
+    heads; `context` shards weights and the cache; `expert` shards experts, which stay where they are, and
+    rows and other weights as `fsdp` does. A cache of fewer key heads than `tensor` is replicated, as other
+    systems do; here that is an error of the mesh.
 
     Args:
       model: the model.
       topology: the slices.
-      mesh: sizes of the four axes.
+      mesh: sizes of the four axes, and of `expert` if it is above 1.
       batch: rows, over all devices.
       context: tokens of a row's cache.
       prompt: tokens of a prompt; half of the context by default.
@@ -131,32 +134,33 @@ def plan_decode(
       cache: a key of `CACHE_BYTES`.
 
     Raises:
-      ConfigError: for experts, a mesh of another number of chips, an unknown dtype, or no tokens.
+      ConfigError: for a mesh of another number of chips, or whose `expert` does not divide the experts; an
+        unknown dtype, or no tokens.
     """
     prompt = max(context // 2, 1) if prompt is None else prompt
-    check_axes(mesh)
-    if model.num_experts:
-        raise ConfigError(
-            "decoding of a mixture of experts is not planned yet; plan a dense model with as many active "
-            "parameters"
-        )
+    check_experts(model, mesh)
     _check(topology, mesh, batch, prompt, context, weights, cache)
     chip, known = CHIPS[topology.kind], calibration(topology.kind)
-    tensor, rows = mesh["tensor"], -(-batch // (mesh["data"] * mesh["fsdp"]))
-    layers, table = model.num_hidden_layers * layer_bytes(model, weights), table_bytes(model, weights)
-    read = (layers + table) / tensor  # of the embedding table, a row a token
-    held = (layers + table * (2 if model.has_output else 1)) / (param_shards(mesh) * tensor)
+    expert = mesh.get("expert", 1)
+    row_shards = mesh["data"] * mesh["fsdp"] * expert
+    tensor, rows = mesh["tensor"], -(-batch // row_shards)
+    dense, experts = (model.num_hidden_layers * size for size in layer_bytes(model, weights))
+    table = table_bytes(model, weights)
+    chosen = chosen_share(model, min(rows * expert, batch)) * experts / expert
+    read = (dense + chosen + table) / tensor  # of the embedding table, a row a token
+    held = (dense + experts + table * (2 if model.has_output else 1)) / (param_shards(mesh) * tensor)
     held += 2 * norm_size(model)
-    used = (model.num_hidden_layers * layer_size(model) + table_size(model)) / tensor
+    products = sum(matrix.products for matrix in layer_matrices(model))
+    used = (model.num_hidden_layers * products + table_size(model)) / tensor
     row_cache = (
         _mean_slots(model, context, mesh) * cache_bytes_per_token(model, cache, tensor) / mesh["context"]
     )
-    row_work = _prefill_bytes(model, prompt, tensor)
+    row_work = _prefill_bytes(model, prompt, tensor, expert)
     bandwidth = HBM_SHARE * chip.hbm_bandwidth
 
     weight_seconds, cache_seconds = read / bandwidth, rows * row_cache / bandwidth
     product_seconds = 2 * rows * used / (known.products[0] * chip.peak_flops)
-    gathered = _gather_seconds(topology, mesh, read)
+    gathered = _gather_seconds(topology, mesh, (dense + table) / tensor, experts / expert / tensor)
     sums = _sum_seconds(model, topology, mesh, rows)
     computed = max(weight_seconds, product_seconds) + cache_seconds
     exposed = max(0.0, gathered - computed) + sums
@@ -179,7 +183,7 @@ def plan_decode(
         cache_bytes=rows * row_cache,
         temporary_bytes=rows * row_work,
         capacity=chip.hbm_bytes,
-        largest_batch=max(int(left / (row_cache + row_work)), 0) * mesh["data"] * mesh["fsdp"],
+        largest_batch=max(int(left / (row_cache + row_work)), 0) * row_shards,
         prefill_seconds=_prefill_seconds(model, topology, mesh, rows, prompt, gathered),
         step_seconds=step,
         weight_seconds=weight_seconds,
@@ -229,27 +233,43 @@ def _check(
         raise ConfigError(f"batch {batch}, prompt {prompt}, context {context}: give 1 <= prompt <= context")
 
 
-def _prefill_bytes(model: LlamaConfig, prompt: int, tensor: int) -> float:
+def _prefill_bytes(model: LlamaConfig, prompt: int, tensor: int, expert: int) -> float:
     """Working memory of a row's prefill in bf16, and its logits."""
-    wide = 2 * model.intermediate_size / tensor + 4 * model.hidden_size
+    wide = 2 * model.intermediate_size * expert_rows(model, expert) / tensor + 4 * model.hidden_size
     return 2 * prompt * wide + 4 * model.vocab_size / tensor
 
 
-def _gather_seconds(topology: Topology, mesh: Mapping[str, int], size: float) -> float:
-    """Of all weights over `fsdp` and `context`; they are read after it as before it."""
-    axes = [axis for axis in ("fsdp", "context") if mesh[axis] > 1]
-    bandwidth = axis_bandwidth(topology, mesh)
-    share = 1 - 1 / param_shards(mesh)
-    return size * share / sum(bandwidth[axis] for axis in axes) if axes else 0.0
+def _gather_seconds(topology: Topology, mesh: Mapping[str, int], dense: float, experts: float) -> float:
+    """Of all weights over `fsdp`, `expert` and `context`; they are read after it as before it.
+
+    Args:
+      topology: the slices.
+      mesh: sizes of the axes.
+      dense: bytes of weights outside of experts, as they are gathered.
+      experts: of the experts of a device, which are not gathered over `expert`.
+    """
+    bandwidth, seconds = axis_bandwidth(topology, mesh), 0.0
+    for size, names in ((dense, ("fsdp", "expert", "context")), (experts, ("fsdp", "context"))):
+        axes = [axis for axis in names if mesh.get(axis, 1) > 1]
+        share = 1 - 1 / math.prod(mesh[axis] for axis in axes)
+        seconds += size * share / sum(bandwidth[axis] for axis in axes) if axes else 0.0
+    return seconds
 
 
 def _sum_seconds(model: LlamaConfig, topology: Topology, mesh: Mapping[str, int], tokens: float) -> float:
-    """Of the sums over `tensor` after `wo` and `w_down` in every layer, for this many tokens of a device."""
-    tensor = mesh["tensor"]
-    if tensor == 1:
-        return 0.0
-    moved = 2 * tokens * model.hidden_size * 2 * (tensor - 1) / tensor
-    return 2 * model.num_hidden_layers * (SUM_SECONDS + moved / axis_bandwidth(topology, mesh)["tensor"])
+    """Of what waits for other devices in every layer, for this many tokens of a device.
+
+    The sums over `tensor` after `wo` and `w_down`; over `expert`, tokens to all devices, and outputs back.
+    """
+    tensor, others = mesh["tensor"], mesh.get("expert", 1) - 1
+    bandwidth, seconds = axis_bandwidth(topology, mesh), 0.0
+    if tensor > 1:
+        moved = 2 * tokens * model.hidden_size * 2 * (tensor - 1) / tensor
+        seconds += 2 * (SUM_SECONDS + moved / bandwidth["tensor"])
+    if others and model.num_experts:
+        moved = others * tokens * (2 * 2 * model.hidden_size + 4 * model.num_experts)
+        seconds += SUM_SECONDS + moved / bandwidth["expert"]
+    return model.num_hidden_layers * seconds
 
 
 def _prefill_seconds(
@@ -258,7 +278,8 @@ def _prefill_seconds(
     """Products and causal attention of the prompts; logits of their last tokens alone."""
     known, chip = calibration(topology.kind), CHIPS[topology.kind]
     tokens, tensor = rows * prompt, mesh["tensor"]
-    products = 2 * tokens * model.num_hidden_layers * layer_size(model) / tensor
+    active = sum(matrix.products for matrix in layer_matrices(model))
+    products = 2 * tokens * model.num_hidden_layers * active / tensor
     keys = attended_keys(model, prompt, causal=True)  # of all layers
     square = 4 * tokens * keys * model.num_attention_heads * model.head_dim / tensor
     computed = products / (known.products[0] * chip.peak_flops)

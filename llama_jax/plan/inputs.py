@@ -12,14 +12,16 @@ from llama_jax.plan.chips import CHIPS
 from llama_jax.plan.topology import Topology
 
 
-def check_axes(mesh: Mapping[str, int]) -> None:
-    """Checks that the arithmetic knows the axes of the mesh.
+def check_experts(model: LlamaConfig, mesh: Mapping[str, int]) -> None:
+    """Checks that the axis `expert` divides the experts.
 
     Raises:
-      ConfigError: for the axis `expert`.
+      ConfigError: naming both.
     """
-    if mesh.get("expert", 1) > 1:
-        raise ConfigError("mesh.expert is not planned yet; plan with mesh.fsdp in its place")
+    if model.num_experts % mesh.get("expert", 1):
+        raise ConfigError(
+            f"num_experts {model.num_experts} does not divide over mesh.expert {mesh['expert']}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,8 @@ class StepInputs:
     Attributes:
       model: of which the step trains all weights, or an adapter.
       topology: the slices.
-      mesh: sizes of the axes `data`, `fsdp`, `context` and `tensor`, whose product is the number of devices.
+      mesh: sizes of the axes `data`, `fsdp`, `context` and `tensor`, and `expert` if it is above 1, whose
+        product is the number of devices.
       global_batch_size: sequences a step.
       seq_len: T, tokens a sequence.
       steps: of the whole run.
@@ -78,17 +81,18 @@ class StepInputs:
         chip = CHIPS.get(self.topology.kind)
         if chip is None:
             raise ConfigError(f"chip {self.topology.kind!r} is unknown; plan for {', '.join(CHIPS)}")
-        check_axes(self.mesh)
+        check_experts(self.model, self.mesh)
         if math.prod(self.mesh.values()) != self.topology.chips * chip.devices:
             shape = " x ".join(f"{name} {size}" for name, size in self.mesh.items())
             raise ConfigError(f"mesh {shape} is not the {self.topology.chips} chips of {self.topology.name}")
         if self.global_batch_size % (self.accumulation * self.batch_shards):
             raise ConfigError(
                 f"train.global_batch_size {self.global_batch_size} does not divide into "
-                f"{self.accumulation} microbatches over data x fsdp of size {self.batch_shards}"
+                f"{self.accumulation} microbatches over data x fsdp{' x expert' * (self.expert > 1)} of size "
+                f"{self.batch_shards}"
             )
         for axes, dimensions in self._sharded().items():
-            shards = math.prod(self.mesh[axis] for axis in axes)
+            shards = math.prod(self.mesh.get(axis, 1) for axis in axes)
             for name, size in dimensions.items():
                 if size % shards:
                     raise ConfigError(f"{name} {size} does not divide over mesh.{' x '.join(axes)} {shards}")
@@ -106,14 +110,19 @@ class StepInputs:
         """The dimensions that each axis divides, as in `sharding.check_mesh`."""
         names = ("vocab_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
         return {
-            ("fsdp", "context"): {"hidden_size": self.model.hidden_size},
+            ("fsdp", *("expert",) * (self.expert > 1), "context"): {"hidden_size": self.model.hidden_size},
             ("tensor",): {name: getattr(self.model, name) for name in names},
         }
 
     @property
     def batch_shards(self) -> int:
         """The number of devices that have batch rows of their own."""
-        return self.mesh["data"] * self.mesh["fsdp"]
+        return self.mesh["data"] * self.mesh["fsdp"] * self.expert
+
+    @property
+    def expert(self) -> int:
+        """The size of the axis `expert`."""
+        return self.mesh.get("expert", 1)
 
     @property
     def has_residual(self) -> bool:

@@ -9,7 +9,7 @@ from llama_jax.plan.chips import CHIPS
 from llama_jax.plan.topology import Topology
 
 # Innermost first: these collectives stand in the way of every product.
-_ORDER = ("tensor", "context", "data", "fsdp")
+_ORDER = ("tensor", "context", "expert", "data", "fsdp")
 
 
 def axis_bandwidth(topology: Topology, mesh: Mapping[str, int]) -> dict[str, float]:
@@ -22,7 +22,7 @@ def axis_bandwidth(topology: Topology, mesh: Mapping[str, int]) -> dict[str, flo
     left = list(topology.sides)
     bandwidth = {}
     for axis in _ORDER:
-        size = mesh[axis] // (topology.slices if axis == "data" else 1)
+        size = mesh.get(axis, 1) // (topology.slices if axis == "data" else 1)
         if size <= 1:
             bandwidth[axis] = chip.link_bytes  # never used
             continue

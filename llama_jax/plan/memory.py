@@ -8,13 +8,14 @@ from llama_jax.config import LlamaConfig
 from llama_jax.plan.chips import CHIPS
 from llama_jax.plan.inputs import StepInputs
 from llama_jax.plan.result import Memory
-from llama_jax.plan.weights import layer_matrices, layer_size, param_shards, parameters_per_chip, table_size
-
-
-def _wide(model: LlamaConfig) -> int:
-    """Numbers of a token in the feed-forward layer: of all experts that it goes through."""
-    return model.intermediate_size * max(model.num_experts_per_tok, 1)
-
+from llama_jax.plan.weights import (
+    expert_rows,
+    layer_matrices,
+    layer_size,
+    param_shards,
+    parameters_per_chip,
+    table_size,
+)
 
 # Tensors of a layer that a policy can save, by their checkpoint names (`model.py`): numbers a token, all of
 # which `tensor` shards. The kernel's residuals are its output and, in f32, a log-sum-exp for each head.
@@ -24,8 +25,9 @@ ELEMENTS: Mapping[str, Callable[[LlamaConfig], float]] = {
     "v": lambda model: model.num_key_value_heads * model.head_dim,
     "attention": lambda model: model.num_attention_heads * model.head_dim + 2 * model.num_attention_heads,
     "residual": lambda model: model.hidden_size,
-    "gate": _wide,
-    "up": _wide,
+    # Of these, times the rows of `weights.expert_rows`.
+    "gate": lambda model: model.intermediate_size,
+    "up": lambda model: model.intermediate_size,
     # Under `none`: the two norms' inputs and products in f32, and their results. Not measured.
     "norms": lambda model: 10 * model.hidden_size,
 }
@@ -43,12 +45,16 @@ SAVED: Mapping[str, tuple[str, ...]] = {
 }
 # Arrays [tokens, F] and [tokens, D] at once in a layer's backward pass, and those gathered over `tensor`.
 _WIDE, _NARROW, _WHOLE = 5, 12, 4
+# Arrays [tokens of all devices of `expert`, D]: tokens; outputs and their gradients in f32. Not measured.
+_GATHERED_TOKENS = 5
 OFFLOADED = frozenset({"offload"})  # policies that save to host memory
 
 
-def saved_elements(model: LlamaConfig, remat: str, tensor: int = 1) -> float:
+def saved_elements(model: LlamaConfig, remat: str, tensor: int = 1, expert: int = 1) -> float:
     """Numbers that a layer saves for the backward pass per token of a device, its input included."""
-    return (model.hidden_size + sum(ELEMENTS[name](model) for name in SAVED[remat])) / tensor
+    rows = dict.fromkeys(("gate", "up"), expert_rows(model, expert))
+    saved = sum(ELEMENTS[name](model) * rows.get(name, 1) for name in SAVED[remat])
+    return (model.hidden_size + saved) / tensor
 
 
 def saved_bytes(inputs: StepInputs) -> float:
@@ -56,7 +62,7 @@ def saved_bytes(inputs: StepInputs) -> float:
     model, tensor = inputs.model, inputs.mesh["tensor"]
     remat = "full" if inputs.remat in OFFLOADED else inputs.remat
     tokens = model.num_hidden_layers * inputs.micro_tokens
-    return tokens * saved_elements(model, remat, tensor) * inputs.compute_bytes
+    return tokens * saved_elements(model, remat, tensor, inputs.expert) * inputs.compute_bytes
 
 
 def trained_per_chip(inputs: StepInputs) -> float:
@@ -112,10 +118,16 @@ def _temporaries(inputs: StepInputs) -> float:
     gathered = 0.0
     if param_shards(inputs.mesh) > 1:
         narrow = inputs.quantization != "none"
-        gathered = layer_size(model) / tensor * (1 if narrow else inputs.compute_bytes)
-    widest = max(matrix.size for matrix in layer_matrices(model)) / tensor
+        gathered = layer_size(model, inputs.expert) / tensor * (1 if narrow else inputs.compute_bytes)
+    experts = inputs.expert if model.num_experts else 1
+    widest = (
+        max(matrix.size // (experts if matrix.experts > 1 else 1) for matrix in layer_matrices(model))
+        / tensor
+    )
     gradients = (4 if inputs.base_bytes < 1 else 0) * widest if inputs.frozen else 3 * 4 * widest
-    activations = (_WIDE * _wide(model) + _NARROW * model.hidden_size) / tensor
+    wide = model.intermediate_size * expert_rows(model, inputs.expert)
+    activations = (_WIDE * wide + _NARROW * model.hidden_size) / tensor
+    activations += _GATHERED_TOKENS * (experts - 1) * model.hidden_size
     activations += _WHOLE * model.hidden_size if tensor > 1 else 0
     layer = gathered + gradients + inputs.micro_tokens * activations * inputs.compute_bytes
     table = table_size(model) / tensor

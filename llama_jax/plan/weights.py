@@ -58,9 +58,33 @@ def layer_matrices(model: LlamaConfig) -> tuple[Matrix, ...]:
     )
 
 
-def layer_size(model: LlamaConfig) -> int:
-    """Matrix weights of one layer."""
-    return sum(matrix.size for matrix in layer_matrices(model))
+def layer_size(model: LlamaConfig, expert: int = 1) -> float:
+    """Matrix weights of one layer; of the experts, those of one index of the mesh axis `expert`."""
+    dense, experts = dense_and_experts(model)
+    return dense + experts / expert
+
+
+def dense_and_experts(model: LlamaConfig) -> tuple[int, int]:
+    """Matrix weights of one layer outside of its experts, and of all its experts."""
+    experts = sum(matrix.size for matrix in layer_matrices(model) if _is_expert(model, matrix))
+    return sum(matrix.size for matrix in layer_matrices(model)) - experts, experts
+
+
+def expert_rows(model: LlamaConfig, expert: int = 1) -> float:
+    """Rows of a feed-forward layer's buffers for each token of a device (`ops.experts`).
+
+    Over the mesh axis `expert` all tokens are gathered, and each may choose the experts of one device.
+    """
+    if not model.num_experts:
+        return 1
+    return expert * min(model.num_experts_per_tok, model.num_experts // expert)
+
+
+def chosen_share(model: LlamaConfig, tokens: float) -> float:
+    """The expected share of a layer's experts that any of so many tokens chooses, if it chooses at random."""
+    if not model.num_experts:
+        return 1.0
+    return 1 - (1 - model.num_experts_per_tok / model.num_experts) ** tokens
 
 
 def table_size(model: LlamaConfig) -> int:
@@ -74,12 +98,12 @@ def norm_size(model: LlamaConfig) -> int:
 
 
 def param_shards(mesh: Mapping[str, int]) -> int:
-    """The number of shards that weights are gathered from: `sharding.PARAMS`."""
-    return mesh["fsdp"] * mesh["context"]
+    """The number of shards of weights besides `tensor`: `sharding.PARAMS`. Experts stay where they are."""
+    return mesh["fsdp"] * mesh.get("expert", 1) * mesh["context"]
 
 
 def parameters_per_chip(model: LlamaConfig, mesh: Mapping[str, int]) -> float:
-    """Parameters of which a device holds its shard: matrices over fsdp x context x tensor, norms whole."""
+    """Parameters of which a device holds its shard: matrices over all axes but `data`, norms whole."""
     norms = norm_size(model)
     return (model.num_params - norms) / (param_shards(mesh) * mesh["tensor"]) + norms
 
@@ -103,13 +127,20 @@ def matrix_bytes(matrix: Matrix, dtype: str, plain: str = "bfloat16") -> float:
     if dtype == "int4" and matrix.name in ("wk", "wv") and 2 * matrix.outputs <= matrix.inputs:
         return _PLAIN[plain] * matrix.size
     if dtype == "int8" or (dtype == "int4" and matrix.name in ("embedding", "kernel")):
-        return matrix.size + 4 * matrix.outputs
+        return matrix.size + 4 * matrix.outputs * matrix.experts
     return _GROUPED[dtype] * matrix.size
 
 
-def layer_bytes(model: LlamaConfig, dtype: str) -> float:
-    """Bytes of one layer's matrices."""
-    return sum(matrix_bytes(matrix, dtype) for matrix in layer_matrices(model))
+def layer_bytes(model: LlamaConfig, dtype: str) -> tuple[float, float]:
+    """Bytes of one layer's matrices outside of its experts, and of all its experts."""
+    experts = sum(
+        matrix_bytes(matrix, dtype) for matrix in layer_matrices(model) if _is_expert(model, matrix)
+    )
+    return sum(matrix_bytes(matrix, dtype) for matrix in layer_matrices(model)) - experts, experts
+
+
+def _is_expert(model: LlamaConfig, matrix: Matrix) -> bool:
+    return model.num_experts > 0 and matrix.name.startswith("w_")
 
 
 def table_bytes(model: LlamaConfig, dtype: str) -> float:

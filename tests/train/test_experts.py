@@ -1,6 +1,8 @@
 """A mixture of experts in the trainer: the routers' losses, microbatches, meshes, metrics."""
 
+import collections
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import llama_jax as lj
 from llama_jax.errors import ConfigError
 from llama_jax.meshes import AXES, make_mesh
+from llama_jax.plan import collectives, hlo
 from llama_jax.plan.compute import FEED_FORWARD
 from llama_jax.plan.decode import plan_decode
 from llama_jax.plan.estimate import estimate
@@ -195,13 +198,56 @@ def test_plans_count_the_weights_of_all_experts_and_the_products_of_those_that_a
     assert mixture.memory.parameters / plain.memory.parameters == pytest.approx(ratio, rel=0.02)
 
 
-def test_the_planner_refuses_an_expert_axis_and_decoding_in_one_line():
-    topology, run = Topology.parse("v5p:2x2x1"), RunConfig(train=TRAIN, mesh=MeshConfig(fsdp=2, expert=2))
-    with pytest.raises(ConfigError, match=r"^mesh.expert is not planned yet"):
-        step_inputs(run, MODEL, topology)
-    mesh = dict.fromkeys(AXES, 1) | {"fsdp": 4}
-    with pytest.raises(ConfigError, match=r"^decoding of a mixture of experts is not planned yet"):
-        plan_decode(MODEL, topology, mesh, batch=4, context=16)
+@pytest.mark.parametrize("remat", ["full", "none"])
+def test_a_plan_has_the_bytes_that_the_compiled_step_moves_and_holds(remat):
+    """Over `expert`, and of weights over `fsdp`."""
+    run = RunConfig(train=dataclasses.replace(TRAIN, remat=remat), mesh=MeshConfig(fsdp=2, expert=4))
+    with use_mesh(mesh := make_mesh("fsdp=2,expert=4")):
+        step, state, rows, _ = build_step(run, MODEL, mesh, "cpu")
+        module = hlo.parse(step.lower(state, rows).compile().as_text())
+    found, planned = collections.Counter(), collections.Counter()
+    for one in collectives.find(module):
+        if axes := collectives.mesh_axes(one.groups, mesh.shape):
+            others = 1 - 1 / math.prod(mesh.shape[axis] for axis in axes)
+            found[one.kind, ",".join(axes)] += one.bytes * one.times * others
+    inputs = step_inputs(run, MODEL, Topology.parse("v5e:2x4"))
+    plan = estimate(dataclasses.replace(inputs, compute_bytes=4.0))
+    for one in plan.traffic:
+        planned[one.kind, one.axes] += one.bytes
+    assert {axes for _, axes in planned} == {"expert", "fsdp", "fsdp,expert"}
+    for key, size in planned.items():  # the router's matrix is left out
+        assert found[key] == pytest.approx(size, rel=0.03 if key[1] == "fsdp,expert" else 1e-9), key
+    shards = (leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(state.params))
+    assert plan.memory.parameters == pytest.approx(4 * sum(map(math.prod, shards)), rel=1e-3)
+    with pytest.raises(ConfigError, match=r"^num_experts 4 does not divide over mesh.expert 8"):
+        step_inputs(dataclasses.replace(run, mesh=MeshConfig(expert=8)), MODEL, Topology.parse("v5e:2x4"))
+
+
+def test_decoding_reads_the_experts_that_a_batch_chooses():
+    model = lj.presets.MIXTRAL_8X7B
+    dense = model.replace(num_experts=0, num_experts_per_tok=0)
+    topology = Topology.parse("v5p:2x2x2")
+
+    def plan(batch, model=model, **sizes):
+        mesh = dict.fromkeys(AXES, 1) | sizes
+        return plan_decode(model, topology, mesh, batch=batch, context=1024)
+
+    # Of one token's k experts every weight is read, and nothing else, but for norms, router and a table.
+    left_out = model.vocab_size * model.hidden_size + 33 * 2 * model.hidden_size + 32 * 8 * model.hidden_size
+    seconds = plan(1, tensor=8).weight_seconds
+    assert seconds == pytest.approx(2 * (model.num_active_params - left_out) / 8 / 0.95 / 2.765e12, rel=1e-3)
+    reads = [plan(batch, tensor=8).weight_seconds for batch in (1, 2, 8, 64, 1024)]
+    assert reads == sorted(reads)
+    experts = model.num_params - dense.num_params - 32 * 8 * model.hidden_size
+    whole = plan(1, model=dense, tensor=8).weight_seconds + 2 * experts / 8 / 0.95 / 2.765e12
+    assert reads[-1] == pytest.approx(whole, rel=1e-3)
+    # A device of `expert` reads its own; each holds an eighth of all weights.
+    divided = plan(8 * 1024, expert=8)
+    assert divided.weight_bytes == pytest.approx(2 * model.num_params / 8, rel=0.01)
+    assert divided.weight_seconds < plan(8 * 1024, data=8).weight_seconds / 4
+    assert divided.exposed_seconds > 0
+    with pytest.raises(ConfigError, match=r"^num_experts 6 does not divide over mesh.expert 8"):
+        plan(8, model=model.replace(num_experts=6), expert=8)
 
 
 def test_experts_are_keys_of_the_model_section():
