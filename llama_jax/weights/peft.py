@@ -26,6 +26,7 @@ from llama_jax.weights.adapter_file import read_f32, read_header, weights_path
 from llama_jax.weights.merged import Initial
 from llama_jax.weights.names import EXPERT_LEAVES, LEAVES, Leaf
 from llama_jax.weights.peft_fields import PeftFields
+from llama_jax.weights.peft_fused import fused_parameter, split_experts
 from llama_jax.weights.peft_modules import NAME_PREFIX, OtherModules, read_other_modules
 from llama_jax.weights.source import TensorInfo, format_list
 
@@ -101,7 +102,7 @@ def read_lora(config_path: Path, config: Mapping[str, Any], num_layers: int | No
     fields = PeftFields(config_path, config)
     fields.check_supported()
     file = weights_path(config_path)
-    stored = adapter_head.exclude_head(config, read_header(file))
+    stored = split_experts(file, adapter_head.exclude_head(config, read_header(file)), fields)
     found, others = _split(file, stored, fields)
     if not found and (others.changes or config.get("peft_type") != "LORA"):
         return PeftLora(file, None, {}, {}, partial_dora=False, others=others)
@@ -240,8 +241,11 @@ def _find_modules(
         for expert in range(experts)
     ]
 
+    fused = bool(fields.target_parameters())  # which are adapted in every layer
+
     def leaves_out(leaf: Leaf, layer: int) -> bool:
-        return fields.leaves_out(leaf.name("hf", layer).removesuffix(".weight"), layer)
+        is_fused = fused and leaf.expert is not None
+        return not is_fused and fields.leaves_out(leaf.name("hf", layer).removesuffix(".weight"), layer)
 
     if num_layers is not None and all(
         leaves_out(leaf, layer) for leaf in leaves for layer in range(layers, num_layers)
@@ -271,7 +275,9 @@ def _find_modules(
         inputs, outputs = (*shape_a, 0, 0)[1], (*shape_b, 0)[0]
         leaf = _leaf(hf, expert)
         assert leaf is not None  # by `_split`
-        rank, scale = fields.rank_and_scale(leaf.name("hf", layer).removesuffix(".weight"))
+        name = leaf.name("hf", layer).removesuffix(".weight")
+        name = fused_parameter(hf, layer) if fused and expert is not None else name
+        rank, scale = fields.rank_and_scale(name)
         expected = {LORA_A: (rank, inputs), LORA_B: (outputs, rank), LORA_MAGNITUDE: (outputs,)}
         wrong_shapes += [
             f"{name} {list(stored[name].shape)} should be {list(expected[kind])}"

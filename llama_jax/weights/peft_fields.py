@@ -23,7 +23,7 @@ _KNOWN = {"r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "rank_p
 _KNOWN |= {"init_lora_weights", "bias", "lora_dropout", "exclude_modules", "layers_pattern", "eva_config"}
 _KNOWN |= {"layers_to_transform", "fan_in_fan_out", "lora_bias", "ensure_weight_tying"}
 _KNOWN |= {"trainable_token_indices", "megatron_config", "megatron_core", "qalora_group_size"}
-_KNOWN |= {"runtime_config", "token_indices", "init_weights"}
+_KNOWN |= {"runtime_config", "token_indices", "init_weights", "target_parameters"}
 _COMMON_FIELDS = {"peft_type", "task_type", "modules_to_save", "auto_mapping", "base_model_name_or_path"}
 _COMMON_FIELDS |= {"revision", "peft_version", "inference_mode"}
 _UNCHANGED_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")  # by initialization
@@ -97,6 +97,13 @@ class PeftFields(JsonFields):
         """The names in the list target_modules; empty if it is a regular expression."""
         value = self.get("target_modules")
         return list(map(str, value)) if isinstance(value, list) else []
+
+    def target_parameters(self) -> list[str]:
+        """The names in the list target_parameters."""
+        value = self.get("target_parameters") or []
+        if not isinstance(value, list):
+            raise self.error(f"target_parameters is {quote(str(value))}; it must be a list of names")
+        return list(map(str, value))
 
     def leaves_out(self, module: str, layer: int) -> bool:
         """Whether the configuration may leave out a module, in which case PEFT does not adapt it.

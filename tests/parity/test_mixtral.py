@@ -69,6 +69,36 @@ def test_verify_runs_both_sides(loaded: Loaded, tmp_path: Path) -> None:
     assert report.same and any(".experts." in tensor.name for tensor in report.tensors)
 
 
+def test_we_read_pefts_adapters_of_all_experts_and_compute_the_same(loaded: Loaded, tmp_path: Path) -> None:
+    from llama_jax.adapters import lora
+    from llama_jax.weights.adapters import load_adapter
+
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_pretrained(loaded.folder, attn_implementation="eager")
+    settings = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        rank_pattern={"experts.down_proj": 2},
+        alpha_pattern={"experts.gate_up_proj": 9},
+    )
+    model = peft.get_peft_model(base, settings).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.copy_(0.1 * torch.randn_like(weight))
+    model.save_pretrained(tmp_path)
+    tokens = tokens_of(2)
+    with torch.inference_mode():
+        theirs = model(torch.tensor(tokens, dtype=torch.long)).logits
+    found, adapter = load_adapter(tmp_path)
+    ours = lj.forward(loaded.config, lora.attach(found, loaded.params, adapter), tokens)
+    assert np.abs(ours - lj.forward(loaded.config, loaded.params, tokens)).max() > 0.1
+    close(ours, theirs)
+
+
 def test_peft_reads_our_adapters_of_experts_and_computes_the_same(loaded: Loaded, tmp_path: Path) -> None:
     """In the names of transformers 4, which PEFT converts to those of 5: a tensor for all experts."""
     from llama_jax.adapters import lora
