@@ -3,8 +3,9 @@
 `xla` computes all scores of a layer at once. `blockwise` (after FlashAttention, arXiv 2205.14135) computes
 them in [block, block] tiles in both passes, and keeps the output and its log-sum-exp for the backward pass.
 `splash` does the same in Pallas kernels for TPU, and `cudnn` in cuDNN's for NVIDIA GPUs. Over the mesh
-axis `context`, keys travel in a ring with `blockwise` and `splash` (`ops.ring_attention`), and are gathered
-with the others, and in models with a sliding window.
+axis `context`, keys travel in a ring with `blockwise` and `splash` (`ops.ring_attention`), or with a sliding
+window come from the neighbors that it reaches (`ops.window_exchange`). With the others they are gathered, and
+in full layers of models that have windows.
 
 With a window of w (Mistral 7B, arXiv 2310.06825) a query at position i attends to keys at j, i - w < j <= i.
 """
@@ -113,6 +114,7 @@ def attention(
     backend: Backend = "xla",
     block_size: int = 512,
     ring: bool = False,
+    in_order: bool = False,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H) + mask) v; query head n reads key/value head n // (N / K).
 
@@ -131,6 +133,8 @@ def attention(
       block_size: the side of a `blockwise` tile.
       ring: keys travel over the mesh axis `context`, as `uses_ring` tells; rows are in zig-zag order. Never
         with a window.
+      in_order: queries and keys are of the same tokens, at the positions of the row: of keys that `context`
+        divides, devices then receive those that a window reaches.
 
     Returns:
       [B, T, N, H] in q's dtype.
@@ -157,6 +161,14 @@ def attention(
         from llama_jax.ops.ring_attention import ring_attention
 
         return ring_attention(q, k, v, mask.q_segments, backend=backend)
+    divided = in_order and prefix is None and zigzag.shards() > 1
+    if divided and window is not None and (backend == "splash" or backend == "blockwise"):
+        from llama_jax.ops.window_exchange import received_keys, window_attention
+
+        if received_keys(q.shape[1], window, backend) is not None:
+            return window_attention(
+                q, k, v, mask.q_segments, window=window, backend=backend, block_size=block_size
+            )
     k, v = (sharding.constrain(x, sharding.CACHE_BKSH) for x in (k, v))
     if backend == "splash":
         from llama_jax.ops.splash_attention import splash_attention

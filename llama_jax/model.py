@@ -170,7 +170,7 @@ def routed_hidden_states(
         tokens, positions, segment_ids = zigzag.enter((tokens, positions, segment_ids))
     # Causal in the order of the row: positions restart with each packed document.
     mask = AttentionMask(row_order, row_order, segment_ids, segment_ids)
-    how = functools.partial(attention, mask=mask, backend=options.attention_backend, ring=ring)
+    how = functools.partial(attention, mask=mask, backend=options.attention_backend, ring=ring, in_order=True)
 
     def attend_in_layer(layer: int) -> Attend:
         return lambda q, k, v, prefix=None: (how(q, k, v, prefix=prefix, window=windows[layer]), None)

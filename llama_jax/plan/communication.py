@@ -124,8 +124,28 @@ def activation_transfers(inputs: StepInputs) -> list[Transfer]:
             Transfer("reduce-scatter", "tensor", scatters * array, _TENSOR_HIDDEN),
         ]
     if mesh["context"] > 1:
-        found.append(Transfer("collective-permute", "context", layers * _ring_bytes(inputs), 1.0))
+        windows = [w for w, _ in model.layer_kinds if w is not None and w < inputs.seq_len]
+        if not windows:
+            found.append(Transfer("collective-permute", "context", layers * _ring_bytes(inputs), 1.0))
+            return found
+        # Without a ring: what each window reaches from neighbors; of full layers all keys, whose gradients XLA
+        # sums whole.
+        others = inputs.seq_len * _share(mesh["context"])
+        reached = _key_bytes(inputs, sum(min(w - 1, others) for w in windows))
+        gathered = _key_bytes(inputs, (len(model.layer_kinds) - len(windows)) * others)
+        reads = 1 + (inputs.remat != "none") + inputs.reference
+        found.append(Transfer("collective-permute", "context", (reads + 1) * reached, 0.0))
+        if gathered:
+            found.append(Transfer("all-gather", "context", reads * gathered, 0.0))
+            found.append(Transfer("all-reduce", "context", 2 * gathered, 0.0))
     return found
+
+
+def _key_bytes(inputs: StepInputs, tokens: float) -> float:
+    """Bytes of the keys and values of so many tokens of each row, of all microbatches."""
+    model, rows = inputs.model, inputs.accumulation * inputs.micro_rows
+    numbers = 2 * model.num_key_value_heads * model.head_dim / inputs.mesh["tensor"]
+    return rows * tokens * numbers * inputs.compute_bytes
 
 
 def _ring_bytes(inputs: StepInputs) -> float:

@@ -121,6 +121,19 @@ def test_bytes_over_fsdp_are_the_closed_form():
     )
 
 
+def test_windows_over_context_receive_what_they_reach_and_full_layers_all_keys():
+    inputs = step(mesh=mesh(fsdp=8, context=8))
+    windows = MODEL.replace(sliding_window=513, window_layers=(True, False) * 40)
+    found = dataclasses.replace(inputs, model=windows)
+    # Of 4 microbatches of 8 rows keys and values in bf16: forward, again, and the gradients.
+    token = 4 * 8 * 2 * MODEL.num_key_value_heads * MODEL.head_dim * 2
+    assert moved(found, "collective-permute", "context") == 3 * token * 40 * 512
+    assert moved(found, "all-gather", "context") == 2 * token * 40 * 4096 * 7 / 8
+    alone = dataclasses.replace(inputs, model=MODEL.replace(sliding_window=513))
+    assert moved(alone, "collective-permute", "context") == 3 * token * 80 * 512
+    assert moved(alone, "all-gather", "context") == 0 < moved(inputs, "collective-permute", "context")
+
+
 def test_two_slices_send_each_gradient_once_a_step():
     slices = Topology("v5p", (4, 4, 4), 2)
     inputs = step(topology="v5p:4x4x4")
