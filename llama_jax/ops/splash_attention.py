@@ -125,6 +125,28 @@ def _attention_backward(window: int | None, interpret: bool, residuals: Any, d_o
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def on_one_device(
+    options: tuple[tuple[str, Any], ...], q: jax.Array, k: Any, v: Any, q_segments: Any, k_segments: Any
+) -> jax.Array:
+    """`attention_forward`, causal, with its gradient; `options` are its keyword arguments."""
+    return _on_one_device_forward(options, q, k, v, q_segments, k_segments)[0]
+
+
+def _on_one_device_forward(options: Any, *args: Any) -> Any:
+    found = attention_forward(*args, causal=True, **dict(options))
+    out, log_sum_exp = (checkpoint_name(x, RESIDUALS) for x in found)
+    return out, (*args, out, log_sum_exp)
+
+
+def _on_one_device_backward(options: Any, residuals: Any, d_out: jax.Array) -> Any:
+    gradients: Any = functools.partial(attention_gradients, causal=True, **dict(options))
+    return *gradients(*residuals, d_out), None, None
+
+
+on_one_device.defvjp(_on_one_device_forward, _on_one_device_backward)
+
+
 def _at_its_place(
     kernel: Callable[..., Any], window: int | None, interpret: bool, shards: int
 ) -> Callable[..., Any]:

@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
 from jax.sharding import PartitionSpec as P
 
 from llama_jax import sharding
 from llama_jax.ops import splash_attention
 from llama_jax.ops.blockwise_attention import blockwise_attention
+from llama_jax.ops.splash_tiles import BLOCK, LANES
 from llama_jax.ops.zigzag import AXIS, shards
 
 Backend = Literal["splash", "blockwise"]
@@ -38,8 +38,8 @@ def received_keys(length: int, window: int, backend: Backend) -> int | None:
     own = length // count
     tile = 1
     if backend == "splash":
-        tile = splash_attention.block_size(own, window)
-    if length % count or own % (splash_attention.LANES if backend == "splash" else 1):
+        tile = math.gcd(own, BLOCK)
+    if length % count or own % (LANES if backend == "splash" else 1):
         return None
     keys = -(-(window - 1) // tile) * tile
     return keys if keys < length - own else None
@@ -76,8 +76,6 @@ def window_attention(
     q = q.transpose(0, 2, 1, 3)
     attend = functools.partial(_blockwise, window=window, block_size=block_size)
     if backend == "splash":
-        # The kernel does not scale; this fuses with the operation that computes q.
-        q = (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(q.dtype)
         attend = functools.partial(_splash, window=window, interpret=interpret)
     ids = jnp.zeros((q.shape[0], q.shape[2]), jnp.int32) if segment_ids is None else segment_ids
     local = functools.partial(_local, attend, reach, shards())
@@ -139,8 +137,7 @@ def _splash(
     window: int,
     interpret: bool,
 ) -> jax.Array:
-    queries, keys = q.shape[2], k.shape[2]
-    mask = mask_lib.LocalMask((queries, keys), (window - 1, 0), keys - queries)
-    blocks = splash_attention.block_sizes(queries, keys, window=window)
-    kernel = splash_attention._kernel(mask, q.shape[1] // k.shape[1], interpret, blocks)
-    return splash_attention._batched_kernel(kernel, q, k, v, (q_ids, k_ids))
+    options = {"window": window, "offset": k.shape[2] - q.shape[2], "interpret": interpret}
+    return splash_attention.on_one_device(
+        tuple(options.items()), q.swapaxes(1, 2), k, v, q_ids, k_ids
+    ).swapaxes(1, 2)

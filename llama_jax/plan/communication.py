@@ -128,8 +128,8 @@ def activation_transfers(inputs: StepInputs) -> list[Transfer]:
         if not windows:
             found.append(Transfer("collective-permute", "context", layers * _ring_bytes(inputs), 1.0))
             return found
-        # Without a ring: what each window reaches from neighbors; of full layers all keys, whose gradients XLA
-        # sums whole.
+        # Without a ring: what each window reaches from neighbors; of full layers all keys, whose gradients
+        # XLA sums whole.
         others = inputs.seq_len * _share(mesh["context"])
         reached = _key_bytes(inputs, sum(min(w - 1, others) for w in windows))
         gathered = _key_bytes(inputs, (len(model.layer_kinds) - len(windows)) * others)
