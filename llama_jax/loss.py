@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -127,11 +128,11 @@ def _next_token_loss(
 ) -> Loss:
     weights = jnp.ones(tokens.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
     # The next token may be on another device of `context`, so rows are gathered before the shift.
-    targets, weights = (_shift_left(x) for x in (tokens, weights))
+    targets, weights = (shift_left(x) for x in (tokens, weights))
     last = jnp.arange(tokens.shape[1]) == tokens.shape[1] - 1
     weights = jnp.where(last, 0.0, weights)
     if segment_ids is not None:
-        weights = jnp.where(_gather_context(segment_ids) == _shift_left(segment_ids), weights, 0.0)
+        weights = jnp.where(_gather_context(segment_ids) == shift_left(segment_ids), weights, 0.0)
     x, router = routed_hidden_states(
         config,
         params,
@@ -194,18 +195,13 @@ def _token_logprobs(
     options: ForwardOptions,
     num_chunks: int,
 ) -> jax.Array:
-    x = hidden_states(config, params, tokens, positions, segment_ids, options=options)
-    x = sharding.gather_sequence(x)
-
-    def chunk_logprobs(chunk: Any) -> jax.Array:
-        x, targets = chunk
-        target_logits, log_z = _target_logits_and_log_z(unembed(x, params), targets)
+    def target_logprobs(logits: jax.Array, targets: jax.Array) -> jax.Array:
+        target_logits, log_z = _target_logits_and_log_z(logits, targets)
         return target_logits - log_z
 
-    length, chunks = x.shape[1], _chunk_count(x.shape[1], num_chunks)
-    inputs = tuple(_split(array, chunks) for array in (x, _shift_left(tokens)))
-    logprobs = jax.lax.map(jax.checkpoint(chunk_logprobs), inputs)
-    logprobs = jnp.moveaxis(logprobs, 0, 2).reshape(x.shape[0], -1)[:, :length]
+    x = hidden_states(config, params, tokens, positions, segment_ids, options=options)
+    logprobs = map_logits(params, x, target_logprobs, shift_left(tokens), num_chunks=num_chunks)
+    length = x.shape[1]
     predicted = jnp.arange(length) > 0
     if segment_ids is not None:
         segments = _gather_context(segment_ids)
@@ -213,12 +209,52 @@ def _token_logprobs(
     return jnp.where(predicted, _roll(_gather_context(logprobs), 1), 0.0)
 
 
+def map_logits(
+    params: Params,
+    x: jax.Array,
+    function: Callable[..., Any],
+    *inputs: Any,
+    num_chunks: int,
+) -> Any:
+    """`function` of the logits of every position, of which one chunk at a time is in memory.
+
+    The backward pass computes the logits of a chunk again. Logits of position t predict token t + 1.
+
+    Args:
+      params: the parameter tree; only the output projection is read.
+      x: hidden states [B, T, D].
+      function: (logits f32 [B, t, V], inputs [B, t, ...]) -> a tree of arrays [B, t], of some t of the
+        positions.
+      *inputs: trees of arrays [B, T, ...], of which the function gets those of its positions.
+      num_chunks: as for `next_token_loss`.
+
+    Returns:
+      The tree of arrays [B, T].
+    """
+    x = sharding.gather_sequence(x)
+
+    def of_chunk(chunk: Any) -> Any:
+        x, inputs = chunk
+        return function(unembed(x, params), *inputs)
+
+    length, chunks = x.shape[1], _chunk_count(x.shape[1], num_chunks)
+    split = jax.tree.map(lambda array: _split(array, chunks), (x, inputs))
+    mapped = jax.lax.map(jax.checkpoint(of_chunk), split)
+    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 2).reshape(y.shape[1], -1)[:, :length], mapped)
+
+
 def _gather_context(x: jax.Array) -> jax.Array:
     return sharding.constrain(jnp.asarray(x), P(sharding.BATCH, None))
 
 
-def _shift_left(x: jax.Array) -> jax.Array:
+def shift_left(x: jax.Array) -> jax.Array:
+    """[B, T], rolled by one: position t, which predicts token t + 1, gets what belongs to that."""
     return _roll(_gather_context(x), -1)
+
+
+def shift_right(x: jax.Array) -> jax.Array:
+    """[B, T], rolled by one: token t + 1 gets what was computed at position t."""
+    return _roll(_gather_context(x), 1)
 
 
 def _roll(x: jax.Array, shift: int) -> jax.Array:

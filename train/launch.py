@@ -107,7 +107,7 @@ class Setup:
     @functools.cached_property
     def base(self) -> str | None:
         """The fingerprint of the frozen or reference weights; None if the run has none or they are random."""
-        run, is_reference = self.run, self.run.train.objective == "dpo"
+        run, is_reference = self.run, self.run.train.objective == "dpo" or self.run.runs_reference
         if not run.model.init_from or not (is_reference or self.trainable_spec.adapter is not None):
             return None
         place = place_of(self.given, self.run_dir, self.started, "model.init_from")

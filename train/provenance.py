@@ -144,8 +144,7 @@ def place_of(run: RunConfig, run_dir: Path, started: StepMetadata | None, name: 
 
 def needs_base(run: RunConfig) -> bool:
     """Whether every start of a run reads the weights of `model.init_from`, not only the first."""
-    in_step = run.train.objective == "dpo" and not run.preference.precompute_ref_log_probs
-    return run.adapter.type != "none" or in_step
+    return run.adapter.type != "none" or run.runs_reference
 
 
 def with_places(run: RunConfig, run_dir: Path, started: StepMetadata | None) -> RunConfig:

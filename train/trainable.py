@@ -61,7 +61,7 @@ class TrainableSpec:
         return TrainableSpec(
             adapter=run.adapter.settings,
             base=compute_dtype(run.train, platform).name if base == "auto" else base,
-            reference=run.train.objective == "dpo" and not run.preference.precompute_ref_log_probs,
+            reference=run.runs_reference,
             head_outputs=head_outputs if run.train.objective in HEAD_OBJECTIVES else 0,
             optimizer=run.optimizer,
         )

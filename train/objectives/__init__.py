@@ -20,6 +20,7 @@ from ..config.run import RunConfig
 from .common import Batch, LossFn, MetricsFn
 from .heads import classification, regression, reward
 from .language_modeling import language_modeling
+from .policy import policy_optimization
 from .preference import direct_preference
 
 __all__ = ["make_loss_fn", "make_metrics_fn"]
@@ -42,6 +43,8 @@ def make_metrics_fn(run: RunConfig, model: LlamaConfig, platform: str) -> Metric
             return lambda params, batch, **kwargs: (loss_fn(params, batch, **kwargs), {})
         case "dpo":
             return direct_preference(model, train, platform, run.preference)
+        case "grpo":
+            return policy_optimization(model, train, platform, run.rl)
         case "reward":
             return reward(model, train, platform)
         case "classify":

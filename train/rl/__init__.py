@@ -1,0 +1,8 @@
+"""Reinforcement learning: prompts -> rollouts -> rewards -> advantages -> batches for the trainer's own step.
+
+prompts.py reads the prompts, in an order that is a function of the seed alone; sampler.py samples completions
+with the library's decoding on the training arrays; exact.py makes their log-probabilities those of the
+trainer, bit for bit; rewards.py calls reward functions in worker processes (worker.py), and
+builtin_rewards.py has some; advantages.py is arithmetic; rollouts.py puts them together for the loop;
+samples.py writes and prints what was sampled. The losses are in `objectives/policy.py`.
+"""
