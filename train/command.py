@@ -68,8 +68,9 @@ def run(argv: Sequence[str]) -> None:
     check_packages()
     check_xla_flags(os.environ.get("XLA_FLAGS", ""))
     from .config.read import load_config
-    from .launch import print_first_batch, train
+    from .launch import train
     from .peers import crash_status
+    from .show_batch import print_first_batch
 
     if len(config_names) > 1:
         raise UsageError(f"unexpected argument {config_names[1]!r}; settings are --section.key VALUE")

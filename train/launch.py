@@ -4,47 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
-from llama_jax import LlamaConfig
 from llama_jax.console import terminal
 from llama_jax.console.loading import init_jax
 from llama_jax.errors import InputError
 from llama_jax.plan.flops import flops_by_attention
 from llama_jax.sharding import check_mesh, use_mesh
 from llama_jax.storage.atomic import write_atomically
-from llama_jax.tokenizer import Tokenizer
 from llama_jax.tokenizer.fit import fit_vocabulary
-from llama_jax.weights.runs import StepMetadata
 
 from . import gpu
 from .checkpoints.checkpoints import Checkpoints, Restored
 from .checkpoints.lock import run_directory, run_lock
-from .config.objective import PAIR_OBJECTIVES
+from .config.objective import RL_OBJECTIVES
 from .config.read import to_toml
 from .config.run import RunConfig
 from .coordination import Agreement
-from .data import Data, Peers, open_data, show_batch
+from .data import Batches, Data
 from .devices import check_quantization, compute_dtype, has_fp8, resolve_attention, run_mesh, start_jax
 from .export import export_adapter
 from .failed_start import discarded_unless_begun
 from .feed import Feed
-from .gather import gather_bytes
-from .initialization import base_fingerprint, check_context, load_pretrained, model_config
+from .initialization import check_context, model_config
 from .loop import EVAL_LOSSES, Loop
 from .metrics.clock import Clock, GoodputRecords
 from .metrics.evaluate import make_eval_fn, make_sample_fn
 from .metrics.peak_flops import peak_flops
 from .metrics.report import Report
-from .metrics.run_log import log_adapter, log_best_step, log_examples, log_goodput, log_results, log_run
+from .metrics.run_log import log_adapter, log_best_step, log_goodput, log_results, log_run
 from .nonfinite import make_find_nonfinite
 from .objectives.reference import reference_logprobs
 from .optimizer import make_optimizer, make_schedule
@@ -57,86 +49,19 @@ from .provenance import (
     check_settings,
     is_same_model,
     needs_base,
-    place_of,
-    provenance,
     read_started,
     with_places,
 )
+from .rl.prompts import PromptData
+from .rl.rewards import Rewards
+from .rl.rollouts import Rollouts
+from .setup import Setup, open_run_data
 from .signals import Interrupts
-from .state import TrainState, init_state, split_params, with_ema
+from .state import TrainState, init_state, with_ema
 from .step import build_step
 from .tokenizer import run_tokenizer
 from .trainable import Frozen, TrainableSpec, with_labels
 from .watchdog import Watchdog
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """Everything about a run that is known before its state exists.
-
-    Attributes:
-      run: the configuration.
-      run_dir: the run's directory.
-      platform: such as `cpu`, `gpu` or `tpu`.
-      mesh: the device mesh; None for a single device.
-      feed: transfers batches to the devices.
-      tokenizer: the run's tokenizer.
-      model: the model's configuration.
-      trainable_spec: which parameters are trained.
-      data: the training and validation data.
-      is_primary: whether this is process 0, which writes files and logs.
-      log: prints a line on stderr; does nothing in other processes.
-      given: the configuration as it was given; in `run`, files that moved are where they are now.
-      started: the record of the run's newest checkpoint; None if it has none.
-    """
-
-    run: RunConfig
-    run_dir: Path
-    platform: str
-    mesh: Mesh | None
-    feed: Feed
-    tokenizer: Tokenizer
-    model: LlamaConfig
-    trainable_spec: TrainableSpec
-    data: Data
-    is_primary: bool
-    log: Callable[[str], None]
-    given: RunConfig
-    started: StepMetadata | None
-
-    @functools.cached_property
-    def base(self) -> str | None:
-        """The fingerprint of the frozen or reference weights; None if the run has none or they are random."""
-        run, is_reference = self.run, self.run.train.objective == "dpo" or self.run.runs_reference
-        if not run.model.init_from or not (is_reference or self.trainable_spec.adapter is not None):
-            return None
-        place = place_of(self.given, self.run_dir, self.started, "model.init_from")
-        if place is None and self.started is not None:  # a run of all weights reads them no more
-            return self.started.run.get("base")
-        return base_fingerprint(run)
-
-    @functools.cached_property
-    def provenance(self) -> dict[str, Any]:
-        """What is recorded in checkpoints, and compared when the run is resumed."""
-        return provenance(
-            self.given,
-            self.run_dir,
-            self.started,
-            data=self.data.fingerprint,
-            model=self.model,
-            spec=self.trainable_spec,
-            base=self.base,
-            base_model=self.run.model.init_from,
-        )
-
-    def load_pretrained(self) -> Any:
-        """The weights of `model.init_from`; None if weights start random."""
-        return load_pretrained(self.run, self.mesh, self.trainable_spec)
-
-    def split_initial_params(self) -> tuple[Any, Frozen]:
-        """The initial trainable and frozen parameters."""
-        params = self.load_pretrained()
-        return split_params(self.model, self.run.train.seed, params, self.trainable_spec)
 
 
 def train(run: RunConfig) -> int:
@@ -160,6 +85,7 @@ def train(run: RunConfig) -> int:
         end_together(stack.close, agreement, watchdog),
     ):
         setup = _set_up(run, stack)
+        rewards = _start_rewards(setup, stack)
         checkpoints = stack.enter_context(
             Checkpoints(
                 setup.run_dir, run.checkpoint, model=setup.model, run=setup.provenance, warn=setup.log
@@ -186,7 +112,29 @@ def train(run: RunConfig) -> int:
         if data is None:
             setup.log("stopped before the first batch; nothing is saved")
             return interrupts.agreed_stop()
-        batches = data.train()
+        batches: Batches | Rollouts
+        evaluate: Callable[[Any], dict[str, float]]
+        loop: Loop
+        report = lambda: loop.report  # noqa: E731  # which shows no progress before the step is compiled
+        if isinstance(data, PromptData):
+            batches = Rollouts(
+                run,
+                setup.model,
+                setup.platform,
+                setup.tokenizer,
+                setup.feed,
+                data,
+                setup.trainable_spec,
+                frozen,
+                rewards,
+                log=lambda text: report().log(text),
+                write=lambda samples: report().samples([sample.as_json() for sample in samples]),
+            )
+            evaluate = batches.evaluate
+        else:
+            batches = data.train()
+            args = (run, setup.model, setup.platform, data, setup.feed, setup.trainable_spec, frozen)
+            evaluate = make_eval_fn(*args, log=setup.log)
         stack.callback(batches.close)
         if restored is not None:
             batches.restore(restored.data_states)
@@ -209,7 +157,7 @@ def train(run: RunConfig) -> int:
             goodput=stack.enter_context(
                 GoodputRecords(setup.run_dir, clock, first=start_step, is_primary=setup.is_primary)
             ),
-            evaluate=make_eval_fn(run, model, platform, data, setup.feed, spec, frozen, log=setup.log),
+            evaluate=evaluate,
             sample=make_sample_fn(run, model, platform, setup.tokenizer, spec, frozen),
             find_nonfinite=make_find_nonfinite(run, model, platform, spec, frozen),
             flops_per_token=flops_by_attention(
@@ -223,27 +171,18 @@ def train(run: RunConfig) -> int:
         return stopped
 
 
-def print_first_batch(run: RunConfig) -> None:
-    """Prints the first batch of a run, token by token, without creating the run.
-
-    Raises:
-      LlamaJaxError: with a one-line message for bad input.
-    """
-    init_jax()
-    with tempfile.TemporaryDirectory() as directory:
-        tokenizer = run_tokenizer(run, Path(directory))
-        data = _open_data(run, tokenizer, shard=0, num_shards=1)
-        with contextlib.closing(data.train()) as batches:
-            pairs = run.train.objective in PAIR_OBJECTIVES
-            show_batch(next(batches), tokenizer, terminal.console(), pairs=pairs)
-    log_examples(data, terminal.note)
-
-
 def _check_wandb(run: RunConfig) -> None:
     if run.log.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError(
             f"log.wandb is {run.log.wandb!r} and wandb is not installed: pip install 'llama-jax[wandb]'"
         )
+
+
+def _start_rewards(setup: Setup, stack: contextlib.ExitStack) -> Rewards | None:
+    """Starts the reward functions, in process 0 of a run that has any."""
+    if setup.run.train.objective not in RL_OBJECTIVES or not setup.is_primary:
+        return None
+    return stack.enter_context(Rewards(setup.run.rl, setup.log))
 
 
 def _set_up(run: RunConfig, stack: contextlib.ExitStack) -> Setup:
@@ -291,25 +230,11 @@ def _set_up(run: RunConfig, stack: contextlib.ExitStack) -> Setup:
         tokenizer=tokenizer,
         model=model,
         trainable_spec=trainable_spec,
-        data=_open_data(run, tokenizer, shard=feed.shard, num_shards=feed.num_shards),
+        data=open_run_data(run, tokenizer, shard=feed.shard, num_shards=feed.num_shards),
         is_primary=is_primary,
         log=log,
         given=given,
         started=started,
-    )
-
-
-def _open_data(run: RunConfig, tokenizer: Tokenizer, *, shard: int, num_shards: int) -> Data:
-    return open_data(
-        run.data,
-        tokenizer,
-        objective=run.train.objective,
-        seq_len=run.train.seq_len,
-        batch_size=run.train.global_batch_size,
-        seed=run.train.seed,
-        process_index=shard,
-        process_count=num_shards,
-        peers=Peers(jax.process_index(), jax.process_count(), gather_bytes),
     )
 
 
@@ -344,10 +269,11 @@ def _initialize(setup: Setup, restored: Restored | None, *, has_frozen: bool) ->
 
 def _with_reference_logprobs(
     setup: Setup, state: TrainState, frozen: Frozen, restored: Restored | None, interrupts: Interrupts
-) -> Data | None:
+) -> Data | PromptData | None:
     """The data, with precomputed reference log-probabilities if they are configured; None if stopped."""
-    if not setup.run.preference.precompute_ref_log_probs:
-        return setup.data
+    data = setup.data
+    if isinstance(data, PromptData) or not setup.run.preference.precompute_ref_log_probs:
+        return data
 
     def initial_params() -> Any:
         if restored is None or frozen is not None:
@@ -359,7 +285,7 @@ def _with_reference_logprobs(
         setup.run_dir,
         setup.model,
         setup.platform,
-        setup.data,
+        data,
         setup.feed,
         setup.trainable_spec,
         base=setup.base,
@@ -367,7 +293,7 @@ def _with_reference_logprobs(
         stop=interrupts.agreed_stop,
         log=setup.log,
     )
-    return None if logprobs is None else setup.data.with_reference(logprobs)
+    return None if logprobs is None else data.with_reference(logprobs)
 
 
 def _make_report(setup: Setup, start_step: int) -> Report:
@@ -378,10 +304,11 @@ def _make_report(setup: Setup, start_step: int) -> Report:
         start_step=start_step,
         is_primary=setup.is_primary,
         settings=dataclasses.asdict(setup.run),
+        has_samples=setup.run.train.objective in RL_OBJECTIVES,
     )
 
 
-def _finish(setup: Setup, data: Data, loop: Loop, stopped: int) -> None:
+def _finish(setup: Setup, data: Data | PromptData, loop: Loop, stopped: int) -> None:
     """Logs how the run ended; writes the adapter and the plot of a run that was not stopped."""
     if stopped:
         log_goodput(loop.goodput, loop.report.log)

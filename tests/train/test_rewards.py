@@ -12,7 +12,7 @@ import pytest
 from llama_jax.errors import ConfigError
 from llama_jax.train.config.rl import RLConfig
 from llama_jax.train.rl import builtin_rewards
-from llama_jax.train.rl.rewards import Completions, RewardError, Rewards
+from llama_jax.train.rl.rewards import Completions, RewardError, Rewards, names_of
 
 FUNCTIONS = """
 import os, time
@@ -65,15 +65,17 @@ def batch(texts: str = "abc") -> Completions:
 
 
 def test_functions_are_called_with_prompts_completions_and_columns(functions):
-    config = RLConfig(
-        (f"{functions}:length", f"{functions}:of_column", "operator:length_hint"), reward_weights=(1, 0.5, 1)
-    )
+    specs = (f"{functions}:length", f"{functions}:of_column")
     lines: list[str] = []
-    with Rewards(RLConfig(config.rewards[:2], reward_weights=(1, 0.5)), lines.append) as rewards:
-        assert rewards.names == ["length", "of_column"]
+    with Rewards(RLConfig(specs), lines.append) as rewards:
         scores = rewards(batch())
     np.testing.assert_array_equal(scores, [[1, 5], [1, math.nan], [1, 7]])
-    assert rewards.total(scores).tolist() == [3.5, 1, 4.5]
+    assert names_of((*specs, "other.py:length", "format:a:b")) == [
+        "length",
+        "of_column",
+        "length_2",
+        "format",
+    ]
     assert not lines
 
 

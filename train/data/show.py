@@ -11,7 +11,7 @@ from rich.text import Text
 from llama_jax.tokenizer import Tokenizer
 
 _SEPARATOR = "╎"  # rare in texts, unlike |
-_VISIBLE = {"\n": "↵\n", "\t": "⇥\t", "\r": "␍"}  # replacements for invisible characters
+VISIBLE = {"\n": "↵\n", "\t": "⇥\t", "\r": "␍"}  # replacements for invisible characters
 
 
 def show_batch(
@@ -68,7 +68,7 @@ def _styled_tokens(ids: list[int], trained: list[bool], tokenizer: Tokenizer, co
                 "⟦" if train and not previous else "⟧" if previous and not train else _SEPARATOR if i else ""
             )
         piece = "".join(
-            _VISIBLE.get(c, c if c.isprintable() else repr(c)[1:-1]) for c in tokenizer.piece(token)
+            VISIBLE.get(c, c if c.isprintable() else repr(c)[1:-1]) for c in tokenizer.piece(token)
         )
         style = f"underline {'green' if i % 2 else 'bright_green'}" if train else "dim"
         text.append(piece, f"{style} reverse" if token in control else style)

@@ -65,11 +65,7 @@ class Completions:
 
 
 class Rewards:
-    """The reward functions of a run; a context that ends their processes.
-
-    Attributes:
-      names: of the functions, for metrics and samples.
-    """
+    """The reward functions of a run; a context that ends their processes."""
 
     def __init__(self, config: RLConfig, log: Callable[[str], None]) -> None:
         """Starts the processes, which import the functions.
@@ -78,7 +74,6 @@ class Rewards:
           ConfigError: for a function that cannot be imported.
         """
         self._config, self._log = config, log
-        self.names = _names(config.rewards)
         self._functions = [_Function(spec, config.reward_timeout) for spec in config.rewards]
         try:
             with concurrent.futures.ThreadPoolExecutor(len(self._functions)) as pool:
@@ -97,10 +92,6 @@ class Rewards:
         """Ends the processes."""
         for function in self._functions:
             function.stop()
-
-    def total(self, scores: np.ndarray) -> np.ndarray:
-        """The weighted sum f64 [N] of scores [N, F]; a function that does not apply, NaN, adds nothing."""
-        return np.nansum(scores * np.array(self._config.weights), axis=1)
 
     def __call__(self, batch: Completions) -> np.ndarray:
         """The scores f64 [N, F] of N completions by F functions; NaN where one does not apply.
@@ -221,7 +212,7 @@ class _Function:
         return answer
 
 
-def _names(specs: Sequence[str]) -> list[str]:
+def names_of(specs: Sequence[str]) -> list[str]:
     """Short names, told apart by a number where two functions have the same."""
     names: list[str] = []
     for spec in specs:
