@@ -24,7 +24,14 @@ from .trainable import TrainableSpec
 
 CONFIG_FILE = "config.toml"
 # Settings that a run keeps, as its batches or the leaves of its checkpoints depend on them.
-_FIXED = ("train.seed", "train.seq_len", "train.global_batch_size", "train.objective", "optimizer.name")
+_FIXED: tuple[str, ...] = (
+    "train.seed",
+    "train.seq_len",
+    "train.global_batch_size",
+    "train.objective",
+    "optimizer.name",
+)
+_FIXED += ("rl.num_generations", "rl.num_iterations", "rl.steps_per_generation")
 _ADAPTER = ("type", "rank", "alpha", "target_modules", "rslora", "dora", "bottleneck_size", "prefix_length")
 # Settings that the data's fingerprint depends on, beside the files and the tokenizer.
 _DATA: tuple[str, ...] = ("validation_fraction", "validation_files", "shuffle", "format", "field", "exclude")

@@ -164,3 +164,53 @@ def test_resumed_run_equals_uninterrupted_run(workshop, config, trained, name):
     assert lines(whole) == lines(halves)
     for file in ("samples.jsonl", "evaluations.jsonl"):
         assert (whole / file).read_text() == (halves / file).read_text()
+
+
+@pytest.mark.slow
+def test_eight_devices_sample_what_one_does(workshop, config, trained):
+    run = workshop.folder / "mesh"
+    mesh = ("--mesh.fsdp", 4, "--mesh.tensor", 2)
+    workshop.train_all((config, "--train.run_dir", run, *EXACT, *mesh, "--train.steps", 2), devices=8)
+    ours, theirs = (records(folder, "samples.jsonl")[:8] for folder in (trained("exact"), run))
+    assert [sample["completion"] for sample in ours] == [sample["completion"] for sample in theirs]
+    metrics = records(run)
+    assert [record["rollout_logprob_diff_max"] for record in metrics] == [0.0, 0.0]
+    assert metrics[0]["loss"] == pytest.approx(records(trained("exact"))[0]["loss"], abs=1e-5)
+
+
+def test_show_batch_prints_completions_with_rewards_and_writes_nothing(workshop, config, trained):
+    before = sorted(workshop.folder.iterdir())
+    done = workshop.run(config, "--train.run_dir", "shown", "--show-batch")
+    assert done.status == 0, done.err
+    assert sorted(workshop.folder.iterdir()) == before
+    titles = [line for line in done.out.splitlines() if line.startswith("completion ")]
+    samples = records(trained("plain"), "samples.jsonl")[:8]
+    assert len(titles) == 8
+    for title, sample in zip(titles, samples, strict=True):
+        assert f"reward {sample['reward']:g} (mentions {sample['rewards']['mentions']:g}, brief " in title
+        assert f"advantage {sample['advantage']:+.3f}" in title
+    assert "\u27e6+ " in done.out and "\u27e6- " in done.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--rl.rewards", "rewards.py:short"), "short' returned 1 rewards for 8 completions"),
+        (("--rl.rewards", "rewards.py:fails"), "fails' raised RuntimeError: never works, and on every other"),
+        (("--rl.rewards", "rewards.py:nothing"), "rewards.py has no function 'nothing'"),
+        (("--rl.num_generations", "1"), "an advantage is relative to the others of a group"),
+        (("--rl.beta", "-1"), "rl.beta is -1"),
+        (("--rl.max_completion_length", "46"), "none of the 15 records of"),
+        (
+            ("--data.too_long", "fail", "--rl.max_completion_length", "39"),
+            "which leaves|leaves 9; shorten it",
+        ),
+        (("--data.files", "other.jsonl"), "no field 'prompt' (fields: 'text')"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(workshop, config, flags, message):
+    (workshop.folder / "other.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    done = workshop.run(config, "--train.run_dir", "bad", *flags)
+    assert done.status == 2, done.err
+    assert any(part in done.error for part in message.split("|")), done.error
+    assert not (workshop.folder / "bad" / "checkpoints").exists()
