@@ -3,8 +3,8 @@
 `extract` is supervised: a sentence about some objects, to be answered with one line `noun | color | number`,
 a format that the model has never seen. `manner` has preference pairs: two answers with the same content, one
 of them in the preferred style. `sums` has prompts for reinforcement learning, two numbers to add, and their
-answers: the number, a line of its own. Validation examples have sentences that no training example has. All are
-deterministic.
+answers: the number, a line of its own. Validation examples have sentences or numbers that no training example
+has. All are deterministic.
 """
 
 from __future__ import annotations
