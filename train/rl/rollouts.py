@@ -207,7 +207,11 @@ class Rollouts:
         scores, texts = self._reward(rows, sampled)
         rewards = self._total(scores).reshape(-1, rl.num_generations)
         reward_seconds = time.perf_counter() - begin
-        advantages = group_advantages(rewards, rl.scale_rewards)
+        advantages, equal = group_advantages(rewards, rl.scale_rewards), equal_groups(rewards)
+        if equal.all():
+            self._log(
+                f"step {step + 1}: in each group of completions all rewards are equal; nothing is learned"
+            )
         arrays = packing.pack([row.ids for row in rows], sampled, run.train.seq_len)
         begin = time.perf_counter()
         scored = [self._score(trainable, *part, key) for part in self._parts(arrays)]
@@ -225,7 +229,7 @@ class Rollouts:
                 "reward_std": rewards.std(),
                 **{f"reward/{n}": m for n, m in zip(self._names, _means(scores), strict=True)},
                 **{f"reward_std/{n}": m for n, m in zip(self._names, _deviations(scores), strict=True)},
-                "groups_equal": equal_groups(rewards).mean(),
+                "groups_equal": equal.mean(),
                 "completion_length": sampled.lengths.mean(),
                 "completion_length_max": sampled.lengths.max(),
                 "truncated": 1 - np.mean(self._ended(rows, sampled)),
