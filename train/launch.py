@@ -53,6 +53,7 @@ from .provenance import (
     with_places,
 )
 from .rl.prompts import PromptData
+from .rl.reward_models import RewardModels
 from .rl.rewards import Rewards
 from .rl.rollouts import Rollouts
 from .setup import Setup, open_run_data
@@ -127,6 +128,13 @@ def train(run: RunConfig) -> int:
                 setup.trainable_spec,
                 frozen,
                 rewards,
+                RewardModels(
+                    run.rl,
+                    setup.log,
+                    dtype=compute_dtype(run.train, setup.platform).name,
+                    template=run.data.template,
+                    mesh=setup.mesh,
+                ),
                 log=lambda text: report().log(text),
                 write=lambda samples: report().samples([sample.as_json() for sample in samples]),
             )

@@ -22,6 +22,7 @@ from .feed import Feed
 from .initialization import check_context, load_pretrained, model_config
 from .metrics.run_log import log_examples
 from .rl.prompts import PromptData
+from .rl.reward_models import RewardModels
 from .rl.rewards import Rewards
 from .rl.rollouts import Rollouts
 from .rl.samples import SampleRecord, show_samples
@@ -77,6 +78,7 @@ def _first_samples(run: RunConfig, tokenizer: Tokenizer, data: PromptData) -> li
             spec,
             frozen,
             rewards,
+            RewardModels(run.rl, terminal.note, dtype="float32", template=run.data.template, mesh=mesh),
             log=terminal.note,
             write=samples.extend,
         )

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from llama_jax.train.scorer import Scorer
 from tests.train.processes import Workshop, checkpoint_contents, records, steps
 
 STEPS = 4
@@ -178,6 +179,27 @@ def test_eight_devices_sample_what_one_does(workshop, config, trained):
     assert metrics[0]["loss"] == pytest.approx(records(trained("exact"))[0]["loss"], abs=1e-5)
 
 
+@pytest.mark.slow
+def test_a_reward_model_of_this_trainer_rewards_beside_functions(workshop, config):
+    pairs = [
+        {"prompt": f"The {a} was", "chosen": " happy.", "rejected": " sad and cold."}
+        for a in ("cat", "dog", "bird", "fish")
+    ]
+    (workshop.folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    judge, run = workshop.folder / "judge", workshop.folder / "judged"
+    flags = ("--train.objective", "reward", "--data.files", "pairs.jsonl", "--train.steps", 2)
+    workshop.train_all((config, "--train.run_dir", judge, *flags))
+    rewards = ("--rl.rewards", f"rewards.py:brief,model:{judge}", "--rl.reward_weights", "0.5,2")
+    workshop.train_all((config, "--train.run_dir", run, *rewards, "--train.steps", 2))
+    samples = records(run, "samples.jsonl")
+    expected = Scorer.load(judge).scores([(sample["prompt"], sample["completion"]) for sample in samples])
+    for sample, (score,) in zip(samples, expected, strict=True):
+        assert sample["rewards"]["judge"] == pytest.approx(score, abs=1e-4)
+        assert sample["reward"] == pytest.approx(
+            0.5 * sample["rewards"]["brief"] + 2 * sample["rewards"]["judge"], abs=1e-5
+        )
+
+
 def test_show_batch_prints_completions_with_rewards_and_writes_nothing(workshop, config, trained):
     before = sorted(workshop.folder.iterdir())
     done = workshop.run(config, "--train.run_dir", "shown", "--show-batch")
@@ -205,10 +227,12 @@ def test_show_batch_prints_completions_with_rewards_and_writes_nothing(workshop,
             ("--data.too_long", "fail", "--rl.max_completion_length", "39"),
             "which leaves|leaves 9; shorten it",
         ),
+        (("--rl.rewards", "model:{model}"), "is a language model, which has no head"),
         (("--data.files", "other.jsonl"), "no field 'prompt' (fields: 'text')"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(workshop, config, flags, message):
+def test_bad_input_is_one_line_and_leaves_nothing(workshop, config, shared_data, flags, message):
+    flags = [flag.format(model=shared_data / "stories260K" / "stories260K.bin") for flag in flags]
     (workshop.folder / "other.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     done = workshop.run(config, "--train.run_dir", "bad", *flags)
     assert done.status == 2, done.err

@@ -21,7 +21,8 @@ class RLConfig:
 
     Attributes:
       rewards: reward functions: `package.module:function`, `path/to/file.py:function`, or a built-in one:
-        `exact_match`, `numeric_match`, `format:REGEX`, `overlong:MAX,CACHE`.
+        `exact_match`, `numeric_match`, `math_verify`, `format:REGEX`, `overlong:MAX,CACHE`; or `model:RUN`, a
+        reward model, the directory of a run of `train.objective = "reward"`.
       reward_weights: the weight of each in the sum; all 1 by default.
       reward_timeout: seconds that one call of a reward function may take.
       failed_reward: the reward of an example on which a reward function raises or takes too long; each is
@@ -109,3 +110,8 @@ class RLConfig:
     def updates_per_rollout(self) -> int:
         """The number of optimizer steps after each sampling of completions."""
         return self.num_iterations * self.steps_per_generation
+
+
+def model_of(spec: str) -> str | None:
+    """The reward model that an item of `rewards` names; None for a function."""
+    return spec.removeprefix("model:") if spec.startswith("model:") else None

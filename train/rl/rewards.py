@@ -23,7 +23,7 @@ import numpy as np
 
 from llama_jax.errors import ConfigError, DataError
 
-from ..config.rl import RLConfig
+from ..config.rl import RLConfig, model_of
 from .worker import receive, send
 
 _START_SECONDS = 120.0  # importing a reward function may import much
@@ -74,9 +74,11 @@ class Rewards:
           ConfigError: for a function that cannot be imported.
         """
         self._config, self._log = config, log
-        self._functions = [_Function(spec, config.reward_timeout) for spec in config.rewards]
+        specs = [spec for spec in config.rewards if model_of(spec) is None]
+        self._functions = [_Function(spec, config.reward_timeout) for spec in specs]
+        self._threads = max(len(specs), 1)
         try:
-            with concurrent.futures.ThreadPoolExecutor(len(self._functions)) as pool:
+            with concurrent.futures.ThreadPoolExecutor(self._threads) as pool:
                 list(pool.map(_Function.start, self._functions))
         except BaseException:
             self.close()
@@ -94,14 +96,14 @@ class Rewards:
             function.stop()
 
     def __call__(self, batch: Completions) -> np.ndarray:
-        """The scores f64 [N, F] of N completions by F functions; NaN where one does not apply.
+        """The scores f64 [N, F] of N completions by the F functions; NaN where one does not apply.
 
         Raises:
           RewardError: for a function that returns what is no reward, or fails on every example.
         """
-        with concurrent.futures.ThreadPoolExecutor(len(self._functions)) as pool:
+        with concurrent.futures.ThreadPoolExecutor(self._threads) as pool:
             scores = list(pool.map(lambda function: self._score(function, batch), self._functions))
-        return np.stack(scores, axis=1)
+        return np.array(scores).reshape(-1, len(batch.completions)).T
 
     def _score(self, function: _Function, batch: Completions) -> np.ndarray:
         count = len(batch.completions)
@@ -217,6 +219,7 @@ def names_of(specs: Sequence[str]) -> list[str]:
     names: list[str] = []
     for spec in specs:
         place, _, last = spec.rpartition(":")
+        last = Path(last).name if model_of(spec) else last
         name = spec.partition(":")[0] if spec.startswith(("format:", "overlong:")) or not place else last
         same = sum(known.partition("_")[0] == name or known == name for known in names)
         names.append(f"{name}_{same + 1}" if name in names else name)

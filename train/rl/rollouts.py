@@ -32,6 +32,7 @@ from ..trainable import Frozen, TrainableSpec
 from . import exact, packing
 from .advantages import equal_groups, group_advantages
 from .prompts import Prompt, PromptData
+from .reward_models import RewardModels
 from .rewards import Completions, RewardError, Rewards, names_of
 from .sampler import Sampled, Sampler
 from .samples import SampleRecord
@@ -58,13 +59,15 @@ class Rollouts:
         trainable_spec: TrainableSpec,
         frozen: Frozen,
         rewards: Rewards | None,
+        reward_models: RewardModels,
         *,
         log: Callable[[str], None],
         write: Callable[[Sequence[SampleRecord]], None] = lambda _: None,
     ) -> None:
         """`rewards` are process 0's, and None in others; `write` gets the samples of each rollout."""
         self._run, self._data, self._tokenizer = run, data, tokenizer
-        self._feed, self._rewards, self._write, self._log = feed, rewards, write, log
+        self._feed, self._write, self._log = feed, write, log
+        self._rewards, self._reward_models = rewards, reward_models
         self._frozen = _committed(frozen)
         dtype = compute_dtype(run.train, platform)
         self._sampler = Sampler(model, run.rl, tokenizer, dtype, trainable_spec, log)
@@ -306,19 +309,20 @@ class Rollouts:
         """The scores f64 [N, F] of completions, computed by process 0, and their texts."""
         ids = [tokens[:n].tolist() for tokens, n in zip(sampled.tokens, sampled.lengths, strict=True)]
         texts = [self._text(prompt.ids, tokens) for prompt, tokens in zip(rows, ids, strict=True)]
+        place_of = lambda i: self._data.place(rows[i], validation=validation)  # noqa: E731
         answer: Any = None
         if self._rewards is not None:
             completions = [
                 text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": text}]
                 for prompt, text in zip(rows, texts, strict=True)
             ]
-            columns = dict.fromkeys(name for prompt in rows for name in prompt.columns)
+            names = dict.fromkeys(name for prompt in rows for name in prompt.columns)
             batch = Completions(
                 prompts=[prompt.prompt for prompt in rows],
                 completions=completions,
                 completion_ids=ids,
-                columns={name: [prompt.columns.get(name) for prompt in rows] for name in columns},
-                places=lambda i: self._data.place(rows[i], validation=validation),
+                columns={name: [prompt.columns.get(name) for prompt in rows] for name in names},
+                places=place_of,
             )
             try:
                 answer = self._rewards(batch)
@@ -327,7 +331,10 @@ class Rollouts:
         answer = pickle.loads(gather_bytes(pickle.dumps(answer))[0])
         if isinstance(answer, str):
             raise RewardError(answer)
-        return answer, texts
+        functions = iter(answer.T)
+        models = self._reward_models(rows, texts, place_of)
+        columns = [models[n] if n in models else next(functions) for n in range(len(self._names))]
+        return np.stack(columns, axis=1), texts
 
     def _measure(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
