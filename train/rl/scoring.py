@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from llama_jax import LlamaConfig, Sampling, sharding
 from llama_jax.decoding import processes
@@ -105,6 +106,8 @@ def _make_score(
 
         def choose(logits: jax.Array, index: jax.Array) -> jax.Array:
             """int32 [B, t]: the tokens sampled from logits [B, t, V]."""
+            # One position at a time, as decoding has them: no axis of the mesh may divide the positions.
+            logits = sharding.constrain(logits, P(sharding.BATCH, None, "tensor"))
             if is_unused.any():
                 logits = jnp.where(is_unused, -jnp.inf, logits)
 
