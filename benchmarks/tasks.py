@@ -3,7 +3,7 @@
 `extract` is supervised: a sentence about some objects, to be answered with one line `noun | color | number`,
 a format that the model has never seen. `manner` has preference pairs: two answers with the same content, one
 of them in the preferred style. `sums` has prompts for reinforcement learning, two numbers to add, and their
-answers: the number, a line of its own. Validation examples have sentences or numbers that no training example
+answers: the number and a period. Validation examples have sentences or numbers that no training example
 has. All are deterministic.
 """
 
@@ -104,10 +104,13 @@ def manner(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def sums(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Sums of two numbers from 1 to 9: 65 for training, 16 for validation."""
+    """Sums of two numbers from 1 to 9: 65 for training, 16 for validation; the answer ends with a period.
+
+    The prompt shows a sum, and no period: what is to be learned is the form, and to be right more often.
+    """
     pairs = list(itertools.product(range(1, 10), repeat=2))
     random.Random(seed).shuffle(pairs)
-    records = [{"prompt": f"{a} + {b} =", "answer": str(a + b)} for a, b in pairs]
+    records = [{"prompt": f"7 + 9 = 16\n{a} + {b} =", "answer": f"{a + b}."} for a, b in pairs]
     return records[:65], records[65:]
 
 
