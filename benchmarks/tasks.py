@@ -1,9 +1,10 @@
-"""Generates the finetuning tasks: `python -m benchmarks.tasks FOLDER` writes extract_* and manner_*.jsonl.
+"""Generates the tasks: `python -m benchmarks.tasks FOLDER` writes extract_*, manner_* and sums_*.jsonl.
 
 `extract` is supervised: a sentence about some objects, to be answered with one line `noun | color | number`,
 a format that the model has never seen. `manner` has preference pairs: two answers with the same content, one
-of them in the preferred style. Validation examples have sentences that no training example has. Both tasks
-are deterministic.
+of them in the preferred style. `sums` has prompts for reinforcement learning, two numbers to add, and their
+answers: the number and a period. Validation examples have sentences or numbers that no training example
+has. All are deterministic.
 """
 
 from __future__ import annotations
@@ -102,11 +103,22 @@ def manner(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return pairs(PLACES[:-2]), pairs(PLACES[-2:])
 
 
+def sums(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Sums of two numbers from 1 to 9: 65 for training, 16 for validation; the answer ends with a period.
+
+    The prompt shows a sum, and no period: what is to be learned is the form, and to be right more often.
+    """
+    pairs = list(itertools.product(range(1, 10), repeat=2))
+    random.Random(seed).shuffle(pairs)
+    records = [{"prompt": f"7 + 9 = 16\n{a} + {b} =", "answer": f"{a + b}."} for a, b in pairs]
+    return records[:65], records[65:]
+
+
 def write(folder: Path) -> list[Path]:
     """Writes all files into a folder, which is created if needed; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, (train, validation) in (("extract", extract()), ("manner", manner())):
+    for name, (train, validation) in (("extract", extract()), ("manner", manner()), ("sums", sums())):
         for part, records in (("train", train), ("test", validation)):
             path = folder / f"{name}_{part}.jsonl"
             path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -126,7 +127,7 @@ def _next_token_loss(
     num_chunks: int,
 ) -> Loss:
     weights = jnp.ones(tokens.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
-    targets = _shift_left(tokens)
+    targets = shift_left(tokens)
     weights = prediction_weights(weights, segment_ids)
     x, router = routed_hidden_states(
         config,
@@ -156,12 +157,12 @@ def prediction_weights(mask: jax.Array, segment_ids: jax.Array | None = None) ->
       f32 [B, T]; entry t is the weight of the prediction at position t.
     """
     # The next token may be on another device of `context`, so rows are gathered before the shift.
-    weights = _shift_left(mask)
+    weights = shift_left(mask)
     last = jnp.arange(mask.shape[1]) == mask.shape[1] - 1
     weights = jnp.where(last, 0.0, weights)
     if segment_ids is None:
         return weights
-    return jnp.where(_gather_context(segment_ids) == _shift_left(segment_ids), weights, 0.0)
+    return jnp.where(_gather_context(segment_ids) == shift_left(segment_ids), weights, 0.0)
 
 
 def _router_weights(balance: float | jax.Array, z: float | jax.Array) -> RouterLosses:
@@ -230,18 +231,13 @@ def _token_logprobs(
     options: ForwardOptions,
     num_chunks: int,
 ) -> tuple[jax.Array, RouterLosses | None]:
-    x, router = routed_hidden_states(config, params, tokens, positions, segment_ids, options=options)
-    x = sharding.gather_sequence(x)
-
-    def chunk_logprobs(chunk: Any) -> jax.Array:
-        x, targets = chunk
-        target_logits, log_z = _target_logits_and_log_z(unembed(x, params), targets)
+    def target_logprobs(logits: jax.Array, targets: jax.Array) -> jax.Array:
+        target_logits, log_z = _target_logits_and_log_z(logits, targets)
         return target_logits - log_z
 
-    length, chunks = x.shape[1], _chunk_count(x.shape[1], num_chunks)
-    inputs = tuple(_split(array, chunks) for array in (x, _shift_left(tokens)))
-    logprobs = jax.lax.map(jax.checkpoint(chunk_logprobs), inputs)
-    logprobs = jnp.moveaxis(logprobs, 0, 2).reshape(x.shape[0], -1)[:, :length]
+    x, router = routed_hidden_states(config, params, tokens, positions, segment_ids, options=options)
+    logprobs = map_logits(params, x, target_logprobs, shift_left(tokens), num_chunks=num_chunks)
+    length = x.shape[1]
     predicted = jnp.arange(length) > 0
     if segment_ids is not None:
         segments = _gather_context(segment_ids)
@@ -249,12 +245,52 @@ def _token_logprobs(
     return jnp.where(predicted, _roll(_gather_context(logprobs), 1), 0.0), router
 
 
+def map_logits(
+    params: Params,
+    x: jax.Array,
+    function: Callable[..., Any],
+    *inputs: Any,
+    num_chunks: int,
+) -> Any:
+    """`function` of the logits of every position, of which one chunk at a time is in memory.
+
+    The backward pass computes the logits of a chunk again. Logits of position t predict token t + 1.
+
+    Args:
+      params: the parameter tree; only the output projection is read.
+      x: hidden states [B, T, D].
+      function: (logits f32 [B, t, V], inputs [B, t, ...]) -> a tree of arrays [B, t], of some t of the
+        positions.
+      *inputs: trees of arrays [B, T, ...], of which the function gets those of its positions.
+      num_chunks: as for `next_token_loss`.
+
+    Returns:
+      The tree of arrays [B, T].
+    """
+    x = sharding.gather_sequence(x)
+
+    def of_chunk(chunk: Any) -> Any:
+        x, inputs = chunk
+        return function(unembed(x, params), *inputs)
+
+    length, chunks = x.shape[1], _chunk_count(x.shape[1], num_chunks)
+    split = jax.tree.map(lambda array: _split(array, chunks), (x, inputs))
+    mapped = jax.lax.map(jax.checkpoint(of_chunk), split)
+    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 2).reshape(y.shape[1], -1)[:, :length], mapped)
+
+
 def _gather_context(x: jax.Array) -> jax.Array:
     return sharding.constrain(jnp.asarray(x), P(sharding.BATCH, None))
 
 
-def _shift_left(x: jax.Array) -> jax.Array:
+def shift_left(x: jax.Array) -> jax.Array:
+    """[B, T], rolled by one: position t, which predicts token t + 1, gets what belongs to that."""
     return _roll(_gather_context(x), -1)
+
+
+def shift_right(x: jax.Array) -> jax.Array:
+    """[B, T], rolled by one: token t + 1 gets what was computed at position t."""
+    return _roll(_gather_context(x), 1)
 
 
 def _roll(x: jax.Array, shift: int) -> jax.Array:

@@ -70,7 +70,7 @@ def run(argv: Sequence[str]) -> None:
     from .config.read import load_config
     from .launch import train
     from .peers import crash_status
-    from .run_data import print_first_batch
+    from .show_batch import print_first_batch
 
     if len(config_names) > 1:
         raise UsageError(f"unexpected argument {config_names[1]!r}; settings are --section.key VALUE")

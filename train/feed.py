@@ -13,18 +13,24 @@ from jax.sharding import Mesh
 from llama_jax.errors import ConfigError
 from llama_jax.sharding import TOKENS_BT, batch_axes, batch_parts, named
 
+from .config.objective import RL_OBJECTIVES
 
-def batch_dtypes(objective: str, *, reference: bool = False) -> dict[str, np.dtype]:
+
+def batch_dtypes(objective: str, *, reference: bool = False, exact: bool = False) -> dict[str, np.dtype]:
     """Names and dtypes of the arrays [B, T] of an objective's batches; see `objectives.common.Batch`.
 
     Args:
       objective: `train.objective`.
       reference: whether batches carry precomputed reference log-probabilities.
+      exact: whether batches of completions carry the present policy's log-probabilities.
     """
     int32, float32 = np.dtype(np.int32), np.dtype(np.float32)
     dtypes = dict.fromkeys(("tokens", "segment_ids", "positions"), int32)
     if objective == "pretrain":
         return dtypes
+    if objective in RL_OBJECTIVES:
+        floats = ("advantages", "old_logprobs", *(("logprobs",) if exact else ()))
+        return {**dtypes, "mask": int32, **dict.fromkeys(floats, float32)}
     return {**dtypes, "mask": int32, "value": float32, **({"reference": float32} if reference else {})}
 
 

@@ -4,39 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
-from llama_jax import LlamaConfig
 from llama_jax.console import terminal
 from llama_jax.console.loading import init_jax
 from llama_jax.errors import InputError
 from llama_jax.plan.flops import flops_by_attention
 from llama_jax.sharding import check_mesh, use_mesh
 from llama_jax.storage.atomic import write_atomically
-from llama_jax.tokenizer import Tokenizer
 from llama_jax.tokenizer.fit import fit_vocabulary
-from llama_jax.weights.runs import StepMetadata
 
 from . import gpu
 from .checkpoints.checkpoints import Checkpoints, Restored
 from .checkpoints.lock import run_directory, run_lock
-from .config.objective import REFERENCE_OBJECTIVES
+from .config.objective import RL_OBJECTIVES
 from .config.read import to_toml
 from .config.run import RunConfig
 from .coordination import Agreement
-from .data import Data
+from .data import Batches, Data
 from .devices import check_quantization, compute_dtype, has_fp8, resolve_attention, run_mesh, start_jax
 from .export import export_adapter
 from .failed_start import discarded_unless_begun
 from .feed import Feed
-from .initialization import check_context, load_pretrained, model_config, weights_fingerprint
+from .initialization import check_context, model_config
 from .loop import EVAL_LOSSES, Loop
 from .metrics.clock import Clock, GoodputRecords
 from .metrics.evaluate import make_eval_fn, make_sample_fn
@@ -55,92 +49,22 @@ from .provenance import (
     check_settings,
     is_same_model,
     needs_base,
-    place_of,
-    provenance,
     read_started,
     with_places,
 )
 from .restoring import restore_state
-from .run_data import open_run_data
+from .rl.prompts import PromptData
+from .rl.reward_models import RewardModels
+from .rl.rewards import Rewards
+from .rl.rollouts import Rollouts
+from .setup import Setup, open_run_data
 from .signals import Interrupts
-from .state import TrainState, init_state, residual_parts, split_params, with_residual
+from .state import TrainState, init_state, residual_parts, with_residual
 from .step import build_step
 from .teacher import check_teacher, load_teacher, teacher_config
 from .tokenizer import run_tokenizer
 from .trainable import Frozen, TrainableSpec, with_labels
 from .watchdog import Watchdog
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """Everything about a run that is known before its state exists.
-
-    Attributes:
-      run: the configuration.
-      run_dir: the run's directory.
-      platform: such as `cpu`, `gpu` or `tpu`.
-      mesh: the device mesh; None for a single device.
-      feed: transfers batches to the devices.
-      tokenizer: the run's tokenizer.
-      model: the model's configuration.
-      trainable_spec: which parameters are trained.
-      teacher: the configuration of the teacher; None without one.
-      data: the training and validation data.
-      is_primary: whether this is process 0, which writes files and logs.
-      log: prints a line on stderr; does nothing in other processes.
-      given: the configuration as it was given; in `run`, files that moved are where they are now.
-      started: the record of the run's newest checkpoint; None if it has none.
-    """
-
-    run: RunConfig
-    run_dir: Path
-    platform: str
-    mesh: Mesh | None
-    feed: Feed
-    tokenizer: Tokenizer
-    model: LlamaConfig
-    trainable_spec: TrainableSpec
-    teacher: LlamaConfig | None
-    data: Data
-    is_primary: bool
-    log: Callable[[str], None]
-    given: RunConfig
-    started: StepMetadata | None
-
-    @functools.cached_property
-    def base(self) -> str | None:
-        """The fingerprint of the frozen or reference weights; None if the run has none or they are random."""
-        run, is_reference = self.run, self.run.train.objective in REFERENCE_OBJECTIVES
-        if not run.model.init_from or not (is_reference or self.trainable_spec.adapter is not None):
-            return None
-        place = place_of(self.given, self.run_dir, self.started, "model.init_from")
-        if place is None and self.started is not None:  # a run of all weights reads them no more
-            return self.started.run.get("base")
-        return weights_fingerprint(run.model.init_from)
-
-    @functools.cached_property
-    def provenance(self) -> dict[str, Any]:
-        """What is recorded in checkpoints, and compared when the run is resumed."""
-        return provenance(
-            self.given,
-            self.run_dir,
-            self.started,
-            data=self.data.fingerprint,
-            model=self.model,
-            spec=self.trainable_spec,
-            base=self.base,
-            base_model=self.run.model.init_from,
-            teacher=None if self.teacher is None else weights_fingerprint(self.run.distillation.teacher),
-        )
-
-    def load_pretrained(self) -> Any:
-        """The weights of `model.init_from`; None if weights start random."""
-        return load_pretrained(self.run, self.mesh, self.trainable_spec)
-
-    def split_initial_params(self) -> tuple[Any, Frozen]:
-        """The initial trainable and frozen parameters."""
-        params = self.load_pretrained()
-        return split_params(self.model, self.run.train.seed, params, self.trainable_spec)
 
 
 def train(run: RunConfig) -> int:
@@ -164,6 +88,7 @@ def train(run: RunConfig) -> int:
         end_together(stack.close, agreement, watchdog),
     ):
         setup = _set_up(run, stack)
+        rewards = _start_rewards(setup, stack)
         checkpoints = stack.enter_context(
             Checkpoints(
                 setup.run_dir, run.checkpoint, model=setup.model, run=setup.provenance, warn=setup.log
@@ -195,7 +120,36 @@ def train(run: RunConfig) -> int:
         if data is None:
             setup.log("stopped before the first batch; nothing is saved")
             return interrupts.agreed_stop()
-        batches = data.train()
+        batches: Batches | Rollouts
+        evaluate: Callable[[Any], dict[str, float]]
+        loop: Loop
+        report = lambda: loop.report  # noqa: E731  # which shows no progress before the step is compiled
+        if isinstance(data, PromptData):
+            batches = Rollouts(
+                run,
+                setup.model,
+                setup.platform,
+                setup.tokenizer,
+                setup.feed,
+                data,
+                setup.trainable_spec,
+                frozen,
+                rewards,
+                RewardModels(
+                    run.rl,
+                    setup.log,
+                    dtype=compute_dtype(run.train, setup.platform).name,
+                    template=run.data.template,
+                    mesh=setup.mesh,
+                ),
+                log=lambda text: report().log(text),
+                write=lambda samples: report().samples([sample.as_json() for sample in samples]),
+            )
+            evaluate = batches.evaluate
+        else:
+            batches = data.train()
+            args = (run, setup.model, setup.platform, data, setup.feed, setup.trainable_spec, frozen)
+            evaluate = make_eval_fn(*args, log=setup.log)
         stack.callback(batches.close)
         if restored is not None:
             batches.restore(restored.data_states)
@@ -218,7 +172,7 @@ def train(run: RunConfig) -> int:
             goodput=stack.enter_context(
                 GoodputRecords(setup.run_dir, clock, first=start_step, is_primary=setup.is_primary)
             ),
-            evaluate=make_eval_fn(run, model, platform, data, setup.feed, spec, frozen, log=setup.log),
+            evaluate=evaluate,
             sample=make_sample_fn(run, model, platform, setup.tokenizer, spec, frozen),
             find_nonfinite=make_find_nonfinite(run, model, platform, spec, frozen),
             flops_per_token=flops_by_attention(
@@ -241,6 +195,13 @@ def _check_wandb(run: RunConfig) -> None:
         raise InputError(
             f"log.wandb is {run.log.wandb!r} and wandb is not installed: pip install 'llama-jax[wandb]'"
         )
+
+
+def _start_rewards(setup: Setup, stack: contextlib.ExitStack) -> Rewards | None:
+    """Starts the reward functions, in process 0 of a run that has any."""
+    if setup.run.train.objective not in RL_OBJECTIVES or not setup.is_primary:
+        return None
+    return stack.enter_context(Rewards(setup.run.rl, setup.log))
 
 
 def _set_up(run: RunConfig, stack: contextlib.ExitStack) -> Setup:
@@ -332,10 +293,11 @@ def _with_teacher(setup: Setup, frozen: Frozen) -> Frozen:
 
 def _with_reference_logprobs(
     setup: Setup, state: TrainState, frozen: Frozen, restored: Restored | None, interrupts: Interrupts
-) -> Data | None:
+) -> Data | PromptData | None:
     """The data, with precomputed reference log-probabilities if they are configured; None if stopped."""
-    if not setup.run.preference.precompute_ref_log_probs:
-        return setup.data
+    data = setup.data
+    if isinstance(data, PromptData) or not setup.run.preference.precompute_ref_log_probs:
+        return data
 
     def initial_params() -> Any:
         if restored is None or frozen is not None:
@@ -347,7 +309,7 @@ def _with_reference_logprobs(
         setup.run_dir,
         setup.model,
         setup.platform,
-        setup.data,
+        data,
         setup.feed,
         setup.trainable_spec,
         base=setup.base,
@@ -355,7 +317,7 @@ def _with_reference_logprobs(
         stop=interrupts.agreed_stop,
         log=setup.log,
     )
-    return None if logprobs is None else setup.data.with_reference(logprobs)
+    return None if logprobs is None else data.with_reference(logprobs)
 
 
 def _make_report(setup: Setup, start_step: int) -> Report:
@@ -366,10 +328,11 @@ def _make_report(setup: Setup, start_step: int) -> Report:
         start_step=start_step,
         is_primary=setup.is_primary,
         settings=dataclasses.asdict(setup.run),
+        has_samples=setup.run.train.objective in RL_OBJECTIVES,
     )
 
 
-def _finish(setup: Setup, data: Data, loop: Loop, stopped: int) -> None:
+def _finish(setup: Setup, data: Data | PromptData, loop: Loop, stopped: int) -> None:
     """Logs how the run ended; writes the adapter and the plot of a run that was not stopped."""
     if stopped:
         log_goodput(loop.goodput, loop.report.log)

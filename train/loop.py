@@ -24,6 +24,8 @@ from .data import Batches
 from .feed import Feed, only_arrays
 from .metrics.clock import Clock, GoodputRecords
 from .metrics.report import Report
+from .rl.rewards import RewardError
+from .rl.rollouts import Rollouts
 from .signals import FAILED, REFUSED, Interrupts
 from .state import TrainState
 from .step import StepMetrics
@@ -60,7 +62,7 @@ class Loop:
       step: the compiled step.
       state: the training state.
       steps_done: number of steps in `state`.
-      batches: this process's batches from the next step on.
+      batches: this process's batches from the next step on; rollouts are made with its weights.
       feed: transfers batches to the devices.
       checkpoints, report, interrupts, clock, goodput: see their classes.
       evaluate: trainable parameters -> metrics on the validation set.
@@ -76,7 +78,7 @@ class Loop:
     step: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
     state: TrainState
     steps_done: int
-    batches: Batches
+    batches: Batches | Rollouts
     feed: Feed
     checkpoints: Checkpoints
     report: Report
@@ -174,9 +176,10 @@ class Loop:
         self._eval_metrics = {}
         self._save()
         self.checkpoints.wait()
+        how = " with --data.bad_records skip goes on from there (files that are changed need a new run)"
         self.report.log(
-            f"saved after step {self.steps_done}; the same command with --data.bad_records skip goes on from "
-            "there (files that are changed need a new run)"
+            f"saved after step {self.steps_done}; the same command"
+            f"{' goes on from there' if isinstance(error, RewardError) else how}"
         )
 
     def _run_step(self) -> None:
@@ -187,6 +190,7 @@ class Loop:
         """
         self._profile()
         batch = self._next_batch()
+        begin = time.perf_counter()
         self.state, metrics = self.step(self.state, self.feed.put(batch))
         for value in jax.tree.leaves(metrics):
             value.copy_to_host_async()
@@ -194,6 +198,10 @@ class Loop:
         self._running.append((self.steps_done, metrics))
         self._recent_batches[self.steps_done] = batch
         self._recent_batches.pop(self.steps_done - 2, None)
+        if isinstance(self.batches, Rollouts):  # which need its weights
+            jax.block_until_ready(metrics)
+            self.batches.updated(time.perf_counter() - begin, metrics)
+            self._finish_running()
         self._finish_running(but=1)
         self.report.advance(self.steps_done)
         if self.steps_done == self.run.train.steps:
@@ -206,6 +214,8 @@ class Loop:
 
     def _next_batch(self) -> Mapping[str, np.ndarray]:
         """This process's next batch; the wait is the data's where the devices have become idle."""
+        if isinstance(self.batches, Rollouts):
+            return self.batches.next(self.state, self.steps_done)
         start, self.clock.waiting_for = time.monotonic(), "waiting for a batch"
         batch = next(self.batches)
         self.clock.waiting_for = ""
@@ -292,6 +302,7 @@ class Loop:
                 "learning_rate": float(metrics[-1].learning_rate),
                 "grad_norm": float(metrics[-1].grad_norm),
                 **{name: float(value) for name, value in router.items()},
+                **(self.batches.metrics() if isinstance(self.batches, Rollouts) else {}),
                 "seconds": time.perf_counter() - self._start,
                 "step_seconds": seconds["steps"] / steps,
                 "data_seconds": seconds["data"] / steps,
@@ -325,7 +336,7 @@ class Loop:
             if evaluate:
                 self._eval_metrics = self.evaluate(self.state.params)
                 record |= self._eval_metrics
-                self.eval_losses += [self._eval_metrics["eval_loss"]] if self._eval_metrics else []
+                self.eval_losses += [x for name, x in self._eval_metrics.items() if name == "eval_loss"]
             if sample:
                 key = jax.random.fold_in(self.state.key, self.steps_done)
                 record["text"] = self.sample(self.state.params, key)

@@ -17,7 +17,6 @@ from llama_jax.storage import as_path
 from llama_jax.weights.run_adapters import CONTEXT, context_fields, portable_path, step_fields
 from llama_jax.weights.runs import StepMetadata, read_step_metadata, step_folders
 
-from .config.objective import REFERENCE_OBJECTIVES
 from .config.read import load_config
 from .config.run import RunConfig
 from .gather import gather_bytes
@@ -25,7 +24,14 @@ from .trainable import TrainableSpec
 
 CONFIG_FILE = "config.toml"
 # Settings that a run keeps, as its batches or the leaves of its checkpoints depend on them.
-_FIXED = ("train.seed", "train.seq_len", "train.global_batch_size", "train.objective", "optimizer.name")
+_FIXED: tuple[str, ...] = (
+    "train.seed",
+    "train.seq_len",
+    "train.global_batch_size",
+    "train.objective",
+    "optimizer.name",
+)
+_FIXED += ("rl.num_generations", "rl.num_iterations", "rl.steps_per_generation")
 _ADAPTER = ("type", "rank", "alpha", "target_modules", "rslora", "dora", "bottleneck_size", "prefix_length")
 # Settings that the data's fingerprint depends on, beside the files and the tokenizer.
 _DATA: tuple[str, ...] = ("validation_fraction", "validation_files", "shuffle", "format", "field", "exclude")
@@ -149,9 +155,7 @@ def place_of(run: RunConfig, run_dir: Path, started: StepMetadata | None, name: 
 
 def needs_base(run: RunConfig) -> bool:
     """Whether every start of a run reads the weights of `model.init_from`, not only the first."""
-    has_reference = run.train.objective in REFERENCE_OBJECTIVES
-    in_step = has_reference and not run.preference.precompute_ref_log_probs
-    return run.adapter.type != "none" or in_step
+    return run.adapter.type != "none" or run.runs_reference
 
 
 def with_places(run: RunConfig, run_dir: Path, started: StepMetadata | None) -> RunConfig:

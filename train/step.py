@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
@@ -19,10 +19,12 @@ from llama_jax.ops.gradient_sums import sum_over_data, sum_over_data_in_int8
 from llama_jax.ops.router_losses import RouterLosses
 from llama_jax.sharding import TOKENS_BT, batch_axes, batch_parts, explicit_axes, named
 
+from .config.objective import RL_OBJECTIVES
 from .config.run import RunConfig
 from .feed import batch_dtypes
 from .objectives import make_loss_fn
 from .objectives.common import Batch, LossFn
+from .objectives.policy import POLICY_METRICS, PolicyLoss
 from .optimizer import make_optimizer, make_schedule
 from .state import TrainState, abstract, abstract_state, with_residual
 from .teacher import random_teacher, teacher_config
@@ -41,6 +43,7 @@ class StepMetrics:
       skipped: int32, skipped steps so far.
       bad_run: int32, consecutive skipped steps up to this one.
       router: the auxiliary losses of a mixture's routers; None where the loss has none.
+      policy: sums over the batch by the names of `POLICY_METRICS`; None for other objectives.
     """
 
     loss: jax.Array
@@ -50,6 +53,7 @@ class StepMetrics:
     skipped: jax.Array
     bad_run: jax.Array
     router: RouterLosses | None = None
+    policy: Mapping[str, jax.Array] | None = None
 
 
 # (state, batch, frozen parameters) -> (state, metrics)
@@ -69,6 +73,7 @@ def make_step(
     ema_decay: float = 0.0,
     gradient_dtype: jax.typing.DTypeLike = jnp.float32,
     has_router_losses: bool = False,
+    has_policy_metrics: bool = False,
 ) -> Step:
     """Makes the step, not yet jitted.
 
@@ -88,6 +93,7 @@ def make_step(
       gradient_dtype: in which gradients are summed over the mesh axis `data`, once a step; of a state with a
         residual they are in int8.
       has_router_losses: whether the loss has those of a mixture's routers.
+      has_policy_metrics: whether the loss is a `PolicyLoss`.
     """
     split_loss_fn = trainable_spec.wrap(loss_fn)
 
@@ -112,7 +118,10 @@ def make_step(
 
         zero = jnp.zeros((), jnp.float32)
         router = RouterLosses(balance=zero, z=zero) if has_router_losses else None
-        zeros = (Loss(total=zero, count=zero, router=router), jax.tree.map(jnp.zeros_like, params))
+        empty = Loss(total=zero, count=zero, router=router)
+        if has_policy_metrics:
+            empty = PolicyLoss(total=zero, count=zero, metrics=dict.fromkeys(POLICY_METRICS, zero))
+        zeros = (empty, jax.tree.map(jnp.zeros_like, params))
         batches = {name: _microbatches(x, gradient_accumulation_steps) for name, x in batch.items()}
         keys = jax.random.split(key, gradient_accumulation_steps)
         return jax.lax.scan(add_microbatch, zeros, (batches, keys))[0]
@@ -165,6 +174,7 @@ def make_step(
             skipped=new_state.skipped,
             bad_run=new_state.bad_run,
             router=jax.tree.map(lambda x: x / count, loss.router),
+            policy=getattr(loss, "metrics", None),
         )
         return new_state, metrics
 
@@ -237,11 +247,16 @@ def build_step(
         needs_key=run.train.neftune_alpha > 0 or run.train.stochastic_rounding,
         ema_decay=run.optimizer.ema_decay,
         gradient_dtype=jnp.float32 if parts else jnp.dtype(run.mesh.gradient_dtype),
-        has_router_losses=bool(model.num_experts) and run.train.objective != "distill",
+        has_router_losses=bool(model.num_experts) and run.train.objective not in ("distill", *RL_OBJECTIVES),
+        has_policy_metrics=run.train.objective in RL_OBJECTIVES,
     )
     shape = (run.train.global_batch_size, run.train.seq_len)
     layout = SingleDeviceSharding(jax.devices()[0]) if mesh is None else named(mesh, TOKENS_BT)
-    dtypes = batch_dtypes(run.data_objective, reference=run.preference.precompute_ref_log_probs)
+    dtypes = batch_dtypes(
+        run.data_objective,
+        reference=run.preference.precompute_ref_log_probs,
+        exact=run.train.exact_rollouts,
+    )
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in dtypes.items()}
     state, frozen = abstract_state(model, optimizer, mesh, trainable_spec)
     if (teacher := teacher or teacher_config(run)) is not None:

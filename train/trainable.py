@@ -15,7 +15,7 @@ from llama_jax.errors import ConfigError
 from llama_jax.ops.quantization import Quantized
 from llama_jax.weights.hf import default_labels
 
-from .config.objective import HEAD_OBJECTIVES, REFERENCE_OBJECTIVES
+from .config.objective import HEAD_OBJECTIVES
 from .config.optimizer import OptimizerConfig
 from .config.run import RunConfig
 from .devices import compute_dtype
@@ -62,8 +62,7 @@ class TrainableSpec:
         return TrainableSpec(
             adapter=run.adapter.settings,
             base=compute_dtype(run.train, platform).name if base == "auto" else base,
-            reference=run.train.objective in REFERENCE_OBJECTIVES
-            and not run.preference.precompute_ref_log_probs,
+            reference=run.runs_reference,
             head_outputs=head_outputs if run.train.objective in HEAD_OBJECTIVES else 0,
             optimizer=run.optimizer,
         )

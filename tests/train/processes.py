@@ -202,7 +202,8 @@ def checkpoint_contents(run: Path, step: int) -> tuple[Mapping[str, np.ndarray],
             arrays[f"{part}:{jax.tree_util.keystr(path, simple=True, separator='.')}"] = np.asarray(leaf)
     lanes: dict[str, Any] = {}
     for path in (folder / "data").glob("process_*.json"):
-        lanes |= json.loads(path.read_text())["lanes"]
+        state = json.loads(path.read_text())
+        lanes |= state.get("lanes", state)  # completions are not of lanes
     return arrays, lanes
 
 

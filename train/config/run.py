@@ -15,9 +15,10 @@ from .eval import EvalConfig
 from .log import LogConfig
 from .mesh import MeshConfig
 from .model import ModelConfig
-from .objective import Objective
+from .objective import REFERENCE_OBJECTIVES, RL_OBJECTIVES, Objective
 from .optimizer import OptimizerConfig
 from .preference import PreferenceConfig
+from .rl import RLConfig
 from .tokenizer import TokenizerConfig
 from .train import TrainConfig
 
@@ -33,6 +34,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "PreferenceConfig",
+    "RLConfig",
     "RunConfig",
     "TokenizerConfig",
     "TrainConfig",
@@ -55,6 +57,7 @@ class RunConfig:
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     preference: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
     distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
+    rl: RLConfig = dataclasses.field(default_factory=RLConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
@@ -94,8 +97,61 @@ class RunConfig:
             raise ConfigError(
                 'train.objective is "classify" and data.labels is not set; list the names of the classes'
             )
+        if self.train.objective in RL_OBJECTIVES:
+            self._check_rl()
+        elif self.train.exact_rollouts:
+            raise ConfigError(
+                f'train.exact_rollouts is true and train.objective "{self.train.objective}", which samples '
+                'nothing; it applies to "grpo": leave it out'
+            )
+
+    @property
+    def runs_reference(self) -> bool:
+        """Whether each step runs the reference model, the initial parameters, beside the trained one."""
+        if self.train.objective in RL_OBJECTIVES:
+            return self.rl.beta > 0
+        return self.train.objective in REFERENCE_OBJECTIVES and not self.preference.precompute_ref_log_probs
 
     @property
     def data_objective(self) -> Objective:
         """The objective whose record formats and batches the run reads."""
         return self.distillation.data if self.train.objective == "distill" else self.train.objective
+
+    def _check_rl(self) -> None:
+        """Checks the settings of reinforcement learning against each other."""
+        train, rl, name = self.train, self.rl, f'train.objective is "{self.train.objective}"'
+        if not rl.rewards:
+            raise ConfigError(
+                f'{name} and rl.rewards is not set; name reward functions, such as "exact_match" or '
+                '"package.module:function"'
+            )
+        if train.objective == "grpo" and rl.num_generations < 2:
+            raise ConfigError(
+                f"{name} and rl.num_generations {rl.num_generations}; an advantage is relative to the others "
+                "of a group: give at least 2"
+            )
+        if train.global_batch_size % rl.num_generations:
+            raise ConfigError(
+                f"train.global_batch_size {train.global_batch_size} is not a multiple of rl.num_generations "
+                f"{rl.num_generations}; a batch has whole groups: set it to "
+                f"{-(-train.global_batch_size // rl.num_generations) * rl.num_generations}"
+            )
+        if rl.max_completion_length >= train.seq_len:
+            raise ConfigError(
+                f"rl.max_completion_length is {rl.max_completion_length} and train.seq_len {train.seq_len}, "
+                "which a prompt and its completion share: raise train.seq_len"
+            )
+        if train.quantization != "none":
+            raise ConfigError(
+                f'{name} and train.quantization "{train.quantization}", which decoding does not compute: '
+                "leave it out"
+            )
+        if self.data.too_long == "truncate":
+            raise ConfigError(
+                f'{name} and data.too_long "truncate"; a prompt that is cut asks something else: use "drop" '
+                'or "fail"'
+            )
+        if self.eval.patience:
+            raise ConfigError(
+                f"{name} and eval.patience {self.eval.patience}, which follows eval_loss: leave it out"
+            )

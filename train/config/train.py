@@ -25,7 +25,8 @@ class TrainConfig:
     Attributes:
       objective: `pretrain`; `sft` on prompts and answers; on pairs of answers `dpo`, `simpo` or `orpo`, or
         `reward` for a reward model; `kto` on answers labeled true or false; `distill` from a teacher;
-        `classify` or `regress` with a head on the last token.
+        `classify` or `regress` with a head on the last token; `grpo` on completions that are sampled and
+        rewarded.
       steps: total number of optimizer steps, including those before the run was resumed.
       run_dir: the run's output directory; the same directory again resumes the run.
       seed: of the initial weights, the data order and the sampled text.
@@ -49,6 +50,8 @@ class TrainConfig:
       router_z_loss_coef: likewise, of the router z-loss (ST-MoE, arXiv 2202.08906, which used 1e-3).
       neftune_alpha: noise on the embeddings in training, uniform within alpha / sqrt(length of the example x
         hidden_size) (NEFTune, arXiv 2310.05914, which used 5 to 15); 0 for none.
+      exact_rollouts: in reinforcement learning, sample with the very log-probabilities that the trainer
+        computes, bit for bit: see docs/rl.md.
       max_bad_steps: consecutive steps with a non-finite loss or gradient after which the run aborts; such
         steps are skipped: they update nothing.
       profile_at, profile_steps: first step and number of steps of a profiler trace; profile_at 0 for none.
@@ -76,6 +79,7 @@ class TrainConfig:
     router_aux_loss_coef: float = 0.02
     router_z_loss_coef: float = 0.0
     neftune_alpha: float = 0.0
+    exact_rollouts: bool = False
     max_bad_steps: int = 5
     profile_at: int = 0
     profile_steps: int = 3

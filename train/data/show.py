@@ -13,7 +13,7 @@ from llama_jax.tokenizer import Tokenizer
 from ..config.objective import PAIR_OBJECTIVES, Objective
 
 _SEPARATOR = "╎"  # rare in texts, unlike |
-_VISIBLE = {"\n": "↵\n", "\t": "⇥\t", "\r": "␍"}  # replacements for invisible characters
+VISIBLE = {"\n": "↵\n", "\t": "⇥\t", "\r": "␍"}  # replacements for invisible characters
 
 
 def show_batch(
@@ -79,7 +79,7 @@ def _styled_tokens(ids: list[int], trained: list[bool], tokenizer: Tokenizer, co
                 "⟦" if train and not previous else "⟧" if previous and not train else _SEPARATOR if i else ""
             )
         piece = "".join(
-            _VISIBLE.get(c, c if c.isprintable() else repr(c)[1:-1]) for c in tokenizer.piece(token)
+            VISIBLE.get(c, c if c.isprintable() else repr(c)[1:-1]) for c in tokenizer.piece(token)
         )
         style = f"underline {'green' if i % 2 else 'bright_green'}" if train else "dim"
         text.append(piece, f"{style} reverse" if token in control else style)

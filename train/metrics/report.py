@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,12 +19,14 @@ from llama_jax.storage.atomic import write_atomically
 from ..config.log import LogConfig
 from .append_file import AppendFile
 
-METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+METRICS, EVALUATIONS, SAMPLES = "metrics.jsonl", "evaluations.jsonl", "samples.jsonl"
+_SHOWN = 8  # samples of a rollout that trackers get
 WANDB_ID_FILE = "wandb_id"
 _SPEED_SECONDS = 600.0  # of which the bar's time to go is estimated: many steps, even of a minute each
 # The metrics of an evaluation's log line, in this order, and their formats.
 _EVALUATION_FORMATS = {
     "eval_loss": ".4f",
+    "eval_reward": ".4f",
     "eval_perplexity": ".2f",
     "bits_per_byte": ".3f",
     "accuracy": ".1%",
@@ -44,6 +46,7 @@ class Report:
       start_step: the step that the run resumes after; records of later steps, which run again, are removed.
       is_primary: whether this is process 0.
       settings: the run's configuration, for W&B.
+      has_samples: whether the run samples completions.
 
     Attributes:
       problem: what went wrong first in writing the metrics or the log, if anything: the run is to be saved
@@ -62,6 +65,7 @@ class Report:
         start_step: int,
         is_primary: bool,
         settings: Mapping[str, Any],
+        has_samples: bool = False,
     ) -> None:
         self._is_primary = is_primary
         self.problem: InputError | StoreError | BrokenPipeError | None = None
@@ -87,7 +91,7 @@ class Report:
         self._wandb: Any = None
         if not is_primary:
             return
-        for name in (METRICS, EVALUATIONS):
+        for name in (METRICS, EVALUATIONS, *((SAMPLES,) if has_samples else ())):
             _truncate_after(run_dir / name, start_step)
             self._files[name] = AppendFile(run_dir / name)
             self._files[name].append(b"")
@@ -132,6 +136,8 @@ class Report:
     def step(self, record: Mapping[str, Any]) -> None:
         """Writes the metrics of the steps since the last record."""
         line = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s"
+        if "reward" in record:
+            line = f"reward {record['reward']:.4f}  {line}"
         if record["mfu"] is not None:
             line += f"  MFU {record['mfu']:.1%}"
         self._bar.update(self._task, completed=record["step"], metrics=line)
@@ -142,7 +148,7 @@ class Report:
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Writes the metrics of an evaluation, a sampled text, or both."""
-        if "eval_loss" in record:
+        if "eval_loss" in record or "eval_reward" in record:
             metrics = [
                 f"{name} {record[name]:{spec}}"
                 for name, spec in _EVALUATION_FORMATS.items()
@@ -153,6 +159,22 @@ class Report:
             self.log(f"step {record['step']}  sample: {record['text']!r}")
         self._write(EVALUATIONS, record)
         self._track("eval", record)
+
+    def samples(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Writes the completions of a rollout; trackers get the first ones, as a text or a table."""
+        for record in records:
+            self._write(SAMPLES, record)
+        step, shown = records[0]["step"], records[:_SHOWN]
+        names = ("prompt", "completion", "reward", "advantage")
+        if self._tensorboard is not None:
+            rows = [" | ".join(map(_cell, [record[name] for name in names])) for record in shown]
+            head = [" | ".join(names), " | ".join("---" for _ in names)]
+            self._tensorboard.add_text("samples", "\n".join([*head, *rows]), step)
+        if self._wandb is not None:
+            import wandb
+
+            data = [[str(record[name]) for name in names] for record in shown]
+            self._wandb.log({"samples": wandb.Table(columns=list(names), data=data)}, step=step)
 
     def log(self, text: str) -> None:
         """Prints a line on stderr, above the progress bar."""
@@ -201,6 +223,11 @@ def _truncate_after(path: Path, step: int) -> None:
     if path.is_file():
         kept = [record for record in read_records(path) if record["step"] <= step]
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def _cell(value: Any) -> str:
+    """A cell of a Markdown table."""
+    return str(value).replace("|", "\\|").replace("\n", "<br>")
 
 
 def _finite(record: Mapping[str, Any]) -> dict[str, Any]:

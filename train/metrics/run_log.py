@@ -22,6 +22,7 @@ from ..config.objective import HEAD_OBJECTIVES
 from ..config.run import RunConfig
 from ..data import Data
 from ..devices import compute_dtype
+from ..rl.prompts import PromptData
 from ..trainable import Frozen
 from .clock import GoodputRecords
 from .plot import PLOT, plot_losses
@@ -32,7 +33,7 @@ Log = Callable[[str], None]
 def log_run(
     run: RunConfig,
     model: LlamaConfig,
-    data: Data,
+    data: Data | PromptData,
     mesh: Mesh | None,
     log: Log,
     teacher: LlamaConfig | None = None,
@@ -80,7 +81,7 @@ def _context(model: LlamaConfig) -> str:
     return f"; context {model.max_position_embeddings} ({scaling.kind}, factor {scaling.factor:g})"
 
 
-def log_examples(data: Data, log: Log) -> None:
+def log_examples(data: Data | PromptData, log: Log) -> None:
     """Logs the lengths of finetuning examples, the fraction of tokens in the loss, and skipped examples.
 
     Of any data, the notes of `Data.describe`.
@@ -157,7 +158,7 @@ def log_goodput(records: GoodputRecords, log: Log) -> None:
         log(describe(goodput))
 
 
-def log_results(run: RunConfig, run_dir: Path, data: Data, log: Log) -> None:
+def log_results(run: RunConfig, run_dir: Path, data: Data | PromptData, log: Log) -> None:
     """Logs a unigram baseline, the files that were written, and the command to try next; plots the losses."""
     unigram_loss = data.unigram_loss(run.eval.batches)
     if not math.isnan(unigram_loss):  # there is a validation set

@@ -17,6 +17,7 @@ from pathlib import Path
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
+from tensorboardX.summary import text as summary_of_text
 
 from llama_jax.errors import InputError, StoreError
 
@@ -43,7 +44,15 @@ class EventWriter:
 
     def add_scalars(self, values: Mapping[str, float], step: int) -> None:
         """Writes the values of a step, by tag; NaN and infinity too."""
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        self._add(
+            Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]), step
+        )
+
+    def add_text(self, tag: str, text: str, step: int) -> None:
+        """Writes a text in Markdown."""
+        self._add(summary_of_text(tag, text), step)
+
+    def _add(self, summary: Summary, step: int) -> None:
         try:
             self._file.append(
                 self._header + _record(Event(wall_time=time.time(), step=step, summary=summary))

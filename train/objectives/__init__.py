@@ -17,15 +17,24 @@ from llama_jax.loss import Loss
 from llama_jax.ops.eight_bits import eight_bit_products
 
 from ..config.run import RunConfig
+from ..config.train import TrainConfig
 from .common import Batch, LossFn, MetricsFn
 from .distillation import divergence_from_teacher
 from .heads import classification, regression, reward
 from .kto import labeled_preference
 from .language_modeling import language_modeling
+from .policy import policy_optimization
 from .preference import direct_preference
 from .reference_free import odds_ratio_preference, simple_preference
 
-__all__ = ["make_loss_fn", "make_metrics_fn"]
+__all__ = ["make_loss_fn", "make_metrics_fn", "with_prefix_backend"]
+
+
+def with_prefix_backend(run: RunConfig) -> TrainConfig:
+    """The `train` section, with an attention backend that supports the run's adapter."""
+    if run.adapter.type == "prefix" and run.train.attention == "auto":  # splash attention takes no prefix
+        return dataclasses.replace(run.train, attention="blockwise")
+    return run.train
 
 
 def make_metrics_fn(run: RunConfig, model: LlamaConfig, platform: str) -> MetricsFn:
@@ -36,9 +45,7 @@ def make_metrics_fn(run: RunConfig, model: LlamaConfig, platform: str) -> Metric
       model: the model's configuration.
       platform: the platform that it is compiled for, such as `tpu`.
     """
-    train = run.train
-    if run.adapter.type == "prefix" and train.attention == "auto":  # splash attention supports no prefix
-        train = dataclasses.replace(train, attention="blockwise")
+    train = with_prefix_backend(run)
     match train.objective:
         case "pretrain" | "sft":
             loss_fn = language_modeling(model, train, platform)
@@ -53,6 +60,8 @@ def make_metrics_fn(run: RunConfig, model: LlamaConfig, platform: str) -> Metric
             return divergence_from_teacher(model, train, platform, run.distillation)
         case "kto":
             return labeled_preference(model, train, platform, run.preference)
+        case "grpo":
+            return policy_optimization(model, train, platform, run.rl)
         case "reward":
             return reward(model, train, platform)
         case "classify":

@@ -1,0 +1,9 @@
+"""Reinforcement learning: prompts -> rollouts -> rewards -> advantages -> batches for the trainer's own step.
+
+prompts.py reads the prompts, in an order that is a function of the seed alone; sampler.py samples completions
+with the library's decoding on the training arrays; exact.py makes their log-probabilities those of the
+trainer (scoring.py), bit for bit; rewards.py calls reward functions in worker processes (worker.py),
+builtin_rewards.py has some, and reward_models.py runs models; advantages.py is arithmetic; rollouts.py puts
+them together for the loop, as rows of packing.py; samples.py writes and prints what was sampled. The losses
+are in `objectives/policy.py`.
+"""

@@ -1,0 +1,365 @@
+"""Rollouts for the training loop: the batches of policy optimization, made with the present weights.
+
+What a step trains on is a function of the weights, the seed and the step: a resumed run samples what the
+uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import io
+import itertools
+import pickle
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from llama_jax import LlamaConfig
+from llama_jax.errors import DataError
+from llama_jax.tokenizer import Tokenizer
+
+from ..config.run import RunConfig
+from ..devices import compute_dtype
+from ..feed import Feed
+from ..gather import gather_bytes
+from ..state import TrainState
+from ..step import StepMetrics
+from ..trainable import Frozen, TrainableSpec
+from . import exact, packing
+from .advantages import equal_groups, group_advantages
+from .prompts import Prompt, PromptData
+from .reward_models import RewardModels
+from .rewards import Completions, RewardError, Rewards, names_of
+from .sampler import Sampled, Sampler
+from .samples import SampleRecord
+from .scoring import Scored, Scorer
+
+_KEY = 3  # of the run's seed, what rollouts are sampled with
+
+
+class Rollouts:
+    """Samples completions of prompts, scores them, and makes batches of them.
+
+    Attributes:
+      skipped: count of the records that were skipped since the run started, by reason.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        model: LlamaConfig,
+        platform: str,
+        tokenizer: Tokenizer,
+        feed: Feed,
+        data: PromptData,
+        trainable_spec: TrainableSpec,
+        frozen: Frozen,
+        rewards: Rewards | None,
+        reward_models: RewardModels,
+        *,
+        log: Callable[[str], None],
+        write: Callable[[Sequence[SampleRecord]], None] = lambda _: None,
+    ) -> None:
+        """`rewards` are process 0's, and None in others; `write` gets the samples of each rollout."""
+        self._run, self._data, self._tokenizer = run, data, tokenizer
+        self._feed, self._write, self._log = feed, write, log
+        self._rewards, self._reward_models = rewards, reward_models
+        self._frozen = _committed(frozen)
+        dtype = compute_dtype(run.train, platform)
+        self._sampler = Sampler(model, run.rl, tokenizer, dtype, trainable_spec, log)
+        scorer = (run, model, platform, tokenizer, feed, trainable_spec, self._sampler.sampling)
+        self._scorer = Scorer(*scorer)
+        self._names = names_of(run.rl.rewards)
+        self._prompts = data.train()
+        self._arrays: packing.Arrays | None = None
+        self._metrics: dict[str, list[float]] = collections.defaultdict(list)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        return dict(self._prompts.get_state()["skipped"])
+
+    def next(self, state: TrainState, step: int) -> dict[str, np.ndarray]:
+        """This process's rows of the batch of step `step`, counted from 0; samples first where that is due.
+
+        Raises:
+          DataError: if a prompt or a reward cannot be used.
+        """
+        trainable, rl, rows = _trained(state), self._run.rl, self._run.train.global_batch_size
+        update, scored = step % rl.updates_per_rollout, None
+        key = self._key(step - update)
+        if update == 0:
+            self._arrays, scored = self._roll(trainable, key, step)
+        assert self._arrays is not None
+        part = update % rl.steps_per_generation
+        batch = packing.parts(self._arrays, rows)[part]
+        if self._run.train.exact_rollouts:
+            found = scored[part] if scored else self._score(trainable, part, batch, key)
+            batch["logprobs"] = np.where(batch["mask"] > 0, found.logprobs, 0).astype(np.float32)
+        return {name: self._local(x) for name, x in batch.items() if name != "index"}
+
+    def first(self, trainable: Any) -> None:
+        """Samples what the first step trains on."""
+        self._roll(trainable, self._key(0), 0)
+
+    def updated(self, seconds: float, metrics: StepMetrics) -> None:
+        """Adds what an update measured, which took so many seconds."""
+        assert metrics.policy is not None
+        sums = {name: float(value) for name, value in jax.device_get(metrics.policy).items()}
+        tokens = max(sums.pop("tokens"), 1.0)
+        if not self._run.rl.beta:
+            del sums["kl"]
+        if not self._run.train.exact_rollouts:
+            del sums["forward_diff"]
+        self._measure({name: value / tokens for name, value in sums.items()})
+        self._measure({"update_seconds": seconds, "update_tokens_per_second": tokens / seconds})
+
+    def metrics(self) -> dict[str, float]:
+        """The means of what was measured since the last call, and maxima of what ends in `_max`."""
+        found, self._metrics = self._metrics, collections.defaultdict(list)
+        return {
+            name: float(max(values) if name.endswith("_max") else np.mean(values))
+            for name, values in found.items()
+        }
+
+    def state(self) -> dict[str, Any]:
+        """The position in the prompts, and the completions that are still trained on; JSON-serializable."""
+        arrays = None
+        if self._arrays is not None and jax.process_index() == 0 and self._run.rl.updates_per_rollout > 1:
+            buffer = io.BytesIO()
+            np.savez(buffer, **self._arrays)  # type: ignore[arg-type]
+            arrays = base64.b64encode(buffer.getvalue()).decode()
+        return {"prompts": self._prompts.get_state(), "completions": arrays}
+
+    def restore(self, states: Iterable[Mapping[str, Any]]) -> None:
+        """Continues from the `state()` of every process.
+
+        Raises:
+          DataError: for the states of a run with another objective.
+        """
+        first = next(iter(states))
+        if "prompts" not in first:
+            raise DataError("the checkpoint's data state has no prompts; choose another train.run_dir")
+        self._prompts.set_state(first["prompts"])
+        if first["completions"]:
+            with np.load(io.BytesIO(base64.b64decode(first["completions"]))) as arrays:
+                self._arrays = dict(arrays)
+
+    def close(self) -> None:
+        """Does nothing: prompts are read when they are needed."""
+
+    def evaluate(self, trainable: Any) -> dict[str, float]:
+        """Rewards of one completion for each validation prompt, at `eval.temperature`.
+
+        Returns:
+          `eval_reward`, `eval_reward/NAME` of each function, `eval_completion_length`; nothing without
+          validation prompts. At most `eval.batches` x `train.global_batch_size` prompts are used.
+        """
+        rows, longest = self._run.train.global_batch_size, self._run.rl.max_completion_length
+        prompts = list(itertools.islice(self._data.validation(), self._run.eval.batches * rows))
+        if not prompts:
+            return {}
+        params, scores, lengths = self._sampler.params(trainable, self._frozen), [], []
+        for start in range(0, len(prompts), rows):
+            part = prompts[start : start + rows]
+            filled = [*part, *([part[-1]] * (rows - len(part)))]
+            sampled = self._sampler.sample(
+                params,
+                [prompt.ids for prompt in filled],
+                jax.random.fold_in(jax.random.key(self._run.train.seed), start),
+                copies=1,
+                max_new_tokens=longest,
+                temperature=self._run.eval.temperature,
+            )
+            kept = Sampled(*(x[: len(part)] for x in (sampled.tokens, sampled.lengths, sampled.logprobs)))
+            scores.append(self._reward(part, kept, validation=True)[0])
+            lengths += kept.lengths.tolist()
+        table = np.concatenate(scores)
+        names = [f"eval_reward/{name}" for name in self._names]
+        return {
+            "eval_reward": float(self._total(table).mean()),
+            **dict(zip(names, _means(table), strict=True)),
+            "eval_completion_length": float(np.mean(lengths)),
+        }
+
+    def _total(self, scores: np.ndarray) -> np.ndarray:
+        """The weighted sum f64 [N] of scores [N, F]; a function that does not apply, NaN, adds nothing."""
+        return np.nansum(scores * np.array(self._run.rl.weights), axis=1)
+
+    def _key(self, step: int) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(self._run.train.seed), _KEY), step)
+
+    def _local(self, values: np.ndarray) -> np.ndarray:
+        """This process's rows of a batch."""
+        count = len(values) // self._feed.num_shards
+        return values[self._feed.shard * count :][:count]
+
+    def _roll(self, trainable: Any, key: jax.Array, step: int) -> tuple[packing.Arrays, list[Scored]]:
+        """Samples completions, rewards them, and makes the arrays of the next updates."""
+        run, rl = self._run, self._run.rl
+        count = run.train.global_batch_size * rl.steps_per_generation
+        prompts = [self._prompts.next_item()[2] for _ in range(count // rl.num_generations)]
+        rows: list[Any] = [prompt for prompt in prompts for _ in range(rl.num_generations)]
+        begin = time.perf_counter()
+        sampled = self._sample(trainable, prompts, rows, key)
+        sampling_seconds = time.perf_counter() - begin
+        begin = time.perf_counter()
+        scores, texts = self._reward(rows, sampled)
+        rewards = self._total(scores).reshape(-1, rl.num_generations)
+        reward_seconds = time.perf_counter() - begin
+        advantages, equal = group_advantages(rewards, rl.scale_rewards), equal_groups(rewards)
+        if equal.all():
+            self._log(
+                f"step {step + 1}: in each group of completions all rewards are equal; nothing is learned"
+            )
+        arrays = packing.pack([row.ids for row in rows], sampled, run.train.seq_len)
+        begin = time.perf_counter()
+        scored = [self._score(trainable, *part, key) for part in self._parts(arrays)]
+        scoring_seconds = time.perf_counter() - begin
+        mask = arrays["mask"] > 0
+        rolled = packing.scattered(sampled.logprobs, arrays)
+        plain, tempered = (np.concatenate([getattr(s, n) for s in scored]) for n in ("plain", "logprobs"))
+        is_exact = run.train.exact_rollouts
+        old = rolled if is_exact else tempered
+        arrays["advantages"] = np.where(mask, advantages.reshape(-1, 1), 0).astype(np.float32)
+        arrays["old_logprobs"] = np.where(mask, old, 0).astype(np.float32)
+        self._measure(
+            {
+                "reward": rewards.mean(),
+                "reward_std": rewards.std(),
+                **{f"reward/{n}": m for n, m in zip(self._names, _means(scores), strict=True)},
+                **{f"reward_std/{n}": m for n, m in zip(self._names, _deviations(scores), strict=True)},
+                "groups_equal": equal.mean(),
+                "completion_length": sampled.lengths.mean(),
+                "completion_length_max": sampled.lengths.max(),
+                "truncated": 1 - np.mean(self._ended(rows, sampled)),
+                **packing.mismatch(rolled, tempered if is_exact else plain, mask),
+                "rollout_seconds": sampling_seconds,
+                "reward_seconds": reward_seconds,
+                "scoring_seconds": scoring_seconds,
+                "rollout_tokens_per_second": sampled.lengths.sum() / sampling_seconds,
+            }
+        )
+        self._write(
+            [
+                SampleRecord(
+                    step=step + 1,
+                    prompt=rows[row].prompt,
+                    completion=texts[row],
+                    rewards=dict(zip(self._names, scores[row].tolist(), strict=True)),
+                    reward=float(rewards.reshape(-1)[row]),
+                    advantage=float(advantages.reshape(-1)[row]),
+                    prompt_ids=rows[row].ids,
+                    completion_ids=tuple(sampled.tokens[row, : sampled.lengths[row]].tolist()),
+                )
+                for row in range(count)
+            ]
+        )
+        return arrays, scored
+
+    def _sample(self, trainable: Any, prompts: Sequence[Any], rows: Sequence[Any], key: jax.Array) -> Sampled:
+        run, longest = self._run, self._run.rl.max_completion_length
+        params = self._sampler.params(trainable, self._frozen)
+        copies = self._run.rl.num_generations
+        ids = [prompt.ids for prompt in prompts]
+        proposed = self._sampler.sample(params, ids, key, copies=copies, max_new_tokens=longest)
+        if not self._run.train.exact_rollouts:
+            return proposed
+
+        def verify(sampled: Sampled) -> tuple[np.ndarray, np.ndarray]:
+            arrays = packing.pack([row.ids for row in rows], sampled, run.train.seq_len)
+            scored = [self._score(trainable, *part, key) for part in self._parts(arrays)]
+            found = (np.concatenate([getattr(s, name) for s in scored]) for name in ("choices", "logprobs"))
+            choices, logprobs = (packing.gathered(values, arrays, longest) for values in found)
+            return choices, logprobs
+
+        def resume(numbers: Sequence[int], begun: Sequence[Sequence[int]]) -> Sampled:
+            keys = exact.keys_of_rows(key, numbers)
+            given = [rows[r].ids for r in numbers]
+            return self._sampler.resume(params, given, begun, keys, max_new_tokens=longest, most=len(rows))
+
+        result = exact.settle(proposed, verify, resume, lambda r, ids: self._sampler.end(rows[r].ids, ids))
+        self._measure({"rollout_passes": result.passes, "rollout_changed_tokens": result.changed})
+        return result.sampled
+
+    def _score(self, trainable: Any, part: int, batch: packing.Arrays, key: jax.Array) -> Scored:
+        names = ("tokens", "segment_ids", "positions", "index")
+        local = {name: self._local(batch[name]) for name in names}
+        return self._scorer(trainable, self._frozen, local, key, part * len(batch["tokens"]))
+
+    def _parts(self, arrays: packing.Arrays) -> Iterable[tuple[int, packing.Arrays]]:
+        return enumerate(packing.parts(arrays, self._run.train.global_batch_size))
+
+    def _ended(self, rows: Sequence[Any], sampled: Sampled) -> list[bool]:
+        completions = zip(rows, sampled.tokens, sampled.lengths, strict=True)
+        return [self._sampler.end(prompt.ids, ids[:n].tolist()) is not None for prompt, ids, n in completions]
+
+    def _text(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+        decoder = self._tokenizer.stream()
+        decoder.extend(prompt)
+        eos = self._tokenizer.eos_ids
+        return decoder.extend(token for token in tokens if token not in eos) + decoder.flush()
+
+    def _reward(
+        self, rows: Sequence[Prompt], sampled: Sampled, *, validation: bool = False
+    ) -> tuple[np.ndarray, list[str]]:
+        """The scores f64 [N, F] of completions, computed by process 0, and their texts."""
+        ids = [tokens[:n].tolist() for tokens, n in zip(sampled.tokens, sampled.lengths, strict=True)]
+        texts = [self._text(prompt.ids, tokens) for prompt, tokens in zip(rows, ids, strict=True)]
+        place_of = lambda i: self._data.place(rows[i], validation=validation)  # noqa: E731
+        answer: Any = None
+        if self._rewards is not None:
+            completions = [
+                text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": text}]
+                for prompt, text in zip(rows, texts, strict=True)
+            ]
+            names = dict.fromkeys(name for prompt in rows for name in prompt.columns)
+            batch = Completions(
+                prompts=[prompt.prompt for prompt in rows],
+                completions=completions,
+                completion_ids=ids,
+                columns={name: [prompt.columns.get(name) for prompt in rows] for name in names},
+                places=place_of,
+            )
+            try:
+                answer = self._rewards(batch)
+            except RewardError as error:
+                answer = str(error)
+        answer = pickle.loads(gather_bytes(pickle.dumps(answer))[0])
+        if isinstance(answer, str):
+            raise RewardError(answer)
+        functions = iter(answer.T)
+        models = self._reward_models(rows, texts, place_of)
+        columns = [models[n] if n in models else next(functions) for n in range(len(self._names))]
+        return np.stack(columns, axis=1), texts
+
+    def _measure(self, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            if not np.isnan(value):
+                self._metrics[name].append(float(value))
+
+
+def _trained(state: TrainState) -> Any:
+    """The parameters that the optimizer updates, of which an EMA is none."""
+    return _committed(state.params if state.moved is None else state.moved)
+
+
+def _committed(params: Any) -> Any:
+    """The same arrays, bound to their device as a compiled step returns them: else programs compile twice."""
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), params)
+
+
+def _means(scores: np.ndarray) -> list[float]:
+    """The mean of each function's scores [N, F], leaving NaN out; NaN if there are none."""
+    return [
+        float(np.mean(c)) if (c := column[~np.isnan(column)]).size else float("nan") for column in scores.T
+    ]
+
+
+def _deviations(scores: np.ndarray) -> list[float]:
+    return [
+        float(np.std(c)) if (c := column[~np.isnan(column)]).size else float("nan") for column in scores.T
+    ]
