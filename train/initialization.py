@@ -82,6 +82,25 @@ def load_pretrained(run: RunConfig, mesh: Mesh | None, trainable_spec: Trainable
         return open_model(run.model.init_from).params(**options)
 
 
+def load_reference(run: RunConfig, model: LlamaConfig, mesh: Mesh | None) -> Any:
+    """Loads the weights of `rl.reference`, f32.
+
+    Raises:
+      ConfigError: if it has another vocabulary or architecture than the trained model.
+    """
+    opened = open_model(run.rl.reference)
+    theirs, name = opened.config, f"rl.reference {run.rl.reference!r}"
+    if theirs.vocab_size != model.vocab_size:
+        raise ConfigError(
+            f"{name} has a vocabulary of {theirs.vocab_size} and the trained model of {model.vocab_size}, so "
+            "its probabilities are of other tokens; give a model with the same tokenizer"
+        )
+    if theirs.replace(labels=()) != model.replace(labels=()):
+        raise ConfigError(f"{name} has another architecture than the trained model; give one with the same")
+    with terminal.progress_bar("loading the reference model") as progress:
+        return opened.params(dtype=jnp.float32, mesh=mesh, scan_layers=True, progress=progress)
+
+
 def _open_base(run: RunConfig) -> Tensors:
     """The tensors of `model.init_from`, with rows added to its vocabulary up to `model.vocab_size`."""
     tensors = open_model(run.model.init_from).plain_tensors()

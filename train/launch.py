@@ -278,8 +278,8 @@ def _initialize(setup: Setup, restored: Restored | None, *, has_frozen: bool) ->
         optimizer = make_optimizer(run.optimizer, make_schedule(run.optimizer, run.train.steps))
         params = setup.load_pretrained()
         state, frozen = init_state(setup.model, optimizer, run.train.seed, params, setup.trainable_spec)
-        return state, _with_teacher(setup, frozen)
-    frozen = setup.split_initial_params()[1] if has_frozen else None
+        return state, _with_teacher(setup, setup.with_reference(frozen))
+    frozen = setup.with_reference(setup.split_initial_params()[1]) if has_frozen else None
     setup.log(f"resuming {setup.run_dir} after step {restored.step}")
     return restored.state, _with_teacher(setup, frozen)
 

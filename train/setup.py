@@ -20,7 +20,7 @@ from .config.run import RunConfig
 from .data import Data, Peers, open_data
 from .feed import Feed
 from .gather import gather_bytes
-from .initialization import load_pretrained, weights_fingerprint
+from .initialization import load_pretrained, load_reference, weights_fingerprint
 from .provenance import place_of, provenance
 from .rl.prompts import PromptData
 from .state import split_params
@@ -93,6 +93,13 @@ class Setup:
     def load_pretrained(self) -> Any:
         """The weights of `model.init_from`; None if weights start random."""
         return load_pretrained(self.run, self.mesh, self.trainable_spec)
+
+    def with_reference(self, frozen: Frozen) -> Frozen:
+        """The frozen parameters with those of `rl.reference`, if it is set."""
+        if not self.trainable_spec.other_reference:
+            return frozen
+        reference = load_reference(self.run, self.model, self.mesh)
+        return self.trainable_spec.with_reference(frozen, reference)
 
     def split_initial_params(self) -> tuple[Any, Frozen]:
         """The initial trainable and frozen parameters."""

@@ -33,7 +33,8 @@ class TrainableSpec:
     Attributes:
       adapter: settings of the adapter that is trained on frozen base weights; None trains all weights.
       base: dtype or quantization of the frozen base weights: `float32`, `bfloat16`, `int8` or `nf4`.
-      reference: whether a step runs the reference model, the initial parameters.
+      reference: whether a step runs the reference model: the initial parameters, or others.
+      other_reference: whether it is another model than the initial one, see `with_reference`.
       head_outputs: number of outputs of the head that replaces the LM head; 0 for none.
       optimizer: the `optimizer` section, whose `freeze` patterns apply; None freezes nothing.
     """
@@ -41,6 +42,7 @@ class TrainableSpec:
     adapter: adapters.Settings | None = None
     base: str = "float32"
     reference: bool = False
+    other_reference: bool = False
     head_outputs: int = 0
     optimizer: OptimizerConfig | None = None
 
@@ -63,6 +65,7 @@ class TrainableSpec:
             adapter=run.adapter.settings,
             base=compute_dtype(run.train, platform).name if base == "auto" else base,
             reference=run.runs_reference,
+            other_reference=bool(run.rl.reference) and run.runs_reference,
             head_outputs=head_outputs if run.train.objective in HEAD_OBJECTIVES else 0,
             optimizer=run.optimizer,
         )
@@ -84,6 +87,8 @@ class TrainableSpec:
         if self.adapter is not None:
             frozen["base"] = cast_base(params, self.base)
             trainable = adapters.init(self.adapter, model, frozen["base"], adapter_key)
+            if self.other_reference:
+                frozen["reference"] = cast_base(params, self.base)
         elif self.reference:
             # A copy, since a step donates the buffers of the trainable parameters.
             frozen["reference"] = jax.tree.map(jnp.copy, params)
@@ -94,6 +99,11 @@ class TrainableSpec:
                 head = {"kernel": sharding.constrain(kernel, sharding.SCORE_DC)}
             trainable = {**trainable, "score": head}
         return trainable, frozen or None
+
+    def with_reference(self, frozen: Frozen, reference: Params) -> Frozen:
+        """Replaces the reference model, the initial parameters, by another of the same shapes."""
+        reference = reference if self.adapter is None else cast_base(reference, self.base)
+        return {**(frozen or {}), "reference": reference}
 
     def merge(self, trainable: Trainable, frozen: Frozen) -> Params:
         """Merges both into the model's parameters; those that match `optimizer.freeze` get no gradient."""
@@ -128,7 +138,7 @@ class TrainableSpec:
                 kwargs["teacher"] = frozen["teacher"]
             if self.reference:
                 assert frozen is not None
-                kwargs["reference"] = frozen["reference"] if self.adapter is None else frozen["base"]
+                kwargs["reference"] = frozen["reference"] if "reference" in frozen else frozen["base"]
             return function(self.merge(trainable, frozen), batch, **kwargs)
 
         return wrapped

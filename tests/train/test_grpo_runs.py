@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from llama_jax.train.scorer import Scorer
+from tests import tiny
 from tests.train.processes import Workshop, checkpoint_contents, records, steps
 
 STEPS = 4
@@ -200,6 +201,27 @@ def test_a_reward_model_of_this_trainer_rewards_beside_functions(workshop, confi
         )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "adapter", [(), ("--adapter.type", "lora", "--adapter.rank", 4)], ids=["all", "lora"]
+)
+def test_a_reference_is_another_model(workshop, config, shared_data, trained, adapter):
+    """The same model by its path is the one at the start; a trained one is not."""
+    flags = (config, "--rl.beta", 0.1, "--train.steps", 2, *adapter)
+    base = shared_data / "stories260K" / "stories260K.bin"
+    names = [f"{name}{len(adapter)}" for name in ("start", "same", "other")]
+    references = ("", base, trained("plain"))
+    workshop.train_all(
+        *[
+            (*flags, "--train.run_dir", workshop.folder / name, "--rl.reference", reference)
+            for name, reference in zip(names, references, strict=True)
+        ]
+    )
+    start, same, other = ([record["kl"] for record in records(workshop.folder / name)] for name in names)
+    assert start == same and start[0] == pytest.approx(0, abs=1e-9)
+    assert other[0] > 1e-4
+
+
 def test_show_batch_prints_completions_with_rewards_and_writes_nothing(workshop, config, trained):
     before = sorted(workshop.folder.iterdir())
     done = workshop.run(config, "--train.run_dir", "shown", "--show-batch")
@@ -227,12 +249,18 @@ def test_show_batch_prints_completions_with_rewards_and_writes_nothing(workshop,
             ("--data.too_long", "fail", "--rl.max_completion_length", "39"),
             "which leaves|leaves 9; shorten it",
         ),
+        (
+            ("--rl.reference", "tiny.bin", "--rl.beta", "0.1"),
+            "has a vocabulary of 288 and the trained model of",
+        ),
+        (("--rl.reference", "{model}"), "rl.beta 0, which needs no reference"),
         (("--rl.rewards", "model:{model}"), "is a language model, which has no head"),
         (("--data.files", "other.jsonl"), "no field 'prompt' (fields: 'text')"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(workshop, config, shared_data, flags, message):
     flags = [flag.format(model=shared_data / "stories260K" / "stories260K.bin") for flag in flags]
+    tiny.write_model(workshop.folder)
     (workshop.folder / "other.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     done = workshop.run(config, "--train.run_dir", "bad", *flags)
     assert done.status == 2, done.err

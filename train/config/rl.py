@@ -32,7 +32,9 @@ class RLConfig:
       temperature, top_k, top_p, min_p: of sampling, as in `llama_jax.Sampling`. The loss is that of the
         policy at this temperature.
       stop: strings that end a completion, which they are a part of.
-      beta: weight of the KL divergence to the reference model, the model at the start; 0 needs none.
+      beta: weight of the KL divergence to the reference model; 0 needs none.
+      reference: the reference model, a path or a known name, with the trained one's architecture and
+        vocabulary; empty is the model at the start.
       use_bias_correction_kl: multiply the divergence of a token by its ratio, so that its gradient is that of
         the reverse KL (DeepSeek-V3.2, arXiv 2512.02556).
       epsilon, epsilon_high: ratios are clipped to 1 - epsilon and 1 + epsilon_high (DAPO's clip-higher, arXiv
@@ -62,6 +64,7 @@ class RLConfig:
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
     beta: float = 0.0
+    reference: str = ""
     use_bias_correction_kl: bool = True
     epsilon: float = 0.2
     epsilon_high: float | None = None
@@ -87,6 +90,11 @@ class RLConfig:
         for name in ("top_p", "min_p"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"rl.{name} is {getattr(self, name)}; it must be at most 1")
+        if self.reference and not self.beta:
+            raise ConfigError(
+                f"rl.reference is {self.reference!r} and rl.beta 0, which needs no reference: set rl.beta, "
+                "or leave it out"
+            )
         if not math.isfinite(self.failed_reward):
             raise ConfigError(f"rl.failed_reward is {self.failed_reward}; it must be a finite number")
         if not all(self.stop):
