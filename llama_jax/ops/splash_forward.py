@@ -24,13 +24,14 @@ from llama_jax.ops.splash_tiles import (
     ROWS,
     VMEM_BYTES,
     by_heads,
+    columns,
     cost,
     from_heads,
     masked_scores,
     over_read_blocks,
 )
 
-MAX_KEYS = 32_768  # in VMEM at a time, with heads of 128: 16 MiB
+MAX_KEYS, ON_V4 = 32_768, 8192  # in VMEM at a time, with heads of 128: 16 and 4 MiB
 
 
 def attention_forward(
@@ -64,12 +65,11 @@ def attention_forward(
       [B, T, N, H] in q's dtype; and the log-sum-exp f32 [B, N, T], below -1e38 for a query that reads no key,
       whose output is finite.
     """
-    keys = k.shape[2]
-    columns = -(-keys * -(-k.shape[-1] // LANES) // MAX_KEYS)
+    keys, parts = k.shape[2], columns(k, MAX_KEYS, ON_V4)
     run = functools.partial(_forward, causal=causal, window=window, interpret=interpret)
-    if columns == 1:
+    if parts == 1:
         return run(q, k, v, q_segments, k_segments, offset=offset)
-    width = -(-keys // columns // LANES) * LANES
+    width = -(-keys // parts // LANES) * LANES
     batch, length, heads, _ = q.shape
     out, log_sum_exp = jnp.zeros(q.shape, jnp.float32), jnp.full((batch, heads, length), MASKED)
     for start in range(0, keys, width):

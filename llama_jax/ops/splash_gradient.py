@@ -24,13 +24,14 @@ from llama_jax.ops.splash_tiles import (
     ROWS,
     VMEM_BYTES,
     by_heads,
+    columns,
     cost,
     from_heads,
     masked_scores,
     over_read_blocks,
 )
 
-MAX_KEYS = 8192  # in VMEM at a time, with heads of 128: 20 MiB
+MAX_KEYS, ON_V4 = 8192, 4096  # in VMEM at a time, with heads of 128: 20 and 10 MiB
 
 
 def attention_gradients(
@@ -67,13 +68,12 @@ def attention_gradients(
     Returns:
       dq, dk and dv in the dtypes and shapes of q, k and v.
     """
-    keys = k.shape[2]
-    columns = -(-keys * -(-k.shape[-1] // LANES) // MAX_KEYS)
+    keys, count = k.shape[2], columns(k, MAX_KEYS, ON_V4)
     run = functools.partial(_gradients, causal=causal, window=window, interpret=interpret)
-    if columns == 1:
+    if count == 1:
         return run(q, k, v, q_segments, k_segments, out, log_sum_exp, d_out, offset=offset)
     dq, parts = jnp.zeros(q.shape, jnp.float32), []
-    width = -(-keys // columns // LANES) * LANES
+    width = -(-keys // count // LANES) * LANES
     for start in range(0, keys, width):
         these = slice(start, min(start + width, keys))
         ids = None if k_segments is None else k_segments[:, these]

@@ -19,6 +19,20 @@ ROWS = (((1,), (1,)), ((), ()))  # x y^T
 COLUMNS = (((1,), (0,)), ((), ()))  # x y
 
 
+def columns(k: jax.Array, most: int, most_on_v4: int) -> int:
+    """Into how many parts keys [B, K, S, H] are divided to fit into VMEM.
+
+    Args:
+      k: the keys.
+      most: of heads of 128, that fit.
+      most_on_v4: on TPU v4, whose cores have 16 MB of VMEM; asked of the current mesh, since a program may be
+        compiled for another machine.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    on_v4 = device is not None and "v4" in device.device_kind
+    return -(-k.shape[2] * -(-k.shape[3] // LANES) // (most_on_v4 if on_v4 else most))
+
+
 def by_heads(x: jax.Array, kv_heads: int) -> jax.Array:
     """[B, T, N, H] as a kernel reads it, by rows of a key head's group: [B K, N / K, T, H].
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from llama_jax import meshes, sharding
 from llama_jax.attention import AttentionMask, attention
 from llama_jax.errors import ConfigError
-from llama_jax.ops import splash_forward, splash_gradient
+from llama_jax.ops import splash_forward, splash_gradient, splash_tiles
 from llama_jax.ops.splash_attention import RESIDUALS, splash_attention
 from llama_jax.ops.splash_forward import attention_forward
 
@@ -131,6 +133,16 @@ def test_keys_that_do_not_fit_at_once(monkeypatch):
     found = value_and_gradients(attend, *qkv, coeffs)
     for ours, theirs in zip(found, expected(*qkv, coeffs, segments), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_fewer_keys_fit_into_the_memory_of_v4(monkeypatch):
+    """As the mesh says that the program is for; heads of 256 take twice as much."""
+    keys, wide = (jax.ShapeDtypeStruct((1, 1, 8192, size), jnp.bfloat16) for size in (64, 256))
+    assert [splash_tiles.columns(k, 8192, 4096) for k in (keys, wide)] == [1, 2]
+    device = types.SimpleNamespace(device_kind="TPU v4")
+    mesh = types.SimpleNamespace(abstract_device=device)
+    monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
+    assert [splash_tiles.columns(k, 8192, 4096) for k in (keys, wide)] == [2, 4]
 
 
 @pytest.mark.parametrize(("causal", "head_dim"), [(True, 128), (False, 64)])
