@@ -161,8 +161,8 @@ MUTANTS = (
         "loss-segment-boundary",
         "llama_jax/loss.py",
         "a document's last token is trained to predict the next document's first",
-        "weights = jnp.where(_gather_context(segment_ids) == shift_left(segment_ids), weights, 0.0)",
-        "weights = jnp.where(_gather_context(segment_ids) <= shift_left(segment_ids), weights, 0.0)",
+        "return jnp.where(_gather_context(segment_ids) == shift_left(segment_ids), weights, 0.0)",
+        "return jnp.where(_gather_context(segment_ids) <= shift_left(segment_ids), weights, 0.0)",
         ("tests/test_loss.py", "tests/test_golden.py"),
     ),
     Mutant(

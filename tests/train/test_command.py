@@ -114,9 +114,9 @@ def test_an_adapter_is_logged_in_words(settings, shown):
     ("arguments", "message"),
     [
         (["tiny_cp"], "tiny_cp: no such file; did you mean tiny_cpu?"),
-        (["runs/x.toml"], "runs/x.toml: no such file; give a TOML file, or one of dpo_smollm2, "),
+        (["runs/x.toml"], "runs/x.toml: no such file; give a TOML file, or one of distill_smollm2, "),
         (["."], ".: is a folder; give a TOML file"),
-        (["--train.steps", "3"], "missing CONFIG: a TOML file, or dpo_smollm2, "),
+        (["--train.steps", "3"], "missing CONFIG: a TOML file, or distill_smollm2, "),
         (["tiny_cpu", "more"], "unexpected argument 'more'"),
         (["tiny_cpu", "--verbose", "--train.steps", "3"], "unknown setting --verbose"),
         (["--learning_rate", "1e-4", "tiny_cpu"], "did you mean optimizer.learning_rate?"),
