@@ -184,7 +184,7 @@ MUTANTS = (
     # ops
     Mutant(
         "reduce-scatter-skips-data",
-        "llama_jax/ops/spmd.py",
+        "llama_jax/ops/gradient_sums.py",
         "gradients are not summed over the data axis",
         'jax.lax.psum(g[0].astype(dtype), "data").astype(g.dtype)',
         "g[0].astype(dtype).astype(g.dtype)",
