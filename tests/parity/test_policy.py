@@ -26,7 +26,7 @@ transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
 
 from tests.parity import hf  # noqa: E402  (needs torch)
-from tests.parity.test_finetuning import our_curve, start, text, their_curve  # noqa: E402
+from tests.parity.curves import our_curve, start, text, their_curve  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
