@@ -75,9 +75,8 @@ def splash_attention(
         q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
         k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (k, v))
         segment_ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, pad)))
-    queries, keys, *_ = _specs(
-        _query_shards(window)
-    )  # here, so that their gradients are laid out as they are
+    # Here, so that their gradients are laid out as they are.
+    queries, keys, *_ = _specs(_query_shards(window))
     q, k, v = (sharding.constrain(x, spec) for x, spec in ((q, queries), (k, keys), (v, keys)))
     out = _attention(window, interpret, q, k, v, segment_ids)
     return out[:, :length]

@@ -148,7 +148,8 @@ def _step(module: Module, loop: Instruction, condition: str) -> int:
         added = by_name.get(results[int(place[1])])
         if added is not None and added.opcode == "add":
             for name in operands(added):
-                if name in by_name and (step := re.match(r"(\d+)\)", by_name[name].rest)):
+                one = by_name.get(name)
+                if one is not None and one.opcode == "constant" and (step := re.match(r"(\d+)\)", one.rest)):
                     return int(step[1]) or 1
     return 1
 

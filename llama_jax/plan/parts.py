@@ -103,7 +103,9 @@ def operations(module: Module, shapes: Shapes, chip: Chip, *, balanced: bool) ->
                 seconds = flops / (chip.kernel_share * peak)
                 found.append(Operation(one, times, seconds, flops, ATTENTION))
             elif _GROUPED.match(one.name):
-                flops = _stated_flops(one) or 0.0
+                if (stated := _stated_flops(one)) is None:
+                    raise ValueError(f"kernel {one.name} states no FLOPs")
+                flops = stated
                 found.append(Operation(one, times, flops / (GROUPED_SHARE * peak), flops, FEED_FORWARD))
             elif cycles := one.cycles:
                 flops = product_flops(module, one)
