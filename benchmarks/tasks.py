@@ -4,9 +4,9 @@ judged_*.jsonl.
 `extract` is supervised: a sentence about some objects, to be answered with one line `noun | color | number`,
 a format that the model has never seen. `manner` has preference pairs: two answers with the same content, one
 of them in the preferred style. `sums` has prompts for reinforcement learning, two numbers to add, and their
-answers: the number and a period. `judged` has pairs for a reward model of them: the right answer, and one that
-is wrong or in another form. Validation examples have sentences or numbers that no training example
-has. All are deterministic.
+answers: the number and a period. `judged` has pairs for a reward model of them: the right answer, and one
+that is wrong or in another form. Validation examples have sentences or numbers that no training example has.
+All are deterministic.
 """
 
 from __future__ import annotations
@@ -120,14 +120,20 @@ def judged() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Preference pairs of completions of `sums`, six for each: 390 for training, 96 for validation."""
 
     def pairs(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        found = []
+        found: list[dict[str, Any]] = []
         for number, record in enumerate(records):
             right = int(record["answer"].removesuffix("."))
-            wrong = 2 + (right - 2 + 1 + number % 16) % 17  # another of 2 to 18
-            for rejected in (
-                f" {right}\n", f" {wrong}.\n", f" {wrong}\n", f" {right} is", f" {right}, so", f" the {right}"
-            ):  # fmt: skip
-                found.append({"prompt": record["prompt"], "chosen": f" {right}.\n", "rejected": rejected})
+            wrong = 2 + (right - 1 + number % 16) % 17  # another of 2 to 18
+            endings = (
+                f"{right}\n",
+                f"{wrong}.\n",
+                f"{wrong}\n",
+                f"{right} is",
+                f"{right}, so",
+                f"the {right}",
+            )
+            same = {"prompt": record["prompt"], "chosen": f" {right}.\n"}
+            found += [{**same, "rejected": f" {ending}"} for ending in endings]
         return found
 
     train, validation = sums()
