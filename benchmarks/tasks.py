@@ -1,10 +1,12 @@
-"""Generates the tasks: `python -m benchmarks.tasks FOLDER` writes extract_*, manner_* and sums_*.jsonl.
+"""Generates the tasks: `python -m benchmarks.tasks FOLDER` writes extract_*, manner_*, sums_* and
+judged_*.jsonl.
 
 `extract` is supervised: a sentence about some objects, to be answered with one line `noun | color | number`,
 a format that the model has never seen. `manner` has preference pairs: two answers with the same content, one
 of them in the preferred style. `sums` has prompts for reinforcement learning, two numbers to add, and their
-answers: the number and a period. Validation examples have sentences or numbers that no training example
-has. All are deterministic.
+answers: the number and a period. `judged` has pairs for a reward model of them: the right answer, and one
+that is wrong or in another form. Validation examples have sentences or numbers that no training example has.
+All are deterministic.
 """
 
 from __future__ import annotations
@@ -114,11 +116,36 @@ def sums(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return records[:65], records[65:]
 
 
+def judged() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Preference pairs of completions of `sums`, six for each: 390 for training, 96 for validation."""
+
+    def pairs(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for number, record in enumerate(records):
+            right = int(record["answer"].removesuffix("."))
+            wrong = 2 + (right - 1 + number % 16) % 17  # another of 2 to 18
+            endings = (
+                f"{right}\n",
+                f"{wrong}.\n",
+                f"{wrong}\n",
+                f"{right} is",
+                f"{right}, so",
+                f"the {right}",
+            )
+            same = {"prompt": record["prompt"], "chosen": f" {right}.\n"}
+            found += [{**same, "rejected": f" {ending}"} for ending in endings]
+        return found
+
+    train, validation = sums()
+    return pairs(train), pairs(validation)
+
+
 def write(folder: Path) -> list[Path]:
     """Writes all files into a folder, which is created if needed; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, (train, validation) in (("extract", extract()), ("manner", manner()), ("sums", sums())):
+    tasks = {"extract": extract(), "manner": manner(), "sums": sums(), "judged": judged()}
+    for name, (train, validation) in tasks.items():
         for part, records in (("train", train), ("test", validation)):
             path = folder / f"{name}_{part}.jsonl"
             path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -30,6 +30,7 @@ def batch_dtypes(objective: str, *, reference: bool = False, exact: bool = False
         return dtypes
     if objective in RL_OBJECTIVES:
         floats = ("advantages", "old_logprobs", *(("logprobs",) if exact else ()))
+        floats += ("old_values", "returns") * (objective == "ppo")
         return {**dtypes, "mask": int32, **dict.fromkeys(floats, float32)}
     return {**dtypes, "mask": int32, "value": float32, **({"reference": float32} if reference else {})}
 

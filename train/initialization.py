@@ -23,7 +23,8 @@ from llama_jax.weights.tensors import Tensors
 
 from .config.run import RunConfig
 from .data.files import File, sampled_digest
-from .trainable import TrainableSpec, with_labels
+from .trainable import VALUE, TrainableSpec, with_labels
+from .value_model import load_value
 
 
 def model_config(run: RunConfig, tokenizer: Tokenizer) -> LlamaConfig:
@@ -72,14 +73,26 @@ def load_pretrained(run: RunConfig, mesh: Mesh | None, trainable_spec: Trainable
     """Loads the weights of `model.init_from`, with its adapters merged; None if weights start random."""
     if not run.model.init_from:
         return None
-    # Frozen weights are not read in a higher precision than they are stored in.
-    is_f32 = trainable_spec.adapter is None or trainable_spec.base == "float32"
     with terminal.progress_bar("loading weights") as progress:
-        dtype = jnp.float32 if is_f32 else jnp.bfloat16
+        dtype = _loading_dtype(trainable_spec)
         options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "scan_layers": True, "progress": progress}
         if run.model.vocab_size:
             return load_tensors(_open_base(run), **options)
         return open_model(run.model.init_from).params(**options)
+
+
+def load_initial_params(run: RunConfig, mesh: Mesh | None, trainable_spec: TrainableSpec) -> Any:
+    """`load_pretrained`, with the weights of a value model as `value`."""
+    params = load_pretrained(run, mesh, trainable_spec)
+    if trainable_spec.value_model is None:
+        return params
+    return {**(params or {}), VALUE: load_value(run, mesh, _loading_dtype(trainable_spec))}
+
+
+def _loading_dtype(trainable_spec: TrainableSpec) -> jnp.dtype:
+    """The dtype to load weights in: frozen ones in no higher precision than they are stored in."""
+    is_f32 = trainable_spec.adapter is None or trainable_spec.base == "float32"
+    return jnp.dtype(jnp.float32 if is_f32 else jnp.bfloat16)
 
 
 def load_reference(run: RunConfig, model: LlamaConfig, mesh: Mesh | None) -> Any:

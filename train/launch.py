@@ -63,7 +63,8 @@ from .state import TrainState, init_state, residual_parts, with_residual
 from .step import build_step
 from .teacher import check_teacher, load_teacher, teacher_config
 from .tokenizer import run_tokenizer
-from .trainable import Frozen, TrainableSpec, with_labels
+from .trainable import VALUE, Frozen, TrainableSpec, with_labels
+from .value_model import check_value, value_config
 from .watchdog import Watchdog
 
 
@@ -102,7 +103,7 @@ def train(run: RunConfig) -> int:
         with clock.spend("checkpoint"):
             restored = _restore(setup, checkpoints, abstract)
         state, frozen = _initialize(
-            setup, restored, has_frozen=bool({"base", "reference"} & {*(rest[1] or ())})
+            setup, restored, has_frozen=bool({"base", "reference", VALUE} & {*(rest[1] or ())})
         )
         state = with_residual(state, residual_parts(abstract), setup.mesh)
         start_step = 0 if restored is None else restored.step
@@ -179,8 +180,9 @@ def train(run: RunConfig) -> int:
                 model,
                 run.train.seq_len,
                 frozen=spec.adapter is not None,
-                reference=spec.reference,
+                reference=run.runs_reference,
                 teacher=setup.teacher,
+                value_model=spec.value_model,
             ),
             peak_flops=peak_flops(compute_dtype(run.train, platform)),
             eval_losses=[] if restored is None else list(restored.data_states[0].get(EVAL_LOSSES, [])),
@@ -236,15 +238,17 @@ def _set_up(run: RunConfig, stack: contextlib.ExitStack) -> Setup:
         check_teacher(run, teacher, model, tokenizer)
     tokenizer = fit_vocabulary(tokenizer, model.vocab_size)
     platform = (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform
-    trainable_spec = TrainableSpec.from_config(run, platform, head_outputs=len(model.labels))
+    if (value_model := value_config(run)) is not None:
+        check_value(run, value_model, model)
+    trainable_spec = TrainableSpec.from_config(run, platform, len(model.labels), value_model)
     device = jax.local_devices()[0]
     check_quantization(run.train, device.device_kind, has_fp8=has_fp8(device))
-    configs = (model,) if teacher is None else (model, teacher)
+    configs = tuple(config for config in (model, teacher, value_model) if config is not None)
     if mesh is not None:
         for config in configs:
             check_mesh(config, mesh)
     resolved = [resolve_attention(run, config, mesh, device, log) for config in configs]
-    # Of both models; blockwise if one of them needs that.
+    # Of all models; blockwise if one of them needs that.
     run = min(resolved, key=lambda run: run.train.attention != "blockwise")
     return Setup(
         run=run,

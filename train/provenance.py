@@ -46,8 +46,9 @@ _OWN: tuple[str, ...] = (
     "data.mixture",
 )
 _OWN += ("data.workers", "data.template", "tokenizer.path", "model.init_from", "distillation.teacher")
-_OWN += ("train.run_dir",)
-_PATHS = ("model.init_from", "tokenizer.path", "distillation.teacher")
+_OWN += ("rl.reference", "rl.value_model", "train.run_dir")
+_OTHER_MODELS = ("distillation.teacher", "rl.value_model")
+_PATHS = ("model.init_from", "tokenizer.path", *_OTHER_MODELS)
 
 
 def settings_of(run: RunConfig) -> dict[str, Any]:
@@ -67,6 +68,7 @@ def provenance(
     base: str | None,
     base_model: str,
     teacher: str | None = None,
+    value_model: str | None = None,
 ) -> dict[str, Any]:
     """The record of a run, for its checkpoints; JSON-serializable.
 
@@ -79,7 +81,7 @@ def provenance(
       spec: which parameters are trained.
       base: the fingerprint of the frozen or reference weights; None if it has none.
       base_model: the base model's path or name.
-      teacher: the fingerprint of the teacher's weights; None without one.
+      teacher, value_model: the fingerprints of their frozen weights; None without them.
     """
     paths = {}
     for name in _PATHS:
@@ -93,6 +95,7 @@ def provenance(
         "model": json.loads(json.dumps(dataclasses.asdict(model))),
         "base": base,
         **({} if teacher is None else {"teacher": teacher}),
+        **({} if value_model is None else {"value_model": value_model}),
         "settings": settings_of(run),
         "paths": paths,
         **({} if spec.adapter is None else step_fields(spec.adapter, base_model, run_dir)),
@@ -155,7 +158,7 @@ def place_of(run: RunConfig, run_dir: Path, started: StepMetadata | None, name: 
 
 def needs_base(run: RunConfig) -> bool:
     """Whether every start of a run reads the weights of `model.init_from`, not only the first."""
-    return run.adapter.type != "none" or run.runs_reference
+    return run.adapter.type != "none" or run.has_reference
 
 
 def with_places(run: RunConfig, run_dir: Path, started: StepMetadata | None) -> RunConfig:
@@ -166,7 +169,7 @@ def with_places(run: RunConfig, run_dir: Path, started: StepMetadata | None) -> 
     """
     for name in _PATHS:
         place = place_of(run, run_dir, started, name)
-        needed = name == "distillation.teacher" or (name == "model.init_from" and needs_base(run))
+        needed = name in _OTHER_MODELS or (name == "model.init_from" and needs_base(run))
         if place is None and needed:
             raise ConfigError(
                 f"{name} {_value(run, name)!r}: the weights that the run in {run_dir} was started on are not "
@@ -262,12 +265,12 @@ def check_data(
             f"model.init_from holds other weights than those that {trained} in {run_dir} was started on; "
             "give those, or choose another train.run_dir"
         )
-    teacher = started.run.get("teacher")
-    if teacher is not None and teacher != current.get("teacher"):
-        raise ConfigError(
-            f"distillation.teacher holds other weights than those that {run_dir} was started with; give "
-            "those, or choose another train.run_dir"
-        )
+    for key, setting in (("teacher", "distillation.teacher"), ("value_model", "rl.value_model")):
+        if key in started.run and started.run[key] != current.get(key):
+            raise ConfigError(
+                f"{setting} holds other weights than those that {run_dir} was started with; give those, or "
+                "choose another train.run_dir"
+            )
 
 
 def check_agreement(run: RunConfig) -> None:

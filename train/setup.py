@@ -20,7 +20,7 @@ from .config.run import RunConfig
 from .data import Data, Peers, open_data
 from .feed import Feed
 from .gather import gather_bytes
-from .initialization import load_pretrained, load_reference, weights_fingerprint
+from .initialization import load_initial_params, load_reference, weights_fingerprint
 from .provenance import place_of, provenance
 from .rl.prompts import PromptData
 from .state import split_params
@@ -67,7 +67,7 @@ class Setup:
     def base(self) -> str | None:
         """The fingerprint of the frozen or reference weights; None if the run has none or they are random."""
         run, objective = self.run, self.run.train.objective
-        is_reference = objective in REFERENCE_OBJECTIVES or self.run.runs_reference
+        is_reference = objective in REFERENCE_OBJECTIVES or self.run.has_reference
         if not run.model.init_from or not (is_reference or self.trainable_spec.adapter is not None):
             return None
         place = place_of(self.given, self.run_dir, self.started, "model.init_from")
@@ -88,11 +88,18 @@ class Setup:
             base=self.base,
             base_model=self.run.model.init_from,
             teacher=None if self.teacher is None else weights_fingerprint(self.run.distillation.teacher),
+            value_model=self._value_fingerprint(),
         )
 
+    def _value_fingerprint(self) -> str | None:
+        """Of a value model with an adapter, whose frozen weights every start reads; None for any other."""
+        if self.trainable_spec.value_model is None or self.trainable_spec.adapter is None:
+            return None
+        return weights_fingerprint(self.run.rl.value_model)
+
     def load_pretrained(self) -> Any:
-        """The weights of `model.init_from`; None if weights start random."""
-        return load_pretrained(self.run, self.mesh, self.trainable_spec)
+        """The weights of `model.init_from`, None if they start random, with those of a value model."""
+        return load_initial_params(self.run, self.mesh, self.trainable_spec)
 
     def with_reference(self, frozen: Frozen) -> Frozen:
         """The frozen parameters with those of `rl.reference`, if it is set."""

@@ -19,7 +19,7 @@ from .config.run import RunConfig
 from .data import Data, show_batch
 from .devices import resolve_attention, run_mesh, start_jax
 from .feed import Feed
-from .initialization import check_context, load_pretrained, model_config
+from .initialization import check_context, load_initial_params, model_config
 from .metrics.run_log import log_examples
 from .rl.prompts import PromptData
 from .rl.reward_models import RewardModels
@@ -30,6 +30,7 @@ from .setup import open_run_data
 from .state import split_params
 from .tokenizer import run_tokenizer
 from .trainable import TrainableSpec
+from .value_model import check_value, value_config
 
 
 def print_first_batch(run: RunConfig) -> None:
@@ -64,8 +65,11 @@ def _first_samples(run: RunConfig, tokenizer: Tokenizer, data: PromptData) -> li
         stack.enter_context(use_mesh(mesh))
         platform = jax.devices()[0].platform
         run = resolve_attention(run, model, mesh, jax.local_devices()[0], terminal.note)
-        spec = TrainableSpec.from_config(run, platform)
-        trainable, frozen = split_params(model, run.train.seed, load_pretrained(run, mesh, spec), spec)
+        if (value_model := value_config(run)) is not None:
+            check_value(run, value_model, model)
+        spec = TrainableSpec.from_config(run, platform, value_model=value_model)
+        params = load_initial_params(run, mesh, spec)
+        trainable, frozen = split_params(model, run.train.seed, params, spec)
         samples: list[SampleRecord] = []
         rollouts = Rollouts(
             run,

@@ -60,7 +60,8 @@ def split_params(
 ) -> tuple[Trainable, Frozen]:
     """The initial trainable and frozen parameters: `init_state` without an optimizer."""
     key = jax.random.key(seed)
-    params = init(model, key) if params is None else params
+    if params is None or "embed" not in params:
+        params = {**init(model, key), **(params or {})}
     return trainable_spec.split(model, params, jax.random.fold_in(key, 2))
 
 

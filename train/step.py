@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -29,6 +29,7 @@ from .optimizer import make_optimizer, make_schedule
 from .state import TrainState, abstract, abstract_state, with_residual
 from .teacher import random_teacher, teacher_config
 from .trainable import FULL_FINETUNING, Frozen, TrainableSpec
+from .value_model import value_config
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -73,7 +74,7 @@ def make_step(
     ema_decay: float = 0.0,
     gradient_dtype: jax.typing.DTypeLike = jnp.float32,
     has_router_losses: bool = False,
-    has_policy_metrics: bool = False,
+    policy_metrics: Sequence[str] = (),
 ) -> Step:
     """Makes the step, not yet jitted.
 
@@ -93,7 +94,7 @@ def make_step(
       gradient_dtype: in which gradients are summed over the mesh axis `data`, once a step; of a state with a
         residual they are in int8.
       has_router_losses: whether the loss has those of a mixture's routers.
-      has_policy_metrics: whether the loss is a `PolicyLoss`.
+      policy_metrics: the names of the metrics of a `PolicyLoss`; empty for other losses.
     """
     split_loss_fn = trainable_spec.wrap(loss_fn)
 
@@ -119,8 +120,8 @@ def make_step(
         zero = jnp.zeros((), jnp.float32)
         router = RouterLosses(balance=zero, z=zero) if has_router_losses else None
         empty = Loss(total=zero, count=zero, router=router)
-        if has_policy_metrics:
-            empty = PolicyLoss(total=zero, count=zero, metrics=dict.fromkeys(POLICY_METRICS, zero))
+        if policy_metrics:
+            empty = PolicyLoss(total=zero, count=zero, metrics=dict.fromkeys(policy_metrics, zero))
         zeros = (empty, jax.tree.map(jnp.zeros_like, params))
         batches = {name: _microbatches(x, gradient_accumulation_steps) for name, x in batch.items()}
         keys = jax.random.split(key, gradient_accumulation_steps)
@@ -235,7 +236,8 @@ def build_step(
     parts = run.mesh.residual_parts(1 if mesh is None else mesh.shape.get("data", 1))
     schedule = make_schedule(run.optimizer, run.train.steps)
     optimizer = make_optimizer(run.optimizer, schedule)
-    trainable_spec = TrainableSpec.from_config(run, platform) if trainable_spec is None else trainable_spec
+    if trainable_spec is None:
+        trainable_spec = TrainableSpec.from_config(run, platform, value_model=value_config(run))
     step = make_step(
         make_loss_fn(run, model, platform),
         optimizer,
@@ -248,7 +250,7 @@ def build_step(
         ema_decay=run.optimizer.ema_decay,
         gradient_dtype=jnp.float32 if parts else jnp.dtype(run.mesh.gradient_dtype),
         has_router_losses=bool(model.num_experts) and run.train.objective not in ("distill", *RL_OBJECTIVES),
-        has_policy_metrics=run.train.objective in RL_OBJECTIVES,
+        policy_metrics=POLICY_METRICS.get(run.train.objective, ()),
     )
     shape = (run.train.global_batch_size, run.train.seq_len)
     layout = SingleDeviceSharding(jax.devices()[0]) if mesh is None else named(mesh, TOKENS_BT)

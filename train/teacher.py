@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import jax
 from jax.sharding import Mesh
 
@@ -17,20 +14,7 @@ from llama_jax.tokenizer.missing import MissingTokenizer
 
 from .config.run import RunConfig
 from .devices import compute_dtype
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    """A model.
-
-    Attributes:
-      params: its parameters, in the compute dtype.
-      config: its configuration, static.
-    """
-
-    params: Any
-    config: LlamaConfig = dataclasses.field(metadata={"static": True})
+from .network import Network
 
 
 def teacher_config(run: RunConfig) -> LlamaConfig | None:
@@ -44,14 +28,14 @@ def teacher_config(run: RunConfig) -> LlamaConfig | None:
     return open_model(run.distillation.teacher).plain_tensors().config
 
 
-def random_teacher(run: RunConfig, config: LlamaConfig, platform: str) -> Teacher:
+def random_teacher(run: RunConfig, config: LlamaConfig, platform: str) -> Network:
     """A teacher with random parameters, for its shapes, dtypes and shardings."""
     dtype = compute_dtype(run.train, platform)
     params = jax.tree.map(lambda x: x.astype(dtype), init(config, jax.random.key(0)))
-    return Teacher(params, config)
+    return Network(params, config)
 
 
-def load_teacher(run: RunConfig, mesh: Mesh | None, platform: str) -> Teacher:
+def load_teacher(run: RunConfig, mesh: Mesh | None, platform: str) -> Network:
     """Loads the teacher, adapters merged, with the shapes, dtypes and shardings of `random_teacher`.
 
     Raises:
@@ -61,7 +45,7 @@ def load_teacher(run: RunConfig, mesh: Mesh | None, platform: str) -> Teacher:
     with terminal.progress_bar("loading the teacher") as progress:
         dtype = compute_dtype(run.train, platform)
         params = opened.params(dtype=dtype, mesh=mesh, scan_layers=True, progress=progress)
-    return Teacher(params, opened.config)
+    return Network(params, opened.config)
 
 
 def check_teacher(run: RunConfig, teacher: LlamaConfig, model: LlamaConfig, tokenizer: Tokenizer) -> None:

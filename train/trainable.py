@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax import LlamaConfig, adapters, quantize, sharding
+from llama_jax import LlamaConfig, adapters, init, quantize, sharding
 from llama_jax.errors import ConfigError
 from llama_jax.ops.quantization import Quantized
 from llama_jax.weights.hf import default_labels
@@ -19,11 +19,13 @@ from .config.objective import HEAD_OBJECTIVES
 from .config.optimizer import OptimizerConfig
 from .config.run import RunConfig
 from .devices import compute_dtype
+from .network import Network
 
 Params = Any
 Trainable = Any  # what the optimizer updates and a checkpoint stores
-# A step's other, constant parameters: `base` or `reference`, and `teacher`, a `Teacher`.
+# A step's other, constant parameters: `base` or `reference`, `value`, and `teacher`, a `Network`.
 Frozen = Mapping[str, Any] | None
+VALUE = "value"  # among the parameters: the value function of PPO
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +35,11 @@ class TrainableSpec:
     Attributes:
       adapter: settings of the adapter that is trained on frozen base weights; None trains all weights.
       base: dtype or quantization of the frozen base weights: `float32`, `bfloat16`, `int8` or `nf4`.
-      reference: whether a step runs the reference model: the initial parameters, or others.
+      reference: whether there is a reference model: the initial parameters, or others.
       other_reference: whether it is another model than the initial one, see `with_reference`.
       head_outputs: number of outputs of the head that replaces the LM head; 0 for none.
+      value_head: whether a value function is trained beside the policy, a head on its last hidden states.
+      value_model: the configuration of a value function that is a network of its own.
       optimizer: the `optimizer` section, whose `freeze` patterns apply; None freezes nothing.
     """
 
@@ -44,6 +48,8 @@ class TrainableSpec:
     reference: bool = False
     other_reference: bool = False
     head_outputs: int = 0
+    value_head: bool = False
+    value_model: LlamaConfig | None = None
     optimizer: OptimizerConfig | None = None
 
     @property
@@ -52,21 +58,26 @@ class TrainableSpec:
         return self.optimizer is not None and self.optimizer.ema_decay > 0
 
     @staticmethod
-    def from_config(run: RunConfig, platform: str, head_outputs: int = 1) -> TrainableSpec:
+    def from_config(
+        run: RunConfig, platform: str, head_outputs: int = 1, value_model: LlamaConfig | None = None
+    ) -> TrainableSpec:
         """Makes the spec of a run.
 
         Args:
           run: the run's configuration.
           platform: the platform that is trained on, such as `tpu`.
           head_outputs: number of outputs of the head, if the objective has one.
+          value_model: the configuration of `rl.value_model`, if the run has one.
         """
         base = run.adapter.base
         return TrainableSpec(
             adapter=run.adapter.settings,
             base=compute_dtype(run.train, platform).name if base == "auto" else base,
-            reference=run.runs_reference,
-            other_reference=bool(run.rl.reference) and run.runs_reference,
+            reference=run.has_reference,
+            other_reference=bool(run.rl.reference) and run.has_reference,
             head_outputs=head_outputs if run.train.objective in HEAD_OBJECTIVES else 0,
+            value_head=run.train.objective == "ppo" and not run.rl.value_model,
+            value_model=value_model,
             optimizer=run.optimizer,
         )
 
@@ -75,9 +86,11 @@ class TrainableSpec:
 
         Args:
           model: the model's configuration.
-          params: stacked, sharded over the current mesh, if there is one.
-          key: for the random initial values of adapter and head.
+          params: stacked, sharded over the current mesh, if there is one; with those of the value model as
+            `value`, which are random if they are not given.
+          key: for the random initial values of adapter, head and value model.
         """
+        params, value = {name: x for name, x in params.items() if name != VALUE}, params.get(VALUE)
         adapter_key, head_key = jax.random.split(key)
         head = params.get("score")
         if self.head_outputs:  # the head replaces the output projection
@@ -98,6 +111,19 @@ class TrainableSpec:
                 kernel = 0.02 * jax.random.normal(head_key, (width, self.head_outputs), jnp.float32)
                 head = {"kernel": sharding.constrain(kernel, sharding.SCORE_DC)}
             trainable = {**trainable, "score": head}
+        if self.value_head:  # from zero: the policy's first updates are not disturbed
+            kernel = jnp.zeros((params["embed"]["embedding"].shape[1], 1), jnp.float32)
+            trainable = {**trainable, VALUE: {"kernel": sharding.constrain(kernel, sharding.SCORE_DC)}}
+        if self.value_model is not None:
+            value_key = jax.random.fold_in(key, 1)
+            value = init(self.value_model, value_key) if value is None else value
+            if self.adapter is not None:
+                frozen[VALUE] = cast_base(
+                    {name: x for name, x in value.items() if name != "score"}, self.base
+                )
+                adapter = adapters.init(self.adapter, self.value_model, frozen[VALUE], value_key)
+                value = {**adapter, "score": value["score"]}
+            trainable = {**trainable, VALUE: value}
         return trainable, frozen or None
 
     def with_reference(self, frozen: Frozen, reference: Params) -> Frozen:
@@ -113,10 +139,21 @@ class TrainableSpec:
                 trainable,
                 frozen_mask(self.optimizer, trainable),
             )
+        if self.value_model is not None:
+            value = trainable[VALUE]
+            if self.adapter is not None:
+                assert frozen is not None
+                value = self._attached(frozen[VALUE], value)
+            trainable = {**trainable, VALUE: Network(value, self.value_model)}
         if self.adapter is None:
             return trainable
         assert frozen is not None
-        attached = adapters.attach(self.adapter, frozen["base"], {"layers": trainable["layers"]})
+        return self._attached(frozen["base"], trainable)
+
+    def _attached(self, base: Params, trainable: Trainable) -> Params:
+        """Base parameters with their adapter, and what else is trained beside it."""
+        assert self.adapter is not None
+        attached = adapters.attach(self.adapter, base, {"layers": trainable["layers"]})
         return {**attached, **{name: tree for name, tree in trainable.items() if name != "layers"}}
 
     def initial_params(self, trainable: Trainable, frozen: Frozen) -> Params:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import TypeVar
+
 from llama_jax.plan.calibration import calibration
 from llama_jax.plan.chips import CHIPS
 from llama_jax.plan.communication import plan_traffic
@@ -9,8 +12,11 @@ from llama_jax.plan.compute import attention_block, plan_compute
 from llama_jax.plan.flops import flops_by_attention
 from llama_jax.plan.inputs import StepInputs
 from llama_jax.plan.memory import plan_memory
+from llama_jax.plan.parts import HEAD
 from llama_jax.plan.program import LOOP_LAUNCH, STEP_LAUNCH
-from llama_jax.plan.result import StepPlan
+from llama_jax.plan.result import Memory, Part, StepPlan, Traffic
+
+_T = TypeVar("_T", Part, Traffic)
 
 
 def estimate(inputs: StepInputs) -> StepPlan:
@@ -19,6 +25,11 @@ def estimate(inputs: StepInputs) -> StepPlan:
     Raises:
       ConfigError: for a chip without constants.
     """
+    value = inputs.of_value_model
+    return _estimate(inputs) if value is None else _together(_estimate(inputs), _estimate(value))
+
+
+def _estimate(inputs: StepInputs) -> StepPlan:
     chip, model = CHIPS[inputs.topology.kind], inputs.model
     calibration(inputs.topology.kind)
     parts = plan_compute(inputs)
@@ -42,3 +53,37 @@ def estimate(inputs: StepInputs) -> StepPlan:
         notes=tuple(notes),
         details={"remat": inputs.remat, "attention_block": attention_block(inputs)},
     )
+
+
+def _together(policy: StepPlan, value: StepPlan) -> StepPlan:
+    """A step that trains a policy and a value model, whose logits are one number a token: none.
+
+    What both save for the backward pass is there at once, and their working memory one after the other.
+    """
+    memory = {field.name: getattr(policy.memory, field.name) for field in dataclasses.fields(Memory)}
+    for name in ("parameters", "optimizer", "gradients", "activations"):
+        memory[name] += getattr(value.memory, name)
+    memory["temporaries"] = max(policy.memory.temporaries, value.memory.temporaries)
+    names = ("parameters", "optimizer", "gradients", "activations", "temporaries")
+    memory["peak"] = sum(memory[name] for name in names)
+    parts = {part.name: part for part in policy.parts}
+    for part in value.parts:
+        if part.name != HEAD:
+            parts[part.name] = _added(parts[part.name], part, ("seconds", "flops", "hbm_bytes"))
+    traffic = {(one.kind, one.axes, one.network): one for one in policy.traffic}
+    for one in value.traffic:
+        key, numbers = (one.kind, one.axes, one.network), ("bytes", "seconds", "exposed_seconds")
+        traffic[key] = _added(traffic[key], one, numbers) if key in traffic else one
+    return dataclasses.replace(
+        policy,
+        memory=Memory(**memory),
+        parts=tuple(parts.values()),
+        traffic=tuple(traffic.values()),
+        launch_seconds=policy.launch_seconds + value.launch_seconds,
+        model_flops=policy.model_flops + value.model_flops,
+        model_flops_full_attention=policy.model_flops_full_attention + value.model_flops_full_attention,
+    )
+
+
+def _added(one: _T, other: _T, names: tuple[str, ...]) -> _T:
+    return dataclasses.replace(one, **{name: getattr(one, name) + getattr(other, name) for name in names})

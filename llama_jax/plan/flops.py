@@ -47,12 +47,23 @@ def attended_keys(model: LlamaConfig, seq_len: int, *, causal: bool) -> float:
 
 
 def flops_by_attention(
-    model: LlamaConfig, seq_len: int, *, frozen: bool, reference: bool, teacher: LlamaConfig | None = None
+    model: LlamaConfig,
+    seq_len: int,
+    *,
+    frozen: bool,
+    reference: bool,
+    teacher: LlamaConfig | None = None,
+    value_model: LlamaConfig | None = None,
 ) -> dict[str, float]:
-    """`flops_per_token` by how attention is counted, `causal` or `full`; with a teacher's forward pass."""
+    """`flops_per_token` by how attention is counted, `causal` or `full`.
+
+    With a teacher's forward pass, and the step of a value model that is trained as the model is.
+    """
 
     def count(causal: bool) -> float:
         own = flops_per_token(model, seq_len, causal=causal, frozen=frozen, reference=reference)
+        if value_model is not None:
+            own += flops_per_token(value_model, seq_len, causal=causal, frozen=frozen)
         if teacher is None:
             return own
         with_forward, without = (

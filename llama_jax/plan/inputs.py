@@ -50,6 +50,9 @@ class StepInputs:
       ema: whether the state has a moving average of the trained parameters too.
       attention_backward: products of attention's backward kernels, of steps that had two of them: 7; 0: of
         `ops.splash_gradient`.
+      value_model: a second network that is trained in each step, with a head and without output projection:
+        the value function of PPO; None without one.
+      value_trained: number of its trained parameters if its base is frozen; None: all.
       scoped_vmem_kib: the compiler's `xla_tpu_scoped_vmem_limit_kib`; 0: its default.
 
     Raises:
@@ -75,6 +78,8 @@ class StepInputs:
     reference_bytes: float = 0.0
     ema: bool = False
     attention_backward: int = 0
+    value_model: LlamaConfig | None = None
+    value_trained: int | None = None
     scoped_vmem_kib: int = 0
 
     def __post_init__(self) -> None:
@@ -113,6 +118,20 @@ class StepInputs:
             ("fsdp", *("expert",) * (self.expert > 1), "context"): {"hidden_size": self.model.hidden_size},
             ("tensor",): {name: getattr(self.model, name) for name in names},
         }
+
+    @property
+    def of_value_model(self) -> StepInputs | None:
+        """The part of the step that trains the value model; None without one."""
+        if self.value_model is None:
+            return None
+        return dataclasses.replace(
+            self,
+            model=self.value_model,
+            trained=self.value_trained,
+            reference=False,
+            reference_bytes=0.0,
+            value_model=None,
+        )
 
     @property
     def batch_shards(self) -> int:

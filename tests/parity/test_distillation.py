@@ -11,8 +11,8 @@ import pytest
 from llama_jax import init
 from llama_jax.train.config.distillation import DistillationConfig
 from llama_jax.train.config.run import RunConfig, TokenizerConfig, TrainConfig
+from llama_jax.train.network import Network
 from llama_jax.train.objectives import make_metrics_fn
-from llama_jax.train.teacher import Teacher
 from tests.golden.cases import Draw
 from tests.golden.training import MODEL, params
 
@@ -94,7 +94,7 @@ def test_distillation(settings: dict[str, Any]) -> None:
         distillation=DistillationConfig(teacher="the teacher", **settings),
     )
     metrics_fn = make_metrics_fn(run, MODEL, "cpu")
-    of_teacher = Teacher(jax.tree.map(jax.numpy.asarray, teacher_params()), TEACHER)
+    of_teacher = Network(jax.tree.map(jax.numpy.asarray, teacher_params()), TEACHER)
 
     def our_loss(weights: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         return metrics_fn(weights, batch, teacher=of_teacher)[0].mean, {}

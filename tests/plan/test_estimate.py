@@ -134,6 +134,19 @@ def test_windows_over_context_receive_what_they_reach_and_full_layers_all_keys()
     assert moved(alone, "all-gather", "context") == 0 < moved(inputs, "collective-permute", "context")
 
 
+def test_a_value_model_of_the_same_size_doubles_the_step_but_for_logits():
+    plain = estimate(step(accumulation=1))
+    both = estimate(step(accumulation=1, value_model=MODEL.replace(labels=("LABEL_0",))))
+    for name in ("parameters", "optimizer", "gradients", "activations"):
+        assert getattr(both.memory, name) == pytest.approx(2 * getattr(plain.memory, name), rel=0.01)
+    assert both.memory.logits == plain.memory.logits
+    head = "output projection and loss"
+    for ours, theirs in zip(both.parts, plain.parts, strict=True):
+        assert ours.seconds == pytest.approx(theirs.seconds * (1 if ours.name == head else 2), rel=0.01)
+    assert 1.95 * plain.model_flops < both.model_flops < 2 * plain.model_flops
+    assert both.tokens_per_step == plain.tokens_per_step
+
+
 def test_two_slices_send_each_gradient_once_a_step():
     slices = Topology("v5p", (4, 4, 4), 2)
     inputs = step(topology="v5p:4x4x4")

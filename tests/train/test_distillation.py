@@ -24,12 +24,13 @@ from llama_jax.train.config.adapter import AdapterConfig
 from llama_jax.train.config.distillation import DistillationConfig
 from llama_jax.train.config.run import ModelConfig, OptimizerConfig, RunConfig, TokenizerConfig, TrainConfig
 from llama_jax.train.feed import Feed
+from llama_jax.train.network import Network
 from llama_jax.train.objectives import make_loss_fn, make_metrics_fn
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.planning.inputs import step_inputs
 from llama_jax.train.state import init_state
 from llama_jax.train.step import build_step
-from llama_jax.train.teacher import Teacher, check_teacher
+from llama_jax.train.teacher import check_teacher
 from llama_jax.train.trainable import TrainableSpec
 from tests.optimized import optimized
 from tests.train.processes import Workshop, assert_same, losses, records, steps
@@ -45,8 +46,8 @@ def params() -> Any:
 
 
 @pytest.fixture(scope="module")
-def teacher() -> Teacher:
-    return Teacher(jax.tree.map(lambda x: 2 * x if x.ndim > 1 else x, init_params(TEACHER)), TEACHER)
+def teacher() -> Network:
+    return Network(jax.tree.map(lambda x: 2 * x if x.ndim > 1 else x, init_params(TEACHER)), TEACHER)
 
 
 def run_of(adapter: AdapterConfig | None = None, **settings: Any) -> RunConfig:
@@ -60,7 +61,7 @@ def run_of(adapter: AdapterConfig | None = None, **settings: Any) -> RunConfig:
 
 
 @jax.jit
-def logprobs_of(params: Any, teacher: Teacher, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+def logprobs_of(params: Any, teacher: Network, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     """log p of student and teacher at temperature 2, f32 [1, T, V] each."""
     logits = lj.forward(MODEL, params, tokens), lj.forward(teacher.config, teacher.params, tokens)
     return tuple(jax.nn.log_softmax(x / 2) for x in logits)
@@ -96,7 +97,7 @@ def test_on_packed_rows_equals_each_example_alone(data, params, teacher):
 def test_of_a_student_that_is_its_teacher_loss_and_gradient_are_zero(params):
     loss_fn = make_loss_fn(run_of(beta=0.5, top_k=7), MODEL, "cpu")
     total = lambda params, teacher: loss_fn(params, examples(), teacher=teacher).total  # noqa: E731
-    value, grads = jax.jit(jax.value_and_grad(total))(params, Teacher(params, MODEL))
+    value, grads = jax.jit(jax.value_and_grad(total))(params, Network(params, MODEL))
     assert abs(value) < 1e-4 and max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads)) < 1e-4
 
 
@@ -138,7 +139,7 @@ def test_losses_on_a_mesh_equal_a_single_device(settings, adapter, spec, params,
                 laid = lj.shard_params(laid, mesh, MODEL)
                 of_teacher = lj.shard_params(of_teacher, mesh, TEACHER)
             state, frozen = init_state(MODEL, optimizer, 0, laid, trainable_spec)
-            frozen = {**(frozen or {}), "teacher": Teacher(of_teacher, TEACHER)}
+            frozen = {**(frozen or {}), "teacher": Network(of_teacher, TEACHER)}
             compiled, found = step.lower(*abstract).compile(), []
             for seed in range(4):
                 state, metrics = compiled(state, feed.put(examples(seed % 2)), frozen)

@@ -15,14 +15,18 @@ from llama_jax.weights.orbax_tree import tree_metadata
 from llama_jax.weights.runs import PARAMS
 from llama_jax.weights.source import format_list
 
+from ..trainable import VALUE
+
+_VALUE = "value_function"
+
 
 def split_state(state: Any) -> tuple[Any, dict[str, Any]]:
     """Splits a state into its parameters and the other leaves by name, random keys as their key data.
 
-    By name, since Orbax would restore named tuples as dicts.
+    By name, since Orbax would restore named tuples as dicts. A value function is not among the parameters:
+    these are a language model, which every reader of a run reads.
     """
-    rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    params = rest.pop(PARAMS)
+    params, rest = _split(state)
     leaves, _ = jax.tree_util.tree_flatten_with_path(rest)
     return params, {
         jax.tree_util.keystr(path, simple=True, separator="."): _key_data(leaf) for path, leaf in leaves
@@ -31,15 +35,26 @@ def split_state(state: Any) -> tuple[Any, dict[str, Any]]:
 
 def join_state(like: Any, params: Any, leaves: Mapping[str, Any]) -> Any:
     """The inverse of `split_state`, with the structure and the random-key implementations of `like`."""
-    rest = {field.name: getattr(like, field.name) for field in dataclasses.fields(like)}
-    del rest[PARAMS]
+    _, rest = _split(like)
     targets, structure = jax.tree_util.tree_flatten_with_path(rest)
     values = [leaves[jax.tree_util.keystr(path, simple=True, separator=".")] for path, _ in targets]
     values = [
         jax.random.wrap_key_data(value, impl=_key_impl(leaf)) if _is_key(leaf) else value
         for value, (_, leaf) in zip(values, targets, strict=True)
     ]
-    return dataclasses.replace(like, params=params, **jax.tree_util.tree_unflatten(structure, values))
+    rest = jax.tree_util.tree_unflatten(structure, values)
+    if _VALUE in rest:
+        params = {**params, VALUE: rest.pop(_VALUE)}
+    return dataclasses.replace(like, params=params, **rest)
+
+
+def _split(state: Any) -> tuple[Any, dict[str, Any]]:
+    rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    params = rest.pop(PARAMS)
+    if isinstance(params, Mapping) and VALUE in params:
+        rest[_VALUE] = params[VALUE]
+        params = {name: tree for name, tree in params.items() if name != VALUE}
+    return params, rest
 
 
 def named_leaves(state: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from llama_jax.errors import ConfigError
 
-from .checks import check_at_least, check_one_of
+from .checks import check_applies, check_at_least, check_one_of
 from .objective import REFERENCE_OBJECTIVES, Objective
 
 LossType = Literal["sigmoid", "ipo"]
@@ -82,14 +82,5 @@ class PreferenceConfig:
         Raises:
           ConfigError: naming the setting, and the objectives that it applies to.
         """
-        for name, objectives in _OBJECTIVES.items():
-            value = getattr(self, name)
-            if objective in objectives or value == getattr(type(self), name):
-                continue
-            shown = f'"{value}"' if isinstance(value, str) else str(value).lower()
-            applies = " and ".join(f'"{one}"' for one in objectives)
-            why = ", which has no reference model" if name == "precompute_ref_log_probs" else ""
-            raise ConfigError(
-                f'preference.{name} is {shown} and train.objective "{objective}"{why}; it applies to '
-                f"{applies}: leave it out"
-            )
+        reasons = {"precompute_ref_log_probs": ", which has no reference model"}
+        check_applies("preference", self, _OBJECTIVES, objective, reasons)

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 from llama_jax.errors import ConfigError
 
-from .checks import check_at_least, check_one_of
+from .checks import check_applies, check_at_least, check_one_of
+from .objective import Objective
 
 PolicyLossType = Literal["grpo", "dapo", "dr_grpo"]
 ScaleRewards = Literal["group", "batch", "none"]
 RatioLevel = Literal["token", "sequence"]
+Whiten = Literal["none", "scores", "rewards"]
+
+# The objectives that a setting applies to; the others apply to all that sample.
+_OBJECTIVES: Mapping[str, tuple[Objective, ...]] = {
+    "scale_rewards": ("grpo",),
+    "use_bias_correction_kl": ("grpo",),
+    "value_model": ("ppo",),
+    "cliprange_value": ("ppo",),
+    "vf_coef": ("ppo",),
+    "gamma": ("ppo",),
+    "gae_lambda": ("ppo",),
+    "whiten": ("ppo",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class RLConfig:
-    """Rollouts, rewards and the loss of `train.objective = "grpo"`; names and defaults are TRL's.
+    """Rollouts, rewards and the loss of `train.objective` `grpo` and `ppo`; names and defaults are TRL's.
 
     Attributes:
       rewards: reward functions: `package.module:function`, `path/to/file.py:function`, or a built-in one:
@@ -32,21 +47,31 @@ class RLConfig:
       temperature, top_k, top_p, min_p: of sampling, as in `llama_jax.Sampling`. The loss is that of the
         policy at this temperature.
       stop: strings that end a completion, which they are a part of.
-      beta: weight of the KL divergence to the reference model; 0 needs none.
+      beta: weight of the KL divergence to the reference model; 0 needs none. Of `grpo` in the loss, of `ppo`
+        in the reward of each token (Llama 2 used 0.01 for 7B and 13B, 0.005 for 34B and 70B).
       reference: the reference model, a path or a known name, with the trained one's architecture and
         vocabulary; empty is the model at the start.
-      use_bias_correction_kl: multiply the divergence of a token by its ratio, so that its gradient is that of
-        the reverse KL (DeepSeek-V3.2, arXiv 2512.02556).
+      use_bias_correction_kl: of `grpo`, multiply the divergence of a token by its ratio, so that its gradient
+        is that of the reverse KL (DeepSeek-V3.2, arXiv 2512.02556).
       epsilon, epsilon_high: ratios are clipped to 1 - epsilon and 1 + epsilon_high (DAPO's clip-higher, arXiv
         2503.14476); the latter is the former by default.
       importance_sampling_level: whether a ratio is a `token`'s, or the geometric mean over its `sequence`
         (GSPO, arXiv 2507.18071).
       loss_type: how losses of tokens are averaged: `grpo` over each completion, then over completions;
         `dapo` over all tokens; `dr_grpo` over completions, divided by max_completion_length.
-      scale_rewards: what the advantages r - mean(r) of a group are divided by: the standard deviation of the
-        `group` or of the `batch`, or `none` (Dr. GRPO).
+      scale_rewards: of `grpo`, what the advantages r - mean(r) of a group are divided by: the standard
+        deviation of the `group` or of the `batch`, or `none` (Dr. GRPO).
       num_iterations: how often each completion is trained on.
       steps_per_generation: the number of batches that are sampled at once.
+      value_model: of `ppo`, the reward model that the value function starts as, a network of its own: a run
+        of `train.objective = "reward"`, or a Hugging Face directory of one, with the policy's vocabulary.
+        Empty: the value is a new head on the policy's own last hidden states.
+      cliprange_value: of `ppo`, how far a value may move from the one at sampling before its loss is clipped.
+      vf_coef: of `ppo`, weight of the value function's loss.
+      gamma, gae_lambda: of `ppo`, discount, and lambda of generalized advantage estimation.
+      whiten: of `ppo`, what is divided by its standard deviation: the `scores` of completions, which get the
+        mean 0 too, before the penalty (Llama 2, section 3.2.3); the `rewards` of tokens after it; or `none`.
+        Advantages always are, and get the mean 0.
 
     Raises:
       ConfigError: for a value out of range.
@@ -73,6 +98,12 @@ class RLConfig:
     scale_rewards: ScaleRewards = "group"
     num_iterations: int = 1
     steps_per_generation: int = 1
+    value_model: str = ""
+    cliprange_value: float = 0.2
+    vf_coef: float = 0.1
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    whiten: Whiten = "scores"
 
     def __post_init__(self) -> None:
         for name in ("rewards", "reward_weights", "stop"):
@@ -80,14 +111,16 @@ class RLConfig:
         check_one_of("rl.importance_sampling_level", self.importance_sampling_level, get_args(RatioLevel))
         check_one_of("rl.loss_type", self.loss_type, get_args(PolicyLossType))
         check_one_of("rl.scale_rewards", self.scale_rewards, get_args(ScaleRewards))
+        check_one_of("rl.whiten", self.whiten, get_args(Whiten))
         check_at_least("rl", self, beta=0, epsilon=0, num_generations=1, max_completion_length=1)
         check_at_least("rl", self, num_iterations=1, steps_per_generation=1, top_k=0, min_p=0)
+        check_at_least("rl", self, cliprange_value=0, vf_coef=0, gamma=0, gae_lambda=0)
         if self.epsilon_high is not None:
             check_at_least("rl", self, epsilon_high=0)
         for name in ("reward_timeout", "temperature", "top_p"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"rl.{name} is {getattr(self, name)}; it must be a number above 0")
-        for name in ("top_p", "min_p"):
+        for name in ("top_p", "min_p", "gamma", "gae_lambda"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"rl.{name} is {getattr(self, name)}; it must be at most 1")
         if self.reference and not self.beta:
@@ -108,6 +141,14 @@ class RLConfig:
             raise ConfigError("rl.reward_weights must be finite numbers")
         if twice := next((name for name in self.rewards if self.rewards.count(name) > 1), None):
             raise ConfigError(f"rl.rewards has {twice!r} twice; give it once, with a weight")
+
+    def check_objective(self, objective: Objective) -> None:
+        """Checks that no setting is set that the objective, one that samples, does not have.
+
+        Raises:
+          ConfigError: naming the setting, and the objectives that it applies to.
+        """
+        check_applies("rl", self, _OBJECTIVES, objective)
 
     @property
     def weights(self) -> tuple[float, ...]:

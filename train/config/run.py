@@ -102,12 +102,17 @@ class RunConfig:
         elif self.train.exact_rollouts:
             raise ConfigError(
                 f'train.exact_rollouts is true and train.objective "{self.train.objective}", which samples '
-                'nothing; it applies to "grpo": leave it out'
+                'nothing; it applies to "grpo" and "ppo": leave it out'
             )
 
     @property
     def runs_reference(self) -> bool:
         """Whether each step runs the reference model, the initial parameters, beside the trained one."""
+        return self.has_reference and self.train.objective != "ppo"  # which runs it after sampling
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the run keeps the reference model in memory."""
         if self.train.objective in RL_OBJECTIVES:
             return self.rl.beta > 0
         return self.train.objective in REFERENCE_OBJECTIVES and not self.preference.precompute_ref_log_probs
@@ -120,6 +125,7 @@ class RunConfig:
     def _check_rl(self) -> None:
         """Checks the settings of reinforcement learning against each other."""
         train, rl, name = self.train, self.rl, f'train.objective is "{self.train.objective}"'
+        rl.check_objective(train.objective)
         if not rl.rewards:
             raise ConfigError(
                 f'{name} and rl.rewards is not set; name reward functions, such as "exact_match" or '

@@ -24,6 +24,7 @@ from .heads import classification, regression, reward
 from .kto import labeled_preference
 from .language_modeling import language_modeling
 from .policy import policy_optimization
+from .ppo import proximal_policy
 from .preference import direct_preference
 from .reference_free import odds_ratio_preference, simple_preference
 
@@ -62,6 +63,8 @@ def make_metrics_fn(run: RunConfig, model: LlamaConfig, platform: str) -> Metric
             return labeled_preference(model, train, platform, run.preference)
         case "grpo":
             return policy_optimization(model, train, platform, run.rl)
+        case "ppo":
+            return proximal_policy(model, train, platform, run.rl)
         case "reward":
             return reward(model, train, platform)
         case "classify":

@@ -22,7 +22,7 @@ from ..devices import attention_backend, compute_dtype
 Batch = Mapping[str, jax.Array]
 # f32 sums over what `Loss.count` counts, or sums with a count of their own
 Metrics = dict[str, jax.Array | Loss]
-# (params, batch, and where needed reference=params, teacher=a `Teacher`, key=a random key) -> the loss, and
+# (params, batch, and where needed reference=params, teacher=a `Network`, key=a random key) -> the loss, and
 # metrics beside it
 MetricsFn = Callable[..., tuple[Loss, Metrics]]
 LossFn = Callable[..., Loss]

@@ -16,7 +16,7 @@ from llama_jax.ops.quantization import Quantized
 
 from ..config.distillation import DistillationConfig
 from ..config.train import TrainConfig
-from ..teacher import Teacher
+from ..network import Network
 from .common import Batch, Metrics, MetricsFn, forward_options
 
 
@@ -26,7 +26,7 @@ def divergence_from_teacher(
     """The divergence of the model from its teacher at each prediction, as `settings` say; `Divergence`.
 
     `Loss.count` is the number of predictions, which a batch's mask selects if it has one. The function takes
-    `teacher`, a `Teacher`. Its metrics are `cross_entropy` and `teacher_cross_entropy`, both models' nats per
+    `teacher`, a `Network`. Its metrics are `cross_entropy` and `teacher_cross_entropy`, both models' nats per
     token on the data itself.
 
     Args:
@@ -38,7 +38,7 @@ def divergence_from_teacher(
     options = forward_options(config, platform)
     divergence = Divergence(settings.beta, settings.temperature, settings.top_k)
 
-    def metrics_fn(params: Any, batch: Batch, *, teacher: Teacher) -> tuple[Loss, Metrics]:
+    def metrics_fn(params: Any, batch: Batch, *, teacher: Network) -> tuple[Loss, Metrics]:
         inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
         mask = batch["mask"] if "mask" in batch else batch["segment_ids"] > 0
         weights = prediction_weights(mask.astype(jnp.float32), batch["segment_ids"])

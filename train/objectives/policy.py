@@ -1,4 +1,4 @@
-"""Policy optimization: clipped ratios of token or sequence probabilities, with a KL penalty (GRPO and kin).
+"""Policy optimization: clipped ratios of token or sequence probabilities; GRPO and its variants, PPO.
 
 An example is a prompt with a completion, a segment of a row; the mask selects the completion. Its tokens
 carry their advantage, and the log-probability that they had when they were sampled.
@@ -23,7 +23,10 @@ from ..config.train import TrainConfig
 from .common import Batch, Metrics, MetricsFn, forward_options, segment_cumsum, segment_ends, unshard_sequence
 
 # Sums over the tokens of completions, whose number is `tokens`.
-POLICY_METRICS = ("tokens", "clip_fraction", "kl", "entropy", "forward_diff")
+POLICY_METRICS = {
+    "grpo": ("tokens", "clip_fraction", "kl", "entropy", "forward_diff"),
+    "ppo": ("tokens", "clip_fraction", "entropy", "forward_diff", "value_loss", "value_clip_fraction"),
+}
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -31,7 +34,7 @@ class PolicyLoss(Loss):
     """A `Loss` with sums beside it.
 
     Attributes:
-      metrics: f32 [] each, by the names of `POLICY_METRICS`.
+      metrics: f32 [] each, by the objective's names in `POLICY_METRICS`.
     """
 
     metrics: dict[str, jax.Array] | None = None
@@ -124,11 +127,11 @@ def aggregate(
 
 def policy_logprobs(
     model: LlamaConfig, options: ForwardOptions, *, temperature: float, num_chunks: int
-) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array, jax.Array]]:
     """Makes (params, batch) -> log p of each token at a temperature, and the entropy of its distribution.
 
     f32 [B, T] each, at the token that is predicted; of a segment's first token they mean nothing. Entropies
-    have no gradient.
+    have no gradient. The third result are the last hidden states [B, T, D].
     """
 
     def of_logits(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -139,13 +142,35 @@ def policy_logprobs(
         mean_logit = (jnp.exp(constant - normalizer[..., None]) * constant).sum(-1)
         return jnp.where(is_target, logits, 0.0).sum(-1) - log_z, normalizer - mean_logit
 
-    def logprobs(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def logprobs(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
         x = hidden_states(model, params, *inputs, options=options)
         found = map_logits(params, x, of_logits, shift_left(batch["tokens"]), num_chunks=num_chunks)
-        return shift_right(found[0]), shift_right(found[1])
+        return shift_right(found[0]), shift_right(found[1]), x
 
     return logprobs
+
+
+def surrogate_of(rl: RLConfig, batch: Batch, logprobs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`clipped_surrogate` of a batch with `advantages` and `old_logprobs`, f32 [B, T]."""
+    return clipped_surrogate(
+        logprobs,
+        unshard_sequence(batch["old_logprobs"]),
+        unshard_sequence(batch["advantages"]),
+        unshard_sequence(batch["mask"]),
+        unshard_sequence(batch["segment_ids"]),
+        epsilon=rl.epsilon,
+        epsilon_high=rl.epsilon_high,
+        level=rl.importance_sampling_level,
+    )
+
+
+def policy_loss(rl: RLConfig, batch: Batch, losses: jax.Array, metrics: dict[str, jax.Array]) -> PolicyLoss:
+    """`aggregate` of the losses of tokens, with the sums of metrics f32 [B, T] over completions."""
+    ids, mask = unshard_sequence(batch["segment_ids"]), unshard_sequence(batch["mask"])
+    loss = aggregate(losses, mask, ids, loss_type=rl.loss_type, max_length=rl.max_completion_length)
+    sums = {name: jnp.where(mask > 0, x, 0.0).sum() for name, x in metrics.items()}
+    return PolicyLoss(total=loss.total, count=loss.count, metrics=jax.lax.stop_gradient(sums))
 
 
 def policy_optimization(model: LlamaConfig, config: TrainConfig, platform: str, rl: RLConfig) -> MetricsFn:
@@ -166,35 +191,22 @@ def policy_optimization(model: LlamaConfig, config: TrainConfig, platform: str, 
     logprobs_fn = policy_logprobs(model, options, temperature=rl.temperature, num_chunks=chunks)
 
     def metrics_fn(params: Any, batch: Batch, *, reference: Any = None) -> tuple[PolicyLoss, Metrics]:
-        ids, mask = unshard_sequence(batch["segment_ids"]), unshard_sequence(batch["mask"])
-        old, advantages = unshard_sequence(batch["old_logprobs"]), unshard_sequence(batch["advantages"])
-        forward, entropy = logprobs_fn(params, batch)
+        forward, entropy, _ = logprobs_fn(params, batch)
         logprobs = with_value(forward, unshard_sequence(batch["logprobs"])) if is_exact else forward
-        losses, ratio, clipped = clipped_surrogate(
-            logprobs,
-            old,
-            advantages,
-            mask,
-            ids,
-            epsilon=rl.epsilon,
-            epsilon_high=rl.epsilon_high,
-            level=rl.importance_sampling_level,
-        )
+        losses, ratio, clipped = surrogate_of(rl, batch, logprobs)
         kl = jnp.zeros_like(losses)
         if rl.beta:
-            reference_logprobs, _ = jax.lax.stop_gradient(logprobs_fn(reference, batch))
-            kl = jnp.where(mask > 0, k3(logprobs, reference_logprobs), 0.0)
+            reference_logprobs, *_ = jax.lax.stop_gradient(logprobs_fn(reference, batch))
+            kl = jnp.where(unshard_sequence(batch["mask"]) > 0, k3(logprobs, reference_logprobs), 0.0)
             losses = losses + rl.beta * kl * (ratio if rl.use_bias_correction_kl else 1.0)
-        loss = aggregate(losses, mask, ids, loss_type=rl.loss_type, max_length=rl.max_completion_length)
-        sums = {
+        metrics = {
             "tokens": jnp.ones_like(losses),
             "clip_fraction": clipped.astype(jnp.float32),
             "kl": kl,
             "entropy": entropy,
             "forward_diff": jnp.abs(logprobs - forward),
         }
-        metrics = {name: jnp.where(mask > 0, x, 0.0).sum() for name, x in sums.items()}
-        return PolicyLoss(total=loss.total, count=loss.count, metrics=jax.lax.stop_gradient(metrics)), {}
+        return policy_loss(rl, batch, losses, metrics), {}
 
     return metrics_fn
 

@@ -25,7 +25,7 @@ from ..config.run import RunConfig
 
 _FOLDER = "plans"
 # The sections that `build_step` reads; and their keys that change nothing in a program.
-_SECTIONS = ("train", "optimizer", "adapter", "preference", "mesh")
+_SECTIONS = ("train", "optimizer", "adapter", "preference", "rl", "mesh")
 _UNREAD = {"run_dir", "topology"}
 
 

@@ -17,7 +17,7 @@ from llama_jax.plan.topology import Topology
 
 from ..config.run import RunConfig
 from ..devices import check_quantization, compute_dtype
-from ..trainable import TrainableSpec
+from .shape import spec_of
 
 _GRADIENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": int8_sum.BYTES}
 SCOPED_VMEM = "xla_tpu_scoped_vmem_limit_kib"
@@ -51,7 +51,7 @@ def step_inputs(
     if (chip := CHIPS.get(topology.kind)) is None:
         raise ConfigError(f"chip {topology.kind!r} is unknown; plan for {', '.join(CHIPS)}")
     check_quantization(run.train, f"TPU {topology.kind}", has_fp8=chip.fp8_speed > 0)
-    train, spec = run.train, TrainableSpec.from_config(run, "tpu")
+    train, spec = run.train, spec_of(run, model)
     given = {name: getattr(run.mesh, name) for name in ALL_AXES}
     whole_copy = spec.reference and spec.adapter is None
     mesh = mesh_sizes(given, topology.chips * chip.devices)
@@ -72,9 +72,13 @@ def step_inputs(
         gradient_bytes=_GRADIENT_BYTES[run.mesh.gradient_dtype],
         trained=None if spec.adapter is None else adapter_size(spec.adapter, model),
         base_bytes=_BASE_BYTES[spec.base],
-        reference=spec.reference,
+        reference=run.runs_reference,
         reference_bytes=4.0 if whole_copy else 0.0,
         ema=spec.uses_ema,
+        value_model=spec.value_model,
+        value_trained=None
+        if spec.adapter is None or spec.value_model is None
+        else adapter_size(spec.adapter, spec.value_model),
         scoped_vmem_kib=int(flags.get(SCOPED_VMEM, 0)),
     )
 

@@ -15,6 +15,7 @@ from llama_jax.sharding import check_batch, check_mesh, use_mesh
 from ..config.run import RunConfig
 from ..devices import run_mesh
 from ..step import build_step
+from .shape import spec_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,9 @@ def lower_step(run: RunConfig, model: LlamaConfig, topology: Topology) -> Lowere
     check_mesh(model, mesh)
     with use_mesh(mesh):
         check_batch(run.train.global_batch_size // run.train.gradient_accumulation_steps)
-    step, state, batch, frozen = build_step(run, model, mesh, "tpu")
+    spec = spec_of(run, model)
+    if spec.value_model is not None:
+        check_mesh(spec.value_model, mesh)
+    step, state, batch, frozen = build_step(run, model, mesh, "tpu", spec)
     with use_mesh(mesh):
         return LoweredStep(step.lower(state, batch, frozen), mesh, state, frozen)

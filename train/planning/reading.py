@@ -24,9 +24,9 @@ from llama_jax.plan.topology import Topology
 from ..config.run import RunConfig
 from ..devices import compute_dtype
 from ..teacher import teacher_config
-from ..trainable import TrainableSpec
 from .errors import OutOfMemory
 from .lowering import LoweredStep
+from .shape import spec_of
 
 _LARGEST = 40  # operations in `details`
 _HLO_NAMES = {"bfloat16": "bf16", "float32": "f32"}
@@ -93,13 +93,14 @@ def read_plan(
         _HLO_NAMES[compute_dtype(run.train, "tpu").name],
     )
     tokens = run.train.global_batch_size * run.train.seq_len
-    spec = TrainableSpec.from_config(run, "tpu")
+    spec = spec_of(run, model)
     flops = flops_by_attention(
         model,
         run.train.seq_len,
         frozen=spec.adapter is not None,
-        reference=spec.reference,
+        reference=run.runs_reference,
         teacher=teacher_config(run),
+        value_model=spec.value_model,
     )
     return StepPlan(
         source="compiled",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 from llama_jax.config import LlamaConfig
-from llama_jax.errors import ConfigError
+from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.plan.topology import Topology
+from llama_jax.weights.hf import default_labels
 
 from ..config.run import ModelConfig, RunConfig
-from ..trainable import with_labels
+from ..trainable import TrainableSpec, with_labels
+from ..value_model import value_config
 
 
 def with_rows_per_chip(run: RunConfig, topology: Topology) -> RunConfig:
@@ -49,3 +51,12 @@ def model_of(run: RunConfig, shape: str | None = None) -> LlamaConfig:
     if shape is not None:
         return with_labels(run, run.model.extended(ModelConfig(preset=shape).build(vocab_size)))
     return with_labels(run, run.model.build(vocab_size))
+
+
+def spec_of(run: RunConfig, model: LlamaConfig) -> TrainableSpec:
+    """What is trained for a TPU; a value model that is not on this machine has the policy's architecture."""
+    try:
+        value_model = value_config(run)
+    except CheckpointError:
+        value_model = model.replace(labels=default_labels(1))
+    return TrainableSpec.from_config(run, "tpu", len(model.labels), value_model)

@@ -31,6 +31,7 @@ from ..step import StepMetrics
 from ..trainable import Frozen, TrainableSpec
 from . import exact, packing
 from .advantages import equal_groups, group_advantages
+from .critic import Critic
 from .prompts import Prompt, PromptData
 from .reward_models import RewardModels
 from .rewards import Completions, RewardError, Rewards, names_of
@@ -73,6 +74,8 @@ class Rollouts:
         self._sampler = Sampler(model, run.rl, tokenizer, dtype, trainable_spec, log)
         scorer = (run, model, platform, tokenizer, feed, trainable_spec, self._sampler.sampling)
         self._scorer = Scorer(*scorer)
+        is_ppo = run.train.objective == "ppo"
+        self._critic = Critic(run, model, platform, feed, trainable_spec) if is_ppo else None
         self._names = names_of(run.rl.rewards)
         self._prompts = data.train()
         self._arrays: packing.Arrays | None = None
@@ -111,7 +114,7 @@ class Rollouts:
         sums = {name: float(value) for name, value in jax.device_get(metrics.policy).items()}
         tokens = max(sums.pop("tokens"), 1.0)
         if not self._run.rl.beta:
-            del sums["kl"]
+            sums.pop("kl", None)
         if not self._run.train.exact_rollouts:
             del sums["forward_diff"]
         self._measure({name: value / tokens for name, value in sums.items()})
@@ -210,11 +213,6 @@ class Rollouts:
         scores, texts = self._reward(rows, sampled)
         rewards = self._total(scores).reshape(-1, rl.num_generations)
         reward_seconds = time.perf_counter() - begin
-        advantages, equal = group_advantages(rewards, rl.scale_rewards), equal_groups(rewards)
-        if equal.all():
-            self._log(
-                f"step {step + 1}: in each group of completions all rewards are equal; nothing is learned"
-            )
         arrays = packing.pack([row.ids for row in rows], sampled, run.train.seq_len)
         begin = time.perf_counter()
         scored = [self._score(trainable, *part, key) for part in self._parts(arrays)]
@@ -224,15 +222,14 @@ class Rollouts:
         plain, tempered = (np.concatenate([getattr(s, n) for s in scored]) for n in ("plain", "logprobs"))
         is_exact = run.train.exact_rollouts
         old = rolled if is_exact else tempered
-        arrays["advantages"] = np.where(mask, advantages.reshape(-1, 1), 0).astype(np.float32)
         arrays["old_logprobs"] = np.where(mask, old, 0).astype(np.float32)
+        self._measure(self._advantages(trainable, arrays, rewards, step))
         self._measure(
             {
                 "reward": rewards.mean(),
                 "reward_std": rewards.std(),
                 **{f"reward/{n}": m for n, m in zip(self._names, _means(scores), strict=True)},
                 **{f"reward_std/{n}": m for n, m in zip(self._names, _deviations(scores), strict=True)},
-                "groups_equal": equal.mean(),
                 "completion_length": sampled.lengths.mean(),
                 "completion_length_max": sampled.lengths.max(),
                 "truncated": 1 - np.mean(self._ended(rows, sampled)),
@@ -243,6 +240,7 @@ class Rollouts:
                 "rollout_tokens_per_second": sampled.lengths.sum() / sampling_seconds,
             }
         )
+        advantages = packing.gathered(arrays["advantages"], arrays, rl.max_completion_length)
         self._write(
             [
                 SampleRecord(
@@ -251,7 +249,7 @@ class Rollouts:
                     completion=texts[row],
                     rewards=dict(zip(self._names, scores[row].tolist(), strict=True)),
                     reward=float(rewards.reshape(-1)[row]),
-                    advantage=float(advantages.reshape(-1)[row]),
+                    advantages=tuple(advantages[row, : sampled.lengths[row]].tolist()),
                     prompt_ids=rows[row].ids,
                     completion_ids=tuple(sampled.tokens[row, : sampled.lengths[row]].tolist()),
                 )
@@ -259,6 +257,22 @@ class Rollouts:
             ]
         )
         return arrays, scored
+
+    def _advantages(
+        self, trainable: Any, arrays: packing.Arrays, rewards: np.ndarray, step: int
+    ) -> dict[str, Any]:
+        """Adds the advantages of completions with rewards f64 [P, n]; returns what is measured of them."""
+        equal, place = equal_groups(rewards), f"step {step + 1}"
+        if self._critic is not None:
+            if rewards.std() == 0:
+                self._log(f"{place}: all rewards are equal; only values and the penalty are learned from")
+            local = [{name: self._local(x) for name, x in part.items()} for _, part in self._parts(arrays)]
+            return self._critic.complete(trainable, self._frozen, local, arrays, rewards.reshape(-1))
+        if equal.all():
+            self._log(f"{place}: in each group of completions all rewards are equal; nothing is learned")
+        advantages = group_advantages(rewards, self._run.rl.scale_rewards).reshape(-1, 1)
+        arrays["advantages"] = np.where(arrays["mask"] > 0, advantages, 0).astype(np.float32)
+        return {"groups_equal": equal.mean()}
 
     def _sample(self, trainable: Any, prompts: Sequence[Any], rows: Sequence[Any], key: jax.Array) -> Sampled:
         run, longest = self._run, self._run.rl.max_completion_length

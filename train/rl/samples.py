@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +28,7 @@ class SampleRecord:
       completion: its text.
       rewards: by function; NaN where one does not apply.
       reward: their weighted sum.
-      advantage: of all its tokens.
+      advantages: of its tokens; with GRPO all the same.
       prompt_ids, completion_ids: its tokens.
     """
 
@@ -36,9 +37,14 @@ class SampleRecord:
     completion: str
     rewards: dict[str, float]
     reward: float
-    advantage: float
+    advantages: tuple[float, ...]
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
+
+    @property
+    def advantage(self) -> float:
+        """The mean over its tokens."""
+        return sum(self.advantages) / max(len(self.advantages), 1)
 
     def as_json(self) -> dict[str, Any]:
         """The line in `samples.jsonl`; null where a function does not apply."""
@@ -56,8 +62,8 @@ class SampleRecord:
 def show_samples(samples: Sequence[SampleRecord], tokenizer: Tokenizer, console: Console) -> None:
     """Prints completions token by token: green ones are made likelier, red ones less likely, prompts are dim.
 
-    Without color, the tokens of completions that are made likelier are in ⟦+ ⟧, the others in ⟦- ⟧; a
-    completion whose advantage is 0 is in ⟦0 ⟧.
+    Without color, tokens that are made likelier are in ⟦+ ⟧, others in ⟦- ⟧, those whose advantage is 0 in
+    ⟦0 ⟧.
     """
     for number, sample in enumerate(samples):
         scores = ", ".join(f"{name} {value:g}" for name, value in sample.rewards.items())
@@ -67,20 +73,23 @@ def show_samples(samples: Sequence[SampleRecord], tokenizer: Tokenizer, console:
         console.print(_styled(sample, tokenizer, plain=console.color_system is None), soft_wrap=True)
 
 
+_SHADES = {"+": ("green", "bright_green"), "-": ("red", "bright_red"), "0": ("white", "bright_white")}
+
+
 def _styled(sample: SampleRecord, tokenizer: Tokenizer, *, plain: bool) -> Text:
-    sign = "+" if sample.advantage > 0 else "-" if sample.advantage < 0 else "0"
-    shades = {"+": ("green", "bright_green"), "-": ("red", "bright_red"), "0": ("white", "bright_white")}[
-        sign
-    ]
     text = Text()
     for token in sample.prompt_ids:
         text.append(_piece(tokenizer, token), "dim")
-    if plain:
-        text.append(f"⟦{sign} ")
-    for i, token in enumerate(sample.completion_ids):
-        text.append("╎" if plain and i else "")
-        text.append(_piece(tokenizer, token), f"underline {shades[i % 2]}")
-    return text.append("⟧" if plain else "")
+    signs = ["+" if a > 0 else "-" if a < 0 else "0" for a in sample.advantages]
+    for sign, run in itertools.groupby(
+        enumerate(zip(sample.completion_ids, signs, strict=True)), lambda x: x[1][1]
+    ):
+        text.append(f"⟦{sign} " if plain else "")
+        for place, (i, (token, _)) in enumerate(run):
+            text.append("╎" if plain and place else "")
+            text.append(_piece(tokenizer, token), f"underline {_SHADES[sign][i % 2]}")
+        text.append("⟧" if plain else "")
+    return text
 
 
 def _piece(tokenizer: Tokenizer, token: int) -> str:

@@ -68,12 +68,7 @@ class Scorer:
         def scored(trainable: Any, frozen: Frozen, batch: Any, key: jax.Array, first_row: jax.Array) -> Any:
             params = trainable_spec.merge(trainable, frozen)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(rows))
-            if microbatches == 1:
-                return score(params, batch, keys)
-            # As in the step: microbatch m has rows m, m + count, ...
-            split = lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0)  # noqa: E731
-            found = jax.lax.map(lambda part: score(params, *part), jax.tree.map(split, (batch, keys)))
-            return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1), found)
+            return over_microbatches(lambda part: score(params, *part), (batch, keys), microbatches)
 
         self._scored = scored
 
@@ -91,6 +86,22 @@ class Scorer:
         arrays = self._feed.put(batch)
         found = self._scored(trainable, frozen, arrays, key, np.int32(first_row))
         return Scored(**{"choices": None, **processes.fetch(found)})
+
+
+def over_microbatches(function: Callable[[Any], Any], rows: Any, count: int) -> Any:
+    """`function` of a tree of rows [B, ...], of a part of them at a time, as the step has them.
+
+    Args:
+      function: rows -> a tree of arrays [b, T].
+      rows: the tree.
+      count: the number of microbatches.
+    """
+    if count == 1:
+        return function(rows)
+    # Microbatch m has rows m, m + count, ...
+    split = lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)  # noqa: E731
+    found = jax.lax.map(function, jax.tree.map(split, rows))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, x.shape[-1]), found)
 
 
 def _make_score(
