@@ -21,7 +21,6 @@ from llama_jax.tokenizer.fit import fit_vocabulary
 from . import gpu
 from .checkpoints.checkpoints import Checkpoints, Restored
 from .checkpoints.lock import run_directory, run_lock
-from .config.objective import RL_OBJECTIVES
 from .config.read import to_toml
 from .config.run import RunConfig
 from .coordination import Agreement
@@ -57,6 +56,7 @@ from .rl.prompts import PromptData
 from .rl.reward_models import RewardModels
 from .rl.rewards import Rewards
 from .rl.rollouts import Rollouts
+from .rl.student import rollouts_of
 from .setup import Setup, open_run_data
 from .signals import Interrupts
 from .state import TrainState, init_state, residual_parts, with_residual
@@ -126,7 +126,7 @@ def train(run: RunConfig) -> int:
         loop: Loop
         report = lambda: loop.report  # noqa: E731  # which shows no progress before the step is compiled
         if isinstance(data, PromptData):
-            batches = Rollouts(
+            batches = rollouts_of(run)(
                 run,
                 setup.model,
                 setup.platform,
@@ -201,7 +201,7 @@ def _check_wandb(run: RunConfig) -> None:
 
 def _start_rewards(setup: Setup, stack: contextlib.ExitStack) -> Rewards | None:
     """Starts the reward functions, in process 0 of a run that has any."""
-    if setup.run.train.objective not in RL_OBJECTIVES or not setup.is_primary:
+    if not (setup.run.samples and setup.run.rl.rewards) or not setup.is_primary:
         return None
     return stack.enter_context(Rewards(setup.run.rl, setup.log))
 
@@ -332,7 +332,7 @@ def _make_report(setup: Setup, start_step: int) -> Report:
         start_step=start_step,
         is_primary=setup.is_primary,
         settings=dataclasses.asdict(setup.run),
-        has_samples=setup.run.train.objective in RL_OBJECTIVES,
+        has_samples=setup.run.samples,
     )
 
 

@@ -15,7 +15,7 @@ from llama_jax import LlamaConfig
 from llama_jax.tokenizer import Tokenizer
 from llama_jax.weights.runs import StepMetadata
 
-from .config.objective import REFERENCE_OBJECTIVES, RL_OBJECTIVES
+from .config.objective import REFERENCE_OBJECTIVES
 from .config.run import RunConfig
 from .data import Data, Peers, open_data
 from .feed import Feed
@@ -116,7 +116,7 @@ class Setup:
 
 def open_run_data(run: RunConfig, tokenizer: Tokenizer, *, shard: int, num_shards: int) -> Data | PromptData:
     """Opens the data that an objective trains on; this process reads shard `shard` of `num_shards`."""
-    if run.train.objective in RL_OBJECTIVES:
+    if run.samples:
         return PromptData(run, tokenizer)
     return open_data(
         run.data,

@@ -14,7 +14,6 @@ from llama_jax.sharding import use_mesh
 from llama_jax.tokenizer import Tokenizer
 from llama_jax.tokenizer.fit import fit_vocabulary
 
-from .config.objective import RL_OBJECTIVES
 from .config.run import RunConfig
 from .data import Data, show_batch
 from .devices import resolve_attention, run_mesh, start_jax
@@ -24,8 +23,8 @@ from .metrics.run_log import log_examples
 from .rl.prompts import PromptData
 from .rl.reward_models import RewardModels
 from .rl.rewards import Rewards
-from .rl.rollouts import Rollouts
 from .rl.samples import SampleRecord, show_samples
+from .rl.student import rollouts_of
 from .setup import open_run_data
 from .state import split_params
 from .tokenizer import run_tokenizer
@@ -39,7 +38,7 @@ def print_first_batch(run: RunConfig) -> None:
     Raises:
       LlamaJaxError: with a one-line message for bad input.
     """
-    if run.train.objective in RL_OBJECTIVES:
+    if run.samples:
         start_jax(run.mesh, run.distributed)
     init_jax()
     with tempfile.TemporaryDirectory() as directory:
@@ -57,7 +56,7 @@ def print_first_batch(run: RunConfig) -> None:
 def _first_samples(run: RunConfig, tokenizer: Tokenizer, data: PromptData) -> list[SampleRecord]:
     """The completions of the first step, by the model that the run starts from."""
     with contextlib.ExitStack() as stack:
-        rewards = stack.enter_context(Rewards(run.rl, terminal.note))
+        rewards = stack.enter_context(Rewards(run.rl, terminal.note)) if run.rl.rewards else None
         mesh = run_mesh(run.mesh)
         model = model_config(run, tokenizer)
         check_context(run, model)
@@ -71,7 +70,7 @@ def _first_samples(run: RunConfig, tokenizer: Tokenizer, data: PromptData) -> li
         params = load_initial_params(run, mesh, spec)
         trainable, frozen = split_params(model, run.train.seed, params, spec)
         samples: list[SampleRecord] = []
-        rollouts = Rollouts(
+        rollouts = rollouts_of(run)(
             run,
             model,
             platform,

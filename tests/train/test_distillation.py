@@ -168,6 +168,12 @@ BAD_SETTINGS = [
         {"objective": "sft"},
         'distillation.teacher is "t" and train.objective "sft", which has',
     ),
+    (
+        {"teacher": "t", "on_policy": True, "data": "pretrain"},
+        {},
+        "the data are prompts: leave it out",
+    ),
+    ({"on_policy": True}, {"objective": "sft"}, "distillation.on_policy is true and train.objective"),
     ({"top_k": 4}, {"objective": "dpo"}, 'distillation.top_k is 4 and train.objective "dpo", which has no'),
 ]
 
@@ -276,6 +282,34 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_has_the_teacher_it_began_
         moved.rename(folder)
     assert_same(whole, halves, 4)
     assert losses(whole) == losses(halves)
+
+
+@pytest.mark.slow
+def test_a_student_learns_on_its_own_answers_and_resumes(workshop, config):
+    name, _ = config
+    own = ("--distillation.on_policy", "true", "--distillation.beta", 1, "--data.validation_fraction", 0)
+    own += ("--rl.num_generations", 2, "--rl.max_completion_length", 12, "--distillation.top_k", 0)
+    own += ("--rl.steps_per_generation", 2)
+    whole = workshop.folder / "own"
+    workshop.train_all((name, "--train.run_dir", whole, *own))
+    samples = records(whole, "samples.jsonl")
+    assert len(samples) == 4 * 8 and {sample["step"] for sample in samples} == {1, 3}
+    assert samples[0]["prompt"] == samples[1]["prompt"] and "reward" not in samples[0]
+    lengths = [sample["tokens"] for sample in samples]
+    metrics = records(whole)
+    learned = [line["update_tokens_per_second"] * line["update_seconds"] for line in metrics[:2]]
+    assert learned == pytest.approx([sum(lengths[:8]), sum(lengths[8:16])], rel=1e-3)
+    assert metrics[0]["completion_length"] == pytest.approx(np.mean(lengths[:16]))
+    assert losses(whole)[4] < losses(whole)[1]
+    halves = Path(shutil.copytree(whole, workshop.folder / "own_halves"))
+    shutil.rmtree(halves / "checkpoints" / str(steps(halves)[-1]))
+    workshop.train_all((name, "--train.run_dir", halves, *own), worker=2)
+    assert_same(whole, halves, 4)
+    assert (whole / "samples.jsonl").read_text() == (halves / "samples.jsonl").read_text()
+    shown = workshop.run(name, "--train.run_dir", "shown", "--show-batch", *own)
+    assert shown.status == 0 and "completion 0: 12 tokens after" in shown.out, shown.out
+    refused = workshop.run(name, "--train.run_dir", "refused", *own, "--rl.rewards", "exact_match")
+    assert refused.status == 2 and "rl.rewards is ['exact_match'] and train.objective" in refused.error
 
 
 def test_bad_teachers_are_refused_before_the_run_begins(workshop, config, shared_data):

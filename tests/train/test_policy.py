@@ -287,7 +287,7 @@ def test_a_value_replaces_another_and_keeps_its_gradient():
         ("rl", {"temperature": 0.0}, r"rl.temperature is 0.0; it must be a number above 0"),
         ("rl", {"max_completion_length": LENGTH}, r"which a prompt and its completion share"),
         ("train", {"quantization": "int8"}, r"which decoding does not compute"),
-        ("train", {"objective": "pretrain", "exact_rollouts": True}, r"which samples nothing"),
+        ("train", {"objective": "pretrain", "exact_rollouts": True}, r"whose loss has no ratio"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(section, changes, message):

@@ -67,6 +67,7 @@ def check_applies(
         if objective in objectives or value == getattr(type(config), name):
             continue
         shown = f'"{value}"' if isinstance(value, str) else str(value).lower()
+        shown = str(list(value)) if isinstance(value, tuple) else shown
         applies = " and ".join(f'"{one}"' for one in objectives)
         raise ConfigError(
             f'{section}.{name} is {shown} and train.objective "{objective}"{reasons.get(name, "")}; it '

@@ -21,6 +21,8 @@ class DistillationConfig:
       teacher: the teacher: a path, a run's directory, or a known name. Any architecture and size with the
         run's vocabulary; it is frozen, in the compute dtype, and sharded like the model.
       data: the rows that the divergence is averaged over: those of `pretrain`, or the answers of `sft`.
+      on_policy: the student answers prompts, as in reinforcement learning, and learns what the teacher would
+        have said in its place (GKD's lambda = 1, with beta 1 for reverse KL). How it samples is in `[rl]`.
       beta: 0 is forward KL, 1 reverse KL, between them the generalized Jensen-Shannon divergence (GKD, arXiv
         2306.13649).
       temperature: the logits of both models are divided by it.
@@ -32,6 +34,7 @@ class DistillationConfig:
 
     teacher: str = ""
     data: DistillationData = "sft"
+    on_policy: bool = False
     beta: float = 0.0
     temperature: float = 1.0
     top_k: int = 0
@@ -42,6 +45,11 @@ class DistillationConfig:
         if self.beta > 1:
             raise ConfigError(
                 f"distillation.beta is {self.beta}; it must be from 0, forward KL, to 1, reverse KL"
+            )
+        if self.on_policy and self.data != "sft":
+            raise ConfigError(
+                f'distillation.on_policy is true and distillation.data "{self.data}"; the data are prompts: '
+                "leave it out"
             )
         if self.temperature == 0:
             raise ConfigError("distillation.temperature is 0; it must be above 0, such as 1.0")
@@ -62,7 +70,7 @@ class DistillationConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value != field.default:
-                shown = f'"{value}"' if isinstance(value, str) else value
+                shown = f'"{value}"' if isinstance(value, str) else str(value).lower()
                 raise ConfigError(
                     f'distillation.{field.name} is {shown} and train.objective "{objective}", which has no '
                     'teacher; it applies to "distill": leave it out'

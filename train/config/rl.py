@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from llama_jax.errors import ConfigError
 
 from .checks import check_applies, check_at_least, check_one_of
-from .objective import Objective
+from .objective import RL_OBJECTIVES, Objective
 
 PolicyLossType = Literal["grpo", "dapo", "dr_grpo"]
 ScaleRewards = Literal["group", "batch", "none"]
@@ -19,6 +19,13 @@ Whiten = Literal["none", "scores", "rewards"]
 
 # The objectives that a setting applies to; the others apply to all that sample.
 _OBJECTIVES: Mapping[str, tuple[Objective, ...]] = {
+    "rewards": RL_OBJECTIVES,
+    "reward_weights": RL_OBJECTIVES,
+    "beta": RL_OBJECTIVES,
+    "epsilon": RL_OBJECTIVES,
+    "epsilon_high": RL_OBJECTIVES,
+    "importance_sampling_level": RL_OBJECTIVES,
+    "loss_type": RL_OBJECTIVES,
     "scale_rewards": ("grpo",),
     "use_bias_correction_kl": ("grpo",),
     "value_model": ("ppo",),
@@ -33,6 +40,8 @@ _OBJECTIVES: Mapping[str, tuple[Objective, ...]] = {
 @dataclasses.dataclass(frozen=True)
 class RLConfig:
     """Rollouts, rewards and the loss of `train.objective` `grpo` and `ppo`; names and defaults are TRL's.
+
+    How completions are sampled applies to `distill` with `distillation.on_policy` too.
 
     Attributes:
       rewards: reward functions: `package.module:function`, `path/to/file.py:function`, or a built-in one:

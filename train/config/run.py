@@ -97,13 +97,18 @@ class RunConfig:
             raise ConfigError(
                 'train.objective is "classify" and data.labels is not set; list the names of the classes'
             )
-        if self.train.objective in RL_OBJECTIVES:
+        if self.samples:
             self._check_rl()
-        elif self.train.exact_rollouts:
+        if self.train.exact_rollouts and self.train.objective not in RL_OBJECTIVES:
             raise ConfigError(
-                f'train.exact_rollouts is true and train.objective "{self.train.objective}", which samples '
-                'nothing; it applies to "grpo" and "ppo": leave it out'
+                f'train.exact_rollouts is true and train.objective "{self.train.objective}", whose loss has '
+                'no ratio; it applies to "grpo" and "ppo": leave it out'
             )
+
+    @property
+    def samples(self) -> bool:
+        """Whether the run trains on completions that the model samples."""
+        return self.train.objective in RL_OBJECTIVES or self.distillation.on_policy
 
     @property
     def runs_reference(self) -> bool:
@@ -126,7 +131,7 @@ class RunConfig:
         """Checks the settings of reinforcement learning against each other."""
         train, rl, name = self.train, self.rl, f'train.objective is "{self.train.objective}"'
         rl.check_objective(train.objective)
-        if not rl.rewards:
+        if train.objective in RL_OBJECTIVES and not rl.rewards:
             raise ConfigError(
                 f'{name} and rl.rewards is not set; name reward functions, such as "exact_match" or '
                 '"package.module:function"'

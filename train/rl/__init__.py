@@ -3,8 +3,7 @@
 prompts.py reads the prompts, in an order that is a function of the seed alone; sampler.py samples completions
 with the library's decoding on the training arrays; exact.py makes their log-probabilities those of the
 trainer (scoring.py), bit for bit; rewards.py calls reward functions in worker processes (worker.py),
-builtin_rewards.py has some, and reward_models.py runs models; advantages.py is arithmetic, critic.py
-PPO's values and references; rollouts.py puts
-them together for the loop, as rows of packing.py; samples.py writes and prints what was sampled. The losses
-are in `objectives/policy.py` and `objectives/ppo.py`.
+builtin_rewards.py has some, and reward_models.py runs models; advantages.py is arithmetic, critic.py has
+PPO's values; rollouts.py puts them together for the loop, as rows of packing.py, and student.py does for
+on-policy distillation; samples.py writes and prints what was sampled. The losses are in `objectives/`: policy.py, ppo.py.
 """

@@ -230,14 +230,10 @@ class Rollouts:
                 "reward_std": rewards.std(),
                 **{f"reward/{n}": m for n, m in zip(self._names, _means(scores), strict=True)},
                 **{f"reward_std/{n}": m for n, m in zip(self._names, _deviations(scores), strict=True)},
-                "completion_length": sampled.lengths.mean(),
-                "completion_length_max": sampled.lengths.max(),
-                "truncated": 1 - np.mean(self._ended(rows, sampled)),
+                **self._measured(rows, sampled, sampling_seconds),
                 **packing.mismatch(rolled, tempered if is_exact else plain, mask),
-                "rollout_seconds": sampling_seconds,
                 "reward_seconds": reward_seconds,
                 "scoring_seconds": scoring_seconds,
-                "rollout_tokens_per_second": sampled.lengths.sum() / sampling_seconds,
             }
         )
         advantages = packing.gathered(arrays["advantages"], arrays, rl.max_completion_length)
@@ -257,6 +253,16 @@ class Rollouts:
             ]
         )
         return arrays, scored
+
+    def _measured(self, rows: Sequence[Any], sampled: Sampled, seconds: float) -> dict[str, Any]:
+        """The lengths of completions that were sampled in so many seconds."""
+        return {
+            "completion_length": sampled.lengths.mean(),
+            "completion_length_max": sampled.lengths.max(),
+            "truncated": 1 - np.mean(self._ended(rows, sampled)),
+            "rollout_seconds": seconds,
+            "rollout_tokens_per_second": sampled.lengths.sum() / seconds,
+        }
 
     def _advantages(
         self, trainable: Any, arrays: packing.Arrays, rewards: np.ndarray, step: int

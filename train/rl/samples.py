@@ -27,7 +27,7 @@ class SampleRecord:
       prompt: a text, or messages.
       completion: its text.
       rewards: by function; NaN where one does not apply.
-      reward: their weighted sum.
+      reward: their weighted sum; None if nothing is rewarded.
       advantages: of its tokens; with GRPO all the same.
       prompt_ids, completion_ids: its tokens.
     """
@@ -36,7 +36,7 @@ class SampleRecord:
     prompt: Any
     completion: str
     rewards: dict[str, float]
-    reward: float
+    reward: float | None
     advantages: tuple[float, ...]
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
@@ -48,11 +48,15 @@ class SampleRecord:
 
     def as_json(self) -> dict[str, Any]:
         """The line in `samples.jsonl`; null where a function does not apply."""
-        return {
+        fields = {
             "step": self.step,
             "prompt": self.prompt,
             "completion": self.completion,
             "tokens": len(self.completion_ids),
+        }
+        if self.reward is None:
+            return fields
+        return fields | {
             "reward": self.reward,
             "advantage": round(self.advantage, 6),
             "rewards": {name: None if math.isnan(x) else x for name, x in self.rewards.items()},
@@ -67,8 +71,10 @@ def show_samples(samples: Sequence[SampleRecord], tokenizer: Tokenizer, console:
     """
     for number, sample in enumerate(samples):
         scores = ", ".join(f"{name} {value:g}" for name, value in sample.rewards.items())
-        title = f"completion {number}: reward {sample.reward:g} ({scores}), advantage {sample.advantage:+.3f}"
-        title += f", {len(sample.completion_ids)} tokens after {len(sample.prompt_ids)}"
+        title = f"completion {number}: "
+        if sample.reward is not None:
+            title += f"reward {sample.reward:g} ({scores}), advantage {sample.advantage:+.3f}, "
+        title += f"{len(sample.completion_ids)} tokens after {len(sample.prompt_ids)}"
         console.print(Text(title), style="bold")
         console.print(_styled(sample, tokenizer, plain=console.color_system is None), soft_wrap=True)
 

@@ -1,0 +1,63 @@
+"""On-policy distillation: rows of a student's own completions, which a teacher judges token by token."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..config.run import RunConfig
+from ..step import StepMetrics
+from ..trainable import Trainable
+from . import packing
+from .rollouts import Rollouts
+from .samples import SampleRecord
+from .scoring import Scored
+
+
+class StudentRollouts(Rollouts):
+    """Completions without rewards; their rows are those of supervised finetuning."""
+
+    def updated(self, seconds: float, metrics: StepMetrics) -> None:
+        tokens = float(metrics.tokens)
+        self._measure({"update_seconds": seconds, "update_tokens_per_second": tokens / seconds})
+
+    def evaluate(self, trainable: Any) -> dict[str, float]:
+        """Nothing: the validation prompts have no answers."""
+        del trainable
+        return {}
+
+    def _roll(self, trainable: Trainable, key: jax.Array, step: int) -> tuple[packing.Arrays, list[Scored]]:
+        run, rl = self._run, self._run.rl
+        count = run.train.global_batch_size * rl.steps_per_generation
+        prompts = [self._prompts.next_item()[2] for _ in range(count // rl.num_generations)]
+        rows: list[Any] = [prompt for prompt in prompts for _ in range(rl.num_generations)]
+        begin = time.perf_counter()
+        sampled = self._sample(trainable, prompts, rows, key)
+        self._measure(self._measured(rows, sampled, time.perf_counter() - begin))
+        arrays = packing.pack([row.ids for row in rows], sampled, run.train.seq_len)
+        arrays["value"] = np.zeros(arrays["tokens"].shape, np.float32)  # a field of examples, unused
+        completions = [tokens[:n].tolist() for tokens, n in zip(sampled.tokens, sampled.lengths, strict=True)]
+        self._write(
+            [
+                SampleRecord(
+                    step=step + 1,
+                    prompt=row.prompt,
+                    completion=self._text(row.ids, tokens),
+                    rewards={},
+                    reward=None,
+                    advantages=(0.0,) * len(tokens),
+                    prompt_ids=row.ids,
+                    completion_ids=tuple(tokens),
+                )
+                for row, tokens in zip(rows, completions, strict=True)
+            ]
+        )
+        return arrays, []
+
+
+def rollouts_of(run: RunConfig) -> type[Rollouts]:
+    """The class of a run's rollouts."""
+    return StudentRollouts if run.distillation.on_policy else Rollouts
