@@ -33,7 +33,7 @@ from llama_jax.train.step import build_step
 from llama_jax.train.teacher import check_teacher
 from llama_jax.train.trainable import TrainableSpec
 from tests.optimized import optimized
-from tests.train.processes import Workshop, assert_same, losses, records, steps
+from tests.train.processes import Workshop, assert_same, checkpoint_contents, losses, records, steps
 from tests.train.test_objectives import BATCH, COMPUTE, LENGTH, MODEL, examples, init_params, segments
 
 # Wider, deeper, and with another number of heads than its student.
@@ -304,7 +304,8 @@ def test_a_student_learns_on_its_own_answers_and_resumes(workshop, config):
     halves = Path(shutil.copytree(whole, workshop.folder / "own_halves"))
     shutil.rmtree(halves / "checkpoints" / str(steps(halves)[-1]))
     workshop.train_all((name, "--train.run_dir", halves, *own), worker=2)
-    assert_same(whole, halves, 4)
+    (a, _), (b, _) = (checkpoint_contents(run, 4) for run in (whole, halves))
+    assert a.keys() == b.keys() and all(a[leaf].tobytes() == b[leaf].tobytes() for leaf in a)
     assert (whole / "samples.jsonl").read_text() == (halves / "samples.jsonl").read_text()
     shown = workshop.run(name, "--train.run_dir", "shown", "--show-batch", *own)
     assert shown.status == 0 and "completion 0: 12 tokens after" in shown.out, shown.out

@@ -5,5 +5,5 @@ with the library's decoding on the training arrays; exact.py makes their log-pro
 trainer (scoring.py), bit for bit; rewards.py calls reward functions in worker processes (worker.py),
 builtin_rewards.py has some, and reward_models.py runs models; advantages.py is arithmetic, critic.py has
 PPO's values; rollouts.py puts them together for the loop, as rows of packing.py, and student.py does for
-on-policy distillation; samples.py writes and prints what was sampled. The losses are in `objectives/`: policy.py, ppo.py.
+on-policy distillation; samples.py writes and prints what was sampled. The losses are in `objectives/`.
 """
