@@ -9,11 +9,14 @@ import os
 import resource
 import signal
 import struct
+import sys
 import threading
+import types
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
@@ -209,3 +212,36 @@ def test_a_short_runs_plot_shows_its_points(tmp_path, monkeypatch):
     assert axes.lines[0].get_marker() == "."
     ticks = [tick for tick in axes.get_xticks() if 1 <= tick <= 2]
     assert ticks == [1, 2]
+
+
+@pytest.mark.parametrize("scores", [{"reward": 1.0, "advantage": -0.5}, {}], ids=["rewarded", "own answers"])
+def test_samples_are_lines_of_json_and_tables_of_the_trackers(tmp_path, monkeypatch, scores):
+    logged: list[Any] = []
+    table = lambda columns, data: {"columns": columns, "data": data}  # noqa: E731
+    fake = types.SimpleNamespace(
+        init=lambda **_: types.SimpleNamespace(
+            id="x", log=lambda *a, **k: logged.append((a, k)), finish=list
+        ),
+        Table=table,
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = LogConfig(tensorboard=True, wandb="project")
+    record = {
+        "step": 3,
+        "prompt": [{"role": "user", "content": "a|b"}],
+        "completion": "c",
+        "tokens": 1,
+        **scores,
+    }
+    options = {"is_primary": True, "has_samples": True, "settings": {}}
+    with Report(tmp_path, config, total_steps=9, start_step=0, **options) as report:
+        report.samples([record] * 2)
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert lines == [record] * 2
+    (((given,), step),) = logged
+    names = ["prompt", "completion", *scores]
+    assert given["samples"]["columns"] == names and step == {"step": 3}
+    assert given["samples"]["data"][0] == [str(record["prompt"]), "c", *scores.values()]
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    text = events(path)[-1].summary.value[0].tensor.string_val[0].decode()
+    assert text.splitlines()[0] == " | ".join(names) and len(text.splitlines()) == 4

@@ -165,7 +165,7 @@ class Report:
         for record in records:
             self._write(SAMPLES, record)
         step, shown = records[0]["step"], records[:_SHOWN]
-        names = ("prompt", "completion", "reward", "advantage")
+        names = [name for name in ("prompt", "completion", "reward", "advantage") if name in records[0]]
         if self._tensorboard is not None:
             rows = [" | ".join(map(_cell, [record[name] for name in names])) for record in shown]
             head = [" | ".join(names), " | ".join("---" for _ in names)]
@@ -173,8 +173,8 @@ class Report:
         if self._wandb is not None:
             import wandb
 
-            data = [[str(record[name]) for name in names] for record in shown]
-            self._wandb.log({"samples": wandb.Table(columns=list(names), data=data)}, step=step)
+            data = [[_plain(record[name]) for name in names] for record in shown]
+            self._wandb.log({"samples": wandb.Table(columns=names, data=data)}, step=step)
 
     def log(self, text: str) -> None:
         """Prints a line on stderr, above the progress bar."""
@@ -223,6 +223,11 @@ def _truncate_after(path: Path, step: int) -> None:
     if path.is_file():
         kept = [record for record in read_records(path) if record["step"] <= step]
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def _plain(value: Any) -> Any:
+    """A value as a table of W&B has it: numbers stay numbers, messages become text."""
+    return value if isinstance(value, (int, float, str)) else str(value)
 
 
 def _cell(value: Any) -> str:
