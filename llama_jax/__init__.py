@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from llama_jax.decoding.state import DecodeState, GenerateOutput, decode_step, prefill
     from llama_jax.errors import LlamaJaxError
     from llama_jax.forward_options import ForwardOptions
+    from llama_jax.inspection.captures import capture
     from llama_jax.loss import next_token_loss, token_logprobs
     from llama_jax.meshes import make_mesh
     from llama_jax.model import forward, init, unstack
     from llama_jax.model_sizes import presets
     from llama_jax.ops.quantization import quantize
     from llama_jax.sharding import shard_params
+    from llama_jax.taps import sites, with_edit
     from llama_jax.text.conversation import Conversation
     from llama_jax.text.convert import save
     from llama_jax.text.model import Model
@@ -57,6 +59,8 @@ _PUBLIC_NAMES = {
     "decoding.session": ("Session",),
     "meshes": ("make_mesh",),
     "sharding": ("shard_params",),
+    "taps": ("sites", "with_edit"),
+    "inspection.captures": ("capture",),
     "decoding.speculative": ("SpeculativeOutput", "speculative_generate"),
     "text.model": ("Model",),
 }
@@ -66,6 +70,7 @@ _SUBPACKAGES = (
     "chat",
     "config",
     "decoding",
+    "inspection",
     "eval",
     "hub",
     "kv_cache",
@@ -98,6 +103,7 @@ __all__ = [
     "Session",
     "SpeculativeOutput",
     "beam_search",
+    "capture",
     "decode_step",
     "forward",
     "generate",
@@ -111,11 +117,13 @@ __all__ = [
     "quantize",
     "save",
     "shard_params",
+    "sites",
     "speculative_generate",
     "stream",
     "token_logprobs",
     "unstack",
     "warm_up",
+    "with_edit",
 ]
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -30,6 +30,7 @@ from llama_jax.ops.blockwise_attention import MASKED, sharded_blockwise_attentio
 from llama_jax.ops.cudnn_attention import cudnn_attention
 from llama_jax.ops.products import dot, query_key_product
 from llama_jax.ops.striped_cache import Partial
+from llama_jax.taps import ATTENTION_WEIGHTS
 
 Backend = Literal["xla", "blockwise", "splash", "cudnn"]
 # Keys `k` and values `v` [K, P, H] of the P positions before a row: the parameters of prefix tuning (arXiv
@@ -115,6 +116,7 @@ def attention(
     block_size: int = 512,
     ring: bool = False,
     in_order: bool = False,
+    tap: Callable[[str, jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H) + mask) v; query head n reads key/value head n // (N / K).
 
@@ -135,6 +137,8 @@ def attention(
         with a window.
       in_order: queries and keys are of the same tokens, at the positions of the row: of keys that `context`
         divides, devices then receive those that a window reaches.
+
+      tap: with `xla` it gets the weights, at the site `block.attention_weights`, and returns those to use.
 
     Returns:
       [B, T, N, H] in q's dtype.
@@ -186,7 +190,7 @@ def attention(
             grouped, k, v, queries, keys, prefix, block_size=block_size, window=window
         )
     else:
-        out = checkpoint_name(_xla(grouped, k, v, mask, prefix, window), "attention_out")
+        out = checkpoint_name(_xla(grouped, k, v, mask, prefix, window, tap), "attention_out")
     return _ungrouped(out, q)
 
 
@@ -208,6 +212,7 @@ def cached_attention(
     used: jax.Array | None = None,
     window: int | None = None,
     block_size: int = 256,
+    tap: Callable[[str, jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """`attention` to one layer of a key/value cache, of any cache dtype.
 
@@ -223,6 +228,7 @@ def cached_attention(
         queries. Without it, all scores are computed at once, which is faster for a few queries.
       window: the number of positions up to its own whose keys a query attends to; None for all.
       block_size: slots per block.
+      tap: as for `attention`; the weights have a column for each slot. All scores are computed at once.
 
     Returns:
       [B, T, N, H] in q's dtype.
@@ -237,8 +243,8 @@ def cached_attention(
     slots = mask.k_positions.shape[1]
     if used is not None and window is not None:
         used = jnp.minimum(used, slots)  # of a ring
-    if used is None or slots <= block_size:
-        return _ungrouped(_xla(grouped, k, v, mask, prefix, window), q)
+    if used is None or slots <= block_size or tap is not None:
+        return _ungrouped(_xla(grouped, k, v, mask, prefix, window, tap), q)
     return _ungrouped(_in_blocks(grouped, k, v, mask, prefix, used, window, block_size), q)
 
 
@@ -255,10 +261,18 @@ def _ungrouped(out: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _xla(
-    q: jax.Array, k: Layer, v: Layer, mask: AttentionMask, prefix: KeyValues | None, window: int | None
+    q: jax.Array,
+    k: Layer,
+    v: Layer,
+    mask: AttentionMask,
+    prefix: KeyValues | None,
+    window: int | None,
+    tap: Callable[[str, jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """[B, K, G, T, H] by [B, K, S, H] -> [B, K, G, T, H], all scores at once."""
     scores = _scores(q, k, mask.as_array(window))
+    if prefix is None and tap is not None:
+        return _weighted_values(_tapped(tap, jax.nn.softmax(scores, axis=-1)), v, q.dtype).astype(q.dtype)
     if prefix is None:
         # The output [T, H] is normalized, rather than the weights [T, S].
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
@@ -266,9 +280,17 @@ def _xla(
     # Scores are concatenated, not keys: that would copy the cache at every token.
     prefix_scores = _prefix_scores(q, prefix, mask, window)
     weights = jax.nn.softmax(jnp.concatenate([prefix_scores, scores], axis=-1), axis=-1)
+    weights = weights if tap is None else _tapped(tap, weights)
     length = prefix_scores.shape[-1]
     out = _weighted_values(weights[..., length:], v, q.dtype)
     return (out + _prefix_weighted_values(weights[..., :length], prefix, q.dtype)).astype(q.dtype)
+
+
+def _tapped(tap: Callable[[str, jax.Array], jax.Array], weights: jax.Array) -> jax.Array:
+    """Weights [B, K, G, T, S] after the tap, which has them as [B, N, T, S]."""
+    batch, kv_heads, groups, length, slots = weights.shape
+    of_heads = tap(ATTENTION_WEIGHTS, weights.reshape(batch, kv_heads * groups, length, slots))
+    return of_heads.reshape(weights.shape)
 
 
 def _prefix_scores(q: jax.Array, prefix: KeyValues, mask: AttentionMask, window: int | None) -> jax.Array:

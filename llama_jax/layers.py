@@ -26,10 +26,12 @@ from llama_jax.ops.layouts import materialize_cotangent, row_major
 from llama_jax.ops.linear import apply_bottleneck, contract, project_all, project_heads
 from llama_jax.ops.quantization import Quantized
 from llama_jax.ops.swiglu import swiglu_down
+from llama_jax.taps import untapped
 
-# (q [B,T,N,H], k [B,K,T,H], v [B,K,T,H]) -> (out [B,T,N,H], auxiliary output); in a layer with a prefix, its
-# `attention.KeyValues` is the fourth argument.
+# (q [B,T,N,H], k [B,K,T,H], v [B,K,T,H]) -> (out [B,T,N,H], auxiliary output); in a layer with a prefix also
+# `prefix`, its `attention.KeyValues`, and with edits or captures `tap`.
 Attend = Callable[..., tuple[jax.Array, Any]]
+Tapping = Callable[[str, jax.Array], jax.Array]  # see `taps.Tap`
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
@@ -106,7 +108,9 @@ class Attention(nn.Module):
     custom_vjp: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, table: rope.Rotary | None, attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, table: rope.Rotary | None, attend: Attend, tap: Tapping = untapped
+    ) -> tuple[jax.Array, Any]:
         c = self.config
         d, n, k, h = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
         wq = _matrix(self, "wq", _normal(), (d, n, h))
@@ -128,12 +132,14 @@ class Attention(nn.Module):
         if table is not None:
             rotate = functools.partial(rope.rotate, table=table, custom_vjp=self.custom_vjp)
             q, keys = rotate(q), rotate(keys)
+        q, keys, values = tap("block.q", q), tap("block.k", keys), tap("block.v", values)
         q, keys, values = checkpoint_name(q, "q"), checkpoint_name(keys, "k"), checkpoint_name(values, "v")
         # A query reads all keys before it: `attend` moves them over `context`, and nothing else does.
         keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
         prefix: Any = self.get_variable("params", "prefix")
-        out, aux = attend(q, keys, values, *(() if prefix is None else (prefix,)))
-        out = project_heads(out, wo, custom_vjp=self.custom_vjp)
+        more = {} if tap is untapped else {"tap": tap}
+        out, aux = attend(q, keys, values, **more, **({} if prefix is None else {"prefix": prefix}))
+        out = project_heads(tap("block.attention_heads", out), wo, custom_vjp=self.custom_vjp)
         return _add_bias(self, "bo", out) if c.out_bias else out, aux
 
     def _normalize(self, name: str, y: jax.Array) -> jax.Array:
@@ -152,7 +158,7 @@ class FeedForward(nn.Module):
     custom_vjp: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, tap: Tapping = untapped) -> jax.Array:
         d, f, has_biases = self.config.hidden_size, self.config.intermediate_size, self.config.mlp_bias
         w_gate = _matrix(self, "w_gate", _normal(), (d, f))
         w_up = _matrix(self, "w_up", _normal(), (d, f))
@@ -161,6 +167,7 @@ class FeedForward(nn.Module):
         gate, up = project_all(x, matrices, out_spec=sharding.ACT_BTF, custom_vjp=self.custom_vjp)
         if has_biases:
             gate, up = _add_bias(self, "b_gate", gate), _add_bias(self, "b_up", up)
+        gate, up = tap("block.gate", gate), tap("block.up", up)
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         y = swiglu_down(gate, up, w_down, custom_vjp=self.custom_vjp)
         return _add_bias(self, "b_down", y) if has_biases else y
@@ -177,10 +184,10 @@ class Experts(nn.Module):
     capacity: float | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, tap: Tapping = untapped) -> tuple[jax.Array, jax.Array]:
         c = self.config
         d, f, e = c.hidden_size, c.intermediate_size, c.num_experts
-        logits = router_logits(x, self.param("router", _normal(), (d, e)))
+        logits = tap("block.router", router_logits(x, self.param("router", _normal(), (d, e))))
         y = experts(
             x,
             logits,
@@ -206,7 +213,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, table: rope.Rotary | None, attend: Attend
+        self, x: jax.Array, table: rope.Rotary | None, attend: Attend, tap: Tapping = untapped
     ) -> tuple[jax.Array, tuple[Any, jax.Array | None]]:
         norm = functools.partial(RMSNorm, self.config.rms_norm_eps, self.custom_vjp)
         attention = Attention(self.config, self.custom_vjp, name="attention")
@@ -215,12 +222,14 @@ class Block(nn.Module):
             feed_forward = Experts(self.config, self.custom_vjp, self.expert_capacity, name="feed_forward")
         else:
             feed_forward = FeedForward(self.config, self.custom_vjp, name="feed_forward")
-        x = row_major(x) if self.custom_vjp else x
-        y, aux = attention(norm(name="attention_norm")(x), table, attend)
-        x = checkpoint_name(x + self._apply_adapter(attention, y), "residual")
-        result: Any = feed_forward(norm(name="ffn_norm")(x))
+        x = tap("block.residual_pre", row_major(x) if self.custom_vjp else x)
+        y, aux = attention(norm(name="attention_norm")(x), table, attend, tap)
+        y = tap("block.attention_out", self._apply_adapter(attention, y))
+        x = checkpoint_name(tap("block.residual_mid", x + y), "residual")
+        result: Any = feed_forward(norm(name="ffn_norm")(x), tap)
         y, logits = result if self.config.num_experts else (result, None)
-        return x + self._apply_adapter(feed_forward, y), (aux, logits)
+        y = tap("block.ffn_out", self._apply_adapter(feed_forward, y))
+        return tap("block.residual_post", x + y), (aux, logits)
 
     def _apply_adapter(self, sublayer: nn.Module, y: jax.Array) -> jax.Array:
         """The output y of a sublayer after its bottleneck adapter, if it has one."""

@@ -23,6 +23,7 @@ from llama_jax.ops.inputs import as_array
 from llama_jax.ops.quantization import Quantized
 from llama_jax.ops.remat import Remat
 from llama_jax.ops.router_losses import RouterLosses
+from llama_jax.taps import EDIT, Edit, edited, with_edit
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -63,6 +64,7 @@ def next_token_loss(
     router_aux_loss: float | jax.Array = 0.0,
     router_z_loss: float | jax.Array = 0.0,
     embedding_noise: jax.Array | None = None,
+    edit: Edit | None = None,
 ) -> Loss:
     """-log p(tokens[t+1] | tokens[..t]), summed over the predictions with their weights.
 
@@ -83,6 +85,7 @@ def next_token_loss(
         over the tokens outside segment 0, included in `total` times `count`. Without experts they are not
         used.
       embedding_noise: [B, T, D], added to the embeddings (NEFTune, arXiv 2310.05914).
+      edit: as for `forward`.
 
     Returns:
       A `Loss`; divide `total` by `count` for the mean.
@@ -98,7 +101,7 @@ def next_token_loss(
         raise InputError(f"tokens has shape {jnp.shape(tokens)}; it must be [batch, length]")
     return _next_token_loss(
         config,
-        params,
+        with_edit(params, edit),
         tokens,
         as_array("mask", mask),
         as_array("positions", positions),
@@ -138,7 +141,7 @@ def _next_token_loss(
         options=options,
         embedding_noise=embedding_noise,
     )
-    if options.custom_vjp and not isinstance(output_matrix(params), Quantized):
+    if options.custom_vjp and EDIT not in params and not isinstance(output_matrix(params), Quantized):
         total = fused_cross_entropy(x, params, targets, weights, z_loss, num_chunks=num_chunks)
         loss = Loss(total=total, count=weights.sum())
     else:
@@ -187,19 +190,19 @@ def token_logprobs(
     *,
     options: ForwardOptions = ForwardOptions(),
     num_chunks: int = 8,
+    edit: Edit | None = None,
 ) -> jax.Array:
     """log p(tokens[t] | tokens[..t-1]) of every token, with the logits of one chunk at a time in memory.
 
     Args:
-      config, params, tokens, positions, segment_ids, options: as for `forward`.
+      config, params, tokens, positions, segment_ids, options, edit: as for `forward`.
       num_chunks: as for `next_token_loss`.
 
     Returns:
       f32 [B, T]; 0 for the first token of each row and segment.
     """
-    return routed_token_logprobs(
-        config, params, tokens, positions, segment_ids, options=options, num_chunks=num_chunks
-    )[0]
+    inputs = config, with_edit(params, edit), tokens, positions, segment_ids
+    return routed_token_logprobs(*inputs, options=options, num_chunks=num_chunks)[0]
 
 
 def routed_token_logprobs(
@@ -271,7 +274,7 @@ def map_logits(
 
     def of_chunk(chunk: Any) -> Any:
         x, inputs = chunk
-        return function(unembed(x, params), *inputs)
+        return function(edited(params, "logits", unembed(x, params)), *inputs)
 
     length, chunks = x.shape[1], _chunk_count(x.shape[1], num_chunks)
     split = jax.tree.map(lambda array: _split(array, chunks), (x, inputs))
@@ -326,7 +329,7 @@ def cross_entropy(
     @jax.checkpoint  # the backward pass recomputes the logits of a chunk
     def chunk_loss(chunk: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         x, targets, weights = chunk
-        target_logits, log_z = _target_logits_and_log_z(unembed(x, params), targets)
+        target_logits, log_z = _target_logits_and_log_z(edited(params, "logits", unembed(x, params)), targets)
         return (weights * (log_z - target_logits + z_loss * log_z**2)).sum()
 
     totals = jax.lax.map(chunk_loss, tuple(_split(array, chunks) for array in (x, targets, weights)))

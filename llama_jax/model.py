@@ -8,7 +8,7 @@ Unstacked ones are unrolled, for decoding: no slice of a weight is copied.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,11 +20,13 @@ from llama_jax.attention import AttentionMask, Backend, attention, cache_mask, c
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError, InputError
 from llama_jax.forward_options import ForwardOptions
+from llama_jax.layer_stack import Found, run_layers
 from llama_jax.layers import Attend, Block, embed, rms_norm, unembed
 from llama_jax.ops import zigzag
 from llama_jax.ops.inputs import as_array
-from llama_jax.ops.remat import Remat, rematerialize
+from llama_jax.ops.remat import Remat
 from llama_jax.ops.router_losses import RouterLosses, router_losses
+from llama_jax.taps import EDIT, Edit, Tap, Taps, edited, with_edit
 
 Params = Any  # a nested dict of arrays, see the module's docstring
 
@@ -90,6 +92,7 @@ def forward(
     attention_backend: Backend | None = None,
     remat: Remat | None = None,
     custom_vjp: bool | None = None,
+    edit: Edit | None = None,
 ) -> jax.Array:
     """Logits of the next token after every position.
 
@@ -102,6 +105,7 @@ def forward(
       segment_ids: int [B, T]; a token attends only to its own segment. None: each row is one segment.
       options: how the forward pass is computed.
       dtype, attention_backend, remat, custom_vjp: replace these fields of `options` where not None.
+      edit: replaces values inside the model, see `taps.Edit`.
 
     Returns:
       f32 [B, T, V].
@@ -116,7 +120,7 @@ def forward(
     )
     tokens, positions = as_array("tokens", tokens), as_array("positions", positions)
     segment_ids = as_array("segment_ids", segment_ids)
-    return _forward(config, params, tokens, positions, segment_ids, options=options)
+    return _forward(config, with_edit(params, edit), tokens, positions, segment_ids, options=options)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options"))
@@ -129,7 +133,8 @@ def _forward(
     *,
     options: ForwardOptions,
 ) -> jax.Array:
-    return unembed(hidden_states(config, params, tokens, positions, segment_ids, options=options), params)
+    x = hidden_states(config, params, tokens, positions, segment_ids, options=options)
+    return edited(params, "logits", unembed(x, params))
 
 
 def hidden_states(
@@ -153,6 +158,23 @@ def routed_hidden_states(
 
     `embedding_noise` [B, T, D] is added to the embeddings, as in NEFTune (arXiv 2310.05914).
     """
+    inputs = config, params, tokens, positions, segment_ids
+    return tapped_hidden_states(*inputs, options=options, embedding_noise=embedding_noise)[:2]
+
+
+def tapped_hidden_states(
+    config: LlamaConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    *,
+    options: ForwardOptions = ForwardOptions(),
+    embedding_noise: jax.Array | None = None,
+    wanted: frozenset[str] = frozenset(),
+    layers: tuple[int, ...] | None = None,
+) -> tuple[jax.Array, RouterLosses | None, Found]:
+    """`routed_hidden_states`, and the values of the sites `wanted`, of these layers or all: [layers, ...]."""
     _check(config, params, tokens)
     sharding.check_batch(tokens.shape[0])
     for name, array in (("positions", positions), ("segment_ids", segment_ids)):
@@ -165,7 +187,9 @@ def routed_hidden_states(
     segment_ids = None if segment_ids is None else constrain(jnp.asarray(segment_ids))
     # A window that is as long as the row leaves out nothing.
     windows = [w if w is not None and w < tokens.shape[1] else None for w, _ in config.layer_kinds]
+    taps = _taps(params, wanted, layers)
     ring = uses_ring(options.attention_backend, prefix=_prefix_length(params) > 0, window=any(windows))
+    ring = ring and taps is None  # sites have their tokens in order
     if ring:  # here and at the end, so that no layer moves a token to another device
         tokens, positions, segment_ids = zigzag.enter((tokens, positions, segment_ids))
     # Causal in the order of the row: positions restart with each packed document.
@@ -173,21 +197,29 @@ def routed_hidden_states(
     how = functools.partial(attention, mask=mask, backend=options.attention_backend, ring=ring, in_order=True)
 
     def attend_in_layer(layer: int) -> Attend:
-        return lambda q, k, v, prefix=None: (how(q, k, v, prefix=prefix, window=windows[layer]), None)
+        return lambda q, k, v, **kwargs: (how(q, k, v, window=windows[layer], **kwargs), None)
 
     dtype = options.dtype or compute_dtype(params)
     x = embed(params["embed"]["embedding"], tokens, dtype=dtype, custom_vjp=options.custom_vjp)
     if embedding_noise is not None:
         noise = zigzag.enter(embedding_noise) if ring else embedding_noise
         x = x + sharding.constrain(noise, sharding.ACT_BTD).astype(x.dtype)
+    outside = Tap(params.get(EDIT), wanted)
+    x = outside("embedding", x)
     table = rope.rotary(config, positions + _prefix_length(params))
-    x, outputs = _run_layers(config, params, x, table, attend_in_layer, options=options)
+    x, outputs, found = run_layers(config, params, x, table, attend_in_layer, options=options, taps=taps)
     x = rms_norm(x, params["final_norm"]["scale"], eps=config.rms_norm_eps)
-    x = zigzag.leave(x) if ring else x
+    x = outside("final_norm", zigzag.leave(x) if ring else x)
+    found |= outside.found
     if not config.num_experts:
-        return x, None
+        return x, None, found
     is_token = None if segment_ids is None else segment_ids > 0
-    return x, router_losses(outputs, config.num_experts_per_tok, is_token)
+    return x, router_losses(outputs, config.num_experts_per_tok, is_token), found
+
+
+def _taps(params: Params, wanted: frozenset[str], layers: tuple[int, ...] | None = None) -> Taps | None:
+    edit = params.get(EDIT)
+    return Taps(edit, wanted, layers) if edit is not None or wanted else None
 
 
 def forward_cached(
@@ -233,20 +265,24 @@ def forward_cached(
         layout = layouts[layer]
         write = functools.partial(kv.write, start=start, ring=layout.ring, end=end)
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array, prefix: Any = None) -> tuple[jax.Array, Any]:
+        def attend(
+            q: jax.Array, k: jax.Array, v: jax.Array, prefix: Any = None, tap: Any = None
+        ) -> tuple[jax.Array, Any]:
             k, v = (sharding.constrain(x, sharding.CACHE_BKSH) for x in (k, v))
             keys, values = write(cache.k[layer], k), write(cache.v[layer], v)
             mask, window = masks[layout], layout.window
-            return cached_attention(q, keys, values, mask, prefix, used=used, window=window), (keys, values)
+            how = {"used": used, "window": window, "tap": tap}
+            return cached_attention(q, keys, values, mask, prefix, **how), (keys, values)
 
         return attend
 
-    x = embed(params["embed"]["embedding"], tokens, dtype=compute_dtype(params))
+    x = edited(params, "embedding", embed(params["embed"]["embedding"], tokens, dtype=compute_dtype(params)))
     table = rope.rotary(config, positions + _prefix_length(params))
-    x, layer_caches = _run_layers(config, unstack(params), x, table, attend_in_layer)
+    taps = _taps(params, frozenset())
+    x, layer_caches, _ = run_layers(config, unstack(params), x, table, attend_in_layer, taps=taps)
     keys, values = zip(*(cache for cache, _ in layer_caches), strict=True)
-    x = rms_norm(x, params["final_norm"]["scale"], eps=config.rms_norm_eps)
-    return unembed(x, params), kv.KVCache(k=keys, v=values)
+    x = edited(params, "final_norm", rms_norm(x, params["final_norm"]["scale"], eps=config.rms_norm_eps))
+    return edited(params, "logits", unembed(x, params)), kv.KVCache(k=keys, v=values)
 
 
 def unstack(params: Params) -> Params:
@@ -293,56 +329,3 @@ def _prefix_length(params: Params) -> int:
     layers = params["layers"]
     prefix = (layers if isinstance(layers, Mapping) else layers[0])["attention"].get("prefix")
     return 0 if prefix is None else prefix["k"].shape[-2]
-
-
-def _run_layers(
-    config: LlamaConfig,
-    params: Params,
-    x: jax.Array,
-    table: rope.Rotary,
-    attend_in_layer: Callable[[int], Attend],
-    *,
-    options: ForwardOptions = ForwardOptions(),
-) -> tuple[jax.Array, Any]:
-    """Applies all layers to x: a scan where they are stacked, else unrolled.
-
-    Where layers differ (`LlamaConfig.layer_kinds`), the scan's body is one period of them.
-
-    Args:
-      config: the model.
-      params: its parameters.
-      x: [B, T, D].
-      table: rotary angles.
-      attend_in_layer: the `attend` of a layer, by its index; where layers are stacked, by that in the period.
-      options: of the forward pass.
-
-    Returns:
-      x after all layers, and what `Block` returned beside it: of each layer, where they are not stacked.
-    """
-    block, kinds = Block(config, options.custom_vjp, options.expert_capacity), config.layer_kinds
-
-    def layer(index: int) -> Callable[[jax.Array, Any], tuple[jax.Array, Any]]:
-        angles, attend = table if kinds[index].rope else None, attend_in_layer(index)
-        apply = lambda x, weights: block.apply({"params": weights}, x, angles, attend)  # noqa: E731
-        return rematerialize(apply, options.remat)
-
-    layers = params["layers"]
-    if not isinstance(layers, Mapping):
-        outputs = []
-        for index, weights in enumerate(layers):
-            x, aux = layer(index)(x, weights)
-            outputs.append(aux)
-        return x, outputs
-    period = config.layer_period
-    if period == 1:
-        return jax.lax.scan(layer(0), x, layers)
-
-    def run_period(x: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
-        outputs = []
-        for index in range(period):
-            x, output = layer(index)(x, jax.tree.map(lambda leaf: leaf[index], weights))  # noqa: B023
-            outputs.append(output)
-        return x, outputs
-
-    grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), layers)
-    return jax.lax.scan(run_period, x, grouped)

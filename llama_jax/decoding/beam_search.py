@@ -38,6 +38,7 @@ from llama_jax.decoding.state import prefill_cache
 from llama_jax.errors import InputError
 from llama_jax.model import Params, compute_dtype, forward_cached, unstack
 from llama_jax.ops import spmd
+from llama_jax.taps import Edit, with_edit
 
 EarlyStopping = bool | Literal["never"]
 
@@ -94,6 +95,7 @@ def beam_search(
     num_return_sequences: int = 1,
     sampling: Sampling | None = None,
     cache_dtype: jax.typing.DTypeLike | None = None,
+    edit: Edit | None = None,
 ) -> BeamSearchOutput:
     """Continues each prompt by beam search.
 
@@ -122,6 +124,7 @@ def beam_search(
       sampling: its logits processors (`repetition_penalty`, `forced_tokens`, ...) are applied to
         log-probabilities; temperature, top_k, top_p and min_p must be off.
       cache_dtype: dtype of the key/value cache, as for `generate`. Static.
+      edit: as for `generate`.
 
     Returns:
       A `BeamSearchOutput`.
@@ -129,6 +132,7 @@ def beam_search(
     Raises:
       InputError: as `generate`; for more beams than tokens; for a `sampling` that is random.
     """
+    params = with_edit(params, edit)
     request = arguments.prepare_request(
         config,
         tokens,

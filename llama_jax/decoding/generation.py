@@ -27,6 +27,7 @@ from llama_jax.decoding.state import DecodeState, GenerateOutput, decode_loop, i
 from llama_jax.errors import InputError
 from llama_jax.model import Params, compute_dtype, unstack
 from llama_jax.ops.compiler_options import decode_options
+from llama_jax.taps import Edit, with_edit
 
 
 @explain_unknown_keywords
@@ -43,6 +44,7 @@ def generate(
     num_return_sequences: int = 1,
     top_logprobs: int = 0,
     cache_dtype: jax.typing.DTypeLike | None = None,
+    edit: Edit | None = None,
 ) -> GenerateOutput:
     """Generates up to `max_new_tokens` tokens per prompt, in a compiled loop that ends with the last row.
 
@@ -74,6 +76,7 @@ def generate(
       top_logprobs: the number of most likely tokens to return per step, with log-probabilities. Static.
       cache_dtype: dtype of the key/value cache: float32, bfloat16, float16, or int8 or float8_e4m3fn
         ("fp8") with one scale per head and position. None is the parameters' dtype. Static.
+      edit: replaces values inside the model, of the prompt's tokens and of new ones, see `taps.Edit`.
 
     Returns:
       A `GenerateOutput`.
@@ -83,6 +86,7 @@ def generate(
         outside the vocabulary, a setting out of range, more positions than the model's context; or a process
         that makes another call, or none.
     """
+    params = with_edit(params, edit)
     static = _static_arguments(config, num_return_sequences, top_logprobs, cache_dtype)
     request = arguments.prepare_request(
         config,
@@ -117,6 +121,7 @@ def stream(
     eos_id: EosId = None,
     num_return_sequences: int = 1,
     cache_dtype: jax.typing.DTypeLike | None = None,
+    edit: Edit | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """`generate`, one token at a time: the same tokens, from the same programs.
 
@@ -127,6 +132,7 @@ def stream(
     Raises:
       InputError: as `generate`, at the call.
     """
+    params = with_edit(params, edit)
     static = _static_arguments(config, num_return_sequences, 0, cache_dtype)
     request = arguments.prepare_request(
         config,

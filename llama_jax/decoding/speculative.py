@@ -31,6 +31,7 @@ from llama_jax.decoding.state import DecodeState, GenerateOutput, init_state, sa
 from llama_jax.errors import InputError
 from llama_jax.model import Params, compute_dtype, forward_cached, unstack
 from llama_jax.ops import spmd
+from llama_jax.taps import Edit, with_edit
 
 # Folded into a token's key for the random number that accepts or rejects its draft; see `DRAFT_SALT`.
 ACCEPT_SALT = drafts.DRAFT_SALT + 1
@@ -89,6 +90,7 @@ def speculative_generate(
     max_new_tokens: int,
     eos_id: EosId = None,
     cache_dtype: jax.typing.DTypeLike | None = None,
+    edit: Edit | None = None,
 ) -> SpeculativeOutput:
     """`generate` in fewer forward passes: each verifies several drafted tokens.
 
@@ -115,6 +117,7 @@ def speculative_generate(
       max_new_tokens: at least 1. Static while tracing.
       eos_id: the end-of-sequence id or ids. None: every row runs to `max_new_tokens`.
       cache_dtype: dtype of both models' key/value caches; see `generate`. Static.
+      edit: of the model, not of a draft model, as for `generate`.
 
     Returns:
       A `SpeculativeOutput`.
@@ -123,7 +126,7 @@ def speculative_generate(
       InputError: as `generate`; for a draft model of another vocabulary or too short a context; for a
         number of drafts, or an n-gram size, below 1.
     """
-    context = config.max_position_embeddings
+    params, context = with_edit(params, edit), config.max_position_embeddings
     if arguments.check_int("num_draft_tokens", num_draft_tokens) >= context:
         raise InputError(
             f"num_draft_tokens is {num_draft_tokens}; the model's context has {context} positions, give a few"
