@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -30,7 +30,7 @@ from llama_jax.ops.blockwise_attention import MASKED, sharded_blockwise_attentio
 from llama_jax.ops.cudnn_attention import cudnn_attention
 from llama_jax.ops.products import dot, query_key_product
 from llama_jax.ops.striped_cache import Partial
-from llama_jax.taps import ATTENTION_WEIGHTS
+from llama_jax.taps import Tapping, tap_weights
 
 Backend = Literal["xla", "blockwise", "splash", "cudnn"]
 # Keys `k` and values `v` [K, P, H] of the P positions before a row: the parameters of prefix tuning (arXiv
@@ -116,7 +116,7 @@ def attention(
     block_size: int = 512,
     ring: bool = False,
     in_order: bool = False,
-    tap: Callable[[str, jax.Array], jax.Array] | None = None,
+    tap: Tapping | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H) + mask) v; query head n reads key/value head n // (N / K).
 
@@ -212,7 +212,7 @@ def cached_attention(
     used: jax.Array | None = None,
     window: int | None = None,
     block_size: int = 256,
-    tap: Callable[[str, jax.Array], jax.Array] | None = None,
+    tap: Tapping | None = None,
 ) -> jax.Array:
     """`attention` to one layer of a key/value cache, of any cache dtype.
 
@@ -267,12 +267,12 @@ def _xla(
     mask: AttentionMask,
     prefix: KeyValues | None,
     window: int | None,
-    tap: Callable[[str, jax.Array], jax.Array] | None = None,
+    tap: Tapping | None = None,
 ) -> jax.Array:
     """[B, K, G, T, H] by [B, K, S, H] -> [B, K, G, T, H], all scores at once."""
     scores = _scores(q, k, mask.as_array(window))
     if prefix is None and tap is not None:
-        return _weighted_values(_tapped(tap, jax.nn.softmax(scores, axis=-1)), v, q.dtype).astype(q.dtype)
+        return _weighted_values(tap_weights(tap, jax.nn.softmax(scores, axis=-1)), v, q.dtype).astype(q.dtype)
     if prefix is None:
         # The output [T, H] is normalized, rather than the weights [T, S].
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
@@ -280,17 +280,10 @@ def _xla(
     # Scores are concatenated, not keys: that would copy the cache at every token.
     prefix_scores = _prefix_scores(q, prefix, mask, window)
     weights = jax.nn.softmax(jnp.concatenate([prefix_scores, scores], axis=-1), axis=-1)
-    weights = weights if tap is None else _tapped(tap, weights)
+    weights = weights if tap is None else tap_weights(tap, weights)
     length = prefix_scores.shape[-1]
     out = _weighted_values(weights[..., length:], v, q.dtype)
     return (out + _prefix_weighted_values(weights[..., :length], prefix, q.dtype)).astype(q.dtype)
-
-
-def _tapped(tap: Callable[[str, jax.Array], jax.Array], weights: jax.Array) -> jax.Array:
-    """Weights [B, K, G, T, S] after the tap, which has them as [B, N, T, S]."""
-    batch, kv_heads, groups, length, slots = weights.shape
-    of_heads = tap(ATTENTION_WEIGHTS, weights.reshape(batch, kv_heads * groups, length, slots))
-    return of_heads.reshape(weights.shape)
 
 
 def _prefix_scores(q: jax.Array, prefix: KeyValues, mask: AttentionMask, window: int | None) -> jax.Array:

@@ -26,12 +26,11 @@ from llama_jax.ops.layouts import materialize_cotangent, row_major
 from llama_jax.ops.linear import apply_bottleneck, contract, project_all, project_heads
 from llama_jax.ops.quantization import Quantized
 from llama_jax.ops.swiglu import swiglu_down
-from llama_jax.taps import untapped
+from llama_jax.taps import Tapping, untapped
 
 # (q [B,T,N,H], k [B,K,T,H], v [B,K,T,H]) -> (out [B,T,N,H], auxiliary output); in a layer with a prefix also
 # `prefix`, its `attention.KeyValues`, and with edits or captures `tap`.
 Attend = Callable[..., tuple[jax.Array, Any]]
-Tapping = Callable[[str, jax.Array], jax.Array]  # see `taps.Tap`
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:

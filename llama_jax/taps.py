@@ -21,6 +21,7 @@ from llama_jax.errors import ConfigError, InputError
 # int32 [], -1 outside the blocks, and traced where layers are scanned.
 Edit = Callable[[str, jax.Array, jax.Array], jax.Array]
 
+Tapping = Callable[[str, jax.Array], jax.Array]  # (site, value) -> the value to go on with: a `Tap`
 EDIT = "edit"  # among parameters: an edit, as a pytree
 ATTENTION_WEIGHTS = "block.attention_weights"
 # What each site holds, in the order of the computation; block sites once in each layer.
@@ -175,3 +176,10 @@ def untapped(site: str, value: jax.Array) -> jax.Array:
     """The tap of a forward pass without edits and captures: the identity."""
     del site
     return value
+
+
+def tap_weights(tap: Tapping, weights: jax.Array) -> jax.Array:
+    """Attention weights [B, K, G, T, S] after the tap, which has them as [B, N, T, S]."""
+    batch, kv_heads, groups, length, slots = weights.shape
+    of_heads = tap(ATTENTION_WEIGHTS, weights.reshape(batch, kv_heads * groups, length, slots))
+    return of_heads.reshape(weights.shape)
