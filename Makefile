@@ -14,7 +14,13 @@ TESTS ?= tests
 # tests, most of which are shorter ones over again, on a mesh or in another process.
 JAX_TESTS = $(wildcard tests/test_*.py) tests/ops tests/decoding tests/adapters $(addprefix tests/train/test_,\
   step.py objectives.py optimizer.py checkpoint.py evaluate.py feed.py devices.py runs.py)
+# The files that have such tests: to collect all others takes half a minute of each processor.
+MARKED = $(shell grep -rlE 'mark\.$(1)\b' tests --include='test_*.py')
 NOTEBOOKS ?=
+
+# Where this is set (containers often do), every process that starts compiles JAX from its sources: 4 seconds more
+# each, as the installations below leave compiling to the first import.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test durations test-jax parity stores test-stores pods gpu notebooks lint clean
 .DELETE_ON_ERROR:
@@ -50,7 +56,7 @@ test-jax: $(VENV)/test.stamp
 	$(PYTEST) $(TWO_WORKERS) -m "not parity and not pods and not stores and not slow" --shorter-than 1.5 $(wildcard $(JAX_TESTS))
 
 parity: $(VENV)/parity.stamp
-	$(PYTEST) $(TWO_WORKERS) -m parity
+	$(PYTEST) $(TWO_WORKERS) -m parity $(call MARKED,parity)
 
 # In an environment of its own: Beam needs older packages than `make parity`.
 stores:
@@ -60,7 +66,7 @@ test-stores: $(VENV)/stores.stamp
 	$(PYTEST) $(TWO_WORKERS) -m stores tests/storage tests/train/data/test_prepare.py
 
 pods: $(VENV)/pods.stamp
-	$(PYTEST) -n 2 -m pods
+	$(PYTEST) -n 2 -m pods $(call MARKED,pods)
 
 # Without a GPU nothing is installed.
 gpu:
