@@ -22,8 +22,15 @@ from llama_jax.decoding import arguments, processes
 from llama_jax.decoding.arguments import EosId
 from llama_jax.decoding.finite import warn_if_not_finite
 from llama_jax.decoding.keywords import explain_unknown_keywords
-from llama_jax.decoding.sampling import Sampling
-from llama_jax.decoding.state import DecodeState, GenerateOutput, decode_loop, init_state, prefill
+from llama_jax.decoding.sampling import Sampling, sample
+from llama_jax.decoding.state import (
+    DecodeState,
+    GenerateOutput,
+    Sampler,
+    decode_loop,
+    init_state,
+    prefill,
+)
 from llama_jax.errors import InputError
 from llama_jax.model import Params, compute_dtype, unstack
 from llama_jax.ops.compiler_options import decode_options
@@ -270,24 +277,29 @@ class Newest(NamedTuple):
 
 
 def decode_loop_jit(
-    config: LlamaConfig, params: Params, state: DecodeState, steps: np.int32
+    config: LlamaConfig, params: Params, state: DecodeState, steps: np.int32, sampler: Sampler = sample
 ) -> tuple[DecodeState, Newest]:
     """`decode_loop`, compiled; the state is donated."""
     device = next(iter(jax.tree.leaves(state)[0].devices()))
-    return decode_program(device.platform)(config, params, state, steps)
+    return decode_program(device.platform)(config, params, state, steps, sampler=sampler)
 
 
 @functools.cache
 def decode_program(platform: str) -> Any:
     """The jitted function of `decode_loop_jit` on a platform."""
     options = decode_options(platform)
-    return jax.jit(_decode, static_argnames=("config",), donate_argnames=("state",), compiler_options=options)
+    return jax.jit(
+        _decode,
+        static_argnames=("config", "sampler"),
+        donate_argnames=("state",),
+        compiler_options=options,
+    )
 
 
 def _decode(
-    config: LlamaConfig, params: Params, state: DecodeState, steps: jax.Array
+    config: LlamaConfig, params: Params, state: DecodeState, steps: jax.Array, sampler: Sampler = sample
 ) -> tuple[DecodeState, Newest]:
-    state = decode_loop(config, params, state, steps)
+    state = decode_loop(config, params, state, steps, sampler)
     output = state.output
     is_newest = jnp.arange(output.logprobs.shape[1]) == output.lengths[:, None] - 1
     newest = Newest(state.token, state.done, jnp.where(is_newest, output.logprobs, 0.0).sum(-1))

@@ -255,7 +255,9 @@ def repeat_rows(x: jax.Array, times: int) -> jax.Array:
     return rows if layout is None else sharding.constrain(rows, P(sharding.BATCH, *layout[1:]))
 
 
-def decode_step(config: LlamaConfig, params: Params, state: DecodeState) -> DecodeState:
+def decode_step(
+    config: LlamaConfig, params: Params, state: DecodeState, sampler: Sampler = sample
+) -> DecodeState:
     """Runs the model on each row's last token and samples the next one.
 
     Args:
@@ -263,6 +265,7 @@ def decode_step(config: LlamaConfig, params: Params, state: DecodeState) -> Deco
       params: its parameters, unstacked (`unstack`); otherwise every step copies all of them.
       state: from `prefill` or `decode_step`. The cache must have a free slot: take at most `max_new_tokens`
         steps.
+      sampler: maps processed logits, settings and a key per row to a token per row.
 
     Returns:
       The next state. Rows that are done keep their tokens and length.
@@ -271,7 +274,7 @@ def decode_step(config: LlamaConfig, params: Params, state: DecodeState) -> Deco
     tokens = state.history.token_at(last)[:, None]
     logits, cache = forward_cached(config, params, tokens, last, state.cache)
     logits = sharding.constrain(logits[:, 0], sharding.LOGITS_BV)
-    state = sample_token(dataclasses.replace(state, cache=cache), logits, ~state.done)
+    state = sample_token(dataclasses.replace(state, cache=cache), logits, ~state.done, sampler)
     return dataclasses.replace(state, count=state.count + 1)
 
 
@@ -326,7 +329,11 @@ def fold_in_rows(keys: jax.Array, data: jax.Array) -> jax.Array:
 
 
 def decode_loop(
-    config: LlamaConfig, params: Params, state: DecodeState, steps: int | jax.Array
+    config: LlamaConfig,
+    params: Params,
+    state: DecodeState,
+    steps: int | jax.Array,
+    sampler: Sampler = sample,
 ) -> DecodeState:
     """Takes up to `steps` decoding steps; stops when all rows are done."""
     # Inside shard_map a step's result may vary over more mesh axes than a new state.
@@ -334,6 +341,6 @@ def decode_loop(
     stop = state.count + steps
     return jax.lax.while_loop(
         lambda state: (state.count < stop) & ~jnp.all(state.done),
-        lambda state: decode_step(config, params, state),
+        lambda state: decode_step(config, params, state, sampler),
         state,
     )

@@ -15,7 +15,7 @@ from jax.extend.core import jaxprs_in_params
 
 from llama_jax.decoding import logits_processors, sampling
 from llama_jax.decoding.logits_processors import TokenHistory
-from llama_jax.decoding.sampling import Sampling, sample
+from llama_jax.decoding.sampling import Sampling, sample, sample_gumbel
 from llama_jax.errors import InputError
 from tests.optimized import optimized
 
@@ -95,13 +95,25 @@ def test_order_is_temperature_k_p_min_p():
     assert kept(expected).sum() == 1
 
 
-sample_jit = jax.jit(lambda logits, s, keys: sample(logits, s.broadcast(logits.shape[0]), keys))
+def jitted(sampler):
+    return jax.jit(lambda logits, s, keys: sampler(logits, s.broadcast(logits.shape[0]), keys))
 
 
-def drawn(logits, s, count=20_000, seed=0):
+sample_jit, sample_gumbel_jit = jitted(sample), jitted(sample_gumbel)
+
+
+BOTH = pytest.mark.parametrize("sampler", [sample, sample_gumbel], ids=["inverse", "gumbel"])
+
+
+def samples(logits, s, sampler=sample, count=20_000, seed=0):
+    """A token for each of `count` keys."""
     keys = jax.random.split(jax.random.key(seed), count)
-    one = lambda key: sample(logits[None], s.broadcast(1), key[None])[0]  # noqa: E731
-    return np.bincount(np.asarray(jax.jit(jax.vmap(one))(keys)), minlength=logits.size)
+    one = lambda key: sampler(logits[None], s.broadcast(1), key[None])[0]  # noqa: E731
+    return np.asarray(jax.jit(jax.vmap(one))(keys))
+
+
+def drawn(logits, s, sampler=sample):
+    return np.bincount(samples(logits, s, sampler), minlength=logits.size)
 
 
 def chi_square(counts, probabilities):
@@ -111,21 +123,38 @@ def chi_square(counts, probabilities):
     return ((counts[used] - expected[used]) ** 2 / expected[used]).sum(), used.sum() - 1
 
 
+@BOTH
 @pytest.mark.parametrize("vocab", [7, 256, 700])
-def test_samples_follow_the_softmax(vocab):
+def test_samples_follow_the_softmax(vocab, sampler):
     """Chi-square over 20,000 samples; 256 tokens fill one block of the search, 700 take three."""
     logits = jax.random.normal(jax.random.key(vocab), (vocab,)) * 1.5
-    counts = drawn(logits, Sampling(temperature=0.8))
+    counts = drawn(logits, Sampling(temperature=0.8), sampler)
     statistic, freedom = chi_square(counts, np.asarray(jax.nn.softmax(logits / 0.8), np.float64))
     assert statistic < freedom + 5 * np.sqrt(2 * freedom)
 
 
-def test_samples_with_filters_follow_the_filtered_softmax():
+@BOTH
+def test_samples_with_filters_follow_the_filtered_softmax(sampler):
     logits = jnp.array([2.0, 1.5, 1.0, 0.0, -1.0, -9.0])
     s = Sampling(temperature=1.3, top_k=4, top_p=0.95, min_p=0.05)
     target = jax.nn.softmax(sampling.transform(logits[None], s.broadcast(1)))[0]
-    statistic, freedom = chi_square(drawn(logits, s), np.asarray(target, np.float64))
+    statistic, freedom = chi_square(drawn(logits, s, sampler), np.asarray(target, np.float64))
     assert statistic < freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_nearly_equal_logits_give_other_tokens_less_often_by_gumbel_noise():
+    """At most 2 d / (1 + d) of them for total variation d (arXiv 2408.07978); inversion has no such bound."""
+    logits = jax.random.normal(jax.random.key(0), (700,)) * 1.5
+    near = logits + 0.05 * jax.random.normal(jax.random.key(1), (700,))
+    settings = Sampling(temperature=0.8)
+    distance = float(jnp.abs(jax.nn.softmax(logits / 0.8) - jax.nn.softmax(near / 0.8)).sum() / 2)
+    by_noise, by_inversion = (
+        (samples(logits, settings, sampler) != samples(near, settings, sampler)).mean()
+        for sampler in (sample_gumbel, sample)
+    )
+    bound, deviation = 2 * distance / (1 + distance), np.sqrt(distance / 20_000)
+    assert distance - 4 * deviation < by_noise < bound + 6 * deviation
+    assert by_noise < by_inversion / 3
 
 
 @fast
@@ -133,7 +162,8 @@ def test_samples_with_filters_follow_the_filtered_softmax():
 def test_top_k_1_and_temperature_0_are_greedy(logits, seed):
     keys = jax.random.split(jax.random.key(seed), 3)
     for s in (Sampling(temperature=0.0), Sampling(top_k=1), Sampling(temperature=7.0, top_k=1)):
-        np.testing.assert_array_equal(sample_jit(logits, s, keys), logits.argmax(-1))
+        for sampler in (sample_jit, sample_gumbel_jit):
+            np.testing.assert_array_equal(sampler(logits, s, keys), logits.argmax(-1))
 
 
 def test_each_row_has_its_own_settings():

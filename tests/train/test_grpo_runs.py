@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,17 @@ import pytest
 
 from llama_jax.train.scorer import Scorer
 from tests import tiny
-from tests.train.processes import Workshop, checkpoint_contents, records, steps
+from tests.train.processes import Workshop, checkpoint_contents, records, running, steps
 
 STEPS = 4
 REWARDS = """
+import os, pathlib, signal
 def mentions(completions, prompts, animal, **_):
+    if (kill := pathlib.Path("kill")).exists():  # after so many calls
+        kill.write_text(str(left := int(kill.read_text()) - 1))
+        if not left:
+            kill.unlink()
+            os.kill(os.getppid(), signal.SIGKILL)
     return [float(text.count("e")) for text in completions]
 def brief(completion_ids, **_):
     return [-len(ids) / 16 for ids in completion_ids]
@@ -152,6 +159,28 @@ def test_exact_rollouts_have_no_mismatch(trained, name):
         assert sum(record["rollout_changed_tokens"] for record in metrics) > 0
 
 
+def assert_same(whole: Path, other: Path) -> None:
+    """Two runs have the same last checkpoint, metrics, samples and evaluations, but for times."""
+    (a, _), (b, _) = (checkpoint_contents(run, STEPS) for run in (whole, other))
+    assert a.keys() == b.keys()
+    assert [name for name in a if a[name].tobytes() != b[name].tobytes()] == []
+    assert lines(whole) == lines(other)
+    for file in ("samples.jsonl", "evaluations.jsonl"):
+        assert (whole / file).read_text() == (other / file).read_text()
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_a_rollout_and_resumed_equals_an_uninterrupted_run(workshop, config, trained):
+    """kill -9 after the completions of step 4 have been sampled, by the function that rewards them."""
+    run, kill = workshop.folder / "killed", workshop.folder / "kill"
+    kill.write_text("5")  # four rollouts, and an evaluation
+    with running(workshop.start(config, "--train.run_dir", run)) as process:
+        assert process.wait(120) == -signal.SIGKILL
+    assert not kill.exists() and STEPS not in steps(run)
+    workshop.train_all((config, "--train.run_dir", run))
+    assert_same(trained("plain"), run)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_resumed_run_equals_uninterrupted_run(workshop, config, trained, name):
@@ -160,12 +189,7 @@ def test_resumed_run_equals_uninterrupted_run(workshop, config, trained, name):
     _, last = steps(halves)
     shutil.rmtree(halves / "checkpoints" / str(last))
     workshop.train_all((config, "--train.run_dir", halves, *CASES[name]), worker=2)
-    (a, _), (b, _) = (checkpoint_contents(run, STEPS) for run in (whole, halves))
-    assert a.keys() == b.keys()
-    assert [name for name in a if a[name].tobytes() != b[name].tobytes()] == []
-    assert lines(whole) == lines(halves)
-    for file in ("samples.jsonl", "evaluations.jsonl"):
-        assert (whole / file).read_text() == (halves / file).read_text()
+    assert_same(whole, halves)
 
 
 @pytest.mark.slow

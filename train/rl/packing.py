@@ -16,10 +16,11 @@ def pack(prompts: Sequence[Sequence[int]], sampled: Sampled, seq_len: int) -> Ar
 
     Returns:
       int32 [R, T]: `tokens`, `segment_ids`, `positions`, `mask`, which is 1 in completions, and `index`, the
-      number of each token in its completion.
+      number of each token in its completion, -1 elsewhere.
     """
     names = ("tokens", "segment_ids", "positions", "mask", "index")
     arrays = {name: np.zeros((len(prompts), seq_len), np.int32) for name in names}
+    arrays["index"] -= 1
     for row, prompt in enumerate(prompts):
         start, length = len(prompt), int(sampled.lengths[row])
         end = start + length

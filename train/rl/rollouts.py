@@ -71,7 +71,8 @@ class Rollouts:
         self._rewards, self._reward_models = rewards, reward_models
         self._frozen = _committed(frozen)
         dtype = compute_dtype(run.train, platform)
-        self._sampler = Sampler(model, run.rl, tokenizer, dtype, trainable_spec, log)
+        is_exact = run.train.exact_rollouts
+        self._sampler = Sampler(model, run.rl, tokenizer, dtype, trainable_spec, log, exact=is_exact)
         scorer = (run, model, platform, tokenizer, feed, trainable_spec, self._sampler.sampling)
         self._scorer = Scorer(*scorer)
         is_ppo = run.train.objective == "ppo"

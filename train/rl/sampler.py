@@ -18,6 +18,7 @@ from llama_jax import LlamaConfig, Sampling
 from llama_jax.console import terminal
 from llama_jax.decoding import arguments, processes
 from llama_jax.decoding.generation import decode_loop_jit, prefill_jit
+from llama_jax.decoding.sampling import sample, sample_gumbel
 from llama_jax.decoding.state import DecodeState
 from llama_jax.model import unstack
 from llama_jax.ops.adapted import Adapted
@@ -61,8 +62,14 @@ class Sampler:
         dtype: jnp.dtype,
         trainable_spec: TrainableSpec,
         log: Callable[[str], None] = lambda _: None,
+        *,
+        exact: bool = False,
     ) -> None:
-        """Makes a sampler of `model` in the compute dtype; `log` gets one line, at the first `params`."""
+        """Makes a sampler of `model` in the compute dtype; `log` gets one line, at the first `params`.
+
+        `exact` is for completions that `scoring` samples again: by noise, which agrees more often.
+        """
+        self._draw = sample_gumbel if exact else sample
         self._model, self._tokenizer, self._log = model, tokenizer, log
         self._eos_ids, self._stops = split_stop_strings(tokenizer, config.stop)
         unused = tuple(getattr(tokenizer, "unused_ids", ()))  # rows of a padded vocabulary
@@ -218,7 +225,7 @@ class Sampler:
         steps = _STOP_EVERY if self._stops else max_new_tokens
         count = len(prompts)
         for _ in range(-(-max_new_tokens // steps)):
-            state, _ = decode_loop_jit(self._model, params, state, np.int32(steps))
+            state, _ = decode_loop_jit(self._model, params, state, np.int32(steps), self._draw)
             output, done = processes.fetch((state.output, state.done))
             if self._stops:
                 done = np.array(done)

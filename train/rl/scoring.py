@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax import LlamaConfig, Sampling, sharding
 from llama_jax.decoding import processes
-from llama_jax.decoding.sampling import sample
+from llama_jax.decoding.sampling import sample_gumbel
 from llama_jax.decoding.state import fold_in_rows
 from llama_jax.loss import map_logits, shift_left, shift_right
 from llama_jax.model import hidden_states
@@ -79,7 +79,8 @@ class Scorer:
 
         Args:
           trainable, frozen: the parameters.
-          batch: `tokens`, `segment_ids`, `positions`, and `index`, the number of a token in its completion.
+          batch: `tokens`, `segment_ids`, `positions`, and `index`, the number of a token in its completion
+            (-1 elsewhere).
           key: of the rollout.
           first_row: the number of the batch's first row among those of the rollout.
         """
@@ -123,10 +124,16 @@ def _make_score(
                 logits = jnp.where(is_unused, -jnp.inf, logits)
 
             def at_position(position: tuple[jax.Array, jax.Array]) -> jax.Array:
-                here = sharding.constrain(position[0], sharding.LOGITS_BV)
-                return sample(here, settings, fold_in_rows(keys, position[1]))
+                number = sharding.constrain(position[1], sharding.ROWS_B)
 
-            places = jnp.moveaxis(logits, 1, 0), jnp.moveaxis(jnp.maximum(index, 0), 1, 0)
+                def draw(here: jax.Array) -> jax.Array:
+                    here = sharding.constrain(here, sharding.LOGITS_BV)
+                    return sample_gumbel(here, settings, fold_in_rows(keys, jnp.maximum(number, 0)))
+
+                is_used = jnp.any(number >= 0)  # by any completion: prompts need no random numbers
+                return jax.lax.cond(is_used, draw, lambda _: jnp.zeros_like(number), position[0])
+
+            places = jnp.moveaxis(logits, 1, 0), jnp.moveaxis(index, 1, 0)
             return jnp.moveaxis(jax.lax.map(at_position, places), 0, 1)
 
         def of_logits(logits: jax.Array, targets: jax.Array, index: jax.Array) -> dict[str, jax.Array]:
