@@ -22,13 +22,15 @@ from llama_jax.decoding.generation import generate, stream
 from llama_jax.decoding.sampling import Sampling
 from llama_jax.decoding.speculative import SpeculativeOutput, speculative_generate
 from llama_jax.errors import InputError
+from llama_jax.taps import Edit, with_edit
+from llama_jax.text.scoring import TextScoring
 from llama_jax.text.settings import SamplingSettings, check_names
 from llama_jax.text.stop_strings import StopStrings, split_stop_strings
 from llama_jax.tokenizer import StreamDecoder, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class Model(TextScoring):
     """A Llama with its parameters and tokenizer.
 
     On a mesh over several processes each makes the same calls, and each gets the whole result.
@@ -318,6 +320,10 @@ class Model:
                 "the prompt is empty, and this tokenizer adds no BOS token; give at least one word"
             )
         return ids
+
+    def with_edit(self, edit: Edit | None) -> Model:
+        """The model with an edit of what flows inside it, in every method (`llama_jax.with_edit`)."""
+        return dataclasses.replace(self, params=with_edit(self.params, edit))
 
     def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         """The context manager that sets this model's mesh, if it has one."""
