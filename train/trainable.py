@@ -150,6 +150,10 @@ class TrainableSpec:
         assert frozen is not None
         return self._attached(frozen["base"], trainable)
 
+    def language_model(self, trainable: Trainable, frozen: Frozen) -> Params:
+        """`merge` without a value function: what samples and is evaluated."""
+        return {name: tree for name, tree in self.merge(trainable, frozen).items() if name != VALUE}
+
     def _attached(self, base: Params, trainable: Trainable) -> Params:
         """Base parameters with their adapter, and what else is trained beside it."""
         assert self.adapter is not None

@@ -211,6 +211,7 @@ def test_the_value_function_is_trained_beside_the_policy_and_saved_apart(kind, a
     if adapter == "lora":
         assert ("value" in frozen) == (kind == "network")
         assert set(state.params) == {"layers", "value"}
+    assert "value" not in spec.language_model(state.params, frozen)
     saved, rest = split_state(state)
     assert "value" not in saved and any(name.startswith("value_function.") for name in rest)
     joined = join_state(state, saved, rest)

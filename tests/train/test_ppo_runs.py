@@ -8,10 +8,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import llama_jax as lj
+from llama_jax.console.terminal import human_bytes
 from llama_jax.train.scorer import Scorer
 from tests import tiny
 from tests.train.processes import Workshop, checkpoint_contents, records, steps
@@ -122,10 +124,13 @@ def test_a_reward_model_rewards_and_is_where_values_start(workshop, config):
     np.testing.assert_allclose([s["reward"] for s in samples], expected[:, 0], atol=1e-4)
 
 
-def test_show_batch_marks_tokens_by_their_own_advantages(workshop, config):
+def test_show_batch_marks_tokens_by_their_own_advantages(workshop, config, shared_data):
     done = workshop.run(config, "--train.run_dir", "shown", "--show-batch", *PPO, "--rl.value_model", "judge")
     assert done.status == 0, done.err
     assert not (workshop.folder / "shown").exists()
+    weights = jax.tree.leaves(lj.load(shared_data / "stories260K" / "stories260K.bin").params)
+    size = human_bytes(sum(leaf.nbytes for leaf in weights))
+    assert f"rollouts: of {size} of weights" in done.err  # the policy's alone
     assert done.out.count("\u27e6+ ") + done.out.count("\u27e6- ") > 8
 
 

@@ -156,7 +156,7 @@ def make_sample_fn(
 
     @jax.jit
     def merged_params(trainable: Any, frozen: Frozen) -> Any:
-        return cast(trainable_spec.merge(trainable, frozen), dtype)
+        return cast(trainable_spec.language_model(trainable, frozen), dtype)
 
     def sample(trainable: Any, key: jax.Array) -> str:
         out = generate(

@@ -84,7 +84,7 @@ class Sampler:
 
         @jax.jit
         def laid_out(trainable: Any, frozen: Frozen) -> Any:
-            return as_computed(unstack(trainable_spec.merge(trainable, frozen)), dtype)
+            return as_computed(unstack(trainable_spec.language_model(trainable, frozen)), dtype)
 
         self._laid_out = laid_out
 

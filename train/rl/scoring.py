@@ -66,7 +66,7 @@ class Scorer:
 
         @jax.jit
         def scored(trainable: Any, frozen: Frozen, batch: Any, key: jax.Array, first_row: jax.Array) -> Any:
-            params = trainable_spec.merge(trainable, frozen)
+            params = trainable_spec.language_model(trainable, frozen)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(rows))
             return over_microbatches(lambda part: score(params, *part), (batch, keys), microbatches)
 
