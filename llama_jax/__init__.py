@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from llama_jax.taps import sites, with_edit
     from llama_jax.text.conversation import Conversation
     from llama_jax.text.convert import save
+    from llama_jax.text.export import export
     from llama_jax.text.model import Model
     from llama_jax.text.pretrained import load, load_params
 
@@ -46,6 +47,7 @@ _PUBLIC_NAMES = {
     "model_sizes": ("presets",),
     "text.conversation": ("Conversation",),
     "text.convert": ("save",),
+    "text.export": ("export",),
     "decoding.state": ("DecodeState", "GenerateOutput", "decode_step", "prefill"),
     "decoding.drafts": ("DraftModel", "PromptLookup"),
     "errors": ("LlamaJaxError",),
@@ -105,6 +107,7 @@ __all__ = [
     "beam_search",
     "capture",
     "decode_step",
+    "export",
     "forward",
     "generate",
     "init",
