@@ -54,9 +54,8 @@ def check_equal(found, expected):
 @pytest.mark.parametrize(
     ("spec", "options"),
     [
-        ("fsdp=2,expert=4", TRAINER),
         ("fsdp=2,expert=2,tensor=2", ForwardOptions()),
-        ("data=2,expert=2,context=2", TRAINER),
+        ("fsdp=2,expert=2,context=2", TRAINER),
         pytest.param("fsdp=4,tensor=2", TRAINER, marks=pytest.mark.slow),
         pytest.param("expert=2,context=2,tensor=2", ForwardOptions(custom_vjp=True), marks=pytest.mark.slow),
         ("fsdp=2,expert=2,tensor=2", ForwardOptions(expert_capacity=2.0)),  # an all-to-all; nothing dropped
@@ -90,43 +89,45 @@ def test_gradients_of_experts_are_summed_over_devices_in_f32():
     assert of_experts == ["f32"] * 3
 
 
+hidden_states = jax.jit(routed_hidden_states, static_argnums=0)
+
+
 def test_unrolled_layers_are_the_scanned_ones(expected):
     (_, (x, losses)), _ = expected
-    unrolled = lj.unstack(PARAMS)
-    y, others = routed_hidden_states(CONFIG, unrolled, TOKENS, segment_ids=SEGMENTS)
+    y, others = hidden_states(CONFIG, lj.unstack(PARAMS), TOKENS, segment_ids=SEGMENTS)
     check_equal((y, others), (x, losses))
 
 
 def test_router_losses_of_layers_that_differ_are_those_of_unrolled_ones():
     config = CONFIG.replace(rope_layers=(True, False))
-    scanned, unrolled = (
-        routed_hidden_states(config, params, TOKENS) for params in (PARAMS, lj.unstack(PARAMS))
-    )
+    scanned, unrolled = (hidden_states(config, params, TOKENS) for params in (PARAMS, lj.unstack(PARAMS)))
     check_equal(scanned, unrolled)
 
 
+PROMPTS, LENGTHS, KEY = TOKENS[:4], np.array([5, 9, 16, 1]), jax.random.key(0)
+GREEDY = {"max_new_tokens": 6, "sampling": lj.Sampling(temperature=0.0)}
+
+
 def test_decoding_with_a_cache_continues_as_without_and_a_row_as_alone():
-    params, lengths, key = lj.unstack(PARAMS), jnp.array([5, 9, 16, 1]), jax.random.key(0)
-    arguments = {"max_new_tokens": 6, "sampling": lj.Sampling(temperature=0.0)}
-    out = lj.generate(CONFIG, params, TOKENS[:4], lengths, key, **arguments)
-    alone = lj.generate(CONFIG, params, TOKENS[1:2], lengths[1:2], key, **arguments)
+    params = lj.unstack(PARAMS)
+    out = lj.generate(CONFIG, params, PROMPTS, LENGTHS, KEY, **GREEDY)
+    alone = lj.generate(CONFIG, params, PROMPTS[1:2], LENGTHS[1:2], KEY, **GREEDY)
     np.testing.assert_array_equal(alone.tokens[0], out.tokens[1])
     whole = np.zeros((4, 22), np.int32)
-    for row, length in enumerate(lengths):
-        whole[row, : length + 6] = [*TOKENS[row, :length], *out.tokens[row]]
-    best = np.asarray(lj.forward(CONFIG, PARAMS, whole).argmax(-1))
-    for row, length in enumerate(lengths):
+    for row, length in enumerate(LENGTHS):
+        whole[row, : length + 6] = [*PROMPTS[row, :length], *out.tokens[row]]
+    best = np.asarray(jax.jit(lj.forward, static_argnums=0)(CONFIG, PARAMS, whole)).argmax(-1)
+    for row, length in enumerate(LENGTHS):
         np.testing.assert_array_equal(best[row, length - 1 : length + 5], out.tokens[row])
 
 
 def test_one_row_decodes_on_a_mesh_as_without():
-    length, key = jnp.array([16]), jax.random.key(0)
-    arguments = {"max_new_tokens": 4, "sampling": lj.Sampling(temperature=0.0)}
-    expected = lj.generate(CONFIG, lj.unstack(PARAMS), TOKENS[:1], length, key, **arguments)
+    row = PROMPTS[2:3], LENGTHS[2:3]
+    expected = lj.generate(CONFIG, lj.unstack(PARAMS), *row, KEY, **GREEDY)
     mesh = make_mesh("fsdp=2,expert=2,tensor=2")
     with jax.set_mesh(mesh):
         params = sharding.shard_params(lj.unstack(PARAMS), mesh, CONFIG)
-        found = lj.generate(CONFIG, params, TOKENS[:1], length, key, **arguments)
+        found = lj.generate(CONFIG, params, *row, KEY, **GREEDY)
     np.testing.assert_array_equal(found.tokens, expected.tokens)
 
 
@@ -189,10 +190,9 @@ def test_quantized_experts_compute_what_their_dequantized_matrices_do(bits, mesh
 
 @pytest.mark.slow
 def test_one_beam_and_speculation_are_greedy():
-    params, lengths, key = lj.unstack(PARAMS), jnp.array([5, 16]), jax.random.key(0)
-    greedy = lj.Sampling(temperature=0.0)
-    out = lj.generate(CONFIG, params, TOKENS[:2], lengths, key, greedy, max_new_tokens=6)
-    beams = lj.beam_search(CONFIG, params, TOKENS[:2], lengths, num_beams=1, max_new_tokens=6)
+    given = CONFIG, lj.unstack(PARAMS), PROMPTS, LENGTHS
+    out = lj.generate(*given, KEY, **GREEDY)
+    beams = lj.beam_search(*given, num_beams=1, max_new_tokens=6)
     np.testing.assert_array_equal(beams.tokens[:, 0], out.tokens)
-    drafted = lj.speculative_generate(CONFIG, params, TOKENS[:2], lengths, key, greedy, max_new_tokens=6)
+    drafted = lj.speculative_generate(*given, KEY, **GREEDY)
     np.testing.assert_array_equal(drafted.output.tokens, out.tokens)

@@ -96,7 +96,6 @@ def test_loss_and_gradients_equal_those_of_merged_weights(expected, options):
 @pytest.mark.parametrize(
     ("spec", "options"),
     [
-        ("fsdp=2,expert=2,tensor=2", TRAINER),
         ("fsdp=2,expert=4", DEFAULT),
         pytest.param("expert=2,context=2,tensor=2", TRAINER, marks=pytest.mark.slow),
         pytest.param("data=2,fsdp=2,tensor=2", TRAINER, marks=pytest.mark.slow),

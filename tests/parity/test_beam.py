@@ -72,3 +72,16 @@ def test_smollm2(smollm2: lj.Model, smollm2_path: Path) -> None:
     reference = hf.load_gguf(smollm2_path, lj.presets.SMOLLM2_135M)
     setting = Setting(4, "never", 1.0, tuple(smollm2.tokenizer.eos_ids), {"repetition_penalty": 1.1})
     compare(reference, (smollm2.config, smollm2.params), prompts, setting, NEW_TOKENS)
+
+
+@pytest.mark.parametrize("number", range(len(beams.SMOLLM2_SETTINGS)))
+def test_smollm2_finds_the_golden_file(smollm2: lj.Model, number: int) -> None:
+    """Each setting with a prompt of its own, by the program of the test above."""
+    with np.load(cases.SMOLLM2) as file:
+        prompt = file[f"prompt_{beams.SMOLLM2_PROMPTS[number]}"].tolist()
+    setting = beams.SMOLLM2_SETTINGS[number]
+    tokens, lengths = pad_right([prompt, prompt])
+    out = beams.run(smollm2.config, smollm2.params, tokens, lengths, setting, beams.SMOLLM2_NEW_TOKENS)
+    with np.load(beams.BEAMS) as golden:
+        arrays = [golden[f"{name}_smollm2_{number}"][0, number] for name in ("tokens", "lengths", "scores")]
+    assert_found(out, 0, (arrays[0], arrays[1], arrays[2]))

@@ -51,6 +51,7 @@ KIN: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"rope_layers": (True, False, True, False), "mlp_bias": True},
     ),
 }
+SEEDS = range(8)
 FAMILIES = ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "SmolLM3")
 
 
@@ -95,13 +96,17 @@ def test_unstacked_layers_and_a_mesh_give_the_same(kin: Loaded) -> None:
 
 
 def random_settings(name: str, seed: int) -> dict[str, Any]:
-    """The settings of a random small model of a class of transformers."""
+    """The settings of a random small model of a class of transformers.
+
+    Sizes are drawn of few, so that models share the programs that read and write their arrays. To generate,
+    every layer is compiled: all but the last have two, which may be of two kinds, and the last those twice.
+    """
     rng = np.random.default_rng([seed, len(name)])
-    heads, layers = int(rng.choice([2, 4, 6])), int(rng.integers(2, 4))
+    heads, layers = int(rng.choice([2, 4, 6])), 4 if seed == SEEDS[-1] else 2
     rope = {"rope_type": "default", "rope_theta": float(rng.choice([1e4, 1e6]))}
     settings = {
         "hidden_size": 12 * heads,
-        "intermediate_size": 8 * int(rng.integers(4, 12)),
+        "intermediate_size": int(rng.choice([40, 72])),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": int(rng.choice([1, 2, heads])),
@@ -111,11 +116,11 @@ def random_settings(name: str, seed: int) -> dict[str, Any]:
     }
     if name == "Qwen3":
         settings |= {"head_dim": int(rng.choice([8, 20])), "attention_bias": bool(rng.integers(2))}
-    if name == "SmolLM3":
-        settings["no_rope_layers"] = [int(flag) for flag in rng.integers(0, 2, layers)]
+    if name == "SmolLM3":  # a layer that rotates: without one, the gradient of keys' biases is zero
+        settings["no_rope_layers"] = [[1, 0], [0, 1], [1, 1]][rng.integers(3)] * (layers // 2)
     if name in ("Qwen2", "Qwen3"):
-        kinds = np.array(["full_attention", "sliding_attention"])[rng.integers(0, 2, layers)]
-        settings |= {"use_sliding_window": True, "sliding_window": 7, "layer_types": kinds.tolist()}
+        kinds = np.array(["full_attention", "sliding_attention"])[rng.integers(0, 2, 2)].tolist()
+        settings |= {"use_sliding_window": True, "sliding_window": 7, "layer_types": kinds * (layers // 2)}
     if name in ("Mistral", "Mixtral"):  # transformers' YaRN needs their head_dim
         settings |= {"sliding_window": int(rng.integers(4, 20)), "head_dim": 12}
     if name == "Mixtral":  # whose products torch computes for multiples of 16 bytes
@@ -127,7 +132,7 @@ def random_settings(name: str, seed: int) -> dict[str, Any]:
     return settings
 
 
-@pytest.fixture(scope="module", params=[(name, seed) for name in FAMILIES for seed in range(8)], ids=str)
+@pytest.fixture(scope="module", params=[(name, seed) for name in FAMILIES for seed in SEEDS], ids=str)
 def drawn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Loaded]:
     name, seed = request.param
     return seed, make(name, random_settings(name, seed), tmp_path_factory.mktemp(name))

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -179,6 +180,15 @@ def losses(run: Path) -> dict[int, float]:
 def steps(run: Path) -> list[int]:
     """The steps with a committed checkpoint."""
     return sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def interrupted(run: Path) -> Path:
+    """A copy of a run as if it had been killed before its last checkpoint was committed."""
+    copy = Path(shutil.copytree(run, f"{run}_interrupted", ignore=shutil.ignore_patterns("adapter")))
+    first, last = steps(copy)
+    assert last == 2 * first
+    shutil.rmtree(copy / "checkpoints" / str(last))
+    return copy
 
 
 def checkpoint_contents(run: Path, step: int) -> tuple[Mapping[str, np.ndarray], Mapping[str, Any]]:

@@ -25,7 +25,7 @@ from llama_jax.train.scorer import Scorer
 from llama_jax.weights.adapters import load_adapter
 from tests import tiny
 from tests.random_models import random_model
-from tests.train.processes import Done, Workshop, assert_same, losses, records, steps
+from tests.train.processes import Done, Workshop, assert_same, interrupted, losses, records, steps
 from tests.weights import adapters
 
 STEPS = 4
@@ -125,15 +125,6 @@ def trained(workshop, shared_data) -> Trained:
         return config, run, *workshop.train_all((config, *flags))
 
     return train
-
-
-def interrupted(run: Path) -> Path:
-    """A copy of a run as if it had been killed before its last checkpoint was committed."""
-    copy = Path(shutil.copytree(run, f"{run}_interrupted", ignore=shutil.ignore_patterns("adapter")))
-    first, last = steps(copy)
-    assert last == 2 * first
-    shutil.rmtree(copy / "checkpoints" / str(last))
-    return copy
 
 
 def test_a_run_killed_before_its_adapter_was_written_gets_it_when_resumed(workshop, trained):
