@@ -72,6 +72,7 @@ plot = false
 EXACT = ("--train.exact_rollouts", "true")
 BF16 = ("--train.dtype", "bfloat16")
 SEVERAL = ("--rl.num_iterations", 2, "--rl.steps_per_generation", 2, "--rl.temperature", 0.8)
+OVERLAP = ("--rl.overlap", "true")
 LORA = ("--adapter.type", "lora", "--adapter.rank", 4, "--rl.beta", 0.1)
 CASES: dict[str, tuple[object, ...]] = {
     "plain": (),
@@ -79,6 +80,7 @@ CASES: dict[str, tuple[object, ...]] = {
     "exact_bf16": (*EXACT, *BF16),
     "several": (*EXACT, *SEVERAL),
     "lora": LORA,
+    "overlap": (*EXACT, *OVERLAP),
 }
 
 
@@ -145,7 +147,7 @@ def test_a_run_samples_rewards_and_learns(trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["exact", "exact_bf16", "several"])
+@pytest.mark.parametrize("name", ["exact", "exact_bf16", "several", "overlap"])
 def test_exact_rollouts_have_no_mismatch(trained, name):
     metrics = records(trained(name))
     for record in metrics:
@@ -190,6 +192,24 @@ def test_resumed_run_equals_uninterrupted_run(workshop, config, trained, name):
     shutil.rmtree(halves / "checkpoints" / str(last))
     workshop.train_all((config, "--train.run_dir", halves, *CASES[name]), worker=2)
     assert_same(whole, halves)
+
+
+@pytest.mark.slow
+def test_overlapping_rollouts_are_of_the_weights_before_the_update(workshop, config, trained):
+    still = workshop.folder / "still"
+    workshop.train_all((config, "--train.run_dir", still, *EXACT, "--optimizer.learning_rate", 0))
+    completions = {
+        run.name: {
+            step: [sample["completion"] for sample in records(run, "samples.jsonl") if sample["step"] == step]
+            for step in (1, 2)
+        }
+        for run in (still, trained("exact"), trained("overlap"))
+    }
+    assert completions["overlap_whole"] == completions["still"]  # of the weights at the start
+    assert completions["exact_whole"][1] == completions["still"][1]
+    assert completions["exact_whole"][2] != completions["still"][2]
+    first, *others = records(trained("overlap"))
+    assert first["clip_fraction"] == 0 < sum(record["clip_fraction"] for record in others)  # of ratios not 1
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ _OBJECTIVES: Mapping[str, tuple[Objective, ...]] = {
     "epsilon_high": RL_OBJECTIVES,
     "importance_sampling_level": RL_OBJECTIVES,
     "loss_type": RL_OBJECTIVES,
+    "overlap": RL_OBJECTIVES,
     "scale_rewards": ("grpo",),
     "use_bias_correction_kl": ("grpo",),
     "value_model": ("ppo",),
@@ -72,6 +73,8 @@ class RLConfig:
         deviation of the `group` or of the `batch`, or `none` (Dr. GRPO).
       num_iterations: how often each completion is trained on.
       steps_per_generation: the number of batches that are sampled at once.
+      overlap: sample the next completions before the last update on the present ones, and reward them while
+        it runs: they are of the weights before it, which the ratios correct for.
       value_model: of `ppo`, the reward model that the value function starts as, a network of its own: a run
         of `train.objective = "reward"`, or a Hugging Face directory of one, with the policy's vocabulary.
         Empty: the value is a new head on the policy's own last hidden states.
@@ -107,6 +110,7 @@ class RLConfig:
     scale_rewards: ScaleRewards = "group"
     num_iterations: int = 1
     steps_per_generation: int = 1
+    overlap: bool = False
     value_model: str = ""
     cliprange_value: float = 0.2
     vf_coef: float = 0.1

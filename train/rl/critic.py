@@ -59,20 +59,14 @@ class Critic:
 
         self._evaluated = evaluated
 
-    def complete(
-        self, trainable: Any, frozen: Frozen, parts: Iterable[Arrays], arrays: Arrays, scores: np.ndarray
-    ) -> dict[str, float]:
-        """Adds `advantages`, `old_values` and `returns`, f32 [R, T], to the arrays of completions.
+    def evaluate(
+        self, trainable: Any, frozen: Frozen, parts: Iterable[Arrays]
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Values, and the reference model's log-probabilities if there is one, f32 [R, T].
 
         Args:
           trainable, frozen: the parameters.
-          parts: this process's rows of each batch that the arrays are made of.
-          arrays: completions with their `old_logprobs`.
-          scores: [R], the reward of each.
-
-        Returns:
-          Means over tokens: `value`, `return`, `explained_variance` of the returns by the values, and with a
-          reference `kl`, by the estimator k3.
+          parts: this process's rows of each batch of completions.
         """
         names = ("tokens", "segment_ids", "positions")
         found = [
@@ -81,18 +75,25 @@ class Critic:
             )
             for part in parts
         ]
-        values, reference = (
-            np.concatenate([one[name] for one in found]) if name in found[0] else None
-            for name in ("values", "reference")
-        )
-        assert values is not None
-        return add_advantages(arrays, scores, values, reference, self._rl)
+        values, reference = ([one[name] for one in found if name in one] for name in ("values", "reference"))
+        return np.concatenate(values), np.concatenate(reference) if reference else None
 
 
 def add_advantages(
     arrays: Arrays, scores: np.ndarray, values: np.ndarray, reference: np.ndarray | None, rl: Any
 ) -> dict[str, float]:
-    """`Critic.complete` of given values and reference log-probabilities, f32 [R, T]; `rl` is the section."""
+    """Adds `advantages`, `old_values` and `returns`, f32 [R, T], to the arrays of completions.
+
+    Args:
+      arrays: completions with their `old_logprobs`.
+      scores: [R], the reward of each.
+      values, reference: of `Critic.evaluate`.
+      rl: the `rl` section.
+
+    Returns:
+      Means over tokens: `value`, `return`, `explained_variance` of the returns by the values, and with a
+      reference `kl`, by the estimator k3.
+    """
     mask, logprobs = arrays["mask"] > 0, arrays["old_logprobs"]
     if rl.whiten == "scores":
         scores = whiten(scores, np.ones(len(scores)))

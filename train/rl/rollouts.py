@@ -1,16 +1,14 @@
 """Rollouts for the training loop: the batches of policy optimization, made with the present weights.
 
 What a step trains on is a function of the weights, the seed and the step: a resumed run samples what the
-uninterrupted one does.
+uninterrupted one does. With `rl.overlap` it is one of the weights before the last update, and completions
+that are not yet trained on are part of a checkpoint.
 """
 
 from __future__ import annotations
 
-import base64
 import collections
-import io
 import itertools
-import pickle
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -25,16 +23,17 @@ from llama_jax.tokenizer import Tokenizer
 from ..config.run import RunConfig
 from ..devices import compute_dtype
 from ..feed import Feed
-from ..gather import gather_bytes
 from ..state import TrainState
 from ..step import StepMetrics
 from ..trainable import Frozen, TrainableSpec
 from . import exact, packing
 from .advantages import equal_groups, group_advantages
-from .critic import Critic
-from .prompts import Prompt, PromptData
+from .critic import Critic, add_advantages
+from .judge import Judge
+from .prompts import PromptData
 from .reward_models import RewardModels
-from .rewards import Completions, RewardError, Rewards, names_of
+from .rewards import Rewards, names_of
+from .rolled import Rolled, arrays_as_text, arrays_of_text
 from .sampler import Sampled, Sampler
 from .samples import SampleRecord
 from .scoring import Scored, Scorer
@@ -66,9 +65,9 @@ class Rollouts:
         write: Callable[[Sequence[SampleRecord]], None] = lambda _: None,
     ) -> None:
         """`rewards` are process 0's, and None in others; `write` gets the samples of each rollout."""
-        self._run, self._data, self._tokenizer = run, data, tokenizer
+        self._run, self._data = run, data
         self._feed, self._write, self._log = feed, write, log
-        self._rewards, self._reward_models = rewards, reward_models
+        self._judge = Judge(tokenizer, data, rewards, reward_models, len(run.rl.rewards))
         self._frozen = _committed(frozen)
         dtype = compute_dtype(run.train, platform)
         is_exact = run.train.exact_rollouts
@@ -80,6 +79,7 @@ class Rollouts:
         self._names = names_of(run.rl.rewards)
         self._prompts = data.train()
         self._arrays: packing.Arrays | None = None
+        self._ahead: Callable[[], Rolled] | None = None  # sampled for the step after the present one
         self._metrics: dict[str, list[float]] = collections.defaultdict(list)
 
     @property
@@ -96,18 +96,25 @@ class Rollouts:
         update, scored = step % rl.updates_per_rollout, None
         key = self._key(step - update)
         if update == 0:
-            self._arrays, scored = self._roll(trainable, key, step)
+            ahead, self._ahead = self._ahead, None
+            rolled = (ahead or self._roll(trainable, key, step))()
+            self._arrays, scored = rolled.arrays, None if ahead else rolled.scored
+            self._measure(rolled.metrics)
+            self._write(rolled.samples)
         assert self._arrays is not None
         part = update % rl.steps_per_generation
         batch = packing.parts(self._arrays, rows)[part]
         if self._run.train.exact_rollouts:
             found = scored[part] if scored else self._score(trainable, part, batch, key)
             batch["logprobs"] = np.where(batch["mask"] > 0, found.logprobs, 0).astype(np.float32)
+        is_last = update + 1 == rl.updates_per_rollout
+        if rl.overlap and is_last and step + 1 < self._run.train.steps:
+            self._ahead = self._roll(trainable, self._key(step + 1), step + 1)
         return {name: self._local(x) for name, x in batch.items() if name != "index"}
 
     def first(self, trainable: Any) -> None:
         """Samples what the first step trains on."""
-        self._roll(trainable, self._key(0), 0)
+        self._write(self._roll(trainable, self._key(0), 0)().samples)
 
     def updated(self, seconds: float, metrics: StepMetrics) -> None:
         """Adds what an update measured, which took so many seconds."""
@@ -131,12 +138,13 @@ class Rollouts:
 
     def state(self) -> dict[str, Any]:
         """The position in the prompts, and the completions that are still trained on; JSON-serializable."""
-        arrays = None
-        if self._arrays is not None and jax.process_index() == 0 and self._run.rl.updates_per_rollout > 1:
-            buffer = io.BytesIO()
-            np.savez(buffer, **self._arrays)  # type: ignore[arg-type]
-            arrays = base64.b64encode(buffer.getvalue()).decode()
-        return {"prompts": self._prompts.get_state(), "completions": arrays}
+        self._settle()
+        arrays, ahead = None, None
+        if jax.process_index() == 0:
+            if self._arrays is not None and self._run.rl.updates_per_rollout > 1:
+                arrays = arrays_as_text(self._arrays)
+            ahead = None if self._ahead is None else self._ahead().state()
+        return {"prompts": self._prompts.get_state(), "completions": arrays, "ahead": ahead}
 
     def restore(self, states: Iterable[Mapping[str, Any]]) -> None:
         """Continues from the `state()` of every process.
@@ -149,11 +157,21 @@ class Rollouts:
             raise DataError("the checkpoint's data state has no prompts; choose another train.run_dir")
         self._prompts.set_state(first["prompts"])
         if first["completions"]:
-            with np.load(io.BytesIO(base64.b64decode(first["completions"]))) as arrays:
-                self._arrays = dict(arrays)
+            self._arrays = arrays_of_text(first["completions"])
+        if first.get("ahead"):
+            rolled = Rolled.restore(first["ahead"])
+            self._ahead = lambda: rolled
 
     def close(self) -> None:
-        """Does nothing: prompts are read when they are needed."""
+        """Starts no reward function any more."""
+        self._judge.close()
+
+    def _settle(self) -> None:
+        """Waits for the rewards of what was sampled ahead; if there are none, it is given up."""
+        if self._ahead is not None:
+            ahead, self._ahead = self._ahead, None
+            rolled = ahead()
+            self._ahead = lambda: rolled
 
     def evaluate(self, trainable: Any) -> dict[str, float]:
         """Rewards of one completion for each validation prompt, at `eval.temperature`.
@@ -166,6 +184,7 @@ class Rollouts:
         prompts = list(itertools.islice(self._data.validation(), self._run.eval.batches * rows))
         if not prompts:
             return {}
+        self._settle()
         params, scores, lengths = self._sampler.params(trainable, self._frozen), [], []
         for start in range(0, len(prompts), rows):
             part = prompts[start : start + rows]
@@ -179,7 +198,7 @@ class Rollouts:
                 temperature=self._run.eval.temperature,
             )
             kept = Sampled(*(x[: len(part)] for x in (sampled.tokens, sampled.lengths, sampled.logprobs)))
-            scores.append(self._reward(part, kept, validation=True)[0])
+            scores.append(self._judge.start(part, kept, validation=True)().scores)
             lengths += kept.lengths.tolist()
         table = np.concatenate(scores)
         names = [f"eval_reward/{name}" for name in self._names]
@@ -201,45 +220,45 @@ class Rollouts:
         count = len(values) // self._feed.num_shards
         return values[self._feed.shard * count :][:count]
 
-    def _roll(self, trainable: Any, key: jax.Array, step: int) -> tuple[packing.Arrays, list[Scored]]:
-        """Samples completions, rewards them, and makes the arrays of the next updates."""
+    def _roll(self, trainable: Any, key: jax.Array, step: int) -> Callable[[], Rolled]:
+        """Samples completions with these weights; the result waits for their rewards.
+
+        All that takes these weights is computed here: they may be gone when the rewards are there.
+        """
         run, rl = self._run, self._run.rl
         count = run.train.global_batch_size * rl.steps_per_generation
         prompts = [self._prompts.next_item()[2] for _ in range(count // rl.num_generations)]
         rows: list[Any] = [prompt for prompt in prompts for _ in range(rl.num_generations)]
-        begin = time.perf_counter()
-        sampled = self._sample(trainable, prompts, rows, key)
-        sampling_seconds = time.perf_counter() - begin
-        begin = time.perf_counter()
-        scores, texts = self._reward(rows, sampled)
-        rewards = self._total(scores).reshape(-1, rl.num_generations)
-        reward_seconds = time.perf_counter() - begin
+        sampled, measured = self._sample(trainable, prompts, rows, key)
+        judged = self._judge.start(rows, sampled)
         arrays = packing.pack([row.ids for row in rows], sampled, run.train.seq_len)
         begin = time.perf_counter()
         scored = [self._score(trainable, *part, key) for part in self._parts(arrays)]
-        scoring_seconds = time.perf_counter() - begin
+        measured["scoring_seconds"] = time.perf_counter() - begin
         mask = arrays["mask"] > 0
         rolled = packing.scattered(sampled.logprobs, arrays)
         plain, tempered = (np.concatenate([getattr(s, n) for s in scored]) for n in ("plain", "logprobs"))
         is_exact = run.train.exact_rollouts
-        old = rolled if is_exact else tempered
-        arrays["old_logprobs"] = np.where(mask, old, 0).astype(np.float32)
-        self._measure(self._advantages(trainable, arrays, rewards, step))
-        self._measure(
-            {
+        measured |= packing.mismatch(rolled, tempered if is_exact else plain, mask)
+        arrays["old_logprobs"] = np.where(mask, rolled if is_exact else tempered, 0).astype(np.float32)
+        values = None
+        if self._critic is not None:
+            local = [{name: self._local(x) for name, x in part.items()} for _, part in self._parts(arrays)]
+            values = self._critic.evaluate(trainable, self._frozen, local)
+
+        def finish() -> Rolled:
+            scores, texts, seconds = judged()
+            rewards = self._total(scores).reshape(-1, rl.num_generations)
+            metrics = {
+                **self._advantages(arrays, rewards, values, step),
                 "reward": rewards.mean(),
                 "reward_std": rewards.std(),
                 **{f"reward/{n}": m for n, m in zip(self._names, _means(scores), strict=True)},
                 **{f"reward_std/{n}": m for n, m in zip(self._names, _deviations(scores), strict=True)},
-                **self._measured(rows, sampled, sampling_seconds),
-                **packing.mismatch(rolled, tempered if is_exact else plain, mask),
-                "reward_seconds": reward_seconds,
-                "scoring_seconds": scoring_seconds,
+                "reward_seconds": seconds,
             }
-        )
-        advantages = packing.gathered(arrays["advantages"], arrays, rl.max_completion_length)
-        self._write(
-            [
+            advantages = packing.gathered(arrays["advantages"], arrays, rl.max_completion_length)
+            samples = [
                 SampleRecord(
                     step=step + 1,
                     prompt=rows[row].prompt,
@@ -252,43 +271,35 @@ class Rollouts:
                 )
                 for row in range(count)
             ]
-        )
-        return arrays, scored
+            return Rolled(arrays, measured | metrics, samples, scored)
 
-    def _measured(self, rows: Sequence[Any], sampled: Sampled, seconds: float) -> dict[str, Any]:
-        """The lengths of completions that were sampled in so many seconds."""
-        return {
-            "completion_length": sampled.lengths.mean(),
-            "completion_length_max": sampled.lengths.max(),
-            "truncated": 1 - np.mean(self._ended(rows, sampled)),
-            "rollout_seconds": seconds,
-            "rollout_tokens_per_second": sampled.lengths.sum() / seconds,
-        }
+        return finish
 
     def _advantages(
-        self, trainable: Any, arrays: packing.Arrays, rewards: np.ndarray, step: int
+        self, arrays: packing.Arrays, rewards: np.ndarray, values: tuple[Any, Any] | None, step: int
     ) -> dict[str, Any]:
         """Adds the advantages of completions with rewards f64 [P, n]; returns what is measured of them."""
         equal, place = equal_groups(rewards), f"step {step + 1}"
-        if self._critic is not None:
+        if values is not None:
             if rewards.std() == 0:
                 self._log(f"{place}: all rewards are equal; only values and the penalty are learned from")
-            local = [{name: self._local(x) for name, x in part.items()} for _, part in self._parts(arrays)]
-            return self._critic.complete(trainable, self._frozen, local, arrays, rewards.reshape(-1))
+            return add_advantages(arrays, rewards.reshape(-1), *values, self._run.rl)
         if equal.all():
             self._log(f"{place}: in each group of completions all rewards are equal; nothing is learned")
         advantages = group_advantages(rewards, self._run.rl.scale_rewards).reshape(-1, 1)
         arrays["advantages"] = np.where(arrays["mask"] > 0, advantages, 0).astype(np.float32)
         return {"groups_equal": equal.mean()}
 
-    def _sample(self, trainable: Any, prompts: Sequence[Any], rows: Sequence[Any], key: jax.Array) -> Sampled:
-        run, longest = self._run, self._run.rl.max_completion_length
+    def _sample(
+        self, trainable: Any, prompts: Sequence[Any], rows: Sequence[Any], key: jax.Array
+    ) -> tuple[Sampled, dict[str, Any]]:
+        """Completions, and what is measured of them."""
+        run, longest, begin = self._run, self._run.rl.max_completion_length, time.perf_counter()
         params = self._sampler.params(trainable, self._frozen)
         copies = self._run.rl.num_generations
         ids = [prompt.ids for prompt in prompts]
-        proposed = self._sampler.sample(params, ids, key, copies=copies, max_new_tokens=longest)
-        if not self._run.train.exact_rollouts:
-            return proposed
+        sampled = self._sampler.sample(params, ids, key, copies=copies, max_new_tokens=longest)
+        measured: dict[str, Any] = {}
 
         def verify(sampled: Sampled) -> tuple[np.ndarray, np.ndarray]:
             arrays = packing.pack([row.ids for row in rows], sampled, run.train.seq_len)
@@ -302,9 +313,19 @@ class Rollouts:
             given = [rows[r].ids for r in numbers]
             return self._sampler.resume(params, given, begun, keys, max_new_tokens=longest, most=len(rows))
 
-        result = exact.settle(proposed, verify, resume, lambda r, ids: self._sampler.end(rows[r].ids, ids))
-        self._measure({"rollout_passes": result.passes, "rollout_changed_tokens": result.changed})
-        return result.sampled
+        if run.train.exact_rollouts:
+            end = lambda r, ids: self._sampler.end(rows[r].ids, ids)  # noqa: E731
+            result = exact.settle(sampled, verify, resume, end)
+            measured = {"rollout_passes": result.passes, "rollout_changed_tokens": result.changed}
+            sampled = result.sampled
+        seconds = time.perf_counter() - begin
+        return sampled, measured | {
+            "completion_length": sampled.lengths.mean(),
+            "completion_length_max": sampled.lengths.max(),
+            "truncated": 1 - np.mean(self._ended(rows, sampled)),
+            "rollout_seconds": seconds,
+            "rollout_tokens_per_second": sampled.lengths.sum() / seconds,
+        }
 
     def _score(self, trainable: Any, part: int, batch: packing.Arrays, key: jax.Array) -> Scored:
         names = ("tokens", "segment_ids", "positions", "index")
@@ -317,45 +338,6 @@ class Rollouts:
     def _ended(self, rows: Sequence[Any], sampled: Sampled) -> list[bool]:
         completions = zip(rows, sampled.tokens, sampled.lengths, strict=True)
         return [self._sampler.end(prompt.ids, ids[:n].tolist()) is not None for prompt, ids, n in completions]
-
-    def _text(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-        decoder = self._tokenizer.stream()
-        decoder.extend(prompt)
-        eos = self._tokenizer.eos_ids
-        return decoder.extend(token for token in tokens if token not in eos) + decoder.flush()
-
-    def _reward(
-        self, rows: Sequence[Prompt], sampled: Sampled, *, validation: bool = False
-    ) -> tuple[np.ndarray, list[str]]:
-        """The scores f64 [N, F] of completions, computed by process 0, and their texts."""
-        ids = [tokens[:n].tolist() for tokens, n in zip(sampled.tokens, sampled.lengths, strict=True)]
-        texts = [self._text(prompt.ids, tokens) for prompt, tokens in zip(rows, ids, strict=True)]
-        place_of = lambda i: self._data.place(rows[i], validation=validation)  # noqa: E731
-        answer: Any = None
-        if self._rewards is not None:
-            completions = [
-                text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": text}]
-                for prompt, text in zip(rows, texts, strict=True)
-            ]
-            names = dict.fromkeys(name for prompt in rows for name in prompt.columns)
-            batch = Completions(
-                prompts=[prompt.prompt for prompt in rows],
-                completions=completions,
-                completion_ids=ids,
-                columns={name: [prompt.columns.get(name) for prompt in rows] for name in names},
-                places=place_of,
-            )
-            try:
-                answer = self._rewards(batch)
-            except RewardError as error:
-                answer = str(error)
-        answer = pickle.loads(gather_bytes(pickle.dumps(answer))[0])
-        if isinstance(answer, str):
-            raise RewardError(answer)
-        functions = iter(answer.T)
-        models = self._reward_models(rows, texts, place_of)
-        columns = [models[n] if n in models else next(functions) for n in range(len(self._names))]
-        return np.stack(columns, axis=1), texts
 
     def _measure(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,9 +12,9 @@ from ..config.run import RunConfig
 from ..step import StepMetrics
 from ..trainable import Trainable
 from . import packing
+from .rolled import Rolled
 from .rollouts import Rollouts
 from .samples import SampleRecord
-from .scoring import Scored
 
 
 class StudentRollouts(Rollouts):
@@ -29,33 +29,29 @@ class StudentRollouts(Rollouts):
         del trainable
         return {}
 
-    def _roll(self, trainable: Trainable, key: jax.Array, step: int) -> tuple[packing.Arrays, list[Scored]]:
+    def _roll(self, trainable: Trainable, key: jax.Array, step: int) -> Callable[[], Rolled]:
         run, rl = self._run, self._run.rl
         count = run.train.global_batch_size * rl.steps_per_generation
         prompts = [self._prompts.next_item()[2] for _ in range(count // rl.num_generations)]
         rows: list[Any] = [prompt for prompt in prompts for _ in range(rl.num_generations)]
-        begin = time.perf_counter()
-        sampled = self._sample(trainable, prompts, rows, key)
-        self._measure(self._measured(rows, sampled, time.perf_counter() - begin))
+        sampled, measured = self._sample(trainable, prompts, rows, key)
         arrays = packing.pack([row.ids for row in rows], sampled, run.train.seq_len)
         arrays["value"] = np.zeros(arrays["tokens"].shape, np.float32)  # a field of examples, unused
         completions = [tokens[:n].tolist() for tokens, n in zip(sampled.tokens, sampled.lengths, strict=True)]
-        self._write(
-            [
-                SampleRecord(
-                    step=step + 1,
-                    prompt=row.prompt,
-                    completion=self._text(row.ids, tokens),
-                    rewards={},
-                    reward=None,
-                    advantages=(0.0,) * len(tokens),
-                    prompt_ids=row.ids,
-                    completion_ids=tuple(tokens),
-                )
-                for row, tokens in zip(rows, completions, strict=True)
-            ]
-        )
-        return arrays, []
+        samples = [
+            SampleRecord(
+                step=step + 1,
+                prompt=row.prompt,
+                completion=self._judge.text(row.ids, tokens),
+                rewards={},
+                reward=None,
+                advantages=(0.0,) * len(tokens),
+                prompt_ids=row.ids,
+                completion_ids=tuple(tokens),
+            )
+            for row, tokens in zip(rows, completions, strict=True)
+        ]
+        return lambda: Rolled(arrays, measured, samples)
 
 
 def rollouts_of(run: RunConfig) -> type[Rollouts]:
