@@ -132,6 +132,24 @@ def test_patching_the_residual_stream_of_another_run_gives_its_logits_from_there
     assert np.abs(some[:, 6:] - ours[:, 6:]).max(axis=(0, 2)).min() > 1e-4
 
 
+def test_patching_maps_over_layers_and_positions():
+    other = (tokens() + 1) % MODEL.vocab_size
+    _, found = lj.capture(MODEL, params(), other, sites=["block.residual_post"])
+
+    def last(stream: Any, layer: Any, position: Any) -> jax.Array:
+        patched = {"block.residual_post": stream[None]}
+        edit = inspection.patch(patched, layers=layer, positions=position[None])
+        return lj.forward(MODEL, params(), tokens(), edit=edit)[:, -1]
+
+    layers, positions = jnp.arange(4), jnp.array([2, 7])
+    over = jax.vmap(jax.vmap(last, (None, None, 0)), (0, 0, None))
+    mapped = jax.jit(over)(found["block.residual_post"], layers, positions)
+    for layer in range(4):
+        for place, position in enumerate(positions):
+            alone = last(found["block.residual_post"][layer], jnp.int32(layer), position)
+            close(mapped[layer, place], alone)
+
+
 def test_an_edit_of_the_last_residual_is_the_same_edit_of_the_logits():
     vector = jax.random.normal(jax.random.key(3), (MODEL.hidden_size,))
     steered = lj.forward(MODEL, params(), tokens(), edit=inspection.steer(vector, layers=3, scale=0.5))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from llama_jax.errors import InputError
 from llama_jax.taps import ATTENTION_WEIGHTS, SITES, Edit, check_name
 
-Layers = int | Sequence[int] | None  # indices from 0; None: all layers
+Layers = int | Sequence[int] | jax.Array | None  # indices from 0, which may be traced; None: all layers
 
 
 @functools.partial(
@@ -75,7 +75,11 @@ class _Replace:
 
 
 def ablate(
-    site: str, *, layers: Layers, mean: jax.Array | None = None, positions: Sequence[int] | None = None
+    site: str,
+    *,
+    layers: Layers,
+    mean: jax.Array | None = None,
+    positions: Sequence[int] | jax.Array | None = None,
 ) -> Edit:
     """Replaces a site by zero, or by a mean.
 
@@ -90,7 +94,10 @@ def ablate(
 
 
 def patch(
-    captured: Mapping[str, jax.Array], *, layers: Layers = None, positions: Sequence[int] | None = None
+    captured: Mapping[str, jax.Array],
+    *,
+    layers: Layers = None,
+    positions: Sequence[int] | jax.Array | None = None,
 ) -> Edit:
     """Replaces sites by what another run had there (activation patching), in `forward` of as many tokens.
 
@@ -199,13 +206,13 @@ def _among(chosen: jax.Array | None, count: int) -> jax.Array:
 def _indices(layers: Layers) -> jax.Array | None:
     if layers is None:
         return None
-    indices = [layers] if isinstance(layers, int) else list(layers)
-    if any(index < 0 for index in indices):
+    indices = jnp.atleast_1d(jnp.asarray(layers, jnp.int32))
+    if not isinstance(indices, jax.core.Tracer) and (indices < 0).any():
         raise InputError(f"layers is {layers}; layers of an edit count from 0")
-    return jnp.asarray(indices, jnp.int32)
+    return indices
 
 
-def _columns(positions: Sequence[int] | None) -> jax.Array | None:
+def _columns(positions: Sequence[int] | jax.Array | None) -> jax.Array | None:
     return None if positions is None else jnp.asarray(positions, jnp.int32)
 
 
