@@ -70,19 +70,27 @@ def _together(policy: StepPlan, value: StepPlan) -> StepPlan:
     for part in value.parts:
         if part.name != HEAD:
             parts[part.name] = _added(parts[part.name], part, ("seconds", "flops", "hbm_bytes"))
-    traffic = {(one.kind, one.axes, one.network): one for one in policy.traffic}
-    for one in value.traffic:
-        key, numbers = (one.kind, one.axes, one.network), ("bytes", "seconds", "exposed_seconds")
-        traffic[key] = _added(traffic[key], one, numbers) if key in traffic else one
     return dataclasses.replace(
         policy,
         memory=Memory(**memory),
         parts=tuple(parts.values()),
-        traffic=tuple(traffic.values()),
+        traffic=_both_traffic(policy.traffic, value.traffic),
         launch_seconds=policy.launch_seconds + value.launch_seconds,
         model_flops=policy.model_flops + value.model_flops,
         model_flops_full_attention=policy.model_flops_full_attention + value.model_flops_full_attention,
     )
+
+
+def _both_traffic(policy: tuple[Traffic, ...], value: tuple[Traffic, ...]) -> tuple[Traffic, ...]:
+    """Of both models: collectives of the same kind over the same axes, in order, are added."""
+    numbers, merged, rest = ("bytes", "seconds", "exposed_seconds"), [], list(value)
+    for one in policy:
+        same = (one.kind, one.axes, one.network)
+        twin = next((other for other in rest if (other.kind, other.axes, other.network) == same), None)
+        merged.append(one if twin is None else _added(one, twin, numbers))
+        if twin is not None:
+            rest.remove(twin)
+    return (*merged, *rest)
 
 
 def _added(one: _T, other: _T, names: tuple[str, ...]) -> _T:

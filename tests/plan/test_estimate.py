@@ -143,6 +143,8 @@ def test_a_value_model_of_the_same_size_doubles_the_step_but_for_logits():
     head = "output projection and loss"
     for ours, theirs in zip(both.parts, plain.parts, strict=True):
         assert ours.seconds == pytest.approx(theirs.seconds * (1 if ours.name == head else 2), rel=0.01)
+    bytes_of = lambda plan: sum(one.bytes for one in plan.traffic)  # noqa: E731
+    assert 1.95 * bytes_of(plain) < bytes_of(both) < 2 * bytes_of(plain)  # but for one table
     assert 1.95 * plain.model_flops < both.model_flops < 2 * plain.model_flops
     assert both.tokens_per_step == plain.tokens_per_step
 
@@ -183,13 +185,17 @@ def compiled_cases() -> list[plan_accuracy.Case]:
 
 @pytest.mark.parametrize("case", compiled_cases(), ids=lambda case: case.key)
 def test_the_arithmetic_is_close_to_the_compiled_step(case):
-    """Memory within 10%, time within 15%, bytes of gathers and scatters within 2%."""
+    """Memory within 10%, time within 15%, bytes of gathers and scatters within 2%.
+
+    The arithmetic has no gradients of adapters, which are less than a thousandth of the bytes.
+    """
     compiled = plan_accuracy.stored()[case.key]
     plan = plan_accuracy.arithmetic(case, compiled)
     for name, (ours, theirs) in plan_accuracy.compare(plan, compiled).items():
         assert ours == pytest.approx(theirs, rel=0.1 if name == "peak_bytes" else 0.15), name
     for kind in ("all-gather", "reduce-scatter"):
-        if kind in compiled.get("moved", {}):
+        moved = compiled.get("moved", {})
+        if moved.get(kind, 0.0) > 1e-3 * sum(moved.values()):
             ours = sum(one.bytes for one in plan.traffic if one.kind == kind)
             assert ours == pytest.approx(compiled["moved"][kind], rel=0.02), kind
 
