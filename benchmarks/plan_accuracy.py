@@ -70,13 +70,6 @@ CASES = (
     Case("70B, full", "llama2_70b", "v6e:16x16", _FULL),
     Case("70B by LoRA", "sft_llama2_70b", "v5p:2x2x4", (), "llama2_70b"),
     Case("70B by PPO, with LoRA", "ppo_llama2_70b", "v5p:2x4x4", (), "llama2_70b"),
-    Case(
-        "70B by PPO, all weights",
-        "ppo_llama2_70b",
-        "v5p:4x4x4",
-        ("--adapter.type", "none", "--train.gradient_accumulation_steps", "1", *_FULL),
-        "llama2_70b",
-    ),
     Case("70B by QLoRA", "sft_llama2_70b", "v5p:2x2x2", ("--adapter.base", "nf4"), "llama2_70b"),
 )
 
