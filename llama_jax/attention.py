@@ -137,7 +137,6 @@ def attention(
         with a window.
       in_order: queries and keys are of the same tokens, at the positions of the row: of keys that `context`
         divides, devices then receive those that a window reaches.
-
       tap: with `xla` it gets the weights, at the site `block.attention_weights`, and returns those to use.
 
     Returns:

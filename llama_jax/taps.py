@@ -59,10 +59,7 @@ def check_sites(config: LlamaConfig, names: Collection[str]) -> None:
     """
     known = sites(config)
     for name in names:
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise InputError(f"site {name!r} is unknown{hint}; this model has {', '.join(known)}")
+        _check_known(name, known, "this model has")
 
 
 def check_name(site: str) -> str:
@@ -71,11 +68,15 @@ def check_name(site: str) -> str:
     Raises:
       InputError: for an unknown one.
     """
-    if site not in SITES:
-        close = difflib.get_close_matches(str(site), SITES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise InputError(f"site {site!r} is unknown{hint}; there are {', '.join(SITES)}")
+    _check_known(site, SITES, "there are")
     return site
+
+
+def _check_known(name: str, known: Mapping[str, str], listing: str) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise InputError(f"site {name!r} is unknown{hint}; {listing} {', '.join(known)}")
 
 
 def as_edit(edit: Edit | None) -> Any:

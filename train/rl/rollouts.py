@@ -226,9 +226,7 @@ class Rollouts:
         All that takes these weights is computed here: they may be gone when the rewards are there.
         """
         run, rl = self._run, self._run.rl
-        count = run.train.global_batch_size * rl.steps_per_generation
-        prompts = [self._prompts.next_item()[2] for _ in range(count // rl.num_generations)]
-        rows: list[Any] = [prompt for prompt in prompts for _ in range(rl.num_generations)]
+        prompts, rows = self._next_prompts()
         sampled, measured = self._sample(trainable, prompts, rows, key)
         judged = self._judge.start(rows, sampled)
         arrays = packing.pack([row.ids for row in rows], sampled, run.train.seq_len)
@@ -269,7 +267,7 @@ class Rollouts:
                     prompt_ids=rows[row].ids,
                     completion_ids=tuple(sampled.tokens[row, : sampled.lengths[row]].tolist()),
                 )
-                for row in range(count)
+                for row in range(len(rows))
             ]
             return Rolled(arrays, measured | metrics, samples, scored)
 
@@ -289,6 +287,13 @@ class Rollouts:
         advantages = group_advantages(rewards, self._run.rl.scale_rewards).reshape(-1, 1)
         arrays["advantages"] = np.where(arrays["mask"] > 0, advantages, 0).astype(np.float32)
         return {"groups_equal": equal.mean()}
+
+    def _next_prompts(self) -> tuple[list[Any], list[Any]]:
+        """The prompts of a rollout, and that of each of its completions."""
+        rl = self._run.rl
+        count = self._run.train.global_batch_size * rl.steps_per_generation
+        prompts: list[Any] = [self._prompts.next_item()[2] for _ in range(count // rl.num_generations)]
+        return prompts, [prompt for prompt in prompts for _ in range(rl.num_generations)]
 
     def _sample(
         self, trainable: Any, prompts: Sequence[Any], rows: Sequence[Any], key: jax.Array

@@ -30,12 +30,9 @@ class StudentRollouts(Rollouts):
         return {}
 
     def _roll(self, trainable: Trainable, key: jax.Array, step: int) -> Callable[[], Rolled]:
-        run, rl = self._run, self._run.rl
-        count = run.train.global_batch_size * rl.steps_per_generation
-        prompts = [self._prompts.next_item()[2] for _ in range(count // rl.num_generations)]
-        rows: list[Any] = [prompt for prompt in prompts for _ in range(rl.num_generations)]
+        prompts, rows = self._next_prompts()
         sampled, measured = self._sample(trainable, prompts, rows, key)
-        arrays = packing.pack([row.ids for row in rows], sampled, run.train.seq_len)
+        arrays = packing.pack([row.ids for row in rows], sampled, self._run.train.seq_len)
         arrays["value"] = np.zeros(arrays["tokens"].shape, np.float32)  # a field of examples, unused
         completions = [tokens[:n].tolist() for tokens, n in zip(sampled.tokens, sampled.lengths, strict=True)]
         samples = [
