@@ -257,7 +257,7 @@ def map_logits(
 ) -> Any:
     """`function` of the logits of every position, of which one chunk at a time is in memory.
 
-    The backward pass computes the logits of a chunk again. Logits of position t predict token t + 1.
+    Of several chunks the backward pass computes the logits again. Those of position t predict token t + 1.
 
     Args:
       params: the parameter tree; only the output projection is read.
@@ -277,6 +277,8 @@ def map_logits(
         return function(edited(params, "logits", unembed(x, params)), *inputs)
 
     length, chunks = x.shape[1], _chunk_count(x.shape[1], num_chunks)
+    if chunks == 1:
+        return of_chunk((x, inputs))
     split = jax.tree.map(lambda array: _split(array, chunks), (x, inputs))
     mapped = jax.lax.map(jax.checkpoint(of_chunk), split)
     return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 2).reshape(y.shape[1], -1)[:, :length], mapped)

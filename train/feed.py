@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,21 +16,22 @@ from llama_jax.sharding import TOKENS_BT, batch_axes, batch_parts, named
 from .config.objective import RL_OBJECTIVES
 
 
-def batch_dtypes(objective: str, *, reference: bool = False, exact: bool = False) -> dict[str, np.dtype]:
+def batch_dtypes(
+    objective: str, *, reference: bool = False, logprobs: Sequence[str] = ("old_logprobs",)
+) -> dict[str, np.dtype]:
     """Names and dtypes of the arrays [B, T] of an objective's batches; see `objectives.common.Batch`.
 
     Args:
       objective: `train.objective`.
       reference: whether batches carry precomputed reference log-probabilities.
-      exact: whether batches of completions carry the present policy's log-probabilities.
+      logprobs: the log-probabilities that batches of completions carry (`RunConfig.logprob_arrays`).
     """
     int32, float32 = np.dtype(np.int32), np.dtype(np.float32)
     dtypes = dict.fromkeys(("tokens", "segment_ids", "positions"), int32)
     if objective == "pretrain":
         return dtypes
     if objective in RL_OBJECTIVES:
-        floats = ("advantages", "old_logprobs", *(("logprobs",) if exact else ()))
-        floats += ("old_values", "returns") * (objective == "ppo")
+        floats = ("advantages", *logprobs, *(("old_values", "returns") if objective == "ppo" else ()))
         return {**dtypes, "mask": int32, **dict.fromkeys(floats, float32)}
     return {**dtypes, "mask": int32, "value": float32, **({"reference": float32} if reference else {})}
 

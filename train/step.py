@@ -15,7 +15,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from llama_jax import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.loss import Loss
-from llama_jax.ops.gradient_sums import sum_over_data, sum_over_data_in_int8
+from llama_jax.ops.gradient_sums import Maximum, added, sum_over_data, sum_over_data_in_int8
 from llama_jax.ops.router_losses import RouterLosses
 from llama_jax.sharding import TOKENS_BT, batch_axes, batch_parts, explicit_axes, named
 
@@ -24,7 +24,7 @@ from .config.run import RunConfig
 from .feed import batch_dtypes
 from .objectives import make_loss_fn
 from .objectives.common import Batch, LossFn
-from .objectives.policy import POLICY_METRICS, PolicyLoss
+from .objectives.policy import PolicyLoss, empty_metrics, metric_names
 from .optimizer import make_optimizer, make_schedule
 from .state import TrainState, abstract, abstract_state, with_residual
 from .teacher import random_teacher, teacher_config
@@ -44,7 +44,7 @@ class StepMetrics:
       skipped: int32, skipped steps so far.
       bad_run: int32, consecutive skipped steps up to this one.
       router: the auxiliary losses of a mixture's routers; None where the loss has none.
-      policy: sums over the batch by the names of `POLICY_METRICS`; None for other objectives.
+      policy: sums and maxima over the batch, by `metric_names`; None for other objectives.
     """
 
     loss: jax.Array
@@ -54,7 +54,7 @@ class StepMetrics:
     skipped: jax.Array
     bad_run: jax.Array
     router: RouterLosses | None = None
-    policy: Mapping[str, jax.Array] | None = None
+    policy: Mapping[str, jax.Array | Maximum] | None = None
 
 
 # (state, batch, frozen parameters) -> (state, metrics)
@@ -94,7 +94,7 @@ def make_step(
       gradient_dtype: in which gradients are summed over the mesh axis `data`, once a step; of a state with a
         residual they are in int8.
       has_router_losses: whether the loss has those of a mixture's routers.
-      policy_metrics: the names of the metrics of a `PolicyLoss`; empty for other losses.
+      policy_metrics: `metric_names` of a `PolicyLoss`; empty for other losses.
     """
     split_loss_fn = trainable_spec.wrap(loss_fn)
 
@@ -115,13 +115,13 @@ def make_step(
 
         def add_microbatch(sums: Any, microbatch: tuple[Batch, jax.Array]) -> tuple[Any, None]:
             rows, microbatch_key = microbatch
-            return jax.tree.map(jnp.add, sums, value_and_grad(params, rows, frozen, microbatch_key)), None
+            return added(sums, value_and_grad(params, rows, frozen, microbatch_key)), None
 
         zero = jnp.zeros((), jnp.float32)
         router = RouterLosses(balance=zero, z=zero) if has_router_losses else None
         empty = Loss(total=zero, count=zero, router=router)
         if policy_metrics:
-            empty = PolicyLoss(total=zero, count=zero, metrics=dict.fromkeys(policy_metrics, zero))
+            empty = PolicyLoss(total=zero, count=zero, metrics=empty_metrics(policy_metrics))
         zeros = (empty, jax.tree.map(jnp.zeros_like, params))
         batches = {name: _microbatches(x, gradient_accumulation_steps) for name, x in batch.items()}
         keys = jax.random.split(key, gradient_accumulation_steps)
@@ -239,7 +239,7 @@ def build_step(
     if trainable_spec is None:
         trainable_spec = TrainableSpec.from_config(run, platform, value_model=value_config(run))
     step = make_step(
-        make_loss_fn(run, model, platform),
+        make_loss_fn(run, model, platform, packed=not run.samples),
         optimizer,
         schedule,
         gradient_accumulation_steps=accumulation_steps,
@@ -250,14 +250,14 @@ def build_step(
         ema_decay=run.optimizer.ema_decay,
         gradient_dtype=jnp.float32 if parts else jnp.dtype(run.mesh.gradient_dtype),
         has_router_losses=bool(model.num_experts) and run.train.objective not in ("distill", *RL_OBJECTIVES),
-        policy_metrics=POLICY_METRICS.get(run.train.objective, ()),
+        policy_metrics=metric_names(run),
     )
     shape = (run.train.global_batch_size, run.train.seq_len)
     layout = SingleDeviceSharding(jax.devices()[0]) if mesh is None else named(mesh, TOKENS_BT)
     dtypes = batch_dtypes(
         run.data_objective,
         reference=run.preference.precompute_ref_log_probs,
-        exact=run.train.exact_rollouts,
+        logprobs=run.logprob_arrays,
     )
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in dtypes.items()}
     state, frozen = abstract_state(model, optimizer, mesh, trainable_spec)

@@ -6,13 +6,39 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import chex
 import jax
+import jax.numpy as jnp
 from jax._src import shard_map as shard_map_lib
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.ops.int8_sum import sum_in_int8
 from llama_jax.sharding import explicit_axes, is_spec
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class Maximum:
+    """A part of a loss that is not summed over parts of a batch: the larger value stands.
+
+    Attributes:
+      value: an array.
+    """
+
+    value: jax.Array
+
+
+def added(a: Any, b: Any) -> Any:
+    """The sum of two trees of one structure, and the maximum where they have a `Maximum`."""
+
+    def combine(a: Any, b: Any) -> Any:
+        return Maximum(value=jnp.maximum(a.value, b.value)) if isinstance(a, Maximum) else a + b
+
+    return jax.tree.map(combine, a, b, is_leaf=_is_maximum)
+
+
+def _is_maximum(x: Any) -> bool:
+    return isinstance(x, Maximum)
 
 
 def sum_over_data(
@@ -96,7 +122,14 @@ def _apart(function: Callable[..., Any], args: Sequence[Any], batch_argument: in
 
 
 def _sum_parts(parts: Any) -> Any:
-    return jax.tree.map(lambda x: jax.lax.psum(x[0], "data"), parts)
+    def over_data(x: Any) -> Any:
+        return (
+            Maximum(value=jax.lax.pmax(x.value[0], "data"))
+            if isinstance(x, Maximum)
+            else jax.lax.psum(x[0], "data")
+        )
+
+    return jax.tree.map(over_data, parts, is_leaf=_is_maximum)
 
 
 def _specs(parts: Any) -> Any:

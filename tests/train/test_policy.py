@@ -20,7 +20,7 @@ from llama_jax.train.config.rl import RLConfig
 from llama_jax.train.config.run import ModelConfig, RunConfig, TrainConfig
 from llama_jax.train.feed import Feed
 from llama_jax.train.objectives import make_loss_fn
-from llama_jax.train.objectives.policy import k3, with_value
+from llama_jax.train.objectives.policy import k3, metric_names, with_value
 from llama_jax.train.rl.advantages import (
     equal_groups,
     generalized_advantages,
@@ -28,6 +28,8 @@ from llama_jax.train.rl.advantages import (
     penalized_rewards,
     whiten,
 )
+from llama_jax.train.state import init_state
+from llama_jax.train.step import make_step
 
 MODEL = lj.LlamaConfig(
     vocab_size=96,
@@ -62,7 +64,7 @@ def completions() -> dict[str, np.ndarray]:
     batch = {
         name: np.zeros((ROWS, LENGTH), np.int32) for name in ("tokens", "mask", "segment_ids", "positions")
     }
-    for name in ("advantages", "old_logprobs", "logprobs"):
+    for name in ("advantages", "old_logprobs"):
         batch[name] = np.zeros((ROWS, LENGTH), np.float32)
     for row in range(ROWS):
         prompt, answer = int(rng.integers(2, 10)), int(rng.integers(1, LONGEST))
@@ -80,8 +82,8 @@ def logprobs(weights: Any, batch: Any) -> jax.Array:
 
 
 @functools.cache
-def compiled(run: RunConfig) -> Any:
-    loss_fn = make_loss_fn(run, MODEL, "cpu")
+def compiled(run: RunConfig, packed: bool = True) -> Any:
+    loss_fn = make_loss_fn(run, MODEL, "cpu", packed=packed)
 
     def total(weights: Any, batch: Any, reference: Any) -> Any:
         loss = loss_fn(weights, batch, **({"reference": reference} if run.rl.beta else {}))
@@ -90,8 +92,8 @@ def compiled(run: RunConfig) -> Any:
     return jax.jit(jax.value_and_grad(total, has_aux=True))
 
 
-def value_and_grad(run: RunConfig, batch: Any, weights: Any = None) -> tuple[Any, Any]:
-    (_, loss), grads = compiled(run)(params() if weights is None else weights, batch, params(2))
+def value_and_grad(run: RunConfig, batch: Any, packed: bool = True) -> tuple[Any, Any]:
+    (_, loss), grads = compiled(run, packed)(params(), batch, params(2))
     return loss, grads
 
 
@@ -249,7 +251,8 @@ def test_the_loss_is_the_same_on_a_mesh():
     mesh = make_mesh("fsdp=4,tensor=2")
     with use_mesh(mesh):
         feed = Feed.for_mesh(mesh, ROWS, LENGTH)
-        total = lambda w, b, r: make_loss_fn(run, MODEL, "cpu")(w, b, reference=r)  # noqa: E731
+        loss_fn = make_loss_fn(run, MODEL, "cpu", packed=False)
+        total = lambda w, b, r: loss_fn(w, b, reference=r)  # noqa: E731
         sharded = [lj.init(MODEL, jax.random.key(seed)) for seed in (0, 2)]
         again = jax.jit(total)(sharded[0], feed.put(batch), sharded[1])
     assert_close(loss, again, 1e-4)
@@ -265,10 +268,61 @@ def test_with_exact_rollouts_the_value_is_given_and_the_gradient_is_the_forward_
     lengths = batch["mask"].sum(1)
     expected = -(batch["advantages"] * batch["mask"]).sum(1) / lengths * ratio
     assert float(loss.mean) == pytest.approx(expected.mean(), abs=1e-6)
-    plain, plain_grads = value_and_grad(run_of(loss_type="grpo"), batch)
+    _, plain_grads = value_and_grad(run_of(loss_type="grpo"), completions())
     assert_close(grads, jax.tree.map(lambda g: g * ratio, plain_grads), 1e-5)
-    assert float(plain.metrics["forward_diff"]) == 0
     assert float(loss.metrics["forward_diff"] / loss.metrics["tokens"]) == pytest.approx(0.01, abs=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_the_update_alone_tells_the_logprobs_of_what_its_weights_sampled(level, temperature):
+    """Loss and gradient are those of a batch that was scored before; the distance to decoding is measured."""
+    run = run_of(loss_type="dapo", importance_sampling_level=level, temperature=temperature)
+    assert run.logprob_arrays == ("rollout_logprobs",)
+    batch, rng = dict(completions()), np.random.default_rng(6)
+    plain, mask = batch.pop("old_logprobs"), batch["mask"] > 0
+    # log p at the temperature, by the logits of all positions
+    logits = lj.forward(MODEL, params(), *(batch[n] for n in ("tokens", "positions", "segment_ids")))
+    table = jax.nn.log_softmax(logits / temperature)
+    of_tokens = jnp.take_along_axis(table[:, :-1], batch["tokens"][:, 1:, None], -1)[..., 0]
+    scored = {**batch, "old_logprobs": np.pad(of_tokens, ((0, 0), (1, 0)))}
+    difference = rng.normal(0, 0.1, mask.shape).astype(np.float32)
+    unscored = {**batch, "rollout_logprobs": plain - difference}
+    loss, grads = value_and_grad(run, unscored, packed=False)
+    other, other_grads = value_and_grad(run, scored)
+    assert_close((loss.mean, grads), (other.mean, other_grads))
+    found = {name: float(getattr(x, "value", x)) for name, x in loss.metrics.items()}
+    expected = difference[mask].astype(np.float64)
+    assert found["clip_fraction"] == 0
+    assert found["rollout_logprob_diff_mean"] == pytest.approx(np.abs(expected).sum(), rel=1e-4)
+    assert found["rollout_logprob_diff_max"] == pytest.approx(np.abs(expected).max(), rel=1e-4)
+    assert found["rollout_kl"] == pytest.approx((np.expm1(expected) - expected).sum(), rel=1e-3)
+
+
+def test_a_second_completion_where_rows_have_one_is_no_number():
+    """Logits are computed at `rl.max_completion_length` positions of a row."""
+    loss, _ = value_and_grad(run_of(), packed(completions(), range(ROWS)), packed=False)
+    assert np.isnan(float(loss.mean))
+
+
+def test_maxima_and_sums_are_of_all_microbatches_and_slices():
+    run = run_of(loss_type="dapo")
+    batch, rng = dict(completions()), np.random.default_rng(6)
+    batch["rollout_logprobs"] = batch.pop("old_logprobs") - rng.normal(0, 0.1, (ROWS, LENGTH)).astype("f4")
+    loss, _ = value_and_grad(run, batch)
+    optimizer = optax.sgd(0.1)
+    for mesh, count in ((None, 4), (make_mesh("data=2,fsdp=2,tensor=2"), 2)):
+        step = make_step(
+            make_loss_fn(run, MODEL, "cpu", packed=False),
+            optimizer,
+            optax.constant_schedule(0.1),
+            gradient_accumulation_steps=count,
+            policy_metrics=metric_names(run),
+        )
+        with use_mesh(mesh):
+            state, _ = init_state(MODEL, optimizer, 0, lj.init(MODEL, jax.random.key(0)))
+            _, metrics = jax.jit(step)(state, Feed.for_mesh(mesh, ROWS, LENGTH).put(batch))
+        assert_close(metrics.policy, loss.metrics, 1e-5)
 
 
 def test_a_value_replaces_another_and_keeps_its_gradient():

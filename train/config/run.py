@@ -123,6 +123,20 @@ class RunConfig:
         return self.train.objective in REFERENCE_OBJECTIVES and not self.preference.precompute_ref_log_probs
 
     @property
+    def logprob_arrays(self) -> tuple[str, ...]:
+        """The log-probabilities of completions that a batch carries.
+
+        `old_logprobs`: by the trainer's weights at sampling, of a forward pass of their own; and with
+        `train.exact_rollouts` `logprobs`, the present ones by the same program. Where each completion is
+        trained on once, by the weights that sampled it, the update's own forward pass tells the old ones, and
+        `rollout_logprobs`, those of decoding, are there to be compared with it.
+        """
+        if self.train.exact_rollouts:
+            return ("old_logprobs", "logprobs")
+        once = self.rl.updates_per_rollout == 1 and not self.rl.overlap
+        return ("rollout_logprobs",) if self.train.objective == "grpo" and once else ("old_logprobs",)
+
+    @property
     def data_objective(self) -> Objective:
         """The objective whose record formats and batches the run reads."""
         return self.distillation.data if self.train.objective == "distill" else self.train.objective

@@ -38,13 +38,15 @@ def with_prefix_backend(run: RunConfig) -> TrainConfig:
     return run.train
 
 
-def make_metrics_fn(run: RunConfig, model: LlamaConfig, platform: str) -> MetricsFn:
+def make_metrics_fn(run: RunConfig, model: LlamaConfig, platform: str, *, packed: bool = True) -> MetricsFn:
     """Makes the run's objective, with the metrics that evaluation reports beside the loss.
 
     Args:
       run: the run's configuration.
       model: the model's configuration.
       platform: the platform that it is compiled for, such as `tpu`.
+      packed: whether a row may have more than one of the completions of policy optimization. Where it has one
+        logits are computed for that alone.
     """
     train = with_prefix_backend(run)
     match train.objective:
@@ -62,9 +64,9 @@ def make_metrics_fn(run: RunConfig, model: LlamaConfig, platform: str) -> Metric
         case "kto":
             return labeled_preference(model, train, platform, run.preference)
         case "grpo":
-            return policy_optimization(model, train, platform, run.rl)
+            return policy_optimization(model, train, platform, run.rl, packed=packed)
         case "ppo":
-            return proximal_policy(model, train, platform, run.rl)
+            return proximal_policy(model, train, platform, run.rl, packed=packed)
         case "reward":
             return reward(model, train, platform)
         case "classify":
@@ -73,12 +75,12 @@ def make_metrics_fn(run: RunConfig, model: LlamaConfig, platform: str) -> Metric
             return regression(model, train, platform)
 
 
-def make_loss_fn(run: RunConfig, model: LlamaConfig, platform: str) -> LossFn:
+def make_loss_fn(run: RunConfig, model: LlamaConfig, platform: str, *, packed: bool = True) -> LossFn:
     """`make_metrics_fn` without the metrics, and with the products of `train.quantization`.
 
     With a key, gradients are rounded stochastically, and NEFTune's noise is added, where the run asks for it.
     """
-    metrics_fn, train = make_metrics_fn(run, model, platform), run.train
+    metrics_fn, train = make_metrics_fn(run, model, platform, packed=packed), run.train
 
     def loss_fn(params: Any, batch: Batch, *, key: jax.Array | None = None, **kwargs: Any) -> Loss:
         if train.quantization != "none":

@@ -21,7 +21,7 @@ from ..config.rl import RLConfig
 from ..config.train import TrainConfig
 from ..network import Network
 from .common import Batch, Metrics, MetricsFn, forward_options, unshard_sequence
-from .policy import PolicyLoss, policy_logprobs, policy_loss, surrogate_of, with_value
+from .policy import PolicyLoss, policy_logprobs, policy_loss, present_logprobs, surrogate_of
 
 
 def clipped_value_loss(
@@ -65,7 +65,9 @@ def token_values(value: Any, batch: Batch, hidden: jax.Array | None, options: Fo
     return shift_right(jnp.einsum("btd,dc->btc", x, head["kernel"], precision="highest")[..., 0])
 
 
-def proximal_policy(model: LlamaConfig, config: TrainConfig, platform: str, rl: RLConfig) -> MetricsFn:
+def proximal_policy(
+    model: LlamaConfig, config: TrainConfig, platform: str, rl: RLConfig, *, packed: bool = True
+) -> MetricsFn:
     """`clipped_surrogate` plus vf_coef `clipped_value_loss`, averaged by `aggregate`.
 
     Batches have `advantages`, `old_logprobs`, `old_values` and `returns`, f32 [B, T], and with
@@ -77,27 +79,32 @@ def proximal_policy(model: LlamaConfig, config: TrainConfig, platform: str, rl: 
       config: the `train` section.
       platform: the platform that it is compiled for, such as `tpu`.
       rl: the `rl` section.
+      packed: whether a row may have more than one completion.
     """
     options = forward_options(config, platform)
-    logprobs_fn = policy_logprobs(model, options, temperature=rl.temperature, num_chunks=config.loss_chunks)
+    logprobs_fn = policy_logprobs(
+        model,
+        options,
+        temperature=rl.temperature,
+        num_chunks=config.loss_chunks,
+        longest=None if packed else rl.max_completion_length,
+    )
 
     def metrics_fn(params: Any, batch: Batch, *, reference: Any = None) -> tuple[PolicyLoss, Metrics]:
         del reference  # its penalty is in the rewards
-        forward, entropy, hidden = logprobs_fn(params, batch)
-        logprobs = forward
-        if config.exact_rollouts:
-            logprobs = with_value(forward, unshard_sequence(batch["logprobs"]))
+        forward = logprobs_fn(params, batch)
+        logprobs, of_logprobs = present_logprobs(forward, batch)
         losses, _, clipped = surrogate_of(rl, batch, logprobs)
         old_values, returns = (unshard_sequence(batch[name]) for name in ("old_values", "returns"))
-        values = unshard_sequence(token_values(params["value"], batch, hidden, options))
+        values = unshard_sequence(token_values(params["value"], batch, forward.hidden, options))
         value_losses, held = clipped_value_loss(values, old_values, returns, cliprange=rl.cliprange_value)
         metrics = {
             "tokens": jnp.ones_like(losses),
             "clip_fraction": clipped.astype(jnp.float32),
-            "entropy": entropy,
-            "forward_diff": jnp.abs(logprobs - forward),
+            "entropy": forward.entropy,
             "value_loss": value_losses,
             "value_clip_fraction": held.astype(jnp.float32),
+            **of_logprobs,
         }
         return policy_loss(rl, batch, losses + rl.vf_coef * value_losses, metrics), {}
 

@@ -39,7 +39,11 @@ class Critic:
         train = with_prefix_backend(run)
         options = forward_options(train, platform)
         logprobs_fn = policy_logprobs(
-            model, options, temperature=run.rl.temperature, num_chunks=train.loss_chunks
+            model,
+            options,
+            temperature=run.rl.temperature,
+            num_chunks=train.loss_chunks,
+            longest=run.rl.max_completion_length,
         )
 
         def evaluate(params: Any, batch: Any, *, reference: Any = None) -> dict[str, jax.Array]:
@@ -48,7 +52,9 @@ class Critic:
                 inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
                 hidden = hidden_states(model, params, *inputs, options=options)
             found = {"values": token_values(params[VALUE], batch, hidden, options)}
-            return found | ({} if reference is None else {"reference": logprobs_fn(reference, batch)[0]})
+            return found | (
+                {} if reference is None else {"reference": logprobs_fn(reference, batch).logprobs}
+            )
 
         wrapped = trainable_spec.wrap(evaluate)
         count = run.train.gradient_accumulation_steps
@@ -68,7 +74,7 @@ class Critic:
           trainable, frozen: the parameters.
           parts: this process's rows of each batch of completions.
         """
-        names = ("tokens", "segment_ids", "positions")
+        names = ("tokens", "segment_ids", "positions", "mask")
         found = [
             processes.fetch(
                 self._evaluated(trainable, frozen, self._feed.put({name: part[name] for name in names}))

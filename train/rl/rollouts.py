@@ -18,6 +18,7 @@ import numpy as np
 
 from llama_jax import LlamaConfig
 from llama_jax.errors import DataError
+from llama_jax.ops.gradient_sums import Maximum
 from llama_jax.tokenizer import Tokenizer
 
 from ..config.run import RunConfig
@@ -119,13 +120,11 @@ class Rollouts:
     def updated(self, seconds: float, metrics: StepMetrics) -> None:
         """Adds what an update measured, which took so many seconds."""
         assert metrics.policy is not None
-        sums = {name: float(value) for name, value in jax.device_get(metrics.policy).items()}
-        tokens = max(sums.pop("tokens"), 1.0)
+        found = jax.device_get(metrics.policy)
+        tokens = max(float(found.pop("tokens")), 1.0)
         if not self._run.rl.beta:
-            sums.pop("kl", None)
-        if not self._run.train.exact_rollouts:
-            del sums["forward_diff"]
-        self._measure({name: value / tokens for name, value in sums.items()})
+            found.pop("kl", None)
+        self._measure({name: x.value if isinstance(x, Maximum) else x / tokens for name, x in found.items()})
         self._measure({"update_seconds": seconds, "update_tokens_per_second": tokens / seconds})
 
     def metrics(self) -> dict[str, float]:
@@ -230,16 +229,7 @@ class Rollouts:
         sampled, measured = self._sample(trainable, prompts, rows, key)
         judged = self._judge.start(rows, sampled)
         arrays = packing.pack([row.ids for row in rows], sampled, run.train.seq_len)
-        begin = time.perf_counter()
-        scored = [self._score(trainable, *part, key) for part in self._parts(arrays)]
-        measured["scoring_seconds"] = time.perf_counter() - begin
-        mask = arrays["mask"] > 0
-        rolled = packing.scattered(sampled.logprobs, arrays)
-        plain, tempered = (np.concatenate([getattr(s, n) for s in scored]) for n in ("plain", "logprobs"))
-        is_exact = run.train.exact_rollouts
-        measured |= packing.mismatch(rolled, tempered if is_exact else plain, mask)
-        arrays["old_logprobs"] = np.where(mask, rolled if is_exact else tempered, 0).astype(np.float32)
-        values = None
+        scored, values = self._add_logprobs(arrays, sampled, trainable, key, measured), None
         if self._critic is not None:
             local = [{name: self._local(x) for name, x in part.items()} for _, part in self._parts(arrays)]
             values = self._critic.evaluate(trainable, self._frozen, local)
@@ -272,6 +262,28 @@ class Rollouts:
             return Rolled(arrays, measured | metrics, samples, scored)
 
         return finish
+
+    def _add_logprobs(
+        self,
+        arrays: packing.Arrays,
+        sampled: Sampled,
+        trainable: Any,
+        key: jax.Array,
+        measured: dict[str, Any],
+    ) -> list[Scored]:
+        """Adds those of `RunConfig.logprob_arrays` that are known now; returns what was scored for them."""
+        mask, rolled = arrays["mask"] > 0, packing.scattered(sampled.logprobs, arrays)
+        if "rollout_logprobs" in self._run.logprob_arrays:
+            arrays["rollout_logprobs"] = rolled.astype(np.float32)
+            return []
+        begin = time.perf_counter()
+        scored = [self._score(trainable, *part, key) for part in self._parts(arrays)]
+        measured["scoring_seconds"] = time.perf_counter() - begin
+        plain, tempered = (np.concatenate([getattr(s, n) for s in scored]) for n in ("plain", "logprobs"))
+        is_exact = self._run.train.exact_rollouts
+        measured |= packing.mismatch(rolled, tempered if is_exact else plain, mask)
+        arrays["old_logprobs"] = np.where(mask, rolled if is_exact else tempered, 0).astype(np.float32)
+        return scored
 
     def _advantages(
         self, arrays: packing.Arrays, rewards: np.ndarray, values: tuple[Any, Any] | None, step: int
