@@ -53,10 +53,7 @@ loss_chunks = 1
 rewards = ["overlong:{tokens},{tokens}"]
 num_generations = {group}
 max_completion_length = {tokens}
-[adapter]
-type = "{adapter}"
-rank = {rank}
-alpha = {alpha}
+{adapter}
 [optimizer]
 learning_rate = 1e-6
 warmup_steps = 0
@@ -71,6 +68,12 @@ max_new_tokens = 0
 every = 1
 tensorboard = false
 plot = false
+"""
+LORA = f"""\
+[adapter]
+type = "lora"
+rank = {RANK}
+alpha = {2 * RANK}
 """
 
 
@@ -118,9 +121,7 @@ def llama_jax(folder: Path, gate: Gate, tokens: int, adapter: str) -> None:
             seq_len=16 + tokens,
             tokens=tokens,
             group=GROUP,
-            adapter=adapter,
-            rank=RANK,
-            alpha=2 * RANK,
+            adapter=LORA if adapter == "lora" else "",
         )
     )
     train(load_config(config, []))
