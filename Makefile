@@ -49,7 +49,7 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/test.stamp
 	$(PYTEST) $(TWO_WORKERS) -m "not parity and not pods and not stores$(if $(FAST), and not slow)" $(if $(FAST),--shorter-than 1) $(TESTS)
 
-# Measures again which tests FAST=1 leaves out; on an idle machine.
+# Measures again which tests FAST=1 leaves out, in processor seconds: other work may go on beside it.
 durations: $(VENV)/test.stamp
 	$(PYTEST) $(TWO_WORKERS) -m "not parity and not pods and not stores" --store-durations
 

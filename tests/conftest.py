@@ -28,6 +28,7 @@ from tests.durations import (  # noqa: F401  # hooks of pytest
     pytest_addoption,
     pytest_collection_modifyitems,
     pytest_runtest_logreport,
+    pytest_runtest_makereport,
     pytest_sessionfinish,
 )
 
