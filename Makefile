@@ -50,8 +50,9 @@ test: $(VENV)/test.stamp
 	$(PYTEST) $(TWO_WORKERS) -m "not parity and not pods and not stores$(if $(FAST), and not slow)" $(if $(FAST),--shorter-than 1) $(TESTS)
 
 # Measures again which tests FAST=1 leaves out, in processor seconds: other work may go on beside it.
-durations: $(VENV)/test.stamp
+durations: $(VENV)/test.stamp $(VENV)/parity.stamp
 	$(PYTEST) $(TWO_WORKERS) -m "not parity and not pods and not stores" --store-durations
+	$(PYTEST) $(TWO_WORKERS) -m parity --store-durations $(call MARKED,parity)
 
 test-jax: $(VENV)/test.stamp
 	$(PYTEST) $(TWO_WORKERS) -m "not parity and not pods and not stores and not slow" --shorter-than 1.5 $(wildcard $(JAX_TESTS))

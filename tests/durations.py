@@ -32,7 +32,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="SECONDS",
         help=f"leave out the tests that took as much processor time or more, by {FILE.name}",
     )
-    group.addoption("--store-durations", action="store_true", help=f"write {FILE.name} anew")
+    group.addoption(
+        "--store-durations", action="store_true", help=f"measure the tests of this run anew, in {FILE.name}"
+    )
 
 
 @pytest.hookimpl(trylast=True)
@@ -83,5 +85,14 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.option.store_durations and not hasattr(session.config, "workerinput"):
-        long = sorted((name, seconds) for name, seconds in _measured.items() if seconds >= LEAST)
-        FILE.write_text("".join(f"{seconds:.1f} {name}\n" for name, seconds in long), encoding="utf-8")
+        kept = {name: seconds for name, seconds in read().items() if name not in _measured and _exists(name)}
+        long = {name: seconds for name, seconds in _measured.items() if seconds >= LEAST}
+        lines = [f"{seconds:.1f} {name}\n" for name, seconds in sorted((kept | long).items())]
+        FILE.write_text("".join(lines), encoding="utf-8")
+
+
+def _exists(name: str) -> bool:
+    """Whether there is a test of that name, parameters aside: one that this run left out."""
+    file, _, rest = name.partition("::")
+    path = FILE.parents[1] / file
+    return path.is_file() and f"def {rest.partition('[')[0].split('::')[-1]}(" in path.read_text("utf-8")

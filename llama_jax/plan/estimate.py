@@ -11,7 +11,7 @@ from llama_jax.plan.communication import plan_traffic
 from llama_jax.plan.compute import attention_block, plan_compute
 from llama_jax.plan.flops import flops_by_attention
 from llama_jax.plan.inputs import StepInputs
-from llama_jax.plan.memory import plan_memory
+from llama_jax.plan.memory import plan_memory, teacher_memory
 from llama_jax.plan.parts import HEAD
 from llama_jax.plan.program import LOOP_LAUNCH, STEP_LAUNCH
 from llama_jax.plan.result import Memory, Part, StepPlan, Traffic
@@ -25,8 +25,10 @@ def estimate(inputs: StepInputs) -> StepPlan:
     Raises:
       ConfigError: for a chip without constants.
     """
-    value = inputs.of_value_model
-    return _estimate(inputs) if value is None else _together(_estimate(inputs), _estimate(value))
+    plan, value, teacher = _estimate(inputs), inputs.of_value_model, inputs.of_teacher
+    if value is not None:
+        plan = _together(plan, _estimate(value))
+    return plan if teacher is None else _with_teacher(plan, teacher)
 
 
 def _estimate(inputs: StepInputs) -> StepPlan:
@@ -81,6 +83,34 @@ def _together(policy: StepPlan, value: StepPlan) -> StepPlan:
     )
 
 
+def _with_teacher(student: StepPlan, teacher: StepInputs) -> StepPlan:
+    """A step with the forward pass of a teacher: what a reference model adds to a step that trains it."""
+    without, having = (
+        _estimate(dataclasses.replace(teacher, reference=reference)) for reference in (False, True)
+    )
+    numbers = ("seconds", "flops", "hbm_bytes")
+    parts = {part.name: part for part in student.parts}
+    for more, less in zip(having.parts, without.parts, strict=True):
+        forward = _minus(more, less, numbers)
+        parts[more.name] = _added(parts[more.name], forward, numbers) if more.name in parts else forward
+    numbers = ("bytes", "seconds", "exposed_seconds")
+    traffic = tuple(
+        _minus(more, less, numbers) for more, less in zip(having.traffic, without.traffic, strict=True)
+    )
+    loops = teacher.model.num_hidden_layers * teacher.accumulation
+    return dataclasses.replace(
+        student,
+        memory=teacher_memory(teacher, student.memory),
+        parts=tuple(parts.values()),
+        traffic=_both_traffic(student.traffic, tuple(one for one in traffic if one.bytes)),
+        launch_seconds=student.launch_seconds + loops * LOOP_LAUNCH,
+        model_flops=student.model_flops + having.model_flops - without.model_flops,
+        model_flops_full_attention=student.model_flops_full_attention
+        + having.model_flops_full_attention
+        - without.model_flops_full_attention,
+    )
+
+
 def _both_traffic(policy: tuple[Traffic, ...], value: tuple[Traffic, ...]) -> tuple[Traffic, ...]:
     """Of both models: collectives of the same kind over the same axes, in order, are added."""
     numbers, merged, rest = ("bytes", "seconds", "exposed_seconds"), [], list(value)
@@ -91,6 +121,10 @@ def _both_traffic(policy: tuple[Traffic, ...], value: tuple[Traffic, ...]) -> tu
         if twin is not None:
             rest.remove(twin)
     return (*merged, *rest)
+
+
+def _minus(one: _T, other: _T, names: tuple[str, ...]) -> _T:
+    return dataclasses.replace(one, **{name: getattr(one, name) - getattr(other, name) for name in names})
 
 
 def _added(one: _T, other: _T, names: tuple[str, ...]) -> _T:

@@ -53,6 +53,7 @@ class StepInputs:
       value_model: a second network that is trained in each step, with a head and without output projection:
         the value function of PPO; None without one.
       value_trained: number of its trained parameters if its base is frozen; None: all.
+      teacher: a network that runs forward in each step, in the compute dtype: of a distillation.
       scoped_vmem_kib: the compiler's `xla_tpu_scoped_vmem_limit_kib`; 0: its default.
 
     Raises:
@@ -80,6 +81,7 @@ class StepInputs:
     attention_backward: int = 0
     value_model: LlamaConfig | None = None
     value_trained: int | None = None
+    teacher: LlamaConfig | None = None
     scoped_vmem_kib: int = 0
 
     def __post_init__(self) -> None:
@@ -131,6 +133,22 @@ class StepInputs:
             reference=False,
             reference_bytes=0.0,
             value_model=None,
+        )
+
+    @property
+    def of_teacher(self) -> StepInputs | None:
+        """A step that trains the teacher, whose forward pass is a part of this one; None without one."""
+        if self.teacher is None:
+            return None
+        return dataclasses.replace(
+            self,
+            model=self.teacher,
+            remat="full",
+            trained=None,
+            reference=False,
+            reference_bytes=0.0,
+            ema=False,
+            teacher=None,
         )
 
     @property

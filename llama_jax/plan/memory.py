@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 from llama_jax.config import LlamaConfig
@@ -98,6 +99,26 @@ def plan_memory(inputs: StepInputs) -> Memory:
         temporaries=temporaries * devices,
         peak=peak * devices,
         capacity=chip.hbm_bytes,
+    )
+
+
+def teacher_memory(inputs: StepInputs, student: Memory) -> Memory:
+    """The HBM of one chip with a teacher, whose weights stay, in the compute dtype.
+
+    Args:
+      inputs: `StepInputs.of_teacher`.
+      student: what the student's step needs alone.
+    """
+    devices = CHIPS[inputs.topology.kind].devices
+    parameters = inputs.compute_bytes * parameters_per_chip(inputs.model, inputs.mesh) * devices
+    # A chunk's logits are there beside the student's; its forward pass is over when the student's begins.
+    logits = _logits(inputs) * devices
+    return dataclasses.replace(
+        student,
+        parameters=student.parameters + parameters,
+        logits=student.logits + logits,
+        temporaries=student.temporaries + logits,
+        peak=student.peak + parameters + logits,
     )
 
 

@@ -149,6 +149,39 @@ def test_a_value_model_of_the_same_size_doubles_the_step_but_for_logits():
     assert both.tokens_per_step == plain.tokens_per_step
 
 
+@pytest.mark.parametrize("sizes", [{"fsdp": 64}, {"fsdp": 16, "tensor": 4}, {"fsdp": 8, "context": 8}])
+def test_a_teacher_of_the_same_size_costs_what_a_reference_model_does_and_its_weights(sizes):
+    alone = step(mesh=mesh(**sizes), remat="full")  # a forward pass saves nothing
+    teacher, reference = (
+        estimate(dataclasses.replace(alone, **given)) for given in ({"teacher": MODEL}, {"reference": True})
+    )
+    for ours, theirs in zip(teacher.parts, reference.parts, strict=True):
+        assert (ours.name, ours.seconds, ours.flops) == (
+            theirs.name,
+            pytest.approx(theirs.seconds),
+            pytest.approx(theirs.flops),
+        )
+    moved = [
+        [(one.kind, one.axes, round(one.bytes)) for one in plan.traffic] for plan in (teacher, reference)
+    ]
+    assert moved[0] == moved[1]
+    assert teacher.exposed_seconds == pytest.approx(reference.exposed_seconds)
+    assert teacher.model_flops == pytest.approx(reference.model_flops)
+    plain = estimate(alone)
+    weights = 2 * parameters_per_chip(MODEL, alone.mesh)
+    assert teacher.memory.parameters - plain.memory.parameters == pytest.approx(weights)
+    assert teacher.memory.peak - plain.memory.peak == pytest.approx(weights + plain.memory.logits)
+
+
+def test_a_teacher_costs_by_its_own_size():
+    small = dataclasses.replace(step(), model=presets.LLAMA2_7B)
+    plain, distilled = estimate(small), estimate(dataclasses.replace(small, teacher=MODEL))
+    forward = distilled.model_flops - plain.model_flops
+    assert forward == pytest.approx(estimate(step()).model_flops / 3, rel=1e-6)
+    assert distilled.memory.optimizer == plain.memory.optimizer
+    assert distilled.step_seconds > 3 * plain.step_seconds
+
+
 def test_two_slices_send_each_gradient_once_a_step():
     slices = Topology("v5p", (4, 4, 4), 2)
     inputs = step(topology="v5p:4x4x4")

@@ -17,6 +17,7 @@ from llama_jax.plan.topology import Topology
 
 from ..config.run import RunConfig
 from ..devices import check_quantization, compute_dtype
+from ..teacher import teacher_config
 from .shape import spec_of
 
 _GRADIENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": int8_sum.BYTES}
@@ -40,13 +41,9 @@ def step_inputs(
       compiler_flags: values of libtpu's flags by name, beside those that every run sets.
 
     Raises:
-      ConfigError: if the mesh does not fit the slices, or the batch the mesh; for a distillation.
+      ConfigError: if the mesh does not fit the slices, or the batch the mesh.
+      CheckpointError: if the teacher of a distillation cannot be read.
     """
-    if run.train.objective == "distill":
-        raise ConfigError(
-            'train.objective is "distill", and the arithmetic of a plan does not count a teacher: plan the '
-            'student alone, with train.objective "sft", and add the teacher\'s weights and forward pass'
-        )
     flags = {**LIBTPU_FLAGS.get(topology.kind, {}), **compiler_flags}
     if (chip := CHIPS.get(topology.kind)) is None:
         raise ConfigError(f"chip {topology.kind!r} is unknown; plan for {', '.join(CHIPS)}")
@@ -79,6 +76,7 @@ def step_inputs(
         value_trained=None
         if spec.adapter is None or spec.value_model is None
         else adapter_size(spec.adapter, spec.value_model),
+        teacher=teacher_config(run),
         scoped_vmem_kib=int(flags.get(SCOPED_VMEM, 0)),
     )
 
