@@ -34,6 +34,7 @@ import numpy as np
 
 import llama_jax as lj
 from benchmarks.gpu import commit
+from llama_jax.eval import heat_map
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.tokenizer.train import train_sentencepiece
 
@@ -299,24 +300,8 @@ def run(folder: Path, plan: Plan) -> dict[str, Any]:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Draws the heat maps: depth over length, one for each model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    plan, found = result["plan"], result["found"]
-    figure, axes = pyplot.subplots(1, len(found), figsize=(10, 3.6), sharey=True, layout="constrained")
-    for axis, (name, table) in zip(axes, found.items(), strict=True):
-        image = axis.imshow(np.array(table).T, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        axis.set_xticks(
-            range(len(plan["lengths"])), [f"{length:,}" for length in plan["lengths"]], rotation=45
-        )
-        axis.set_yticks(range(len(plan["depths"])), [f"{depth:.0%}" for depth in plan["depths"]])
-        axis.set_title(name)
-        axis.set_xlabel("tokens")
-    axes[0].set_ylabel("depth of the key")
-    figure.colorbar(image, ax=axes, label="keys found")
-    figure.savefig(path, dpi=110)
+    plan = result["plan"]
+    path.write_bytes(heat_map.png(result["found"], plan["lengths"], plan["depths"], "keys found"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -126,7 +126,10 @@ def third_party(files):
 
 def test_core_dependencies_are_those_imported():
     needed_by_jax = {"flatbuffers"}  # by `jax.export`
-    assert third_party(FILES) | needed_by_jax == declared(PROJECT["dependencies"])
+    extras = PROJECT["optional-dependencies"]
+    optional = declared(extras["eval"]) | declared(extras["plot"])  # `llama-jax eval`
+    assert third_party(FILES) - optional | needed_by_jax == declared(PROJECT["dependencies"])
+    assert optional <= third_party(FILES)
 
 
 def test_training_dependencies_are_those_the_trainer_adds():

@@ -22,6 +22,7 @@ SUBCOMMANDS = {
     "inspect": "show what a checkpoint contains and how much memory it needs",
     "convert": "convert a checkpoint to another format",
     "verify": "check whether two checkpoints hold the same model",
+    "eval": "score a model: tasks, perplexity of a text, retrieval in long texts",
     "models": "list the known models, and which are cached",
     "bench": "measure the speed of loading, prefill and decoding",
     "tokenizer": "encode and decode text, or train a vocabulary",

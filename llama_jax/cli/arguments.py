@@ -103,3 +103,27 @@ def read_stdin() -> str:
     except UnicodeDecodeError as error:
         location = f"byte {data[error.start]:#04x} at offset {error.start}"
         raise InputError(f"stdin is not UTF-8 text: {location}; convert it first") from None
+
+
+def read_text(name: str, max_bytes: int | None = None) -> str:
+    """Reads a text file, or its first `max_bytes`.
+
+    Raises:
+      InputError: if it cannot be read, or is not UTF-8.
+    """
+    from llama_jax.storage import as_path
+
+    try:
+        with as_path(name).expanduser().open("rb") as file:
+            data = file.read(-1 if max_bytes is None else max_bytes)
+            truncated = max_bytes is not None and bool(file.read(1))
+    except (OSError, RuntimeError, ValueError) as error:  # the last two: unknown ~user, NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{name}: cannot be read: {reason}; check the path") from None
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        if truncated and error.start >= len(data) - 3:  # truncated within a character
+            return data[: error.start].decode()
+        location = f"byte {data[error.start]:#04x} at offset {error.start}"
+        raise InputError(f"{name}: is not UTF-8 text: {location}; convert it first") from None

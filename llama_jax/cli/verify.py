@@ -11,10 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli import output
-from llama_jax.cli.arguments import ModelParser, full_dtype
+from llama_jax.cli.arguments import ModelParser, full_dtype, read_text
 from llama_jax.console import loading, terminal
 from llama_jax.console.parser import UsageError, parse_float
-from llama_jax.errors import InputError
 
 if TYPE_CHECKING:
     from llama_jax.eval.verify import Report, StreamDifference, Text
@@ -50,7 +49,7 @@ def run(argv: Sequence[str]) -> None:
         raise UsageError("missing OTHER; give a second checkpoint, or --with transformers")
     if args.prompt is not None and args.text is not None:
         raise UsageError("--prompt and --text exclude each other; leave one of them out")
-    text = args.prompt if args.text is None else _read_text(args.text)
+    text = args.prompt if args.text is None else read_text(args.text, _MAX_TEXT_BYTES)
 
     from llama_jax.eval.verify import compare
 
@@ -126,34 +125,6 @@ def _parse_non_negative_float(text: str) -> float:
     if not value >= 0:
         raise argparse.ArgumentTypeError(f"{text!r} must be at least 0")
     return value
-
-
-def _read_text(name: str) -> str:
-    """Reads the first `_MAX_TEXT_BYTES` of a text file.
-
-    Raises:
-      InputError: if it cannot be read, or is not UTF-8.
-    """
-    from llama_jax.storage import as_path
-
-    try:
-        with as_path(name).expanduser().open("rb") as file:
-            data = file.read(_MAX_TEXT_BYTES)
-            truncated = bool(file.read(1))
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # the last two: unknown ~user, NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{name}: cannot be read: {reason}; check the path") from None
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        if truncated and error.start >= len(data) - 3:  # truncated within a character
-            return data[: error.start].decode()
-        location = f"byte {data[error.start]:#04x} at offset {error.start}"
-        raise InputError(f"{name}: is not UTF-8 text: {location}; convert it first") from None
 
 
 def _as_json(report: Report) -> dict[str, Any]:

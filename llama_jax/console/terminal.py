@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -99,6 +101,26 @@ def progress_bar(title: str, *, fallback: str = "") -> Iterator[Callable[[int, i
     finally:
         if started:
             bar.stop()
+
+
+@contextlib.contextmanager
+def counting_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Shows a bar on stderr for each kind of work, from its first update until the block ends.
+
+    Yields:
+      update(title, done, total).
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    screen = console(stderr=True)
+    bars: dict[str, TaskID] = {}
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
+
+        def update(title: str, done: int, total: int) -> None:
+            if title not in bars:
+                bars[title] = progress.add_task(title, total=total)
+            progress.update(bars[title], completed=done, total=total)
+
+        yield update
 
 
 def spinner(text: str) -> contextlib.AbstractContextManager[object]:

@@ -102,7 +102,7 @@ class Session:
         elif self._capacity < capacity:
             cache, self._capacity = _grow_cache(self._config, cache, capacity), capacity
         # The last id is always run, by the first step: its logits give the next token.
-        self.reused = _common_prefix_length(cached_tokens, prompt[:-1])
+        self.reused = common_prefix_length(cached_tokens, prompt[:-1])
         self._written = max(self._written, len(cached_tokens))
         if not kv.can_resume(self._config, cache, self._written, self.reused):
             self.reused = 0
@@ -156,7 +156,8 @@ def _init_state(config: LlamaConfig, params: Params, cache: kv.KVCache, *request
     return init_state(config, params, cache, *request, new_tokens=request[0].shape[1])
 
 
-def _common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """The number of ids that two rows begin with alike."""
     count = 0
     for x, y in zip(a, b, strict=False):
         if x != y:

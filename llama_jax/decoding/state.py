@@ -209,8 +209,10 @@ def prefill_cache(
     start: int | jax.Array,
     stop: int | jax.Array,
     lengths: jax.Array | None = None,
+    *,
+    chunks: tuple[int, int] = PREFILL_CHUNKS,
 ) -> kv.KVCache:
-    """Runs positions start..stop-1 of tokens int32 [B, S] against the cache, in chunks.
+    """Runs positions start..stop-1 of tokens int32 [B, S] against the cache, in chunks of two sizes.
 
     `lengths` int [B] are those of the rows, whose padding has no slots in rings. None: there is no padding,
     or there are no rings.
@@ -225,7 +227,7 @@ def prefill_cache(
         return forward_cached(config, params, ids, starts, cache, used=position + size, end=lengths)[1]
 
     cache = spmd.pvary_like(cache, params, tokens, lengths)
-    large, small = (_chunk_size(size, length) for size in PREFILL_CHUNKS)
+    large, small = (_chunk_size(size, length) for size in chunks)
     maximum: Any = max if isinstance(stop - start, int) else jnp.maximum
     # A remainder of more than half a large chunk takes another large one.
     num_large = maximum((stop - start + large // 2 - 1) // large, 0) if large > small else 0

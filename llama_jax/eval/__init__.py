@@ -1,1 +1,1 @@
-"""Evaluation: comparison of two checkpoints, and throughput benchmarks."""
+"""Evaluation: perplexity, tasks, retrieval in long texts; comparison of two checkpoints; throughput."""
