@@ -37,7 +37,7 @@ Score a model. One of:
   --tasks NAMES        tasks of lm-evaluation-harness (needs the eval extra), with its scores
   --passkey, --needle  whether a number hidden in a long text is found, by length and depth
 
-Only --download touches the network, for the data of tasks.
+The data of tasks is read from disk, unless --download is given.
 """
 
 # The options of each kind of evaluation; others are refused.
