@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llama_jax.config import LlamaConfig, RopeScaling
     from llama_jax.decoding.beam_hypotheses import BeamSearchOutput
     from llama_jax.decoding.beam_search import beam_search
+    from llama_jax.decoding.constraints import Constraint, Grammar
     from llama_jax.decoding.drafts import DraftModel, PromptLookup
     from llama_jax.decoding.generation import generate, stream, warm_up
     from llama_jax.decoding.sampling import Sampling
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from llama_jax.model_sizes import presets
     from llama_jax.ops.quantization import quantize
     from llama_jax.sharding import shard_params
+    from llama_jax.structured_output.build import grammar
     from llama_jax.taps import sites, with_edit
     from llama_jax.text.conversation import Conversation
     from llama_jax.text.convert import save
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 _PUBLIC_NAMES = {
     "decoding.beam_hypotheses": ("BeamSearchOutput",),
     "decoding.beam_search": ("beam_search",),
+    "decoding.constraints": ("Constraint", "Grammar"),
+    "structured_output.build": ("grammar",),
     "config": ("LlamaConfig", "RopeScaling"),
     "model_sizes": ("presets",),
     "text.conversation": ("Conversation",),
@@ -82,6 +86,7 @@ _SUBPACKAGES = (
     "ops",
     "rope",
     "sharding",
+    "structured_output",
     "text",
     "tokenizer",
     "train",
@@ -91,11 +96,13 @@ _MODULE_OF = {name: module for module, names in _PUBLIC_NAMES.items() for name i
 
 __all__ = [
     "BeamSearchOutput",
+    "Constraint",
     "Conversation",
     "DecodeState",
     "DraftModel",
     "ForwardOptions",
     "GenerateOutput",
+    "Grammar",
     "LlamaConfig",
     "LlamaJaxError",
     "Model",
@@ -110,6 +117,7 @@ __all__ = [
     "export",
     "forward",
     "generate",
+    "grammar",
     "init",
     "load",
     "load_params",

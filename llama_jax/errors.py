@@ -80,3 +80,7 @@ class StoreError(StorageError):
 
     def __init__(self, message: str, *, transient: bool = False) -> None:
         super().__init__(message, transient=transient)
+
+
+class GrammarError(InputError):
+    """A grammar that cannot be built: malformed, not supported, too large, or that no token can spell."""

@@ -16,7 +16,8 @@ import numpy as np
 
 from llama_jax import sharding
 from llama_jax.config import LlamaConfig
-from llama_jax.decoding import processes
+from llama_jax.decoding import constraints, processes
+from llama_jax.decoding.constraints import Constraint, GrammarLike
 from llama_jax.decoding.sampling import Sampling
 from llama_jax.errors import InputError
 from llama_jax.ops.inputs import as_array
@@ -38,6 +39,7 @@ class Request(NamedTuple):
       key: as it was given, with a key for each row that was added.
       rows: the number of rows that were given. Where the batch axes of the mesh do not divide it, empty rows
         (of length 0, done from the start) are added to the arrays above, if their values are known.
+      constraint: every row at the start of its grammar; None without any.
     """
 
     tokens: jax.Array
@@ -48,6 +50,7 @@ class Request(NamedTuple):
     capacity: int | None
     key: Any
     rows: int
+    constraint: Constraint | None
 
 
 def prepare_request(
@@ -60,6 +63,7 @@ def prepare_request(
     *others: Any,
     key: Any = None,
     num_return_sequences: int = 1,
+    grammar: GrammarLike = None,
     function: str = "generate",
     options: Any = None,
 ) -> Request:
@@ -77,6 +81,7 @@ def prepare_request(
       *others: further arguments; if any leaf of them is a tracer, the request counts as traced.
       key: a key, or B * num_return_sequences of them.
       num_return_sequences: continuations of each row.
+      grammar: one for all rows, or one for each.
       function: what was called, for the comparison of processes.
       options: its other arguments, likewise.
 
@@ -91,9 +96,10 @@ def prepare_request(
             sampling,
             eos_id,
             max_new_tokens,
-            (*others, key),
+            (*others, key, grammar),
             key,
             num_return_sequences,
+            grammar,
         )
     except InputError as error:
         processes.tell_failure(error)
@@ -105,7 +111,7 @@ def prepare_request(
                 "prompts": (request.tokens, request.lengths),
                 "key": key,
                 "sampling": request.sampling,
-                "options": (request.eos_ids, max_new_tokens, options),
+                "options": (request.eos_ids, max_new_tokens, options, request.constraint),
             }
         )
     return request
@@ -121,6 +127,7 @@ def _prepare(
     others: tuple[Any, ...],
     key: Any,
     num_return_sequences: int,
+    grammar: GrammarLike,
 ) -> Request:
     sampling = Sampling() if sampling is None else sampling
     tokens, lengths = as_array("tokens", tokens), as_array("lengths", lengths)
@@ -170,6 +177,7 @@ def _prepare(
         capacity=capacity,
         key=key,
         rows=batch,
+        constraint=constraints.prepare(grammar, config.vocab_size, batch, rows, eos_id),
     )
 
 

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from llama_jax import kv_cache as kv
 from llama_jax import sharding
 from llama_jax.config import LlamaConfig
-from llama_jax.decoding import arguments, logits_processors
+from llama_jax.decoding import arguments, constraints, logits_processors
 from llama_jax.decoding.arguments import EosId
 from llama_jax.decoding.beam_hypotheses import (
     BEAMS_BNX,
@@ -31,8 +31,9 @@ from llama_jax.decoding.beam_hypotheses import (
     length_normalized,
     select_top,
 )
-from llama_jax.decoding.generation import truncate
+from llama_jax.decoding.constraints import Constraint, GrammarLike
 from llama_jax.decoding.keywords import explain_unknown_keywords
+from llama_jax.decoding.processes import truncate
 from llama_jax.decoding.sampling import Sampling
 from llama_jax.decoding.state import prefill_cache
 from llama_jax.errors import InputError
@@ -55,6 +56,7 @@ class _Arguments(NamedTuple):
     length_penalty: jax.Array
     early_stopping: jax.Array
     sampling: Sampling
+    constraint: Constraint | None
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -70,6 +72,7 @@ class _State:
       done: bool [B], rows whose finished hypotheses are final.
       running: hypotheses that may continue, best first; their scores are plain sums, -inf for none.
       finished: hypotheses that have ended, best first.
+      constraint: where each running beam is in its row's grammar, [B, beams].
     """
 
     cache: kv.KVCache
@@ -78,6 +81,7 @@ class _State:
     done: jax.Array
     running: BeamSearchOutput
     finished: BeamSearchOutput
+    constraint: Constraint | None
 
 
 @explain_unknown_keywords
@@ -96,6 +100,7 @@ def beam_search(
     sampling: Sampling | None = None,
     cache_dtype: jax.typing.DTypeLike | None = None,
     edit: Edit | None = None,
+    grammar: GrammarLike = None,
 ) -> BeamSearchOutput:
     """Continues each prompt by beam search.
 
@@ -125,6 +130,7 @@ def beam_search(
         log-probabilities; temperature, top_k, top_p and min_p must be off.
       cache_dtype: dtype of the key/value cache, as for `generate`. Static.
       edit: as for `generate`.
+      grammar: as for `generate`; a sequence that `max_new_tokens` ends is the beginning of a text.
 
     Returns:
       A `BeamSearchOutput`.
@@ -142,6 +148,7 @@ def beam_search(
         max_new_tokens,
         params,
         length_penalty,
+        grammar=grammar,
         function="beam_search",
         options=(num_beams, length_penalty, early_stopping, num_return_sequences, str(cache_dtype)),
     )
@@ -161,6 +168,7 @@ def beam_search(
         length_penalty=_length_penalty_rows(length_penalty, request.rows, filled),
         early_stopping=jax.device_put(np.int32(_stopping_rule(early_stopping, num_beams))),
         sampling=request.sampling,
+        constraint=request.constraint,
     )
     dtype = kv.dtype_name(cache_dtype)
     output = _beam_search(config, params, prompts, constants, num_beams, slots, dtype)
@@ -188,6 +196,7 @@ def _beam_search(
         lengths=over_batch(constants.lengths),
         length_penalty=over_batch(constants.length_penalty),
         sampling=jax.tree.map(over_batch, constants.sampling),
+        constraint=constants.constraint and constraints.over_mesh(constants.constraint),
     )
     # Padding may hold an id outside the vocabulary, whose embedding is NaN and would spread to every row.
     columns = jnp.arange(tokens.shape[1])
@@ -222,6 +231,9 @@ def _init_state(cache: kv.KVCache, tokens: jax.Array, constants: _Arguments, bea
     )
     # All beams hold the same tokens: only the first counts.
     scores = jnp.where(jnp.arange(beams) == 0, 0.0, empty.scores)
+    if (constraint := constants.constraint) is not None:
+        index, at = (repeat(x[:, None])[..., 0] for x in (constraint.index, constraint.state))
+        constraint = dataclasses.replace(constraint, index=index, state=at)
     return _State(
         cache=cache,
         allowed=repeat(jnp.arange(cache.length) < constants.lengths[:, None] - 1),
@@ -229,6 +241,7 @@ def _init_state(cache: kv.KVCache, tokens: jax.Array, constants: _Arguments, bea
         done=constants.lengths < 1,
         running=dataclasses.replace(empty, tokens=sequences, scores=scores),
         finished=empty,
+        constraint=constraint,
     )
 
 
@@ -246,6 +259,9 @@ def _step(config: LlamaConfig, params: Params, state: _State, constants: _Argume
     # A hypothesis may end only if it is among the best of all, continuing ones included.
     best, count = select_top(beams, continuing, ending), state.count + 1
     ends = (best.ends | (count == constants.limit)) & ~state.done[:, None] & (best.scores > -jnp.inf)
+    if (constraint := state.constraint) is not None:
+        at = gather_beams(constraint.state, selected.parent)
+        constraint = constraints.advance(dataclasses.replace(constraint, state=at), selected.token)
     score = functools.partial(length_normalized, length_penalty=constants.length_penalty)
     best = best._replace(scores=jnp.where(ends, score(best.scores, count), -jnp.inf))
     finished = select_top(beams, state.finished, extend(state.running, best, column, logprobs))
@@ -260,6 +276,7 @@ def _step(config: LlamaConfig, params: Params, state: _State, constants: _Argume
         done=state.done | full | (bound <= finished.scores).all(-1),
         running=running,
         finished=finished,
+        constraint=constraint,
     )
 
 
@@ -298,7 +315,10 @@ def _processed(logits: jax.Array, logprobs: jax.Array, state: _State, constants:
         processors = constants.sampling.processors()
         return logits_processors.apply(values, processors, history, constants.eos_ids)
 
-    processed = jax.vmap(apply, 1, 1)(logprobs if several else logits, state.running.tokens)
+    values = logprobs if several else logits
+    processed = jax.vmap(apply, 1, 1)(values, state.running.tokens)
+    if state.constraint is not None:
+        processed = constraints.mask(state.constraint, processed, values, constants.eos_ids)
     return processed if several else processed - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
 

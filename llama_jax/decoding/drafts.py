@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from llama_jax import kv_cache as kv
 from llama_jax import sharding
 from llama_jax.config import LlamaConfig
-from llama_jax.decoding import arguments, logits_processors
+from llama_jax.decoding import arguments, constraints, logits_processors
 from llama_jax.decoding.logits_processors import TokenHistory
 from llama_jax.decoding.sampling import argmax, categorical, is_greedy, transform
 from llama_jax.decoding.state import DecodeState, fold_in_rows, prefill_cache
@@ -183,7 +183,7 @@ def _propose_from_model(
     greedy = is_greedy(sampling)
 
     def draft_token(index: jax.Array, carry: Any) -> Any:
-        history, cache, drafts = carry
+        history, cache, drafts, constraint = carry
         last = history.length - 1
         # Two tokens: after a round that accepted every draft, the cache lacks the last but one too.
         start = jnp.maximum(last - 1, 0)
@@ -191,7 +191,10 @@ def _propose_from_model(
         logits, cache = forward_cached(draft.config, params, tokens, start, cache)
         logits = sharding.constrain(logits, P(sharding.BATCH, None, None))
         logits = jnp.where((last > start)[:, None], logits[:, 1], logits[:, 0])
-        logits = logits_processors.apply(logits, sampling.processors(), history, state.eos_ids)
+        processed = logits_processors.apply(logits, sampling.processors(), history, state.eos_ids)
+        if constraint is not None:
+            processed = constraints.mask(constraint, processed, logits, state.eos_ids)
+        logits = processed
         most_likely = argmax(logits)
         keys = fold_in_rows(state.keys, state.output.lengths + index)
 
@@ -204,7 +207,9 @@ def _propose_from_model(
         token, q = jax.lax.cond(jnp.all(greedy), take_argmax, sample_random, logits)
         write = jax.lax.dynamic_update_index_in_dim
         drafts = Drafts(write(drafts.tokens, token, index, 1), write(drafts.probabilities, q, index, 0))
-        return history.append(token, token >= 0), cache, drafts
+        if constraint is not None:
+            constraint = constraints.advance(constraint, token)
+        return history.append(token, token >= 0), cache, drafts, constraint
 
     def full(value: Any, shape: tuple[int, ...], spec: P) -> jax.Array:
         return jnp.full(shape, value, value.dtype, out_sharding=sharding.out_sharding(spec, shape))
@@ -214,6 +219,6 @@ def _propose_from_model(
         full(np.int32(-1), (batch, count), P(sharding.BATCH, None)),
         full(np.float32(0), (count, batch, draft.config.vocab_size), P(None, sharding.BATCH, None)),
     )
-    carry = spmd.pvary_like((state.history, cache, drafts), params, state)
-    _, cache, drafts = jax.lax.fori_loop(0, jnp.clip(useful, 0, count), draft_token, carry)
+    carry = spmd.pvary_like((state.history, cache, drafts, state.constraint), params, state)
+    _, cache, drafts, _ = jax.lax.fori_loop(0, jnp.clip(useful, 0, count), draft_token, carry)
     return drafts, cache

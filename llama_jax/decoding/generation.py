@@ -20,6 +20,7 @@ from llama_jax import sharding
 from llama_jax.config import LlamaConfig
 from llama_jax.decoding import arguments, processes
 from llama_jax.decoding.arguments import EosId
+from llama_jax.decoding.constraints import Constraint, GrammarLike
 from llama_jax.decoding.finite import warn_if_not_finite
 from llama_jax.decoding.keywords import explain_unknown_keywords
 from llama_jax.decoding.sampling import Sampling, sample
@@ -52,6 +53,7 @@ def generate(
     top_logprobs: int = 0,
     cache_dtype: jax.typing.DTypeLike | None = None,
     edit: Edit | None = None,
+    grammar: GrammarLike = None,
 ) -> GenerateOutput:
     """Generates up to `max_new_tokens` tokens per prompt, in a compiled loop that ends with the last row.
 
@@ -84,6 +86,10 @@ def generate(
       cache_dtype: dtype of the key/value cache: float32, bfloat16, float16, or int8 or float8_e4m3fn
         ("fp8") with one scale per head and position. None is the parameters' dtype. Static.
       edit: replaces values inside the model, of the prompt's tokens and of new ones, see `taps.Edit`.
+      grammar: what the continuations may be (`llama_jax.grammar`): one for all rows, or a list with one, or
+        None, for each. It needs `eos_id`, and comes after the logits processors and before the filters. A
+        row that `max_new_tokens` ends is the beginning of a text. Grammars of one size (states and classes
+        of tokens, rounded up to powers of two) run the same program.
 
     Returns:
       A `GenerateOutput`.
@@ -105,14 +111,16 @@ def generate(
         params,
         key=key,
         num_return_sequences=num_return_sequences,
+        grammar=grammar,
         options=static,
     )
     if request.capacity is None:
-        return _generate(config, params, *request[:4], key, max_new_tokens=max_new_tokens, **static)
+        settings = {"constraint": request.constraint, "max_new_tokens": max_new_tokens}
+        return _generate(config, params, *request[:4], key, **settings, **static)
     params = unstack_jit(params)
     state = prefill_jit(config, params, request, max_new_tokens, **static)
     state, _ = decode_loop_jit(config, params, state, np.int32(max_new_tokens))
-    return truncate(state.output, request.rows * num_return_sequences, max_new_tokens)
+    return processes.truncate(state.output, request.rows * num_return_sequences, max_new_tokens)
 
 
 @explain_unknown_keywords
@@ -129,6 +137,7 @@ def stream(
     num_return_sequences: int = 1,
     cache_dtype: jax.typing.DTypeLike | None = None,
     edit: Edit | None = None,
+    grammar: GrammarLike = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """`generate`, one token at a time: the same tokens, from the same programs.
 
@@ -150,6 +159,7 @@ def stream(
         max_new_tokens,
         key=key,
         num_return_sequences=num_return_sequences,
+        grammar=grammar,
         function="stream",
         options=static,
     )
@@ -182,6 +192,7 @@ def warm_up(
     num_return_sequences: int = 1,
     top_logprobs: int = 0,
     cache_dtype: jax.typing.DTypeLike | None = None,
+    grammar: GrammarLike = None,
 ) -> int:
     """Compiles every program that `generate` and `stream` need, so that no later call compiles.
 
@@ -193,6 +204,7 @@ def warm_up(
       num_return_sequences: as in the later calls; likewise the next two.
       top_logprobs: see `generate`.
       cache_dtype: see `generate`.
+      grammar: grammars of the sizes of later ones, which have programs of their own.
 
     Returns:
       The number of cache sizes; each has two programs.
@@ -216,10 +228,11 @@ def warm_up(
             config,
             *prompts,
             Sampling(),
-            None,
+            None if grammar is None else 0,
             new_tokens,
             key=jax.random.key(0),
             num_return_sequences=num_return_sequences,
+            grammar=grammar,
             function="warm_up",
             options=static,
         )
@@ -243,7 +256,8 @@ def prefill_jit(
     prompts, key = (request.tokens, request.lengths), request.key
     if request.capacity is None or request.max_prompt_length is None:
         settings = {"max_new_tokens": max_new_tokens, "eos_id": request.eos_ids}
-        return _prefill_exact(config, params, *prompts, key, request.sampling, **settings, **static)
+        settings |= {"constraint": request.constraint, **static}
+        return _prefill_exact(config, params, *prompts, key, request.sampling, **settings)
     return _prefill_bucketed(
         config,
         params,
@@ -253,6 +267,7 @@ def prefill_jit(
         request.sampling,
         request.eos_ids,
         np.int32(max_new_tokens),
+        request.constraint,
         **static,
     )
 
@@ -317,6 +332,7 @@ def _prefill_bucketed(
     sampling: Sampling,
     eos_ids: jax.Array,
     limit: jax.Array,
+    constraint: Constraint | None,
     *,
     num_return_sequences: int,
     top_logprobs: int,
@@ -337,6 +353,7 @@ def _prefill_bucketed(
         sampling,
         eos_ids,
         limit,
+        constraint,
         new_tokens=capacity,
         num_return_sequences=num_return_sequences,
         top_logprobs=top_logprobs,
@@ -375,15 +392,3 @@ def _static_arguments(
         "top_logprobs": top_logprobs,
         "cache_dtype": kv.dtype_name(cache_dtype),
     }
-
-
-def truncate(output: Any, *size: int) -> Any:
-    """The first rows, columns, ... of arrays that have them.
-
-    Sliced on the host: on the device each size would compile a program.
-    """
-    return jax.tree.map(
-        lambda values, x: processes.put_like(values[tuple(map(slice, size[: x.ndim]))], x),
-        processes.fetch(output),
-        output,
-    )

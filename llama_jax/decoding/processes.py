@@ -78,6 +78,18 @@ def put_like(values: np.ndarray, x: jax.Array) -> jax.Array:
     return jax.make_array_from_callback(values.shape, whole, lambda index: values[index])
 
 
+def truncate(output: Any, *size: int) -> Any:
+    """The first rows, columns, ... of arrays that have them.
+
+    Sliced on the host: on the device each size would compile a program.
+    """
+    return jax.tree.map(
+        lambda values, x: put_like(values[tuple(map(slice, size[: x.ndim]))], x),
+        fetch(output),
+        output,
+    )
+
+
 def check_same_call(call: Mapping[str, Any]) -> None:
     """Checks that every process of the current mesh makes the same call; does nothing for a single process.
 

@@ -13,6 +13,7 @@ from llama_jax import kv_cache as kv
 from llama_jax.config import LlamaConfig
 from llama_jax.decoding import arguments
 from llama_jax.decoding.arguments import EosId
+from llama_jax.decoding.constraints import Grammar
 from llama_jax.decoding.generation import decode_loop_jit, unstack_jit
 from llama_jax.decoding.sampling import Sampling
 from llama_jax.decoding.state import DecodeState, init_state
@@ -66,6 +67,7 @@ class Session:
         *,
         max_new_tokens: int,
         eos_id: EosId = None,
+        grammar: Grammar | None = None,
     ) -> Iterator[int]:
         """Continues a prompt, one id at a time: the same ids as from `generate`.
 
@@ -79,6 +81,7 @@ class Session:
           sampling: settings of one row.
           max_new_tokens: at least 1.
           eos_id: the end-of-sequence id or ids.
+          grammar: what the continuation may be, as for `generate`.
 
         Returns:
           An iterator of new ids, the end-of-sequence token included.
@@ -89,7 +92,15 @@ class Session:
         row = np.asarray(tokens)[None] if len(tokens) else np.zeros((1, 0), np.int32)
         lengths = np.array([len(tokens)], np.int32)
         request = arguments.prepare_request(
-            self._config, row, lengths, sampling, eos_id, max_new_tokens, key=key, function="Session.stream"
+            self._config,
+            row,
+            lengths,
+            sampling,
+            eos_id,
+            max_new_tokens,
+            key=key,
+            grammar=grammar,
+            function="Session.stream",
         )
         return self._run(list(tokens), request, max_new_tokens)
 
@@ -122,6 +133,7 @@ class Session:
             request.sampling,
             request.eos_ids,
             np.int32(max_new_tokens),
+            request.constraint,
         )
         run, last, done = prompt[:-1], prompt[-1], False
         self._cache, self.tokens = state.cache, run

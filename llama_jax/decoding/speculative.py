@@ -23,9 +23,11 @@ from llama_jax import sharding
 from llama_jax.config import LlamaConfig
 from llama_jax.decoding import arguments, drafts
 from llama_jax.decoding.arguments import EosId
+from llama_jax.decoding.constraints import Constraint, GrammarLike
 from llama_jax.decoding.drafts import Draft, DraftModel, Drafts, PromptLookup
-from llama_jax.decoding.generation import truncate, unstack_jit
+from llama_jax.decoding.generation import unstack_jit
 from llama_jax.decoding.keywords import explain_unknown_keywords
+from llama_jax.decoding.processes import truncate
 from llama_jax.decoding.sampling import Sampling, argmax, categorical, is_greedy, sample, transform
 from llama_jax.decoding.state import DecodeState, GenerateOutput, init_state, sample_token
 from llama_jax.errors import InputError
@@ -91,6 +93,7 @@ def speculative_generate(
     eos_id: EosId = None,
     cache_dtype: jax.typing.DTypeLike | None = None,
     edit: Edit | None = None,
+    grammar: GrammarLike = None,
 ) -> SpeculativeOutput:
     """`generate` in fewer forward passes: each verifies several drafted tokens.
 
@@ -118,6 +121,7 @@ def speculative_generate(
       eos_id: the end-of-sequence id or ids. None: every row runs to `max_new_tokens`.
       cache_dtype: dtype of both models' key/value caches; see `generate`. Static.
       edit: of the model, not of a draft model, as for `generate`.
+      grammar: as for `generate`; a draft model's drafts keep to it too.
 
     Returns:
       A `SpeculativeOutput`.
@@ -141,6 +145,7 @@ def speculative_generate(
         params,
         draft,
         key=key,
+        grammar=grammar,
         function="speculative_generate",
         options=(num_draft_tokens, str(cache_dtype), repr(getattr(draft, "config", draft))),
     )
@@ -164,6 +169,7 @@ def speculative_generate(
         request.sampling,
         request.eos_ids,
         np.int32(max_new_tokens),
+        request.constraint,
         num_draft_tokens=int(num_draft_tokens),
         new_tokens=new_tokens,
         cache_dtype=kv.dtype_name(cache_dtype),
@@ -183,6 +189,7 @@ def _speculative_loop(
     sampling: Sampling,
     eos_ids: jax.Array,
     limit: jax.Array,
+    constraint: Constraint | None,
     *,
     num_draft_tokens: int,
     new_tokens: int,
@@ -196,9 +203,8 @@ def _speculative_loop(
     run_length = max(kv.RUN_LENGTH, num_draft_tokens + 2)
     dtype = cache_dtype or compute_dtype(params)
     cache = kv.init_cache(config, batch, capacity, dtype, run_length=run_length)
-    decode = init_state(
-        config, params, cache, tokens, lengths, 0, stop, key, sampling, eos_ids, limit, new_tokens=new_tokens
-    )
+    request = (tokens, lengths, 0, stop, key, sampling, eos_ids, limit, constraint)
+    decode = init_state(config, params, cache, *request, new_tokens=new_tokens)
     draft_cache = drafts.prefill_draft(draft, decode.history, stop, capacity, cache_dtype, run_length)
     proposed, draft_cache = drafts.propose(draft, draft_cache, decode, num_draft_tokens)
     zeros = jnp.zeros_like(decode.history.length)

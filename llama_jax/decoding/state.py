@@ -20,8 +20,9 @@ from jax.sharding import PartitionSpec as P
 from llama_jax import kv_cache as kv
 from llama_jax import sharding
 from llama_jax.config import LlamaConfig
-from llama_jax.decoding import arguments, logits_processors
+from llama_jax.decoding import arguments, constraints, logits_processors
 from llama_jax.decoding.arguments import EosId
+from llama_jax.decoding.constraints import Constraint
 from llama_jax.decoding.logits_processors import TokenHistory
 from llama_jax.decoding.sampling import Sampling, sample
 from llama_jax.model import Params, compute_dtype, forward_cached
@@ -72,6 +73,7 @@ class DecodeState:
       keys: [B], one key per row; token t is sampled with `fold_in(key, t)`.
       sampling: settings, one value per row.
       eos_ids: int32 [E], the end-of-sequence ids; -1 for none.
+      constraint: the rows' grammars and where each row is in its own; None without any.
     """
 
     cache: kv.KVCache
@@ -84,6 +86,7 @@ class DecodeState:
     keys: jax.Array
     sampling: Sampling
     eos_ids: jax.Array
+    constraint: Constraint | None = None
 
 
 def prefill(
@@ -99,11 +102,13 @@ def prefill(
     eos_id: EosId = None,
     num_return_sequences: int = 1,
     top_logprobs: int = 0,
+    constraint: Constraint | None = None,
 ) -> DecodeState:
     """Runs the prompts through the model into a new cache; returns the state for `decode_step`.
 
     Each row's last token is left for the first step, so that every token is sampled in one place. Arguments
-    are those of `generate`; they are neither checked nor padded to a bucket here.
+    are those of `generate`, with its grammars as a `Constraint` (`constraints.for_rows`); they are neither
+    checked nor padded to a bucket here.
     """
     tokens, lengths = as_array("tokens", tokens), as_array("lengths", lengths)
     batch, length = tokens.shape
@@ -122,6 +127,7 @@ def prefill(
         sampling,
         arguments.pad_eos_ids(eos_id),
         max_new_tokens,
+        constraint,
         new_tokens=max_new_tokens,
         num_return_sequences=num_return_sequences,
         top_logprobs=top_logprobs,
@@ -140,6 +146,7 @@ def init_state(
     sampling: Sampling,
     eos_ids: jax.Array,
     limit: int | jax.Array,
+    constraint: Constraint | None = None,
     *,
     new_tokens: int,
     num_return_sequences: int = 1,
@@ -159,6 +166,7 @@ def init_state(
       sampling: settings, one value per row (`Sampling.broadcast`).
       eos_ids: int32 [E].
       limit: the maximum number of generated tokens, at most `new_tokens`.
+      constraint: the rows' grammars.
       new_tokens: columns of the output. Static, like the next two.
       num_return_sequences: continuations of each prompt.
       top_logprobs: the number of most likely tokens to return per step.
@@ -174,6 +182,10 @@ def init_state(
     cache, history, sampling = jax.tree.map(
         lambda x: repeat_rows(x, num_return_sequences), (cache, history, sampling)
     )
+    if constraint is not None:
+        constraint = constraints.over_mesh(constraint)
+        index, at = (repeat_rows(x, num_return_sequences) for x in (constraint.index, constraint.state))
+        constraint = dataclasses.replace(constraint, index=index, state=at)
     batch *= num_return_sequences
 
     def zeros(dtype: jax.typing.DTypeLike, *rest: int) -> jax.Array:
@@ -198,6 +210,7 @@ def init_state(
         keys=arguments.row_keys(key, batch),
         sampling=sampling,
         eos_ids=eos_ids,
+        constraint=constraint,
     )
 
 
@@ -294,6 +307,8 @@ def sample_token(
     history, sampling, old = state.history, state.sampling, state.output
     keys = fold_in_rows(state.keys, old.lengths)
     processed = logits_processors.apply(logits, sampling.processors(), history, state.eos_ids)
+    if (constraint := state.constraint) is not None:
+        processed = constraints.mask(constraint, processed, logits, state.eos_ids)
     token = jnp.where(live, sampler(processed, sampling, keys), 0)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     one_hot = jnp.arange(logits.shape[-1]) == token[:, None]  # a gather would not keep an explicit sharding
@@ -311,6 +326,8 @@ def sample_token(
             "top_tokens": write("top_tokens", ids),
             "top_logprobs": write("top_logprobs", values - normalizer[:, None]),
         }
+    if constraint is not None:
+        constraint = constraints.advance(constraint, token, live)
     lengths = old.lengths + live
     ends = (token[:, None] == state.eos_ids).any(-1) | (lengths >= state.limit)
     return dataclasses.replace(
@@ -321,6 +338,7 @@ def sample_token(
         output=GenerateOutput(
             tokens=write("tokens", token), lengths=lengths, logprobs=write("logprobs", logprob), **top
         ),
+        constraint=constraint,
     )
 
 
