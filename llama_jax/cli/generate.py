@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli import output
 from llama_jax.cli.arguments import ModelParser, read_stdin
+from llama_jax.cli.grammar_flags import add_grammar_flags, grammar_kwargs
 from llama_jax.cli.sampling_flags import add_sampling_flags, check_sampling_flags, sampling_kwargs
 from llama_jax.console import loading, terminal
 from llama_jax.console.parser import parse_float, parse_positive_int
 from llama_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from llama_jax.decoding.constraints import Grammar
     from llama_jax.decoding.drafts import Draft
     from llama_jax.text.model import Model
 
@@ -25,6 +27,8 @@ llama-jax generate smollm2-135m --prompt "The best way to learn is" --num-beams 
 llama-jax generate smollm2-135m --prompt "Once upon a time" --bits 8 --cache-dtype int8
 llama-jax generate smollm2-135m --prompt-lookup --prompt "one two three four five six, one two three"
 llama-jax generate smollm2-135m --adapter runs/lora --prompt "Once upon a time"
+llama-jax generate smollm2-135m --prompt "The capital of France is " --choices Paris,London
+llama-jax generate smollm2-135m --prompt "A cat, as JSON: " --json-schema cat.json
 llama-jax generate smollm2-135m --prompt - --json < question.txt
 """
 
@@ -51,16 +55,24 @@ def run(argv: Sequence[str]) -> None:
             f"--num-return-sequences {args.num_return_sequences} is more than --num-beams "
             f"{args.num_beams}; raise --num-beams"
         )
+    structured = grammar_kwargs(args)
     model = loading.load(args.model, args.dtype, args.bits, args.adapter, args.tokenizer, args.mesh)
     ids = model.encode_prompt(prompt, parse_special=args.parse_special)
+    grammar = None
+    if structured:
+        from llama_jax.structured_output.build import grammar as build_grammar
+
+        grammar = build_grammar(model.tokenizer, **structured)
     with terminal.warnings_as_notes():
         if speculative or args.num_beams > 1 or args.num_return_sequences > 1:
-            _generate_whole(args, model, prompt, ids)
+            _generate_whole(args, model, prompt, ids, grammar)
         else:
-            _stream(args, model, prompt, ids)
+            _stream(args, model, prompt, ids, grammar)
 
 
-def _stream(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]) -> None:
+def _stream(
+    args: argparse.Namespace, model: Model, prompt: str, ids: list[int], grammar: Grammar | None
+) -> None:
     """Prints one continuation as it is generated."""
     from llama_jax.text.stop_strings import StopStrings, split_stop_strings
 
@@ -74,7 +86,8 @@ def _stream(args: argparse.Namespace, model: Model, prompt: str, ids: list[int])
     tokens: list[int] = []
     pieces: list[str] = []
     clock.tick()
-    limits = {"max_new_tokens": args.max_new_tokens, "end_ids": end_ids, "cache_dtype": args.cache_dtype}
+    limits: Any = {"max_new_tokens": args.max_new_tokens, "end_ids": end_ids}
+    limits |= {"cache_dtype": args.cache_dtype, "grammar": grammar}
     for token, text in terminal.spin_until_first(lambda: model.stream_tokens(ids, sampling, key, **limits)):
         clock.tick()
         visible, stopped = stops.push(text)
@@ -87,6 +100,8 @@ def _stream(args: argparse.Namespace, model: Model, prompt: str, ids: list[int])
     pieces.append(stops.flush())
     write(pieces[-1] + "\n")
 
+    if grammar is not None and not ended:
+        terminal.note("the text is unfinished: --max-new-tokens ended it; raise that")
     prefill, decode = clock.rates(len(ids))
     if args.json:
         output.print_json(
@@ -111,7 +126,9 @@ def _stream(args: argparse.Namespace, model: Model, prompt: str, ids: list[int])
         )
 
 
-def _generate_whole(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]) -> None:
+def _generate_whole(
+    args: argparse.Namespace, model: Model, prompt: str, ids: list[int], grammar: Grammar | None
+) -> None:
     """Prints continuations that are not streamed: several samples, beam search, speculative decoding."""
     draft = _load_draft(args)
     texts: Any
@@ -119,7 +136,7 @@ def _generate_whole(args: argparse.Namespace, model: Model, prompt: str, ids: li
     start = time.perf_counter()
     with terminal.spinner("generating ..."):
         if draft is not None:
-            texts, counts = _speculate(args, model, ids, draft)
+            texts, counts = _speculate(args, model, ids, draft, grammar)
         else:
             texts = model.generate(
                 prompt,
@@ -130,6 +147,7 @@ def _generate_whole(args: argparse.Namespace, model: Model, prompt: str, ids: li
                 num_beams=args.num_beams,
                 length_penalty=args.length_penalty,
                 cache_dtype=args.cache_dtype,
+                **({} if grammar is None else {"grammar": grammar}),
                 **sampling_kwargs(args),
             )
     seconds = time.perf_counter() - start
@@ -167,7 +185,7 @@ def _load_draft(args: argparse.Namespace) -> Draft | Model | None:
 
 
 def _speculate(
-    args: argparse.Namespace, model: Model, ids: list[int], draft: Draft | Model
+    args: argparse.Namespace, model: Model, ids: list[int], draft: Draft | Model, grammar: Grammar | None
 ) -> tuple[list[str], dict[str, int]]:
     """Returns the texts of speculative decoding, and its counts of forward passes and draft tokens."""
     import numpy as np
@@ -185,10 +203,11 @@ def _speculate(
         max_new_tokens=args.max_new_tokens,
         end_ids=end_ids,
         cache_dtype=args.cache_dtype,
+        grammar=grammar,
     )
     tokens, lengths = np.asarray(out.output.tokens), np.asarray(out.output.lengths)
     texts = [
-        model.continuation(ids, row[:length], stop_strings)
+        model.continuation(ids if grammar is None else [], row[:length], stop_strings)
         for row, length in zip(tokens, lengths, strict=True)
     ]
     return texts, {
@@ -218,6 +237,7 @@ def _parser() -> ModelParser:
         help="read control tokens in the prompt, such as <|im_start|>, as ordinary text",
     )
     add_sampling_flags(parser, max_new_tokens=64)
+    add_grammar_flags(parser)
     option = parser.add_argument_group("number of sequences").add_argument
     option(
         "--num-return-sequences",

@@ -56,7 +56,7 @@ class _Arguments(NamedTuple):
     length_penalty: jax.Array
     early_stopping: jax.Array
     sampling: Sampling
-    constraint: Constraint | None
+    constraint: Constraint | None = None
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)

@@ -332,7 +332,7 @@ def _prefill_bucketed(
     sampling: Sampling,
     eos_ids: jax.Array,
     limit: jax.Array,
-    constraint: Constraint | None,
+    constraint: Constraint | None = None,
     *,
     num_return_sequences: int,
     top_logprobs: int,

@@ -189,7 +189,7 @@ def _speculative_loop(
     sampling: Sampling,
     eos_ids: jax.Array,
     limit: jax.Array,
-    constraint: Constraint | None,
+    constraint: Constraint | None = None,
     *,
     num_draft_tokens: int,
     new_tokens: int,

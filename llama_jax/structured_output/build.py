@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from llama_jax.decoding.constraints import Grammar
 from llama_jax.errors import GrammarError
 from llama_jax.structured_output import json_schema as schemas
 from llama_jax.structured_output import patterns, token_automaton
-from llama_jax.structured_output.compiler import COMPILER
+from llama_jax.structured_output.compiler import COMPILER, ByteAutomaton
 from llama_jax.structured_output.vocabulary import Vocabulary, vocabulary_of
 from llama_jax.tokenizer.base import Tokenizer
 
@@ -59,9 +58,7 @@ def grammar(
         )
     name = names[0]
     if regex is not None:
-        if not isinstance(regex, str):
-            raise GrammarError(f"regex is a {type(regex).__name__}; it must be a string")
-        source = patterns.without_anchors(regex, name)
+        source = _regex_source(regex)
     elif choices is not None:
         source = "|".join(map(patterns.literal, _checked_choices(choices)))
     else:
@@ -76,6 +73,21 @@ def grammar(
             del kept[next(iter(kept))]
         kept[name, source] = built
     return kept[name, source]
+
+
+def compile_regex(regex: str) -> ByteAutomaton:
+    """The automaton of an expression over bytes, before any vocabulary.
+
+    Raises:
+      GrammarError: if it is malformed, or has something that is not supported.
+    """
+    return COMPILER.compile(_regex_source(regex), "regex")
+
+
+def _regex_source(regex: Any) -> str:
+    if not isinstance(regex, str):
+        raise GrammarError(f"regex is a {type(regex).__name__}; it must be a string")
+    return patterns.without_anchors(regex, "regex")
 
 
 def _checked_choices(choices: Any) -> list[str]:
@@ -95,21 +107,18 @@ def _check_spelling(choices: Sequence[str], vocabulary: Vocabulary) -> None:
     """Checks that tokens hold every byte of the choices: those that cannot be spelled would never come."""
     held = set(b"".join(vocabulary.pieces))
     for choice in choices:
-        if missing := set(choice.encode()) - held:
+        if missing := [byte for byte in choice.encode() if byte not in held]:
             raise GrammarError(
                 f"the vocabulary of {vocabulary.size} tokens cannot spell the choice {choice[:40]!r}: no "
-                f"token has the byte 0x{min(missing):02X}"
+                f"token has the byte 0x{missing[0]:02X}"
             )
 
 
 def _schema(given: Any) -> schemas.Schema:
     if hasattr(given, "model_json_schema"):  # a pydantic model
         given = given.model_json_schema()
-    if isinstance(given, str):
-        try:
-            given = json.loads(given, parse_constant=float.fromhex)  # NaN and infinity are not JSON
-        except (ValueError, RecursionError) as error:
-            raise GrammarError(f"json_schema is not JSON: {error}") from None
+    if isinstance(given, str | bytes):
+        given = schemas.parse(given, "json_schema")
     if not isinstance(given, Mapping | bool):
         raise GrammarError(f"json_schema is a {type(given).__name__}; it must be a dict, or JSON text of one")
     return given

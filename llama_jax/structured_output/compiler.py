@@ -167,10 +167,11 @@ def _reason(regex: str, error: str) -> str:
     try:
         re.compile(regex)
     except re.error as reason:
-        return f"is not a regular expression: {reason}"
+        if not reason.msg.startswith("bad escape"):  # Rust has others
+            return f"is not a regular expression: {reason}"
     except (RecursionError, OverflowError):
         pass
-    return "is not a regular expression of Rust's regex crate, whose syntax grammars use"
+    return "is not a regular expression of Rust's regex crate, whose syntax this is, or is nested too deeply"
 
 
 COMPILER = Compiler()

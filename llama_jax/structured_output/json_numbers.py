@@ -37,28 +37,34 @@ def number(
         return NUMBER
     low = Decimal(-_LIMIT) if low is None else max(low, Decimal(-_LIMIT))
     high = Decimal(_LIMIT) if high is None else min(high, Decimal(_LIMIT))
-    # In units of the last place of the bounds; one more place if a bound itself is out.
-    places = max(0, *(-int(bound.normalize().as_tuple().exponent) for bound in (low, high))) + (
-        above or below
-    )
-    smallest, largest = math.ceil(low.scaleb(places)), math.floor(high.scaleb(places))
-    smallest, largest = smallest + above, largest - below
-    whole = integer(
-        Decimal(math.ceil(low) + (above and low == math.ceil(low))),
-        Decimal(math.floor(high) - (below and high == math.floor(high))),
-    )
-    parts = [] if whole is None or not places else [whole]
-    parts += ["-" + text for text in _decimals(max(1, -largest), -smallest, places)]
-    parts += _decimals(max(0, smallest), largest, places)
+    # In units of the last place of the bounds.
+    places = max(0, *(-int(bound.normalize().as_tuple().exponent) for bound in (low, high)))
+    first, last = int(low.scaleb(places)), int(high.scaleb(places))
+    parts = []
+    if places:
+        smallest, largest = math.ceil(low), math.floor(high)
+        smallest, largest = smallest + (above and smallest == low), largest - (below and largest == high)
+        parts = [whole] if (whole := integer(Decimal(smallest), Decimal(largest))) else []
+    if first < 0:
+        parts += ["-" + text for text in _decimals(max(0, -last), -first, places, last >= 0 or below, above)]
+    if last >= 0:
+        parts += _decimals(max(0, first), last, places, above and first >= 0, below)
     return _any_of(parts)
 
 
-def _decimals(low: int, high: int, places: int) -> list[str]:
-    """The numbers from low to high, in units of the last of `places` places; those below high go on."""
+def _decimals(low: int, high: int, places: int, above: bool, below: bool) -> list[str]:
+    """The numbers from low to high, in units of the last of `places` places; without these two, if so."""
     more = rf"[0-9]{{0,{max(1, _DIGITS - places)}}}" if places else rf"(?:\.[0-9]{{1,{_DIGITS}}})?"
-    below = _any_of([_with_point(digits, places) for digits in _ranges(low, high - 1, places + 1)])
-    last = [_with_point(digits, places) for digits in _ranges(max(low, high), high, places + 1)]
-    return last if below is None else [below + more, *last]
+    inside = _any_of([_with_point(digits, places) for digits in _ranges(low + above, high - 1, places + 1)])
+    texts = [] if inside is None else [inside + more]
+    if above and low < high:
+        texts += [
+            _with_point(digits, places) + ("" if places else r"\.") + "0{0,6}[1-9][0-9]{0,7}"
+            for digits in _ranges(low, low, places + 1)
+        ]
+    if not below and low + above <= high:
+        texts += [_with_point(digits, places) for digits in _ranges(high, high, places + 1)]
+    return texts
 
 
 def _with_point(digits: list[str], places: int) -> str:

@@ -67,6 +67,22 @@ def regex_of(schema: Schema) -> str:
     return regex
 
 
+def parse(text: str | bytes, name: str) -> Any:
+    """The JSON of a schema.
+
+    Raises:
+      GrammarError: if it is not JSON; NaN and infinity are not.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise GrammarError(f"{name} is not JSON: {error}") from None
+
+
 class _Translation:
     """Of one schema. Methods return an expression, or None where no value is valid."""
 

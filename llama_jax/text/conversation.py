@@ -11,7 +11,7 @@ from llama_jax.decoding import arguments
 from llama_jax.decoding.session import Session
 from llama_jax.errors import InputError
 from llama_jax.text.model import Model
-from llama_jax.text.settings import SamplingSettings
+from llama_jax.text.settings import TextSettings, take_grammar
 from llama_jax.text.stop_strings import StopStrings, split_stop_strings
 
 
@@ -80,7 +80,7 @@ class Conversation:
         *,
         max_new_tokens: int = 512,
         stop_strings: str | Sequence[str] = (),
-        **settings: Unpack[SamplingSettings],
+        **settings: Unpack[TextSettings],
     ) -> Generator[str, None, None]:
         """Sends a user message and streams the model's answer.
 
@@ -92,7 +92,7 @@ class Conversation:
           text: the user message; or a message of any role, such as a tool's result.
           max_new_tokens: maximum length of the answer in tokens; the end of the context also limits it.
           stop_strings: the answer ends before the first of these; see `StopStrings`.
-          **settings: see `SamplingSettings`: `temperature=0.8, top_p=0.95, seed=1`.
+          **settings: as for `Model.generate`: `temperature=0.8, top_p=0.95, seed=1, json_schema=...`.
 
         Returns:
           A generator of pieces of the answer. Closing it stops the answer.
@@ -113,7 +113,8 @@ class Conversation:
                 f"the model's context of {context}; shorten the message, undo turns, or reset"
             )
         limit = arguments.check_int("max_new_tokens", max_new_tokens)
-        sampling, key = self.model.sampling(**settings)
+        grammar, rest = take_grammar(self.model.tokenizer, settings)
+        sampling, key = self.model.sampling(**rest)
         self._end_ids, stop_strings = split_stop_strings(self.model.tokenizer, stop_strings)
         stops = StopStrings(stop_strings)
         self.prompt_tokens = len(ids)
@@ -124,6 +125,7 @@ class Conversation:
                 sampling,
                 max_new_tokens=min(limit, context - len(ids)),
                 eos_id=self._end_ids,
+                grammar=grammar,
             )
         self._answer = self._record(turns, self._decode(steps, stops))
         return self._answer

@@ -16,6 +16,7 @@ from llama_jax import sharding
 from llama_jax.config import LlamaConfig
 from llama_jax.decoding.arguments import check_int, pad_right, random_key
 from llama_jax.decoding.beam_search import EarlyStopping, beam_search
+from llama_jax.decoding.constraints import Grammar, GrammarLike
 from llama_jax.decoding.drafts import Draft, DraftModel
 from llama_jax.decoding.finite import checked_tokens
 from llama_jax.decoding.generation import generate, stream
@@ -24,7 +25,7 @@ from llama_jax.decoding.speculative import SpeculativeOutput, speculative_genera
 from llama_jax.errors import InputError
 from llama_jax.taps import Edit, with_edit
 from llama_jax.text.scoring import TextScoring
-from llama_jax.text.settings import SamplingSettings, check_names
+from llama_jax.text.settings import SamplingSettings, TextSettings, check_names, take_grammar
 from llama_jax.text.stop_strings import StopStrings, split_stop_strings
 from llama_jax.tokenizer import StreamDecoder, Tokenizer
 
@@ -63,7 +64,7 @@ class Model(TextScoring):
         draft: Draft | Model | None = ...,
         num_draft_tokens: int = ...,
         cache_dtype: str | None = ...,
-        **settings: Unpack[SamplingSettings],
+        **settings: Unpack[TextSettings],
     ) -> str: ...
     @overload
     def generate(
@@ -79,7 +80,7 @@ class Model(TextScoring):
         draft: Draft | Model | None = ...,
         num_draft_tokens: int = ...,
         cache_dtype: str | None = ...,
-        **settings: Unpack[SamplingSettings],
+        **settings: Unpack[TextSettings],
     ) -> list[str]: ...
     @overload
     def generate(
@@ -119,7 +120,8 @@ class Model(TextScoring):
             `PromptLookup()` for texts that repeat themselves, or a smaller model.
           num_draft_tokens: number of draft tokens per run of the model.
           cache_dtype: dtype of the key/value cache: float32, bfloat16, float16, int8 or fp8.
-          **settings: see `SamplingSettings`: `temperature=0.8, top_p=0.95, seed=1`.
+          **settings: see `SamplingSettings`: `temperature=0.8, top_p=0.95, seed=1`; and what the text may be:
+            `json_schema`, `regex`, `choices`, or `grammar`, one or a list with one or None for each prompt.
 
         Returns:
           The continuation without the prompt, or a list for a list of prompts; with `num_return_sequences` a
@@ -134,12 +136,19 @@ class Model(TextScoring):
             raise InputError("there are no prompts; give a string, or a list with at least one")
         rows = [self.encode_prompt(text, parse_special=parse_special) for text in prompts]
         tokens, lengths = pad_right(rows)
+        grammar, settings = take_grammar(self.tokenizer, settings)
         sampling, key = self.sampling(**settings)
         end_ids, stop_strings = split_stop_strings(self.tokenizer, stop_strings)
         count = 1 if num_return_sequences is None else num_return_sequences
-        repeated = [row for row in rows for _ in range(check_int("num_return_sequences", count))]
+        grammars = grammar if isinstance(grammar, list | tuple) else [grammar] * len(rows)
+        copies = range(check_int("num_return_sequences", count))
+        repeated = [row for row in rows for _ in copies]
+        # A text under a grammar is decoded by itself: with SentencePiece a space before it is none of it.
+        before = [
+            row if one is None else [] for row, one in zip(rows, grammars, strict=False) for _ in copies
+        ]
         limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "cache_dtype": cache_dtype}
-        options = {**limits, "eos_id": end_ids, "num_return_sequences": count}
+        options = {**limits, "eos_id": end_ids, "num_return_sequences": count, "grammar": grammar}
         inputs = (self.config, self.params, tokens, lengths)
         if num_beams != 1:
             for name, is_set in (("stop_strings", bool(stop_strings)), ("draft", draft is not None)):
@@ -163,18 +172,19 @@ class Model(TextScoring):
                 draft=draft,
                 num_draft_tokens=num_draft_tokens,
                 end_ids=end_ids,
+                grammar=[one for one in grammars for _ in copies],
                 **limits,
             ).output
             new, counts = checked_tokens(self.params, out)
         elif stop_strings:
-            texts = self._generate_until_stop(inputs, key, sampling, stop_strings, options, repeated)
+            texts = self._generate_until_stop(inputs, key, sampling, stop_strings, options, before)
             return _group(texts, prompt, num_return_sequences)
         else:
             with self.on_mesh():
                 out = generate(*inputs, key, sampling, **options)
             new, counts = checked_tokens(self.params, out)
         texts = [
-            self.continuation(ids, new[row, : counts[row]], stop_strings) for row, ids in enumerate(repeated)
+            self.continuation(ids, new[row, : counts[row]], stop_strings) for row, ids in enumerate(before)
         ]
         return _group(texts, prompt, num_return_sequences)
 
@@ -189,6 +199,7 @@ class Model(TextScoring):
         max_new_tokens: int,
         end_ids: Sequence[int] | None = None,
         cache_dtype: str | None = None,
+        grammar: GrammarLike = None,
     ) -> SpeculativeOutput:
         """Generates from prompts of token ids by speculative decoding, see `speculative_generate`.
 
@@ -201,6 +212,7 @@ class Model(TextScoring):
           max_new_tokens: maximum number of new tokens per row.
           end_ids: tokens that end a row; by default the tokenizer's.
           cache_dtype: as for `generate`.
+          grammar: what the continuations may be, see `llama_jax.grammar`.
 
         Raises:
           InputError: as `speculative_generate`, or if the draft model has another vocabulary.
@@ -222,6 +234,7 @@ class Model(TextScoring):
                 max_new_tokens=max_new_tokens,
                 eos_id=self.tokenizer.eos_ids if end_ids is None else tuple(end_ids),
                 cache_dtype=cache_dtype,
+                grammar=grammar,
             )
 
     def stream(
@@ -232,16 +245,16 @@ class Model(TextScoring):
         stop_strings: str | Sequence[str] = (),
         parse_special: bool = True,
         cache_dtype: str | None = None,
-        **settings: Unpack[SamplingSettings],
+        **settings: Unpack[TextSettings],
     ) -> Iterator[str]:
         """Like `generate` for one prompt, yielding pieces of the continuation as they are produced."""
         ids = self.encode_prompt(prompt, parse_special=parse_special)
-        sampling, key = self.sampling(**settings)
+        grammar, rest = take_grammar(self.tokenizer, settings)
+        sampling, key = self.sampling(**rest)
         end_ids, stop_strings = split_stop_strings(self.tokenizer, stop_strings)
         stops = StopStrings(stop_strings)
-        steps = self.stream_tokens(
-            ids, sampling, key, max_new_tokens=max_new_tokens, end_ids=end_ids, cache_dtype=cache_dtype
-        )
+        limits: Any = {"max_new_tokens": max_new_tokens, "end_ids": end_ids, "cache_dtype": cache_dtype}
+        steps = self.stream_tokens(ids, sampling, key, grammar=grammar, **limits)
         for _, text in steps:
             piece, stopped = stops.push(text)
             if piece:
@@ -260,11 +273,12 @@ class Model(TextScoring):
         max_new_tokens: int,
         end_ids: Sequence[int] | None = None,
         cache_dtype: str | None = None,
+        grammar: Grammar | Sequence[Grammar | None] | None = None,
     ) -> Iterator[tuple[int, str]]:
         """Generates from one prompt of token ids, token by token.
 
         Args:
-          ids, sampling, key, max_new_tokens, end_ids, cache_dtype: as for `speculate`, for one row.
+          ids, sampling, key, max_new_tokens, end_ids, cache_dtype, grammar: as for `speculate`, for one row.
 
         Yields:
           Each new token id and the text that it completes, which is empty within a multi-byte character.
@@ -282,8 +296,9 @@ class Model(TextScoring):
                 max_new_tokens=max_new_tokens,
                 eos_id=end_ids,
                 cache_dtype=cache_dtype,
+                grammar=grammar,
             )
-        decoder = self._decoder_after(ids)
+        decoder = self._decoder_after(ids if grammar is None else [])
         for count in range(1, max_new_tokens + 1):
             with self.on_mesh():
                 token_b, _ = next(steps)
