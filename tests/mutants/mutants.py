@@ -271,6 +271,38 @@ MUTANTS = (
         "jnp.where(uniform * q < p + 1, draft,",
         ("tests/decoding/test_speculative.py",),
     ),
+    Mutant(
+        "grammar-ends-anywhere",
+        "llama_jax/decoding/constraints.py",
+        "the end token is allowed in every state of a grammar",
+        "may_end = (alive & _take(grammars.accepting, constraint.index, constraint.state))",
+        "may_end = alive",
+        ("tests/decoding/test_constraints.py",),
+    ),
+    Mutant(
+        "grammar-advances-rows-at-rest",
+        "llama_jax/decoding/constraints.py",
+        "a row's state moves on though it takes no token",
+        "moves = live & (constraint.index != FREE)",
+        "moves = (constraint.index != FREE)",
+        ("tests/decoding/test_constraints.py",),
+    ),
+    Mutant(
+        "grammar-beams-keep-their-states",
+        "llama_jax/decoding/beam_search.py",
+        "the states of beams are not reordered with them",
+        "at = gather_beams(constraint.state, selected.parent)",
+        "at = constraint.state",
+        ("tests/decoding/test_constraints.py",),
+    ),
+    Mutant(
+        "grammar-space-at-the-start",
+        "llama_jax/structured_output/vocabulary.py",
+        "SentencePiece's space before the first token counts as text",
+        "piece[id in table.space_prefixed :]",
+        "piece[0:]",
+        ("tests/structured_output/test_vocabularies.py",),
+    ),
     # adapters
     Mutant(
         "lora-scale",
