@@ -27,6 +27,9 @@ _OTHER_NAMES = {
     "lengths": ("attention_mask", "length", "prompt_lengths"),
     "sampling": ("sampling_params", "generation_config", "settings"),
     "top_logprobs": ("logprobs",),
+    "json_schema": ("schema", "response_format", "guided_json", "response_schema"),
+    "regex": ("guided_regex", "pattern"),
+    "choices": ("guided_choice", "choice"),
     "suppress_tokens": ("bad_words_ids", "suppressed_tokens"),
 }
 

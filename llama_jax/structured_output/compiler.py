@@ -65,6 +65,11 @@ class Compiler:
                 f"{name} is too large: its automaton takes more than {TIMEOUT:.0f} s or 2 GB to build; make "
                 "repetitions such as {30} shorter, or remove nested ones"
             )
+        if "too_many" in response:
+            raise GrammarError(
+                f"{name} is too large: its automaton over bytes has {response['too_many']} states, and the "
+                f"limit is {response['limit']}; make repetitions such as {{30}} shorter"
+            )
         if "error" in response:
             raise GrammarError(f"{name} {_reason(regex, response['error'])}")
         states = response["states"]

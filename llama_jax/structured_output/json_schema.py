@@ -47,6 +47,7 @@ _REFUSED = {
 _REFUSED_ANYWHERE = ("not", "if", "then", "else", "$dynamicRef", "$recursiveRef", "$anchor")
 _COMBINING = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const")
 _TYPED = {word for words in (*_KEYWORDS.values(), *_REFUSED.values()) for word in words}
+_ASSERTIONS = {"type", *_COMBINING, *_REFUSED_ANYWHERE, *_TYPED}
 
 
 def regex_of(schema: Schema) -> str:
@@ -96,12 +97,12 @@ class _Translation:
         self._nodes += 1
         if self._nodes > _MAX_NODES:
             raise GrammarError(f"json_schema is too large: over {_MAX_NODES} parts, with what it refers to")
-        if schema is True or schema == {}:
-            return self._anything()
         if schema is False:
             return None
-        if not isinstance(schema, Mapping):
+        if schema is not True and not isinstance(schema, Mapping):
             raise _error(path, f"is {str(schema)[:40]}; a schema is an object or a boolean")
+        if schema is True or not _ASSERTIONS & schema.keys():
+            return self._anything()
         for word in _REFUSED_ANYWHERE:
             if word in schema:
                 raise _unsupported(path, word)

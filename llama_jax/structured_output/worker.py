@@ -4,8 +4,9 @@ A short expression can have an automaton of any size (`(a|b)*a(a|b){30}` has 2^3
 that builds it, outlines-core, has no limit: that takes a process that can be killed, with limited memory.
 
 Protocol: each line of stdin is a JSON string, an expression. The response is one line of JSON on stdout:
-`error`, or the number of `states`, which this many bytes follow: int32 [states, 256], the state after each
-byte (-1: none), and uint8 [states], whether the expression matches up to there. The start is state 0.
+`error`; `too_many` states and their `limit`; or the number of `states`, which this many bytes follow: int32
+[states, 256], the state after each byte (-1: none), and uint8 [states], whether the expression matches up to
+there. The start is state 0.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ except ImportError:  # Windows: memory is bounded only by the timeout
     resource = None  # type: ignore[assignment]
 
 MAX_MEMORY = 1 << 31  # bytes of address space
+MAX_STATES = 1 << 16
 _BYTES = 256
 # outlines-core searches for the leftmost match, and drops longer alternatives after a shorter one: `a|ab`
 # would never match `ab`. With this character after the expression, which then no text has, it goes on to its
@@ -58,6 +60,19 @@ def compile_regex(regex: str) -> tuple[np.ndarray, np.ndarray]:
     return table, ends[state].astype(np.uint8)
 
 
+def respond(regex: str) -> tuple[dict[str, int | str], bytes]:
+    """The response to a request, and the data that follow it."""
+    try:
+        table, accepting = compile_regex(regex)
+    except MemoryError:
+        return {"error": "memory"}, b""
+    except Exception as error:
+        return {"error": str(error)[:2000]}, b""
+    if len(table) > MAX_STATES:
+        return {"too_many": len(table), "limit": MAX_STATES}, b""
+    return {"states": len(table)}, table.tobytes() + accepting.tobytes()
+
+
 def _lower_limit(kind: int, limit: int) -> None:
     """Lowers a resource limit to `limit`, unless the hard limit is lower already."""
     _, hard = resource.getrlimit(kind)
@@ -79,15 +94,7 @@ def main() -> None:
         if resource:  # a CPU limit in case the parent died and cannot enforce the timeout
             usage = resource.getrusage(resource.RUSAGE_SELF)
             _lower_limit(resource.RLIMIT_CPU, int(usage.ru_utime + usage.ru_stime) + seconds + 2)
-        data = b""
-        try:
-            table, accepting = compile_regex(json.loads(line))
-            response: dict[str, int | str] = {"states": len(table)}
-            data = table.tobytes() + accepting.tobytes()
-        except MemoryError:
-            response = {"error": "memory"}
-        except Exception as error:
-            response = {"error": str(error)[:2000]}
+        response, data = respond(json.loads(line))
         out.write(json.dumps(response).encode() + b"\n" + data)
         out.flush()
 

@@ -10,7 +10,7 @@ import pytest
 
 import llama_jax as lj
 from llama_jax.errors import GrammarError
-from llama_jax.structured_output import compiler, token_automaton
+from llama_jax.structured_output import compiler, token_automaton, worker
 from llama_jax.structured_output.json_schema import regex_of
 
 
@@ -183,6 +183,11 @@ def test_longer_alternatives_and_anchors(tokenizer):
 def test_too_large_an_automaton_is_refused(tokenizer, monkeypatch):
     with pytest.raises(GrammarError, match="limit is 1048576"):
         compiler.COMPILER.compile("a" * (1 << 20) + "b", "regex")
+    here = compiler.Compiler()
+    monkeypatch.setattr(here, "_request", lambda request: worker.respond(json.loads(request)))
+    monkeypatch.setattr(worker, "MAX_STATES", 20)
+    with pytest.raises(GrammarError, match=r"its automaton over bytes has 3\d states, and the limit is 20"):
+        here.compile("[ab]{30}", "regex")
     monkeypatch.setattr(token_automaton, "MAX_BYTES", 1 << 16)
     with pytest.raises(
         GrammarError, match=r"regex is too large: its automaton has \d+ or more states and \d+ classes"
