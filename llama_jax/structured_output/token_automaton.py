@@ -62,11 +62,8 @@ def _minimal(table: np.ndarray, accepting: np.ndarray) -> tuple[np.ndarray, np.n
     group, count = np.append(accepting.astype(np.int64), 2), 0
     columns, _ = _distinct_columns(table)
     while True:
-        digests = _digests(group[columns].T)
-        _, example, group = np.unique(
-            np.stack([group, digests.astype(np.int64)]), axis=1, return_index=True, return_inverse=True
-        )
-        group = group.reshape(-1)
+        digests = _digests(np.vstack([group, group[columns].T]))
+        _, example, group = np.unique(digests, return_index=True, return_inverse=True)
         if len(example) == count:
             break
         count = len(example)
@@ -136,8 +133,10 @@ def _token_transitions(
         block[:, (first_ends == 0) & (ends != 0)] = 0
     done = 1
     while True:
-        reached = np.unique(block)
-        new = reached[(reached != none) & (place[reached] < 0)]
+        reached = np.zeros(len(table), bool)
+        reached[block] = True
+        reached[none] = False
+        new = np.flatnonzero(reached & (place < 0))
         place[new] = len(states) + np.arange(len(new))
         states += new.tolist()
         columns, inverse = _distinct_columns(block)
@@ -232,10 +231,12 @@ def _pad(
     table = np.full((padded, columns), DEAD, np.int32)
     table[:states, :count] = transitions
     masks = np.zeros((padded, words), np.uint32)
-    for state, row in enumerate(transitions >= 0):
+    rows, which = _distinct_columns((transitions >= 0).T)
+    for number, row in enumerate(rows.T):
         bits = np.zeros((WORD_BITS, words), bool)
         bits.reshape(-1)[: vocabulary.size] = row[classes]
-        masks[state] = np.packbits(bits, axis=0, bitorder="little").T.copy().view("<u4")[:, 0]
+        mask = np.packbits(bits, axis=0, bitorder="little").T.copy().view("<u4")[:, 0]
+        masks[:states][which == number] = mask
     ends = np.zeros(padded, bool)
     ends[:states] = accepting
     return Grammar(classes.astype(np.int32), table, masks, ends, states, vocabulary.digest)
