@@ -52,6 +52,11 @@ class Case:
 
 
 _FULL, _PROJECTIONS = ("--train.remat", "full"), ("--train.remat", "save_projections")
+# As the head of configs/ppo_llama2_70b.toml says.
+_ALL_WEIGHTS = (
+    *("--adapter.type", "none", "--mesh.topology", "v5p:4x4x4"),
+    *("--train.gradient_accumulation_steps", "1", *_FULL),
+)
 CASES = (
     Case("7B", "llama2_7b", "v5p:2x2x1"),
     Case("7B, save_projections", "llama2_7b", "v5p:2x2x1", _PROJECTIONS),
@@ -70,6 +75,7 @@ CASES = (
     Case("70B, full", "llama2_70b", "v6e:16x16", _FULL),
     Case("70B by LoRA", "sft_llama2_70b", "v5p:2x2x4", (), "llama2_70b"),
     Case("70B by PPO, with LoRA", "ppo_llama2_70b", "v5p:2x4x4", (), "llama2_70b"),
+    Case("70B by PPO, all weights", "ppo_llama2_70b", "v5p:4x4x4", _ALL_WEIGHTS, "llama2_70b"),
     Case("70B by QLoRA", "sft_llama2_70b", "v5p:2x2x2", ("--adapter.base", "nf4"), "llama2_70b"),
 )
 

@@ -60,12 +60,14 @@ def _estimate(inputs: StepInputs) -> StepPlan:
 def _together(policy: StepPlan, value: StepPlan) -> StepPlan:
     """A step that trains a policy and a value model, whose logits are one number a token: none.
 
-    What both save for the backward pass is there at once, and their working memory one after the other.
+    The compiler runs one's backward pass before the other's forward pass: what they save for it, and their
+    working memory, is there one after the other.
     """
     memory = {field.name: getattr(policy.memory, field.name) for field in dataclasses.fields(Memory)}
-    for name in ("parameters", "optimizer", "gradients", "activations"):
+    for name in ("parameters", "optimizer", "gradients"):
         memory[name] += getattr(value.memory, name)
-    memory["temporaries"] = max(policy.memory.temporaries, value.memory.temporaries)
+    for name in ("activations", "temporaries"):
+        memory[name] = max(memory[name], getattr(value.memory, name))
     names = ("parameters", "optimizer", "gradients", "activations", "temporaries")
     memory["peak"] = sum(memory[name] for name in names)
     parts = {part.name: part for part in policy.parts}

@@ -53,6 +53,7 @@ class StepInputs:
       value_model: a second network that is trained in each step, with a head and without output projection:
         the value function of PPO; None without one.
       value_trained: number of its trained parameters if its base is frozen; None: all.
+      beside: networks that stay in memory in the compute dtype and have no part in the step: reward models.
       teacher: a network that runs forward in each step, in the compute dtype: of a distillation.
       scoped_vmem_kib: the compiler's `xla_tpu_scoped_vmem_limit_kib`; 0: its default.
 
@@ -82,6 +83,7 @@ class StepInputs:
     value_model: LlamaConfig | None = None
     value_trained: int | None = None
     teacher: LlamaConfig | None = None
+    beside: tuple[LlamaConfig, ...] = ()
     scoped_vmem_kib: int = 0
 
     def __post_init__(self) -> None:
@@ -133,6 +135,7 @@ class StepInputs:
             reference=False,
             reference_bytes=0.0,
             value_model=None,
+            beside=(),
         )
 
     @property
@@ -149,6 +152,7 @@ class StepInputs:
             reference_bytes=0.0,
             ema=False,
             teacher=None,
+            beside=(),
         )
 
     @property

@@ -81,6 +81,7 @@ def plan_memory(inputs: StepInputs) -> Memory:
     if inputs.frozen:
         parameters += inputs.base_bytes * whole
     parameters += inputs.reference_bytes * whole
+    parameters += inputs.compute_bytes * sum(parameters_per_chip(one, inputs.mesh) for one in inputs.beside)
     optimizer = inputs.optimizer_bytes * trained
     # The sums over microbatches, and those of the one that is computed.
     gradients = 4 * trained * (2 if inputs.accumulation > 1 else 1)

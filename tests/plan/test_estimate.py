@@ -134,11 +134,12 @@ def test_windows_over_context_receive_what_they_reach_and_full_layers_all_keys()
     assert moved(alone, "all-gather", "context") == 0 < moved(inputs, "collective-permute", "context")
 
 
-def test_a_value_model_of_the_same_size_doubles_the_step_but_for_logits():
+def test_a_value_model_of_the_same_size_doubles_the_step_but_for_logits_and_activations():
     plain = estimate(step(accumulation=1))
     both = estimate(step(accumulation=1, value_model=MODEL.replace(labels=("LABEL_0",))))
-    for name in ("parameters", "optimizer", "gradients", "activations"):
+    for name in ("parameters", "optimizer", "gradients"):
         assert getattr(both.memory, name) == pytest.approx(2 * getattr(plain.memory, name), rel=0.01)
+    assert both.memory.activations == plain.memory.activations  # one after the other
     assert both.memory.logits == plain.memory.logits
     head = "output projection and loss"
     for ours, theirs in zip(both.parts, plain.parts, strict=True):
@@ -171,6 +172,17 @@ def test_a_teacher_of_the_same_size_costs_what_a_reference_model_does_and_its_we
     weights = 2 * parameters_per_chip(MODEL, alone.mesh)
     assert teacher.memory.parameters - plain.memory.parameters == pytest.approx(weights)
     assert teacher.memory.peak - plain.memory.peak == pytest.approx(weights + plain.memory.logits)
+
+
+def test_a_reward_model_beside_the_step_has_its_weights_there_and_nothing_else():
+    plain, with_one = estimate(step()), estimate(step(beside=(MODEL,)))
+    weights = 2 * parameters_per_chip(MODEL, step().mesh)
+    assert with_one.memory.parameters - plain.memory.parameters == pytest.approx(weights)
+    assert with_one.memory.peak - plain.memory.peak == pytest.approx(weights)
+    assert (with_one.parts, with_one.traffic) == (plain.parts, plain.traffic)
+    both = step(beside=(MODEL,), value_model=MODEL, teacher=MODEL)
+    once = step(value_model=MODEL, teacher=MODEL)
+    assert estimate(both).memory.peak - estimate(once).memory.peak == pytest.approx(weights)
 
 
 def test_a_teacher_costs_by_its_own_size():

@@ -18,7 +18,7 @@ from llama_jax.plan.topology import Topology
 from ..config.run import RunConfig
 from ..devices import check_quantization, compute_dtype
 from ..teacher import teacher_config
-from .shape import spec_of
+from .shape import reward_models_of, spec_of
 
 _GRADIENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": int8_sum.BYTES}
 SCOPED_VMEM = "xla_tpu_scoped_vmem_limit_kib"
@@ -77,6 +77,7 @@ def step_inputs(
         if spec.adapter is None or spec.value_model is None
         else adapter_size(spec.adapter, spec.value_model),
         teacher=teacher_config(run),
+        beside=reward_models_of(run, model),
         scoped_vmem_kib=int(flags.get(SCOPED_VMEM, 0)),
     )
 

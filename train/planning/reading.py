@@ -20,13 +20,14 @@ from llama_jax.plan.parts import Shapes
 from llama_jax.plan.program import Program, read_program
 from llama_jax.plan.result import Memory, StepPlan
 from llama_jax.plan.topology import Topology
+from llama_jax.plan.weights import parameters_per_chip
 
 from ..config.run import RunConfig
 from ..devices import compute_dtype
 from ..teacher import teacher_config
 from .errors import OutOfMemory
 from .lowering import LoweredStep
-from .shape import spec_of
+from .shape import reward_models_of, spec_of
 
 _LARGEST = 40  # operations in `details`
 _HLO_NAMES = {"bfloat16": "bf16", "float32": "f32"}
@@ -145,7 +146,9 @@ def _memory(
     chip, mesh = CHIPS[topology.kind], dict(step.mesh.shape)
     state = step.state
     trained = shard_bytes(state.params)
-    parameters = trained + shard_bytes(state.moved) + shard_bytes(step.frozen)
+    resident = sum(parameters_per_chip(one, mesh) for one in reward_models_of(run, model))
+    beside = compute_dtype(run.train, "tpu").itemsize * resident
+    parameters = trained + shard_bytes(state.moved) + shard_bytes(step.frozen) + beside
     everything = shard_bytes(state)
     optimizer = everything - trained - shard_bytes(state.moved)
     # The sums over microbatches, and those of the one that is computed.
@@ -155,7 +158,7 @@ def _memory(
     positions = logits_positions(module, model, mesh["tensor"])
     logit_bytes = 4 + compute_dtype(run.train, "tpu").itemsize  # and the gradient's
     logits = logit_bytes * positions * model.vocab_size / mesh["tensor"]
-    peak = float(compiled.memory_analysis().peak_memory_in_bytes)
+    peak = float(compiled.memory_analysis().peak_memory_in_bytes) + beside
     known = parameters + optimizer + gradients + activations + logits
     return Memory(
         parameters=parameters * chip.devices,

@@ -7,8 +7,10 @@ import dataclasses
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.plan.topology import Topology
+from llama_jax.text.pretrained import open_model
 from llama_jax.weights.hf import default_labels
 
+from ..config.rl import model_of as reward_model_path
 from ..config.run import ModelConfig, RunConfig
 from ..trainable import TrainableSpec, with_labels
 from ..value_model import value_config
@@ -42,8 +44,6 @@ def model_of(run: RunConfig, shape: str | None = None) -> LlamaConfig:
       CheckpointError: if the weights are not on this machine, and no shape is given.
     """
     if shape is None and run.model.init_from:
-        from llama_jax.text.pretrained import open_model
-
         return with_labels(run, run.model.extended(open_model(run.model.init_from).config))
     if shape is not None and not run.model.init_from:
         raise ConfigError(f"--shape is {shape!r} and model.init_from is not set: set model.preset instead")
@@ -51,6 +51,18 @@ def model_of(run: RunConfig, shape: str | None = None) -> LlamaConfig:
     if shape is not None:
         return with_labels(run, run.model.extended(ModelConfig(preset=shape).build(vocab_size)))
     return with_labels(run, run.model.build(vocab_size))
+
+
+def reward_models_of(run: RunConfig, model: LlamaConfig) -> tuple[LlamaConfig, ...]:
+    """The reward models of a run's rollouts; those not on this machine have the policy's shape."""
+    paths = [path for spec in run.rl.rewards if (path := reward_model_path(spec)) is not None]
+    found = []
+    for path in paths if run.samples else ():
+        try:
+            found.append(open_model(path).plain_tensors().config)
+        except CheckpointError:
+            found.append(model.replace(labels=default_labels(1)))
+    return tuple(found)
 
 
 def spec_of(run: RunConfig, model: LlamaConfig) -> TrainableSpec:
