@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from llama_jax.model import forward, init, unstack
     from llama_jax.model_sizes import presets
     from llama_jax.ops.quantization import quantize
+    from llama_jax.serving.batcher import Batcher
+    from llama_jax.serving.requests import Request
     from llama_jax.sharding import shard_params
     from llama_jax.structured_output.build import grammar
     from llama_jax.taps import sites, with_edit
@@ -64,6 +66,8 @@ _PUBLIC_NAMES = {
     "decoding.sampling": ("Sampling",),
     "decoding.session": ("Session",),
     "meshes": ("make_mesh",),
+    "serving.batcher": ("Batcher",),
+    "serving.requests": ("Request",),
     "sharding": ("shard_params",),
     "taps": ("sites", "with_edit"),
     "inspection.captures": ("capture",),
@@ -85,6 +89,7 @@ _SUBPACKAGES = (
     "model",
     "ops",
     "rope",
+    "serving",
     "sharding",
     "structured_output",
     "text",
@@ -95,6 +100,7 @@ _SUBPACKAGES = (
 _MODULE_OF = {name: module for module, names in _PUBLIC_NAMES.items() for name in names}
 
 __all__ = [
+    "Batcher",
     "BeamSearchOutput",
     "Constraint",
     "Conversation",
@@ -107,6 +113,7 @@ __all__ = [
     "LlamaJaxError",
     "Model",
     "PromptLookup",
+    "Request",
     "RopeScaling",
     "Sampling",
     "Session",

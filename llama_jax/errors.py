@@ -84,3 +84,11 @@ class StoreError(StorageError):
 
 class GrammarError(InputError):
     """A grammar that cannot be built: malformed, not supported, too large, or that no token can spell."""
+
+
+class QueueFullError(LlamaJaxError):
+    """A `Batcher` whose queue is full; `retry_after` is in how many seconds to try again."""
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
