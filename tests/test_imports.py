@@ -127,7 +127,8 @@ def third_party(files):
 def test_core_dependencies_are_those_imported():
     needed_by_jax = {"flatbuffers"}  # by `jax.export`
     extras = PROJECT["optional-dependencies"]
-    optional = declared(extras["eval"]) | declared(extras["plot"])  # `llama-jax eval`
+    # `llama-jax eval` and `serve`
+    optional = declared(extras["eval"]) | declared(extras["plot"]) | declared(extras["serve"])
     assert third_party(FILES) - optional | needed_by_jax == declared(PROJECT["dependencies"])
     assert optional <= third_party(FILES)
 

@@ -16,6 +16,7 @@ from llama_jax.console.exit_status import exit_status
 SUBCOMMANDS = {
     "generate": "continue a text",
     "chat": "chat with a model",
+    "serve": "serve a model over HTTP as OpenAI's API does, with a chat page",
     "train": "train a model, or resume a run",
     "data": "tokenize a run's text ahead of time",
     "plan": "memory, time and cost of training or decoding on a TPU slice, without one",
