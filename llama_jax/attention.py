@@ -28,6 +28,7 @@ from llama_jax.kv_cache import EightBits, Layer, Layout
 from llama_jax.ops import ring_cache, spmd, striped_cache, zigzag
 from llama_jax.ops.blockwise_attention import MASKED, sharded_blockwise_attention
 from llama_jax.ops.cudnn_attention import cudnn_attention
+from llama_jax.ops.layouts import slice_slots
 from llama_jax.ops.products import dot, query_key_product
 from llama_jax.ops.striped_cache import Partial
 from llama_jax.taps import Tapping, tap_weights
@@ -219,7 +220,7 @@ def cached_attention(
 
     Args:
       q: [B, T, N, H].
-      k: [B, K, S, H], or 8 bits with their scales.
+      k: [B, K, S, H], or 8 bits with their scales; where there are more rows, the first are read.
       v: likewise.
       mask: positions of queries and cache slots, or the slots that each query attends to.
       prefix: keys and values outside the cache, of the positions before every row.
@@ -243,6 +244,7 @@ def cached_attention(
     if used is not None and window is not None:
         used = jnp.minimum(used, slots)  # of a ring
     if used is None or slots <= block_size or tap is not None:
+        k, v = jax.tree.map(lambda x: x[: len(q)] if len(x) > len(q) else x, (k, v))
         return _ungrouped(_xla(grouped, k, v, mask, prefix, window, tap), q)
     return _ungrouped(_in_blocks(grouped, k, v, mask, prefix, used, window, block_size), q)
 
@@ -383,7 +385,7 @@ def _add_slots(
         if mask.allowed is not None:
             block_mask = block_mask._replace(allowed=slice_block(mask.allowed, 2))
         is_new = start + jnp.arange(block_size) >= index * block_size
-        keys, values = jax.tree.map(lambda x: slice_block(x, 2), (k, v))
+        keys, values = jax.tree.map(lambda x: slice_slots(x, len(q), start, block_size), (k, v))
         return add(partial, keys, values, block_mask.as_array(window) & is_new)
 
     if used is None or slots <= block_size:

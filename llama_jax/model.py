@@ -241,7 +241,7 @@ def forward_cached(
       params: its parameters, unstacked (see `unstack`): a scan would copy every weight at every token.
       tokens: int [B, T], written to slots start..start+T-1 of each row.
       start: int [B].
-      cache: the keys and values of slots 0..start-1 of each row.
+      cache: the keys and values of slots 0..start-1 of each row; its first B rows, if it has more.
       used: int [], the number of slots to read, at least max(start) + T: for many tokens. None reads all
         slots, which is faster for a few tokens.
       end: int [B], the tokens in each row; padding after them is not stored in rings. None: without padding.

@@ -54,6 +54,8 @@ def fp8_numbers(bits: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
 def write_slices(array: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     """Writes `new` [B, K, T, ...] into `array` [B, K, S, ...] from slot start[b] on, for each batch row b.
 
+    `array` may have more rows, which are left as they are.
+
     Work-around for XLA:CPU (JAX 0.10.2, 0.12.0.1): with batch size 1 the update has a single index, and XLA
     fuses it with the attention that reads the result, in copies of the whole array. One index per head keeps
     it a scatter, which runs in place.
@@ -66,7 +68,39 @@ def write_slices(array: jax.Array, new: jax.Array, start: jax.Array) -> jax.Arra
         starts = jnp.broadcast_to(start, array.shape[1])
         return jax.vmap(update, in_axes=(1, 1, 0), out_axes=1)(array, new, starts)
 
+    if len(array) > len(new):
+        return _write_first_rows(array, new, start)
     index_per_row = jax.vmap(update)
     if len(array) > 1 or sharding.explicit_axes():
         return index_per_row(array, new, start)
     return jax.lax.platform_dependent(array, new, start, cpu=index_per_head, default=index_per_row)
+
+
+def slice_slots(array: jax.Array, rows: int, start: jax.Array, size: int) -> jax.Array:
+    """array[:rows, :, start : start + size] of [B, K, S, ...], in one slice: two would copy all slots."""
+    if len(array) == rows:
+        return jax.lax.dynamic_slice_in_dim(array, start, size, 2)
+    zero = jnp.zeros_like(start)
+    at = zero, zero, start, *(zero for _ in array.shape[3:])
+    return jax.lax.dynamic_slice(array, at, (rows, array.shape[1], size, *array.shape[3:]))
+
+
+def _write_first_rows(array: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """`write_slices` into the first rows of a larger array, with one index per head as it has."""
+    rows, heads, length, *rest = new.shape
+    row, head = (x.reshape(-1) for x in jnp.meshgrid(jnp.arange(rows), jnp.arange(heads), indexing="ij"))
+    indices = jnp.stack([row, head, jnp.repeat(start, heads)], axis=1)
+    windows = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(1, 2 + len(rest))),
+        inserted_window_dims=(0, 1),
+        scatter_dims_to_operand_dims=(0, 1, 2),
+    )
+    return jax.lax.scatter(
+        array,
+        indices.astype(jnp.int32),
+        new.reshape(rows * heads, length, *rest),
+        windows,
+        indices_are_sorted=True,
+        unique_indices=True,
+        mode=jax.lax.GatherScatterMode.CLIP,
+    )

@@ -62,6 +62,7 @@ class Batcher:
         top_logprobs: int = 20,
         max_ids: int = 64,
         cache_dtype: jax.typing.DTypeLike | None = None,
+        invariant: bool = False,
     ) -> None:
         """The cache, `batch_size` + 1 rows of `max_length`, is allocated with the first request or `warm_up`.
 
@@ -74,6 +75,8 @@ class Batcher:
           top_logprobs: the most that a request may ask for.
           max_ids: the most ids in a request's `suppress_tokens` and `forced_tokens`, in multiples of 64.
           cache_dtype: dtype of the key/value cache, as for `generate`.
+          invariant: no bit of a result depends on the other requests: every step runs all rows, and no
+            prefix is shared. Otherwise a step runs 1, 4, 16, ... or all rows, as many as are needed.
 
         Raises:
           InputError: for a size that is out of range, or parameters on a mesh.
@@ -97,7 +100,7 @@ class Batcher:
         dtype = kv.checked_dtype(compute_dtype(params) if cache_dtype is None else cache_dtype).name
         sizes = Sizes(length=length, top_logprobs=self.top_logprobs, ids=ids)
         params = unstack_jit(params)
-        self._engine = Engine(config, params, sizes, self.batch_size, dtype, self._finish)
+        self._engine = Engine(config, params, sizes, self.batch_size, dtype, invariant, self._finish)
         self._queue: collections.deque[tuple[Handle, Prepared]] = collections.deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None

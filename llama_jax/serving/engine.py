@@ -78,13 +78,18 @@ class Engine:
         sizes: Sizes,
         batch_size: int,
         cache_dtype: str,
+        invariant: bool,
         finish: Callable[[Handle, FinishReason | Exception], None],
     ) -> None:
-        """`finish` is called with each request that ends, and why."""
+        """`finish` is called with each request that ends, and why; for `invariant` see `Batcher`."""
         self.config, self.params, self.sizes = config, params, sizes
         self.batch_size = batch_size
         self.totals = Totals()
         self._dtype = cache_dtype
+        self._shares = not invariant
+        # The rows that may be run at once: few programs, and few rows that are run for nothing.
+        fewer = [4**n for n in range(8) if 4**n < batch_size and not invariant]
+        self._row_counts = (*fewer, batch_size)
         self._finish = finish
         self._chunks = tuple(min(size, sizes.length) for size in PREFILL_CHUNKS)
         device = next(iter(jax.tree.leaves(params)[0].devices()))
@@ -136,7 +141,7 @@ class Engine:
         settings = prepare(Request([0], max_new_tokens=1), self.config, self.sizes).settings
         state, cache = self._on_device()
         sizes = sorted(set(self._chunks))
-        done, number = 0, len(sizes) + 3
+        done, number = 0, len(sizes) + 3 + len(self._row_counts)
 
         def count() -> None:
             nonlocal done
@@ -151,8 +156,12 @@ class Engine:
         count()
         state = programs.join(state, cache, zero, ids, np.int32(1), *settings)
         count()
-        self._state, self._cache = self._steps(state, steps=0, with_top=False)[0], cache
+        state = programs.move(state, zero, zero)
         count()
+        for rows in self._row_counts:
+            state, _ = self._steps(state, rows, steps=0, with_top=False)
+            count()
+        self._state, self._cache = state, cache
         return number
 
     def admit(self, handle: Handle, prepared: Prepared) -> None:
@@ -188,15 +197,17 @@ class Engine:
         return size
 
     def take_steps(self) -> None:
-        """Takes a decoding step of all rows, or several; gives the tokens to their requests."""
+        """Takes a decoding step of all requests, or several; gives them the tokens."""
+        count = self._compact()
         state, _ = self._on_device()
         with_top = any(there is not None and there.request.top_logprobs > 0 for there in self.rows)
+        steps = 1 if None in self.rows else STEPS
         self._state = None
-        self._state, found = self._steps(state, steps=1 if None in self.rows else STEPS, with_top=with_top)
+        self._state, found = self._steps(state, count, steps=steps, with_top=with_top)
         tokens, live, logprobs = (np.asarray(x) for x in found[:3])
         top = [np.asarray(x) for x in found[3:]] if with_top else None
         self.totals.steps += int(live.any(1).sum())
-        for row, handle in enumerate(self.rows):
+        for row, handle in enumerate(self.rows[:count]):
             if handle is None:
                 continue
             count, wanted = int(live[:, row].sum()), handle.request.top_logprobs
@@ -207,15 +218,52 @@ class Engine:
             new = map(Token, tokens[:count, row].tolist(), logprobs[:count, row].tolist(), likely)
             self._deliver(row, handle, list(new))
 
-    def _steps(self, state: DecodeState, *, steps: int, with_top: bool) -> tuple[DecodeState, programs.Steps]:
-        stopped = np.array([there is None for there in self.rows])
+    def _steps(
+        self, state: DecodeState, rows: int, *, steps: int, with_top: bool
+    ) -> tuple[DecodeState, programs.Steps]:
+        stopped = np.array([there is None for there in self.rows[:rows]])
         at = stopped, np.int32(steps), np.asarray(with_top)
-        most = {"most_steps": STEPS, "num_top": self.sizes.top_logprobs}
+        most = {"rows": rows, "most_steps": STEPS, "num_top": self.sizes.top_logprobs}
         return self._decode(self.config, self.params, state, *at, **most)
+
+    def _rows_for(self, requests: int) -> int:
+        """How many rows are run for a number of requests."""
+        return next(rows for rows in self._row_counts if rows >= requests)
+
+    def _compact(self) -> int:
+        """Moves requests to the first rows, as many as are run; returns how many these are."""
+        live = [row for row, there in enumerate(self.rows) if there is not None]
+        count = self._rows_for(len(live))
+        for row in reversed(live):
+            if row < count:
+                break
+            to = self._free_row(count)
+            self._move(row, to)
+            self.rows[to], self.rows[row] = self.rows[row], None
+            self._newest[to], self._stop_ids[to] = self._newest[row], self._stop_ids[row]
+            self._held.forget(row)
+        return count
+
+    def _free_row(self, count: int) -> int:
+        """Of the first rows one that is free; what it holds is kept in a later one, if one is free."""
+        free = [row for row, there in enumerate(self.rows) if there is None]
+        row = self._held.oldest([row for row in free if row < count])
+        later = [other for other in free if other >= count]
+        if later and self._held.length[row] and self._shares:
+            self._move(row, self._held.oldest(later))
+        return row
+
+    def _move(self, row: int, to: int) -> None:
+        """Copies a row of the cache and its state to another."""
+        state, _ = self._on_device()
+        self._state = None
+        self._state = programs.move(state, np.int32(row), np.int32(to))
+        self._held.copy(row, to)
+        self._written[to] = self._written[row]
 
     def _longest_prefix(self, prompt: np.ndarray, cache: kv.KVCache) -> tuple[int, int]:
         """The row that holds the longest prefix of a prompt from which it can be resumed; and its length."""
-        common = self._held.common(prompt)
+        common = self._held.common(prompt) if self._shares else np.zeros(self.batch_size + 1, int)
         for row in sorted(range(len(common)), key=lambda row: (-common[row], -row)):
             shared = int(common[row])
             # Of a row, the device may have run some tokens more.
@@ -236,8 +284,9 @@ class Engine:
         return chunks
 
     def _join(self, handle: Handle, prepared: Prepared) -> None:
+        requests = sum(there is not None for there in self.rows)
+        row = self._free_row(self._rows_for(requests + 1))
         state, cache = self._on_device()
-        row = self._held.oldest([row for row, there in enumerate(self.rows) if there is None])
         self._state = None
         length = np.int32(prepared.length)
         self._state = programs.join(state, cache, np.int32(row), prepared.tokens, length, *prepared.settings)

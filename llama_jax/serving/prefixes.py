@@ -37,6 +37,14 @@ class HeldTokens:
         self.length[row] += 1
         self._touch(row)
 
+    def copy(self, row: int, to: int) -> None:
+        """Another row now holds what a row does, and is as old."""
+        self.tokens[to], self.length[to], self.used[to] = self.tokens[row], self.length[row], self.used[row]
+
+    def forget(self, row: int) -> None:
+        """A row no longer has to be kept."""
+        self.length[row] = self.used[row] = 0
+
     def common(self, prompt: np.ndarray) -> np.ndarray:
         """int [rows]: the length of the prefix that each row has in common with a prompt, aligned."""
         most = min(len(prompt), int(self.length.max(initial=0)))

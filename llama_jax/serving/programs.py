@@ -1,9 +1,9 @@
-"""The device's side of a `Batcher`: four compiled programs over B rows of one preallocated cache.
+"""The device's side of a `Batcher`: compiled programs over B rows of one preallocated cache.
 
 A prompt is run chunk by chunk in a cache of its own, of one row (`prefill_chunk`), which then is copied into
 a free row of the batch (`join`); what a prompt has in common with a row is copied the other way
-(`copy_prefix`). `decode` takes steps of all rows at once. Rows, positions, lengths and settings are
-arguments: none of them recompiles.
+(`copy_prefix`). `decode` takes steps of the first R rows at once, for a few values of R, as the rows that are
+live can be moved there (`move`). Rows, positions, lengths and settings are arguments: none recompiles.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _OFF = Sampling(temperature=0.0, suppress_tokens=-1, forced_tokens=-1)
 
 
 class Steps(NamedTuple):
-    """What the host reads after some decoding steps; K is the most there may be.
+    """What the host reads after some decoding steps, at most K, of the first R rows.
 
     Attributes:
-      tokens: int32 [K, B]; step by step, those of rows that were live.
-      live: bool [K, B], false in steps that were not taken.
-      logprobs: f32 [K, B], as `GenerateOutput.logprobs`.
-      top_tokens: int32 [K, B, n], the most likely tokens in descending order, if they were asked for.
-      top_logprobs: f32 [K, B, n].
+      tokens: int32 [K, R]; step by step, those of rows that were live.
+      live: bool [K, R], false in steps that were not taken.
+      logprobs: f32 [K, R], as `GenerateOutput.logprobs`.
+      top_tokens: int32 [K, R, n], the most likely tokens in descending order, if they were asked for.
+      top_logprobs: f32 [K, R, n].
     """
 
     tokens: jax.Array
@@ -158,7 +158,7 @@ def decode_program(platform: str) -> Any:
     """The jitted `decode` on a platform; the state is donated."""
     return jax.jit(
         decode,
-        static_argnames=("config", "most_steps", "num_top"),
+        static_argnames=("config", "rows", "most_steps", "num_top"),
         donate_argnames="state",
         compiler_options=decode_options(platform),
     )
@@ -172,22 +172,26 @@ def decode(
     steps: jax.Array,
     with_top: jax.Array,
     *,
+    rows: int,
     most_steps: int,
     num_top: int,
 ) -> tuple[DecodeState, Steps]:
-    """Takes decoding steps of all rows; those that are done hold still.
+    """Takes decoding steps of the first rows; those that are done hold still.
 
     Args:
       config: the model.
       params: its parameters, unstacked.
       state: the rows.
-      stopped: bool [B], rows that end here.
-      steps: int [], at most `most_steps`; fewer are taken if all rows are done.
+      stopped: bool [R], rows that end here.
+      steps: int [], at most `most_steps`; fewer are taken if all of these rows are done.
       with_top: bool [], whether the most likely tokens are wanted.
+      rows: R. All later ones are done.
       most_steps: K.
       num_top: n.
     """
-    rows = len(stopped)
+    whole, cache = state, state.cache
+    # Of all but the cache, which is written in place.
+    first = jax.tree.map(lambda x: x[:rows] if x.ndim else x, dataclasses.replace(state, cache=None))
 
     def most_likely(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         values, tokens = jax.lax.top_k(logits, num_top)
@@ -232,17 +236,39 @@ def decode(
         top_tokens=jnp.zeros((most_steps, rows, num_top), jnp.int32),
         top_logprobs=jnp.zeros((most_steps, rows, num_top), jnp.float32),
     )
-    state = dataclasses.replace(state, done=state.done | stopped)
-    _, state, found = jax.lax.while_loop(
-        lambda carry: (carry[0] < steps) & ~jnp.all(carry[1].done), step, (jnp.int32(0), state, empty)
+    first = dataclasses.replace(first, cache=cache, done=first.done | stopped)
+    _, first, found = jax.lax.while_loop(
+        lambda carry: (carry[0] < steps) & ~jnp.all(carry[1].done), step, (jnp.int32(0), first, empty)
     )
-    return state, found
+    cache, first = first.cache, dataclasses.replace(first, cache=None)
+    state = jax.tree.map(
+        lambda all, x: all.at[:rows].set(x) if x.ndim else x, dataclasses.replace(whole, cache=None), first
+    )
+    return dataclasses.replace(state, cache=cache), found
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def move(state: DecodeState, row: jax.Array, to: jax.Array) -> DecodeState:
+    """Moves a row to another place, so that the rows that are live stand first; the old one is done."""
+
+    def copy(rows: jax.Array) -> jax.Array:
+        if not rows.ndim:
+            return rows
+        return jax.lax.dynamic_update_index_in_dim(
+            rows, jax.lax.dynamic_index_in_dim(rows, row, keepdims=False), to, axis=0
+        )
+
+    length = jax.lax.dynamic_index_in_dim(state.history.length, row, keepdims=False)
+    cache = _copy_slots(state.cache, state.cache, to, row, length)
+    moved = jax.tree.map(copy, dataclasses.replace(state, cache=None))
+    return dataclasses.replace(moved, cache=cache, done=moved.done.at[row].set(True))
 
 
 def _copy_slots(
     target: kv.KVCache, source: kv.KVCache, to: jax.Array, of: jax.Array, used: jax.Array
 ) -> kv.KVCache:
     """Copies the slots of positions 0..used-1, of row `of` into row `to`, in place; of rings, all slots."""
+    same = target is source
 
     def copy_block(index: jax.Array, target: kv.KVCache) -> kv.KVCache:
         def copy(target: jax.Array, source: jax.Array) -> jax.Array:
@@ -253,7 +279,7 @@ def _copy_slots(
             block = jax.lax.dynamic_slice(source, (of, *at), (1, source.shape[1], size, *rest))
             return jax.lax.dynamic_update_slice(target, block, (to, *at))
 
-        return jax.tree.map(copy, target, source)
+        return jax.tree.map(copy, target, target if same else source)
 
     return jax.lax.fori_loop(0, -(-used // COPY_BLOCK), copy_block, target)
 

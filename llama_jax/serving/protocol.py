@@ -216,7 +216,8 @@ class _Fields:
         value: Any = self.body.get(name)
         if value is None:
             return default
-        if not isinstance(value, types) or isinstance(value, bool) or not low <= value <= high:
+        is_number = isinstance(value, types) and not isinstance(value, bool)
+        if not is_number or not low <= value <= high:
             raise ApiError(400, f"{name} is {_shown(value)}; it must be {rule}", param=name)
         return value
 

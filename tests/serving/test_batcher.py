@@ -98,7 +98,7 @@ def test_nothing_compiles_after_warm_up():
     batch = batcher()
     seen = []
     batch.warm_up(lambda done, number: seen.append((done, number)))
-    assert seen == [(n, 5) for n in range(1, 6)]
+    assert seen == [(n, 7) for n in range(1, 8)]  # steps of one row or of all
     requests = list(random_requests(10, 200))
     with counting_compiles() as compiled:
         batch.run(requests)
@@ -127,11 +127,11 @@ def test_rows_that_join_and_leave_at_random_equal_generate():
 
 
 def test_company_changes_no_bit():
-    """Of requests whose prompts nobody shares: log-probabilities are bitwise those of the row alone."""
-    requests = [request(ids(n, n), 9, n % 3, n) for n in (5, 40, 290, 33, 150)]
-    together = batcher().run(requests)
+    """Where that is asked for: log-probabilities are bitwise those of the row alone."""
+    requests = [request([*SYSTEM, *ids(n, n)], 9, n % 3, n) for n in (5, 40, 290, 33, 150)]
+    together = batcher(invariant=True).run(requests)
     for each, result in zip(requests, together, strict=True):
-        (alone,) = batcher().run([each])
+        (alone,) = batcher(invariant=True).run([each])
         assert result.shared_tokens == 0
         assert (alone.tokens, alone.logprobs) == (result.tokens, result.logprobs)
 
@@ -188,21 +188,42 @@ def test_no_program_copies_the_cache():
     engine, zero, row = batch._engine, np.int32(0), np.zeros((1, 32), np.int32)
     state, cache = engine._on_device()
     settings = prepare(request([0]), CONFIG, engine.sizes).settings
-    at = np.ones(ROWS, bool), zero, np.asarray(False)
     tokens = np.zeros(LENGTH, np.int32)
-    lowered = {
-        1: programs.prefill_chunk.lower(CONFIG, WEIGHTS, cache, row, zero, zero),
-        2: programs.copy_prefix.lower(cache, state.cache, zero, zero),
-        3: programs.join.lower(state, cache, zero, tokens, zero, *settings),
-        4: engine._decode.lower(CONFIG, WEIGHTS, state, *at, most_steps=STEPS, num_top=20),
-    }
-    for number, program in lowered.items():
+    lowered = [
+        (1, programs.prefill_chunk.lower(CONFIG, WEIGHTS, cache, row, zero, zero)),
+        (1, programs.copy_prefix.lower(cache, state.cache, zero, zero)),
+        (ROWS, programs.join.lower(state, cache, zero, tokens, zero, *settings)),
+        (ROWS, programs.move.lower(state, zero, zero)),
+    ]
+    for rows in (1, ROWS):
+        stopped, static = np.ones(rows, bool), {"rows": rows, "most_steps": STEPS, "num_top": 20}
+        steps = engine._decode.lower(CONFIG, WEIGHTS, state, stopped, zero, np.asarray(False), **static)
+        lowered.append((ROWS, steps))
+    for rows, program in lowered:
         text = optimized(program).as_text()
-        rows = 1 if number < 3 else ROWS
         shape = rf"f32\[{rows},{CONFIG.num_key_value_heads},{LENGTH},{CONFIG.head_dim}\]"
         assert re.search(rf"{shape}\S* parameter", text)
-        assert not re.search(rf"= {shape}\S* (copy|transpose|convert)\(", text), number
+        assert not re.search(rf"= {shape}\S* (copy|transpose|convert|slice)\(", text)
         assert len(re.findall("may-alias|must-alias", text)) >= 2 * CONFIG.num_hidden_layers
+
+
+def test_requests_move_to_the_first_rows_and_texts_are_kept_in_others():
+    """One that is left alone is run alone; a prefix survives requests that take turns in the first row."""
+    batch = batcher()
+    handles = [batch.submit(request(ids(40, n), 6 + 20 * (n == 2), 1, n)) for n in range(3)]
+    while batch.step():
+        pass
+    assert [handle is None for handle in batch._engine.rows] == [True] * ROWS
+    for handle in handles:
+        check_alone(handle.request, handle.result(timeout=0))
+    turns = [ids(90, 50), ids(90, 51)]
+    for _ in range(3):
+        for number, text in enumerate(turns):
+            each = request(text, 6)
+            (result,) = batch.run([each])
+            check_alone(each, result)
+            turns[number] = [*text, *result.tokens, *ids(5)]
+    assert result.shared_tokens == 96
 
 
 # Leaving
