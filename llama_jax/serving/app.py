@@ -29,6 +29,9 @@ _PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+BODY_SECONDS = 30
+"""For the body of a request to arrive."""
+
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -145,16 +148,21 @@ async def _read(request: Request, limit: int) -> Any:
     """The body's JSON.
 
     Raises:
-      ApiError: if it is too large, of another type, or malformed.
+      ApiError: if it is too large, too slow, of another type, or malformed.
     """
     # No page of another site may send this type without asking first, which nobody answers.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "the body must be JSON: send Content-Type: application/json")
-    data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > limit:
-            raise ApiError(413, f"the body is larger than {limit} bytes", headers={"Connection": "close"})
+    data, close = bytearray(), {"Connection": "close"}
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                data += part
+                if len(data) > limit:
+                    raise ApiError(413, f"the body is larger than {limit} bytes", headers=close)
+    except TimeoutError:
+        message = f"the body did not come within {BODY_SECONDS} s"
+        raise ApiError(408, message, kind="timeout_error", code="timeout", headers=close) from None
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:

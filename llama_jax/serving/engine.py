@@ -198,16 +198,16 @@ class Engine:
 
     def take_steps(self) -> None:
         """Takes a decoding step of all requests, or several; gives them the tokens."""
-        count = self._compact()
+        rows = self._compact()
         state, _ = self._on_device()
         with_top = any(there is not None and there.request.top_logprobs > 0 for there in self.rows)
         steps = 1 if None in self.rows else STEPS
         self._state = None
-        self._state, found = self._steps(state, count, steps=steps, with_top=with_top)
+        self._state, found = self._steps(state, rows, steps=steps, with_top=with_top)
         tokens, live, logprobs = (np.asarray(x) for x in found[:3])
         top = [np.asarray(x) for x in found[3:]] if with_top else None
         self.totals.steps += int(live.any(1).sum())
-        for row, handle in enumerate(self.rows[:count]):
+        for row, handle in enumerate(self.rows[:rows]):
             if handle is None:
                 continue
             count, wanted = int(live[:, row].sum()), handle.request.top_logprobs

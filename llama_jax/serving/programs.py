@@ -190,8 +190,7 @@ def decode(
       num_top: n.
     """
     whole, cache = state, state.cache
-    # Of all but the cache, which is written in place.
-    first = jax.tree.map(lambda x: x[:rows] if x.ndim else x, dataclasses.replace(state, cache=None))
+    first = jax.tree.map(lambda x: x[:rows] if x.ndim else x, _without_cache(state))
 
     def most_likely(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         values, tokens = jax.lax.top_k(logits, num_top)
@@ -240,10 +239,8 @@ def decode(
     _, first, found = jax.lax.while_loop(
         lambda carry: (carry[0] < steps) & ~jnp.all(carry[1].done), step, (jnp.int32(0), first, empty)
     )
-    cache, first = first.cache, dataclasses.replace(first, cache=None)
-    state = jax.tree.map(
-        lambda all, x: all.at[:rows].set(x) if x.ndim else x, dataclasses.replace(whole, cache=None), first
-    )
+    cache, first = first.cache, _without_cache(first)
+    state = jax.tree.map(lambda all, x: all.at[:rows].set(x) if x.ndim else x, _without_cache(whole), first)
     return dataclasses.replace(state, cache=cache), found
 
 
@@ -260,8 +257,13 @@ def move(state: DecodeState, row: jax.Array, to: jax.Array) -> DecodeState:
 
     length = jax.lax.dynamic_index_in_dim(state.history.length, row, keepdims=False)
     cache = _copy_slots(state.cache, state.cache, to, row, length)
-    moved = jax.tree.map(copy, dataclasses.replace(state, cache=None))
+    moved = jax.tree.map(copy, _without_cache(state))
     return dataclasses.replace(moved, cache=cache, done=moved.done.at[row].set(True))
+
+
+def _without_cache(state: DecodeState) -> DecodeState:
+    """All else of a state: the cache is written in place, and not sliced."""
+    return dataclasses.replace(state, cache=kv.KVCache(k=(), v=()))
 
 
 def _copy_slots(

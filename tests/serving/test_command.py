@@ -13,6 +13,10 @@ import httpx
 import pytest
 
 from llama_jax import cli
+from llama_jax.serving import server
+from llama_jax.serving.app import make_app
+from llama_jax.serving.batcher import Batcher
+from llama_jax.serving.service import Service
 from tests.serving import http
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +60,17 @@ def test_a_process_serves_and_ends_by_sigterm_with_its_answers_whole(tmp_path):
         finally:
             process.kill()
     assert model.config.max_position_embeddings == 384
+
+
+def test_ctrl_c_ends_a_server_as_it_ends_every_program(tmp_path):
+    """In this process, whose main thread serves."""
+    model = http.load(tmp_path)
+    with Batcher(model.config, model.params, batch_size=http.ROWS, max_length=352) as batcher:
+        service = Service(model, batcher, "mine", template="chatml")
+        with server.bind("127.0.0.1", 0) as bound, pytest.raises(KeyboardInterrupt):
+            server.serve(make_app(service), service, bound, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert service.stopping
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def error(capsys, *arguments):

@@ -333,6 +333,16 @@ def connect(running, body):
     return connection
 
 
+def test_a_body_that_does_not_come_is_refused(running, monkeypatch):
+    monkeypatch.setattr("llama_jax.serving.app.BODY_SECONDS", 0.05)
+    with connect(running, {}) as connection:
+        assert b"400" in connection.recv(1 << 12)
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(head + b"Content-Length: 9\r\n\r\n{")
+        answer = connection.recv(1 << 12)
+        assert b" 408 " in answer and b"did not come within 0.05 s" in answer
+
+
 def test_a_lost_client_frees_its_row(running):
     for streamed in (False, True):
         before = running.batcher.totals.new_tokens
