@@ -523,4 +523,37 @@ MUTANTS = (
         "return min(map(int, counts.values()))",
         ("tests/train/test_coordination.py",),
     ),
+    # Serving.
+    Mutant(
+        "prefix-off-by-one",
+        "llama_jax/serving/engine.py",
+        "a row is thought to hold its newest token, which was not run",
+        "self._held.append(row, self._newest[row])",
+        "self._held.append(row, token.id)",
+        ("tests/serving/test_batcher.py::test_a_shared_prefix_is_copied_and_changes_nothing",),
+    ),
+    Mutant(
+        "slots-of-the-shortest-row",
+        "llama_jax/serving/programs.py",
+        "rows attend to no more slots than the shortest of them has",
+        "used = jnp.max(jnp.where(live, history.length, 1))",
+        "used = jnp.min(jnp.where(live, history.length, 999))",
+        ("tests/serving/test_batcher.py::test_rows_that_join_and_leave_at_random_equal_generate",),
+    ),
+    Mutant(
+        "one-key-for-all-continuations",
+        "llama_jax/serving/programs.py",
+        "the continuations of a prompt are all the first one",
+        "jax.random.fold_in(key, index)",
+        "jax.random.fold_in(key, 0)",
+        ("tests/serving/test_batcher.py::test_continuations_of_one_prompt_equal_those_of_generate",),
+    ),
+    Mutant(
+        "logprobs-of-the-stop-string",
+        "llama_jax/serving/text_stream.py",
+        "the log-probabilities include a token of the stop string",
+        "entry[1] < self._released",
+        "entry[1] <= self._released",
+        ("tests/serving/test_text_stream.py",),
+    ),
 )
