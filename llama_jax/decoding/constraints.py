@@ -183,7 +183,7 @@ def allowed(constraint: Constraint, eos_ids: jax.Array, vocab_size: int) -> jax.
 
     Args:
       constraint: the rows; like the next two functions for [B, beams] as for [B].
-      eos_ids: int32 [E]; -1 for none.
+      eos_ids: int32 [E], or [B, E] where rows have their own; -1 for none.
       vocab_size: V.
 
     Returns:
@@ -195,7 +195,7 @@ def allowed(constraint: Constraint, eos_ids: jax.Array, vocab_size: int) -> jax.
     words = jnp.where(alive[..., None], words, jnp.uint32(0))
     bits = jnp.arange(WORD_BITS, dtype=jnp.uint32)[:, None]
     text = ((words[..., None, :] >> bits) & 1).astype(bool).reshape(*alive.shape, -1)[..., :vocab_size]
-    is_end = (jnp.arange(vocab_size)[:, None] == eos_ids).any(-1)
+    is_end = (jnp.arange(vocab_size)[:, None] == eos_ids[..., None, :]).any(-1)
     text &= ~is_end
     may_end = (alive & _take(grammars.accepting, constraint.index, constraint.state)) | ~text.any(-1)
     return text | (is_end & may_end[..., None]) | ~has_grammar[..., None]
@@ -273,21 +273,31 @@ def prepare(grammar: GrammarLike, vocab_size: int, batch: int, rows: int, eos_id
                 f"grammar holds a {type(wrong[0]).__name__}; make one with llama_jax.grammar(tokenizer, ...)"
             )
         found = [one.vocab_size for one in given if one is not None]
-    if other := [size for size in found if size != vocab_size]:
-        raise InputError(
-            f"the grammar is of a vocabulary of {other[0]} tokens and the model has {vocab_size}; build it "
-            "with the model's own tokenizer"
-        )
     if not found:
         return None
-    if not isinstance(eos_id, jax.core.Tracer):
-        ids = np.atleast_1d(np.asarray([] if eos_id is None else eos_id))
-        if not ((ids >= 0) & (ids < vocab_size)).any():
-            raise InputError("a grammar needs eos_id: the token that ends a text that is complete")
+    for size in found:
+        check(size, vocab_size, eos_id)
     if not isinstance(grammar, Constraint):
         return for_rows(grammar, rows)
     # Decoding donates its state: what the caller holds must not be a part of it.
     return jax.tree.map(lambda x: x if isinstance(x, jax.core.Tracer) else jnp.copy(x), _fill(grammar, rows))
+
+
+def check(grammar_size: int, vocab_size: int, eos_id: Any) -> None:
+    """Checks a grammar of a vocabulary of some size against a model's, and that its texts can end.
+
+    Raises:
+      InputError: if it is another vocabulary, or there is no end-of-sequence id.
+    """
+    if grammar_size != vocab_size:
+        raise InputError(
+            f"the grammar is of a vocabulary of {grammar_size} tokens and the model has {vocab_size}; build "
+            "it with the model's own tokenizer"
+        )
+    if not isinstance(eos_id, jax.core.Tracer):
+        ids = np.atleast_1d(np.asarray([] if eos_id is None else eos_id))
+        if not ((ids >= 0) & (ids < vocab_size)).any():
+            raise InputError("a grammar needs eos_id: the token that ends a text that is complete")
 
 
 def _fill(constraint: Constraint, rows: int) -> Constraint:

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config import LlamaConfig
+from llama_jax.decoding import constraints
 from llama_jax.decoding.arguments import check_int
+from llama_jax.decoding.constraints import Grammar
 from llama_jax.decoding.sampling import Sampling
 from llama_jax.errors import InputError
 from llama_jax.serving.programs import one_row
@@ -59,8 +61,8 @@ def prepare(request: Request, config: LlamaConfig, sizes: Sizes) -> Prepared:
       sizes: of the batcher.
 
     Raises:
-      InputError: for an empty prompt, an id outside the vocabulary, a setting out of range, or more
-        tokens, ids or log-probabilities than the batcher was made for.
+      InputError: for an empty prompt, an id outside the vocabulary, a setting out of range, more tokens,
+        ids or log-probabilities than the batcher was made for, or a grammar of another vocabulary.
     """
     tokens = np.asarray(request.tokens)
     if tokens.ndim != 1 or not tokens.size:
@@ -89,6 +91,11 @@ def prepare(request: Request, config: LlamaConfig, sizes: Sizes) -> Prepared:
     for name in ("suppress_tokens", "forced_tokens"):
         if (size := np.asarray(getattr(sampling, name)).size) > sizes.ids:
             raise InputError(f"{name} holds {size} ids; this batcher was made with max_ids={sizes.ids}")
+    if request.grammar is not None:
+        if not isinstance(request.grammar, Grammar):
+            kind = type(request.grammar).__name__
+            raise InputError(f"grammar is a {kind}; make one with llama_jax.grammar(tokenizer, ...)")
+        constraints.check(request.grammar.vocab_size, config.vocab_size, request.eos_id)
     padded = np.zeros(sizes.length, np.int32)
     padded[: tokens.size] = tokens
     eos_ids = _eos_ids(request.eos_id, sizes.eos_ids)

@@ -15,11 +15,13 @@ import numpy as np
 
 from llama_jax import kv_cache as kv
 from llama_jax.config import LlamaConfig
+from llama_jax.decoding.constraints import FREE, Grammar
 from llama_jax.decoding.state import PREFILL_CHUNKS, DecodeState
 from llama_jax.errors import InputError
 from llama_jax.model import Params
 from llama_jax.serving import programs
 from llama_jax.serving.arguments import Prepared, Sizes, prepare
+from llama_jax.serving.grammar_tables import GrammarTables
 from llama_jax.serving.prefixes import HeldTokens
 from llama_jax.serving.requests import FinishReason, Handle, Request, Token
 
@@ -107,6 +109,7 @@ class Engine:
         self._newest = [0] * self.batch_size  # sampled, but not run
         self._stop_ids: list[frozenset[int]] = [frozenset()] * self.batch_size
         self._held = HeldTokens(count, self.sizes.length)
+        self._tables = GrammarTables(self.batch_size)
         # The most positions that were run since a row was last run from its start (`kv_cache.can_resume`).
         self._written = np.zeros(count, np.int64)
         return lost
@@ -154,7 +157,7 @@ class Engine:
             count()
         cache = programs.copy_prefix(cache, state.cache, zero, zero)
         count()
-        state = programs.join(state, cache, zero, ids, np.int32(1), *settings)
+        state = programs.join(state, cache, zero, ids, np.int32(1), *settings, np.int32(FREE))
         count()
         state = programs.move(state, zero, zero)
         count()
@@ -288,8 +291,9 @@ class Engine:
         row = self._free_row(self._rows_for(requests + 1))
         state, cache = self._on_device()
         self._state = None
-        length = np.int32(prepared.length)
-        self._state = programs.join(state, cache, np.int32(row), prepared.tokens, length, *prepared.settings)
+        grammar, state = self._with_grammar(state, handle.request.grammar)
+        at = np.int32(row), prepared.tokens, np.int32(prepared.length)
+        self._state = programs.join(state, cache, *at, *prepared.settings, np.int32(grammar))
         self._held.set(row, prepared.tokens[: prepared.length - 1])
         self._written[row] = self._written[self.batch_size]
         self._newest[row] = int(prepared.tokens[prepared.length - 1])
@@ -297,6 +301,18 @@ class Engine:
         self._prompt, self.rows[row] = None, handle
         self.totals.prompt_tokens += prepared.length
         self.totals.shared_tokens += handle.shared_tokens
+
+    def _with_grammar(self, state: DecodeState, grammar: Grammar | None) -> tuple[int, DecodeState]:
+        """The place of a grammar, and the state with it; without one, if no other row has any.
+
+        Rows without grammars run the programs that were compiled for them.
+        """
+        used = [one for there in self.rows if there is not None and (one := there.request.grammar)]
+        if grammar is None:
+            constraint, place = state.constraint if used else None, FREE
+        else:
+            place, constraint = self._tables.place(grammar, state.constraint, used)
+        return place, dataclasses.replace(state, constraint=constraint)
 
     def _deliver(self, row: int, handle: Handle, tokens: list[Token]) -> None:
         """Gives new tokens to a request, and ends it where one of them does."""

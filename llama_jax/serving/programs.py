@@ -18,6 +18,7 @@ import numpy as np
 
 from llama_jax import kv_cache as kv
 from llama_jax.config import LlamaConfig
+from llama_jax.decoding import constraints
 from llama_jax.decoding.logits_processors import TokenHistory
 from llama_jax.decoding.sampling import Sampling
 from llama_jax.decoding.state import DecodeState, GenerateOutput, sample_token
@@ -117,6 +118,7 @@ def join(
     key_data: jax.Array,
     index: jax.Array,
     sampling: Sampling,
+    grammar: jax.Array,
 ) -> DecodeState:
     """Starts a request in a row, whose prompt but for the last token is in `cache`.
 
@@ -131,6 +133,7 @@ def join(
       key_data: of one key.
       index: int [], which is folded into the key: row `index` of a batch with that key samples the same.
       sampling: settings of one row, with the ids' widths of `init_rows`.
+      grammar: int [], its grammar among those of the state's constraint; -1 for none.
     """
 
     def put(rows: jax.Array, value: jax.Array) -> jax.Array:
@@ -150,6 +153,7 @@ def join(
         keys=put(state.keys, jax.random.fold_in(key, index)),
         sampling=jax.tree.map(lambda rows, value: put(rows, value[0]), state.sampling, sampling),
         eos_ids=put(state.eos_ids, eos_ids),
+        constraint=None if state.constraint is None else constraints.begin(state.constraint, row, grammar),
     )
 
 
@@ -189,8 +193,8 @@ def decode(
       most_steps: K.
       num_top: n.
     """
-    whole, cache = state, state.cache
-    first = jax.tree.map(lambda x: x[:rows] if x.ndim else x, _without_cache(state))
+    whole = state
+    first = jax.tree.map(lambda x: x[:rows] if x.ndim else x, _by_row(state))
 
     def most_likely(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         values, tokens = jax.lax.top_k(logits, num_top)
@@ -235,13 +239,12 @@ def decode(
         top_tokens=jnp.zeros((most_steps, rows, num_top), jnp.int32),
         top_logprobs=jnp.zeros((most_steps, rows, num_top), jnp.float32),
     )
-    first = dataclasses.replace(first, cache=cache, done=first.done | stopped)
+    first = dataclasses.replace(_with_shared(first, whole), done=first.done | stopped)
     _, first, found = jax.lax.while_loop(
         lambda carry: (carry[0] < steps) & ~jnp.all(carry[1].done), step, (jnp.int32(0), first, empty)
     )
-    cache, first = first.cache, _without_cache(first)
-    state = jax.tree.map(lambda all, x: all.at[:rows].set(x) if x.ndim else x, _without_cache(whole), first)
-    return dataclasses.replace(state, cache=cache), found
+    state = jax.tree.map(lambda all, x: all.at[:rows].set(x) if x.ndim else x, _by_row(whole), _by_row(first))
+    return _with_shared(state, first), found
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -257,13 +260,26 @@ def move(state: DecodeState, row: jax.Array, to: jax.Array) -> DecodeState:
 
     length = jax.lax.dynamic_index_in_dim(state.history.length, row, keepdims=False)
     cache = _copy_slots(state.cache, state.cache, to, row, length)
-    moved = jax.tree.map(copy, _without_cache(state))
+    moved = _with_shared(jax.tree.map(copy, _by_row(state)), state)
     return dataclasses.replace(moved, cache=cache, done=moved.done.at[row].set(True))
 
 
-def _without_cache(state: DecodeState) -> DecodeState:
-    """All else of a state: the cache is written in place, and not sliced."""
-    return dataclasses.replace(state, cache=kv.KVCache(k=(), v=()))
+def _by_row(state: DecodeState) -> DecodeState:
+    """What a state has of each row: not the cache, which is written in place, nor the grammars' arrays."""
+    constraint = state.constraint
+    if constraint is not None:
+        no_grammars: Any = ()
+        constraint = dataclasses.replace(constraint, grammars=no_grammars)
+    return dataclasses.replace(state, cache=kv.KVCache(k=(), v=()), constraint=constraint)
+
+
+def _with_shared(state: DecodeState, whole: DecodeState) -> DecodeState:
+    """The inverse of `_by_row`: `state` with the cache and the grammars of `whole`."""
+    constraint = state.constraint
+    if constraint is not None:
+        assert whole.constraint is not None
+        constraint = dataclasses.replace(constraint, grammars=whole.constraint.grammars)
+    return dataclasses.replace(state, cache=whole.cache, constraint=constraint)
 
 
 def _copy_slots(

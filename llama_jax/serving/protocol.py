@@ -53,6 +53,7 @@ class Body:
       include_usage: whether the last chunk of a stream has the usage.
       top_logprobs: alternatives of each token; None is no log-probabilities.
       echo: of completions: whether the text begins with the prompt.
+      schema: the JSON schema that the text must fill, of `response_format`; None is any text.
     """
 
     prompts: list[str] | list[list[int]]
@@ -65,6 +66,7 @@ class Body:
     include_usage: bool
     top_logprobs: int | None
     echo: bool
+    schema: dict[str, Any] | None = None
 
 
 def read_body(body: Any, *, chat: bool, max_n: int, max_top: int) -> Body:
@@ -90,7 +92,6 @@ def read_body(body: Any, *, chat: bool, max_n: int, max_top: int) -> Body:
     for name, off in _NOT_SUPPORTED.items():
         if body.get(name) not in (None, *off):
             raise ApiError(400, f"{name} is not supported by this server", param=name, code="unsupported")
-    refuse_response_format(body.get("response_format"))
     fields = _Fields(body)
     settings = {
         "temperature": fields.number("temperature", 0, 2, default=1.0),
@@ -122,25 +123,40 @@ def read_body(body: Any, *, chat: bool, max_n: int, max_top: int) -> Body:
         include_usage=_Fields(options).boolean("include_usage"),
         top_logprobs=_top_logprobs(fields, chat, max_top),
         echo=fields.boolean("echo"),
+        schema=_schema(body.get("response_format")),
     )
 
 
-def refuse_response_format(value: Any) -> None:
-    """The place where `response_format` becomes a constraint of the rows; so far only plain text is known.
+def _schema(value: Any) -> dict[str, Any] | None:
+    """The JSON schema of a `response_format`; of `json_object` that of any object.
 
     Raises:
-      ApiError: for `json_schema` and `json_object`, or anything that is no format.
+      ApiError: for anything that is no format.
     """
+    if value is None:
+        return None
     kind = value.get("type") if isinstance(value, dict) else None
-    if value is None or kind == "text":
-        return
-    known = "not supported by this server" if kind in ("json_schema", "json_object") else "unknown"
-    raise ApiError(
-        400,
-        f"response_format of type {str(kind)[:40]!r} is {known}; leave it out, or give {{'type': 'text'}}",
-        param="response_format",
-        code="unsupported",
-    )
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    if kind != "json_schema":
+        raise ApiError(
+            400,
+            f"response_format of type {_shown(kind)} is unknown; give one of 'text', 'json_object' and "
+            "'json_schema'",
+            param="response_format",
+        )
+    given = value.get("json_schema")
+    schema = given.get("schema") if isinstance(given, dict) else None
+    if not isinstance(schema, dict):
+        raise ApiError(
+            400,
+            "response_format of type 'json_schema' has no schema; give {'type': 'json_schema', "
+            "'json_schema': {'name': ..., 'schema': {...}}}",
+            param="response_format",
+        )
+    return schema
 
 
 _COMMON = (

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import jax
 
 from llama_jax.decoding.arguments import EosId
+from llama_jax.decoding.constraints import Grammar
 from llama_jax.decoding.sampling import Sampling
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
@@ -46,6 +47,7 @@ class Request:
       index: the tokens are those of row `index` of `generate` with this key: of several continuations of one
         prompt, each has its own.
       top_logprobs: the number of most likely tokens to return per step.
+      grammar: what the continuation may be (`llama_jax.grammar`); it needs `eos_id`.
       timeout: seconds after which the request ends, in the queue too; None is no limit.
       follow: called with each new token, in order, by the thread that drives the device: to be quick. True
         ends the request, as a stop string does.
@@ -58,6 +60,7 @@ class Request:
     key: jax.Array | None = None
     index: int = 0
     top_logprobs: int = 0
+    grammar: Grammar | None = None
     timeout: float | None = None
     follow: Callable[[Token], bool] | None = None
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.chat import ChatTemplate, chat_template, encode_chat
+from llama_jax.decoding.constraints import Grammar
 from llama_jax.errors import InputError, LlamaJaxError, QueueFullError, TokenizerError
 from llama_jax.serving.batcher import Batcher
 from llama_jax.serving.protocol import ApiError, Body
 from llama_jax.serving.requests import Handle, Request
 from llama_jax.serving.text_stream import TextStream
+from llama_jax.structured_output.build import grammar
 from llama_jax.text.model import Model
 from llama_jax.text.stop_strings import split_stop_strings
 
@@ -148,6 +150,7 @@ class Service:
             end_ids, stops = split_stop_strings(self.model.tokenizer, body.stop)
         except LlamaJaxError as error:
             raise ApiError(400, str(error)) from None
+        constraint = self._grammar(body)
         requests, texts, echoes = [], [], []
         for number, prompt in enumerate(prompts):
             limit = self._new_tokens(body, len(prompt))
@@ -156,7 +159,9 @@ class Service:
                 given = body.prompts[number]
                 echo = given if isinstance(given, str) else self.model.tokenizer.decode(given)
             for index in range(body.n):
-                text = TextStream(self.model.tokenizer, stops, end_ids, () if chat else prompt)
+                # What fills a schema is a text of its own.
+                before = () if chat or constraint is not None else prompt
+                text = TextStream(self.model.tokenizer, stops, end_ids, before)
                 requests.append(
                     Request(
                         prompt,
@@ -167,6 +172,7 @@ class Service:
                         # The continuations of several prompts differ too, should the prompts be equal.
                         index=number * body.n + index,
                         top_logprobs=body.top_logprobs or 0,
+                        grammar=constraint,
                         timeout=self.limits.seconds,
                         follow=text.follow,
                     )
@@ -188,6 +194,15 @@ class Service:
         ]
         prefix = "chatcmpl" if chat else "cmpl"
         return Job(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), chat, body, choices)
+
+    def _grammar(self, body: Body) -> Grammar | None:
+        """The grammar of a `response_format`; the last ones are kept."""
+        if body.schema is None:
+            return None
+        try:
+            return grammar(self.model.tokenizer, json_schema=body.schema)
+        except LlamaJaxError as error:
+            raise ApiError(400, f"response_format: {error}", param="response_format") from None
 
     def _prompts(self, body: Body, chat: bool) -> list[list[int]]:
         """The ids of each prompt."""

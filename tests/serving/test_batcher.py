@@ -192,7 +192,7 @@ def test_no_program_copies_the_cache():
     lowered = [
         (1, programs.prefill_chunk.lower(CONFIG, WEIGHTS, cache, row, zero, zero)),
         (1, programs.copy_prefix.lower(cache, state.cache, zero, zero)),
-        (ROWS, programs.join.lower(state, cache, zero, tokens, zero, *settings)),
+        (ROWS, programs.join.lower(state, cache, zero, tokens, zero, *settings, zero - 1)),
         (ROWS, programs.move.lower(state, zero, zero)),
     ]
     for rows in (1, ROWS):
