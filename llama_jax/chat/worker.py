@@ -1,12 +1,11 @@
-"""The worker process that renders chat templates; process.py starts it and kills it after a timeout.
+"""Renders chat templates in a worker process (`sandbox`), which process.py kills after a timeout.
 
 A template is an untrusted program. jinja2's sandbox keeps it from the machine, but cannot interrupt one long
 operation of the interpreter (`'a' * 10**10`, comparing lists nested fifty deep): that takes a process that
 can be killed.
 
-Protocol: each line of stdin is a JSON object with `source`, the template, and `variables`. The response is
-one line of JSON on stdout with one key: `text`; `refused`, the message of the template's `raise_exception`;
-or `error`.
+A request has `source`, the template, and `variables`. The response has one key: `text`; `refused`, the
+message of the template's `raise_exception`; or `error`.
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-import signal
-import sys
 from typing import Any
 
 import jinja2
@@ -25,11 +22,6 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
-
-try:
-    import resource
-except ImportError:  # Windows: memory is bounded only by the timeout
-    resource = None  # type: ignore[assignment]
 
 MAX_MEMORY = 1 << 29  # bytes of address space
 MAX_CHARACTERS = 1 << 22  # of a rendered text; longer than any context
@@ -119,32 +111,3 @@ def respond(request: dict[str, Any]) -> dict[str, str]:
     if len(text) > MAX_CHARACTERS:
         return {"error": f"it writes {len(text)} characters; the limit is {MAX_CHARACTERS}"}
     return {"text": text}
-
-
-def _lower_limit(kind: int, limit: int) -> None:
-    """Lowers a resource limit to `limit`, unless the hard limit is lower already."""
-    _, hard = resource.getrlimit(kind)
-    if hard == resource.RLIM_INFINITY or hard > limit:
-        resource.setrlimit(kind, (limit, hard))
-
-
-def main() -> None:
-    """Responds to requests until stdin ends. Takes one argument, the timeout of a request in seconds."""
-    seconds = int(sys.argv[1])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to the whole process group
-    if resource:
-        _lower_limit(resource.RLIMIT_CORE, 0)
-        _lower_limit(resource.RLIMIT_AS, MAX_MEMORY)
-    out = sys.stdout.buffer
-    out.write(b"ready\n")
-    out.flush()
-    for line in sys.stdin.buffer:
-        if resource:  # a CPU limit in case the parent died and cannot enforce the timeout
-            usage = resource.getrusage(resource.RUSAGE_SELF)
-            _lower_limit(resource.RLIMIT_CPU, int(usage.ru_utime + usage.ru_stime) + seconds + 2)
-        out.write(json.dumps(respond(json.loads(line))).encode() + b"\n")
-        out.flush()
-
-
-if __name__ == "__main__":
-    main()

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import re
-import subprocess
-import sys
-import threading
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from llama_jax.errors import GrammarError
+from llama_jax.sandbox.process import Worker
 
 TIMEOUT = 10.0  # seconds; an ordinary expression takes milliseconds
-_START_TIMEOUT = 60.0  # seconds, for a busy machine with a slow disk; normally 0.2
 MAX_CHARACTERS = 1 << 20  # of an expression
 
 
@@ -40,8 +36,8 @@ class Compiler:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        file = Path(__file__).with_name("worker.py")
+        self._worker = Worker(file, "grammars are compiled", "outlines_core", GrammarError)
 
     def compile(self, regex: str, name: str) -> ByteAutomaton:
         """Compiles an expression that must match a whole text.
@@ -58,8 +54,7 @@ class Compiler:
                 f"{name} is too large: as a regular expression it has {len(regex)} characters, and the limit "
                 f"is {MAX_CHARACTERS}; make it simpler"
             )
-        with self._lock:
-            response, data = self._request(json.dumps(regex).encode() + b"\n")
+        response, data, _ = self._worker.request(regex, TIMEOUT)
         if response is None or response.get("error") == "memory":
             raise GrammarError(
                 f"{name} is too large: its automaton takes more than {TIMEOUT:.0f} s or 2 GB to build; make "
@@ -78,74 +73,7 @@ class Compiler:
 
     def close(self) -> None:
         """Kills the worker, if it runs; the next request starts another."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.communicate()
-
-    def _request(self, request: bytes) -> tuple[dict | None, bytes]:
-        """The response and its data; None if the worker was killed or crashed, which any failure does."""
-        if self._process is None or self._process.poll() is not None:
-            self.close()
-            self._process = self._start()
-        process, done = self._process, False
-        assert process.stdin is not None
-        assert process.stdout is not None
-        timer = threading.Timer(TIMEOUT, process.kill)
-        timer.daemon = True
-        timer.start()
-        try:
-            process.stdin.write(request)
-            process.stdin.flush()
-            line = process.stdout.readline()
-            if not line.endswith(b"\n"):
-                return None, b""
-            response = json.loads(line)
-            size = response.get("states", 0) * (256 * 4 + 1)
-            data = process.stdout.read(size)
-            done = len(data) == size
-            return (response, data) if done else (None, b"")
-        except OSError:  # the process has exited
-            return None, b""
-        finally:
-            timer.cancel()
-            timer.join()
-            if not done:  # also after Ctrl-C: a late response would be stale
-                self.close()
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-P", str(Path(__file__).with_name("worker.py")), f"{TIMEOUT:.0f}"]
-        paths = os.pathsep.join(filter(None, sys.path))  # so that the worker imports the same libraries
-        single = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1")  # threads take address space
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env={**os.environ, **single, "PYTHONPATH": paths},
-            )
-        except OSError as error:
-            raise GrammarError(
-                f"grammars are compiled in a second Python process, and {sys.executable!r} cannot be started "
-                f"({error.strerror or error}); check sys.executable"
-            ) from None
-        assert process.stdout is not None
-        timer = threading.Timer(_START_TIMEOUT, process.kill)
-        timer.daemon = True
-        timer.start()
-        try:
-            started = process.stdout.readline() == b"ready\n"
-        finally:
-            timer.cancel()
-        if not started:
-            process.kill()
-            process.communicate()
-            raise GrammarError(
-                "the Python process that compiles grammars exited at startup; check that it can "
-                "`import outlines_core`"
-            )
-        return process
+        self._worker.close()
 
 
 # What a deterministic automaton cannot have, or the library does not; the first that is found is named.

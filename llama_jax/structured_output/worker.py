@@ -1,27 +1,17 @@
-"""The worker process that compiles regular expressions; compiler.py starts it and kills it after a timeout.
+"""Compiles regular expressions in a worker process (`sandbox`), which compiler.py kills after a timeout.
 
 A short expression can have an automaton of any size (`(a|b)*a(a|b){30}` has 2^31 states), and the library
 that builds it, outlines-core, has no limit: that takes a process that can be killed, with limited memory.
 
-Protocol: each line of stdin is a JSON string, an expression. The response is one line of JSON on stdout:
-`error`; `too_many` states and their `limit`; or the number of `states`, which this many bytes follow: int32
-[states, 256], the state after each byte (-1: none), and uint8 [states], whether the expression matches up to
-there. The start is state 0.
+A request is an expression. The response has `error`; `too_many` states and their `limit`; or the number of
+`states`, and bytes: int32 [states, 256], the state after each byte (-1: none), and uint8 [states], whether
+the expression matches up to there. The start is state 0.
 """
 
 from __future__ import annotations
 
-import json
-import signal
-import sys
-
 import numpy as np
 from outlines_core import Index, Vocabulary
-
-try:
-    import resource
-except ImportError:  # Windows: memory is bounded only by the timeout
-    resource = None  # type: ignore[assignment]
 
 MAX_MEMORY = 1 << 31  # bytes of address space
 MAX_STATES = 1 << 16
@@ -71,33 +61,3 @@ def respond(regex: str) -> tuple[dict[str, int | str], bytes]:
     if len(table) > MAX_STATES:
         return {"too_many": len(table), "limit": MAX_STATES}, b""
     return {"states": len(table)}, table.tobytes() + accepting.tobytes()
-
-
-def _lower_limit(kind: int, limit: int) -> None:
-    """Lowers a resource limit to `limit`, unless the hard limit is lower already."""
-    _, hard = resource.getrlimit(kind)
-    if hard == resource.RLIM_INFINITY or hard > limit:
-        resource.setrlimit(kind, (limit, hard))
-
-
-def main() -> None:
-    """Responds to requests until stdin ends. Takes one argument, the timeout of a request in seconds."""
-    seconds = int(sys.argv[1])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to the whole process group
-    if resource:
-        _lower_limit(resource.RLIMIT_CORE, 0)
-        _lower_limit(resource.RLIMIT_AS, MAX_MEMORY)
-    out = sys.stdout.buffer
-    out.write(b"ready\n")
-    out.flush()
-    for line in sys.stdin.buffer:
-        if resource:  # a CPU limit in case the parent died and cannot enforce the timeout
-            usage = resource.getrusage(resource.RUSAGE_SELF)
-            _lower_limit(resource.RLIMIT_CPU, int(usage.ru_utime + usage.ru_stime) + seconds + 2)
-        response, data = respond(json.loads(line))
-        out.write(json.dumps(response).encode() + b"\n" + data)
-        out.flush()
-
-
-if __name__ == "__main__":
-    main()

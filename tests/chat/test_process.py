@@ -124,10 +124,10 @@ def test_raise_exception():
 
 def test_process_is_reused():
     render_chat(jinja("a"), [user("a")])
-    first = process.RENDERER._process
+    first = process.RENDERER._worker._process
     for i in range(20):
         assert render_chat(jinja("{{ messages[0].content }}"), [user(str(i))]) == str(i)
-    assert process.RENDERER._process is first
+    assert process.RENDERER._worker._process is first
 
 
 def test_threads_get_their_own_responses():
@@ -158,7 +158,7 @@ def test_ctrl_c_leaves_no_stale_response():
 
 def test_dead_process_is_restarted():
     render_chat(jinja("a"), [user("a")])
-    first = process.RENDERER._process
+    first = process.RENDERER._worker._process
     first.kill()
     first.wait()
     assert render_chat(jinja("b"), [user("a")]) == "b"
@@ -170,10 +170,10 @@ def test_fork_has_its_own_process():
         "from llama_jax.chat.process import RENDERER\n"
         "def render(n): return [RENDERER.render('t', '{{ n }}', {'n': n + i}) for i in range(50)]\n"
         "assert render(0)[0] == '0'\n"
-        "first, child = RENDERER._process, os.fork()\n"
+        "first, child = RENDERER._worker._process, os.fork()\n"
         "n = 100 if child else 500\n"
         "assert render(n) == [str(n + i) for i in range(50)]\n"
-        "assert (RENDERER._process is first) == bool(child)\n"
+        "assert (RENDERER._worker._process is first) == bool(child)\n"
         "if child: assert os.waitpid(child, 0)[1] == 0\n"
     )
     root = Path(__file__).parents[2]

@@ -10,6 +10,7 @@ import pytest
 
 import llama_jax as lj
 from llama_jax.errors import GrammarError
+from llama_jax.sandbox.process import Answer
 from llama_jax.structured_output import compiler, token_automaton, worker
 from llama_jax.structured_output.json_schema import regex_of
 
@@ -184,7 +185,7 @@ def test_too_large_an_automaton_is_refused(tokenizer, monkeypatch):
     with pytest.raises(GrammarError, match="limit is 1048576"):
         compiler.COMPILER.compile("a" * (1 << 20) + "b", "regex")
     here = compiler.Compiler()
-    monkeypatch.setattr(here, "_request", lambda request: worker.respond(json.loads(request)))
+    monkeypatch.setattr(here._worker, "request", lambda regex, _: Answer(*worker.respond(regex), False))
     monkeypatch.setattr(worker, "MAX_STATES", 20)
     with pytest.raises(GrammarError, match=r"its automaton over bytes has 3\d states, and the limit is 20"):
         here.compile("[ab]{30}", "regex")
