@@ -55,7 +55,7 @@ durations: $(VENV)/test.stamp $(VENV)/parity.stamp
 	$(PYTEST) $(TWO_WORKERS) -m parity --store-durations $(call MARKED,parity)
 
 test-jax: $(VENV)/test.stamp
-	$(PYTEST) $(TWO_WORKERS) -m "not parity and not pods and not stores and not slow" --shorter-than 1.5 $(wildcard $(JAX_TESTS))
+	$(PYTEST) $(TWO_WORKERS) -m "not parity and not pods and not stores and not slow" --shorter-than 1 $(wildcard $(JAX_TESTS))
 
 parity: $(VENV)/parity.stamp
 	$(PYTEST) $(TWO_WORKERS) -m parity $(call MARKED,parity)

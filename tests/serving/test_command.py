@@ -65,12 +65,16 @@ def test_a_process_serves_and_ends_by_sigterm_with_its_answers_whole(tmp_path):
 def test_ctrl_c_ends_a_server_as_it_ends_every_program(tmp_path):
     """In this process, whose main thread serves."""
     model = http.load(tmp_path)
-    with Batcher(model.config, model.params, batch_size=http.ROWS, max_length=352) as batcher:
-        service = Service(model, batcher, "mine", template="chatml")
-        with server.bind("127.0.0.1", 0) as bound, pytest.raises(KeyboardInterrupt):
-            server.serve(make_app(service), service, bound, lambda: os.kill(os.getpid(), signal.SIGINT))
-    assert service.stopping
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with Batcher(model.config, model.params, batch_size=http.ROWS, max_length=352) as batcher:
+            service = Service(model, batcher, "mine", template="chatml")
+            with server.bind("127.0.0.1", 0) as bound, pytest.raises(KeyboardInterrupt):
+                server.serve(make_app(service), service, bound, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert service.stopping
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def error(capsys, *arguments):

@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 
 import llama_jax as lj
-from llama_jax.errors import ConfigError
+from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.loss import Loss
 from llama_jax.meshes import make_mesh
+from llama_jax.plan.topology import Topology
 from llama_jax.sharding import use_mesh
 from llama_jax.train.config.adapter import AdapterConfig
 from llama_jax.train.config.distillation import DistillationConfig
+from llama_jax.train.config.mesh import MeshConfig
 from llama_jax.train.config.run import ModelConfig, OptimizerConfig, RunConfig, TokenizerConfig, TrainConfig
 from llama_jax.train.feed import Feed
 from llama_jax.train.network import Network
@@ -151,9 +153,19 @@ def test_losses_on_a_mesh_equal_a_single_device(settings, adapter, spec, params,
     assert one[-2:].mean() < one[:2].mean()  # on the same two batches
 
 
-def test_a_teacher_is_not_planned_by_arithmetic():
-    with pytest.raises(ConfigError, match="does not count a teacher"):
-        step_inputs(run_of(), MODEL, None)
+def test_a_plan_counts_the_teacher_that_the_run_reads(tmp_path):
+    """Its architecture is read from its files; an absent one is an error of a plan too."""
+    lj.save(TEACHER, init_params(TEACHER), tmp_path / "teacher")
+    run, slice_ = run_of(), Topology.parse("v5p:2x2x1")
+    run = dataclasses.replace(
+        run,
+        distillation=dataclasses.replace(run.distillation, teacher=str(tmp_path / "teacher")),
+        mesh=MeshConfig(fsdp=4),
+    )
+    teacher = step_inputs(run, MODEL, slice_).teacher
+    assert teacher is not None and (teacher.hidden_size, teacher.num_params) == (128, TEACHER.num_params)
+    with pytest.raises(CheckpointError):
+        step_inputs(run_of(), MODEL, slice_)
 
 
 BAD_SETTINGS = [
