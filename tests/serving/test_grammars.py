@@ -29,13 +29,6 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory):
-    with http.serving(http.load(tmp_path_factory.mktemp("model"))) as running:
-        yield running
-        running.until_idle()
-
-
-@pytest.fixture(scope="module")
 def model(running):
     return running.model
 
@@ -117,12 +110,6 @@ def test_a_grammar_that_cannot_work_is_refused(model, batcher, options, message)
 
 
 # Over HTTP
-
-
-@pytest.fixture(scope="module")
-def client(running):
-    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def of_schema(schema):

@@ -198,9 +198,8 @@ def policy_logprobs(
         hidden = hidden_states(model, params, *inputs, options=options)
         targets = shift_left(batch["tokens"])
         if longest and longest < hidden.shape[1] and sharding.explicit_axes().get("context", 1) == 1:
-            first = (
-                jnp.argmax(unshard_sequence(batch["mask"]) > 0, axis=1) - 1
-            )  # which predicts the first token
+            # The position before the first token, which predicts it.
+            first = jnp.argmax(unshard_sequence(batch["mask"]) > 0, axis=1) - 1
             start = jnp.clip(first, 0, hidden.shape[1] - longest)
             rows = sharding.constrain(hidden, P(sharding.BATCH, None, None)), targets
             parts = tuple(_window(x, start, longest) for x in rows)
